@@ -1,0 +1,134 @@
+"""Every setting of Postroad, read from the environment.
+
+The README's table is made from these fields: a setting is its field, with its default, its unit and
+its meaning in one place.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+__all__ = ["Settings", "settings"]
+
+Delays = Annotated[tuple[int, ...], NoDecode]
+
+
+def _email(name: str, default: object, description: str) -> object:
+    return Field(default, validation_alias=name, description=description)
+
+
+class Settings(BaseSettings):
+    """The settings of one process. Raises `pydantic.ValidationError` naming each bad variable."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="POSTROAD_", extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    kafka_bootstrap: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, comma separated")
+    database_url: str = Field(
+        "mysql+mysqlconnector://postroad:postroad@127.0.0.1:3306/postroad",
+        description="SQLAlchemy URL of MySQL or MariaDB",
+    )
+    dns_servers: str = Field(
+        "", description="DNS servers, host[:port], comma separated; empty: the system's resolver"
+    )
+
+    listen: str = Field("127.0.0.1:50051", description="Where the api serves gRPC, host:port")
+    http_listen: str = Field(
+        "127.0.0.1:0", description="Where a service answers /healthz, /readyz and /metrics"
+    )
+    replica: str = Field(
+        "", description="This replica's name in logs and events; empty: host name and process id"
+    )
+    log_format: Literal["json", "console"] = Field("json", description="How logs are written")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level logged"
+    )
+
+    partitions: int = Field(12, ge=1, description="Partitions of each topic, the same for all")
+    replication: int = Field(
+        1, ge=1, description="Replicas of each partition; min.insync.replicas is one less, at least 1"
+    )
+    topic_prefix: str = Field(
+        "", description="Put before topic and group names, so that installations share a cluster"
+    )
+    group_protocol: Literal["consumer", "classic"] = Field(
+        "consumer", description="Kafka group protocol: consumer (KIP-848, Kafka 4 and later) or classic"
+    )
+    max_in_flight: int = Field(2000, ge=1, description="Records a stage holds at most")
+    max_in_flight_bytes: int = Field(32 << 20, ge=1, description="Bytes of records a stage holds at most")
+    revoke_seconds: float = Field(
+        10.0, gt=0, description="How long a revoked partition waits for what is in flight"
+    )
+    drain_seconds: float = Field(20.0, gt=0, description="How long SIGTERM waits for what is in flight")
+
+    max_body: int = Field(512 << 10, ge=1, le=2 << 20, description="Bytes of text and HTML a task may have")
+    body_retention: int = Field(
+        30 * 86400,
+        ge=0,
+        description="Seconds that the bodies of settled tasks are kept in MySQL; 0: for ever",
+    )
+    max_pending_creates: int = Field(
+        5000,
+        ge=1,
+        description="Creates that wait for MySQL at most; more are refused with RESOURCE_EXHAUSTED",
+    )
+
+    validator_delays: Delays = Field(
+        (5, 30, 120, 600), description="Seconds before each further DNS attempt, each used once"
+    )
+    dns_timeout: float = Field(5.0, gt=0, description="Seconds that all questions about one domain may take")
+    sender_delays: Delays = Field(
+        (60, 300, 900, 3600, 14400),
+        description="Seconds before each further SMTP attempt; the last one repeats",
+    )
+    sender_max_age: int = Field(
+        4 * 86400, ge=0, description="Seconds after which a deferred task fails as expired"
+    )
+    on_uncertain: Literal["resend", "hold"] = Field(
+        "resend",
+        description="A mail that may have gone out: resend it (same Message-ID) or hold it as uncertain",
+    )
+    sender_sessions: int = Field(20, ge=1, description="SMTP sessions a sender keeps open at most")
+    lease_seconds: float = Field(
+        20.0, gt=1, description="How long a sender's claim on a task holds unless renewed"
+    )
+
+    email_host: str = _email("EMAIL_HOST", "127.0.0.1", "The relay that takes the mail")  # type: ignore[assignment]
+    email_port: int = _email("EMAIL_PORT", 25, "The relay's port")  # type: ignore[assignment]
+    email_user: str = _email("EMAIL_USER", "", "User name at the relay; empty: no AUTH")  # type: ignore[assignment]
+    email_pass: str = _email("EMAIL_PASS", "", "Password at the relay")  # type: ignore[assignment]
+    email_tls: Literal["", "implicit", "starttls", "opportunistic", "none"] = _email(  # type: ignore[assignment]
+        "EMAIL_TLS",
+        "",
+        "implicit, starttls (required), opportunistic or none; empty: none on loopback, else starttls",
+    )
+    email_from: str = _email(
+        "EMAIL_FROM", "Postroad <postroad@localhost>", "The From address, also the envelope's"
+    )  # type: ignore[assignment]
+
+    @field_validator("validator_delays", "sender_delays", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("validator_delays", "sender_delays")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(delay <= 0 for delay in value) or list(value) != sorted(set(value)):
+            raise ValueError("delays are whole seconds above 0, each longer than the one before")
+        return value
+
+
+@cache
+def settings() -> Settings:
+    """Return this process's settings, read once."""
+    return Settings()

@@ -1,0 +1,120 @@
+"""The tables, as SQLAlchemy Core sees them; the migrations create them.
+
+Times are DATETIME(6) in UTC. Ids are the 16 bytes of a UUIDv7, so that they are in time order and a
+primary key's inserts go to its end (RFC 9562 section 5.7).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BINARY, JSON, BigInteger, Column, Index, Integer, MetaData, String, Table
+from sqlalchemy.dialects.mysql import BIGINT, DATETIME, ENUM, LONGTEXT
+
+__all__ = [
+    "DELIVERY_STATES",
+    "STATUSES",
+    "deliveries",
+    "metadata",
+    "outbox",
+    "task_bodies",
+    "task_events",
+    "tasks",
+]
+
+metadata = MetaData()
+
+STATUSES = ("pending", "processing", "completed", "failed", "uncertain", "cancelled")
+DELIVERY_STATES = ("sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled")
+
+_OPTIONS = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+
+
+def _time(name: str, nullable: bool = True) -> Column[object]:
+    return Column(name, DATETIME(fsp=6), nullable=nullable)
+
+
+# One row a task, in the order of services/common/fold.py's Row. What the task.created event brings
+# is NULL while only later events have been seen (a rebuild reads the topics in any order).
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", BINARY(16), primary_key=True),
+    Column("tenant", String(64)),
+    Column("idempotency_key", String(255)),
+    Column("request_hash", BINARY(32)),
+    Column("recipient", String(320)),
+    Column("domain", String(255)),
+    Column("subject", String(998)),
+    Column("labels", JSON),
+    _time("created_at"),
+    Column("status", ENUM(*STATUSES), nullable=False),
+    Column("version", BIGINT(unsigned=True), nullable=False),
+    Column("epoch", BIGINT(unsigned=True), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    _time("next_attempt_at"),
+    Column("reason", String(64), nullable=False),
+    Column("reply", String(1024), nullable=False),
+    Column("message_id", String(255), nullable=False),
+    _time("updated_at", nullable=False),
+    Index("tasks_by_key", "tenant", "idempotency_key", unique=True),
+    Index("tasks_by_status", "status", "id"),
+    Index("tasks_by_recipient", "recipient", "id"),
+    Index("tasks_by_domain", "domain", "id"),
+    **_OPTIONS,
+)
+
+task_bodies = Table(
+    "task_bodies",
+    metadata,
+    Column("task_id", BINARY(16), primary_key=True),
+    Column("body", LONGTEXT),
+    Column("html", LONGTEXT),
+    Column("headers", JSON),
+    **_OPTIONS,
+)
+
+task_events = Table(
+    "task_events",
+    metadata,
+    Column("task_id", BINARY(16), primary_key=True),
+    Column("event_id", String(96), primary_key=True),
+    _time("at", nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("relay", String(255), nullable=False),
+    Column("reply", String(1024), nullable=False),
+    Column("detail", String(1024), nullable=False),
+    **_OPTIONS,
+)
+
+# What must still be published. No payload: the sweeper makes the event from tasks and task_bodies.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("task_id", BINARY(16), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("epoch", BIGINT(unsigned=True), primary_key=True),
+    _time("available_at", nullable=False),
+    Index("outbox_by_time", "available_at"),
+    **_OPTIONS,
+)
+
+# The claim on each task's delivery, and the outcome to publish again where a sender died after it.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("task_id", BINARY(16), primary_key=True),
+    Column("state", ENUM(*DELIVERY_STATES), nullable=False),
+    Column("epoch", BIGINT(unsigned=True), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("takeovers", Integer, nullable=False),
+    Column("owner", BINARY(16), nullable=False),
+    _time("lease_until", nullable=False),
+    Column("settled_at", BigInteger, nullable=False),
+    Column("next_attempt_at", BigInteger, nullable=False),
+    Column("reason", String(64), nullable=False),
+    Column("reply", String(1024), nullable=False),
+    Column("relay", String(255), nullable=False),
+    Column("message_id", String(255), nullable=False),
+    **_OPTIONS,
+)

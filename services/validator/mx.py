@@ -1,0 +1,216 @@
+"""The verdict on a mail domain, from what the DNS answered. Pure: no I/O, no clock.
+
+The walk that asks the questions (`lookup`) goes: MX of the domain, `first_verdict`; if that leaves hosts to
+check, their addresses, `host_state` each; then `final_verdict`.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+from services.validator.names import is_address_literal, is_localhost
+
+__all__ = [
+    "MAX_HOSTS",
+    "Address",
+    "Answer",
+    "Host",
+    "HostState",
+    "Kind",
+    "Mx",
+    "Reason",
+    "Said",
+    "Verdict",
+    "final_verdict",
+    "first_verdict",
+    "host_state",
+    "not_a_domain",
+    "usable",
+]
+
+T = TypeVar("T")
+
+Mx = tuple[int, str]
+"""Preference and host name of an MX record, the name in lower case, without the final dot; "" is the root."""
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# More hosts than this are a mistake or an attack; what the best twenty do not show, the rest will not.
+MAX_HOSTS = 20
+
+_OK_TTL = (60, 3600)
+_NEGATIVE_TTL = (30, 300)
+_TRANSIENT_TTL = 30
+
+
+class Said(StrEnum):
+    """How the DNS answered one question."""
+
+    RECORDS = "records"
+    NO_DATA = "no data"  # the name exists, the type does not (RFC 2308, section 2.2)
+    NO_NAME = "no such name"  # NXDOMAIN, at the end of any CNAMEs (RFC 6604)
+    NOTHING = "nothing"  # SERVFAIL, REFUSED, timeout, nonsense: nothing is known
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """One answer: what was said, the records if any, its TTL in seconds (RFC 2308 for negative ones), and for
+    `NOTHING` the trouble in words."""
+
+    said: Said
+    records: tuple[T, ...] = ()
+    ttl: int = 0
+    detail: str = ""
+
+
+class HostState(StrEnum):
+    """What a host's addresses make of it."""
+
+    USABLE = "usable"
+    LOOPBACK = "has only loopback or unspecified addresses"
+    ABSENT = "has no address"
+    UNKNOWN = "could not be looked up"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A mail host's state and how many seconds it may be believed."""
+
+    state: HostState
+    ttl: int = 0
+    detail: str = ""
+
+
+class Kind(StrEnum):
+    """`OK`: mail can be sent. `FAILED`: never, as the DNS stands. `TRANSIENT`: ask again later."""
+
+    OK = "ok"
+    FAILED = "failed"
+    TRANSIENT = "transient"
+
+
+class Reason(StrEnum):
+    """Why a domain takes no mail, as the task's `reason` shows it."""
+
+    NO_MAIL_HOST = "no_mail_host"
+    NULL_MX = "null_mx"
+    NO_SUCH_DOMAIN = "no_such_domain"
+    UNUSABLE_MX = "unusable_mx"
+    DNS_UNAVAILABLE = "dns_unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The verdict on a domain.
+
+    `hosts` are the usable mail hosts, best preference first, when `kind` is `OK`; `reason` is set otherwise.
+    `detail` says it in words for operators; `ttl` is the seconds that the verdict may be kept, within
+    60 s-1 h (ok), 30 s-5 min (failed), 30 s (transient).
+    """
+
+    kind: Kind
+    reason: Reason | None
+    hosts: tuple[Mx, ...]
+    detail: str
+    ttl: int
+
+
+def usable(address: Address) -> bool:
+    """Whether mail for somebody else may go to `address`: not loopback, not "this host" (RFC 1122, 3.2.1.3)."""
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return not (address.is_loopback or address.is_unspecified)
+
+
+def host_state(answers: tuple[Answer[Address], ...]) -> Host:
+    """The state of a host from the answers to its A and AAAA questions, or to the first alone where that
+    settles it: a usable address, or no such name at all (RFC 8020)."""
+    addresses = [address for answer in answers for address in answer.records]
+    if any(usable(address) for address in addresses):
+        good = (answer.ttl for answer in answers if any(map(usable, answer.records)))
+        return Host(HostState.USABLE, max(good))
+    if trouble := [answer.detail for answer in answers if answer.said is Said.NOTHING]:
+        return Host(HostState.UNKNOWN, 0, "; ".join(trouble))
+    ttl = min(answer.ttl for answer in answers)
+    if addresses:
+        return Host(HostState.LOOPBACK, ttl, ", ".join(map(str, addresses)))
+    return Host(HostState.ABSENT, ttl)
+
+
+def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
+    """What the MX answer alone settles, or the hosts whose addresses must be looked up, best first.
+
+    No MX record makes the domain its own mail host, at preference 0 (RFC 5321, section 5.1).
+    """
+    match answer.said:
+        case Said.NOTHING:
+            return _transient(f"MX of {domain}: {answer.detail}")
+        case Said.NO_NAME:
+            return _failed(Reason.NO_SUCH_DOMAIN, f"{domain} does not exist", answer.ttl)
+        case Said.NO_DATA:
+            hosts: tuple[Mx, ...] = ((0, domain),)
+        case Said.RECORDS:
+            # The root beside other hosts is a mistake (RFC 7505, section 3) and no host.
+            hosts = _best(tuple(mx for mx in answer.records if mx[1]))
+            if not hosts:
+                return _failed(Reason.NULL_MX, f"{domain} takes no mail (null MX, RFC 7505)", answer.ttl)
+    askable = tuple(mx for mx in hosts if not _misnamed(mx[1]))
+    return askable or _no_usable_host(answer, hosts, {})
+
+
+def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, Host]) -> Verdict:
+    """The verdict once the hosts that `first_verdict` asked for are looked up. One usable host is enough; one
+    that is unknown (or missing from `known`) leaves hope; otherwise each host is known to be of no use."""
+    hosts = _best(tuple(mx for mx in answer.records if mx[1])) or ((0, domain),)
+    unknown = Host(HostState.UNKNOWN, 0, "no answer in time")
+    found = {name: known.get(name, unknown) for _, name in hosts if not _misnamed(name)}
+    good = tuple(mx for mx in hosts if mx[1] in found and found[mx[1]].state is HostState.USABLE)
+    if good:
+        ttl = min(answer.ttl, max(found[name].ttl for _, name in good))
+        how = "MX" if answer.records else "no MX, the domain's own address"
+        return Verdict(
+            Kind.OK, None, good, f"{how}: {', '.join(name for _, name in good)}", _within(_OK_TTL, ttl)
+        )
+    if dark := [f"{name}: {host.detail}" for name, host in found.items() if host.state is HostState.UNKNOWN]:
+        return _transient(f"mail host {', '.join(dark)}")
+    return _no_usable_host(answer, hosts, found)
+
+
+def not_a_domain(detail: str) -> Verdict:
+    """The verdict on what cannot be a domain name: no DNS has it."""
+    return _failed(Reason.NO_SUCH_DOMAIN, detail, _NEGATIVE_TTL[1])
+
+
+def _best(records: tuple[Mx, ...]) -> tuple[Mx, ...]:
+    seen: dict[str, int] = {}
+    for preference, name in sorted(records):
+        seen.setdefault(name, preference)
+    return tuple((preference, name) for name, preference in seen.items())[:MAX_HOSTS]
+
+
+def _misnamed(name: str) -> bool:
+    return is_address_literal(name) or is_localhost(name)
+
+
+def _no_usable_host(answer: Answer[Mx], hosts: tuple[Mx, ...], found: Mapping[str, Host]) -> Verdict:
+    misnamed = [f"{name} is no host name for mail" for _, name in hosts if _misnamed(name)]
+    looped = [f"{n} resolves to {h.detail}" for n, h in found.items() if h.state is HostState.LOOPBACK]
+    absent = [f"{n} {h.state}" for n, h in found.items() if h.state is HostState.ABSENT]
+    reason = Reason.UNUSABLE_MX if misnamed or looped else Reason.NO_MAIL_HOST
+    ttl = min([answer.ttl, *(host.ttl for host in found.values())])
+    return _failed(reason, "; ".join(misnamed + looped + absent), ttl)
+
+
+def _failed(reason: Reason, detail: str, ttl: int) -> Verdict:
+    return Verdict(Kind.FAILED, reason, (), detail, _within(_NEGATIVE_TTL, ttl))
+
+
+def _transient(detail: str) -> Verdict:
+    return Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), detail, _TRANSIENT_TTL)
+
+
+def _within(bounds: tuple[int, int], ttl: int) -> int:
+    low, high = bounds
+    return max(low, min(ttl, high))
