@@ -6,6 +6,8 @@ primary key's inserts go to its end (RFC 9562 section 5.7).
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import BINARY, JSON, BigInteger, Column, Index, Integer, MetaData, String, Table
 from sqlalchemy.dialects.mysql import BIGINT, DATETIME, ENUM, LONGTEXT
 
@@ -25,10 +27,14 @@ metadata = MetaData()
 STATUSES = ("pending", "processing", "completed", "failed", "uncertain", "cancelled")
 DELIVERY_STATES = ("sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled")
 
-_OPTIONS = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+_OPTIONS: dict[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_bin",
+}
 
 
-def _time(name: str, nullable: bool = True) -> Column[object]:
+def _time(name: str, nullable: bool = True) -> Column[Any]:
     return Column(name, DATETIME(fsp=6), nullable=nullable)
 
 

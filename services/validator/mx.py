@@ -43,6 +43,7 @@ MAX_HOSTS = 20
 _OK_TTL = (60, 3600)
 _NEGATIVE_TTL = (30, 300)
 _TRANSIENT_TTL = 30
+_MAX_DETAIL = 400
 
 
 class Said(StrEnum):
@@ -118,7 +119,7 @@ class Verdict:
 
 
 def usable(address: Address) -> bool:
-    """Whether mail for somebody else may go to `address`: not loopback, not "this host" (RFC 1122, 3.2.1.3)."""
+    """Whether mail for others may go to `address`: neither loopback nor unspecified (RFC 1122, 3.2.1.3)."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return not (address.is_loopback or address.is_unspecified)
@@ -144,18 +145,13 @@ def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
 
     No MX record makes the domain its own mail host, at preference 0 (RFC 5321, section 5.1).
     """
-    match answer.said:
-        case Said.NOTHING:
-            return _transient(f"MX of {domain}: {answer.detail}")
-        case Said.NO_NAME:
-            return _failed(Reason.NO_SUCH_DOMAIN, f"{domain} does not exist", answer.ttl)
-        case Said.NO_DATA:
-            hosts: tuple[Mx, ...] = ((0, domain),)
-        case Said.RECORDS:
-            # The root beside other hosts is a mistake (RFC 7505, section 3) and no host.
-            hosts = _best(tuple(mx for mx in answer.records if mx[1]))
-            if not hosts:
-                return _failed(Reason.NULL_MX, f"{domain} takes no mail (null MX, RFC 7505)", answer.ttl)
+    if answer.said is Said.NOTHING:
+        return _transient(f"MX of {domain}: {answer.detail}")
+    if answer.said is Said.NO_NAME:
+        return _failed(Reason.NO_SUCH_DOMAIN, f"{domain} does not exist", answer.ttl)
+    hosts = _hosts(domain, answer)
+    if not hosts:
+        return _failed(Reason.NULL_MX, f"{domain} takes no mail (null MX, RFC 7505)", answer.ttl)
     askable = tuple(mx for mx in hosts if not _misnamed(mx[1]))
     return askable or _no_usable_host(answer, hosts, {})
 
@@ -163,7 +159,7 @@ def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
 def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, Host]) -> Verdict:
     """The verdict once the hosts that `first_verdict` asked for are looked up. One usable host is enough; one
     that is unknown (or missing from `known`) leaves hope; otherwise each host is known to be of no use."""
-    hosts = _best(tuple(mx for mx in answer.records if mx[1])) or ((0, domain),)
+    hosts = _hosts(domain, answer)
     unknown = Host(HostState.UNKNOWN, 0, "no answer in time")
     found = {name: known.get(name, unknown) for _, name in hosts if not _misnamed(name)}
     good = tuple(mx for mx in hosts if mx[1] in found and found[mx[1]].state is HostState.USABLE)
@@ -183,11 +179,16 @@ def not_a_domain(detail: str) -> Verdict:
     return _failed(Reason.NO_SUCH_DOMAIN, detail, _NEGATIVE_TTL[1])
 
 
-def _best(records: tuple[Mx, ...]) -> tuple[Mx, ...]:
-    seen: dict[str, int] = {}
-    for preference, name in sorted(records):
-        seen.setdefault(name, preference)
-    return tuple((preference, name) for name, preference in seen.items())[:MAX_HOSTS]
+def _hosts(domain: str, answer: Answer[Mx]) -> tuple[Mx, ...]:
+    """The hosts to try, best first, each once; none for a null MX."""
+    if answer.said is Said.NO_DATA:
+        return ((0, domain),)
+    best: dict[str, int] = {}
+    for preference, name in sorted(answer.records):
+        # The root beside other hosts is a mistake (RFC 7505, section 3) and no host.
+        if name:
+            best.setdefault(name, preference)
+    return tuple((preference, name) for name, preference in best.items())[:MAX_HOSTS]
 
 
 def _misnamed(name: str) -> bool:
@@ -204,13 +205,18 @@ def _no_usable_host(answer: Answer[Mx], hosts: tuple[Mx, ...], found: Mapping[st
 
 
 def _failed(reason: Reason, detail: str, ttl: int) -> Verdict:
-    return Verdict(Kind.FAILED, reason, (), detail, _within(_NEGATIVE_TTL, ttl))
+    return Verdict(Kind.FAILED, reason, (), _short(detail), _within(_NEGATIVE_TTL, ttl))
 
 
 def _transient(detail: str) -> Verdict:
-    return Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), detail, _TRANSIENT_TTL)
+    return Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), _short(detail), _TRANSIENT_TTL)
 
 
 def _within(bounds: tuple[int, int], ttl: int) -> int:
     low, high = bounds
     return max(low, min(ttl, high))
+
+
+def _short(detail: str) -> str:
+    """`detail` as it fits into a line of the task's timeline."""
+    return detail if len(detail) <= _MAX_DETAIL else detail[: _MAX_DETAIL - 3] + "..."
