@@ -1,0 +1,203 @@
+"""The walk over the DNS that finds out whether a domain takes mail: which questions are asked, and when.
+
+What the answers mean stands in `mx`; this file turns dnspython's results and exceptions into plain values.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
+
+import dns.asyncbackend
+import dns.asyncresolver
+import dns.exception
+import dns.name
+import dns.nameserver
+import dns.rdata
+import dns.rdatatype
+import dns.resolver
+from dns.rdtypes.ANY.MX import MX
+from dns.rdtypes.IN.A import A
+from dns.rdtypes.IN.AAAA import AAAA
+
+from services.validator.mx import (
+    Address,
+    Answer,
+    Host,
+    HostState,
+    Mx,
+    Said,
+    Verdict,
+    final_verdict,
+    first_verdict,
+    host_state,
+    usable,
+)
+
+__all__ = ["Lookup", "make_resolver", "parse_servers"]
+
+T = TypeVar("T")
+
+# Names may be aliases of aliases; what goes on longer than this is a loop.
+_MAX_ALIASES = 8
+# With one usable host known, the domain is fit for mail; the others get this long to be listed too.
+_PATIENCE = 1.0
+
+
+def parse_servers(text: str) -> list[tuple[str, int]]:
+    """The (address, port) pairs of a comma list of `host`, `host:port`, `[v6]` or `[v6]:port`; else port 53.
+
+    Host names are resolved by the system, so this may block: call it while starting. Raises ValueError for a
+    server that cannot be read or does not resolve.
+    """
+    servers = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            host, port = _split(item)
+            where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][4]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"DNS server {item!r}: {error}") from error
+        servers.append((str(where[0]), port))
+    return servers
+
+
+def _split(item: str) -> tuple[str, int]:
+    if item.startswith("["):
+        host, _, rest = item[1:].partition("]")
+        port = rest.removeprefix(":")
+    elif item.count(":") > 1:
+        host, port = item, ""
+    else:
+        host, _, port = item.partition(":")
+    number = int(port or 53)
+    if not host or not 0 < number < 65536:
+        raise ValueError("write host or host:port")
+    return host, number
+
+
+def make_resolver(servers: str, timeout: float = 2.0) -> dns.asyncresolver.Resolver:
+    """A stub resolver that asks `servers` (see `parse_servers`), or the system's if that is empty, each for
+    `timeout` seconds at a time. It has no cache. A truncated answer is asked for again over TCP.
+
+    May block; raises ValueError for servers that cannot be used and dns.resolver.NoResolverConfiguration when
+    the system has none.
+    """
+    resolver = dns.asyncresolver.Resolver(configure=not servers.strip())
+    if servers.strip():
+        resolver.nameservers = [dns.nameserver.Do53Nameserver(*server) for server in parse_servers(servers)]
+    resolver.timeout = timeout
+    return resolver
+
+
+class Lookup:
+    """Finds the verdict on one domain after another.
+
+    `lifetime` bounds one walk, in seconds. At most `walks` domains are under way at a time (the others wait
+    without using up their lifetime) and at most `hosts` mail hosts of each, so never more sockets than the
+    product of both.
+    """
+
+    def __init__(
+        self, resolver: dns.asyncresolver.Resolver, *, lifetime: float = 6.0, walks: int = 100, hosts: int = 4
+    ) -> None:
+        self._resolver = resolver
+        self._backend = dns.asyncbackend.get_backend("asyncio")
+        self._lifetime = lifetime
+        self._walks = asyncio.Semaphore(walks)
+        self._hosts = hosts
+
+    async def __call__(self, domain: str) -> Verdict:
+        """The verdict on `domain`, which is in A-label form (`names.to_ascii`).
+
+        Never raises for what the DNS or the network does: that is a transient verdict.
+        """
+        async with self._walks:
+            deadline = asyncio.get_running_loop().time() + self._lifetime
+            answer = await self._ask(domain, dns.rdatatype.MX, deadline, _mx)
+            first = first_verdict(domain, answer)
+            if isinstance(first, Verdict):
+                return first
+            return final_verdict(domain, answer, await self._look_up([name for _, name in first], deadline))
+
+    async def _look_up(self, names: Iterable[str], deadline: float) -> dict[str, Host]:
+        """The states of the hosts that could be looked up in time."""
+        now = asyncio.get_running_loop().time
+        gate = asyncio.Semaphore(self._hosts)
+        tasks = {asyncio.create_task(self._host(name, gate, deadline)): name for name in names}
+        pending = set(tasks)
+        known: dict[str, Host] = {}
+        try:
+            while pending:
+                done, pending = await asyncio.wait(
+                    pending, timeout=max(0.0, deadline - now()), return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    break
+                known |= {tasks[task]: task.result() for task in done}
+                if any(host.state is HostState.USABLE for host in known.values()):
+                    deadline = min(deadline, now() + _PATIENCE)
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        return known
+
+    async def _host(self, name: str, gate: asyncio.Semaphore, deadline: float) -> Host:
+        async with gate:
+            v4 = await self._ask(name, dns.rdatatype.A, deadline, _address)
+            if v4.said is Said.NO_NAME or any(map(usable, v4.records)):
+                return host_state((v4,))
+            return host_state((v4, await self._ask(name, dns.rdatatype.AAAA, deadline, _address)))
+
+    async def _ask(
+        self, name: str, kind: dns.rdatatype.RdataType, deadline: float, read: Callable[[dns.rdata.Rdata], T]
+    ) -> Answer[T]:
+        """One question, its records turned into plain values by `read`."""
+        now = asyncio.get_running_loop().time
+        try:
+            question = dns.name.from_text(name)
+            for _ in range(_MAX_ALIASES):
+                found = await self._resolver.resolve(
+                    question,
+                    kind,
+                    raise_on_no_answer=False,
+                    lifetime=deadline - now(),
+                    backend=self._backend,
+                )
+                ttl = found.chaining_result.minimum_ttl
+                if found.rrset is not None:
+                    return Answer(Said.RECORDS, tuple(read(record) for record in found.rrset), ttl)
+                if found.canonical_name == question:
+                    return Answer(Said.NO_DATA, (), ttl)
+                # Servers that only know their own zones leave an alias into another one unfollowed.
+                question = found.canonical_name
+        except dns.resolver.NXDOMAIN as error:
+            return Answer(Said.NO_NAME, (), _negative_ttl(error))
+        except (dns.exception.DNSException, OSError) as error:
+            return Answer(Said.NOTHING, detail=_trouble(error))
+        return Answer(Said.NOTHING, detail="too many aliases")
+
+
+def _negative_ttl(error: dns.resolver.NXDOMAIN) -> int:
+    (response,) = error.kwargs["responses"].values()
+    return int(response.resolve_chaining().minimum_ttl)
+
+
+def _trouble(error: Exception) -> str:
+    """The trouble in a few words: dnspython's own text repeats question, server and port of every try."""
+    if isinstance(error, dns.resolver.NoNameservers):
+        said = {str(trial[3]) or type(trial[3]).__name__ for trial in error.kwargs["errors"]}
+        return ", ".join(sorted(said)) or "no DNS server"
+    if isinstance(error, dns.exception.Timeout):
+        return "no answer in time"
+    return str(error) or type(error).__name__
+
+
+def _mx(record: dns.rdata.Rdata) -> Mx:
+    mx = cast(MX, record)
+    return mx.preference, mx.exchange.to_text(omit_final_dot=True).lower().removesuffix(".")
+
+
+def _address(record: dns.rdata.Rdata) -> Address:
+    return ipaddress.ip_address(cast(A | AAAA, record).address)
