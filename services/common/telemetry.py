@@ -1,0 +1,91 @@
+"""Every metric of Postroad and the set-up of its logs.
+
+Metric names follow Prometheus' conventions: base units, `_total` on counters. A log line carries
+the task id where there is one, and never a password, a subject or a body.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+__all__ = ["configure_logs"]
+
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+# --- the stage runtime -------------------------------------------------------------------------
+STAGE_RECORDS = Counter(
+    "postroad_stage_records_total", "Records finished, by how: done, retry or dead", ["stage", "outcome"]
+)
+STAGE_IN_FLIGHT = Gauge("postroad_stage_in_flight_records", "Records fetched and not finished", ["stage"])
+STAGE_IN_FLIGHT_BYTES = Gauge(
+    "postroad_stage_in_flight_bytes", "Bytes of records fetched and not finished", ["stage"]
+)
+STAGE_PARTITIONS = Gauge("postroad_stage_partitions", "Partitions owned", ["stage"])
+STAGE_PAUSED = Gauge("postroad_stage_paused", "1 while intake is paused by the in-flight bound", ["stage"])
+STAGE_REBALANCES = Counter(
+    "postroad_stage_rebalances_total", "Changes of ownership: assigned, revoked or lost", ["stage", "kind"]
+)
+STAGE_COMMIT_FAILURES = Counter("postroad_stage_commit_failures_total", "Commits that failed", ["stage"])
+STAGE_PUBLISH_FAILURES = Counter(
+    "postroad_stage_publish_failures_total",
+    "Publishes that failed and are tried again; while it rises, commits wait: alert on it",
+    ["stage"],
+)
+
+# --- the api -----------------------------------------------------------------------------------
+API_REQUESTS = Counter("postroad_api_requests_total", "RPCs answered, by gRPC status code", ["rpc", "code"])
+API_SECONDS = Histogram("postroad_api_seconds", "Time to answer an RPC", ["rpc"], buckets=_LATENCY)
+
+# --- what the others add stands below, under a line that names the service ----------------------
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure_logs(service: str, replica: str, form: Literal["json", "console"], level: str) -> None:
+    """Send this process's logs, structlog's and the standard library's alike, to stderr.
+
+    `form` is json (one object a line) or console; `level` the least level written.
+    """
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    last: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+
+    def name_the_speaker(
+        _logger: object, _method: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        event["service"], event["replica"] = service, replica
+        return event
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[name_the_speaker, structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(_LEVELS[level])
