@@ -106,8 +106,8 @@ class Reason(StrEnum):
 class Verdict:
     """The verdict on a domain.
 
-    `hosts` are the usable mail hosts, best preference first, when `kind` is `OK`; `reason` is set otherwise.
-    `detail` says it in words for operators; `ttl` is the seconds that the verdict may be kept, within
+    `hosts` are the usable mail hosts, best preference first, when `kind` is `OK`; otherwise `reason` is set
+    and `detail` says it in words for operators. `ttl` is the seconds that the verdict may be kept, within
     60 s-1 h (ok), 30 s-5 min (failed), 30 s (transient).
     """
 
@@ -165,10 +165,7 @@ def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, Host]) ->
     good = tuple(mx for mx in hosts if mx[1] in found and found[mx[1]].state is HostState.USABLE)
     if good:
         ttl = min(answer.ttl, max(found[name].ttl for _, name in good))
-        how = "MX" if answer.records else "no MX, the domain's own address"
-        return Verdict(
-            Kind.OK, None, good, f"{how}: {', '.join(name for _, name in good)}", _within(_OK_TTL, ttl)
-        )
+        return Verdict(Kind.OK, None, good, "", _within(_OK_TTL, ttl))
     if dark := [f"{name}: {host.detail}" for name, host in found.items() if host.state is HostState.UNKNOWN]:
         return _transient(f"mail host {', '.join(dark)}")
     return _no_usable_host(answer, hosts, found)
