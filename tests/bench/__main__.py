@@ -1,0 +1,151 @@
+"""The speed of the whole road: `python -m tests.bench [--tasks N] [--rate R] [--json]`.
+
+It brings up a local stack of its own, loads it with unary Creates and takes the catcher's journal,
+not the services' word, for when each mail was accepted. CPU is that of every process of the stack
+(Kafka, MySQL, DNS and the mail server included) and not of the load itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from tests.bench.load import Sent, at_rate, by_callers
+from tests.bench.usage import usage
+
+DEADLINE = 120.0
+
+
+@contextmanager
+def stack() -> Iterator[tuple[Path, dict[str, str]]]:
+    """A local stack of its own in a temporary folder: its folder and its stack.env."""
+    with tempfile.TemporaryDirectory(prefix="postroad-bench-") as folder:
+        environ = os.environ | {"POSTROAD_LOCAL_DIR": folder}
+        command = [sys.executable, "-m", "deploy.local"]
+        try:
+            subprocess.run([*command, "up"], env=environ, check=True, stdout=sys.stderr)
+            lines = (Path(folder) / "stack.env").read_text().splitlines()
+            yield Path(folder), dict(line.split("=", 1) for line in lines if "=" in line)
+        finally:
+            subprocess.run([*command, "down", "--wipe"], env=environ, check=False, stdout=sys.stderr)
+
+
+class Journal:
+    """The catcher's journal, read on from where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self.accepted: dict[str, float] = {}
+        self.copies = 0
+
+    def read(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            task = entry["message_id"].strip("<>").partition("@")[0]
+            self.copies += task in self.accepted
+            self.accepted.setdefault(task, float(entry["at"]))
+
+    async def holds(self, tasks: set[str]) -> None:
+        """Wait until every one of `tasks` was accepted; raises TimeoutError after the deadline."""
+        end = time.monotonic() + DEADLINE
+        while True:
+            self.read()
+            missing = tasks - self.accepted.keys()
+            if not missing:
+                return
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"{len(missing)} of {len(tasks)} tasks were not accepted in {DEADLINE:.0f} s"
+                )
+            await asyncio.sleep(0.02)
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=1000, method="inclusive")
+    return {name: round(cuts[at] * 1000, 1) for name, at in (("p50", 499), ("p95", 949), ("p99", 989))}
+
+
+async def measured(folder: Path, journal: Journal, load: Any) -> dict[str, Any]:
+    before, start = usage(folder / "pids"), time.time()
+    sent: Sent = await load
+    await journal.holds(set(sent.called_at))
+    last = max(journal.accepted[task] for task in sent.called_at)
+    # The status fold may still be behind: its CPU belongs to these tasks.
+    await asyncio.sleep(1.0)
+    after = usage(folder / "pids")
+    tasks = len(sent.called_at)
+    cpu = {name: (after[name].cpu_seconds - before[name].cpu_seconds) / tasks * 1000 for name in after}
+    return {
+        "tasks": tasks,
+        "errors": len(sent.errors),
+        "first_error": sent.errors[0] if sent.errors else "",
+        "copies": journal.copies,
+        "tasks_per_second": round(tasks / (last - start)),
+        "cpu_ms_per_task": {"total": round(sum(cpu.values()), 3)} | {n: round(v, 3) for n, v in cpu.items()},
+        "create_ms": quantiles(sent.seconds),
+        "create_to_accepted_ms": quantiles([journal.accepted[t] - at for t, at in sent.called_at.items()]),
+        "resident_mb": {name: round(u.resident_mb) for name, u in after.items()},
+    }
+
+
+def table(name: str, row: dict[str, Any]) -> str:
+    lines = [
+        name,
+        f"  tasks {row['tasks']}, errors {row['errors']} {row['first_error']}, copies {row['copies']}",
+        f"  end to end              {row['tasks_per_second']} tasks/s",
+        f"  Create answered         {row['create_ms']} ms",
+        f"  Create to acceptance    {row['create_to_accepted_ms']} ms",
+        "  CPU a task              "
+        + "  ".join(f"{n} {v:.3f}" for n, v in row["cpu_ms_per_task"].items())
+        + " ms",
+        "  resident                " + "  ".join(f"{n} {v}" for n, v in row["resident_mb"].items()) + " MB",
+    ]
+    return "\n".join(lines)
+
+
+async def bench(tasks: int, callers: int, rate: float, seconds: float) -> dict[str, Any]:
+    with stack() as (folder, env):
+        targets = [env["POSTROAD_API"]]
+        journal = Journal(folder / "mail" / "journal.jsonl")
+        # Connections, caches and the JVM's compiler warm up first: a service runs for weeks.
+        warm = await by_callers(targets, 3000, callers)
+        await journal.holds(set(warm.called_at))
+        full = await measured(folder, journal, by_callers(targets, tasks, callers))
+        steady = await measured(folder, journal, at_rate(targets, rate, seconds))
+    return {f"as fast as {callers} callers can": full, f"steady {rate:g}/s": steady}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--tasks", type=int, default=15000)
+    parser.add_argument("--callers", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=200)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    result = uvloop.run(bench(given.tasks, given.callers, given.rate, given.seconds))
+    print(json.dumps(result, indent=1) if given.json else "\n".join(table(n, r) for n, r in result.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The load: unary Creates over gRPC, as fast as so many callers get their answers or at a steady rate."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import grpc
+
+from postroad.v1 import task_service_pb2 as pb
+from postroad.v1 import task_service_pb2_grpc as rpc
+
+__all__ = ["Sent", "at_rate", "by_callers"]
+
+# 500 bytes, the size of a short notice.
+BODY = ("Your parcel has left the depot and is on its way to you. \n" * 9)[:500]
+
+
+@dataclass(slots=True)
+class Sent:
+    """What the callers saw: by task id the wall-clock second of the call; and each call's seconds."""
+
+    called_at: dict[str, float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def _request(number: int) -> pb.CreateRequest:
+    data = pb.TaskData(email=f"user{number}@d{number % 50}.ok.test", subject=f"Parcel {number}", body=BODY)
+    return pb.CreateRequest(data=data)
+
+
+async def _call(stub: rpc.TaskServiceAsyncStub, number: int, sent: Sent) -> None:
+    wall, start = time.time(), time.perf_counter()
+    try:
+        task = await stub.Create(_request(number), timeout=30)
+    except grpc.aio.AioRpcError as error:
+        sent.errors.append(f"{error.code().name}: {error.details()}")
+        return
+    sent.seconds.append(time.perf_counter() - start)
+    sent.called_at[task.id] = wall
+
+
+def _channels(targets: list[str], count: int) -> list[grpc.aio.Channel]:
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    return [grpc.aio.insecure_channel(targets[i % len(targets)], options) for i in range(count)]
+
+
+async def by_callers(targets: list[str], tasks: int, callers: int) -> Sent:
+    """Create `tasks` tasks from `callers` concurrent callers, each waiting for its answer before the next."""
+    sent, numbers = Sent(), iter(range(tasks))
+    channels = _channels(targets, 4)
+    stubs = [rpc.TaskServiceStub(channel) for channel in channels]
+
+    async def caller(index: int) -> None:
+        for number in numbers:
+            await _call(stubs[index % len(stubs)], number, sent)
+
+    await asyncio.gather(*(caller(index) for index in range(callers)))
+    await asyncio.gather(*(channel.close() for channel in channels))
+    return sent
+
+
+async def at_rate(targets: list[str], rate: float, seconds: float) -> Sent:
+    """Create `rate` tasks a second for `seconds`, whether or not earlier ones were answered."""
+    sent = Sent()
+    channels = _channels(targets, 2)
+    stubs = [rpc.TaskServiceStub(channel) for channel in channels]
+    calls, start = [], time.perf_counter()
+    for number in range(int(rate * seconds)):
+        await asyncio.sleep(max(0.0, start + number / rate - time.perf_counter()))
+        calls.append(asyncio.create_task(_call(stubs[number % len(stubs)], number, sent)))
+    await asyncio.gather(*calls)
+    await asyncio.gather(*(channel.close() for channel in channels))
+    return sent
