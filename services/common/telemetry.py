@@ -43,6 +43,16 @@ API_SECONDS = Histogram("postroad_api_seconds", "Time to answer an RPC", ["rpc"]
 
 # --- what the others add stands below, under a line that names the service ----------------------
 
+# --- the validator -----------------------------------------------------------------------------
+VALIDATOR_VERDICTS = Counter(
+    "postroad_validator_verdicts_total", "Tasks judged, by verdict: ok or the reason", ["verdict"]
+)
+VALIDATOR_LOOKUP_SECONDS = Histogram(
+    "postroad_validator_lookup_seconds",
+    "Time to look up a domain that was not in the cache",
+    buckets=_LATENCY,
+)
+
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 

@@ -21,6 +21,7 @@ from dns.rdtypes.ANY.MX import MX
 from dns.rdtypes.IN.A import A
 from dns.rdtypes.IN.AAAA import AAAA
 
+from services.common.telemetry import VALIDATOR_LOOKUP_SECONDS
 from services.validator.mx import (
     Address,
     Answer,
@@ -99,7 +100,7 @@ class Lookup:
     """
 
     def __init__(
-        self, resolver: dns.asyncresolver.Resolver, *, lifetime: float = 6.0, walks: int = 100, hosts: int = 4
+        self, resolver: dns.asyncresolver.Resolver, *, lifetime: float = 5.0, walks: int = 100, hosts: int = 4
     ) -> None:
         self._resolver = resolver
         self._backend = dns.asyncbackend.get_backend("asyncio")
@@ -113,12 +114,16 @@ class Lookup:
         Never raises for what the DNS or the network does: that is a transient verdict.
         """
         async with self._walks:
-            deadline = asyncio.get_running_loop().time() + self._lifetime
-            answer = await self._ask(domain, dns.rdatatype.MX, deadline, _mx)
-            first = first_verdict(domain, answer)
-            if isinstance(first, Verdict):
-                return first
-            return final_verdict(domain, answer, await self._look_up([name for _, name in first], deadline))
+            with VALIDATOR_LOOKUP_SECONDS.time():
+                return await self._walk(domain)
+
+    async def _walk(self, domain: str) -> Verdict:
+        deadline = asyncio.get_running_loop().time() + self._lifetime
+        answer = await self._ask(domain, dns.rdatatype.MX, deadline, _mx)
+        first = first_verdict(domain, answer)
+        if isinstance(first, Verdict):
+            return first
+        return final_verdict(domain, answer, await self._look_up([name for _, name in first], deadline))
 
     async def _look_up(self, names: Iterable[str], deadline: float) -> dict[str, Host]:
         """The states of the hosts that could be looked up in time."""

@@ -1,0 +1,117 @@
+"""The validator stage: a recorded task comes in, the verdict on its recipient's domain goes out."""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
+from uuid import UUID
+
+import structlog
+
+from postroad.v1 import events_pb2 as pb
+from services.common import topics
+from services.common.events import DECODERS
+from services.common.stage.types import Done, Outcome, Record, Retry, Stage
+from services.common.telemetry import VALIDATOR_VERDICTS
+from services.validator.cache import VerdictCache
+from services.validator.mx import Kind, Reason, Verdict
+
+__all__ = ["Validator", "stage"]
+
+log = structlog.get_logger(__name__)
+
+
+class Validator:
+    """Turns `task.created` into `mx.ok` or `mx.failed`, or defers it while the DNS is of no help.
+
+    `delays` are the seconds before each further attempt, each used once; when they are used up the task fails
+    as `dns_unavailable`. `now_us` is the time in microseconds since the Unix epoch.
+    """
+
+    def __init__(self, cache: VerdictCache, delays: Sequence[int], now_us: Callable[[], int]) -> None:
+        self._cache = cache
+        self._delays = delays
+        self._now_us = now_us
+
+    def handle(self, record: Record) -> Outcome | Awaitable[Outcome]:
+        """The outcome at once where the domain's verdict is known, else a coroutine that looks it up."""
+        domain = _domain(cast(pb.TaskCreated, record.event).task)
+        verdict = self._cache.get(domain)
+        return self._resolve(record, domain) if verdict is None else self._outcome(record, verdict)
+
+    async def _resolve(self, record: Record, domain: str) -> Outcome:
+        return self._outcome(record, await self._cache.resolve(domain))
+
+    def _outcome(self, record: Record, verdict: Verdict) -> Outcome:
+        created = cast(pb.TaskCreated, record.event)
+        now_us = self._now_us()
+        if verdict.kind is Kind.OK:
+            VALIDATOR_VERDICTS.labels("ok").inc()
+            hosts = [pb.MailHost(preference=preference, name=name) for preference, name in verdict.hosts]
+            return Done(
+                [
+                    pb.MxOk(
+                        task=created.task,
+                        epoch=created.epoch,
+                        attempt=record.attempt,
+                        hosts=hosts,
+                        at_us=now_us,
+                    )
+                ]
+            )
+        VALIDATOR_VERDICTS.labels(verdict.reason).inc()
+        if verdict.kind is Kind.TRANSIENT and record.attempt <= len(self._delays):
+            return self._defer(record, verdict, now_us)
+        _log("mx failed", record, verdict)
+        return Done(
+            [
+                pb.MxFailed(
+                    id=created.task.id,
+                    epoch=created.epoch,
+                    attempt=record.attempt,
+                    reason=cast(Reason, verdict.reason),
+                    detail=verdict.detail,
+                    at_us=now_us,
+                )
+            ]
+        )
+
+    def _defer(self, record: Record, verdict: Verdict, now_us: int) -> Retry:
+        created = cast(pb.TaskCreated, record.event)
+        delay = self._delays[record.attempt - 1]
+        due_at_ms = -(-now_us // 1000) + delay * 1000
+        _log("mx deferred", record, verdict, delay=delay)
+        deferred = pb.MailDeferred(
+            id=created.task.id,
+            epoch=created.epoch,
+            attempt=record.attempt,
+            stage="validator",
+            reason=cast(Reason, verdict.reason),
+            next_attempt_at_us=due_at_ms * 1000,
+            at_us=now_us,
+        )
+        return Retry(delay, due_at_ms, verdict.detail, [deferred])
+
+
+def stage(cache: VerdictCache, delays: Sequence[int]) -> Stage:
+    """The stage as the runtime takes it: what it reads, its handler and its delays (seconds)."""
+    reads = topics.READ_BY["validator"]
+    validator = Validator(cache, delays, lambda: time.time_ns() // 1000)
+    return Stage(
+        "validator", reads, {topic: DECODERS[topic] for topic in reads}, validator.handle, delays=delays
+    )
+
+
+def _domain(task: pb.MailTask) -> str:
+    return task.domain or task.email.rpartition("@")[2]
+
+
+def _log(what: str, record: Record, verdict: Verdict, **more: object) -> None:
+    task = cast(pb.TaskCreated, record.event).task
+    log.info(
+        what,
+        task=str(UUID(bytes=task.id)),
+        attempt=record.attempt,
+        reason=str(verdict.reason),
+        detail=verdict.detail,
+        **more,
+    )

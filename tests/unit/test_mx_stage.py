@@ -1,0 +1,161 @@
+"""The validator's handler, with plain records and a cache whose lookups come when the test lets them."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import cast
+
+import pytest
+
+from postroad.v1 import events_pb2 as pb
+from services.common.stage.types import Done, Outcome, Record, Retry
+from services.common.topics import TASK_CREATED
+from services.validator.cache import VerdictCache
+from services.validator.mx import Kind, Reason, Verdict
+from services.validator.stage import Validator, stage
+
+ID = bytes(range(16))
+NOW_US = 1_700_000_000_000_001
+OK = Verdict(Kind.OK, None, ((10, "mx1.test"), (20, "mx2.test")), "", 60)
+NULL = Verdict(Kind.FAILED, Reason.NULL_MX, (), "a.test takes no mail", 30)
+DARK = Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "MX of a.test: SERVFAIL", 30)
+TASK = pb.MailTask(
+    id=ID,
+    tenant="t",
+    idempotency_key="k",
+    email="someone@a.test",
+    domain="a.test",
+    subject="Hello",
+    body="text",
+    html="<p>text</p>",
+    headers={"X-One": "1"},
+    labels={"team": "red"},
+    created_at_us=5,
+)
+
+
+class Dns:
+    """Answers `verdict` to every question and remembers what was asked."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self.asked: list[str] = []
+
+    async def __call__(self, domain: str) -> Verdict:
+        self.asked.append(domain)
+        await asyncio.sleep(0)
+        return self.verdict
+
+
+def build(verdict: Verdict, delays: Sequence[int] = (5, 30)) -> tuple[Validator, VerdictCache, Dns]:
+    dns = Dns(verdict)
+    cache = VerdictCache(dns, lambda: 0.0)
+    return Validator(cache, delays, lambda: NOW_US), cache, dns
+
+
+def record(attempt: int = 1, epoch: int = 7, task: pb.MailTask = TASK) -> Record:
+    return Record(TASK_CREATED, ID, pb.TaskCreated(task=task, epoch=epoch, at_us=9), attempt)
+
+
+async def outcome(validator: Validator, what: Record) -> Outcome:
+    handled = validator.handle(what)
+    return handled if isinstance(handled, Done | Retry) else await cast(Awaitable[Outcome], handled)
+
+
+async def test_ok_hands_on_the_whole_task_and_the_hosts() -> None:
+    validator, _, _ = build(OK)
+    hosts = [pb.MailHost(preference=10, name="mx1.test"), pb.MailHost(preference=20, name="mx2.test")]
+    assert await outcome(validator, record(attempt=3)) == Done(
+        [pb.MxOk(task=TASK, epoch=7, attempt=3, hosts=hosts, at_us=NOW_US)]
+    )
+
+
+async def test_failed_says_why() -> None:
+    validator, _, _ = build(NULL)
+    assert await outcome(validator, record()) == Done(
+        [
+            pb.MxFailed(
+                id=ID, epoch=7, attempt=1, reason="null_mx", detail="a.test takes no mail", at_us=NOW_US
+            )
+        ]
+    )
+
+
+@pytest.mark.parametrize("verdict", [OK, NULL, DARK])
+async def test_a_known_verdict_is_answered_without_a_coroutine(verdict: Verdict) -> None:
+    validator, cache, dns = build(verdict)
+    await cache.resolve("a.test")
+    assert isinstance(validator.handle(record()), Done | Retry)
+    assert dns.asked == ["a.test"]
+
+
+async def test_trouble_is_deferred_by_each_delay_once_and_then_fails() -> None:
+    validator, _, _ = build(DARK, (5, 30))
+    for attempt, delay in ((1, 5), (2, 30)):
+        due_at_ms = 1_700_000_000_001 + delay * 1000
+        deferred = pb.MailDeferred(
+            id=ID,
+            epoch=7,
+            attempt=attempt,
+            stage="validator",
+            reason="dns_unavailable",
+            next_attempt_at_us=due_at_ms * 1000,
+            at_us=NOW_US,
+        )
+        assert await outcome(validator, record(attempt)) == Retry(delay, due_at_ms, DARK.detail, [deferred])
+    failed = pb.MxFailed(
+        id=ID, epoch=7, attempt=3, reason="dns_unavailable", detail=DARK.detail, at_us=NOW_US
+    )
+    assert await outcome(validator, record(3)) == Done([failed])
+
+
+async def test_a_retry_is_never_due_before_its_delay_is_over() -> None:
+    validator, _, _ = build(DARK, (5,))
+    retry = await outcome(validator, record())
+    assert isinstance(retry, Retry)
+    assert retry.due_at_ms * 1000 >= NOW_US + 5_000_000
+
+
+async def test_more_attempts_than_the_settings_now_have_fail_at_once() -> None:
+    validator, _, _ = build(DARK, (5,))
+    assert isinstance(await outcome(validator, record(attempt=9)), Done)
+
+
+async def test_without_delays_trouble_fails_at_once() -> None:
+    validator, _, _ = build(DARK, ())
+    assert isinstance(await outcome(validator, record()), Done)
+
+
+async def test_a_task_recorded_without_its_domain_is_judged_by_its_address() -> None:
+    validator, _, dns = build(OK)
+    done = await outcome(validator, record(task=pb.MailTask(id=ID, email="x@Bücher.test")))
+    assert isinstance(done, Done)
+    assert isinstance(done.events[0], pb.MxOk)
+    assert dns.asked == ["xn--bcher-kva.test"]
+
+
+async def test_a_task_with_no_domain_at_all_fails() -> None:
+    validator, _, dns = build(OK)
+    done = await outcome(validator, record(task=pb.MailTask(id=ID)))
+    assert isinstance(done, Done)
+    (event,) = done.events
+    assert isinstance(event, pb.MxFailed)
+    assert event.reason == "no_such_domain"
+    assert dns.asked == []
+
+
+async def test_a_cancelled_handler_gives_no_outcome() -> None:
+    validator, _, _ = build(OK)
+    handled = validator.handle(record())
+    task = asyncio.ensure_future(cast(Awaitable[Outcome], handled))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_the_stage_reads_task_created_and_owns_its_delays() -> None:
+    _, cache, _ = build(OK)
+    made = stage(cache, (5, 30))
+    assert (made.name, tuple(made.topics), tuple(made.delays)) == ("validator", (TASK_CREATED,), (5, 30))
+    event = made.decoders[TASK_CREATED](pb.TaskCreated(task=TASK).SerializeToString())
+    assert event == pb.TaskCreated(task=TASK)
