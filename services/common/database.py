@@ -1,0 +1,195 @@
+"""MySQL or MariaDB: engines, multi-row statements, and which errors pass.
+
+Statements on the hot paths go through `exec_driver_sql` with one text for many rows: SQLAlchemy's
+`text()` and `insert().values()` spend more on such a statement than the server does.
+
+Affected rows count what *matched* (the FOUND_ROWS flag, set by SQLAlchemy): an UPDATE that finds its
+row as it would leave it counts 1, and INSERT .. ON DUPLICATE KEY UPDATE counts 1 for a new row or one
+left as it was, 2 for one changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.exc import DBAPIError, TimeoutError
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential_jitter,
+    wait_random_exponential,
+)
+
+__all__ = [
+    "deadlock",
+    "engine_of",
+    "execute_rows",
+    "marks",
+    "transaction",
+    "transient",
+    "until_back",
+]
+
+R = TypeVar("R")
+
+CONNECT_SECONDS = 4
+READ_SECONDS = 15
+LOCK_SECONDS = 5
+
+_DEADLOCK = frozenset({1205, 1213})
+# The session is over or of no use, though the client library does not say so: the server shuts down,
+# has killed it, has closed it for idleness, or has become read-only (a failed-over primary).
+_SESSION_OVER = frozenset({1053, 1290, 1836, 1927, 3168, 3169, 4031})
+# The server's own troubles: too many connections or resources used up (1040, 1041, 1203, 1226), a
+# handshake cut short (1042, 1043), a full disk (1021, 1114), a query interrupted (1317, 3024), lost
+# packets (1152-1161). The client's: no connection (2002-2006, 2012, 2013, 2026, 2027, 2055).
+_TROUBLE = frozenset(
+    {1021, 1040, 1041, 1042, 1043, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1226, 1317, 3024}
+    | {2002, 2003, 2004, 2005, 2006, 2012, 2013, 2026, 2027, 2045, 2048, 2055}
+)
+_TRANSIENT = _DEADLOCK | _SESSION_OVER | _TROUBLE
+
+_SESSION = (
+    f"SET time_zone = '+00:00', innodb_lock_wait_timeout = {LOCK_SECONDS},"
+    " sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'"
+)
+
+
+def engine_of(url: str | URL, pool_size: int = 4, read_seconds: int = READ_SECONDS) -> Engine:
+    """Return an engine whose sessions are READ COMMITTED, in UTC and strict. Connects on first use.
+
+    `mysql://` and `mariadb://` mean the driver that Postroad uses. No statement may take longer than
+    `read_seconds`. Options of the driver may stand in the URL's query (`unix_socket`, `ssl_ca`).
+    """
+    url = make_url(url)
+    if url.drivername in ("mysql", "mariadb"):
+        url = url.set(drivername="mysql+mysqlconnector")
+    engine = create_engine(
+        url,
+        isolation_level="READ COMMITTED",
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=READ_SECONDS,
+        pool_recycle=1800,
+        # A Connection ends its own transaction; the pool's second ROLLBACK would be a round trip a call.
+        pool_reset_on_return=None,
+        connect_args={
+            "use_pure": False,
+            "charset": "utf8mb4",
+            "collation": "utf8mb4_general_ci",
+            "connection_timeout": CONNECT_SECONDS,
+            "read_timeout": read_seconds,
+            "write_timeout": read_seconds,
+        },
+    )
+    event.listen(engine, "connect", _begin_session)
+    event.listen(engine, "handle_error", _end_session)
+    return engine
+
+
+def _begin_session(connection: Any, record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute(_SESSION)
+    cursor.close()
+
+
+def _end_session(context: ExceptionContext) -> None:
+    if getattr(context.original_exception, "errno", None) in _SESSION_OVER:
+        context.is_disconnect = True
+
+
+def marks(count: int) -> str:
+    """Return `count` placeholders, for `IN (...)`."""
+    return ",".join(["%s"] * count)
+
+
+def execute_rows(
+    connection: Connection, head: str, rows: Sequence[Iterable[object]], tail: str = "", limit: int = 500
+) -> int:
+    """Execute `head` + `(%s, ...)` a row + `tail`, at most `limit` rows a statement; blocks.
+
+    `head` ends with VALUES; all rows are of the first one's length. Returns the affected rows.
+    """
+    affected = 0
+    for start in range(0, len(rows), limit):
+        part = rows[start : start + limit]
+        parameters = tuple(chain.from_iterable(part))
+        row = f"({marks(len(parameters) // len(part))})"
+        statement = f"{head} {','.join([row] * len(part))} {tail}"
+        affected += connection.exec_driver_sql(statement, parameters).rowcount
+    return affected
+
+
+def _number(error: BaseException) -> int | None:
+    return getattr(error.orig if isinstance(error, DBAPIError) else error, "errno", None)
+
+
+def deadlock(error: BaseException) -> bool:
+    """Whether the server ended a transaction for the sake of another (1213) or of its patience (1205)."""
+    return _number(error) in _DEADLOCK
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return lost or isinstance(error, TimeoutError) or _number(error) in _TRANSIENT
+
+
+def _at_once(error: BaseException) -> bool:
+    return deadlock(error) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+# What takes long (a lock wait, a read timeout) is not tried again here: the caller's patience is spent.
+_again = Retrying(
+    retry=retry_if_exception(_at_once),
+    wait=wait_random_exponential(multiplier=0.005, max=0.2),
+    stop=stop_after_attempt(8) | stop_after_delay(2),
+    reraise=True,
+)
+
+
+def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
+    """Return `work(connection)`, committed; blocks.
+
+    It is done again after a deadlock, and where a pooled connection turns out to be dead. As the
+    connection may die while it commits, `work` must bear being done twice. Raises
+    `sqlalchemy.exc.DBAPIError`; `transient` tells what it means.
+    """
+
+    def once() -> R:
+        with engine.begin() as connection:
+            return work(connection)
+
+    try:
+        return once()
+    except DBAPIError as error:
+        if not _at_once(error):
+            raise
+    return _again(once)
+
+
+def until_back(noticed: Callable[[BaseException], None]) -> AsyncRetrying:
+    """Return a policy that waits as long as the database is away: `await until_back(f)(function, ...)`.
+
+    `noticed` is told each transient error; all others are raised. Waits 0.1 s at first, 3 s at most.
+    """
+
+    def tell(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if error is not None:
+            noticed(error)
+
+    return AsyncRetrying(
+        retry=retry_if_exception(transient),
+        wait=wait_exponential_jitter(initial=0.1, max=3, jitter=0.1),
+        before_sleep=tell,
+        reraise=True,
+    )
