@@ -1,0 +1,51 @@
+"""Recipient addresses: RFC 5321 and 6531 as email-validator reads them, nothing asked of the DNS."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import email_validator
+from email_validator import EmailNotValidError, validate_email
+from email_validator.syntax import validate_email_domain_name
+
+__all__ = ["ascii_domain", "normalise"]
+
+# Domains like any other here: whether they take mail is the DNS's to say. What has no place in the
+# DNS at all (localhost, .local, .onion, .arpa) stays refused. The library reads its own list at each
+# call, so it is changed once, before the first one.
+email_validator.SPECIAL_USE_DOMAIN_NAMES[:] = [
+    name for name in email_validator.SPECIAL_USE_DOMAIN_NAMES if name not in ("test", "example", "invalid")
+]
+
+# The library's own bound is 254 characters; its parser takes time for every one that it is given.
+_LONGEST = 320
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def normalise(address: str) -> tuple[str, str]:
+    """Return an address in its normalised form and its domain in A-labels.
+
+    The domain is lower case (UTS 46), the local part in NFC. Raises ValueError saying what is wrong:
+    anything that is not exactly one addr-spec, a display name and a domain of one label included.
+    """
+    if len(address) > _LONGEST:
+        raise ValueError("an address has 254 characters at most")
+    if _BREAKS.search(address):
+        raise ValueError("control characters and line separators cannot stand in an address")
+    try:
+        found = validate_email(address, strict=True, check_deliverability=False)
+    except EmailNotValidError as error:
+        raise ValueError(str(error)) from None
+    return found.normalized, found.ascii_domain
+
+
+@lru_cache(maxsize=1024)
+def ascii_domain(domain: str) -> str:
+    """Return a domain in the A-label form that tasks have; raise ValueError where it is no mail domain."""
+    if len(domain) > _LONGEST:
+        raise ValueError("a domain has 253 characters at most")
+    try:
+        return validate_email_domain_name(domain)["ascii_domain"]
+    except EmailNotValidError as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,153 @@
+"""What the api answers when it cannot do what was asked: gRPC status codes with google.rpc details.
+
+The details ride in the trailing metadata `grpc-status-details-bin`, as google.rpc.Status does for
+every client that knows the richer error model. All of a status stays below the 8 KiB that clients
+take as metadata by default, so a refusal with many long names is cut, never lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+__all__ = [
+    "DETAILS_KEY",
+    "Problem",
+    "Refused",
+    "Violation",
+    "conflict",
+    "internal",
+    "invalid",
+    "not_found",
+    "overloaded",
+    "unauthenticated",
+    "unavailable",
+]
+
+DETAILS_KEY = "grpc-status-details-bin"
+DOMAIN = "postroad"
+_MOST_VIOLATIONS = 50
+_MOST_DETAIL_BYTES = 5000
+_MOST_MESSAGE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One refused field: its path in the request (`data.email`) and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class Problem(Exception):
+    """An answer other than OK: a status code, a line for people and details for programs."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, details: Sequence[Message] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message if len(message) <= _MOST_MESSAGE else message[: _MOST_MESSAGE - 1] + "…"
+        self.details = tuple(details)
+
+    def status(self) -> status_pb2.Status:
+        """Return the google.rpc.Status of this problem."""
+        packed = []
+        for detail in self.details:
+            holder = any_pb2.Any()
+            holder.Pack(detail)
+            packed.append(holder)
+        return status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
+
+    async def abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+        """End the RPC with this problem."""
+        trailers = ((DETAILS_KEY, self.status().SerializeToString()),)
+        await context.abort(self.code, self.message, trailers)
+
+
+class Refused(Problem):
+    """INVALID_ARGUMENT, naming every refused field; the first 50 of them, or as many as fit."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        if not violations:
+            raise ValueError("a refusal names at least one field")
+        bad = error_details_pb2.BadRequest()
+        size = 0
+        for violation in violations[:_MOST_VIOLATIONS]:
+            field, description = _cut(violation.field, 120), _cut(violation.description, 300)
+            size += len(field.encode()) + len(description.encode()) + 8
+            if size > _MOST_DETAIL_BYTES:
+                break
+            bad.field_violations.add(field=field, description=description)
+        named = "; ".join(f"{v.field}: {v.description}" for v in violations[:3])
+        more = f"; and {len(violations) - 3} more" if len(violations) > 3 else ""
+        super().__init__(grpc.StatusCode.INVALID_ARGUMENT, named + more, (bad, _info("INVALID_REQUEST")))
+        self.violations = tuple(violations)
+
+
+def invalid(field: str, description: str) -> Refused:
+    """Return the refusal of one field."""
+    return Refused((Violation(field, description),))
+
+
+def not_found(id_: str) -> Problem:
+    """Return NOT_FOUND for a task id in its text form."""
+    return Problem(grpc.StatusCode.NOT_FOUND, f"no task {id_}", (_info("TASK_NOT_FOUND", {"id": id_}),))
+
+
+def conflict(original: str) -> Problem:
+    """Return ALREADY_EXISTS: the idempotency key stands for another request, whose task is `original`."""
+    return Problem(
+        grpc.StatusCode.ALREADY_EXISTS,
+        f"the idempotency key was used for another request, task {original}",
+        (_info("IDEMPOTENCY_KEY_REUSED", {"id": original}),),
+    )
+
+
+def overloaded(retry_seconds: float = 1.0) -> Problem:
+    """Return RESOURCE_EXHAUSTED: more waits than the settings allow; come back after `retry_seconds`."""
+    return Problem(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "too many requests are waiting",
+        (_info("OVERLOADED"), _retry(retry_seconds)),
+    )
+
+
+def unavailable(retry_seconds: float = 2.0) -> Problem:
+    """Return UNAVAILABLE: the database does not answer; come back after `retry_seconds`."""
+    return Problem(
+        grpc.StatusCode.UNAVAILABLE,
+        "the database does not answer",
+        (_info("DATABASE_UNAVAILABLE"), _retry(retry_seconds)),
+    )
+
+
+def unauthenticated() -> Problem:
+    """Return UNAUTHENTICATED: no bearer token, or none that is known."""
+    return Problem(
+        grpc.StatusCode.UNAUTHENTICATED, "a known bearer token is needed", (_info("TOKEN_UNKNOWN"),)
+    )
+
+
+def internal() -> Problem:
+    """Return INTERNAL for what should not happen; the log has the cause, the client does not."""
+    return Problem(grpc.StatusCode.INTERNAL, "internal error", (_info("INTERNAL"),))
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _info(reason: str, metadata: Mapping[str, str] | None = None) -> error_details_pb2.ErrorInfo:
+    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
+
+
+def _retry(seconds: float) -> error_details_pb2.RetryInfo:
+    delay = Duration()
+    delay.FromMilliseconds(int(seconds * 1000))
+    return error_details_pb2.RetryInfo(retry_delay=delay)

@@ -1,0 +1,190 @@
+"""What a List may ask for: pure, the request's typed fields and its `_filters` made one Filter.
+
+`_filters` is a Struct. Clients write it in two ways: plainly, `{"status": "pending"}`, or as a
+Struct's own message spelled out in JSON, `{"fields": {"status": {"string_value": "pending"}}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from typing import TypeAlias
+
+from google.protobuf.struct_pb2 import Struct, Value
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from postroad.v1 import task_service_pb2
+from services.api.addresses import ascii_domain, normalise
+from services.api.errors import Refused, Violation
+from services.common.schema import STATUSES
+
+__all__ = ["Filter", "parse"]
+
+Json: TypeAlias = "str | float | bool | Sequence[Json] | Mapping[str, Json] | None"
+
+_MAX_REASON = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What tasks are asked for; None or empty asks nothing. Times are microseconds since the Unix epoch."""
+
+    status: tuple[str, ...] = ()
+    email: str | None = None
+    domain: str | None = None
+    reason: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    created_from: int | None = None
+    created_to: int | None = None
+
+    def digest(self, tenant: str) -> bytes:
+        """Return 16 bytes that stand for this filter in this tenant's hands."""
+        return blake2b(repr((1, tenant, self)).encode(), digest_size=16).digest()
+
+
+def parse(request: task_service_pb2.ListRequest) -> Filter:
+    """Return what a request asks for; raise Refused naming each field that cannot be."""
+    found: list[Violation] = []
+    asked = _Asked(found)
+    _typed(request, asked)
+    if request.HasField("_filters"):
+        _struct(request._filters, asked)
+    if found:
+        raise Refused(found)
+    return Filter(**asked.values)  # type: ignore[arg-type]
+
+
+class _Asked:
+    """Collects what is asked for, a field once or the same twice, and what is wrong with it."""
+
+    def __init__(self, found: list[Violation]) -> None:
+        self.found = found
+        self.values: dict[str, object] = {}
+
+    def refuse(self, path: str, problem: str) -> None:
+        self.found.append(Violation(path, problem))
+
+    def put(self, name: str, path: str, value: object) -> None:
+        if self.values.setdefault(name, value) != value:
+            self.refuse(path, "asks for another value than the typed field")
+
+    def text(self, name: str, path: str, value: str) -> None:
+        try:
+            if name == "email":
+                value = normalise(value)[0]
+            elif name == "domain":
+                value = ascii_domain(value)
+            elif not value or len(value) > _MAX_REASON:
+                raise ValueError(f"is no reason (1 to {_MAX_REASON} characters)")
+        except ValueError as error:
+            self.refuse(path, str(error))
+        else:
+            self.put(name, path, value)
+
+    def statuses(self, path: str, values: Sequence[str]) -> None:
+        unknown = [value for value in values if value not in STATUSES]
+        if unknown:
+            self.refuse(path, f"is none of {', '.join(STATUSES)}")
+        else:
+            self.put("status", path, tuple(sorted(set(values))))
+
+    def time(self, name: str, path: str, value: Timestamp) -> None:
+        # RFC 3339's years, as google.protobuf.Timestamp demands.
+        if not (-62135596800 <= value.seconds < 253402300800 and 0 <= value.nanos < 10**9):
+            self.refuse(path, "is no point in time between the years 1 and 9999")
+        else:
+            # Rounded up: what was created at or after a point between two microseconds came at the next.
+            self.put(name, path, value.seconds * 10**6 - (-value.nanos // 1000))
+
+    def labels(self, path: str, values: Mapping[str, str]) -> None:
+        self.put("labels", path, tuple(sorted(values.items())))
+
+
+def _typed(request: task_service_pb2.ListRequest, asked: _Asked) -> None:
+    if request.status:
+        asked.statuses("status", request.status)
+    for name in ("email", "domain", "reason"):
+        if value := getattr(request, name):
+            asked.text(name, name, value)
+    if request.labels:
+        asked.labels("labels", request.labels)
+    if request.HasField("created_from"):
+        asked.time("created_from", "created_from", request.created_from)
+    if request.HasField("created_to"):
+        asked.time("created_to", "created_to", request.created_to)
+
+
+def _struct(struct: Struct, asked: _Asked) -> None:
+    members = {key: _json(value) for key, value in struct.fields.items()}
+    path = "_filters"
+    inner = members.get("fields")
+    if len(members) == 1 and isinstance(inner, Mapping):
+        path = "_filters.fields"
+        members = {key: _plain(value) for key, value in inner.items()}
+    known = {field.name for field in fields(Filter)}
+    for name, value in sorted(members.items()):
+        where = f"{path}.{name[:60].encode('unicode_escape').decode()}"
+        if name not in known:
+            asked.refuse(where, f"is no filter; there are {', '.join(sorted(known))}")
+        else:
+            _member(name, where, value, asked)
+
+
+def _member(name: str, where: str, value: Json, asked: _Asked) -> None:
+    if name == "labels":
+        if isinstance(value, Mapping) and all(isinstance(member, str) for member in value.values()):
+            asked.labels(where, value)  # type: ignore[arg-type]
+        else:
+            asked.refuse(where, "takes an object of strings")
+    elif name == "status" and isinstance(value, Sequence) and not isinstance(value, str):
+        if value and all(isinstance(member, str) for member in value):
+            asked.statuses(where, value)  # type: ignore[arg-type]
+        else:
+            asked.refuse(where, "takes a string or a list of strings")
+    elif not isinstance(value, str):
+        asked.refuse(where, "takes a string")
+    elif name == "status":
+        asked.statuses(where, [value])
+    elif name in ("created_from", "created_to"):
+        moment = Timestamp()
+        try:
+            moment.FromJsonString(value)
+        except ValueError:
+            asked.refuse(where, "takes a time as RFC 3339 writes it")
+        else:
+            asked.time(name, where, moment)
+    else:
+        asked.text(name, where, value)
+
+
+def _json(value: Value) -> Json:
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return {key: _json(member) for key, member in value.struct_value.fields.items()}
+        case "list_value":
+            return [_json(member) for member in value.list_value.values]
+        case "string_value":
+            return value.string_value
+        case "number_value":
+            return value.number_value
+        case "bool_value":
+            return value.bool_value
+        case _:
+            return None
+
+
+def _plain(value: Json) -> Json:
+    """Return what a Value spelled out as its own message says; what is none is no filter's value: null."""
+    if not isinstance(value, Mapping) or len(value) != 1:
+        return None
+    [(kind, inner)] = value.items()
+    match kind, inner:
+        case (("string_value" | "stringValue"), str()):
+            return inner
+        case (("list_value" | "listValue"), {"values": list(members)}):
+            return [_plain(member) for member in members]
+        case (("struct_value" | "structValue"), {"fields": Mapping() as members}):
+            return {key: _plain(member) for key, member in members.items()}
+        case _:
+            return None

@@ -1,0 +1,190 @@
+"""What a Create may ask for: pure, the whole request at once, every refused field by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+
+from postroad.v1 import events_pb2, task_service_pb2
+from services.api.addresses import normalise
+from services.api.errors import Refused, Violation
+
+__all__ = ["MAX_HEADERS", "MAX_KEY", "MAX_LABELS", "MAX_SUBJECT", "check_key", "encoded_length", "mail_task"]
+
+MAX_SUBJECT = 998
+MAX_KEY = 255
+MAX_HEADERS = 50
+MAX_LABELS = 64
+# RFC 5322 section 2.1.1: a line of a header field, its name and colon included, before folding.
+_MAX_HEADER = 998
+_MAX_LABEL_KEY, _MAX_LABEL_VALUE = 63, 255
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+# U+0085 is a line end to some readers and travels encoded; the other controls have no use in a header.
+_CONTROL_IN_TEXT = re.compile("[\x00-\x1f\x7f-\x84\x86-\x9f]")
+# RFC 5322 section 2.2: printable ASCII but the colon; 76 leaves room for a value on the same line.
+_FIELD_NAME = re.compile("[!-9;-~]{1,76}")
+# What the sender writes, what mail servers on the way write, and what would name other recipients.
+_RESERVED = frozenset(
+    {
+        *("from", "to", "cc", "bcc", "sender", "subject", "date", "message-id", "mime-version"),
+        *("received", "return-path", "delivered-to", "authentication-results", "dkim-signature"),
+        *("arc-seal", "arc-message-signature", "arc-authentication-results"),
+    }
+)
+_RESERVED_FAMILIES = ("content-", "resent-")
+
+
+def mail_task(
+    request: task_service_pb2.CreateRequest, tenant: str, key: str, max_body: int
+) -> events_pb2.MailTask:
+    """Return the task that this request asks for, without the id and the time that it is yet to get.
+
+    `key` is the idempotency key, checked before; `max_body` the bytes that text and HTML have together
+    at most. Raises Refused naming every field that cannot be.
+    """
+    data = request.data
+    found: list[Violation] = []
+    email, domain = _address(data.email, found)
+    _subject(data.subject, found)
+    _bodies(data, max_body, found)
+    if data.headers:
+        _headers(data.headers, found)
+    if data.labels:
+        _labels(data.labels, found)
+    if found:
+        raise Refused(found)
+    task = events_pb2.MailTask(
+        tenant=tenant,
+        email=email,
+        domain=domain,
+        subject=data.subject,
+        body=data.body if data.HasField("body") else None,
+        html=data.html if data.HasField("html") else None,
+        headers=data.headers,
+        labels=data.labels,
+    )
+    if key:
+        task.idempotency_key = key
+        task.request_hash = _request_hash(task)
+    return task
+
+
+def check_key(in_request: str, in_metadata: str) -> str:
+    """Return the idempotency key, empty where there is none; the two places may not differ."""
+    if in_request and in_metadata and in_request != in_metadata:
+        raise Refused([Violation("idempotency_key", "differs from the metadata's idempotency-key")])
+    key = in_request or in_metadata
+    if len(key) > MAX_KEY or len(key.encode()) > MAX_KEY:
+        raise Refused([Violation("idempotency_key", f"has {MAX_KEY} bytes at most")])
+    # The tables compare without trailing spaces, so two such keys would be one.
+    if _CONTROL.search(key) or key != key.strip():
+        raise Refused([Violation("idempotency_key", "has control characters or spaces around it")])
+    return key
+
+
+def encoded_length(subject: str) -> int:
+    """Return the bytes that a subject takes in a header: its own in printable ASCII, otherwise those of
+    base64 encoded words (RFC 2047 section 2, 45 bytes of text in each) with a space between two.
+    """
+    if subject.isascii() and subject.isprintable():
+        return len(subject)
+    size = len(subject.encode())
+    words = -(-size // 45)
+    return 4 * -(-size // 3) + 12 * words + words - 1
+
+
+def _address(email: str, found: list[Violation]) -> tuple[str, str]:
+    if not email:
+        found.append(Violation("data.email", "is missing"))
+        return "", ""
+    try:
+        return normalise(email)
+    except ValueError as error:
+        found.append(Violation("data.email", str(error)))
+        return "", ""
+
+
+def _subject(subject: str, found: list[Violation]) -> None:
+    if not subject.strip():
+        found.append(Violation("data.subject", "is missing" if not subject else "is blank"))
+    elif _CONTROL_IN_TEXT.search(subject):
+        found.append(Violation("data.subject", "has control characters"))
+    elif len(subject) > MAX_SUBJECT or encoded_length(subject) > MAX_SUBJECT:
+        found.append(Violation("data.subject", f"has {MAX_SUBJECT} bytes at most, encoded"))
+
+
+def _bodies(data: task_service_pb2.TaskData, max_body: int, found: list[Violation]) -> None:
+    if not data.HasField("body") and not data.HasField("html"):
+        found.append(Violation("data.body", "is missing; it may be empty, or html be given instead"))
+        return
+    text, html = _size(data.body), _size(data.html)
+    if text + html > max_body:
+        field = "data.body" if text >= html else "data.html"
+        found.append(Violation(field, f"text and HTML have {max_body} bytes at most, not {text + html}"))
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _headers(headers: Mapping[str, str], found: list[Violation]) -> None:
+    if len(headers) > MAX_HEADERS:
+        found.append(Violation("data.headers", f"{MAX_HEADERS} at most"))
+        return
+    seen = set()
+    for name, value in sorted(headers.items()):
+        lower = name.lower()
+        if _FIELD_NAME.fullmatch(name) is None:
+            problem = "is no header name (1 to 76 printable ASCII characters, no colon)"
+        elif lower in _RESERVED or lower.startswith(_RESERVED_FAMILIES):
+            problem = "is not a client's to write"
+        elif lower in seen:
+            problem = "is given twice"
+        elif not value.strip():
+            problem = "is empty"
+        elif _CONTROL_IN_TEXT.search(value):
+            problem = "has control characters"
+        elif len(name) + 2 + encoded_length(value) > _MAX_HEADER:
+            problem = f"has {_MAX_HEADER} bytes at most, its name included, encoded"
+        else:
+            seen.add(lower)
+            continue
+        found.append(Violation(_member("data.headers", name), problem))
+
+
+def _labels(labels: Mapping[str, str], found: list[Violation]) -> None:
+    if len(labels) > MAX_LABELS:
+        found.append(Violation("data.labels", f"{MAX_LABELS} at most"))
+        return
+    for key, value in sorted(labels.items()):
+        if not key or len(key.encode()) > _MAX_LABEL_KEY or _CONTROL.search(key):
+            problem = f"is no label key (1 to {_MAX_LABEL_KEY} bytes, no control characters)"
+        elif len(value.encode()) > _MAX_LABEL_VALUE or _CONTROL.search(value):
+            problem = f"is no label value ({_MAX_LABEL_VALUE} bytes at most, no control characters)"
+        else:
+            continue
+        found.append(Violation(_member("data.labels", key), problem))
+
+
+def _member(field: str, key: str) -> str:
+    """Return the path of a map's entry, on one line whatever the key holds."""
+    shown = key[:40].encode("unicode_escape").decode()
+    return f'{field}["{shown}{"…" if len(key) > 40 else ""}"]'
+
+
+def _request_hash(task: events_pb2.MailTask) -> bytes:
+    """Return SHA-256 over what was asked for, normalised; each part stands with its length."""
+    digest = sha256(b"1")
+    bodies = [getattr(task, name) if task.HasField(name) else None for name in ("body", "html")]
+    pairs = [part for field in (task.headers, task.labels) for part in (str(len(field)), *_flat(field))]
+    for part in (task.email, task.subject, *bodies, *pairs):
+        raw = b"" if part is None else part.encode()
+        digest.update(b"-" if part is None else b"%d:" % len(raw))
+        digest.update(raw)
+    return digest.digest()
+
+
+def _flat(field: Mapping[str, str]) -> list[str]:
+    return [text for pair in sorted(field.items()) for text in pair]

@@ -1,0 +1,171 @@
+"""Page tokens, ids, bearer tokens and the errors' details."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.api import errors, pages, uuid7
+from services.api.auth import Tenants
+
+# --- pages --------------------------------------------------------------------------------------
+
+
+@given(st.binary(min_size=16, max_size=16), st.binary(min_size=16, max_size=16))
+def test_a_token_leads_back_to_its_id(last: bytes, digest: bytes) -> None:
+    token = pages.token(last, digest)
+    assert pages.position(token, digest) == last
+    with pytest.raises(errors.Refused):
+        pages.position(token, bytes(16) if digest != bytes(16) else b"x" * 16)
+
+
+def test_no_token_is_the_first_page() -> None:
+    assert pages.position("", b"d") is None
+
+
+@given(st.text(max_size=60))
+def test_what_is_not_ours_is_refused(text: str) -> None:
+    if text:
+        with pytest.raises(errors.Refused) as caught:
+            pages.position(text, b"d" * 16)
+        assert caught.value.violations[0].field == "page_token"
+
+
+def test_a_token_that_was_changed_is_refused() -> None:
+    digest = b"d" * 16
+    token = pages.token(bytes(range(16)), digest)
+    raw = base64.urlsafe_b64decode(token + "==="[: -len(token) % 4])
+    others = [token + "=", token + " ", token[:-1], token.lower(), token + token]
+    others += [
+        base64.urlsafe_b64encode(raw[:n] + bytes([raw[n] ^ 1]) + raw[n + 1 :]).decode().rstrip("=")
+        for n in range(len(raw))
+    ]
+    for other in others:
+        with pytest.raises(errors.Refused):
+            pages.position(other, digest)
+
+
+def test_page_sizes() -> None:
+    assert [pages.page_size(n) for n in (0, 1, 50, 1000, 1001, 2**31 - 1)] == [50, 1, 50, 1000, 1000, 1000]
+    for bad in (-1, -(2**31)):
+        with pytest.raises(errors.Refused):
+            pages.page_size(bad)
+
+
+# --- ids ----------------------------------------------------------------------------------------
+
+
+def test_ids_are_uuid7_and_rise_strictly_whatever_the_clock_does() -> None:
+    times = iter([5_000_000, 5_000_999, 5_001_000, 3_000_000, 3_000_000, 9_000_000_000_000_000])
+    clock = uuid7.Clock(lambda: next(times))
+    drawn = [clock.draw() for _ in range(6)]
+    assert [us for _, us in drawn] == [5000, 5001, 5002, 5003, 5004, 9_000_000_000_000]
+    assert sorted(drawn) == drawn
+    for id_, us in drawn:
+        parsed = uuid.UUID(bytes=id_)
+        assert (parsed.version, parsed.variant) == (7, uuid.RFC_4122)
+        assert int.from_bytes(id_[:6], "big") == us // 1000
+        assert uuid7.text(id_) == str(parsed)
+        assert uuid7.parse(uuid7.text(id_)) == uuid7.parse(uuid7.text(id_).upper()) == id_
+
+
+@given(st.integers(0, 2**48 * 1000 - 1), st.integers(0, 2**48 * 1000 - 1))
+def test_a_range_of_times_is_a_range_of_ids(us: int, bound: int) -> None:
+    id_, at = uuid7.Clock(lambda: us * 1000).draw() if us else uuid7.Clock(lambda: 1000).draw()
+    assert (id_ >= uuid7.lowest(bound)) == (at >= bound)
+
+
+def test_bounds_outside_of_what_an_id_can_tell() -> None:
+    id_, _ = uuid7.Clock().draw()
+    assert uuid7.lowest(-(10**18)) < id_ < uuid7.lowest(10**18)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "x",
+        "0" * 32,
+        "urn:uuid:" + "0" * 36,
+        "{00000000-0000-7000-8000-000000000000}",
+        "00000000-0000-7000-8000-00000000000g",
+        "00000000-0000-7000-8000-000000000000\n",
+        "\u06600000000-0000-7000-8000-000000000000",
+    ],
+)
+def test_malformed_ids(value: str) -> None:
+    with pytest.raises(ValueError, match="UUID"):
+        uuid7.parse(value)
+
+
+# --- tenants ------------------------------------------------------------------------------------
+
+
+def test_without_tokens_everyone_is_the_default_tenant() -> None:
+    assert Tenants("").tenant({"authorization": "Bearer whatever"}) == "default"
+
+
+def test_a_token_tells_its_tenant() -> None:
+    tenants = Tenants("shop:s3cret-one, shop:s3cret-two,bank:x:y:z:12345")
+    assert tenants.tenant({"authorization": "Bearer s3cret-one"}) == "shop"
+    assert tenants.tenant({"authorization": "bearer  s3cret-two"}) == "shop"
+    assert tenants.tenant({"authorization": "Bearer x:y:z:12345"}) == "bank"
+    for bad in ("", "Bearer", "Bearer ", "Bearer s3cret-onE", "Basic s3cret-one", "s3cret-one"):
+        with pytest.raises(errors.Problem) as caught:
+            tenants.tenant({"authorization": bad})
+        assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
+    with pytest.raises(errors.Problem):
+        tenants.tenant({})
+
+
+@pytest.mark.parametrize(
+    "tokens", ["shop", "shop:", ":s3cret-one", "sh op:s3cret-one", "a:s3cret-one,b:s3cret-one", "shop:short"]
+)
+def test_bad_token_settings_are_refused_without_showing_a_token(tokens: str) -> None:
+    with pytest.raises(ValueError, match="pair") as caught:
+        Tenants(tokens)
+    assert "s3cret" not in str(caught.value)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def unpack(problem: errors.Problem) -> list[object]:
+    kinds = [error_details_pb2.BadRequest, error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo]
+    unpacked = []
+    for detail in problem.status().details:
+        [kind] = [kind for kind in kinds if detail.Is(kind.DESCRIPTOR)]
+        message = kind()
+        detail.Unpack(message)
+        unpacked.append(message)
+    return unpacked
+
+
+def test_a_refusal_names_fifty_fields_at_most_and_fits_into_the_metadata() -> None:
+    many = errors.Refused(
+        [errors.Violation(f"data.labels[{n}]", "has control characters") for n in range(80)]
+    )
+    bad, info = unpack(many)
+    assert len(bad.field_violations) == 50  # type: ignore[attr-defined]
+    assert info.reason == "INVALID_REQUEST"  # type: ignore[attr-defined]
+    long = errors.Refused([errors.Violation("é" * 500, "é" * 5000)] * 80)
+    for problem in (many, long):
+        assert len(problem.status().SerializeToString()) < 7000
+    assert len(unpack(long)[0].field_violations) >= 5  # type: ignore[attr-defined]
+
+
+def test_what_passes_says_when_to_come_back() -> None:
+    for problem in (errors.overloaded(0.5), errors.unavailable()):
+        _, retry = unpack(problem)
+        assert retry.retry_delay.ToMilliseconds() > 0  # type: ignore[attr-defined]
+
+
+def test_a_conflict_names_the_original() -> None:
+    [info] = unpack(errors.conflict("the-id"))
+    assert info.metadata["id"] == "the-id"  # type: ignore[attr-defined]

@@ -1,0 +1,235 @@
+"""What a Create may ask for: each refusal names its field, each limit is met exactly."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postroad.v1.task_service_pb2 import CreateRequest
+from services.api.addresses import ascii_domain, normalise
+from services.api.errors import Refused
+from services.api.validation import check_key, encoded_length, mail_task
+
+MAX_BODY = 1000
+
+
+def request(**data: object) -> CreateRequest:
+    base: dict[str, object] = {"email": "a@shop.example", "subject": "Hello", "body": "text"}
+    return CreateRequest(data={k: v for k, v in (base | data).items() if v is not None})  # type: ignore[arg-type]
+
+
+def refused(**data: object) -> list[str]:
+    with pytest.raises(Refused) as caught:
+        mail_task(request(**data), "default", "", MAX_BODY)
+    return [violation.field for violation in caught.value.violations]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "domain"),
+    [
+        ("Ann.Lee+x@Mail.Example.COM", "Ann.Lee+x@mail.example.com", "mail.example.com"),
+        ("POSTMASTER@a.test", "postmaster@a.test", "a.test"),
+        ("a@bücher.example", "a@bücher.example", "xn--bcher-kva.example"),
+        ("a@xn--bcher-kva.example", "a@bücher.example", "xn--bcher-kva.example"),
+        ("a@faß.invalid", "a@faß.invalid", "xn--fa-hia.invalid"),
+        ("cafe\u0301@b.test", "caf\u00e9@b.test", "b.test"),
+        ("用户@例え.test", "用户@例え.test", "xn--r8jz45g.test"),
+        ("a@example.com", "a@example.com", "example.com"),
+    ],
+)
+def test_an_address_is_normalised_and_its_domain_is_in_a_labels(given: str, kept: str, domain: str) -> None:
+    task = mail_task(request(email=given), "t", "", MAX_BODY)
+    assert (task.email, task.domain) == (kept, domain)
+
+
+@pytest.mark.parametrize(
+    "email",
+    [
+        "",
+        "a",
+        "@b.test",
+        "a@",
+        "a@b",
+        "a@localhost",
+        "a@test",
+        "a@x.localhost",
+        "a@b..test",
+        "a@-b.test",
+        "a@b.test.",
+        ".a@b.test",
+        "a.@b.test",
+        "a b@c.test",
+        " a@b.test",
+        "a@b.test ",
+        "a@b.test,c@d.test",
+        "a@b.test; c@d.test",
+        "a@@b.test",
+        "Ann <a@b.test>",
+        "<a@b.test>",
+        '"a b"@c.test',
+        "a@[127.0.0.1]",
+        "a@1.2.3.4",
+        "a@b.test\r\nBcc: c@d.test",
+        "a@b.test\n",
+        "a\0@b.test",
+        "a\u2028@b.test",
+        "a\u2029@b.test",
+        "a@b\u0085.test",
+        "a\u202e@b.test",
+        "a" * 65 + "@b.test",
+        "a@" + "b" * 64 + ".test",
+        "a@" + "b." * 126 + "test",
+        "a" * 100_000,
+        "a@xn--0.test",
+    ],
+)
+def test_what_is_no_single_address_is_refused(email: str) -> None:
+    assert refused(email=email) == ["data.email"]
+
+
+@given(st.emails())
+def test_normalising_twice_changes_nothing(address: str) -> None:
+    try:
+        once, domain = normalise(address)
+    except ValueError:
+        return
+    assert normalise(once) == (once, domain)
+    assert ascii_domain(domain) == domain
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_an_address_or_a_refusal(text: str) -> None:
+    try:
+        email, domain = normalise(text)
+    except ValueError:
+        return
+    assert email.count("@") == 1
+    assert email.isprintable()
+    assert domain.isascii()
+
+
+@pytest.mark.parametrize("subject", [None, "", " ", "\u3000"])
+def test_a_subject_must_say_something(subject: str | None) -> None:
+    assert refused(subject=subject) == ["data.subject"]
+
+
+@pytest.mark.parametrize("code", [0, 9, 10, 13, 27, 31, 127, 128, 0x9F])
+def test_control_characters_are_refused_in_what_goes_into_a_header(code: int) -> None:
+    bad = f"a{chr(code)}b"
+    assert refused(subject=bad) == ["data.subject"]
+    assert refused(headers={"X-A": bad}) == ['data.headers["X-A"]']
+    assert refused(labels={"a": bad}) == ['data.labels["a"]']
+    assert refused(email=f"{bad}@c.test") == ["data.email"]
+
+
+@pytest.mark.parametrize("subject", ["a\u2028b", "a\u2029b", "a\u0085b", "👍", "\u202eabc", "=?utf-8?q?a?="])
+def test_a_subject_may_hold_what_travels_encoded(subject: str) -> None:
+    assert mail_task(request(subject=subject), "t", "", MAX_BODY).subject == subject
+
+
+def test_a_subject_has_998_bytes_encoded() -> None:
+    longest = max(n for n in range(998) if encoded_length("é" * n) <= 998)
+    for subject in ("a" * 998, "é" * longest):
+        mail_task(request(subject=subject), "t", "", MAX_BODY)
+    for subject in ("a" * 999, "é" * (longest + 1), "a" * 1_000_000):
+        assert refused(subject=subject) == ["data.subject"]
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=400))
+def test_the_encoded_length_is_within_a_word_of_base64(subject: str) -> None:
+    size = len(subject.encode())
+    assert size <= encoded_length(subject) <= size * 4 / 3 + 3 + 13 * (size / 45 + 1)
+
+
+def test_text_and_html_share_one_limit() -> None:
+    mail_task(request(body="b" * MAX_BODY), "t", "", MAX_BODY)
+    mail_task(request(body="b" * 400, html="h" * 600), "t", "", MAX_BODY)
+    mail_task(request(body="é" * (MAX_BODY // 2)), "t", "", MAX_BODY)
+    assert refused(body="b" * (MAX_BODY + 1)) == ["data.body"]
+    assert refused(body="é" * (MAX_BODY // 2) + "b") == ["data.body"]
+    assert refused(body="b" * 400, html="h" * 601) == ["data.html"]
+
+
+def test_a_body_may_be_empty_but_not_absent_unless_there_is_html() -> None:
+    assert refused(body=None) == ["data.body"]
+    empty = mail_task(request(body=""), "t", "", MAX_BODY)
+    assert empty.HasField("body")
+    only_html = mail_task(request(body=None, html="<p>"), "t", "", MAX_BODY)
+    assert not only_html.HasField("body")
+    assert only_html.html == "<p>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("From", "to", "CC", "bcc", "Sender", "Subject", "Date", "Message-ID", "MIME-Version", "Received"),
+        *("Content-Type", "content-x", "Return-Path", "DKIM-Signature", "Resent-To"),
+        *("", "X A", "X:A", "Ü", "X\n", "X" * 77),
+    ],
+)
+def test_headers_that_are_not_a_clients_to_write(name: str) -> None:
+    [field] = refused(headers={name: "v"})
+    assert field.startswith('data.headers["')
+    assert "\n" not in field
+
+
+def test_headers_limits() -> None:
+    fifty = {f"X-{n}": "v" for n in range(50)}
+    assert mail_task(request(headers=fifty), "t", "", MAX_BODY).headers == fifty
+    assert refused(headers=fifty | {"Y": "v"}) == ["data.headers"]
+    assert refused(headers={"X-A": "1", "x-a": "2"}) == ['data.headers["x-a"]']
+    assert refused(headers={"X-A": " "}) == ['data.headers["X-A"]']
+    mail_task(request(headers={"X-A": "v" * 993}), "t", "", MAX_BODY)
+    assert refused(headers={"X-A": "v" * 994}) == ['data.headers["X-A"]']
+
+
+def test_labels_limits() -> None:
+    most = {f"{n:063}": "é" * 127 for n in range(64)}
+    assert mail_task(request(labels=most), "t", "", MAX_BODY).labels == most
+    assert refused(labels=most | {"x": ""}) == ["data.labels"]
+    assert refused(labels={"": "v"}) == ['data.labels[""]']
+    [long] = refused(labels={"k" * 64: "v"})
+    assert long.startswith('data.labels["kkk')
+    assert refused(labels={"k": "v" * 256}) == ['data.labels["k"]']
+
+
+def test_every_bad_field_is_named_at_once() -> None:
+    with pytest.raises(Refused) as caught:
+        mail_task(CreateRequest(), "t", "", MAX_BODY)
+    assert [v.field for v in caught.value.violations] == ["data.email", "data.subject", "data.body"]
+
+
+def test_the_key_is_the_requests_or_the_metadatas() -> None:
+    assert check_key("", "") == ""
+    assert check_key("a", "") == check_key("", "a") == check_key("a", "a") == "a"
+    assert check_key("é" * 127, "") == "é" * 127
+    for bad in [("a", "b"), ("k" * 256, ""), ("é" * 128, ""), ("a\n", ""), (" a", ""), ("a ", "")]:
+        with pytest.raises(Refused) as caught:
+            check_key(*bad)
+        assert [v.field for v in caught.value.violations] == ["idempotency_key"]
+
+
+def hash_of(**data: object) -> bytes:
+    return mail_task(request(**data), "t", "key", MAX_BODY).request_hash
+
+
+def test_the_request_hash_tells_requests_apart_by_what_they_ask_for() -> None:
+    assert mail_task(request(), "t", "", MAX_BODY).request_hash == b""
+    assert hash_of(email="a@SHOP.example") == hash_of()
+    assert hash_of(labels={"a": "1", "b": "2"}) == hash_of(labels={"b": "2", "a": "1"})
+    variants: list[dict[str, object]] = [
+        {},
+        {"email": "b@shop.example"},
+        {"subject": "Hello!"},
+        {"body": ""},
+        {"body": None, "html": "text"},
+        {"html": ""},
+        {"html": "x"},
+        {"body": None, "html": ""},
+        {"headers": {"X-A": "b"}},
+        {"labels": {"X-A": "b"}},
+        {"labels": {"X-A": "", "b": ""}},
+        {"labels": {"X-Ab": ""}},
+    ]
+    hashes = [hash_of(**variant) for variant in variants]
+    assert len({*hashes}) == len(variants)
+    assert {len(value) for value in hashes} == {32}
