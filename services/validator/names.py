@@ -14,14 +14,14 @@ _ASCII_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*
 def to_ascii(domain: str) -> str:
     """The A-label form of `domain`: lower case, no dot at the end.
 
-    Non-ASCII names are mapped by UTS #46 (non-transitional, so that "ß" keeps its own name) and encoded by
+    Non-ASCII names are mapped by UTS #46 (non-transitional: "ß" keeps its own name) and encoded by
     IDNA 2008 (RFC 5891). ASCII names are left to the DNS to judge, so long as they fit into a question.
     Raises ValueError, with the reason as its text, for what cannot be a domain name.
     """
     name = domain.strip()
     if not name.isascii():
         try:
-            name = idna.encode(name, uts46=True, transitional=False).decode("ascii")
+            name = idna.encode(name, uts46=True).decode("ascii")
         except (idna.IDNAError, UnicodeError) as error:
             raise ValueError(f"{domain!r} is not a domain name: {error}") from error
     name = name.lower().removesuffix(".")

@@ -221,6 +221,14 @@ async def test_no_question_is_asked_that_the_verdict_does_not_need(server: Names
         ("mx2.good.test", "A"): 1,
         ("mx2.good.test", "AAAA"): 1,
     }
+    server.asked.clear()
+    await look("dangling.test")
+    assert server.asked == {
+        ("dangling.test", "MX"): 1,
+        ("nowhere.test", "A"): 1,
+        ("mailless.test", "A"): 1,
+        ("mailless.test", "AAAA"): 1,
+    }
 
 
 async def test_a_truncated_answer_is_asked_for_over_tcp_and_cut_to_the_best_hosts(server: Nameserver) -> None:

@@ -175,6 +175,11 @@ def test_ttl_is_the_answers_within_bounds(answer: Answer[Mx], known: Host, ttl: 
     assert verdict(answer, {"a.test": known}).ttl == ttl
 
 
+def test_ok_holds_while_any_usable_host_does() -> None:
+    known = {"a.test": Host(HostState.USABLE, 100), "b.test": Host(HostState.USABLE, 200), "c.test": GONE}
+    assert verdict(mx((1, "a.test"), (2, "b.test"), (3, "c.test"), ttl=600), known).ttl == 200
+
+
 def test_what_is_no_domain_does_not_exist() -> None:
     assert (not_a_domain("?").kind, not_a_domain("?").reason) == (Kind.FAILED, Reason.NO_SUCH_DOMAIN)
 
@@ -208,6 +213,7 @@ NOTHING: Answer[Address] = Answer(Said.NOTHING, detail="REFUSED")
         ((found(V4),), Host(HostState.USABLE, 100)),
         ((found(LOCAL, V4),), Host(HostState.USABLE, 100)),
         ((found(LOCAL), found(V6, ttl=70)), Host(HostState.USABLE, 70)),
+        ((found(V4, ttl=50), found(V6, ttl=70)), Host(HostState.USABLE, 70)),
         ((NOTHING, found(V6)), Host(HostState.USABLE, 100)),
         ((EMPTY, found(V6)), Host(HostState.USABLE, 100)),
         ((EMPTY, EMPTY), Host(HostState.ABSENT, 50)),
