@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 __all__ = ["Settings", "settings"]
@@ -76,6 +76,10 @@ class Settings(BaseSettings):
         5000,
         ge=1,
         description="Creates that wait for MySQL at most; more are refused with RESOURCE_EXHAUSTED",
+    )
+    api_tokens: SecretStr = Field(
+        SecretStr(""),
+        description="Bearer tokens of the gRPC API, tenant:token, comma separated; empty: no authentication",
     )
 
     validator_delays: Delays = Field(
