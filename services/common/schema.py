@@ -6,26 +6,53 @@ primary key's inserts go to its end (RFC 9562 section 5.7).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BINARY, JSON, BigInteger, Column, Index, Integer, MetaData, String, Table
+from sqlalchemy import BINARY, JSON, VARBINARY, BigInteger, Column, Index, Integer, MetaData, String, Table
 from sqlalchemy.dialects.mysql import BIGINT, DATETIME, ENUM, LONGTEXT
 
 __all__ = [
     "DELIVERY_STATES",
+    "INT_MAX",
     "STATUSES",
     "deliveries",
+    "from_micros",
     "metadata",
     "outbox",
     "task_bodies",
     "task_events",
     "tasks",
+    "to_micros",
+    "widths",
 ]
 
 metadata = MetaData()
 
 STATUSES = ("pending", "processing", "completed", "failed", "uncertain", "cancelled")
 DELIVERY_STATES = ("sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled")
+
+INT_MAX = (1 << 31) - 1
+_EPOCH = datetime(1970, 1, 1)  # naive, as the columns are
+_LAST = (datetime(9999, 12, 31, 23, 59, 59) - _EPOCH) // timedelta(microseconds=1)
+
+
+def from_micros(micros: int) -> datetime:
+    """Return microseconds since the Unix epoch as a column's value: UTC, naive, exact, 1970 to 9999."""
+    return _EPOCH + timedelta(microseconds=min(max(micros, 0), _LAST))
+
+
+def to_micros(time: datetime) -> int:
+    """Return a column's time as microseconds since the Unix epoch."""
+    return (time - _EPOCH) // timedelta(microseconds=1)
+
+
+def widths(table: Table) -> Mapping[str, int]:
+    """Return the length of each of the table's texts (characters) and byte strings (bytes)."""
+    lengths = ((column.name, getattr(column.type, "length", None)) for column in table.columns)
+    return {name: length for name, length in lengths if length is not None}
+
 
 _OPTIONS: dict[str, Any] = {
     "mysql_engine": "InnoDB",
@@ -45,7 +72,8 @@ tasks = Table(
     metadata,
     Column("id", BINARY(16), primary_key=True),
     Column("tenant", String(64)),
-    Column("idempotency_key", String(255)),
+    # Bytes: a text column would take "key" and "key " for one (PAD SPACE).
+    Column("idempotency_key", VARBINARY(255)),
     Column("request_hash", BINARY(32)),
     Column("recipient", String(320)),
     Column("domain", String(255)),

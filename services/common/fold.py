@@ -1,0 +1,216 @@
+"""What the events of a task make of it: pure, the same whatever their order and however often they come.
+
+A row is a point in a join-semilattice. `delta` makes a row of one event, `merge` is the join of two;
+it is commutative, associative and idempotent by construction, and so is every fold over it. Two facts
+carry that: the columns that describe the mail are the same in every event that has them, and of the
+others the row with the higher version wins whole.
+
+A version is one unsigned 64-bit number:
+
+    bit  63      completed, which absorbs everything
+    bits 21-62   epoch: milliseconds since the Unix epoch, 42 bits, until the year 2109
+    bits 18-20   tier, see below
+    bits  4-17   attempt, up to 16,383
+    bits  0-3    within an attempt: found in doubt for the nth time (0-14), or over (15)
+
+Different events of a task have different versions (what is beyond a field's width saturates, and then
+the first one stays); events of one version come from one topic and partition, in one order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from google.protobuf.message import Message
+
+from postroad.v1 import events_pb2 as pb
+from services.common.events import Event, task_id
+from services.common.schema import INT_MAX, from_micros, tasks, widths
+
+__all__ = ["EPOCH_SHIFT", "Row", "delta", "fold", "merge"]
+
+EPOCH_SHIFT = 21
+_TIER_SHIFT, _ATTEMPT_SHIFT = 18, 4
+_COMPLETED = 1 << 63
+_EPOCH_MAX, _ATTEMPT_MAX, _OVER = (1 << 42) - 1, (1 << 14) - 1, 15
+
+# Tiers, in the order in which a task lives through them.
+_CREATED, _MX_DEFERRED, _MX_OK, _MAIL_DEFERRED, _CANCELLED, _MX_FAILED, _MAIL_FAILED, _UNCERTAIN = range(8)
+
+
+class Row(NamedTuple):
+    """A row of `tasks`, in the order of its columns. What `task.created` brings is None until it is known."""
+
+    id: bytes
+    tenant: str | None
+    idempotency_key: bytes | None
+    request_hash: bytes | None
+    recipient: str | None
+    domain: str | None
+    subject: str | None
+    labels: str | None
+    created_at: datetime | None
+    status: str
+    version: int
+    epoch: int
+    attempts: int
+    next_attempt_at: datetime | None
+    reason: str
+    reply: str
+    message_id: str
+    updated_at: datetime
+
+
+_WIDTHS = widths(tasks)
+
+
+def _version(epoch: int, tier: int, attempt: int = 0, within: int = _OVER) -> int:
+    rank = tier << _TIER_SHIFT | min(attempt, _ATTEMPT_MAX) << _ATTEMPT_SHIFT | within
+    return min(epoch, _EPOCH_MAX) << EPOCH_SHIFT | rank
+
+
+_Mail = tuple[
+    str | None, bytes | None, bytes | None, str | None, str | None, str | None, str | None, datetime | None
+]
+_UNKNOWN: _Mail = (None, None, None, None, None, None, None, None)
+
+
+def _mail(task: Any) -> _Mail:
+    key, digest, labels = task.idempotency_key, task.request_hash, task.labels
+    return (
+        task.tenant[: _WIDTHS["tenant"]],
+        key.encode()[: _WIDTHS["idempotency_key"]] if key else None,
+        digest[:32].ljust(32, b"\0") if digest else None,
+        task.email[: _WIDTHS["recipient"]],
+        task.domain[: _WIDTHS["domain"]],
+        task.subject[: _WIDTHS["subject"]],
+        json.dumps(dict(labels), sort_keys=True, separators=(",", ":")) if labels else None,
+        from_micros(task.created_at_us),
+    )
+
+
+def _row(
+    event: Any,
+    status: str,
+    version: int,
+    *,
+    mail: _Mail = _UNKNOWN,
+    attempts: int = 0,
+    next_at_us: int = 0,
+    reason: str = "",
+    reply: str = "",
+    message_id: str = "",
+) -> Row:
+    return Row(
+        task_id(event),
+        *mail,
+        status,
+        version,
+        event.epoch,
+        min(attempts, INT_MAX),
+        from_micros(next_at_us) if next_at_us > 0 else None,
+        reason[: _WIDTHS["reason"]],
+        reply[: _WIDTHS["reply"]],
+        message_id[: _WIDTHS["message_id"]],
+        from_micros(event.at_us),
+    )
+
+
+def _created(event: pb.TaskCreated) -> Row:
+    return _row(event, "pending", _version(event.epoch, _CREATED), mail=_mail(event.task))
+
+
+def _mx_ok(event: pb.MxOk) -> Row:
+    return _row(event, "processing", _version(event.epoch, _MX_OK, event.attempt), mail=_mail(event.task))
+
+
+def _mx_failed(event: pb.MxFailed) -> Row:
+    return _row(event, "failed", _version(event.epoch, _MX_FAILED, event.attempt), reason=event.reason)
+
+
+def _deferred(event: pb.MailDeferred) -> Row:
+    if event.stage == "validator":
+        return _row(
+            event,
+            "pending",
+            _version(event.epoch, _MX_DEFERRED, event.attempt),
+            next_at_us=event.next_attempt_at_us,
+            reason=event.reason,
+        )
+    within = min(event.takeover, _OVER - 1) if event.in_doubt else _OVER
+    return _row(
+        event,
+        "processing",
+        _version(event.epoch, _MAIL_DEFERRED, event.attempt, within),
+        attempts=event.attempt,
+        next_at_us=event.next_attempt_at_us,
+        reason=event.reason,
+        reply=event.reply,
+        message_id=event.message_id,
+    )
+
+
+def _failed(event: pb.MailFailed) -> Row:
+    tier = _UNCERTAIN if event.uncertain else _MAIL_FAILED
+    return _row(
+        event,
+        "uncertain" if event.uncertain else "failed",
+        _version(event.epoch, tier, event.attempt),
+        attempts=event.attempt,
+        reason=event.reason,
+        reply=event.reply,
+        message_id=event.message_id,
+    )
+
+
+def _cancelled(event: pb.TaskCancelled) -> Row:
+    return _row(event, "cancelled", _version(event.epoch, _CANCELLED))
+
+
+def _sent(event: pb.MailSent) -> Row:
+    return _row(
+        event,
+        "completed",
+        _COMPLETED | _version(event.epoch, 0, event.attempt),
+        attempts=event.attempt,
+        reply=event.reply,
+        message_id=event.message_id,
+    )
+
+
+_DELTAS: Mapping[type[Message], Callable[[Any], Row]] = {
+    pb.TaskCreated: _created,
+    pb.MxOk: _mx_ok,
+    pb.MxFailed: _mx_failed,
+    pb.MailDeferred: _deferred,
+    pb.MailFailed: _failed,
+    pb.TaskCancelled: _cancelled,
+    pb.MailSent: _sent,
+}
+
+
+def delta(event: Event) -> Row:
+    """Return the row that a task would have if `event` were all that is known of it.
+
+    Texts are cut to their columns' widths here, so that what is merged is what is stored.
+    """
+    return _DELTAS[type(event)](event)
+
+
+def merge(a: Row, b: Row) -> Row:
+    """Return the join of two rows of one task. taskstore.upsert does the same in SQL."""
+    late, early = (b, a) if b.version > a.version else (a, b)
+    mail = a[1:9] if a.created_at is not None else b[1:9]
+    attempts = late.attempts
+    if late.version >> EPOCH_SHIFT == early.version >> EPOCH_SHIFT:
+        # A cancellation knows of no attempts; it does not undo what its epoch's others told.
+        attempts = max(attempts, early.attempts)
+    return Row._make((late.id, *mail, *late[9:12], attempts, *late[13:]))
+
+
+def fold(row: Row | None, event: Event) -> Row:
+    """Return the task's row after `event`. Commutative and idempotent over the events of a task."""
+    return delta(event) if row is None else merge(row, delta(event))

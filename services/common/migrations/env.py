@@ -1,0 +1,14 @@
+"""Run by Alembic; the connection comes from `migrate`."""
+
+from alembic import context
+
+from services.common.schema import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    version_table="postroad_version",
+    transaction_per_migration=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,173 @@
+"""The task tables' statements, for whoever records, folds, publishes or rebuilds tasks.
+
+All functions work on the caller's connection, inside its transaction, and block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple, cast
+
+from sqlalchemy import Connection
+
+from postroad.v1 import events_pb2 as pb
+from services.common.database import execute_rows, marks
+from services.common.fold import EPOCH_SHIFT, Row, merge
+from services.common.schema import to_micros
+from services.common.timeline import Entry
+
+__all__ = [
+    "Body",
+    "body_of",
+    "insert_bodies",
+    "insert_events",
+    "load_tasks",
+    "owners_of_keys",
+    "purge_bodies",
+    "upsert",
+]
+
+_MAIL = Row._fields[1:8]
+_PLAIN = ("status", "epoch", "next_attempt_at", "reason", "reply", "message_id", "updated_at")
+
+
+class Body(NamedTuple):
+    """A row of `task_bodies`, in the order of its columns."""
+
+    task_id: bytes
+    body: str | None
+    html: str | None
+    headers: str | None
+
+
+def _upsert_tail() -> str:
+    # Assignments take effect from left to right, so what the conditions read comes last: created_at,
+    # which says that the mail is known, and version. VALUES(id) differs from id where the row that
+    # stands in the way has the same idempotency key and is another task's; it stays as it is.
+    newer = "VALUES(version) > version AND VALUES(id) = id"
+    same = f"VALUES(version) >> {EPOCH_SHIFT} = version >> {EPOCH_SHIFT} AND VALUES(id) = id"
+    attempts = "IF({0}, GREATEST(VALUES(attempts), attempts), IF({1}, VALUES(attempts), attempts))"
+    return "ON DUPLICATE KEY UPDATE " + ", ".join(
+        [
+            *(f"{name} = IF(created_at IS NULL, VALUES({name}), {name})" for name in _MAIL),
+            "created_at = IF(created_at IS NULL, VALUES(created_at), created_at)",
+            f"attempts = {attempts.format(same, newer)}",
+            *(f"{name} = IF({newer}, VALUES({name}), {name})" for name in _PLAIN),
+            f"version = IF({newer}, VALUES(version), version)",
+        ]
+    )
+
+
+_UPSERT_TAIL = _upsert_tail()
+
+
+def upsert(connection: Connection, rows: Iterable[Row], table: str = "tasks") -> None:
+    """Merge `rows` into the table, as `fold.merge` does; several rows of one task are fine.
+
+    A row whose idempotency key another task has already changes nothing and is not stored. Rows are
+    locked in the order of their ids, so that two who upsert the same ones seldom meet in a deadlock.
+    """
+    merged: dict[bytes, Row] = {}
+    for row in rows:
+        known = merged.get(row.id)
+        merged[row.id] = row if known is None else merge(known, row)
+    head = f"INSERT INTO {table} ({', '.join(Row._fields)}) VALUES"
+    execute_rows(connection, head, [merged[id_] for id_ in sorted(merged)], _UPSERT_TAIL)
+
+
+def body_of(task: pb.MailTask) -> Body:
+    """Return the task's row of `task_bodies`."""
+    return Body(
+        task.id,
+        task.body if task.HasField("body") else None,
+        task.html if task.HasField("html") else None,
+        json.dumps(dict(task.headers)) if task.headers else None,
+    )
+
+
+def insert_bodies(connection: Connection, bodies: Sequence[Body]) -> None:
+    """Insert bodies; one that is there already stays."""
+    execute_rows(
+        connection, f"INSERT IGNORE INTO task_bodies ({', '.join(Body._fields)}) VALUES", bodies, limit=100
+    )
+
+
+def insert_events(connection: Connection, entries: Iterable[Entry], table: str = "task_events") -> None:
+    """Insert lines of timelines; those that are there already stay."""
+    head = f"INSERT IGNORE INTO {table} ({', '.join(Entry._fields)}) VALUES"
+    execute_rows(connection, head, sorted(entries))
+
+
+def owners_of_keys(
+    connection: Connection, keys: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], tuple[bytes, bytes]]:
+    """Return the id and the request hash of the task that has each (tenant, idempotency key), if any.
+
+    Under READ COMMITTED this sees what others have committed by now, so it may follow an upsert.
+    """
+    if not keys:
+        return {}
+    pairs = ",".join(["(%s,%s)"] * len(keys))
+    found = connection.exec_driver_sql(
+        "SELECT tenant, idempotency_key, id, request_hash FROM tasks"
+        f" WHERE (tenant, idempotency_key) IN ({pairs})",
+        tuple(part for tenant, key in keys for part in (tenant, key.encode())),
+    )
+    return {(tenant, bytes(key).decode()): (bytes(id_), bytes(hash_)) for tenant, key, id_, hash_ in found}
+
+
+def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.MailTask]:
+    """Return the whole mail tasks as they were recorded, by id; without text and HTML once those are purged.
+
+    Ids that are unknown, or known from later events only, are left out.
+    """
+    if not ids:
+        return {}
+    found = connection.exec_driver_sql(
+        "SELECT id, tenant, idempotency_key, request_hash, recipient, domain, subject, labels, created_at,"
+        " body, html, headers FROM tasks LEFT JOIN task_bodies ON task_id = id"
+        f" WHERE id IN ({marks(len(ids))}) AND created_at IS NOT NULL",
+        tuple(ids),
+    )
+    tasks = {}
+    for id_, tenant, key, hash_, recipient, domain, subject, labels, created_at, body, html, headers in found:
+        tasks[bytes(id_)] = pb.MailTask(
+            id=bytes(id_),
+            tenant=tenant,
+            idempotency_key=bytes(key).decode() if key is not None else "",
+            request_hash=bytes(hash_) if hash_ is not None else b"",
+            email=recipient,
+            domain=domain,
+            subject=subject,
+            body=body,
+            html=html,
+            headers=_object(headers),
+            labels=_object(labels),
+            created_at_us=to_micros(created_at),
+        )
+    return tasks
+
+
+def _object(column: str | bytes | None) -> Mapping[str, str]:
+    return cast(Mapping[str, str], json.loads(column)) if column else {}
+
+
+def purge_bodies(connection: Connection, before: datetime, limit: int = 500) -> int:
+    """Delete up to `limit` bodies of tasks that settled before that time (naive UTC); return how many.
+
+    A task that is `uncertain` is not settled: an operator may have it resent. The tasks' rows are
+    locked until the transaction ends, so that none is reopened meanwhile; what others hold is passed by.
+    """
+    first_since = to_micros(before) // 1000 << 80  # a UUIDv7 begins with 48 bits of milliseconds
+    found = connection.exec_driver_sql(
+        "SELECT task_id FROM task_bodies STRAIGHT_JOIN tasks ON id = task_id"
+        " WHERE task_id < %s AND updated_at < %s AND status IN ('completed', 'failed', 'cancelled')"
+        " ORDER BY task_id LIMIT %s FOR UPDATE SKIP LOCKED",
+        (first_since.to_bytes(16), before, limit),
+    )
+    ids = tuple(bytes(id_) for (id_,) in found)
+    if ids:
+        connection.exec_driver_sql(f"DELETE FROM task_bodies WHERE task_id IN ({marks(len(ids))})", ids)
+    return len(ids)

@@ -1,0 +1,74 @@
+"""A task's timeline: each of its events as one line."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from postroad.v1 import events_pb2 as pb
+from services.common.events import Event, event_key, task_id
+from services.common.schema import INT_MAX, from_micros, task_events, widths
+
+__all__ = ["Entry", "timeline"]
+
+_WIDTHS = widths(task_events)
+
+
+class Entry(NamedTuple):
+    """A row of `task_events`, in the order of its columns: one line of a task's timeline."""
+
+    task_id: bytes
+    event_id: str
+    at: datetime
+    stage: str
+    kind: str
+    attempt: int
+    relay: str
+    reply: str
+    detail: str
+
+
+def _entry(event: Any, stage: str, kind: str, attempt: int = 0, detail: str = "") -> Entry:
+    return Entry(
+        task_id(event),
+        event_key(event)[: _WIDTHS["event_id"]],
+        from_micros(event.at_us),
+        stage[: _WIDTHS["stage"]],
+        kind,
+        min(attempt, INT_MAX),
+        getattr(event, "relay", "")[: _WIDTHS["relay"]],
+        getattr(event, "reply", "")[: _WIDTHS["reply"]],
+        detail[: _WIDTHS["detail"]],
+    )
+
+
+def _doubt(event: pb.MailDeferred | pb.MailFailed) -> str:
+    return f"{event.reason}: {event.message_id}" if event.reason else event.message_id
+
+
+def timeline(event: Event) -> Entry:
+    """Return the line of the task's timeline that `event` is.
+
+    An attempt in doubt names its Message-ID in `detail`, whether it was resent or is held.
+    """
+    match event:
+        case pb.TaskCreated():
+            return _entry(event, "api", "retried" if event.epoch else "created")
+        case pb.MxOk():
+            hosts = ", ".join(host.name for host in event.hosts)
+            return _entry(event, "validator", "mx_ok", event.attempt, hosts)
+        case pb.MxFailed():
+            detail = f"{event.reason}: {event.detail}" if event.detail else event.reason
+            return _entry(event, "validator", "mx_failed", event.attempt, detail)
+        case pb.MailSent():
+            return _entry(event, "sender", "sent", event.attempt, event.message_id)
+        case pb.MailDeferred(in_doubt=True):
+            return _entry(event, event.stage, "in_doubt", event.attempt, _doubt(event))
+        case pb.MailDeferred():
+            return _entry(event, event.stage, "deferred", event.attempt, event.reason)
+        case pb.MailFailed(uncertain=True):
+            return _entry(event, "sender", "in_doubt", event.attempt, _doubt(event))
+        case pb.MailFailed():
+            return _entry(event, "sender", "failed", event.attempt, event.reason)
+        case pb.TaskCancelled():
+            return _entry(event, "api", "cancelled")
