@@ -1,0 +1,83 @@
+"""Creates the topics and checks them against what `topics.wanted` says. Blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
+
+from services.common.config import Settings
+from services.common.topics import Topic, wanted
+
+__all__ = ["Applied", "apply"]
+
+TIMEOUT = 15.0
+# What goes wrong is raised; librdkafka's own account of every refused connection helps nobody.
+_silent = logging.getLogger("postroad.kafka_admin")
+_silent.addHandler(logging.NullHandler())
+_silent.propagate = False
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What was created, and in which ways topics that were there already differ from what is wanted."""
+
+    created: Sequence[str]
+    differences: Sequence[str]
+
+
+def apply(settings: Settings) -> Applied:
+    """Create the missing topics and compare the others; changes none that exists.
+
+    Raises `confluent_kafka.KafkaException` where the cluster cannot be asked or refuses.
+    """
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
+    topics = wanted(settings)
+    known = admin.list_topics(timeout=TIMEOUT).topics
+    missing = [topic for topic in topics if topic.name not in known]
+    created = _create(admin, missing) if missing else []
+    there = [topic for topic in topics if topic.name in known]
+    differences = [
+        f"{topic.name}: {len(known[topic.name].partitions)} partitions, wanted {topic.partitions}"
+        for topic in there
+        if len(known[topic.name].partitions) != topic.partitions
+    ]
+    return Applied(created, [*differences, *_other_settings(admin, there)])
+
+
+def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
+    new = [
+        NewTopic(
+            topic.name,
+            num_partitions=topic.partitions,
+            replication_factor=topic.replication,
+            config=dict(topic.config),
+        )
+        for topic in topics
+    ]
+    created = []
+    for name, done in admin.create_topics(new, operation_timeout=TIMEOUT, request_timeout=TIMEOUT).items():
+        try:
+            done.result()
+            created.append(name)
+        except KafkaException as error:
+            # Another one applies them at the same time.
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
+    return created
+
+
+def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
+    if not topics:
+        return []
+    asked = {ConfigResource(ResourceType.TOPIC, topic.name): topic for topic in topics}
+    differences = []
+    for resource, done in admin.describe_configs(list(asked), request_timeout=TIMEOUT).items():
+        topic, entries = asked[resource], done.result()
+        for key, value in topic.config.items():
+            if entries[key].value != value:
+                differences.append(f"{topic.name}: {key} is {entries[key].value}, wanted {value}")
+    return differences
