@@ -1,0 +1,112 @@
+"""The commands of `python -m deploy.local`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from deploy.local.commands import SetupError
+from deploy.local.layout import Layout
+from deploy.local.stack import Stack, StackError
+from deploy.local.state import SERVICES
+
+__all__ = ["main"]
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if not 0 <= count <= 64:
+        raise argparse.ArgumentTypeError("0 to 64")
+    return count
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.local",
+        description="The whole system as processes of this user, under .local/ (or POSTROAD_LOCAL_DIR).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    up = commands.add_parser("up", help="start what does not run; returns when all is ready")
+    for service in SERVICES:
+        up.add_argument(f"--{service}", type=_count, metavar="N", help=f"replicas of {service}")
+    up.add_argument("--kafka-nodes", type=int, choices=(1, 3), help="Kafka nodes (1)")
+    up.add_argument("--infra-only", action="store_true", help="Kafka, MySQL, DNS and the catcher only")
+    scale = commands.add_parser("scale", help="have N replicas of a service")
+    scale.add_argument("service", choices=SERVICES)
+    scale.add_argument("count", type=_count, metavar="N")
+    for name, text in (
+        ("start", "start one process; returns when it is ready"),
+        ("stop", "end one process by SIGTERM"),
+        ("kill", "end one process by SIGKILL"),
+        ("logs", "print what one process wrote"),
+    ):
+        commands.add_parser(name, help=text).add_argument("name", metavar="NAME")
+    commands.add_parser("status", help="what runs, where, and how it is")
+    down = commands.add_parser("down", help="end all that runs")
+    down.add_argument("--wipe", action="store_true", help="delete the data too")
+    return parser
+
+
+def _show(stack: Stack) -> int:
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "pid", "state", "ready", "address"):
+        table.add_column(column)
+    table.add_column("memory", justify="right")
+    rows = stack.rows()
+    for row in rows:
+        state = "running" if row.pid else "down"
+        memory = f"{row.memory / 2**20:.0f} MB" if row.pid else ""
+        table.add_row(row.name, str(row.pid or ""), state, "yes" if row.ready else "no", row.address, memory)
+    console = Console()
+    # A pipe has no width: nothing may be cut off there.
+    console.print(table, soft_wrap=not console.is_terminal)
+    return 0 if rows and all(row.ready for row in rows) else 1
+
+
+def _logs(layout: Layout, name: str) -> int:
+    try:
+        sys.stdout.write(layout.log(name).read_text(errors="replace"))
+    except FileNotFoundError:
+        there = ", ".join(layout.names_in("logs", ".log"))
+        raise StackError(f"no log of {name}; there are {there}") from None
+    return 0
+
+
+def _run(arguments: argparse.Namespace, stack: Stack) -> int:
+    command = arguments.command
+    began = time.monotonic()
+    if command == "up":
+        replicas = {s: getattr(arguments, s) for s in SERVICES if getattr(arguments, s) is not None}
+        stack.up(replicas, arguments.kafka_nodes, services=not arguments.infra_only)
+        print(f"up in {time.monotonic() - began:.1f} s; settings: {stack.layout.env}", file=sys.stderr)
+    elif command == "scale":
+        stack.scale(arguments.service, arguments.count)
+    elif command == "start":
+        stack.start(arguments.name)
+    elif command == "stop":
+        if not stack.stop(arguments.name):
+            raise StackError(f"{arguments.name} did not end in time and was killed")
+    elif command == "kill":
+        stack.stop(arguments.name, kill=True)
+    elif command == "status":
+        return _show(stack)
+    elif command == "logs":
+        return _logs(stack.layout, arguments.name)
+    elif command == "down":
+        stack.down(wipe=arguments.wipe)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it did what it says, 1 with the cause on stderr, 2 for a wrong command line."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments, Stack(Layout.from_environment()))
+    except (StackError, SetupError, ValueError) as error:
+        print(f"deploy.local: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

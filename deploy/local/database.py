@@ -1,0 +1,105 @@
+"""The database server: MySQL (or MariaDB), durable, on loopback, reached by TCP only."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import mysql.connector
+
+from deploy.local.commands import SetupError
+from deploy.local.component import Component
+from deploy.local.database_tree import Server, find_server, template_path
+from deploy.local.files import write_whole
+from deploy.local.layout import Layout
+from deploy.local.ports import HOST
+from deploy.local.state import State
+
+__all__ = ["database_component"]
+
+NAME = "mysql"
+FLAGS = (
+    f"--bind-address={HOST}",
+    "--skip-name-resolve",
+    "--secure-file-priv=NULL",
+    "--disable-log-bin",
+    "--performance-schema=OFF",
+    "--transaction-isolation=READ-COMMITTED",
+    "--innodb-flush-log-at-trx-commit=1",
+    "--innodb-buffer-pool-size=128M",
+    "--character-set-server=utf8mb4",
+    "--collation-server=utf8mb4_general_ci",
+    "--max-connections=400",
+    "--max-allowed-packet=64M",
+)
+KIND_FLAGS = {
+    "mysql": ("--mysqlx=OFF", "--innodb-redo-log-capacity=256M"),
+    "mariadb": ("--innodb-log-file-size=256M",),
+}
+
+
+def _first_statements(password: str) -> str:
+    """What the server runs at each start, before it listens: the database, its user, and root locked out."""
+    return "\n".join(
+        (
+            "CREATE DATABASE IF NOT EXISTS postroad CHARACTER SET utf8mb4;",
+            f"CREATE USER IF NOT EXISTS 'postroad'@'%' IDENTIFIED BY '{password}';",
+            "GRANT ALL ON *.* TO 'postroad'@'%' WITH GRANT OPTION;",
+            "ALTER USER 'root'@'localhost' ACCOUNT LOCK;",
+            "",
+        )
+    )
+
+
+def _prepare(server: Server, data: Path, statements: Path, password: str) -> None:
+    if not data.exists():
+        template = template_path(server)
+        if not template.exists():
+            raise SetupError("the database is not installed: run `make setup`")
+        data.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{data.name}-", dir=data.parent))
+        shutil.copytree(template / "data", partial, dirs_exist_ok=True, symlinks=True)
+        partial.rename(data)
+    write_whole(statements, _first_statements(password))
+    # A killed server leaves its socket and a lock with its number, which may be another's by now.
+    for left in ("sock", "sock.lock", "pid"):
+        (data / f"server.{left}").unlink(missing_ok=True)
+
+
+def database_component(layout: Layout, state: State) -> Component:
+    """The database server. Raises SetupError when it is not installed."""
+    server = find_server(state.database)
+    if server is None:
+        raise SetupError(f"{state.database} is not installed: run `make setup`")
+    port = state.port(NAME, "sql")
+    data = layout.data(state.database)
+    statements = data.with_suffix(".sql")
+
+    def is_ready() -> bool:
+        try:
+            with mysql.connector.connect(
+                host=HOST, port=port, user="postroad", password=state.password, connection_timeout=2
+            ) as connection:
+                return bool(connection.is_connected())
+        except mysql.connector.Error:
+            return False
+
+    return Component(
+        name=NAME,
+        argv=(
+            *server.argv,
+            *FLAGS,
+            *KIND_FLAGS[server.kind],
+            *(["--user=root"] if os.geteuid() == 0 else []),
+            f"--datadir={data}",
+            # Relative to the data directory: the path of a socket may have 107 bytes only.
+            "--socket=server.sock",
+            "--pid-file=server.pid",
+            f"--port={port}",
+            f"--init-file={statements}",
+        ),
+        address=f"{HOST}:{port}",
+        is_ready=is_ready,
+        prepare=lambda: _prepare(server, data, statements, state.password),
+        grace=60,
+    )

@@ -1,0 +1,114 @@
+"""Debian: the packages this project needs, and a private apt root for what the release is too old for.
+
+Standard library only: `make setup` runs it on a bare python3.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from deploy.local.commands import SetupError, run, say
+
+__all__ = ["fetch_packages", "install_packages", "is_debian", "mirror"]
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+def _os_release() -> dict[str, str]:
+    try:
+        text = Path("/etc/os-release").read_text()
+    except OSError:
+        return {}
+    return {key: value.strip('"') for key, _, value in (line.partition("=") for line in text.splitlines())}
+
+
+def is_debian() -> bool:
+    """Whether packages come by apt here: Debian or a system that says it is like it."""
+    release = _os_release()
+    family = (release.get("ID", ""), *release.get("ID_LIKE", "").split())
+    return "debian" in family and shutil.which("apt-get") is not None
+
+
+def install_packages(names: Iterable[str]) -> None:
+    """`apt-get install` what is named, through sudo when this user is not root. Raises SetupError."""
+    wanted = list(names)
+    if not is_debian():
+        raise SetupError(f"not Debian: please install what these Debian packages hold: {', '.join(wanted)}")
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if sudo and not shutil.which("sudo"):
+        raise SetupError(f"neither root nor sudo: please have these packages installed: {', '.join(wanted)}")
+    environment = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive"]
+    say(f"installing Debian packages: {' '.join(wanted)}")
+    run([*environment, "apt-get", "update", "-qq"], tries=3)
+    run([*environment, "apt-get", "install", "-y", "-qq", "--no-install-recommends", *wanted], tries=4)
+
+
+def _entries(text: str, name: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(uri, suites, components) of an apt source file, either style (sources.list(5))."""
+    if name.endswith(".sources"):
+        for stanza in re.split(r"\n\s*\n", text):
+            field: dict[str, list[str]] = {}
+            key = ""
+            for line in stanza.splitlines():
+                if line.startswith("#"):
+                    continue
+                if line[:1].isspace():
+                    field.setdefault(key, []).extend(line.split())
+                else:
+                    key, _, value = line.partition(":")
+                    field[key := key.lower()] = value.split()
+            if "deb" in field.get("types", []) and field.get("enabled") != ["no"]:
+                for uri in field.get("uris", []):
+                    yield uri, field.get("suites", []), field.get("components", [])
+    else:
+        for line in text.splitlines():
+            if match := re.match(r"deb\s+(?:\[[^\]]*\]\s+)?(\S+)\s+(\S+)\s+(.*)", line):
+                yield match[1], [match[2]], match[3].split()
+
+
+def mirror(root: Path = Path("/etc/apt")) -> str:
+    """The mirror that this machine takes its own release from. Raises SetupError when none is found."""
+    suites = {_os_release().get("VERSION_CODENAME", ""), "stable", "testing", "unstable", "sid"} - {""}
+    files = [root / "sources.list", *sorted(root.glob("sources.list.d/*"))]
+    for file in files:
+        if file.suffix in {".list", ".sources"} and file.is_file():
+            for uri, has, components in _entries(file.read_text(), file.name):
+                if suites & set(has) and "main" in components:
+                    return uri
+    raise SetupError("no Debian mirror found in the apt sources of this machine")
+
+
+def fetch_packages(names: Iterable[str], suite: str, target: Path, scratch: Path) -> None:
+    """Unpack packages of `suite` and all they depend on into `target`, as any user, installing nothing.
+
+    An apt of its own under `scratch`: empty dpkg status, so every dependency is fetched, libc included, and
+    signatures checked against Debian's keyring. Raises SetupError.
+    """
+    if not KEYRING.exists():
+        raise SetupError(f"{KEYRING} is missing (package debian-archive-keyring)")
+    for directory in ("lists/partial", "archives/partial"):
+        (scratch / directory).mkdir(parents=True)
+    (scratch / "status").touch()
+    (scratch / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror()} {suite} main\n")
+    options = [
+        f"Dir::State={scratch}",
+        f"Dir::State::lists={scratch}/lists",
+        f"Dir::State::status={scratch}/status",
+        f"Dir::Cache={scratch}",
+        f"Dir::Cache::archives={scratch}/archives",
+        f"Dir::Etc::sourcelist={scratch}/sources.list",
+        "Dir::Etc::sourceparts=-",
+        "Dir::Etc::preferences=-",
+        "Dir::Etc::preferencesparts=-",
+        "APT::Sandbox::User=",
+        "Acquire::Languages=none",
+        # A mirror may be frozen at a date; its signatures still hold.
+        "Acquire::Check-Valid-Until=false",
+    ]
+    apt = ["apt-get", *(part for option in options for part in ("-o", option))]
+    run([*apt, "update", "-qq"], tries=4)
+    run([*apt, "-y", "-qq", "--no-install-recommends", "--download-only", "install", *names], tries=4)
+    for package in sorted((scratch / "archives").glob("*.deb")):
+        run(["dpkg-deb", "-x", package, target])

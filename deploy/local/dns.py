@@ -1,0 +1,215 @@
+"""`python -m deploy.local.dns`: an authoritative name server for zone.py's world, UDP and TCP, on one port.
+
+The control file, read again when it changes, makes names misbehave while the stack runs:
+
+    {"names": {"good.test": "servfail", "*": "delay-300"}}
+
+A value is a label of zone.py's table of misbehaviours (`servfail`, `refused`, `timeout`, `nxdomain`,
+`truncated`, `delay-N`, `flaky-N`); `*` is for every name. Each change also starts the counts of the `flaky`
+names anew.
+"""
+
+import argparse
+import asyncio
+import json
+import signal
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import cast
+
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.opcode
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
+import uvloop
+
+from deploy.local.zone import TABLE, Misbehaviour, misbehaviour, records
+
+__all__ = ["NameServer", "main", "serve"]
+
+TTL = 60
+SOA = f"ns.post.test. hostmaster.post.test. 1 3600 600 86400 {TTL}"
+APEX = dns.name.from_text("test.")
+MAX_CNAMES = 8
+MOST_READY = 50_000
+
+
+class NameServer:
+    """Answers questions, well or as badly as told. `control` is the path of the control file."""
+
+    def __init__(self, control: Path | None) -> None:
+        self._control = control
+        self._stamp = 0
+        self._told: dict[str, Misbehaviour] = {}
+        self._asked: Counter[str] = Counter()
+        # Question without its id -> answer without it: a question seen before costs two microseconds.
+        self._ready: dict[bytes, bytes] = {}
+
+    def _read_control(self) -> None:
+        if self._control is None:
+            return
+        try:
+            stamp = self._control.stat().st_mtime_ns
+        except FileNotFoundError:
+            stamp = 0
+        if stamp == self._stamp:
+            return
+        try:
+            names = json.loads(self._control.read_text()).get("names", {}) if stamp else {}
+            told = {}
+            for name, label in names.items():
+                if (meant := misbehaviour(label)) is None:
+                    raise ValueError(f"unknown misbehaviour {label!r}")
+                told[name.lower().rstrip(".")] = meant
+        except (ValueError, AttributeError) as error:
+            # Half-written or wrong: what was told before holds; a whole file has another time stamp.
+            print(f"{self._control}: {error}", flush=True)
+            self._stamp = stamp
+            return
+        self._stamp, self._told = stamp, told
+        self._asked.clear()
+        self._ready.clear()
+
+    def _misbehaviour(self, name: dns.name.Name) -> Misbehaviour | None:
+        text = name.to_text(omit_final_dot=True)
+        meant = self._told.get(text) or self._told.get("*")
+        if meant is None and len(name.labels) > 2:
+            meant = misbehaviour(name.labels[-3].decode("ascii", "replace"))
+        if meant is None or not meant.first:
+            return meant
+        self._asked[text] += 1
+        return meant if self._asked[text] <= meant.first else None
+
+    def answer(self, question: bytes, *, tcp: bool) -> tuple[bytes | None, float]:
+        """The answer to one message and the seconds to wait before it; None for silence."""
+        self._read_control()
+        if ready := self._ready.get(question[2:]):
+            return question[:2] + ready, 0
+        try:
+            query = dns.message.from_wire(question, ignore_trailing=True)
+        except dns.exception.DNSException:
+            return None, 0
+        reply = dns.message.make_response(query, recursion_available=False)
+        if query.opcode() != dns.opcode.QUERY or len(query.question) != 1:
+            reply.set_rcode(dns.rcode.NOTIMP)
+            return reply.to_wire(), 0
+        name = query.question[0].name.canonicalize()
+        meant = self._misbehaviour(name)
+        kind = meant.kind if meant else ""
+        if kind == "timeout":
+            return None, 0
+        if kind in {"servfail", "refused"}:
+            reply.set_rcode(dns.rcode.SERVFAIL if kind == "servfail" else dns.rcode.REFUSED)
+            return reply.to_wire(), 0
+        reply.flags |= dns.flags.AA
+        if kind == "truncated" and not tcp:
+            reply.flags |= dns.flags.TC
+            return reply.to_wire(), 0
+        if kind == "nxdomain":
+            reply.set_rcode(dns.rcode.NXDOMAIN)
+            _add_soa(reply)
+        else:
+            _fill(reply, name, query.question[0].rdtype)
+        wire = reply.to_wire()
+        if meant is None and not self._asked[name.to_text(omit_final_dot=True)]:
+            if len(self._ready) > MOST_READY:
+                self._ready.clear()
+            self._ready[question[2:]] = wire[2:]
+        return wire, meant.milliseconds / 1000 if meant else 0
+
+
+def _add_soa(reply: dns.message.Message) -> None:
+    """Who says so and for how long: what makes a negative answer cacheable (RFC 2308)."""
+    reply.authority.append(dns.rrset.from_text(APEX, TTL, "IN", "SOA", SOA))
+
+
+def _fill(reply: dns.message.Message, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> None:
+    """Answer as an authoritative server does, following aliases within this world."""
+    wanted = dns.rdatatype.to_text(kind)
+    for _ in range(MAX_CNAMES):
+        found = records(name)
+        if found is None:
+            reply.set_rcode(dns.rcode.NXDOMAIN)
+            break
+        if wanted in found:
+            reply.answer.append(dns.rrset.from_text(name, TTL, "IN", wanted, *found[wanted]))
+            return
+        if "CNAME" not in found:
+            break
+        reply.answer.append(dns.rrset.from_text(name, TTL, "IN", "CNAME", *found["CNAME"]))
+        name = dns.name.from_text(found["CNAME"][0])
+    _add_soa(reply)
+
+
+class _Udp(asyncio.DatagramProtocol):
+    def __init__(self, server: NameServer) -> None:
+        self._server = server
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        wire, delay = self._server.answer(data, tcp=False)
+        if wire is None:
+            return
+        if delay:
+            asyncio.get_running_loop().call_later(delay, self._transport.sendto, wire, addr)
+        else:
+            self._transport.sendto(wire, addr)
+
+
+async def _tcp(server: NameServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One connection: messages with their length in front (RFC 1035, 4.2.2)."""
+    try:
+        while True:
+            (length,) = struct.unpack("!H", await reader.readexactly(2))
+            wire, delay = server.answer(await reader.readexactly(length), tcp=True)
+            if wire is None:
+                continue
+            await asyncio.sleep(delay)
+            writer.write(struct.pack("!H", len(wire)) + wire)
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+
+async def serve(host: str, port: int, control: Path | None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OSError when the port is taken."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    server = NameServer(control)
+    listener = await asyncio.start_server(lambda r, w: _tcp(server, r, w), host, port)
+    port = listener.sockets[0].getsockname()[1]
+    udp, _ = await loop.create_datagram_endpoint(lambda: _Udp(server), (host, port))
+    print(f"listening on {host}:{port}", flush=True)
+    await ended.wait()
+    udp.close()
+    listener.close()
+
+
+def main() -> None:
+    """The command line: `--listen HOST:PORT`, `--control FILE`, `--table`."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.local.dns", description="The local name server.")
+    parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
+    parser.add_argument("--control", type=Path, metavar="FILE")
+    parser.add_argument("--table", action="store_true", help="print what the names are, and end")
+    arguments = parser.parse_args()
+    if arguments.table:
+        for label, text in TABLE.items():
+            print(f"{label:16} {text}")
+        return
+    host, _, port = arguments.listen.rpartition(":")
+    uvloop.run(serve(host, int(port), arguments.control))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A Kafka node: broker and KRaft controller in one process, one or three of them."""
+
+import base64
+import socket
+import uuid
+from pathlib import Path
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from deploy.local.commands import run
+from deploy.local.component import Component
+from deploy.local.files import write_whole
+from deploy.local.jars import jars_path
+from deploy.local.layout import Layout
+from deploy.local.ports import HOST
+from deploy.local.state import State
+
+__all__ = ["kafka_component"]
+
+LOGGING = Path(__file__).parent / "kafka" / "log4j2.xml"
+OFFSETS_PARTITIONS = 12
+MAX_MESSAGE = 4 << 20
+
+
+def _properties(layout: Layout, state: State, name: str) -> dict[str, object]:
+    """server.properties. The group settings are DESIGN's: a killed member is replaced in 10 s, not in 45."""
+    node = int(name.rpartition("-")[2])
+    replicas = state.kafka_nodes
+    in_sync = max(1, replicas - 1)
+    voters = (f"{n}@{HOST}:{state.port(f'kafka-{n}', 'controller')}" for n in range(1, replicas + 1))
+    client = f"PLAINTEXT://{HOST}:{state.port(name, 'client')}"
+    return {
+        "process.roles": "broker,controller",
+        "node.id": node,
+        "controller.quorum.voters": ",".join(voters),
+        "controller.listener.names": "CONTROLLER",
+        "listeners": f"{client},CONTROLLER://{HOST}:{state.port(name, 'controller')}",
+        "advertised.listeners": client,
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "log.dirs": layout.data(name),
+        "auto.create.topics.enable": "false",
+        "num.partitions": 12,
+        "default.replication.factor": replicas,
+        "min.insync.replicas": in_sync,
+        "message.max.bytes": MAX_MESSAGE,
+        "replica.fetch.max.bytes": MAX_MESSAGE,
+        "offsets.topic.num.partitions": OFFSETS_PARTITIONS,
+        "offsets.topic.replication.factor": replicas,
+        "transaction.state.log.replication.factor": replicas,
+        "transaction.state.log.min.isr": in_sync,
+        "transaction.state.log.num.partitions": OFFSETS_PARTITIONS,
+        "share.coordinator.state.topic.replication.factor": replicas,
+        "share.coordinator.state.topic.min.isr": in_sync,
+        "group.initial.rebalance.delay.ms": 0,
+        "group.consumer.min.session.timeout.ms": 6000,
+        "group.consumer.session.timeout.ms": 10000,
+        "group.consumer.min.heartbeat.interval.ms": 1000,
+        "group.consumer.heartbeat.interval.ms": 2000,
+        "group.min.session.timeout.ms": 6000,
+        "num.network.threads": 2,
+        "num.io.threads": 4,
+        "log.cleaner.dedupe.buffer.size": 16 << 20,
+        # A node that comes back after a kill is refused until its old session is over.
+        "broker.session.timeout.ms": 3000 if replicas == 1 else 9000,
+        "broker.heartbeat.interval.ms": 1000,
+    }
+
+
+def _java(heap: str, logging: Path) -> list[str]:
+    return [
+        "java", f"-Xmx{heap}", "-Xms128m", "-XX:+UseSerialGC", "-Djava.awt.headless=true",
+        f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars_path()}/*",
+    ]  # fmt: skip
+
+
+def kafka_component(layout: Layout, state: State, name: str) -> Component:
+    """The node `name` (`kafka-1` ...). Its data directory is formatted at the first start."""
+    node = int(name.rpartition("-")[2])
+    address = f"{HOST}:{state.port(name, 'client')}"
+    configuration = layout.root / "data" / f"{name}.properties"
+
+    def prepare() -> None:
+        text = "".join(f"{key}={value}\n" for key, value in _properties(layout, state, name).items())
+        write_whole(configuration, text)
+        if not (layout.data(name) / "meta.properties").exists():
+            layout.data(name).mkdir(parents=True, exist_ok=True)
+            # The cluster's id follows from its directory: three nodes agree on it without asking each other.
+            cluster = uuid.uuid5(uuid.NAMESPACE_URL, f"{layout.root}#{state.password}")
+            run([
+                *_java("128m", LOGGING), "kafka.tools.StorageTool", "format",
+                "-t", _kafka_uuid(cluster), "-c", configuration,
+            ])  # fmt: skip
+
+    def is_ready() -> bool:
+        try:
+            # The client library would log each refused connection.
+            socket.create_connection((HOST, state.port(name, "client")), timeout=1).close()
+            admin = AdminClient({"bootstrap.servers": address, "log_level": 0})
+            metadata = admin.list_topics(timeout=1)
+        except (OSError, KafkaException):
+            return False
+        return node in metadata.brokers and len(metadata.brokers) > state.kafka_nodes // 2
+
+    return Component(
+        name=name,
+        argv=(
+            *_java("512m" if state.kafka_nodes == 1 else "384m", LOGGING),
+            "kafka.Kafka",
+            str(configuration),
+        ),
+        address=address,
+        is_ready=is_ready,
+        prepare=prepare,
+    )
+
+
+def _kafka_uuid(value: uuid.UUID) -> str:
+    """Kafka's text form of a UUID: base64url without padding."""
+    return base64.urlsafe_b64encode(value.bytes).decode().rstrip("=")

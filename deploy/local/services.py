@@ -1,0 +1,73 @@
+"""The processes of this project: the services, the name server and the catcher."""
+
+import socket
+import sys
+
+import dns.exception
+import dns.message
+import dns.query
+
+from deploy.local.component import Component, http_ok
+from deploy.local.environment import service_environment, stack_environment
+from deploy.local.layout import Layout
+from deploy.local.ports import HOST
+from deploy.local.state import State
+
+__all__ = ["catcher_component", "dns_component", "service_component"]
+
+
+def service_component(layout: Layout, state: State, name: str) -> Component:
+    """One replica of a service, such as `sender-2`; ready when its /readyz says so."""
+    service = name.rpartition("-")[0]
+    health = f"{HOST}:{state.port(name, 'http')}"
+    return Component(
+        name=name,
+        argv=(sys.executable, "-m", f"services.{service}"),
+        address=f"{HOST}:{state.port(name, 'grpc')}" if service == "api" else health,
+        env=service_environment(state, name),
+        is_ready=lambda: http_ok(health, "/readyz"),
+    )
+
+
+def dns_component(layout: Layout, state: State) -> Component:
+    """The name server; ready when it answers a question."""
+    port = state.port("dns", "dns")
+
+    def is_ready() -> bool:
+        try:
+            dns.query.udp(dns.message.make_query("good.test.", "MX"), HOST, port=port, timeout=0.5)
+        except (OSError, dns.exception.DNSException):
+            return False
+        return True
+
+    return Component(
+        name="dns",
+        argv=(sys.executable, "-m", "deploy.local.dns", "--listen", f"{HOST}:{port}",
+              "--control", str(layout.dns / "control.json")),
+        address=f"{HOST}:{port}",
+        is_ready=is_ready,
+        grace=5,
+    )  # fmt: skip
+
+
+def catcher_component(layout: Layout, state: State) -> Component:
+    """The mail server that keeps all it is sent; ready when it takes a connection."""
+    port = state.port("catcher", "smtp")
+    told = stack_environment(state)
+
+    def is_ready() -> bool:
+        try:
+            socket.create_connection((HOST, port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    return Component(
+        name="catcher",
+        argv=(sys.executable, "-m", "deploy.local.catcher", "--listen", f"{HOST}:{port}",
+              "--mail-dir", str(layout.mail)),
+        address=f"{HOST}:{port}",
+        env={name: told[name] for name in ("EMAIL_USER", "EMAIL_PASS")},
+        is_ready=is_ready,
+        grace=5,
+    )  # fmt: skip

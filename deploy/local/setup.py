@@ -1,0 +1,138 @@
+"""`make setup`: everything this project stands on, installed where it is missing. Safe to repeat, quick then.
+
+Debian packages, the virtual environment from the hash-pinned lock, Kafka's jars, the database server and its
+empty data directory. Standard library only: it runs on a bare python3.
+"""
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deploy.local.cache import locked
+from deploy.local.commands import SetupError, run, say
+from deploy.local.database_tree import find_server, make_server, make_template, template_path, wanted_kind
+from deploy.local.debian import install_packages
+from deploy.local.jars import jars_path, make_jars
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV = ROOT / ".venv"
+LOCK = ROOT / "requirements-dev.lock"
+OLDEST_PYTHON = (3, 11)
+OLDEST_JAVA = 17
+
+
+def _has_java() -> bool:
+    if not shutil.which("java"):
+        return False
+    done = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False)
+    version = re.search(r'version "(\d+)', done.stderr)
+    return version is not None and int(version[1]) >= OLDEST_JAVA
+
+
+def _missing_packages() -> list[str]:
+    missing = []
+    if not VENV.exists() and importlib.util.find_spec("ensurepip") is None:
+        missing.append("python3-venv")
+    if not _has_java():
+        missing.append("openjdk-17-jre-headless")
+    if not jars_path().exists() and not shutil.which("mvn"):
+        missing.append("maven")
+    if not shutil.which("make"):
+        missing.append("make")
+    return missing
+
+
+def _venv_stamp() -> str:
+    """What the virtual environment was made from; another text means that it must be made anew."""
+    files = (LOCK.read_bytes(), (ROOT / "pyproject.toml").read_bytes())
+    return hashlib.sha256(b"\0".join((sys.version.encode(), str(ROOT).encode(), *files))).hexdigest()
+
+
+def _venv_is_current() -> bool:
+    stamp = VENV / ".setup"
+    return stamp.exists() and stamp.read_text() == _venv_stamp() and (VENV / "bin/python").exists()
+
+
+def _make_venv() -> None:
+    with locked(f"venv-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:16]}"):
+        if _venv_is_current():
+            return
+        if not (VENV / "bin/pip").exists():
+            run([sys.executable, "-m", "venv", "--clear", VENV])
+        pip: list[str | Path] = [
+            VENV / "bin/python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
+        run([*pip, "--require-hashes", "-r", LOCK], tries=3)
+        run([*pip, "--no-deps", "--no-build-isolation", "-e", ROOT])
+        (VENV / ".setup").write_text(_venv_stamp())
+
+
+def _is_complete(kind: str) -> bool:
+    server = find_server(kind)
+    return (
+        _venv_is_current()
+        and shutil.which("java") is not None
+        and jars_path().exists()
+        and server is not None
+        and template_path(server).exists()
+    )
+
+
+def _timed(name: str, make: Callable[[], object]) -> None:
+    began = time.monotonic()
+    make()
+    if (took := time.monotonic() - began) > 0.5:
+        say(f"{name}: {took:.1f} s")
+
+
+def main() -> int:
+    """Install what is missing; 0 when all is there, 1 with what could not be installed named on stderr."""
+    if sys.version_info < OLDEST_PYTHON:
+        say(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
+        return 1
+    try:
+        kind = wanted_kind()
+        if _is_complete(kind):
+            return 0
+        if packages := _missing_packages():
+            _timed("Debian packages", lambda: install_packages(packages))
+        jobs = {
+            "Python packages": _make_venv,
+            "Kafka": make_jars,
+            "database": lambda: make_template(make_server(kind)),
+        }
+        failed = []
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            for name, job in {name: pool.submit(_timed, name, make) for name, make in jobs.items()}.items():
+                try:
+                    job.result()
+                except SetupError as error:
+                    failed.append(f"{name}: {error}")
+        for text in failed:
+            say(f"could not install {text}")
+        if failed:
+            say("needed: Python 3.11+ with venv, Java 17+, Maven, MySQL 8.4+ (mysqld on the PATH)")
+        return 1 if failed else 0
+    except SetupError as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""The stack as a whole: bring up, scale, start, stop, kill, take down."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from deploy.local import process
+from deploy.local.component import Component
+from deploy.local.database import database_component
+from deploy.local.database_tree import wanted_kind
+from deploy.local.environment import given_variables, replaced, stack_environment
+from deploy.local.files import write_whole
+from deploy.local.kafka_node import kafka_component
+from deploy.local.layout import ROOT, Layout
+from deploy.local.services import catcher_component, dns_component, service_component
+from deploy.local.state import SERVICES, State
+
+__all__ = ["Row", "Stack", "StackError"]
+
+
+class StackError(Exception):
+    """The stack cannot do what was asked. The text is for the person at the terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What `status` tells of one process."""
+
+    name: str
+    pid: int | None
+    ready: bool
+    address: str
+    memory: int
+
+
+class Stack:
+    """The stack under one directory. Its methods block until what they say is true, and raise StackError."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.state = State.load(layout.state)
+
+    # What there is
+
+    def infrastructure(self) -> list[str]:
+        """The names of the servers that the services stand on, without those that the user brought along."""
+        names = [] if replaced(self.state, "kafka") else self.state.kafka_names()
+        return names + [name for name in ("mysql", "dns", "catcher") if not replaced(self.state, name)]
+
+    def services(self) -> list[str]:
+        """The names of all replicas that should run."""
+        names = self.state.service_names()
+        return [n for n in names if not (n.startswith("api-") and replaced(self.state, "api"))]
+
+    def component(self, name: str) -> Component:
+        """How to run `name`."""
+        if name not in self.infrastructure() + self.services():
+            there = ", ".join(self.infrastructure() + self.services())
+            raise StackError(f"no {name} in this stack; there are {there}")
+        if name.startswith("kafka-"):
+            return kafka_component(self.layout, self.state, name)
+        if name == "mysql":
+            return database_component(self.layout, self.state)
+        if name == "dns":
+            return dns_component(self.layout, self.state)
+        if name == "catcher":
+            return catcher_component(self.layout, self.state)
+        return service_component(self.layout, self.state, name)
+
+    def rows(self) -> list[Row]:
+        """Every process of the stack as it is now."""
+
+        def row(name: str) -> Row:
+            component = self.component(name)
+            pid = process.find(self.layout, name)
+            memory = process.resident_bytes(pid) if pid else 0
+            return Row(name, pid, pid is not None and component.is_ready(), component.address, memory)
+
+        names = self.infrastructure() + self.services()
+        with ThreadPoolExecutor(max(1, len(names))) as pool:
+            return list(pool.map(row, names))
+
+    # What changes it
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the stack's lock; within it the state is the newest, and is kept when the block is left."""
+        self.layout.root.mkdir(parents=True, exist_ok=True)
+        with self.layout.lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.state = State.load(self.layout.state)
+            yield
+            self._save()
+
+    def _save(self) -> None:
+        # Choosing a port is part of making the text.
+        text = "".join(f"{name}={value}\n" for name, value in sorted(stack_environment(self.state).items()))
+        self.state.save(self.layout.state)
+        write_whole(self.layout.env, text)
+
+    def up(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool = True) -> None:
+        """Start what does not run; returns when all is ready. `services=False` leaves them out."""
+        with self.changing():
+            self._plan(replicas, kafka_nodes, services=services)
+            self._save()
+            wanted = self.services() if services else []
+            missing = [name for name in wanted if process.find(self.layout, name) is None]
+            with ThreadPoolExecutor() as pool:
+                starts = {name: pool.submit(self._start_one, name) for name in self.infrastructure()}
+                if missing:
+                    kafka = [start for name, start in starts.items() if name.startswith("kafka-")]
+                    database = [start for name, start in starts.items() if name == "mysql"]
+                    starts["migrate"] = pool.submit(self._command, "migrate", database)
+                    starts["topics"] = pool.submit(self._command, "topics apply", kafka)
+                _results(starts.values())
+            self._start_all(wanted)
+            for service in SERVICES:
+                self._end_surplus(service)
+
+    def _plan(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool) -> None:
+        state, running = self.state, process.find_all(self.layout)
+        if not running:
+            state.drop_busy_ports()
+        if kafka_nodes and kafka_nodes != state.kafka_nodes:
+            if self.layout.data("kafka-1").exists():
+                raise StackError(
+                    f"this stack has {state.kafka_nodes} Kafka node(s) and their data: `down --wipe` first"
+                )
+            state.kafka_nodes = kafka_nodes
+        if "POSTROAD_LOCAL_DB" in os.environ and "mysql" not in running:
+            state.database = wanted_kind()
+        state.given = {**state.given, **given_variables(state, os.environ)}
+        if services:
+            state.replicas = {service: state.replicas.get(service) or 1 for service in SERVICES}
+            state.replicas |= replicas
+
+    def scale(self, service: str, count: int) -> None:
+        """Have `count` replicas of a service: the new ones are started, those of higher numbers drained."""
+        with self.changing():
+            self.state.replicas[service] = count
+            self._save()
+            self._start_all([name for name in self.services() if name.startswith(f"{service}-")])
+            self._end_surplus(service)
+
+    def start(self, name: str) -> None:
+        """Start `name` unless it runs; returns when it is ready."""
+        with self.changing():
+            self.component(name)
+            self._save()
+            self._start_all([name])
+
+    def stop(self, name: str, *, kill: bool = False) -> bool:
+        """End `name` by SIGTERM (or SIGKILL at once); returns whether it ended by itself in time."""
+        with self.changing():
+            return process.end(self.layout, name, 0 if kill else self.component(name).grace)
+
+    def down(self, *, wipe: bool = False) -> None:
+        """End all that runs, services first; keep the data unless `wipe`."""
+        with self.changing():
+            while running := process.find_all(self.layout):
+                for name, pid in running.items():
+                    write_whole(self.layout.pid(name), f"{pid}\n", 0o644)
+                names = set(running)
+                servers = {name for name in names if name.rpartition("-")[0] not in SERVICES}
+                self._end_all((names - servers) or servers)
+            shutil.rmtree(self.layout.root / "pids", ignore_errors=True)
+            self.state.given = {}
+            if wipe:
+                for directory in ("data", "logs", "mail", "dns"):
+                    shutil.rmtree(self.layout.root / directory, ignore_errors=True)
+                self.state = State()
+        if wipe:
+            self.layout.state.unlink()
+            self.layout.env.unlink()
+
+    # How
+
+    def _start_all(self, names: Iterable[str]) -> None:
+        with ThreadPoolExecutor() as pool:
+            _results([pool.submit(self._start_one, name) for name in names])
+
+    def _start_one(self, name: str) -> None:
+        component = self.component(name)
+        if process.find(self.layout, name) is None:
+            component.prepare()
+            env = {**os.environ, "PYTHONUNBUFFERED": "1", **component.env}
+            process.spawn(self.layout, name, component.argv, env, cwd=ROOT)
+        deadline = time.monotonic() + component.patience
+        pause = 0.02
+        while not component.is_ready():
+            if process.find(self.layout, name) is None:
+                raise StackError(f"{name} ended while it started:\n{process.log_tail(self.layout, name)}")
+            if time.monotonic() > deadline:
+                raise StackError(
+                    f"{name} is not ready after {component.patience:.0f} s:\n"
+                    f"{process.log_tail(self.layout, name)}"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.3, 0.2)
+
+    def _end_all(self, names: Iterable[str]) -> None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda name: process.end(self.layout, name, self._grace(name)), names))
+
+    def _grace(self, name: str) -> float:
+        try:
+            return self.component(name).grace
+        except StackError:
+            return 30
+
+    def _end_surplus(self, service: str) -> None:
+        keep = set(self.state.replica_names(service))
+        running = process.find_all(self.layout)
+        self._end_all(n for n in running if n.rpartition("-")[0] == service and n not in keep)
+
+    def _command(self, command: str, after: Collection[Future[None]]) -> None:
+        """Run `postroad command` once what it needs is ready."""
+        _results(after)
+        argv = [sys.executable, "-m", "services.cli", *command.split()]
+        env = {**os.environ, **stack_environment(self.state)}
+        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")
+
+
+def _results(futures: Collection[Future[None]]) -> None:
+    """Wait for all of them; raise what the first that failed raised."""
+    for future in wait(futures).done:
+        future.result()

@@ -1,0 +1,63 @@
+"""What a stack remembers between commands: ports, replicas, and the variables it was brought up with."""
+
+import json
+import secrets
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from deploy.local.files import write_whole
+from deploy.local.ports import free_port, is_free
+
+__all__ = ["SERVICES", "State"]
+
+SERVICES = ("api", "validator", "sender", "status")
+
+
+@dataclass(slots=True)
+class State:
+    """The plan of a stack. `ports` is by process name and use; `given` came from the environment of `up`."""
+
+    ports: dict[str, dict[str, int]] = field(default_factory=dict)
+    replicas: dict[str, int] = field(default_factory=dict)
+    kafka_nodes: int = 1
+    database: str = "mysql"
+    password: str = field(default_factory=lambda: secrets.token_hex(12))
+    given: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> "State":
+        """The state kept in `path`, or a new one. Raises ValueError for a file that is not a state."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return cls()
+        except TypeError as error:
+            raise ValueError(f"{path} is of another version of this stack: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Keep it in `path`, whole or not at all."""
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    def port(self, name: str, use: str) -> int:
+        """The port of process `name` for `use`: chosen free at first, the same ever after."""
+        mine = self.ports.setdefault(name, {})
+        if use not in mine:
+            mine[use] = free_port({port for ports in self.ports.values() for port in ports.values()})
+        return mine[use]
+
+    def drop_busy_ports(self) -> None:
+        """Forget ports that others took while the whole stack was down."""
+        for name, uses in list(self.ports.items()):
+            self.ports[name] = {use: port for use, port in uses.items() if is_free(port)}
+
+    def kafka_names(self) -> list[str]:
+        """The names of the Kafka nodes."""
+        return [f"kafka-{number}" for number in range(1, self.kafka_nodes + 1)]
+
+    def replica_names(self, service: str) -> list[str]:
+        """The names of the replicas of a service."""
+        return [f"{service}-{number}" for number in range(1, self.replicas.get(service, 0) + 1)]
+
+    def service_names(self) -> list[str]:
+        """The names of all replicas of all services."""
+        return [name for service in SERVICES for name in self.replica_names(service)]

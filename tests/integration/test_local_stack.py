@@ -1,0 +1,78 @@
+"""The local stack's servers, by the contract that people and tests rely on."""
+
+import os
+import signal
+from pathlib import Path
+
+import mysql.connector
+import pytest
+from sqlalchemy import make_url
+
+from tests.stack import Infra, Stack
+
+SERVERS = ("catcher", "dns", "kafka-1", "mysql")
+
+
+def _started_environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.partition("=")[::2] for pair in pairs)
+
+
+def test_every_server_runs_under_its_own_id_and_knows_its_stack(infra: Infra) -> None:
+    assert sorted(path.stem for path in (infra.directory / "pids").iterdir()) == sorted(SERVERS)
+    programs = {
+        "kafka-1": "kafka.Kafka",
+        "mysql": "mysqld",
+        "dns": "deploy.local.dns",
+        "catcher": "deploy.local.catcher",
+    }
+    for name, program in programs.items():
+        assert program in Path(f"/proc/{infra.pid(name)}/cmdline").read_text()
+        assert _started_environment(infra.pid(name))["POSTROAD_LOCAL_DIR"] == str(infra.directory)
+        assert (infra.directory / "logs" / f"{name}.log").exists()
+
+
+def test_stack_env_names_what_clients_need(infra: Infra) -> None:
+    env = infra.env()
+    needed = {
+        "POSTROAD_API", "POSTROAD_KAFKA_BOOTSTRAP", "POSTROAD_DATABASE_URL", "POSTROAD_DNS_SERVERS",
+        "EMAIL_HOST", "EMAIL_PORT", "EMAIL_USER", "EMAIL_PASS",
+    }  # fmt: skip
+    assert needed <= env.keys()
+    assert (infra.directory / "stack.env").stat().st_mode & 0o077 == 0
+
+
+def test_up_again_leaves_what_runs(infra: Infra) -> None:
+    before = {name: infra.pid(name) for name in SERVERS}
+    infra.up("--infra-only")
+    assert {name: infra.pid(name) for name in SERVERS} == before
+
+
+def test_mysql_is_durable_and_reads_committed(infra: Infra) -> None:
+    url = make_url(infra.new_database())
+    with (
+        mysql.connector.connect(
+            host=url.host, port=url.port, user=url.username, password=url.password, database=url.database
+        ) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(
+            "SELECT @@innodb_flush_log_at_trx_commit, @@transaction_isolation, @@version, DATABASE()"
+        )
+        flush, isolation, version, database = cursor.fetchone()
+    assert (flush, isolation, database) == (1, "READ-COMMITTED", url.database)
+    assert version.startswith("9.7") or version.startswith("8.4")
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_killed_server_comes_back_at_its_place(new_stack, name: str) -> None:  # type: ignore[no-untyped-def]
+    servers: Stack = new_stack()
+    servers.up("--infra-only")
+    env, pid = servers.env(), servers.pid(name)
+    os.kill(pid, signal.SIGKILL)
+    servers.start(name)
+    assert servers.pid(name) != pid
+    assert servers.env() == env
+    row = next(line for line in servers.command("status").stdout.splitlines() if line.startswith(name))
+    assert "running" in row
+    assert "yes" in row

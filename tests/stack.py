@@ -1,0 +1,205 @@
+"""Real servers for tests: `Infra` is Kafka, MySQL, DNS and the catcher, `Stack` the whole system by its commands.
+
+Fixtures (registered by conftest.py):
+
+- `infra`      one set of servers for all integration tests of the run; take `new_database()` and
+               `topic_prefix()` from it, so that no test sees another's rows or records
+- `stack`      one whole system for all end-to-end tests of the run, one replica of each service
+- `new_stack`  makes further ones, with settings of their own; ended with the test
+
+`POSTROAD_TEST_INFRA=DIRECTORY` makes `infra` use, and leave running, the servers under that directory.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mysql.connector
+import pytest
+from sqlalchemy import make_url
+
+__all__ = ["Infra", "Stack", "infra", "new_stack", "stack"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Stack:
+    """The stack under `directory`, through `python -m deploy.local`. `given` are variables that win in it."""
+
+    def __init__(self, directory: Path, given: Mapping[str, str] | None = None) -> None:
+        self.directory = directory
+        self._given = dict(given or {})
+
+    def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run one command of deploy.local; blocks until it is done. Raises AssertionError if it fails."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.local", *arguments],
+            env={**clean, **self._given, "POSTROAD_LOCAL_DIR": str(self.directory)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"deploy.local {' '.join(arguments)}: {done.stdout}{done.stderr}")
+        return done
+
+    def up(self, *options: str) -> None:
+        """Start what does not run, with options such as `--sender`, `3`; returns when all is ready."""
+        self.command("up", *options)
+
+    def scale(self, service: str, count: int) -> None:
+        """Have `count` replicas of a service."""
+        self.command("scale", service, str(count))
+
+    def start(self, name: str) -> None:
+        """Start one process; returns when it is ready."""
+        self.command("start", name)
+
+    def stop(self, name: str) -> None:
+        """End one process by SIGTERM; fails if it had to be killed."""
+        self.command("stop", name)
+
+    def kill(self, name: str) -> None:
+        """End one process by SIGKILL."""
+        self.command("kill", name)
+
+    def down(self) -> None:
+        """End everything and delete the data."""
+        self.command("down", "--wipe")
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def env(self) -> dict[str, str]:
+        """stack.env as it is now."""
+        lines = (self.directory / "stack.env").read_text().splitlines()
+        return dict(line.partition("=")[::2] for line in lines)
+
+    def pid(self, name: str) -> int:
+        """The process id of `name`, from its pid file."""
+        return int((self.directory / "pids" / f"{name}.pid").read_text())
+
+    def log(self, name: str) -> str:
+        """What `name` wrote so far."""
+        return (self.directory / "logs" / f"{name}.log").read_text(errors="replace")
+
+    @property
+    def mail(self) -> Path:
+        """The catcher's directory: journal.jsonl, control.json, the messages."""
+        return self.directory / "mail"
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What the catcher has taken so far, oldest first."""
+        text = (self.mail / "journal.jsonl").read_text()
+        # A line that is being written is not there yet.
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def control_mail(self, **orders: object) -> None:
+        """Write the catcher's control file (deploy.local.catcher.control says what it may hold)."""
+        _write(self.mail / "control.json", orders)
+
+    def control_dns(self, **names: str) -> None:
+        """Make names misbehave, `control_dns(**{"good.test": "servfail"})`; starts `flaky` counts anew."""
+        (self.directory / "dns").mkdir(exist_ok=True)
+        _write(self.directory / "dns" / "control.json", {"names": names})
+
+
+class Infra(Stack):
+    """Kafka, MySQL, DNS and the catcher, without services."""
+
+    @property
+    def bootstrap(self) -> str:
+        """Kafka's address for clients."""
+        return self.env()["POSTROAD_KAFKA_BOOTSTRAP"]
+
+    @property
+    def database_url(self) -> str:
+        """The SQLAlchemy URL of the server's first database; its user may do anything."""
+        return self.env()["POSTROAD_DATABASE_URL"]
+
+    @property
+    def dns(self) -> str:
+        """The name server, host:port."""
+        return self.env()["POSTROAD_DNS_SERVERS"]
+
+    @property
+    def smtp(self) -> tuple[str, int]:
+        """The catcher's host and port."""
+        env = self.env()
+        return env["EMAIL_HOST"], int(env["EMAIL_PORT"])
+
+    def new_database(self) -> str:
+        """Create an empty database; returns its SQLAlchemy URL."""
+        url = make_url(self.database_url)
+        name = f"test_{secrets.token_hex(6)}"
+        with (
+            mysql.connector.connect(
+                host=url.host, port=url.port, user=url.username, password=url.password
+            ) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
+        return url.set(database=name).render_as_string(hide_password=False)
+
+    def topic_prefix(self) -> str:
+        """A prefix for topic and group names that no other test has."""
+        return f"t{secrets.token_hex(5)}."
+
+
+def _write(path: Path, content: object) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content))
+    partial.rename(path)
+
+
+def _directory() -> Path:
+    return Path(tempfile.mkdtemp(prefix="postroad-"))
+
+
+@pytest.fixture(scope="session")
+def infra() -> Iterator[Infra]:
+    """Kafka, MySQL, DNS and the catcher for all tests of this run."""
+    if shared := os.environ.get("POSTROAD_TEST_INFRA"):
+        servers = Infra(Path(shared))
+        servers.up("--infra-only")
+        yield servers
+        return
+    servers = Infra(_directory())
+    try:
+        servers.up("--infra-only")
+        yield servers
+    finally:
+        servers.down()
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """The whole system, one replica of each service, for all tests of this run."""
+    system = Stack(_directory())
+    try:
+        system.up()
+        yield system
+    finally:
+        system.down()
+
+
+@pytest.fixture
+def new_stack() -> Iterator[Callable[..., Stack]]:
+    """`new_stack(POSTROAD_ON_UNCERTAIN="hold")` is a stack with that setting, not up yet."""
+    made: list[Stack] = []
+
+    def make(**given: str) -> Stack:
+        made.append(Stack(_directory(), given))
+        return made[-1]
+
+    yield make
+    for system in made:
+        system.down()
