@@ -36,6 +36,15 @@ STAGE_PUBLISH_FAILURES = Counter(
     "Publishes that failed and are tried again; while it rises, commits wait: alert on it",
     ["stage"],
 )
+STAGE_HANDLER_SECONDS = Histogram(
+    "postroad_stage_batch_seconds",
+    "Time of the handler over one batch; of handlers that wait, only until they first do",
+    ["stage"],
+    buckets=_LATENCY,
+)
+STAGE_HELD = Gauge(
+    "postroad_stage_held_partitions", "Partitions of delay topics whose head is not yet due", ["stage"]
+)
 
 # --- the api -----------------------------------------------------------------------------------
 API_REQUESTS = Counter("postroad_api_requests_total", "RPCs answered, by gRPC status code", ["rpc", "code"])
@@ -51,6 +60,11 @@ VALIDATOR_LOOKUP_SECONDS = Histogram(
     "postroad_validator_lookup_seconds",
     "Time to look up a domain that was not in the cache",
     buckets=_LATENCY,
+)
+
+# --- the status service --------------------------------------------------------------------------
+STATUS_BODIES_PURGED = Counter(
+    "postroad_status_bodies_purged_total", "Bodies of settled tasks deleted after their retention"
 )
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}

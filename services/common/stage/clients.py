@@ -1,0 +1,75 @@
+"""How the Kafka clients of a stage are set."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from services.common.config import Settings
+from services.common.stage.pace import LINGER_MS
+from services.common.topics import MAX_RECORD_BYTES, Names
+
+__all__ = ["consumer_config", "producer_config"]
+
+# librdkafka's own lines go where all logs go.
+_kafka_log = logging.getLogger("postroad.kafka")
+
+
+def _client(settings: Settings, client_id: str) -> dict[str, Any]:
+    return {
+        "bootstrap.servers": settings.kafka_bootstrap,
+        "client.id": client_id,
+        "logger": _kafka_log,
+        "allow.auto.create.topics": False,
+        # A broker that comes back is found again within a second.
+        "reconnect.backoff.max.ms": 1000,
+        "socket.keepalive.enable": True,
+        # Bounds every request, so also a synchronous commit while a coordinator is away.
+        "socket.timeout.ms": 10_000,
+    }
+
+
+def consumer_config(settings: Settings, stage: str, client_id: str) -> dict[str, Any]:
+    """Return the consumer's settings: positions are committed by the stage runtime alone."""
+    config = _client(settings, client_id) | {
+        "group.id": Names(settings.topic_prefix).group(stage),
+        "group.protocol": settings.group_protocol,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",
+        # Also what a group waits for a member that must give partitions up.
+        "max.poll.interval.ms": max(60_000, round(settings.revoke_seconds * 3000)),
+        # Memory: a fetch stops at 8 MiB in the client's queue. A larger single record still comes whole.
+        "queued.max.messages.kbytes": 8 << 10,
+        "max.partition.fetch.bytes": 256 << 10,
+        "fetch.max.bytes": 4 << 20,
+        "receive.message.max.bytes": MAX_RECORD_BYTES + (8 << 20),
+        "fetch.wait.max.ms": 500,
+        "fetch.error.backoff.ms": 100,
+    }
+    if settings.group_protocol == "consumer":
+        # One replica gets the same partition numbers of all its topics: two never write one task's row.
+        config["group.remote.assignor"] = "range"
+    else:
+        config |= {
+            "partition.assignment.strategy": "cooperative-sticky",
+            "session.timeout.ms": 10_000,
+            "heartbeat.interval.ms": 2000,
+        }
+    return config
+
+
+def producer_config(settings: Settings, client_id: str) -> dict[str, Any]:
+    """Return the producer's settings: idempotent, acked by all in-sync replicas."""
+    return _client(settings, client_id) | {
+        "enable.idempotence": True,
+        "acks": "all",
+        "compression.type": "lz4",
+        "linger.ms": LINGER_MS,
+        # The Java clients' choice, so that other tools put a key where this project does.
+        "partitioner": "murmur2_random",
+        "message.max.bytes": MAX_RECORD_BYTES,
+        # After this a delivery has failed and the caller hears of it; it may try again.
+        "delivery.timeout.ms": 30_000,
+        "queue.buffering.max.kbytes": 64 << 10,
+    }

@@ -1,0 +1,101 @@
+"""The headers of delayed and dead records.
+
+Both carry the original's key, value and headers (CloudEvents' `ce_*`, `traceparent`) and on top:
+
+- `origin`   topic/partition/offset of the event record that it came from at first (bare topic name)
+- `attempt`  the attempt that comes next (delayed) or was made (dead), from 1
+- `cause`    why, text
+- `due-at`   delayed only: not to be handled before, Unix milliseconds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["Headers", "Malformed", "Origin", "Return", "dead", "delayed", "parse_return", "traceparent"]
+
+Headers = list[tuple[str, bytes]]
+
+_OWN = frozenset({"due-at", "attempt", "origin", "cause"})
+_MAX_CAUSE = 2000
+
+
+class Malformed(ValueError):
+    """A delayed record whose headers are not ours; the text says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record stood on its event topic (bare name)."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """What a delayed record's headers say."""
+
+    due_at_ms: int
+    attempt: int
+    origin: Origin
+
+
+def traceparent(headers: Headers | None) -> bytes | None:
+    """Return the W3C trace context, None where there is none."""
+    for name, value in reversed(headers or ()):
+        if name == "traceparent":
+            return value
+    return None
+
+
+def delayed(headers: Headers | None, *, origin: Origin, attempt: int, cause: str, due_at_ms: int) -> Headers:
+    """Return the headers of the record that is to come back at `due_at_ms` as `attempt`."""
+    return [*_kept(headers), ("due-at", b"%d" % due_at_ms), *_ours(origin, attempt, cause)]
+
+
+def dead(headers: Headers | None, *, origin: Origin, attempt: int, cause: str) -> Headers:
+    """Return the headers of the dead letter."""
+    return [*_kept(headers), *_ours(origin, attempt, cause)]
+
+
+def parse_return(headers: Headers | None) -> Return:
+    """Read a delayed record's headers. Raises Malformed, naming the header."""
+    found = {name: value for name, value in headers or () if name in _OWN}
+    topic, partition, offset = _origin(found)
+    attempt = _number(found, "attempt")
+    if attempt < 1:
+        raise Malformed(f"attempt is {attempt}")
+    return Return(_number(found, "due-at"), attempt, Origin(topic, partition, offset))
+
+
+def _kept(headers: Headers | None) -> Iterable[tuple[str, bytes]]:
+    return (header for header in headers or () if header[0] not in _OWN)
+
+
+def _ours(origin: Origin, attempt: int, cause: str) -> Headers:
+    text = cause.encode("utf-8", "backslashreplace")[:_MAX_CAUSE]
+    return [("attempt", b"%d" % attempt), ("origin", str(origin).encode()), ("cause", text)]
+
+
+def _number(found: dict[str, bytes], name: str) -> int:
+    value = found.get(name)
+    # int() also takes signs, blanks and underscores; a number of ours has digits alone.
+    if not value or not value.isdigit() or len(value) > 18:
+        raise Malformed(f"{name} is not a number" if value else f"{name} is missing")
+    return int(value)
+
+
+def _origin(found: dict[str, bytes]) -> tuple[str, int, int]:
+    parts = (found.get("origin") or b"").rsplit(b"/", 2)
+    if len(parts) != 3 or not parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
+        raise Malformed("origin is not topic/partition/offset")
+    try:
+        return parts[0].decode("ascii"), int(parts[1]), int(parts[2])
+    except ValueError as error:
+        raise Malformed("origin is not topic/partition/offset") from error

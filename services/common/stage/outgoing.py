@@ -1,0 +1,65 @@
+"""From a record and its outcome to what is to be produced. Pure."""
+
+from __future__ import annotations
+
+from services.common.events import Outgoing, encode
+from services.common.stage import headers
+from services.common.stage.headers import Origin
+from services.common.stage.ledger import Fetched
+from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
+from services.common.topics import Names
+
+__all__ = ["Render"]
+
+# The publisher adds the installation's prefix.
+_BARE = Names()
+
+
+class Render:
+    """Makes a stage's outgoing records. `source` is who speaks in its events (`ce_source`)."""
+
+    def __init__(self, stage: Stage, source: str) -> None:
+        self._source = source
+        self._dead = _BARE.dead(stage.name)
+        self._delays = {seconds: _BARE.delay(stage.name, seconds) for seconds in stage.delays}
+
+    def __call__(self, record: Fetched, outcome: Outcome) -> list[Outgoing]:
+        """Return all that must be acked before `record` is finished.
+
+        Raises what is the handler's fault: ValueError for a delay that the stage does not have, TypeError
+        or AttributeError for what is no outcome or no event.
+        """
+        if isinstance(outcome, Done):
+            return self._events(record, outcome)
+        if isinstance(outcome, Retry):
+            return [*self._events(record, outcome), self._delayed(record, outcome)]
+        if isinstance(outcome, Dead):
+            return [self._letter(record, outcome)]
+        raise TypeError(f"a handler answered {type(outcome).__name__}, no outcome")
+
+    def _events(self, record: Fetched, outcome: Done | Retry) -> list[Outgoing]:
+        return [encode(event, self._source, record.traceparent) for event in outcome.events]
+
+    def _delayed(self, record: Fetched, outcome: Retry) -> Outgoing:
+        topic = self._delays.get(outcome.delay)
+        if topic is None:
+            raise ValueError(f"a handler asked for a delay of {outcome.delay} s, which the stage has not")
+        carried = headers.delayed(
+            record.headers,
+            origin=_origin(record),
+            attempt=record.attempt + 1,
+            cause=outcome.cause,
+            due_at_ms=outcome.due_at_ms,
+        )
+        return Outgoing(topic, record.key or b"", record.value or b"", carried)
+
+    def _letter(self, record: Fetched, outcome: Dead) -> Outgoing:
+        carried = headers.dead(
+            record.headers, origin=_origin(record), attempt=record.attempt, cause=outcome.cause
+        )
+        # A key or value that is not there stays so: the letter is the original record.
+        return Outgoing(self._dead, record.key, record.value, carried)  # type: ignore[arg-type]
+
+
+def _origin(record: Fetched) -> Origin:
+    return record.origin or Origin(record.topic, record.assignment.partition, record.offset)

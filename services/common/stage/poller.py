@@ -1,0 +1,319 @@
+"""The thread that alone touches the Consumer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import structlog
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from services.common import telemetry
+from services.common.stage.commits import Commits
+from services.common.stage.intake import Intake
+from services.common.stage.ledger import Assignment, Fetched, Ledger
+from services.common.stage.pace import Pace
+
+__all__ = ["Poller"]
+
+log = structlog.get_logger(__name__)
+
+_MOST = 500
+_TURN = 0.1
+_PAUSED_TURN = 0.05
+# How long cancelled handlers may take to come back before the consumer is closed without them.
+_CANCEL_GRACE = 2.0
+# A member that got no partition in this time asks the coordinator whether it is heard at all.
+_IDLE_MEMBER = 5.0
+
+
+class Poller:
+    """Fetches records, hands them on in batches, and commits what came back finished.
+
+    `hand_on` and `cancel` are called on this thread and must be thread-safe and quick; `give_back` and
+    `stop` may be called from any thread. `ended` is called last, with what made the thread end, or None.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        topics: Sequence[str],
+        intake: Intake,
+        ledger: Ledger,
+        *,
+        stage: str,
+        revoke_seconds: float,
+        drain_seconds: float,
+        hand_on: Callable[[list[Fetched]], None],
+        cancel: Callable[[Collection[Assignment] | None], None],
+        ended: Callable[[BaseException | None], None],
+        consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
+    ) -> None:
+        self._commits = Commits(ledger, stage)
+        self._config = config | {"error_cb": self._on_error, "on_commit": self._commits.answered}
+        self._topics, self._intake, self._ledger, self._stage = topics, intake, ledger, stage
+        self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
+        self._hand_on, self._cancel, self._ended, self._make = hand_on, cancel, ended, consumer
+        self._pace = Pace()
+        self._returned: deque[list[Fetched]] = deque()
+        self._wake = threading.Event()
+        self._sleeping = False
+        self._stopping = False
+        self._resting = False
+        self._fatal: KafkaError | None = None
+        self._errors: dict[str, float] = {}
+        self._joined = False
+        self._turned = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
+        self._owned_gauge = telemetry.STAGE_PARTITIONS.labels(stage)
+        self._paused_gauge = telemetry.STAGE_PAUSED.labels(stage)
+        self._held_gauge = telemetry.STAGE_HELD.labels(stage)
+        telemetry.STAGE_IN_FLIGHT.labels(stage).set_function(lambda: ledger.in_flight.records)
+        telemetry.STAGE_IN_FLIGHT_BYTES.labels(stage).set_function(lambda: ledger.in_flight.bytes)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Begin to drain: no more records; the thread ends when all is given back or time is up."""
+        self._stopping = True
+        self._wake.set()
+
+    def give_back(self, records: list[Fetched]) -> None:
+        """Return records, finished (`finished`) or given up."""
+        self._returned.append(records)
+        if self._sleeping:
+            self._wake.set()
+
+    def ready(self) -> bool:
+        """Return whether this member is in its group, with partitions or with none left for it."""
+        return self._joined and not self._stopping
+
+    def problems(self) -> list[str]:
+        """Return why records may not be coming in."""
+        now = time.monotonic()
+        problems = [text for text, until in list(self._errors.items()) if now < until]
+        if now - self._turned > self._revoke_seconds + 5:
+            problems.append(f"the poller has not turned for {now - self._turned:.0f} s")
+        if not self._joined:
+            problems.append("not yet in the consumer group")
+        return problems
+
+    # --- the thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._consumer = self._make(self._config)
+            self._commits.consumer = self._consumer
+            self._consumer.subscribe(
+                list(self._topics),
+                on_assign=self._on_assign,
+                on_revoke=self._on_revoke,
+                on_lost=self._on_lost,
+            )
+            self._started = time.monotonic()
+            try:
+                while not self._stopping:
+                    self._turn()
+                self._drain()
+            finally:
+                self._consumer.close()
+        except BaseException as problem:
+            error = problem
+        self._ended(error)
+
+    def _turn(self) -> None:
+        now = self._turned = time.monotonic()
+        self._take_back()
+        self._commits.commit_if_due(now)
+        if self._fatal is not None:
+            raise KafkaException(self._fatal)
+        self._rest(self._ledger.in_flight.full())
+        self._release_held()
+        messages = self._nap() if self._resting else self._fetch(now)
+        if messages:
+            self._receive(messages)
+        elif not self._joined and now - self._started > _IDLE_MEMBER:
+            self._ask_coordinator()
+
+    def _fetch(self, now: float) -> list[Message]:
+        wait = self._pace.wait(now)
+        if wait:
+            time.sleep(wait)
+        room = self._ledger.in_flight.room(_MOST)
+        messages: list[Message] = self._consumer.consume(room, 0)
+        if not messages:
+            first = self._consumer.poll(self._intake.wait(_TURN))
+            if first is None:
+                return []
+            messages = [first]
+            if room > 1:
+                messages += self._consumer.consume(room - 1, 0)
+        self._pace.took(len(messages), time.monotonic(), full=len(messages) == room)
+        return messages
+
+    def _nap(self) -> list[Message]:
+        """Keep polling, for the group's sake, while there is no room; wakes when something comes back."""
+        self._sleeping = True
+        if not self._returned and not self._stopping:
+            self._wake.wait(_PAUSED_TURN)
+        self._sleeping = False
+        self._wake.clear()
+        first = self._consumer.poll(0)
+        # Only what was on its way before the pause took hold.
+        return [first] if first is not None else []
+
+    def _receive(self, messages: list[Message]) -> None:
+        batch: list[Fetched] = []
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                self._on_error(error)
+                continue
+            record = self._intake.read(message)
+            if record is not None:
+                self._ledger.take(record)
+                batch.append(record)
+        self._hold()
+        if batch:
+            self._hand_on(batch)
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._ledger.give_back(self._returned.popleft())
+
+    # --- pausing -----------------------------------------------------------------------------
+
+    def _rest(self, rest: bool) -> None:
+        """Pause all partitions or resume those that are not held."""
+        if rest != self._resting:
+            self._resting = rest
+            self._paused_gauge.set(rest)
+            self._apply(self._ledger.owned())
+
+    def _hold(self) -> None:
+        """Take partitions whose head is not yet due back to it, and pause them."""
+        held = self._intake.take_held()
+        for assignment, offset in held:
+            self._apply([assignment])
+            self._consumer.seek(TopicPartition(assignment.topic, assignment.partition, offset))
+        if held:
+            self._held_gauge.set(self._intake.held)
+
+    def _release_held(self) -> None:
+        due = self._intake.release()
+        if due:
+            self._held_gauge.set(self._intake.held)
+            self._apply(due)
+
+    def _apply(self, assignments: Collection[Assignment]) -> None:
+        pause: list[TopicPartition] = []
+        resume: list[TopicPartition] = []
+        for assignment in assignments:
+            if not assignment.live:
+                continue
+            wanted = self._resting or assignment.held_until_ms is not None
+            if wanted != assignment.paused:
+                assignment.paused = wanted
+                (pause if wanted else resume).append(TopicPartition(assignment.topic, assignment.partition))
+        if pause:
+            self._consumer.pause(pause)
+        if resume:
+            self._consumer.resume(resume)
+
+    # --- rebalances: called by librdkafka inside poll, consume and close ------------------------
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._count("assigned", partitions)
+        self._ledger.assign((p.topic, p.partition) for p in partitions)
+        consumer.incremental_assign(partitions)
+        if self._resting:
+            self._apply(self._ledger.owned())
+        self._joined = True
+        self._owned_gauge.set(len(self._ledger.owned()))
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._count("revoked", partitions)
+        leaving = self._ledger.select((p.topic, p.partition) for p in partitions)
+        deadline = time.monotonic() + (0 if self._stopping else self._revoke_seconds)
+        self._settle(leaving, deadline)
+        stuck = [assignment for assignment in leaving if len(assignment.offsets)]
+        self._commits.commit_now(leaving, deadline)
+        self._leave(leaving)
+        if stuck:
+            log.warning("partitions given up with records unfinished", partitions=len(stuck))
+            self._cancel(stuck)
+        consumer.incremental_unassign(partitions)
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._count("lost", partitions)
+        leaving = self._ledger.select((p.topic, p.partition) for p in partitions)
+        self._leave(leaving)
+        # Another replica may have them by now; what is under way here has no owner any more.
+        self._cancel(leaving)
+        consumer.incremental_unassign(partitions)
+
+    def _leave(self, leaving: list[Assignment]) -> None:
+        self._ledger.let_go(leaving)
+        self._intake.forget(leaving)
+        self._owned_gauge.set(len(self._ledger.owned()))
+
+    def _settle(self, leaving: list[Assignment], deadline: float) -> None:
+        """Wait until nothing of these is in flight, taking back what comes. There is no polling in here."""
+        self._sleeping = True
+        while True:
+            self._wake.clear()
+            self._take_back()
+            left = deadline - time.monotonic()
+            if left <= 0 or not any(len(assignment.offsets) for assignment in leaving):
+                break
+            self._wake.wait(min(left, 0.5))
+        self._sleeping = False
+
+    def _count(self, kind: str, partitions: list[TopicPartition]) -> None:
+        telemetry.STAGE_REBALANCES.labels(self._stage, kind).inc()
+        log.info("partitions " + kind, stage=self._stage, count=len(partitions))
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Wait for what is in flight, polling on; then commit. What stays unfinished stays uncommitted."""
+        self._rest(True)
+        deadline = time.monotonic() + self._drain_seconds
+        self._empty(deadline)
+        if self._ledger.in_flight.records:
+            log.warning("drain time is over", unfinished=self._ledger.in_flight.records)
+            self._cancel(None)
+            self._empty(time.monotonic() + _CANCEL_GRACE)
+        self._commits.commit_now(self._ledger.owned(), time.monotonic())
+
+    def _empty(self, deadline: float) -> None:
+        while True:
+            now = self._turned = time.monotonic()
+            self._take_back()
+            self._commits.commit_if_due(now)
+            if not self._ledger.in_flight.records or now > deadline:
+                return
+            messages = self._nap()
+            if messages:
+                self._receive(messages)
+
+    # --- trouble -----------------------------------------------------------------------------
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal():
+            self._fatal = error
+        log.warning("consumer", stage=self._stage, error=str(error))
+        self._errors = {str(error): time.monotonic() + 15}
+
+    def _ask_coordinator(self) -> None:
+        try:
+            self._consumer.committed([TopicPartition(self._topics[0], 0)], timeout=1)
+            self._joined = True
+        except KafkaException as error:
+            self._on_error(error.args[0])

@@ -1,0 +1,180 @@
+"""Producing to Kafka: batches in, one answer a batch out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from services.common.config import Settings
+from services.common.events import Outgoing
+from services.common.stage.clients import producer_config
+
+__all__ = ["Failure", "PublishError", "Publisher"]
+
+log = structlog.get_logger(__name__)
+
+Failure = tuple[int, KafkaError]
+"""An item's index in its batch, and why it was not delivered."""
+
+_TURN = 0.1
+
+
+class PublishError(Exception):
+    """Some items of a batch were not delivered; `failures` names them. The others were."""
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        super().__init__(f"{len(failures)} not delivered: {failures[0][1]}")
+        self.failures = failures
+
+
+class _Batch:
+    """What is still to be acked of one batch. Only the poll thread changes it once it is sent."""
+
+    __slots__ = ("_finished", "done", "failures", "left")
+
+    def __init__(
+        self, count: int, done: Callable[[list[Failure]], None], finished: Callable[[_Batch], None]
+    ) -> None:
+        self.left = count
+        self.done = done
+        self.failures: list[Failure] = []
+        self._finished = finished
+
+    def delivered(self, index: int, error: KafkaError | None, _message: object) -> None:
+        if error is not None:
+            self.failures.append((index, error))
+        self.left -= 1
+        if not self.left:
+            self._finished(self)
+
+
+class Publisher:
+    """One idempotent producer and its poll thread. To be used from one event loop.
+
+    Items go to `settings.topic_prefix` + their topic. A batch is not atomic, and one that is published
+    again after a failure may be there twice: readers tell events by `ce_id`. What is being published is
+    bounded by the callers; beyond the producer's own queue it waits here, in order.
+    """
+
+    def __init__(self, settings: Settings, client_id: str, **overrides: Any) -> None:
+        """`overrides` are librdkafka settings that replace those of `producer_config`."""
+        self._prefix = settings.topic_prefix
+        self._config = producer_config(settings, client_id) | {"error_cb": self._on_error} | overrides
+        self._waiting: deque[tuple[Outgoing, Callable[..., None]]] = deque()
+        self._refused: deque[Callable[[], None]] = deque()
+        self._finished: list[_Batch] = []
+        self._closed = False
+        self._deadline = 0.0
+        self.fatal: str | None = None
+        """Why the producer can publish no more, so that the process must start anew; None while it can."""
+        self.broken = asyncio.Event()
+        """Set once `fatal` is."""
+
+    def start(self) -> None:
+        """Start producing. Call on the loop's thread; does not block, nor wait for a broker."""
+        self._loop = asyncio.get_running_loop()
+        self._producer = Producer(self._config)
+        self._thread = threading.Thread(target=self._poll, name="publisher", daemon=True)
+        self._thread.start()
+
+    async def publish(self, batch: Sequence[Outgoing]) -> None:
+        """Publish a batch; return once every item is acked by all in-sync replicas.
+
+        Raises PublishError naming the items that were not, after `delivery.timeout.ms` at the latest.
+        """
+        failures = await self.attempt(batch)
+        if failures:
+            raise PublishError(failures)
+
+    def attempt(self, batch: Sequence[Outgoing]) -> asyncio.Future[list[Failure]]:
+        """Like `publish`, but the result is the failed items, empty when all are acked."""
+        future: asyncio.Future[list[Failure]] = self._loop.create_future()
+
+        def done(failures: list[Failure]) -> None:
+            if not future.done():
+                future.set_result(failures)
+
+        self.send(batch, done)
+        return future
+
+    def send(self, batch: Sequence[Outgoing], done: Callable[[list[Failure]], None]) -> None:
+        """Publish a batch; `done` is called once on the loop, with the failed items. Does not block."""
+        if not batch:
+            self._loop.call_soon(done, [])
+            return
+        delivered = _Batch(len(batch), done, self._finished_one).delivered
+        items = ((item, partial(delivered, index)) for index, item in enumerate(batch))
+        if self._waiting:
+            self._waiting.extend(items)
+        else:
+            self._produce(items)
+
+    async def close(self, seconds: float) -> bool:
+        """Wait up to `seconds` for what is being published, then stop. Returns whether all was acked."""
+        self._deadline = time.monotonic() + seconds
+        self._closed = True
+        await asyncio.to_thread(self._thread.join, seconds + 1)
+        return not self._waiting and len(self._producer) == 0
+
+    def _produce(self, items: Iterable[tuple[Outgoing, Callable[..., None]]]) -> None:
+        produce, prefix = self._producer.produce, self._prefix
+        left = iter(items)
+        for item, delivered in left:
+            try:
+                produce(
+                    prefix + item.topic,
+                    item.value,
+                    item.key,
+                    on_delivery=delivered,
+                    headers=item.headers,  # type: ignore[arg-type]
+                )
+            except BufferError:
+                self._waiting.append((item, delivered))
+                self._waiting.extend(left)
+            except KafkaException as error:
+                self._refused.append(partial(delivered, error.args[0], None))
+
+    def _poll(self) -> None:
+        while not self._closed:
+            self._producer.poll(_TURN)
+            self._report()
+        self._producer.flush(max(0.0, self._deadline - time.monotonic()))
+        self._report()
+
+    def _report(self) -> None:
+        while self._refused:
+            self._refused.popleft()()
+        # What waits for the producer's queue has no delivery of its own to be woken by.
+        if self._finished or self._waiting:
+            finished, self._finished = self._finished, []
+            try:
+                self._loop.call_soon_threadsafe(self._answer, finished)
+            except RuntimeError:
+                log.warning("deliveries came after the loop had ended", batches=len(finished))
+
+    def _answer(self, finished: list[_Batch]) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, deque()
+            self._produce(waiting)
+        for batch in finished:
+            try:
+                batch.done(batch.failures)
+            except Exception:
+                log.exception("a batch's answer was not taken")
+
+    def _finished_one(self, batch: _Batch) -> None:
+        self._finished.append(batch)
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() == KafkaError._FATAL or error.fatal():
+            self.fatal = str(error)
+            self._loop.call_soon_threadsafe(self.broken.set)
+        log.warning("producer", error=str(error))

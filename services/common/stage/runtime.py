@@ -1,0 +1,134 @@
+"""A stage, running: records in, handler, outcomes out, positions committed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from typing import Any
+
+import structlog
+from confluent_kafka import Consumer
+
+from services.common.config import Settings
+from services.common.stage.clients import consumer_config
+from services.common.stage.inflight import InFlight
+from services.common.stage.intake import Intake
+from services.common.stage.ledger import Assignment, Fetched, Ledger
+from services.common.stage.outgoing import Render
+from services.common.stage.poller import Poller
+from services.common.stage.publisher import Publisher
+from services.common.stage.types import Stage
+from services.common.stage.work import Work
+
+__all__ = ["StageRuntime"]
+
+log = structlog.get_logger(__name__)
+
+# Beyond the drain: the last commit, leaving the group, the producer's last records.
+_CLOSE_SECONDS = 15.0
+
+
+class StageRuntime:
+    """Runs one stage until it is stopped.
+
+    `source` is who speaks in the events (`ce_source`). `run` returns after a drain; it raises what ended
+    the stage otherwise, and then the process must exit with an error, so that another takes its place.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        settings: Settings,
+        *,
+        source: str,
+        consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
+    ) -> None:
+        self._stage, self._settings, self._source = stage, settings, source
+        self._make_consumer = consumer
+        self._stop = asyncio.Event()
+        self._poller: Poller | None = None
+        self._work: Work | None = None
+        self._publisher = Publisher(settings, client_id=source)
+
+    async def run(self) -> None:
+        """Run the stage. Returns when `stop` was called and what was in flight is settled and committed,
+        or `drain_seconds` are over: what is unfinished then stays uncommitted."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        self._publisher.start()
+        ledger = Ledger(InFlight(self._settings.max_in_flight, self._settings.max_in_flight_bytes))
+        intake = Intake(self._stage, self._settings, ledger)
+
+        def post(call: Callable[..., None], *args: object) -> None:
+            try:
+                loop.call_soon_threadsafe(call, *args)
+            except RuntimeError:
+                log.warning("the loop has ended before the poller")
+
+        def on_end(error: BaseException | None) -> None:
+            if ended.done():
+                return
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
+        def hand_on(records: list[Fetched]) -> None:
+            post(work.take, records)
+
+        def cancel(assignments: Collection[Assignment] | None) -> None:
+            post(work.cancel, assignments)
+
+        poller = self._poller = Poller(
+            consumer_config(self._settings, self._stage.name, self._source),
+            intake.topics,
+            intake,
+            ledger,
+            stage=self._stage.name,
+            revoke_seconds=self._settings.revoke_seconds,
+            drain_seconds=self._settings.drain_seconds,
+            hand_on=hand_on,
+            cancel=cancel,
+            ended=lambda error: post(on_end, error),
+            consumer=self._make_consumer,
+        )
+        work = self._work = Work(
+            self._stage, Render(self._stage, self._source), self._publisher, poller.give_back
+        )
+        poller.start()
+        stopped = asyncio.create_task(self._stop.wait())
+        broken = asyncio.create_task(self._publisher.broken.wait())
+        ends: set[asyncio.Future[Any]] = {stopped, broken, ended}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            poller.stop()
+            await asyncio.wait({ended}, timeout=self._settings.drain_seconds + _CLOSE_SECONDS)
+            if ended.done():
+                ended.result()
+            else:
+                log.warning("the consumer did not close in time; its partitions wait for its session to end")
+            if self._publisher.fatal:
+                raise RuntimeError(f"the producer cannot go on: {self._publisher.fatal}")
+        finally:
+            stopped.cancel()
+            broken.cancel()
+            poller.stop()
+            work.cancel(None)
+            await self._publisher.close(1.0)
+
+    def stop(self) -> None:
+        """Begin to drain. Call on the loop's thread; does not block."""
+        self._stop.set()
+
+    def ready(self) -> bool:
+        """Return whether the stage is in its group and nothing keeps it from getting on."""
+        return not self.problems()
+
+    def problems(self) -> list[str]:
+        """Return what keeps the stage from getting on, empty when nothing does. Safe from any thread."""
+        if self._poller is None or self._work is None:
+            return ["not started"]
+        problems = [*self._poller.problems(), *self._work.problems()]
+        if self._stop.is_set():
+            problems.append("draining")
+        return problems
