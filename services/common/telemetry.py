@@ -49,6 +49,12 @@ STAGE_HELD = Gauge(
 # --- the api -----------------------------------------------------------------------------------
 API_REQUESTS = Counter("postroad_api_requests_total", "RPCs answered, by gRPC status code", ["rpc", "code"])
 API_SECONDS = Histogram("postroad_api_seconds", "Time to answer an RPC", ["rpc"], buckets=_LATENCY)
+API_PUBLISHED = Counter(
+    "postroad_api_published_total",
+    "Recorded tasks published, by way: relay (at once) or sweeper (left behind by a crash or an outage)",
+    ["way"],
+)
+API_RELAY_HELD = Gauge("postroad_api_relay_held_tasks", "Recorded tasks that are being published")
 
 # --- what the others add stands below, under a line that names the service ----------------------
 
@@ -66,6 +72,35 @@ VALIDATOR_LOOKUP_SECONDS = Histogram(
 STATUS_BODIES_PURGED = Counter(
     "postroad_status_bodies_purged_total", "Bodies of settled tasks deleted after their retention"
 )
+
+# --- the sender --------------------------------------------------------------------------------
+SENDER_OUTCOMES = Counter(
+    "postroad_sender_outcomes_total",
+    "Attempts settled, by how: sent, deferred, failed or uncertain",
+    ["outcome"],
+)
+SENDER_IN_DOUBT = Counter(
+    "postroad_sender_in_doubt_total",
+    "Mails that may have gone out without it being known, by how: takeover of a dead sender's claim or lost reply",
+    ["how"],
+)
+SENDER_FENCED = Counter(
+    "postroad_sender_fenced_total",
+    "Outcomes whose claim was lost, by what became of them: late (stored all the same) or fenced",
+    ["became"],
+)
+SENDER_SKIPPED = Counter(
+    "postroad_sender_skipped_total",
+    "Records that needed no mail, by why: stored (the outcome is known) or stale (overtaken)",
+    ["why"],
+)
+SENDER_CLAIMS = Gauge("postroad_sender_claims", "Claims in hand")
+SENDER_LEASES_LOST = Counter("postroad_sender_leases_lost_total", "Claims found to be another's on renewal")
+SENDER_SECONDS = Histogram(
+    "postroad_sender_smtp_seconds", "Time of one SMTP attempt, the wait for a session included", buckets=_LATENCY
+)
+SENDER_SESSIONS = Gauge("postroad_sender_sessions", "SMTP sessions, by state: busy or idle", ["state"])
+SENDER_RELAY_UP = Gauge("postroad_sender_relay_up", "0 while the relay cannot be used")
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

@@ -1,0 +1,130 @@
+"""The RPCs. Requests arrive as bytes, so that what does not decode is answered like any other bad request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+
+from postroad.v1 import events_pb2, task_service_pb2
+from services.api import filters, pages, queries, uuid7
+from services.api.auth import Tenants
+from services.api.errors import Problem, internal, invalid, not_found
+from services.api.reader import Reader
+from services.api.recorder import Recorder
+from services.api.relay import Recording
+from services.api.trace import traceparent
+from services.api.validation import check_key, mail_task
+from services.api.views import recorded
+from services.common.telemetry import API_REQUESTS, API_SECONDS
+
+__all__ = ["SERVICE", "TaskService"]
+
+log = structlog.get_logger(__name__)
+
+SERVICE: str = task_service_pb2.DESCRIPTOR.services_by_name["TaskService"].full_name
+
+Metadata: TypeAlias = dict[str, str | bytes]
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+M = TypeVar("M", bound=Message)
+
+
+class TaskService:
+    """postroad.v1.TaskService."""
+
+    def __init__(self, tenants: Tenants, recorder: Recorder, reader: Reader, max_body: int) -> None:
+        self._tenants, self._recorder, self._reader = tenants, recorder, reader
+        self._max_body = max_body
+        self._clock = uuid7.Clock()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return what a grpc.aio server takes."""
+        rpcs = {"Create": self.create, "Get": self.get, "List": self.list}
+        methods: dict[str, Any] = {
+            name: grpc.unary_unary_rpc_method_handler(_rpc(name, rpc)) for name, rpc in rpcs.items()
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def create(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized Task for a serialized CreateRequest; raise Problem."""
+        tenant = self._tenants.tenant(metadata)
+        request = _decode(raw, task_service_pb2.CreateRequest)
+        key = check_key(request.idempotency_key, str(metadata.get("idempotency-key", "")))
+        mail = mail_task(request, tenant, key, self._max_body)
+        mail.id, mail.created_at_us = self._clock.draw()
+        event = events_pb2.TaskCreated(task=mail, at_us=mail.created_at_us)
+        original = await self._recorder.record(
+            Recording(event, traceparent(metadata.get("traceparent"), mail.id), len(raw))
+        )
+        return (original or recorded(mail)).SerializeToString()
+
+    async def get(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized Task for a serialized GetRequest; raise Problem."""
+        tenant = self._tenants.tenant(metadata)
+        request = _decode(raw, task_service_pb2.GetRequest)
+        try:
+            id_ = uuid7.parse(request.id)
+        except ValueError as error:
+            raise invalid("id", str(error)) from None
+        task = await self._reader.read(lambda connection: queries.get(connection, tenant, id_))
+        if task is None:
+            raise not_found(request.id)
+        return task.SerializeToString()
+
+    async def list(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized ListResponse for a serialized ListRequest; raise Problem."""
+        tenant = self._tenants.tenant(metadata)
+        request = _decode(raw, task_service_pb2.ListRequest)
+        size = pages.page_size(request.page_size)
+        asked = filters.parse(request)
+        bound_to = asked.digest(tenant)
+        after = pages.position(request.page_token, bound_to)
+        tasks, last = await self._reader.read(
+            lambda connection: queries.page(connection, tenant, asked, after, size)
+        )
+        return task_service_pb2.ListResponse(
+            results=tasks, next_page_token="" if last is None else pages.token(last, bound_to)
+        ).SerializeToString()
+
+
+def _decode(raw: bytes, kind: type[M]) -> M:
+    request = kind()
+    try:
+        request.ParseFromString(raw)
+    except DecodeError:
+        raise invalid("request", f"the bytes are no {kind.DESCRIPTOR.full_name}") from None
+    return request
+
+
+def _rpc(
+    name: str, answer: Callable[[bytes, Metadata], Awaitable[bytes]]
+) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    """Return the handler that grpc calls: errors become statuses, every answer is counted and timed."""
+    answered = API_REQUESTS.labels(name, "OK")
+    seconds = API_SECONDS.labels(name)
+
+    async def handle(raw: bytes, context: Context) -> bytes:
+        start = time.perf_counter()
+        try:
+            result = await answer(raw, dict(context.invocation_metadata() or ()))
+            answered.inc()
+            return result
+        except Problem as refusal:
+            problem = refusal
+        except asyncio.CancelledError:
+            API_REQUESTS.labels(name, "CANCELLED").inc()
+            raise
+        except Exception:
+            log.exception("unexpected", rpc=name)
+            problem = internal()
+        finally:
+            seconds.observe(time.perf_counter() - start)
+        API_REQUESTS.labels(name, problem.code.name).inc()
+        return await problem.abort(context)
+
+    return handle

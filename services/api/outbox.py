@@ -1,0 +1,86 @@
+"""The outbox: which events must still be published. SQL only; every function blocks.
+
+Times are the database's own, so that replicas with different clocks agree on what is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from sqlalchemy import Connection
+
+from services.common.database import marks
+
+__all__ = ["GRACE", "LEASE", "Item", "created", "defer", "delete", "put", "take"]
+
+GRACE = 10
+"""Seconds that the relay of the replica that recorded a task has before a sweeper looks at it."""
+LEASE = 45
+"""Seconds that a sweeper has for what it took; longer than its producer tries (`delivery.timeout.ms`)."""
+
+_CREATED = "created"
+_PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at) VALUES"
+_DUE = (
+    "SELECT task_id, kind, epoch FROM outbox WHERE available_at <= UTC_TIMESTAMP(6)"
+    " ORDER BY available_at LIMIT {limit} FOR UPDATE SKIP LOCKED"
+)
+
+
+class Item(NamedTuple):
+    """A row of the outbox, without its time."""
+
+    task_id: bytes
+    kind: str
+    epoch: int
+
+
+def created(task_id: bytes) -> Item:
+    """Return the item that stands for a task's first event."""
+    return Item(task_id, _CREATED, 0)
+
+
+def put(connection: Connection, items: Sequence[Item]) -> None:
+    """Add items, due after GRACE; those that stand there already stay as they are."""
+    due = f"UTC_TIMESTAMP(6) + INTERVAL {GRACE} SECOND"
+    for start in range(0, len(items), 500):
+        part = items[start : start + 500]
+        rows = ",".join([f"(%s,%s,%s,{due})"] * len(part))
+        connection.exec_driver_sql(f"{_PUT} {rows}", tuple(value for item in part for value in item))
+
+
+def delete(connection: Connection, items: Sequence[Item]) -> None:
+    """Remove items that were published; those that are gone already are no error."""
+    for (kind, epoch), ids in _by_event(items):
+        connection.exec_driver_sql(
+            f"DELETE FROM outbox WHERE task_id IN ({marks(len(ids))}) AND kind = %s AND epoch = %s",
+            (*ids, kind, epoch),
+        )
+
+
+def take(connection: Connection, limit: int) -> list[Item]:
+    """Return up to `limit` due items, which are then due again only after LEASE.
+
+    What another sweeper is taking at the same moment is passed over. To be committed at once.
+    """
+    items = [Item(*row) for row in connection.exec_driver_sql(_DUE.format(limit=limit)).all()]
+    defer(connection, items, LEASE)
+    return items
+
+
+def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
+    """Make items due `seconds` from now."""
+    for (kind, epoch), ids in _by_event(items):
+        connection.exec_driver_sql(
+            f"UPDATE outbox SET available_at = UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND"
+            f" WHERE task_id IN ({marks(len(ids))}) AND kind = %s AND epoch = %s",
+            (*ids, kind, epoch),
+        )
+
+
+def _by_event(items: Sequence[Item]) -> Iterator[tuple[tuple[str, int], list[bytes]]]:
+    """Yield the task ids, sorted, of each kind and epoch: lists that the primary key serves as ranges."""
+    found: dict[tuple[str, int], list[bytes]] = {}
+    for task_id, kind, epoch in sorted(items):
+        found.setdefault((kind, epoch), []).append(task_id)
+    yield from found.items()

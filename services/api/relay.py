@@ -1,0 +1,113 @@
+"""The fast path out: what was just recorded is published at once, what was acked leaves the outbox.
+
+The relay promises nothing. What it does not take, fails to publish or dies with stands in the outbox,
+and the sweeper finds it there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from postroad.v1 import events_pb2
+from services.api.outbox import Item, created
+from services.common.batching import Batcher
+from services.common.events import Outgoing, encode
+from services.common.stage.publisher import Failure, Publisher
+from services.common.telemetry import API_PUBLISHED, API_RELAY_HELD, STAGE_PUBLISH_FAILURES
+
+__all__ = ["Recording", "Relay"]
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A task to be recorded and published, with the trace context of its request."""
+
+    event: events_pb2.TaskCreated
+    traceparent: bytes
+    size: int
+
+
+class Relay:
+    """Publishes recorded tasks; to be used on one event loop.
+
+    What it holds is bounded by `most` records and `most_bytes`: while Kafka is away the rest is left to
+    the sweeper. `settle` takes what was acked out of the outbox.
+    """
+
+    def __init__(self, publisher: Publisher, settle: Batcher[Item, None], most: int, most_bytes: int) -> None:
+        self._publisher, self._settle = publisher, settle
+        self._most, self._most_bytes = most, most_bytes
+        self._held: set[bytes] = set()
+        API_RELAY_HELD.set_function(lambda: len(self._held))
+        self._room = True
+        self._bytes = 0
+        self._settling: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def holds(self, task_id: bytes) -> bool:
+        """Tell whether this task's event is being published right now."""
+        return task_id in self._held
+
+    def publish(self, recorded: Sequence[Recording]) -> None:
+        """Publish what a transaction recorded, as much of it as there is room for. Does not block."""
+        batch: list[Outgoing] = []
+        size = 0
+        for recording in recorded:
+            if len(self._held) >= self._most or self._bytes + size >= self._most_bytes:
+                break
+            record = encode(recording.event, "api", recording.traceparent)
+            batch.append(record)
+            self._held.add(record.key)
+            size += len(record.value)
+        self._tell_room(len(batch) == len(recorded))
+        if batch:
+            self._bytes += size
+            self._idle.clear()
+            self._publisher.send(batch, partial(self._acked, [record.key for record in batch], size))
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until everything held is published and has left the outbox, up to `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("left to the sweeper", tasks=len(self._held))
+
+    def _tell_room(self, room: bool) -> None:
+        if room != self._room:
+            self._room = room
+            log.warning(
+                "there is room again" if room else "full: what is recorded now is left to the sweeper"
+            )
+
+    def _acked(self, ids: list[bytes], size: int, failures: list[Failure]) -> None:
+        failed = {index for index, _ in failures}
+        if failed:
+            STAGE_PUBLISH_FAILURES.labels("api").inc(len(failed))
+            log.warning("not published, left to the sweeper", tasks=len(failed), error=str(failures[0][1]))
+        acked = [created(id_) for index, id_ in enumerate(ids) if index not in failed]
+        API_PUBLISHED.labels("relay").inc(len(acked))
+        task = asyncio.ensure_future(self._settled(acked, ids, size))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def _settled(self, acked: list[Item], ids: list[bytes], size: int) -> None:
+        # Held until it has left the outbox, so that the sweeper does not publish it meanwhile.
+        try:
+            results = await self._settle.many(acked)
+        finally:
+            self._held.difference_update(ids)
+            self._bytes -= size
+            if not self._held:
+                self._idle.set()
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            log.warning("published but still in the outbox", tasks=len(errors), error=str(errors[0]))

@@ -1,0 +1,110 @@
+"""The service: its parts put together, run, and taken down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import structlog
+from grpc_health.v1 import health
+
+from services.api import outbox
+from services.api.auth import Tenants
+from services.api.handlers import SERVICE, TaskService
+from services.api.outbox import Item
+from services.api.reader import THREADS, Reader
+from services.api.readiness import Readiness
+from services.api.recorder import Recorder
+from services.api.relay import Recording, Relay
+from services.api.server import serve_on
+from services.api.sweeper import Sweeper
+from services.common.batching import Batcher
+from services.common.config import Settings
+from services.common.database import engine_of, transaction, transient
+from services.common.stage.publisher import Publisher
+
+__all__ = ["ApiService", "build"]
+
+log = structlog.get_logger(__name__)
+
+_MOST_SWEPT = 500
+# The recorder, the settling of the outbox, the sweeper, readiness, and the readers.
+_CONNECTIONS = 4 + THREADS
+
+
+class ApiService:
+    """The api as its process runs it; made on the event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._seconds = settings.drain_seconds
+        self._stopping = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._engine = engine_of(settings.database_url, _CONNECTIONS)
+        self._publisher = Publisher(settings, "postroad.api")
+        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
+        most, most_bytes = settings.max_in_flight, settings.max_in_flight_bytes
+        self._relay = Relay(self._publisher, self._settle, most, most_bytes)
+        self._recorder = Recorder(self._engine, self._committed, settings.max_pending_creates, most_bytes)
+        swept = max(1, min(_MOST_SWEPT, most_bytes // settings.max_body))
+        self._sweeper = Sweeper(self._engine, self._publisher, self._relay, swept)
+        self._reader = Reader(self._engine)
+        self._health = health.aio.HealthServicer()
+        self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
+        tenants = Tenants(settings.api_tokens.get_secret_value())
+        tasks = TaskService(tenants, self._recorder, self._reader, settings.max_body)
+        self._server, self.port = serve_on(settings.listen, tasks, self._health)
+
+    async def run(self) -> None:
+        """Serve until stopped; then answer what is in flight and publish what was recorded.
+
+        Raises RuntimeError where the producer cannot go on; the process must start anew.
+        """
+        self._publisher.start()
+        await self._server.start()
+        log.info("serving", port=self.port)
+        sweeping = asyncio.create_task(self._sweeper.run())
+        readiness = asyncio.create_task(self._readiness.run())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((sweeping, readiness, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        readiness.cancel()
+        await self._drain(sweeping)
+        for task in (sweeping, readiness):
+            if task.done() and not task.cancelled():
+                task.result()
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stopping.set()
+
+    def problems(self) -> list[str]:
+        """Return why the api is not ready: it drains, or the database is silent."""
+        return (["draining"] if self._stopping.is_set() else []) + self._readiness.problems()
+
+    async def _drain(self, sweeping: asyncio.Task[None]) -> None:
+        deadline = time.monotonic() + self._seconds
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._seconds)
+        await self._recorder.close()
+        self._sweeper.stop()
+        await self._relay.drain(max(0.1, deadline - time.monotonic()))
+        # What a sweep has in hand while Kafka is away is in the outbox still.
+        await asyncio.wait((sweeping,), timeout=max(1.0, deadline - time.monotonic()))
+        sweeping.cancel()
+        await self._publisher.close(max(0.1, deadline - time.monotonic()))
+        await self._settle.close()
+        self._reader.close()
+        self._engine.dispose()
+
+    def _committed(self, recorded: Sequence[Recording]) -> None:
+        self._loop.call_soon_threadsafe(self._relay.publish, recorded)
+
+    def _delete(self, items: Sequence[Item]) -> list[None]:
+        transaction(self._engine, lambda connection: outbox.delete(connection, items))
+        return [None] * len(items)
+
+
+async def build(settings: Settings) -> ApiService:
+    """Return the api, ready to run. Raises OSError when its port is taken, ValueError for bad tokens."""
+    return ApiService(settings)

@@ -1,0 +1,73 @@
+"""Tasks as clients see them: from a row, or from the request that was just recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from postroad.v1 import events_pb2, task_pb2
+from services.api.uuid7 import text
+
+__all__ = ["COLUMNS", "EVENT_COLUMNS", "recorded", "task", "timeline"]
+
+# What `task` takes, in its order.
+COLUMNS = (
+    "id, recipient, subject, status, reason, reply, message_id, attempts, next_attempt_at, created_at,"
+    " updated_at, labels"
+)
+# What `timeline` takes, in its order.
+EVENT_COLUMNS = "at, stage, kind, attempt, relay, reply, detail"
+
+# Which of several things that carry the same microsecond came first.
+_ORDER = ("created", "retried", "mx_ok", "mx_failed", "in_doubt", "deferred", "sent", "failed", "cancelled")
+_RANK = {kind: rank for rank, kind in enumerate(_ORDER)}
+
+
+def task(row: Sequence[Any]) -> task_pb2.Task:
+    """Return the task of a row of COLUMNS, without what only Get fills."""
+    id_, email, subject, status, reason, reply, message_id, attempts, next_at, created, updated, labels = row
+    view = task_pb2.Task(
+        id=text(id_),
+        email=email,
+        subject=subject,
+        status=status,
+        reason=reason,
+        reply=reply,
+        message_id=message_id,
+        attempts=attempts,
+        labels=json.loads(labels) if labels else None,
+    )
+    for field, moment in ((view.created_at, created), (view.updated_at, updated)):
+        field.FromDatetime(moment)
+    if next_at is not None:
+        view.next_attempt_at.FromDatetime(next_at)
+    return view
+
+
+def recorded(mail: events_pb2.MailTask) -> task_pb2.Task:
+    """Return a task as it stands right after it was recorded; the same as its row would give."""
+    view = task_pb2.Task(
+        id=text(mail.id), email=mail.email, subject=mail.subject, status="pending", labels=mail.labels
+    )
+    seconds, us = divmod(mail.created_at_us, 10**6)
+    for field in (view.created_at, view.updated_at):
+        field.seconds, field.nanos = seconds, us * 1000
+    return view
+
+
+def timeline(rows: Sequence[Sequence[Any]]) -> list[task_pb2.TimelineEntry]:
+    """Return what happened to a task, from rows of EVENT_COLUMNS, oldest first."""
+    entries = []
+    for at, stage, kind, attempt, relay, reply, detail in sorted(rows, key=_age):
+        entry = task_pb2.TimelineEntry(
+            stage=stage, kind=kind, attempt=attempt, relay=relay, reply=reply, detail=detail
+        )
+        entry.at.FromDatetime(at.replace(tzinfo=UTC))
+        entries.append(entry)
+    return entries
+
+
+def _age(row: Sequence[Any]) -> tuple[datetime, int, int]:
+    return row[0], row[3], _RANK.get(row[2], len(_RANK))
