@@ -1,4 +1,4 @@
-"""Real servers for tests: `Infra` is Kafka, MySQL, DNS and the catcher, `Stack` the whole system by its commands.
+"""Real servers for tests: `Infra` is Kafka, MySQL, DNS and the catcher, `Stack` the whole system.
 
 Fixtures (registered by conftest.py):
 

@@ -20,13 +20,8 @@ def _started_environment(pid: int) -> dict[str, str]:
 
 def test_every_server_runs_under_its_own_id_and_knows_its_stack(infra: Infra) -> None:
     assert sorted(path.stem for path in (infra.directory / "pids").iterdir()) == sorted(SERVERS)
-    programs = {
-        "kafka-1": "kafka.Kafka",
-        "mysql": "mysqld",
-        "dns": "deploy.local.dns",
-        "catcher": "deploy.local.catcher",
-    }
-    for name, program in programs.items():
+    programs = ("deploy.local.catcher", "deploy.local.dns", "kafka.Kafka", "mysqld")
+    for name, program in zip(SERVERS, programs, strict=True):
         assert program in Path(f"/proc/{infra.pid(name)}/cmdline").read_text()
         assert _started_environment(infra.pid(name))["POSTROAD_LOCAL_DIR"] == str(infra.directory)
         assert (infra.directory / "logs" / f"{name}.log").exists()
@@ -61,7 +56,7 @@ def test_mysql_is_durable_and_reads_committed(infra: Infra) -> None:
         )
         flush, isolation, version, database = cursor.fetchone()
     assert (flush, isolation, database) == (1, "READ-COMMITTED", url.database)
-    assert version.startswith("9.7") or version.startswith("8.4")
+    assert version.startswith(("9.7", "8.4"))
 
 
 @pytest.mark.parametrize("name", SERVERS)

@@ -1,0 +1,93 @@
+# Postroad: `make` lists what there is.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down status logs check lint types imports protos schema baseline fmt \
+	test unit integration e2e chaos bench lock clean
+
+PYTHON := .venv/bin/python
+STACK := $(PYTHON) -m deploy.local
+BASELINE := protos/baseline.binpb
+
+# Python, its stubs, and gRPC for the one file that has a service.
+define generate
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m grpc_tools.protoc -Iprotos \
+		--python_out=$(1) --mypy_out=quiet:$(1) protos/postroad/v1/*.proto && \
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m grpc_tools.protoc -Iprotos \
+		--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/postroad/v1/task_service.proto
+endef
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: Debian packages, .venv, Kafka, MySQL (quick when all is there)
+	@python3 -m deploy.local.setup
+
+demo: setup ## bring the system up and watch a dozen mails end in every way (DEMO_TASKS=n for more)
+	@$(PYTHON) -m deploy.local.demo
+
+up: setup ## bring the system up (ARGS="--sender 3" for more replicas)
+	@$(STACK) up $(ARGS)
+
+down: ## stop it; ARGS=--wipe deletes its data too
+	@$(STACK) down $(ARGS)
+
+status: ## what runs, where, and how it is
+	@$(STACK) status
+
+logs: ## what one process wrote: make logs NAME=sender-1
+	@$(STACK) logs $(NAME)
+
+check: setup lint types imports schema ## all that is checked without running: style, types, imports, protos
+
+lint: setup
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+types: setup
+	@$(PYTHON) -m mypy
+
+imports: setup
+	@.venv/bin/lint-imports
+
+protos: setup ## make the code beside the protos
+	@$(call generate,protos)
+
+schema: setup ## the protos are in style, break no client, and the code beside them is theirs
+	@.venv/bin/buf lint protos
+	@.venv/bin/buf breaking protos --against $(BASELINE)
+	@rm -rf .venv/protos && mkdir -p .venv/protos && $(call generate,.venv/protos)
+	@for file in $$(cd .venv/protos && find . -type f); do cmp .venv/protos/$$file protos/$$file; done
+
+baseline: schema ## at a release: clients hold today's protos from now on
+	@.venv/bin/buf build protos -o $(BASELINE)
+
+fmt: setup ## put the code into its style
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+test: setup ## every test, on real servers (ARGS="-k name" for some)
+	@$(PYTHON) -m pytest $(ARGS)
+
+unit: setup ## the tests that need no server
+	@$(PYTHON) -m pytest tests/unit $(ARGS)
+
+integration: setup ## the tests on a real Kafka, MySQL, DNS and SMTP
+	@$(PYTHON) -m pytest tests/integration $(ARGS)
+
+e2e: setup ## the tests of the whole system
+	@$(PYTHON) -m pytest tests/e2e $(ARGS)
+
+chaos: setup ## kill, stop and cut off what can be, under load
+	@$(PYTHON) -m pytest tests/chaos $(ARGS)
+
+bench: setup ## how fast the road is here
+	@$(PYTHON) -m tests.bench $(ARGS)
+
+lock: setup ## pin the dependencies of pyproject.toml anew, with hashes
+	@.venv/bin/uv pip compile -q --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
+		pyproject.toml -o requirements.lock
+	@.venv/bin/uv pip compile -q --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
+		--extra dev pyproject.toml -o requirements-dev.lock
+
+clean: ## stop the system and delete .local, .venv and what the tools left
+	@[ ! -x $(PYTHON) ] || $(STACK) down --wipe
+	@rm -rf .local .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
