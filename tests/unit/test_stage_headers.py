@@ -1,0 +1,67 @@
+"""The headers of delayed and dead records."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.stage.headers import Malformed, Origin, dead, delayed, parse_return, traceparent
+
+ORIGINAL = [("ce_id", b"1"), ("ce_type", b"t"), ("traceparent", b"00-a-b-01")]
+ORIGIN = Origin("task.created", 3, 1234)
+OURS = ["due-at", "attempt", "origin", "cause", "ce_id", "traceparent"]
+NAMES = st.sampled_from(OURS) | st.text(max_size=5)
+    max_size=5
+)
+
+
+@given(
+    st.integers(1, 10**6), st.integers(0, 10**14), st.integers(0, 10**4), st.integers(0, 10**15), st.text()
+)
+def test_what_is_written_is_read_back(
+    attempt: int, due: int, partition: int, offset: int, cause: str
+) -> None:
+    origin = Origin("sender.x/y", partition, offset)
+    headers = delayed(ORIGINAL, origin=origin, attempt=attempt, cause=cause, due_at_ms=due)
+    back = parse_return(headers)
+    assert (back.due_at_ms, back.attempt, back.origin) == (due, attempt, origin)
+    assert headers[:3] == ORIGINAL
+    assert traceparent(headers) == b"00-a-b-01"
+
+
+def test_a_second_delay_replaces_what_the_first_wrote() -> None:
+    first = delayed(ORIGINAL, origin=ORIGIN, attempt=2, cause="a", due_at_ms=1)
+    second = delayed(first, origin=ORIGIN, attempt=3, cause="b", due_at_ms=2)
+    assert [name for name, _ in second].count("attempt") == 1
+    assert dict(second)["cause"] == b"b"
+    letter = dict(dead(second, origin=ORIGIN, attempt=3, cause="c"))
+    assert letter == dict(ORIGINAL) | {"attempt": b"3", "origin": b"task.created/3/1234", "cause": b"c"}
+
+
+@given(st.lists(st.tuples(NAMES, st.none() | st.binary(max_size=30)), max_size=8) | st.none())
+def test_garbage_is_malformed_and_nothing_else(headers: list[tuple[str, bytes]] | None) -> None:
+    traceparent(headers)
+    try:
+        back = parse_return(headers)
+    except Malformed:
+        return
+    assert back.attempt >= 1
+    assert back.due_at_ms >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("due-at", b"-1"), ("due-at", b""), ("due-at", b"9" * 30), ("attempt", b"0"), ("attempt", b"1_0"),
+     ("origin", b"a/1"), ("origin", b"/1/2"), ("origin", b"a/b/2"), ("origin", "é/1/2".encode())],
+)  # fmt: skip
+def test_each_bad_header_is_refused(name: str, value: bytes) -> None:
+    good = dict(delayed(None, origin=ORIGIN, attempt=2, cause="", due_at_ms=5))
+    with pytest.raises(Malformed, match=name):
+        parse_return(list({**good, name: value}.items()))
+    del good[name]
+    with pytest.raises(Malformed, match=name):
+        parse_return(list(good.items()))
+
+
+def test_a_long_cause_is_cut() -> None:
+    headers = dict(dead(None, origin=ORIGIN, attempt=1, cause="x" * 100_000))
+    assert len(headers["cause"]) <= 2000

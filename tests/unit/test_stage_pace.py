@@ -1,0 +1,65 @@
+"""The pace follows the load."""
+
+import random
+
+import pytest
+
+from services.common.stage.pace import Pace
+
+
+def fetches(
+    pace: Pace, rate: float, seconds: float, start: float = 100.0
+) -> tuple[list[float], list[int], float]:
+    """Feed records at `rate` a second, fetch when the pace allows; returns waits, batch sizes, end."""
+    rng = random.Random(3)
+    waits, sizes = [], []
+    now, arrivals = start, [start + rng.random() * 0.001]
+    while arrivals[-1] < start + seconds:
+        arrivals.append(arrivals[-1] + rng.expovariate(rate))
+    index = 0
+    while index < len(arrivals):
+        wait = pace.wait(now)
+        waits.append(wait)
+        now = max(now + wait, arrivals[index])
+        count = sum(1 for at in arrivals[index : index + 500] if at <= now)
+        index += count
+        sizes.append(count)
+        now += 0.0003
+        pace.took(count, now)
+    return waits, sizes, now
+
+
+def test_no_wait_when_there_is_little_to_do() -> None:
+    waits, _, _ = fetches(Pace(), rate=200, seconds=5)
+    assert max(waits[len(waits) // 2 :]) == 0
+
+
+def test_the_busier_the_larger_the_batches() -> None:
+    means = []
+    for rate in (100, 500, 1000, 2000, 8000):
+        _, sizes, _ = fetches(Pace(), rate, seconds=4)
+        late = sizes[len(sizes) // 2 :]
+        means.append(sum(late) / len(late))
+    assert means == sorted(means)
+    assert means[0] < 1.5
+    assert means[-1] > 100
+
+
+def test_never_longer_than_the_longest() -> None:
+    waits, _, _ = fetches(Pace(longest=0.02), rate=50_000, seconds=1)
+    assert max(waits) == pytest.approx(0.02)
+
+
+def test_back_to_no_wait_once_the_rush_is_over() -> None:
+    pace = Pace()
+    _, _, end = fetches(pace, rate=5000, seconds=2)
+    assert pace.wait(end) > 0.01
+    waits, _, _ = fetches(pace, rate=100, seconds=6, start=end)
+    assert max(waits[len(waits) // 2 :]) == 0
+
+
+def test_no_wait_where_more_is_there_already() -> None:
+    pace = Pace()
+    for turn in range(100):
+        pace.took(500, turn * 0.01, full=True)
+    assert pace.wait(0.99) == 0
