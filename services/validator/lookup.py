@@ -100,7 +100,7 @@ class Lookup:
     """
 
     def __init__(
-        self, resolver: dns.asyncresolver.Resolver, *, lifetime: float = 5.0, walks: int = 100, hosts: int = 4
+        self, resolver: dns.asyncresolver.Resolver, *, lifetime: float = 5.0, walks: int = 200, hosts: int = 4
     ) -> None:
         self._resolver = resolver
         self._backend = dns.asyncbackend.get_backend("asyncio")

@@ -1,0 +1,179 @@
+"""The validator's process on the real Kafka and the local name server: records in, events out."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from postroad.v1 import events_pb2 as pb
+from services.common import topics
+from services.common.config import Settings
+from services.common.events import DECODERS, Event, encode, task_id
+from services.common.kafka_admin import apply
+from tests.stack import Infra
+
+VERDICTS = {
+    "good.test": "ok",
+    "xn--bcher-kva.test": "ok",
+    "implicit.test": "ok",
+    "v6.test": "ok",
+    "mixed.test": "ok",
+    "alias.test": "ok",
+    "truncated.test": "ok",
+    "delay-200.test": "ok",
+    "flaky.test": "ok",
+    "nomail.test": "no_mail_host",
+    "deadmx.test": "no_mail_host",
+    "barehost.test": "no_mail_host",
+    "nullmx.test": "null_mx",
+    "dangling.test": "no_such_domain",
+    "nosuch.test": "no_such_domain",
+    "localmx.test": "unusable_mx",
+    "literal.test": "unusable_mx",
+    "loopback.test": "unusable_mx",
+    "unspecified.test": "unusable_mx",
+    "softmx.test": "dns_unavailable",
+    "servfail.test": "dns_unavailable",
+    "refused.test": "dns_unavailable",
+    "timeout.test": "dns_unavailable",
+}
+DELAYS = (1, 2)
+
+
+class Road:
+    """The topics on both sides of one validator, and what came out of it so far."""
+
+    def __init__(self, infra: Infra) -> None:
+        self.settings = Settings(
+            kafka_bootstrap=infra.bootstrap,
+            topic_prefix=infra.topic_prefix(),
+            partitions=3,
+            validator_delays=DELAYS,
+        )
+        apply(self.settings)
+        names = topics.Names(self.settings.topic_prefix)
+        self.created = names.topic(topics.TASK_CREATED)
+        self.dead_topic = names.dead("validator")
+        self.producer = Producer({"bootstrap.servers": infra.bootstrap})
+        self._consumer = Consumer(
+            {
+                "bootstrap.servers": infra.bootstrap,
+                "group.id": f"{self.settings.topic_prefix}test",
+                "auto.offset.reset": "earliest",
+            }
+        )
+        out = (topics.MX_OK, topics.MX_FAILED, topics.MAIL_DEFERRED)
+        self._consumer.subscribe([*map(names.topic, out), self.dead_topic])
+        self.events: dict[bytes, list[Event]] = defaultdict(list)
+        self.dead: list[object] = []
+
+    def create(self, domain: str) -> pb.MailTask:
+        """Record a task for a recipient there."""
+        key = uuid.uuid4().bytes
+        task = pb.MailTask(id=key, email=f"someone@{domain}", domain=domain, subject="Hello", body="text")
+        record = encode(pb.TaskCreated(task=task, epoch=3, at_us=time.time_ns() // 1000), "api")
+        self.producer.produce(self.created, record.value, record.key, headers=dict(record.headers))
+        return task
+
+    def read_until(self, reached: Callable[[], bool], seconds: float = 60) -> None:
+        """Collect what comes out until `reached`. Raises AssertionError when that takes too long."""
+        self.producer.flush(10)
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline, f"after {seconds} s: {dict(self.events)}, dead {self.dead}"
+            for message in self._consumer.consume(500, 0.2):
+                assert message.error() is None, message.error()
+                if message.topic() == self.dead_topic:
+                    self.dead.append(dict(message.headers() or [])["cause"])
+                else:
+                    bare = str(message.topic()).removeprefix(self.settings.topic_prefix)
+                    event = DECODERS[bare](message.value())
+                    self.events[task_id(event)].append(event)
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+@pytest.fixture
+def road(infra: Infra) -> Iterator[Road]:
+    made = Road(infra)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def validator(infra: Infra, road: Road) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")},
+        "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
+        "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
+        "POSTROAD_PARTITIONS": str(road.settings.partitions),
+        "POSTROAD_VALIDATOR_DELAYS": ",".join(map(str, DELAYS)),
+        "POSTROAD_DNS_SERVERS": infra.dns,
+        "POSTROAD_DNS_TIMEOUT": "0.5",
+    }
+    process = subprocess.Popen([sys.executable, "-m", "services.validator"], env=environment)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_each_verdict_becomes_its_event_and_sigterm_drains(
+    infra: Infra, road: Road, validator: subprocess.Popen[bytes]
+) -> None:
+    infra.control_dns()
+    tasks = {domain: road.create(domain) for domain in VERDICTS}
+    again = road.create("good.test")
+
+    def settled(task: pb.MailTask) -> list[Event]:
+        return [event for event in road.events[task.id] if not isinstance(event, pb.MailDeferred)]
+
+    road.read_until(lambda: all(settled(task) for task in [*tasks.values(), again]))
+    assert settled(again)
+    for domain, task in tasks.items():
+        (event,) = settled(task)
+        assert event.epoch == 3
+        deferred = [event for event in road.events[task.id] if isinstance(event, pb.MailDeferred)]
+        if VERDICTS[domain] == "ok":
+            assert isinstance(event, pb.MxOk), (domain, event)
+            assert event.task == task
+            assert event.hosts
+            assert event.attempt == (2 if domain == "flaky.test" else 1)
+        else:
+            assert isinstance(event, pb.MxFailed), (domain, event)
+            assert event.reason == VERDICTS[domain], (domain, event)
+            assert event.detail
+            assert event.attempt == (3 if event.reason == "dns_unavailable" else 1)
+        assert [one.attempt for one in deferred] == list(range(1, event.attempt))
+        for one, delay, following in zip(deferred, DELAYS, [*deferred[1:], event], strict=False):
+            assert (one.stage, one.reason) == ("validator", "dns_unavailable")
+            assert one.next_attempt_at_us >= one.at_us + delay * 1_000_000
+            assert following.at_us >= one.next_attempt_at_us
+
+    validator.send_signal(signal.SIGTERM)
+    assert validator.wait(30) == 0
+
+
+def test_what_cannot_be_decoded_goes_to_the_dead_letters_and_the_stage_goes_on(
+    infra: Infra, road: Road, validator: subprocess.Popen[bytes]
+) -> None:
+    no_id = pb.TaskCreated(task=pb.MailTask(email="a@good.test")).SerializeToString()
+    garbage = (b"\xff\xff garbage", b"", None, no_id, b"\x00" * 100_000)
+    for partition in range(road.settings.partitions):
+        for value in garbage:
+            road.producer.produce(road.created, value, b"key", partition=partition)
+    road.producer.flush(10)
+    tasks = [road.create("good.test") for _ in range(20)]
+    bad = len(garbage) * road.settings.partitions
+    road.read_until(lambda: len(road.dead) >= bad and all(road.events[task.id] for task in tasks))
+    assert len(road.dead) == bad
+    assert all(road.dead)
+    assert all(isinstance(road.events[task.id][0], pb.MxOk) for task in tasks)
+    assert validator.poll() is None
