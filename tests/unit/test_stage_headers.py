@@ -10,8 +10,6 @@ ORIGINAL = [("ce_id", b"1"), ("ce_type", b"t"), ("traceparent", b"00-a-b-01")]
 ORIGIN = Origin("task.created", 3, 1234)
 OURS = ["due-at", "attempt", "origin", "cause", "ce_id", "traceparent"]
 NAMES = st.sampled_from(OURS) | st.text(max_size=5)
-    max_size=5
-)
 
 
 @given(
