@@ -98,6 +98,9 @@ class Settings(BaseSettings):
         description="A mail that may have gone out: resend it (same Message-ID) or hold it as uncertain",
     )
     sender_sessions: int = Field(20, ge=1, description="SMTP sessions a sender keeps open at most")
+    domain_concurrency: int = Field(
+        15, ge=0, description="Mails a sender has in hand for one recipient domain at most; 0: no bound"
+    )
     lease_seconds: float = Field(
         20.0, gt=1, description="How long a sender's claim on a task holds unless renewed"
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import structlog
 from confluent_kafka import Consumer
 
+from services.common import telemetry
 from services.common.config import Settings
+from services.common.events import Event, encode
 from services.common.stage.clients import consumer_config
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
@@ -115,6 +117,17 @@ class StageRuntime:
             poller.stop()
             work.cancel(None)
             await self._publisher.close(1.0)
+
+    async def publish(self, events: Sequence[Event], traceparent: bytes | None = None) -> None:
+        """Publish events that must be on record before a handler goes on, ahead of its outcome.
+
+        Returns once all are acked; what is not is published again for as long as the caller waits.
+        """
+        batch = [encode(event, self._source, traceparent) for event in events]
+        failures = telemetry.STAGE_PUBLISH_FAILURES.labels(self._stage.name)
+        while await self._publisher.attempt(batch):
+            failures.inc()
+            await asyncio.sleep(1)
 
     def stop(self) -> None:
         """Begin to drain. Call on the loop's thread; does not block."""

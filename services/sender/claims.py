@@ -1,0 +1,160 @@
+"""The claims on the tasks' deliveries, in SQL. All of it blocks, and bears many threads.
+
+The rules are in decide.py; here they meet the rows. The common case of each call (nobody else knows
+the task; the claim is still one's own) is one statement for all that it is given, known from the
+number of affected rows alone. Only otherwise are the rows read, under their locks. Ids are sorted, so
+that two senders that meet on the same rows wait for each other instead of dying of it.
+
+Leases run by the database's clock. Where the connection died while it committed, a call is made again;
+that changes nothing, since no two claims share an owner token.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from itertools import count
+from operator import attrgetter
+
+from sqlalchemy import Connection, Engine
+
+from services.common.database import execute_rows, marks, transaction
+from services.sender.decide import (
+    Cancel,
+    Claim,
+    Delivery,
+    Settlement,
+    Stored,
+    Taken,
+    Verdict,
+    decide,
+    first,
+    settlement,
+)
+
+__all__ = ["Claims", "owner_tokens"]
+
+_COLUMNS = ", ".join(Delivery._fields)
+_INSERT = f"INSERT INTO deliveries ({_COLUMNS}) VALUES"
+_INSERT_NEW = f"INSERT IGNORE INTO deliveries ({_COLUMNS}) VALUES"
+_REPLACE = "ON DUPLICATE KEY UPDATE " + ", ".join(
+    f"{name} = VALUES({name})" for name in Delivery._fields if name != "task_id"
+)
+# Assignments see what those before them have written: the state, which the others ask for, comes last.
+_SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
+    f"{name} = IF(owner = VALUES(owner) AND state = 'sending', VALUES({name}), {name})"
+    for name in ("settled_at", "next_attempt_at", "reason", "reply", "relay", "state")
+)
+
+# Only the server knows the lease's end until the row is read; its owner needs `Taken.since` alone.
+_UNKNOWN = datetime.min
+_by_id = attrgetter("task_id")
+
+
+def owner_tokens() -> Callable[[], bytes]:
+    """Return a source of owner tokens: 8 random bytes of this process, 8 that count.
+
+    One for every claim, not one for every process: a claim that was lost and taken again by another
+    handler of the same process is fenced off like anybody else's.
+    """
+    process, numbers = os.urandom(8), count()
+    return lambda: process + next(numbers).to_bytes(8, "big")
+
+
+class Claims:
+    """Claims, settles and renews. `hold`: what is found in doubt is held as uncertain, not sent again.
+
+    Everything raises `sqlalchemy.exc.DBAPIError`.
+    """
+
+    def __init__(self, engine: Engine, lease_seconds: float, hold: bool) -> None:
+        self._engine = engine
+        self._lease = timedelta(seconds=lease_seconds)
+        self._hold = hold
+        lease = f"UTC_TIMESTAMP(6) + INTERVAL {self._lease // timedelta(microseconds=1)} MICROSECOND"
+        self._new_row = f"(%s, %s, %s, %s, 0, %s, {lease}, 0, 0, '', '', '', %s)"
+        self._renew = f"UPDATE deliveries SET lease_until = {lease} WHERE"
+
+    def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
+        """Answer each request, in order. Several may be about one task."""
+        since = time.monotonic()
+        rows = [first(request, _UNKNOWN) for request in sorted(requests, key=_by_id)]
+        statement = f"{_INSERT_NEW} {','.join([self._new_row] * len(rows))}"
+        parameters = tuple(
+            value
+            for row in rows
+            for value in (row.task_id, row.state, row.epoch, row.attempt, row.owner, row.message_id)
+        )
+        # A transaction of its own: its shared locks on the rows of others must be gone before those are
+        # locked exclusively, or two senders that meet here end in a deadlock.
+        won = transaction(self._engine, lambda c: c.exec_driver_sql(statement, parameters).rowcount)
+        if won == len(requests):
+            return [self._won(request, since) for request in requests]
+        return transaction(self._engine, lambda c: self._decide(c, requests, since))
+
+    def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
+        """Write the outcome of each claimed row unless its claim was lost; return what became of them."""
+        return transaction(self._engine, lambda c: self._settle(c, settled))
+
+    def renew(self, rows: Sequence[Delivery]) -> list[bool]:
+        """Begin the lease of each claim anew; return which are still their owners', in order."""
+        return transaction(self._engine, lambda c: self._renewed(c, rows))
+
+    def _won(self, request: Claim | Cancel, since: float) -> Verdict:
+        row = first(request, _UNKNOWN)
+        return Taken(row, since=since) if row.state == "sending" else Stored(row)
+
+    def _decide(
+        self, connection: Connection, requests: Sequence[Claim | Cancel], since: float
+    ) -> list[Verdict]:
+        rows, now = _locked(connection, {request.task_id for request in requests})
+        changed: dict[bytes, Delivery] = {}
+        verdicts: list[Verdict] = []
+        for request in requests:
+            verdict, row = decide(rows.get(request.task_id), request, now, self._lease, self._hold)
+            verdicts.append(verdict._replace(since=since) if isinstance(verdict, Taken) else verdict)
+            if row is not None:
+                rows[row.task_id] = changed[row.task_id] = row
+        if changed:
+            execute_rows(connection, _INSERT, sorted(changed.values(), key=_by_id), _REPLACE)
+        return verdicts
+
+    def _settle(self, connection: Connection, settled: Sequence[Delivery]) -> list[Settlement]:
+        # 2 for a row that changed, 1 for one left as it was.
+        if execute_rows(connection, _INSERT, sorted(settled, key=_by_id), _SETTLE) == 2 * len(settled):
+            return [Settlement.STORED] * len(settled)
+        rows, _ = _locked(connection, {row.task_id for row in settled})
+        changed: dict[bytes, Delivery] = {}
+        found: list[Settlement] = []
+        for wish in settled:
+            became, row = settlement(rows.get(wish.task_id), wish)
+            found.append(became)
+            if row is not None:
+                rows[row.task_id] = changed[row.task_id] = row
+        if changed:
+            execute_rows(connection, _INSERT, sorted(changed.values(), key=_by_id), _REPLACE)
+        return found
+
+    def _renewed(self, connection: Connection, rows: Sequence[Delivery]) -> list[bool]:
+        # An owner token is one row's: two lists find the same rows as one list of pairs, and by the index.
+        which = f"task_id IN ({marks(len(rows))}) AND owner IN ({marks(len(rows))}) AND state = 'sending'"
+        parameters = (*(row.task_id for row in rows), *(row.owner for row in rows))
+        if connection.exec_driver_sql(f"{self._renew} {which}", parameters).rowcount == len(rows):
+            return [True] * len(rows)
+        query = f"SELECT owner FROM deliveries WHERE {which}"
+        held = {bytes(owner) for (owner,) in connection.exec_driver_sql(query, parameters)}
+        return [row.owner in held for row in rows]
+
+
+def _locked(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
+    """Return the rows of `ids` under exclusive locks, and the database's time before it waited for them."""
+    wanted = tuple(sorted(ids))
+    query = (
+        f"SELECT {_COLUMNS}, UTC_TIMESTAMP(6) FROM deliveries"
+        f" WHERE task_id IN ({marks(len(wanted))}) ORDER BY task_id FOR UPDATE"
+    )
+    found = connection.exec_driver_sql(query, wanted).all()
+    rows = (Delivery(*columns) for *columns, _ in found)
+    return {row.task_id: row for row in rows}, found[0][-1] if found else _UNKNOWN

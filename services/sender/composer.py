@@ -1,0 +1,61 @@
+"""From a mail task to its envelope and its message. Pure."""
+
+from __future__ import annotations
+
+from email.utils import parseaddr
+from typing import NamedTuple
+from uuid import UUID
+
+import idna
+
+from postroad.v1 import events_pb2 as pb
+from services.sender.headers import address
+from services.sender.message import build
+from services.sender.smtp_transaction import check_mail
+
+__all__ = ["Composer", "Mail"]
+
+
+class Mail(NamedTuple):
+    """What SMTP carries: the return path, the recipient and the message with CRLF line ends."""
+
+    mail_from: str
+    rcpt: str
+    message: bytes
+
+
+class Composer:
+    """Writes the mails of one sender address, `EMAIL_FROM`: `Name <address>` or `address`.
+
+    Raises ValueError where that is no address.
+    """
+
+    def __init__(self, email_from: str) -> None:
+        self._name, addr = parseaddr(email_from)
+        local, _, domain = addr.rpartition("@")
+        if not domain.isascii():
+            domain = idna.encode(domain, uts46=True).decode()
+        self._domain = domain
+        self._address = address(f"{local}@{domain}")
+
+    def message_id(self, task_id: bytes) -> str:
+        """Return the Message-ID of a task's mail, the same at every attempt."""
+        return f"<{UUID(bytes=task_id)}@{self._domain}>"
+
+    def compose(self, task: pb.MailTask, message_id: str) -> Mail:
+        """Return the task's mail. Raises ValueError where none can be built, now or ever."""
+        rcpt = f"{task.email.rpartition('@')[0]}@{task.domain}" if task.domain else task.email
+        message = build(
+            message_id=message_id,
+            from_addr=self._address,
+            from_name=self._name,
+            to_addr=rcpt,
+            subject=task.subject,
+            # When the task was recorded: an attempt days later carries the same mail.
+            date=task.created_at_us / 1e6,
+            text=task.body if task.HasField("body") else None,
+            html=task.html if task.HasField("html") else None,
+            headers=task.headers,
+        )
+        check_mail(self._address, rcpt, message)
+        return Mail(self._address, rcpt, message)

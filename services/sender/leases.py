@@ -1,0 +1,96 @@
+"""How long each claim is surely still ours, and its renewal."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from services.common.telemetry import SENDER_LEASES_LOST
+from services.sender.decide import Delivery
+
+__all__ = ["Lease", "Leases"]
+
+log = structlog.get_logger(__name__)
+
+# Seconds until a renewal that failed is tried again, where a quarter of the lease would be longer.
+_AGAIN = 1.0
+
+
+class Lease:
+    """One claim's lease, by this process's monotonic clock.
+
+    It is measured from before the database was asked, so it ends no later than the row says, however
+    long the answer took or the process stood still.
+    """
+
+    __slots__ = ("_clock", "ends", "row")
+
+    def __init__(self, row: Delivery, ends: float, clock: Callable[[], float]) -> None:
+        self.row = row
+        self.ends = ends
+        self._clock = clock
+
+    def holds(self) -> bool:
+        """Whether nobody else can have taken the claim by now."""
+        return self._clock() < self.ends
+
+
+class Leases:
+    """The leases of all claims in hand, renewed together every quarter of their length.
+
+    `renew` gets the rows and answers which are still ours; what it raises (the database is away) leaves
+    the leases to run out by themselves. `seconds` is the lease's length. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        renew: Callable[[Sequence[Delivery]], Awaitable[Sequence[bool]]],
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._renew = renew
+        self._seconds = seconds
+        self._clock = clock
+        self._held: set[Lease] = set()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def hold(self, row: Delivery, since: float) -> Lease:
+        """Return the lease of a claim that was asked for at `since`; it is renewed until dropped."""
+        lease = Lease(row, since + self._seconds, self._clock)
+        self._held.add(lease)
+        return lease
+
+    def drop(self, lease: Lease) -> None:
+        """Renew this lease no more. Dropping it twice is fine."""
+        self._held.discard(lease)
+
+    async def run(self) -> None:
+        """Renew for ever; ends by being cancelled."""
+        pause = self._seconds / 4
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self.renew()
+                pause = self._seconds / 4
+            except Exception as error:
+                pause = min(self._seconds / 4, _AGAIN)
+                log.warning("leases not renewed", leases=len(self._held), error=str(error))
+
+    async def renew(self) -> None:
+        """Renew all leases in hand once. Raises what `renew` raised."""
+        leases = list(self._held)
+        if not leases:
+            return
+        since = self._clock()
+        for lease, ours in zip(leases, await self._renew([lease.row for lease in leases]), strict=True):
+            # One dropped meanwhile was settled meanwhile: nothing was lost.
+            if lease in self._held:
+                lease.ends = since + self._seconds if ours else float("-inf")
+                if not ours:
+                    self._held.discard(lease)
+                    SENDER_LEASES_LOST.inc()

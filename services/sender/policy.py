@@ -1,0 +1,90 @@
+"""How an attempt ends: from what the mail server did to the row that records it. Pure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.common.stage.delays import schedule
+from services.sender.decide import IN_DOUBT, Delivery
+from services.sender.replies import InDoubt, NotSent, Rejected, Sent
+
+__all__ = ["CONNECTION_LOST", "DEFERRED", "EXPIRED", "REJECTED", "UNSENDABLE", "Policy"]
+
+# Reasons, as clients see them. The fifth is IN_DOUBT.
+REJECTED = "rejected"
+DEFERRED = "deferred"
+CONNECTION_LOST = "connection_lost"
+EXPIRED = "expired"
+UNSENDABLE = "unsendable"
+
+_MAX_REPLY = 1024
+_MAX_RELAY = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The settings that decide how an attempt ends.
+
+    `delays`: seconds before each further attempt, rising; the last one repeats. `max_age`: seconds after
+    which a task that would be deferred fails. `hold`: a mail in doubt is held, not sent again.
+    """
+
+    delays: Sequence[int]
+    max_age: int
+    hold: bool
+
+    def settled(
+        self,
+        claimed: Delivery,
+        ended: Sent | Rejected | NotSent | InDoubt,
+        born_us: int,
+        now_us: int,
+        rng: random.Random,
+    ) -> Delivery:
+        """Return the claimed row with its outcome.
+
+        `born_us`: when the task's age began; like `now_us` in microseconds since the Unix epoch. A NotSent
+        that is `ours` ends no attempt and does not belong here.
+        """
+        reply = ended.reply if isinstance(ended, Sent | Rejected) else ""
+        row = claimed._replace(
+            settled_at=now_us,
+            reason="",
+            reply=reply[:_MAX_REPLY],
+            relay=ended.relay[:_MAX_RELAY],
+        )
+        match ended:
+            case Sent():
+                return row._replace(state="sent")
+            case Rejected(permanent=True):
+                return row._replace(state="failed", reason=REJECTED)
+            case Rejected(retry_after=after):
+                return self._again(row, DEFERRED, born_us, rng, after or 0)
+            case NotSent():
+                return self._again(row, CONNECTION_LOST, born_us, rng)
+            case InDoubt():
+                if self.hold:
+                    return row._replace(state="uncertain", reason=IN_DOUBT)
+                return self._again(row, IN_DOUBT, born_us, rng)
+
+    def unsendable(self, claimed: Delivery, now_us: int) -> Delivery:
+        """Return the claimed row of a task from which no mail can be built."""
+        return claimed._replace(state="failed", settled_at=now_us, reason=UNSENDABLE)
+
+    def _again(
+        self, row: Delivery, reason: str, born_us: int, rng: random.Random, after: float = 0
+    ) -> Delivery:
+        """Defer the row, or end it where the task is too old.
+
+        A server's wish (`after`, seconds) for a longer wait is granted as far as the delays go; one for a
+        shorter wait is not, since some servers express it after every attempt.
+        """
+        if row.settled_at - born_us > self.max_age * 1_000_000:
+            if reason == IN_DOUBT:
+                return row._replace(state="uncertain", reason=reason)
+            return row._replace(state="failed", reason=EXPIRED)
+        step = self.delays[min(row.attempt, len(self.delays)) - 1]
+        _, due_ms = schedule(self.delays, max(step, after), row.settled_at // 1000, rng)
+        return row._replace(state="deferred", reason=reason, next_attempt_at=due_ms * 1000)

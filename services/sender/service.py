@@ -1,0 +1,109 @@
+"""The sender service: its stage, the claims in MySQL and the relay that the settings name."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+from collections.abc import Sequence
+
+from services.common.config import Settings
+from services.common.database import engine_of
+from services.common.events import Event
+from services.common.stage.runtime import StageRuntime
+from services.common.telemetry import SENDER_CLAIMS, SENDER_RELAY_UP, SENDER_SESSIONS
+from services.sender.async_claims import AsyncClaims
+from services.sender.claims import Claims, owner_tokens
+from services.sender.composer import Composer
+from services.sender.leases import Leases
+from services.sender.policy import Policy
+from services.sender.slots import Slots
+from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Tls
+from services.sender.stage import Sender, stage
+
+__all__ = ["SenderService", "build", "relay_of"]
+
+# A session's next mail is claimed while it sends, and its last one settled. More would only be claims
+# that are in doubt after a crash although nothing of their mails was sent.
+_SLOTS_A_SESSION = 2
+_CLOSE_SECONDS = 5.0
+
+
+class SenderService:
+    """What services/common/process.py runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        hold = settings.on_uncertain == "hold"
+        # One connection each to claim, to settle and to renew.
+        self._engine = engine_of(settings.database_url, pool_size=3)
+        self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold))
+        self._leases = Leases(self._claims.renew, settings.lease_seconds)
+        self._pool = SmtpPool(relay_of(settings), limits=Limits(sessions=settings.sender_sessions))
+        self._sender = Sender(
+            claims=self._claims,
+            leases=self._leases,
+            pool=self._pool,
+            composer=Composer(settings.email_from),
+            policy=Policy(settings.sender_delays, settings.sender_max_age, hold),
+            slots=Slots(_SLOTS_A_SESSION * settings.sender_sessions, settings.domain_concurrency),
+            publish=self._publish,
+            owner=owner_tokens(),
+        )
+        self._runtime = StageRuntime(stage(self._sender, settings.sender_delays), settings, source="sender")
+        SENDER_CLAIMS.set_function(self._leases.__len__)
+        SENDER_RELAY_UP.set_function(lambda: self._pool.available)
+        SENDER_SESSIONS.labels("busy").set_function(lambda: self._pool.state.busy)
+        SENDER_SESSIONS.labels("idle").set_function(lambda: self._pool.state.idle)
+
+    async def _publish(self, events: Sequence[Event], traceparent: bytes | None) -> None:
+        await self._runtime.publish(events, traceparent)
+
+    async def run(self) -> None:
+        """Send until stopped and drained. Raises what ended the stage otherwise."""
+        renewing = asyncio.create_task(self._leases.run())
+        try:
+            await self._runtime.run()
+        finally:
+            await self._sender.close()
+            renewing.cancel()
+            await self._pool.close(grace=1.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await self._claims.close()
+            self._engine.dispose()
+
+    def stop(self) -> None:
+        """Begin to drain. Does not block."""
+        self._runtime.stop()
+
+    def problems(self) -> list[str]:
+        """Return why the service is not ready. Safe from any thread."""
+        problems = self._runtime.problems()
+        if (said := self._claims.trouble) is not None:
+            problems.append(f"database: {said}")
+        if (trouble := self._pool.state.trouble) is not None:
+            problems.append(f"relay {trouble.relay}: {trouble.phase}: {trouble.cause}")
+        return problems
+
+
+def relay_of(settings: Settings) -> Relay:
+    """Return the relay that the settings name. Unless they say so, only loopback is spoken to in clear."""
+    host = settings.email_host
+    tls = Tls(settings.email_tls) if settings.email_tls else Tls.NONE if _loopback(host) else Tls.STARTTLS
+    credentials = Credentials(settings.email_user, settings.email_pass) if settings.email_user else None
+    return Relay(host, settings.email_port, tls, credentials)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def build(settings: Settings) -> SenderService:
+    """Return the service; it connects to nothing before it runs.
+
+    Raises ValueError when EMAIL_FROM is no address.
+    """
+    return SenderService(settings)

@@ -1,0 +1,268 @@
+"""The sender stage: a task whose domain takes mail comes in, what became of its mail goes out.
+
+Claim, send, settle, then the runtime publishes and commits. What can go wrong between any two of these
+steps is answered by the next one to claim the task (decide.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Protocol, cast
+from uuid import UUID
+
+import structlog
+
+from postroad.v1 import events_pb2 as pb
+from services.common import topics
+from services.common.events import DECODERS, Event
+from services.common.stage.types import Done, Outcome, Record, Stage
+from services.common.telemetry import (
+    SENDER_FENCED,
+    SENDER_IN_DOUBT,
+    SENDER_OUTCOMES,
+    SENDER_SECONDS,
+    SENDER_SKIPPED,
+)
+from services.sender import replies
+from services.sender.answers import answer, event_of, found_in_doubt
+from services.sender.async_claims import AsyncClaims
+from services.sender.composer import Composer
+from services.sender.decide import IN_DOUBT, Cancel, Claim, Delivery, Settlement, Stale, Taken, Verdict, Wait
+from services.sender.leases import Leases
+from services.sender.policy import Policy
+from services.sender.slots import Slots
+from services.sender.smtp import SendCancelled
+
+__all__ = ["Pool", "Publish", "Sender", "stage"]
+
+log = structlog.get_logger(__name__)
+
+# Publishes and returns once all is acked, however long that takes.
+Publish = Callable[[Sequence[Event], bytes | None], Awaitable[None]]
+
+# A claim that another holds is asked for again this often (seconds): most are settled long before their
+# lease ends.
+_LOOK_AGAIN = 1.0
+# What a cancelled handler still has to write is given this long (seconds).
+_LAST_WORDS = 5.0
+
+
+class Pool(Protocol):
+    """What the stage needs of the SMTP client; `SmtpPool` says what each does."""
+
+    @property
+    def available(self) -> bool: ...
+
+    async def wait_available(self) -> None: ...
+
+    async def send(
+        self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
+    ) -> replies.Outcome: ...
+
+
+class Sender:
+    """Handles `mx.ok` and `task.cancelled`. Belongs to one event loop.
+
+    `owner` returns a token that no claim has had before; `now_us` the time in microseconds since the
+    Unix epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        claims: AsyncClaims,
+        leases: Leases,
+        pool: Pool,
+        composer: Composer,
+        policy: Policy,
+        slots: Slots,
+        publish: Publish,
+        owner: Callable[[], bytes],
+        now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._claims, self._leases, self._pool = claims, leases, pool
+        self._composer, self._policy, self._slots = composer, policy, slots
+        self._publish, self._owner, self._now_us = publish, owner, now_us
+        self._rng = rng or random.Random()
+        self._last_words: set[asyncio.Task[None]] = set()
+
+    def handle(self, record: Record) -> Awaitable[Outcome]:
+        """Return a coroutine that ends when the record's task has an outcome.
+
+        Cancelled, it leaves the claim free where the mail was surely not handed over, and in doubt otherwise.
+        """
+        if isinstance(record.event, pb.TaskCancelled):
+            return self._cancel(record.event)
+        return self._deliver(record, cast(pb.MxOk, record.event))
+
+    async def close(self) -> None:
+        """Return once cancelled handlers have left their claims as they should, or had the time to."""
+        while self._last_words:
+            await asyncio.wait(self._last_words)
+
+    async def _cancel(self, event: pb.TaskCancelled) -> Outcome:
+        while True:
+            verdict = await self._claims.claim(Cancel(event.id, event.epoch, self._owner()))
+            if isinstance(verdict, Wait):
+                await _pause(verdict)
+                continue
+            if isinstance(verdict, Stale):
+                return Done()
+            return self._answer(verdict.row)
+
+    async def _deliver(self, record: Record, event: pb.MxOk) -> Outcome:
+        task = event.task
+        message_id = self._composer.message_id(task.id)
+        while True:
+            # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
+            if not self._pool.available:
+                await self._pool.wait_available()
+            await self._slots.acquire(task.domain)
+            try:
+                claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
+                verdict = await self._claim(claim)
+                if isinstance(verdict, Taken):
+                    settled = await self._attempt(verdict, record, event)
+                    if settled is None:
+                        continue
+                    return self._answer(settled)
+            finally:
+                self._slots.release(task.domain)
+            if isinstance(verdict, Wait):
+                await _pause(verdict)
+                continue
+            SENDER_SKIPPED.labels("stale" if isinstance(verdict, Stale) else "stored").inc()
+            if isinstance(verdict, Stale):
+                return Done()
+            if verdict.row.owner == claim.owner:
+                _doubt(verdict.row, "takeover")
+            return self._answer(verdict.row)
+
+    async def _claim(self, claim: Claim) -> Verdict:
+        try:
+            return await self._claims.claim(claim)
+        except asyncio.CancelledError:
+            self._say(self._withdraw(claim))
+            raise
+
+    async def _attempt(self, taken: Taken, record: Record, event: pb.MxOk) -> Delivery | None:
+        """Send the claimed mail; return its settled row, or None where the claim must be asked for anew."""
+        row = taken.row
+        lease = self._leases.hold(row, taken.since)
+        # Whether the row may be left to its next owner as if this one had never had it.
+        clean = False
+        try:
+            await self._tell_doubt(taken, record)
+            clean = True
+            try:
+                mail = self._composer.compose(event.task, row.message_id)
+            except ValueError as error:
+                return await self._settle(self._policy.unsendable(row, self._now_us()), str(error))
+            clean = False
+            started = time.perf_counter()
+            try:
+                ended = await self._pool.send(*mail, lease.holds)
+            except SendCancelled as cancelled:
+                clean = isinstance(cancelled.outcome, replies.NotSent)
+                raise
+            SENDER_SECONDS.observe(time.perf_counter() - started)
+            if isinstance(ended, replies.LeaseLost) or (isinstance(ended, replies.NotSent) and ended.ours):
+                clean = True
+                await self._claims.settle(row._replace(state="released"))
+                return None
+            born_us = max(event.task.created_at_us, event.at_us, event.epoch * 1000)
+            settled = self._policy.settled(row, ended, born_us, self._now_us(), self._rng)
+            return await self._settle(settled, getattr(ended, "cause", ""))
+        except BaseException:
+            if clean:
+                self._say(self._settle_in_time(row._replace(state="released")))
+            raise
+        finally:
+            self._leases.drop(lease)
+
+    async def _tell_doubt(self, taken: Taken, record: Record) -> None:
+        """Have it on record that the mail may have gone out, before it goes out again."""
+        if taken.earlier is not None:
+            await self._publish([event_of(taken.earlier)], record.traceparent)
+        if taken.doubtful:
+            _doubt(taken.row, "takeover")
+            await self._publish([found_in_doubt(taken.row, self._now_us())], record.traceparent)
+
+    async def _settle(self, settled: Delivery, cause: str = "") -> Delivery | None:
+        try:
+            became = await self._claims.settle(settled)
+        except asyncio.CancelledError:
+            self._say(self._settle_in_time(settled))
+            raise
+        if became is Settlement.STORED:
+            SENDER_OUTCOMES.labels(settled.state).inc()
+            if settled.reason == IN_DOUBT:
+                _doubt(settled, "lost reply", cause=cause)
+            elif settled.state != "sent":
+                _log(settled, cause=cause)
+            return settled
+        SENDER_FENCED.labels(became.value).inc()
+        log.warning(
+            "the claim was lost before its outcome was stored",
+            task=str(UUID(bytes=settled.task_id)),
+            outcome=settled.state,
+            became=became.value,
+            message_id=settled.message_id,
+            reply=settled.reply,
+        )
+        return None
+
+    def _answer(self, row: Delivery) -> Outcome:
+        return answer(row, self._policy.delays, self._now_us() // 1000)
+
+    # --- what a cancelled handler leaves ------------------------------------------------------
+
+    def _say(self, words: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(words)
+        self._last_words.add(task)
+        task.add_done_callback(self._last_words.discard)
+
+    async def _settle_in_time(self, settled: Delivery) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS):
+                await self._claims.settle(settled)
+
+    async def _withdraw(self, claim: Claim) -> None:
+        """Give back a claim whose answer nobody waits for any more: asked again, it answers the same."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS):
+                verdict = await self._claims.claim(claim)
+                if isinstance(verdict, Taken) and not verdict.doubtful and verdict.earlier is None:
+                    await self._claims.settle(verdict.row._replace(state="released"))
+
+
+def stage(sender: Sender, delays: Sequence[int]) -> Stage:
+    """The stage as the runtime takes it: what it reads, its handler and its delays (seconds)."""
+    reads = topics.READ_BY["sender"]
+    return Stage("sender", reads, {topic: DECODERS[topic] for topic in reads}, sender.handle, delays=delays)
+
+
+async def _pause(wait: Wait) -> None:
+    await asyncio.sleep(min(wait.seconds, _LOOK_AGAIN))
+
+
+def _doubt(row: Delivery, how: str, **more: object) -> None:
+    SENDER_IN_DOUBT.labels(how).inc()
+    _log(row, how=how, **more)
+
+
+def _log(row: Delivery, **more: object) -> None:
+    log.info(
+        "in doubt" if row.reason == IN_DOUBT or row.state == "sending" else f"mail {row.state}",
+        task=str(UUID(bytes=row.task_id)),
+        attempt=row.attempt,
+        reason=row.reason,
+        reply=row.reply,
+        message_id=row.message_id,
+        **more,
+    )

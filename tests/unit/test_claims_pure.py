@@ -1,0 +1,358 @@
+"""The claims' rules: both tables of decide.py cell by cell, and random histories of many senders."""
+
+import random
+from collections import Counter
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.sender.decide import (
+    IN_DOUBT,
+    Cancel,
+    Claim,
+    Delivery,
+    Settlement,
+    Stale,
+    State,
+    Stored,
+    Taken,
+    Verdict,
+    Wait,
+    decide,
+    settlement,
+)
+
+ID = bytes(range(16))
+NOW = datetime(2026, 3, 1, 12, 0, 0, 250_000)
+NOW_US = 1_772_366_400_250_000
+LEASE = timedelta(seconds=20)
+MINE, THEIRS = b"mine" * 4, b"them" * 4
+
+STATES: tuple[State, ...] = ("sent", "released", "deferred", "failed", "uncertain", "cancelled")
+
+
+def row(state: State, epoch: int = 5, attempt: int = 2, lease: float = 0, **more: Any) -> Delivery:
+    base = Delivery(
+        ID,
+        state,
+        epoch,
+        attempt,
+        0,
+        THEIRS,
+        NOW + timedelta(seconds=lease),
+        0 if state == "sending" else 17,
+        18 if state == "deferred" else 0,
+        "",
+        "",
+        "",
+        "<first@a.test>",
+    )
+    return base._replace(**more)
+
+
+def claim(epoch: int = 5, attempt: int = 2, owner: bytes = MINE) -> Claim:
+    return Claim(ID, epoch, attempt, owner, "<id@a.test>")
+
+
+OLDER_EPOCH, OLDER_ATTEMPT, SAME, LATER_ATTEMPT, LATER_EPOCH = (4, 9), (5, 1), (5, 2), (5, 3), (6, 1)
+COLUMNS = (OLDER_EPOCH, OLDER_ATTEMPT, SAME, LATER_ATTEMPT, LATER_EPOCH)
+
+# One line a row of decide.py's first table; the first two columns are its "older".
+MATRIX = {
+    "sent": "Stored Stored Stored Stored Stored",
+    "sending, runs": "Stale Stale Wait Wait Wait",
+    "sending, over": "Stale Stale doubt doubt doubt",
+    "released": "Stale Stale Taken Taken Taken",
+    "deferred": "Stale Stale Stored Taken Taken",
+    "failed": "Stale Stale Stored Stored Taken",
+    "uncertain": "Stale Stale Stored Stored Taken",
+    "cancelled": "Stale Stale Stored Stored Taken",
+}
+CELLS = [
+    (state, key, expected)
+    for state, line in MATRIX.items()
+    for key, expected in zip(COLUMNS, line.split(), strict=True)
+]
+
+
+def found(state: str) -> Delivery:
+    if state == "sending, runs":
+        return row("sending", lease=7.5)
+    return row("sending", lease=0) if state == "sending, over" else row(state)  # type: ignore[arg-type]
+
+
+def kind(verdict: Verdict) -> str:
+    return "doubt" if isinstance(verdict, Taken) and verdict.doubtful else type(verdict).__name__
+
+
+@pytest.mark.parametrize(("state", "key", "expected"), CELLS)
+def test_every_cell_of_the_claims_table(state: str, key: tuple[int, int], expected: str) -> None:
+    before = found(state)
+    verdict, write = decide(before, claim(*key), NOW, LEASE, hold=False)
+    assert kind(verdict) == expected
+    match verdict:
+        case Taken(taken):
+            assert write == taken
+            assert (taken.state, taken.epoch, taken.attempt, taken.owner) == ("sending", *key, MINE)
+            assert taken.lease_until == NOW + LEASE
+            assert (taken.settled_at, taken.next_attempt_at, taken.reason, taken.reply) == (0, 0, "", "")
+            assert taken.message_id == "<first@a.test>", "all attempts carry the first one's Message-ID"
+            assert taken.takeovers == (expected == "doubt")
+        case Stored(stored):
+            assert (stored, write) == (before, None)
+        case Wait(seconds):
+            assert (seconds, write) == (7.5, None)
+        case Stale():
+            assert write is None
+
+
+def test_a_task_that_nobody_knows_is_taken() -> None:
+    verdict, write = decide(None, claim(), NOW, LEASE, hold=False)
+    assert isinstance(verdict, Taken)
+    assert not verdict.doubtful
+    assert write == verdict.row
+    assert verdict.row.message_id == "<id@a.test>"
+    assert verdict.row.lease_until == NOW + LEASE
+
+
+@pytest.mark.parametrize("key", [SAME, LATER_ATTEMPT, LATER_EPOCH])
+def test_under_hold_what_is_in_doubt_is_stored_as_uncertain(key: tuple[int, int]) -> None:
+    verdict, write = decide(row("sending"), claim(*key), NOW, LEASE, hold=True)
+    assert isinstance(verdict, Stored)
+    held = verdict.row
+    assert write == held
+    assert (held.state, held.reason, held.epoch, held.attempt) == ("uncertain", IN_DOUBT, *key)
+    assert held.settled_at == NOW_US
+    assert held.message_id == "<first@a.test>"
+    again, write = decide(held, claim(*key), NOW + LEASE, LEASE, hold=True)
+    assert (again, write) == (Stored(held), None)
+
+
+def test_a_takeover_counts_those_of_its_own_attempt_only() -> None:
+    before = row("sending", takeovers=3)
+    same, _ = decide(before, claim(*SAME), NOW, LEASE, hold=False)
+    later, _ = decide(before, claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
+    assert isinstance(same, Taken)
+    assert isinstance(later, Taken)
+    assert (same.row.takeovers, later.row.takeovers) == (4, 1)
+
+
+def test_a_release_keeps_the_count_of_takeovers() -> None:
+    verdict, _ = decide(row("released", takeovers=2), claim(), NOW, LEASE, hold=False)
+    assert isinstance(verdict, Taken)
+    assert not verdict.doubtful
+    assert verdict.row.takeovers == 2
+
+
+@pytest.mark.parametrize("state", ["deferred", "uncertain"])
+def test_an_earlier_attempt_in_doubt_comes_with_the_claim(state: State) -> None:
+    before = row(state, reason=IN_DOUBT)
+    verdict, _ = decide(before, claim(*LATER_EPOCH), NOW, LEASE, hold=False)
+    assert isinstance(verdict, Taken)
+    assert verdict.earlier == before
+    verdict, _ = decide(row(state, reason="rejected"), claim(*LATER_EPOCH), NOW, LEASE, hold=False)
+    assert isinstance(verdict, Taken)
+    assert verdict.earlier is None
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("before", [None, *(found(state) for state in MATRIX if state != "sending, runs")])
+def test_asked_again_by_the_same_owner_it_answers_the_same(before: Delivery | None, hold: bool) -> None:
+    first, write = decide(before, claim(*LATER_EPOCH), NOW, LEASE, hold)
+    later = NOW + timedelta(minutes=5)
+    second, _ = decide(write or before, claim(*LATER_EPOCH), later, LEASE, hold)
+    assert kind(second) == kind(first)
+    if isinstance(first, Taken) and isinstance(second, Taken):
+        assert second.row == first.row._replace(lease_until=later + LEASE)
+
+
+# --- cancels --------------------------------------------------------------------------------------
+
+CANCELS = {
+    "sent": "Stored Stored Stored",
+    "sending, runs": "Stale Wait Wait",
+    "sending, over": "Stale uncertain uncertain",
+    "released": "Stale cancelled cancelled",
+    "deferred": "Stale cancelled cancelled",
+    "failed": "Stale Stored cancelled",
+    "uncertain": "Stale Stored cancelled",
+    "cancelled": "Stale Stored cancelled",
+}
+CANCEL_CELLS = [
+    (state, epoch, expected)
+    for state, line in CANCELS.items()
+    for epoch, expected in zip((4, 5, 6), line.split(), strict=True)
+]
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize(("state", "epoch", "expected"), CANCEL_CELLS)
+def test_every_cell_of_the_cancels_table(state: str, epoch: int, expected: str, hold: bool) -> None:
+    before = found(state)
+    verdict, write = decide(before, Cancel(ID, epoch, MINE), NOW, LEASE, hold)
+    if expected in ("cancelled", "uncertain"):
+        assert isinstance(verdict, Stored)
+        assert write == verdict.row
+        assert (verdict.row.state, verdict.row.epoch) == (expected, epoch)
+        assert verdict.row.message_id == "<first@a.test>"
+    else:
+        assert (kind(verdict), write) == (expected, None)
+        if isinstance(verdict, Stored):
+            assert verdict.row == before
+
+
+def test_a_cancel_of_a_task_that_nobody_knows_keeps_it_from_being_sent() -> None:
+    verdict, write = decide(None, Cancel(ID, 5, MINE), NOW, LEASE, hold=False)
+    assert isinstance(verdict, Stored)
+    assert write is not None
+    assert (write.state, write.epoch) == ("cancelled", 5)
+    after, _ = decide(write, claim(5, 1, THEIRS), NOW, LEASE, hold=False)
+    assert after == Stored(write)
+
+
+# --- settlements ----------------------------------------------------------------------------------
+
+
+def settled(state: State, **more: Any) -> Delivery:
+    return row(state, owner=MINE, settled_at=99, reply="250 ok", relay="r", **more)
+
+
+@pytest.mark.parametrize("state", ["sent", "deferred", "failed", "uncertain", "released"])
+def test_a_settle_is_stored_while_the_claim_is_ours_and_only_once(state: State) -> None:
+    wish = settled(state)
+    assert settlement(row("sending", owner=MINE), wish) == (Settlement.STORED, wish)
+    assert settlement(wish, wish) == (Settlement.STORED, None)
+
+
+@pytest.mark.parametrize("state", ["deferred", "failed", "uncertain", "released"])
+@pytest.mark.parametrize("found_state", [*STATES, "sending"])
+def test_a_settle_without_a_claim_changes_nothing(state: State, found_state: State) -> None:
+    assert settlement(row(found_state), settled(state)) == (Settlement.FENCED, None)
+    assert settlement(None, settled(state)) == (Settlement.FENCED, None)
+
+
+@pytest.mark.parametrize("found_state", ["sending", "released", "deferred", "failed", "uncertain"])
+def test_that_a_mail_was_accepted_is_stored_whoever_owns_the_claim(found_state: State) -> None:
+    became, write = settlement(row(found_state, epoch=6, attempt=4, takeovers=1), settled("sent"))
+    assert became is Settlement.LATE
+    assert write is not None
+    assert (write.state, write.epoch, write.attempt, write.reply) == ("sent", 6, 4, "250 ok")
+
+
+def test_what_is_sent_stays_as_it_was_first_told() -> None:
+    assert settlement(row("sent"), settled("sent")) == (Settlement.FENCED, None)
+
+
+# --- histories ------------------------------------------------------------------------------------
+
+
+class World:
+    """One task, one row, and senders that claim, freeze, crash, settle and cancel in any order.
+
+    It keeps what really happened, which the rules do not see: each mail that the server accepted.
+    """
+
+    def __init__(self, hold: bool) -> None:
+        self.hold = hold
+        self.now = NOW
+        self.row: Delivery | None = None
+        self.owners = 0
+        self.live: dict[bytes, tuple[Delivery, datetime]] = {}
+        self.accepted = 0
+        self.doubts = 0
+        self.known_sent = False
+        self.cancelled_before_any_claim = -1
+
+    def token(self) -> bytes:
+        self.owners += 1
+        return self.owners.to_bytes(16, "big")
+
+    def write(self, new: Delivery | None) -> None:
+        if new is None:
+            return
+        assert not self.known_sent or new.state == "sent", "sent is absorbing"
+        self.row = new
+        self.known_sent |= new.state == "sent"
+
+    def claim(self, epoch: int, attempt: int) -> None:
+        held = [until for _, until in self.live.values() if until > self.now]
+        before = self.row
+        verdict, write = decide(self.row, claim(epoch, attempt, self.token()), self.now, LEASE, self.hold)
+        self.write(write)
+        if not isinstance(verdict, Taken):
+            return
+        assert not held, "two claims at once without a lease that ran out between"
+        assert not self.known_sent
+        assert not (self.hold and verdict.doubtful)
+        if before is not None:
+            assert (epoch, attempt) >= (before.epoch, before.attempt), (
+                "a record that was overtaken never sends"
+            )
+        assert epoch > self.cancelled_before_any_claim
+        self.doubts += verdict.doubtful + (verdict.earlier is not None)
+        self.live[verdict.row.owner] = (verdict.row, self.now + LEASE)
+
+    def cancel(self, epoch: int) -> None:
+        verdict, write = decide(self.row, Cancel(ID, epoch, self.token()), self.now, LEASE, self.hold)
+        self.write(write)
+        if isinstance(verdict, Stored) and verdict.row.state == "cancelled":
+            self.cancelled_before_any_claim = max(self.cancelled_before_any_claim, epoch)
+
+    def renew(self, owner: bytes) -> None:
+        if self.row is not None and self.row.owner == owner and self.row.state == "sending":
+            self.row = self.row._replace(lease_until=self.now + LEASE)
+            self.live[owner] = (self.live[owner][0], self.now + LEASE)
+
+    def settle(self, owner: bytes, state: State) -> None:
+        taken, until = self.live.pop(owner)
+        if state == "sent":
+            # The guard: an owner whose lease is over writes no message.
+            if until <= self.now:
+                return
+            self.accepted += 1
+        reason = IN_DOUBT if state == "uncertain" else ""
+        wish = taken._replace(state=state, settled_at=1, reason=reason)
+        _, write = settlement(self.row, wish)
+        self.write(write)
+
+    def accepted_and_crashed(self, owner: bytes) -> None:
+        _, until = self.live.pop(owner)
+        self.accepted += until > self.now
+
+    def check(self) -> None:
+        assert self.accepted <= 1 + self.doubts, "a second mail without a doubt on record"
+
+
+STEPS = st.sampled_from(
+    ["claim", "claim", "cancel", "renew", "sent", "deferred", "failed", "released", "crash", "wait", "tick"]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.booleans(), st.lists(STEPS, min_size=5, max_size=60), st.integers(0, 1 << 32))
+def test_no_history_sends_twice_without_a_doubt_on_record(hold: bool, steps: list[str], seed: int) -> None:
+    world = World(hold)
+    rng = random.Random(seed)
+    seen: Counter[str] = Counter()
+    for step in steps:
+        seen[step] += 1
+        if step == "claim":
+            world.claim(rng.randrange(3), rng.randrange(1, 4))
+        elif step == "cancel":
+            world.cancel(rng.randrange(3))
+        elif step == "tick":
+            world.now += timedelta(seconds=rng.uniform(0, 5))
+        elif step == "wait":
+            world.now += LEASE
+        elif world.live:
+            owner = rng.choice(list(world.live))
+            if step == "renew":
+                world.renew(owner)
+            elif step == "crash":
+                world.accepted_and_crashed(owner)
+            else:
+                world.settle(owner, step)  # type: ignore[arg-type]
+        world.check()
