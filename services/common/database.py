@@ -10,6 +10,7 @@ left as it was, 2 for one changed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, TypeVar
@@ -43,6 +44,8 @@ R = TypeVar("R")
 CONNECT_SECONDS = 4
 READ_SECONDS = 15
 LOCK_SECONDS = 5
+# An error that took longer (a lock wait, a read timeout) is not tried again at once, but raised.
+PATIENCE = 1.0
 
 _DEADLOCK = frozenset({1205, 1213})
 # The session is over or of no use, though the client library does not say so: the server shuts down,
@@ -147,11 +150,10 @@ def _at_once(error: BaseException) -> bool:
     return deadlock(error) or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 
-# What takes long (a lock wait, a read timeout) is not tried again here: the caller's patience is spent.
 _again = Retrying(
     retry=retry_if_exception(_at_once),
     wait=wait_random_exponential(multiplier=0.005, max=0.2),
-    stop=stop_after_attempt(8) | stop_after_delay(2),
+    stop=stop_after_attempt(8) | stop_after_delay(PATIENCE),
     reraise=True,
 )
 
@@ -168,10 +170,11 @@ def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
         with engine.begin() as connection:
             return work(connection)
 
+    started = time.monotonic()
     try:
         return once()
     except DBAPIError as error:
-        if not _at_once(error):
+        if not _at_once(error) or time.monotonic() - started > PATIENCE:
             raise
     return _again(once)
 
@@ -189,7 +192,7 @@ def until_back(noticed: Callable[[BaseException], None]) -> AsyncRetrying:
 
     return AsyncRetrying(
         retry=retry_if_exception(transient),
-        wait=wait_exponential_jitter(initial=0.1, max=3, jitter=0.1),
+        wait=wait_exponential_jitter(multiplier=0.1, max=3, jitter=0.1),
         before_sleep=tell,
         reraise=True,
     )

@@ -1,0 +1,50 @@
+"""Deletes the bodies of tasks that settled long ago."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.common.database import transaction
+from services.common.schema import from_micros
+from services.common.taskstore import purge_bodies
+from services.common.telemetry import STATUS_BODIES_PURGED
+
+__all__ = ["purge", "purge_forever"]
+
+log = structlog.get_logger(__name__)
+
+# Small, since it locks the tasks' rows, which a Retry may be waiting for.
+_BATCH = 200
+_EVERY_SECONDS = 60.0
+
+
+def purge(engine: Engine, retention_seconds: int, now_us: int) -> int:
+    """Delete every body whose task settled more than `retention_seconds` before `now_us`; blocks.
+
+    Returns how many. Any number of replicas may do so at once: each passes by what another has locked.
+    """
+    before = from_micros(now_us - retention_seconds * 1_000_000)
+    purged = 0
+    while count := transaction(engine, lambda connection: purge_bodies(connection, before, _BATCH)):
+        purged += count
+        STATUS_BODIES_PURGED.inc(count)
+    return purged
+
+
+async def purge_forever(engine: Engine, retention_seconds: int) -> None:
+    """Purge every minute or so until cancelled; what goes wrong is logged. 0 seconds: never."""
+    while retention_seconds:
+        await asyncio.sleep(_EVERY_SECONDS * random.uniform(0.5, 1.5))
+        try:
+            purged = await asyncio.to_thread(purge, engine, retention_seconds, time.time_ns() // 1000)
+        except SQLAlchemyError as error:
+            log.warning("bodies were not purged", error=str(getattr(error, "orig", error)))
+        else:
+            if purged:
+                log.info("bodies purged", count=purged)

@@ -1,0 +1,93 @@
+"""The status stage: every event of every topic, folded into the tables that List and Get read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+
+from services.common import topics
+from services.common.batching import Batcher
+from services.common.database import transaction, until_back
+from services.common.events import DECODERS, Event
+from services.common.fold import delta
+from services.common.stage.types import Dead, Done, Outcome, Record, Stage
+from services.common.taskstore import insert_events, upsert
+from services.common.timeline import timeline
+
+__all__ = ["Status", "stage"]
+
+log = structlog.get_logger(__name__)
+
+
+class Status:
+    """Folds batches of events, each batch in one transaction.
+
+    While the database is away a batch waits, and `problems` says why. A record is to blame only for what
+    the database says of its data; it becomes Dead, and its neighbours are stored without it. Any other
+    error (a missing table) is raised: the runtime hands the batch in again.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._batcher: Batcher[Event, None] = Batcher(self._store, shared=_nobodys, name="fold")
+        self._problem: str | None = None
+
+    async def handle_batch(self, records: Sequence[Record]) -> Sequence[Outcome]:
+        """Return Done for every record that is stored, or was before."""
+        events = [record.event for record in records]
+        outcomes: list[Outcome] = await until_back(self._noticed)(self._fold, events)
+        self._problem = None
+        return outcomes
+
+    def problems(self) -> list[str]:
+        """Return what the batch at hand waits for. Safe from any thread."""
+        problem = self._problem
+        return [problem] if problem else []
+
+    async def close(self) -> None:
+        """Wait for the call that still runs."""
+        await self._batcher.close()
+
+    async def _fold(self, events: Sequence[Event]) -> list[Outcome]:
+        results = await self._batcher.many(events)
+        for result in results:
+            if result is not None and _nobodys(result):
+                raise result
+        return [Done() if result is None else Dead(_cause(result)) for result in results]
+
+    def _store(self, events: Sequence[Event]) -> list[None]:
+        rows = [delta(event) for event in events]
+        entries = [timeline(event) for event in events]
+
+        def write(connection: Connection) -> None:
+            upsert(connection, rows)
+            insert_events(connection, entries)
+
+        transaction(self._engine, write)
+        return [None] * len(events)
+
+    def _noticed(self, error: BaseException) -> None:
+        problem = f"database: {_cause(error)}"
+        if problem != self._problem:
+            log.warning("waiting for the database", error=_cause(error))
+        self._problem = problem
+
+
+def _nobodys(error: BaseException) -> bool:
+    return isinstance(error, DBAPIError) and not isinstance(error, DataError | IntegrityError)
+
+
+def _cause(error: BaseException) -> str:
+    # SQLAlchemy's own text holds the whole statement and its parameters, bodies included.
+    return f"{type(error).__name__}: {error.orig if isinstance(error, DBAPIError) else error}"
+
+
+def stage(status: Status) -> Stage:
+    """Return the stage as the runtime takes it: what it reads and its handler."""
+    reads = topics.READ_BY["status"]
+    return Stage(
+        "status", reads, {topic: DECODERS[topic] for topic in reads}, handle_batch=status.handle_batch
+    )

@@ -1,0 +1,217 @@
+"""Engines, transactions and errors, on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import mysql.connector
+import pytest
+from google.protobuf.internal import api_implementation
+from mysql.connector.connection_cext import CMySQLConnection
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from services.common.database import (
+    deadlock,
+    engine_of,
+    execute_rows,
+    marks,
+    transaction,
+    transient,
+    until_back,
+)
+from tests.stack import Infra
+
+
+def number(error: BaseException) -> int:
+    assert isinstance(error, DBAPIError)
+    code: int = error.orig.errno  # type: ignore[union-attr]
+    return code
+
+
+@pytest.fixture
+def table(engine: Engine) -> str:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (a INT PRIMARY KEY, b VARBINARY(300)) ENGINE=InnoDB")
+    return "t"
+
+
+def test_the_c_extension_and_upb_are_in_use(engine: Engine) -> None:
+    assert mysql.connector.HAVE_CEXT
+    with engine.connect() as connection:
+        assert isinstance(connection.connection.dbapi_connection, CMySQLConnection)
+    assert api_implementation.Type() == "upb"
+
+
+def test_a_session_is_read_committed_in_utc_strict_and_utf8mb4(engine: Engine) -> None:
+    with engine.connect() as connection:
+        assert connection.get_isolation_level() == "READ COMMITTED"
+        zone, mode, collation, wait = connection.exec_driver_sql(
+            "SELECT @@time_zone, @@sql_mode, @@collation_connection, @@innodb_lock_wait_timeout"
+        ).one()
+    assert (zone, collation, wait) == ("+00:00", "utf8mb4_general_ci", 5)
+    assert "STRICT_TRANS_TABLES" in mode
+
+
+def test_the_plain_schemes_mean_the_driver_in_use(database_url: str) -> None:
+    plain = "mysql" + database_url[database_url.index(":") :]
+    engine = engine_of(plain)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+    engine.dispose()
+
+
+def test_rows_go_out_in_statements_of_bounded_size(engine: Engine, table: str) -> None:
+    rows = [(n, bytes(range(256)) + b"%s\\'" + bytes([n % 256])) for n in range(1203)]
+
+    def insert(connection: Connection) -> int:
+        return execute_rows(
+            connection, f"INSERT INTO {table} (a, b) VALUES", rows, "ON DUPLICATE KEY UPDATE b = VALUES(b)"
+        )
+
+    assert transaction(engine, insert) == 1203
+    # FOUND_ROWS: rows left as they were count once, changed ones twice.
+    assert transaction(engine, insert) == 1203
+    rows[0] = (0, b"other")
+    assert transaction(engine, insert) == 1204
+    with engine.connect() as connection:
+        stored = connection.exec_driver_sql(
+            f"SELECT a, b FROM {table} WHERE a IN ({marks(3)}) ORDER BY a", (0, 1, 1202)
+        )
+        assert [(a, bytes(b)) for a, b in stored] == [rows[0], rows[1], rows[1202]]
+
+
+def test_an_update_that_finds_its_row_counts_it_even_if_nothing_changes(engine: Engine, table: str) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"INSERT INTO {table} VALUES (1, 'x')")
+        assert connection.exec_driver_sql(f"UPDATE {table} SET b = 'x' WHERE a = 1").rowcount == 1
+
+
+def test_what_fails_leaves_nothing_behind_in_a_pooled_session(engine: Engine, table: str) -> None:
+    def fail(connection: Connection) -> None:
+        connection.exec_driver_sql(f"INSERT INTO {table} VALUES (1, 'x')")
+        raise KeyError("on the way")
+
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            transaction(engine, fail)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"INSERT INTO {table} VALUES (2, 'x')")  # never committed
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql(f"SELECT COUNT(*) FROM {table}").scalar() == 0
+
+
+def test_a_dead_pooled_connection_is_replaced_without_a_word(engine: Engine, database_url: str) -> None:
+    other = engine_of(database_url)
+
+    def who(connection: Connection) -> int:
+        return int(connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar() or 0)
+
+    first = transaction(engine, who)
+    with other.connect() as connection:
+        connection.exec_driver_sql(f"KILL {first}")
+    assert transaction(engine, who) != first
+    other.dispose()
+
+
+def test_a_deadlock_is_tried_again(engine: Engine, table: str) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"INSERT INTO {table} VALUES (1, ''), (2, '')")
+    met = threading.Barrier(2)
+    tries: list[int] = []
+    errors: list[BaseException] = []
+
+    def work(first: int, second: int) -> None:
+        def cross(connection: Connection) -> None:
+            tries.append(first)
+            connection.exec_driver_sql(f"UPDATE {table} SET b = CONCAT(b, 'x') WHERE a = %s", (first,))
+            if len(tries) <= 2:
+                met.wait(10)
+            connection.exec_driver_sql(f"UPDATE {table} SET b = CONCAT(b, 'x') WHERE a = %s", (second,))
+
+        try:
+            transaction(engine, cross)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in ((1, 2), (2, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+    assert len(tries) > 2
+    with engine.connect() as connection:
+        assert [bytes(b) for (b,) in connection.exec_driver_sql(f"SELECT b FROM {table}")] == [b"xx", b"xx"]
+
+
+def test_a_statement_may_not_take_for_ever(database_url: str) -> None:
+    engine = engine_of(database_url, read_seconds=1)
+    started = time.monotonic()
+    with pytest.raises(DBAPIError) as caught:
+        transaction(engine, lambda connection: connection.exec_driver_sql("SELECT SLEEP(20)").scalar())
+    assert time.monotonic() - started < 2  # and it is not tried again
+    assert transient(caught.value)
+    engine.dispose()
+
+
+def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str) -> None:
+    def error_of(statement: str, times: int) -> DBAPIError:
+        def execute(connection: Connection) -> None:
+            for _ in range(times):
+                connection.exec_driver_sql(statement)
+
+        with pytest.raises(DBAPIError) as caught:
+            transaction(engine, execute)
+        return caught.value
+
+    for statement, code, times in [
+        ("SELECT * FROM nowhere", 1146, 1),
+        (f"INSERT INTO {table} VALUES (7, '')", 1062, 2),
+        (f"INSERT INTO {table} VALUES (8, REPEAT('x', 301))", 1406, 1),
+        ("SELEKT", 1064, 1),
+    ]:
+        error = error_of(statement, times)
+        assert (number(error), transient(error), deadlock(error)) == (code, False, False)
+    refused = engine_of("mysql://nobody@127.0.0.1:1/nothing")
+    with pytest.raises(DBAPIError) as caught:
+        transaction(refused, lambda connection: None)
+    assert (number(caught.value), transient(caught.value)) == (2003, True)
+    assert not transient(ValueError("2003"))
+
+
+async def test_until_back_waits_out_a_server_that_is_down(server: Infra, database_url: str) -> None:
+    engine = engine_of(database_url)
+    seen: list[BaseException] = []
+    noticed = asyncio.Event()
+
+    def notice(error: BaseException) -> None:
+        seen.append(error)
+        noticed.set()
+
+    async def ask() -> int | None:
+        return await asyncio.to_thread(
+            transaction, engine, lambda connection: connection.exec_driver_sql("SELECT 41 + 1").scalar()
+        )
+
+    assert await ask() == 42
+    await asyncio.to_thread(server.kill, "mysql")
+    try:
+        answer = asyncio.ensure_future(until_back(notice)(ask))
+        await asyncio.wait_for(noticed.wait(), 10)
+        assert not answer.done()
+    finally:
+        await asyncio.to_thread(server.start, "mysql")
+    assert await asyncio.wait_for(answer, 15) == 42
+    assert all(transient(error) for error in seen)
+    engine.dispose()
+
+
+async def test_until_back_raises_what_does_not_pass() -> None:
+    async def fail() -> None:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        await until_back(lambda error: None)(fail)
