@@ -75,8 +75,15 @@ class StageRuntime:
             else:
                 ended.set_exception(error)
 
+        def take(records: list[Fetched]) -> None:
+            try:
+                work.take(records)
+            except Exception as error:
+                # Not the handler's fault, or it would be settled: records would hang here for ever.
+                on_end(error)
+
         def hand_on(records: list[Fetched]) -> None:
-            post(work.take, records)
+            post(take, records)
 
         def cancel(assignments: Collection[Assignment] | None) -> None:
             post(work.cancel, assignments)

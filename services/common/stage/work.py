@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 
 import structlog
@@ -114,6 +114,8 @@ class Work:
             answer = _blame(record, error)
         if isinstance(answer, _OUTCOMES):
             self._settled.append((record, answer))
+        elif not isinstance(answer, Awaitable):
+            self._settled.append((record, _blame(record, TypeError(f"{answer!r} is no outcome"))))
         else:
             task = asyncio.ensure_future(answer)
             self._tasks[record] = task

@@ -1,0 +1,171 @@
+"""What the stage runtime's tests share: one installation a test on the real broker, seen from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Message, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from postroad.v1 import events_pb2 as pb
+from services.common import kafka_admin
+from services.common.config import Settings
+from services.common.events import DECODERS, Outgoing, encode
+from services.common.stage.publisher import Publisher
+from services.common.stage.runtime import StageRuntime
+from services.common.stage.types import Done, Record, Stage
+from services.common.topics import TASK_CREATED, Names
+from tests.stack import Infra
+
+__all__ = ["Kit", "Watched", "created", "passed_on", "until"]
+
+PARTITIONS = 4
+
+
+def created(number: int = 0, body: str = "text") -> Outgoing:
+    """A task.created; its epoch is `number`, so that handlers can tell them apart."""
+    task = pb.MailTask(id=uuid.uuid4().bytes, email="a@good.test", subject="s", body=body)
+    return encode(pb.TaskCreated(task=task, epoch=number, at_us=1), "api", b"00-1-2-01")
+
+
+def passed_on(record: Record) -> Done:
+    """The outcome of a stage that only passes on."""
+    event = record.event
+    assert isinstance(event, pb.TaskCreated)
+    return Done([pb.MxOk(task=event.task, epoch=event.epoch, attempt=record.attempt, at_us=event.at_us)])
+
+
+async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Return once `condition` holds; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come to hold in time"
+        await asyncio.sleep(0.01)
+
+
+class Watched(Consumer):
+    """A real Consumer that notes which threads call it, and its committed positions."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.threads: set[str] = {threading.current_thread().name}
+        self.calls: set[str] = set()
+
+    def _note(self, name: str) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.calls.add(name)
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    original = getattr(Consumer, name)
+
+    def call(self: Watched, *args: Any, **kwargs: Any) -> Any:
+        self._note(name)
+        return original(self, *args, **kwargs)
+
+    return call
+
+
+for _name in dir(Consumer):
+    if not _name.startswith("_"):
+        setattr(Watched, _name, _noting(_name))
+
+
+class Kit:
+    """One installation: its topics, a validator-shaped stage to run, and what can be read from outside."""
+
+    def __init__(self, infra: Infra, protocol: str) -> None:
+        self.infra, self.protocol = infra, protocol
+        self.prefix = infra.topic_prefix()
+        self.names = Names(self.prefix)
+        self.group = self.names.group("validator")
+        self.settings = self.with_()
+        self.admin = AdminClient({"bootstrap.servers": infra.bootstrap})
+        kafka_admin.apply(self.settings)
+
+    def with_(self, **changes: Any) -> Settings:
+        """The installation's settings, changed."""
+        base: dict[str, Any] = {
+            "kafka_bootstrap": self.infra.bootstrap,
+            "topic_prefix": self.prefix,
+            "partitions": PARTITIONS,
+            "group_protocol": self.protocol,
+            "validator_delays": (1, 2),
+            "sender_delays": (1,),
+            "drain_seconds": 5,
+        }
+        return Settings(**(base | changes))
+
+    def runtime(self, settings: Settings | None = None, **stage: Any) -> StageRuntime:
+        """A runtime of the stage `validator` with this handler (`handle` or `handle_batch`)."""
+        consumer = stage.pop("consumer", Consumer)
+        delays = stage.pop("delays", (1, 2))
+        return StageRuntime(
+            Stage("validator", [TASK_CREATED], DECODERS, delays=delays, **stage),
+            settings or self.settings,
+            source="validator",
+            consumer=consumer,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self, settings: Settings | None = None, **stage: Any) -> AsyncIterator[StageRuntime]:
+        """The same, running and in its group; drained at the end."""
+        runtime = self.runtime(settings, **stage)
+        run = asyncio.create_task(runtime.run())
+        try:
+            await until(lambda: run.done() or not runtime.problems())
+            yield runtime
+        finally:
+            runtime.stop()
+            await run
+
+    async def publish(self, outgoing: Iterable[Outgoing]) -> None:
+        """Produce, acked."""
+        publisher = Publisher(self.settings, client_id="test")
+        publisher.start()
+        await publisher.publish(list(outgoing))
+        await publisher.close(5)
+
+    def read(self, bare: str) -> list[Message]:
+        """All that is on a topic now."""
+        consumer = Consumer(
+            {"bootstrap.servers": self.infra.bootstrap, "group.id": "none", "enable.auto.commit": False}
+        )
+        messages, deadline = [], time.monotonic() + 20
+        topic, ends = self.prefix + bare, self.end(bare)
+        try:
+            consumer.assign([TopicPartition(topic, partition, 0) for partition in ends])
+            while len(messages) < sum(ends.values()):
+                assert time.monotonic() < deadline, f"{topic} could not be read"
+                messages += consumer.consume(1000, 0.05)
+            assert all(message.error() is None for message in messages)
+        finally:
+            consumer.close()
+        return messages
+
+    def committed(self, bare: str = TASK_CREATED) -> dict[int, int]:
+        """The group's committed offsets of a topic, by partition; 0 where there is none."""
+        topic = self.prefix + bare
+        asked = ConsumerGroupTopicPartitions(
+            self.group, [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
+        )
+        answer = self.admin.list_consumer_group_offsets([asked])[self.group].result()
+        return {p.partition: max(0, p.offset) for p in answer.topic_partitions}
+
+    def end(self, bare: str = TASK_CREATED) -> dict[int, int]:
+        """The topic's end offsets, by partition."""
+        consumer = Consumer({"bootstrap.servers": self.infra.bootstrap, "group.id": "none"})
+        try:
+            topic = self.prefix + bare
+            return {
+                n: consumer.get_watermark_offsets(TopicPartition(topic, n), timeout=10)[1]
+                for n in range(PARTITIONS)
+            }
+        finally:
+            consumer.close()

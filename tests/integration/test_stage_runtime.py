@@ -1,0 +1,209 @@
+"""The stage runtime on a real broker: what each outcome leads to, under both group protocols."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from postroad.v1 import events_pb2 as pb
+from services.common import telemetry
+from services.common.events import Outgoing
+from services.common.stage.types import Dead, Done, Outcome, Record, Retry
+from services.common.topics import MX_OK, TASK_CREATED
+from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
+from tests.stack import Infra
+
+
+@pytest.fixture(params=["consumer", "classic"])
+def kit(infra: Infra, request: pytest.FixtureRequest) -> Kit:
+    return Kit(infra, request.param)
+
+
+async def test_a_plain_handler_passes_every_task_on_with_its_trace(kit: Kit) -> None:
+    tasks = [created(n) for n in range(500)]
+    async with kit.running(handle=passed_on):
+        await kit.publish(tasks)
+        await until(lambda: sum(kit.committed().values()) == 500)
+    passed = kit.read(MX_OK)
+    assert sorted(m.key() for m in passed) == sorted(t.key for t in tasks)
+    headers = dict(passed[0].headers() or [])
+    assert headers["traceparent"] == b"00-1-2-01"
+    assert headers["ce_type"] == b"postroad.v1.mx.ok"
+    assert headers["ce_source"] == b"/postroad/validator"
+
+
+async def test_a_handler_that_waits_and_one_that_waits_only_sometimes(kit: Kit) -> None:
+    async def slowly(record: Record) -> Outcome:
+        await asyncio.sleep(0.05)
+        return passed_on(record)
+
+    def handle(record: Record) -> object:
+        return slowly(record) if record.event.epoch % 2 else passed_on(record)
+
+    async with kit.running(handle=handle):
+        await kit.publish(created(n) for n in range(200))
+        await until(lambda: sum(kit.committed().values()) == 200)
+    assert len({m.key() for m in kit.read(MX_OK)}) == 200
+
+
+async def test_a_batch_handler_gets_batches_and_is_tried_again_when_it_raises(kit: Kit) -> None:
+    sizes: list[int] = []
+    broken = True
+
+    async def handle_batch(records: Sequence[Record]) -> Sequence[Outcome]:
+        if broken:
+            raise ConnectionError("the database is away")
+        sizes.append(len(records))
+        return [passed_on(record) for record in records]
+
+    await kit.publish(created(n) for n in range(300))
+    async with kit.running(handle_batch=handle_batch) as runtime:
+        await until(lambda: any("the database is away" in text for text in runtime.problems()))
+        assert sum(kit.committed().values()) == 0
+        broken = False
+        await until(lambda: sum(kit.committed().values()) == 300)
+        assert runtime.problems() == []
+    assert sum(sizes) == 300
+    assert max(sizes) > 50
+    assert len(kit.read(MX_OK)) == 300
+    assert kit.read("validator.dead") == []
+
+
+async def test_a_retry_comes_back_as_the_next_attempt_never_early(kit: Kit) -> None:
+    came: list[tuple[bytes | None, int, float]] = []
+    due: dict[tuple[bytes | None, int], float] = {}
+
+    def handle(record: Record) -> Outcome:
+        came.append((record.key, record.attempt, time.time() * 1000))
+        assert record.topic == TASK_CREATED
+        assert record.traceparent == b"00-1-2-01"
+        if record.attempt > 2:
+            return passed_on(record)
+        now_ms = int(time.time() * 1000)
+        due[record.key, record.attempt + 1] = now_ms + 1000 * record.attempt + record.event.epoch
+        return Retry(record.attempt, int(due[record.key, record.attempt + 1]), "not now")
+
+    tasks = [created(n) for n in range(60)]
+    async with kit.running(handle=handle):
+        await kit.publish(tasks)
+        await until(lambda: len(came) == 180)
+        await until(lambda: sum(kit.committed("validator.delay.2").values()) == 60)
+    for key, attempt, at in came:
+        if attempt > 1:
+            assert due[key, attempt] <= at < due[key, attempt] + 900
+    assert sorted(m.key() for m in kit.read(MX_OK)) == sorted(t.key for t in tasks)
+    headers = dict(kit.read("validator.delay.2")[0].headers() or [])
+    assert headers["attempt"] == b"3"
+    assert headers["origin"].startswith(b"task.created/")
+    assert headers["cause"] == b"not now"
+    assert headers["ce_type"] == b"postroad.v1.task.created"
+
+
+def rubbish() -> dict[str, Outgoing]:
+    good = created()
+    delay = [("due-at", b"1"), ("attempt", b"2"), ("origin", b"task.created/0/0"), ("cause", b"")]
+    return {
+        "the value is empty": Outgoing(TASK_CREATED, b"k", b"", []),
+        "not a TaskCreated": Outgoing(TASK_CREATED, b"k", b"\xff" * 3000, good.headers),
+        "task id is not 16 bytes": Outgoing(
+            TASK_CREATED, b"k", pb.TaskCreated(epoch=3).SerializeToString(), good.headers
+        ),
+        "origin is not": Outgoing("validator.delay.1", good.key, good.value, good.headers),
+        "further off": Outgoing(
+            "validator.delay.1", good.key, good.value, [*delay[1:], ("due-at", b"99999999999999")]
+        ),
+        "is not read here": Outgoing(
+            "validator.delay.1", good.key, good.value, [*delay, ("origin", b"nothing.known/1/2")]
+        ),
+        "not a": Outgoing("validator.delay.1", good.key, b"\x00garbage", delay),
+    }
+
+
+async def test_what_cannot_be_decoded_becomes_a_dead_letter_and_the_stage_goes_on(kit: Kit) -> None:
+    bad = rubbish()
+    async with kit.running(handle=passed_on):
+        await kit.publish(bad.values())
+        await kit.publish(created(n) for n in range(100))
+        await until(lambda: sum(kit.committed().values()) == 103)
+        await until(lambda: sum(kit.committed("validator.delay.1").values()) == 4)
+    letters = kit.read("validator.dead")
+    causes = [dict(m.headers() or [])["cause"].decode() for m in letters]
+    assert len(letters) == len(bad)
+    for expected in bad:
+        assert any(expected in cause for cause in causes), (expected, causes)
+    assert sorted(m.value() or b"" for m in letters) == sorted(o.value for o in bad.values())
+    assert len(kit.read(MX_OK)) == 100
+
+
+async def test_a_handlers_exception_makes_a_dead_letter_with_its_cause(kit: Kit) -> None:
+    async def later(record: Record) -> Outcome:
+        await asyncio.sleep(0)
+        raise KeyError("late")
+
+    def handle(record: Record) -> object:
+        match record.event.epoch:
+            case 1:
+                raise ValueError("at once")
+            case 2:
+                return later(record)
+            case 3:
+                return Retry(77, 0, "no such delay")
+            case 4:
+                return "no outcome"
+            case 5:
+                return Dead("by choice")
+        return passed_on(record)
+
+    before = telemetry.STAGE_RECORDS.labels("validator", "dead")._value.get()
+    tasks = [created(n) for n in range(8)]
+    async with kit.running(handle=handle):
+        await kit.publish(tasks)
+        await until(lambda: sum(kit.committed().values()) == 8)
+    letters = {m.key(): dict(m.headers() or []) for m in kit.read("validator.dead")}
+    causes = {n: letters[tasks[n].key]["cause"].decode() for n in range(1, 6)}
+    assert causes[1] == "ValueError: at once"
+    assert causes[2] == "KeyError: 'late'"
+    assert causes[3].startswith("ValueError: a handler asked for a delay of 77 s")
+    assert causes[4].startswith("TypeError")
+    assert causes[5] == "by choice"
+    assert all(letter["attempt"] == b"1" for letter in letters.values())
+    assert telemetry.STAGE_RECORDS.labels("validator", "dead")._value.get() == before + 5
+    assert len(kit.read(MX_OK)) == 3
+
+
+async def test_an_event_too_large_for_the_broker_makes_a_dead_letter(kit: Kit) -> None:
+    def handle(record: Record) -> Outcome:
+        if record.event.epoch == 1:
+            return Done([pb.MxFailed(id=record.key, detail="x" * (6 << 20))])
+        return passed_on(record)
+
+    async with kit.running(handle=handle):
+        await kit.publish(created(n) for n in range(3))
+        await until(lambda: sum(kit.committed().values()) == 3)
+    (letter,) = kit.read("validator.dead")
+    assert b"cannot be published" in dict(letter.headers() or [])["cause"]
+    assert len(kit.read(MX_OK)) == 2
+
+
+async def test_large_records_come_through(kit: Kit) -> None:
+    async with kit.running(handle=passed_on):
+        await kit.publish(created(n, body="x" * (2 << 20)) for n in range(12))
+        await until(lambda: sum(kit.committed().values()) == 12)
+    assert len(kit.read(MX_OK)) == 12
+
+
+async def test_more_replicas_than_partitions_are_all_ready(infra: Infra) -> None:
+    kit = Kit(infra, "consumer")
+    runtimes = [kit.runtime(handle=passed_on) for _ in range(PARTITIONS + 1)]
+    runs = [asyncio.create_task(runtime.run()) for runtime in runtimes]
+    try:
+        await until(lambda: all(runtime.ready() for runtime in runtimes), 40)
+        await kit.publish(created(n) for n in range(50))
+        await until(lambda: sum(kit.committed().values()) == 50)
+    finally:
+        for runtime in runtimes:
+            runtime.stop()
+        await asyncio.gather(*runs)
