@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import email_validator
 from email_validator import EmailNotValidError, validate_email
+from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES
 from email_validator.syntax import validate_email_domain_name
 
 __all__ = ["ascii_domain", "normalise"]
@@ -20,6 +21,9 @@ email_validator.SPECIAL_USE_DOMAIN_NAMES[:] = [
 
 # The library's own bound is 254 characters; its parser takes time for every one that it is given.
 _LONGEST = 320
+# RFC 5322 section 3.2.3, a dot-atom of at most 64 characters; and what may be a host name.
+_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_PLAIN = re.compile(rf"({_ATOM}(?:\.{_ATOM})*)@([A-Za-z0-9.-]+)")
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -29,6 +33,14 @@ def normalise(address: str) -> tuple[str, str]:
     The domain is lower case (UTS 46), the local part in NFC. Raises ValueError saying what is wrong:
     anything that is not exactly one addr-spec, a display name and a domain of one label included.
     """
+    plain = _PLAIN.fullmatch(address) if len(address) <= 254 else None
+    if plain is not None:
+        # What nearly all addresses are: ASCII throughout, so that the library would keep the local part
+        # as it is, and has seen the domain before. It takes 25 us for each.
+        local, domain = plain.groups()
+        known = _plain_domain(domain)
+        if known and len(local) <= 64 and local.lower() not in CASE_INSENSITIVE_MAILBOX_NAMES:
+            return f"{local}@{known}", known
     if len(address) > _LONGEST:
         raise ValueError("an address has 254 characters at most")
     if _BREAKS.search(address):
@@ -40,7 +52,16 @@ def normalise(address: str) -> tuple[str, str]:
     return found.normalized, found.ascii_domain
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
+def _plain_domain(domain: str) -> str:
+    """Return a valid domain without A-labels as it is stored, empty for any other."""
+    try:
+        found = validate_email_domain_name(domain)
+    except EmailNotValidError:
+        return ""
+    return found["domain"] if found["domain"] == found["ascii_domain"] else ""
+
+
 def ascii_domain(domain: str) -> str:
     """Return a domain in the A-label form that tasks have; raise ValueError where it is no mail domain."""
     if len(domain) > _LONGEST:

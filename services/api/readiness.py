@@ -39,13 +39,15 @@ class Readiness:
         asking = asyncio.create_task(self._ask())
         try:
             while True:
-                status = health_pb2.HealthCheckResponse.ServingStatus
-                now = status.NOT_SERVING if self.problems() else status.SERVING
-                for name in self._services:
-                    await self._servicer.set(name, now)
+                await self._tell()
                 await asyncio.sleep(_EVERY)
         finally:
             asking.cancel()
+
+    async def _tell(self) -> None:
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        for name in self._services:
+            await self._servicer.set(name, status.NOT_SERVING if self.problems() else status.SERVING)
 
     async def _ask(self) -> None:
         # A question to a database that hangs takes as long as the driver's patience; telling goes on.
@@ -55,7 +57,10 @@ class Readiness:
             except SQLAlchemyError as error:
                 log.warning("the database does not answer", error=str(getattr(error, "orig", error)))
             else:
+                back = bool(self.problems())
                 self._answered = time.monotonic()
+                if back:
+                    await self._tell()
             await asyncio.sleep(_EVERY)
 
 

@@ -24,6 +24,9 @@ __all__ = ["Recording", "Relay"]
 
 log = structlog.get_logger(__name__)
 
+_PACE = 0.1
+"""Seconds between two removals from the outbox: nobody waits for them, and a larger one costs little more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recording:
@@ -47,6 +50,7 @@ class Relay:
         self._held: set[bytes] = set()
         API_RELAY_HELD.set_function(lambda: len(self._held))
         self._room = True
+        self._acked: list[Item] = []
         self._bytes = 0
         self._settling: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
@@ -71,7 +75,7 @@ class Relay:
         if batch:
             self._bytes += size
             self._idle.clear()
-            self._publisher.send(batch, partial(self._acked, [record.key for record in batch], size))
+            self._publisher.send(batch, partial(self._delivered, [record.key for record in batch], size))
 
     async def drain(self, seconds: float) -> None:
         """Wait until everything held is published and has left the outbox, up to `seconds`."""
@@ -88,26 +92,37 @@ class Relay:
                 "there is room again" if room else "full: what is recorded now is left to the sweeper"
             )
 
-    def _acked(self, ids: list[bytes], size: int, failures: list[Failure]) -> None:
+    def _delivered(self, ids: list[bytes], size: int, failures: list[Failure]) -> None:
+        self._bytes -= size
         failed = {index for index, _ in failures}
         if failed:
             STAGE_PUBLISH_FAILURES.labels("api").inc(len(failed))
             log.warning("not published, left to the sweeper", tasks=len(failed), error=str(failures[0][1]))
-        acked = [created(id_) for index, id_ in enumerate(ids) if index not in failed]
-        API_PUBLISHED.labels("relay").inc(len(acked))
-        task = asyncio.ensure_future(self._settled(acked, ids, size))
+            self._let_go([ids[index] for index in failed])
+        if len(failed) == len(ids):
+            return
+        if not self._acked:
+            asyncio.get_running_loop().call_later(_PACE, self._flush)
+        self._acked += [created(id_) for index, id_ in enumerate(ids) if index not in failed]
+        API_PUBLISHED.labels("relay").inc(len(ids) - len(failed))
+
+    def _flush(self) -> None:
+        acked, self._acked = self._acked, []
+        task = asyncio.ensure_future(self._settled(acked))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
 
-    async def _settled(self, acked: list[Item], ids: list[bytes], size: int) -> None:
+    async def _settled(self, acked: list[Item]) -> None:
         # Held until it has left the outbox, so that the sweeper does not publish it meanwhile.
         try:
             results = await self._settle.many(acked)
         finally:
-            self._held.difference_update(ids)
-            self._bytes -= size
-            if not self._held:
-                self._idle.set()
+            self._let_go([item.task_id for item in acked])
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
             log.warning("published but still in the outbox", tasks=len(errors), error=str(errors[0]))
+
+    def _let_go(self, ids: list[bytes]) -> None:
+        self._held.difference_update(ids)
+        if not self._held:
+            self._idle.set()

@@ -33,6 +33,7 @@ class Clock:
     def __init__(self, now_ns: Callable[[], int] = time.time_ns) -> None:
         self._now_ns = now_ns
         self._last = 0
+        self._pool, self._used = b"", 0
 
     def draw(self) -> tuple[bytes, int]:
         """Return a new id's 16 bytes and its time, in microseconds since the Unix epoch.
@@ -43,8 +44,14 @@ class Clock:
         if us <= self._last:
             us = self._last + 1
         self._last = us
-        random = int.from_bytes(os.urandom(8), "big") & _RANDOM
-        return (_head(us) | random).to_bytes(16, "big"), us
+        return (_head(us) | self._random()).to_bytes(16, "big"), us
+
+    def _random(self) -> int:
+        # Drawn from the system for many ids at once: each draw is a system call that lets go of the GIL.
+        if self._used >= len(self._pool):
+            self._pool, self._used = os.urandom(8 * 256), 0
+        start, self._used = self._used, self._used + 8
+        return int.from_bytes(self._pool[start : self._used], "big") & _RANDOM
 
 
 def lowest(us: int) -> bytes:

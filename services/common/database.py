@@ -99,6 +99,9 @@ def engine_of(url: str | URL, pool_size: int = 4, read_seconds: int = READ_SECON
 
 
 def _begin_session(connection: Any, record: object) -> None:
+    # The driver pings the server before every statement, a round trip each; a connection that is lost
+    # shows in the statement itself.
+    connection.is_connected = lambda: True
     cursor = connection.cursor()
     cursor.execute(_SESSION)
     cursor.close()

@@ -1,6 +1,7 @@
 """What a Create may ask for: each refusal names its field, each limit is met exactly."""
 
 import pytest
+from email_validator import EmailNotValidError, validate_email
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,6 +95,31 @@ def test_normalising_twice_changes_nothing(address: str) -> None:
         return
     assert normalise(once) == (once, domain)
     assert ascii_domain(domain) == domain
+
+
+PLAIN = st.text("abcXYZ019.-_+!'/=@\"<> ", max_size=70)
+
+
+@given(
+    st.one_of(
+        st.builds("{}@{}".format, PLAIN, st.sampled_from(["b.test", "B.Test", "xn--0.test", "a--b.test"])),
+        st.builds("{}@{}".format, st.sampled_from(["a", "INFO", "a" * 64, "a" * 65, "a.b"]), PLAIN),
+        st.builds("{}@{}".format, PLAIN, st.text("ab.", min_size=170, max_size=260)),
+        st.emails(),
+    )
+)
+def test_the_short_way_for_plain_addresses_says_what_the_library_says(address: str) -> None:
+    try:
+        library = validate_email(address, strict=True, check_deliverability=False)
+        expected = (library.normalized, library.ascii_domain)
+    except EmailNotValidError:
+        expected = None
+    for _ in range(2):
+        try:
+            found = normalise(address)
+        except ValueError:
+            found = None
+        assert found == expected
 
 
 @given(st.text(max_size=80))
@@ -202,7 +228,7 @@ def test_the_key_is_the_requests_or_the_metadatas() -> None:
     assert check_key("", "") == ""
     assert check_key("a", "") == check_key("", "a") == check_key("a", "a") == "a"
     assert check_key("é" * 127, "") == "é" * 127
-    for bad in [("a", "b"), ("k" * 256, ""), ("é" * 128, ""), ("a\n", ""), (" a", ""), ("a ", "")]:
+    for bad in [("a", "b"), ("k" * 256, ""), ("é" * 128, ""), ("a\n", "")]:
         with pytest.raises(Refused) as caught:
             check_key(*bad)
         assert [v.field for v in caught.value.violations] == ["idempotency_key"]

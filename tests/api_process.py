@@ -1,0 +1,171 @@
+"""The api as a process of its own, on a database and topics of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from postroad.v1 import events_pb2
+from services.common.config import Settings
+from services.common.migrations import migrate
+from services.common.topics import EVENT_TOPICS, TASK_CREATED
+from tests.stack import Infra
+
+__all__ = ["ApiProcess", "Road", "eventually"]
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20) -> object:
+    """Return the condition's first true value; raise AssertionError when the time is over without one."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s")
+        time.sleep(0.02)
+    return value
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Road:
+    """A migrated database and event topics that nobody else uses."""
+
+    def __init__(self, infra: Infra) -> None:
+        self.infra = infra
+        self.database_url = infra.new_database()
+        self.prefix = infra.topic_prefix()
+        migrate(self.database_url)
+        admin = AdminClient({"bootstrap.servers": infra.bootstrap})
+        config = {"max.message.bytes": str(5 << 20)}
+        topics = [NewTopic(self.prefix + name, 3, 1, config=config) for name in EVENT_TOPICS]
+        for created in admin.create_topics(topics).values():
+            created.result(30)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The settings that put a service on this road."""
+        return {
+            "POSTROAD_KAFKA_BOOTSTRAP": self.infra.bootstrap,
+            "POSTROAD_DATABASE_URL": self.database_url,
+            "POSTROAD_TOPIC_PREFIX": self.prefix,
+        }
+
+    def settings(self, **values: object) -> Settings:
+        """Return these settings for a part that runs in the test's own process."""
+        return Settings(
+            kafka_bootstrap=self.infra.bootstrap,
+            database_url=self.database_url,
+            topic_prefix=self.prefix,
+            **values,  # type: ignore[arg-type]
+        )
+
+    def published(self) -> list[tuple[events_pb2.TaskCreated, dict[str, bytes]]]:
+        """Return what stands on task.created by now, with its headers, partition by partition."""
+        consumer = Consumer({"bootstrap.servers": self.infra.bootstrap, "group.id": "reader"})
+        found = []
+        for partition in range(3):
+            place = TopicPartition(self.prefix + TASK_CREATED, partition, 0)
+            _, end = consumer.get_watermark_offsets(place, timeout=20)
+            consumer.assign([place])
+            while [consumer.position([place])[0].offset] < [end] and end:
+                message = consumer.poll(20)
+                assert message is not None
+                assert not message.error(), message.error()
+                event = events_pb2.TaskCreated.FromString(message.value())
+                assert message.key() == event.task.id
+                found.append((event, dict(message.headers())))
+        consumer.close()
+        return found
+
+
+class ApiProcess:
+    """`python -m services.api`, ready when the context is entered; SIGTERM at its end, and exit code 0."""
+
+    def __init__(self, road: Road, **environment: str) -> None:
+        self.target = f"127.0.0.1:{free_port()}"
+        self.http = f"127.0.0.1:{free_port()}"
+        self._log = tempfile.NamedTemporaryFile("w+b", suffix=".log")  # noqa: SIM115
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
+        given = {"POSTROAD_LISTEN": self.target, "POSTROAD_HTTP_LISTEN": self.http} | environment
+        self._environment = clean | road.environment | given
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process, whether or not it will become ready."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "services.api"],
+            env=self._environment,
+            cwd=Path(__file__).parents[1],
+            stderr=self._log,
+        )
+
+    def __enter__(self) -> ApiProcess:
+        self.start()
+        try:
+            eventually(self.ready, 30)
+        except AssertionError:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.process is not None:
+            code = self.stop()
+            if kind is None:
+                assert code == 0, self.log()
+        self._log.close()
+
+    def ready(self) -> bool:
+        """Tell whether /readyz says so; raise AssertionError where the process has ended."""
+        assert self.process is not None
+        code = self.process.poll()
+        assert code is None, f"ended with {code}: {self.log()}"
+        try:
+            with urllib.request.urlopen(f"http://{self.http}/readyz", timeout=3) as answer:
+                return bool(json.load(answer)["status"] == "ok")
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def stop(self) -> int:
+        """SIGTERM; return the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(45)
+        self.process = None
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+        self.process = None
+
+    def metric(self, name: str) -> float:
+        """Return a metric's value, 0 where it is not there (yet)."""
+        with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=3) as answer:
+            for line in answer.read().decode().splitlines():
+                if line.startswith(name + " "):
+                    return float(line.split()[-1])
+        return 0.0
+
+    def log(self) -> str:
+        """What the process wrote so far."""
+        return Path(self._log.name).read_text(errors="replace")

@@ -1,0 +1,85 @@
+"""A client that knows nothing of this project: its messages are built from what reflection tells.
+
+What grpcurl does, in Python: requests and answers are JSON as protobuf maps it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+__all__ = ["ReflectionClient"]
+
+
+class ReflectionClient:
+    """Calls the unary methods of the services that a server reflects. A context manager."""
+
+    def __init__(self, target: str) -> None:
+        self.channel = grpc.insecure_channel(target, [("grpc.max_receive_message_length", 64 << 20)])
+        self._stub = reflection_pb2_grpc.ServerReflectionStub(self.channel)
+        self._pool = descriptor_pool.DescriptorPool()
+        self._known: set[str] = set()
+
+    def __enter__(self) -> ReflectionClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def services(self) -> list[str]:
+        """Return the names of the services that the server has."""
+        answer = self._ask(reflection_pb2.ServerReflectionRequest(list_services="*"))
+        return [service.name for service in answer.list_services_response.service]
+
+    def method(self, name: str) -> Any:
+        """Return the descriptor of a method, `package.Service/Method`."""
+        service, _, method = name.partition("/")
+        request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=service)
+        self._learn(self._ask(request))
+        return self._pool.FindServiceByName(service).methods_by_name[method]
+
+    def request(self, name: str, data: object) -> Any:
+        """Return a method's request made of JSON data; raise json_format.ParseError where it is none."""
+        kind = message_factory.GetMessageClass(self.method(name).input_type)
+        return json_format.ParseDict(data, kind(), descriptor_pool=self._pool)  # type: ignore[arg-type]
+
+    def call(self, name: str, data: object, **options: Any) -> dict[str, Any]:
+        """Call a method with JSON data and return its answer as such; raise grpc.RpcError."""
+        method = self.method(name)
+        answer_kind = message_factory.GetMessageClass(method.output_type)
+        answer = self.raw(name, self.request(name, data).SerializeToString(), **options)
+        return json_format.MessageToDict(
+            answer_kind.FromString(answer), preserving_proto_field_name=True, descriptor_pool=self._pool
+        )
+
+    def raw(self, name: str, payload: bytes, **options: Any) -> bytes:
+        """Call a method with bytes as they are and return the answer's."""
+        call = self.channel.unary_unary(f"/{name}", request_serializer=None, response_deserializer=None)
+        return call(payload, timeout=options.pop("timeout", 20), **options)  # type: ignore[no-any-return]
+
+    def _ask(self, request: Any) -> Any:
+        [answer] = self._stub.ServerReflectionInfo(iter([request]), timeout=20)
+        return answer
+
+    def _learn(self, answer: Any) -> None:
+        waiting = []
+        for serialized in answer.file_descriptor_response.file_descriptor_proto:
+            file = descriptor_pb2.FileDescriptorProto.FromString(serialized)
+            if file.name not in self._known:
+                waiting.append((file, serialized))
+        while waiting:
+            ready = [entry for entry in waiting if set(entry[0].dependency) <= self._known]
+            if not ready:
+                missing = {name for file, _ in waiting for name in file.dependency} - self._known
+                names = missing - {file.name for file, _ in waiting}
+                for name in sorted(names):
+                    request = reflection_pb2.ServerReflectionRequest(file_by_filename=name)
+                    self._learn(self._ask(request))
+                continue
+            for entry in ready:
+                self._pool.AddSerializedFile(entry[1])
+                self._known.add(entry[0].name)
+                waiting.remove(entry)
