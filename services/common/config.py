@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     )
     sender_sessions: int = Field(20, ge=1, description="SMTP sessions a sender keeps open at most")
     domain_concurrency: int = Field(
-        15, ge=0, description="Mails a sender has in hand for one recipient domain at most; 0: no bound"
+        15, ge=0, description="SMTP sessions a sender uses for one recipient domain at most; 0: all"
     )
     lease_seconds: float = Field(
         20.0, gt=1, description="How long a sender's claim on a task holds unless renewed"

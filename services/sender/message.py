@@ -97,16 +97,11 @@ def build(
     parts = _part("plain", text), _part("html", html)
     boundary = _boundary(message_id, parts)
     return (
-        b'%bContent-Type: multipart/alternative; boundary="%b"\r\n\r\n--%b\r\n%b\r\n--%b\r\n%b\r\n--%b--\r\n'
-        % (
-            head.encode(),
-            boundary,
-            boundary,
-            parts[0],
-            boundary,
-            parts[1],
-            boundary,
-        )
+        head.encode()
+        + b'Content-Type: multipart/alternative; boundary="%b"\r\n' % boundary
+        + b"\r\n--%b\r\n%b" % (boundary, parts[0])
+        + b"\r\n--%b\r\n%b" % (boundary, parts[1])
+        + b"\r\n--%b--\r\n" % boundary
     )
 
 

@@ -67,8 +67,8 @@ class Pool(Protocol):
 class Sender:
     """Handles `mx.ok` and `task.cancelled`. Belongs to one event loop.
 
-    `owner` returns a token that no claim has had before; `now_us` the time in microseconds since the
-    Unix epoch.
+    `hands` bounds the mails that are claimed and not settled, `sessions` those that the pool has. `owner`
+    returns a token that no claim has had before; `now_us` the time in microseconds since the Unix epoch.
     """
 
     def __init__(
@@ -79,14 +79,15 @@ class Sender:
         pool: Pool,
         composer: Composer,
         policy: Policy,
-        slots: Slots,
+        hands: Slots,
+        sessions: Slots,
         publish: Publish,
         owner: Callable[[], bytes],
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
         rng: random.Random | None = None,
     ) -> None:
         self._claims, self._leases, self._pool = claims, leases, pool
-        self._composer, self._policy, self._slots = composer, policy, slots
+        self._composer, self._policy, self._hands, self._sessions = composer, policy, hands, sessions
         self._publish, self._owner, self._now_us = publish, owner, now_us
         self._rng = rng or random.Random()
         self._last_words: set[asyncio.Task[None]] = set()
@@ -122,7 +123,7 @@ class Sender:
             # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
             if not self._pool.available:
                 await self._pool.wait_available()
-            await self._slots.acquire(task.domain)
+            await self._hands.acquire(task.domain)
             try:
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
                 verdict = await self._claim(claim)
@@ -132,7 +133,7 @@ class Sender:
                         continue
                     return self._answer(settled)
             finally:
-                self._slots.release(task.domain)
+                self._hands.release(task.domain)
             if isinstance(verdict, Wait):
                 await _pause(verdict)
                 continue
@@ -163,14 +164,17 @@ class Sender:
                 mail = self._composer.compose(event.task, row.message_id)
             except ValueError as error:
                 return await self._settle(self._policy.unsendable(row, self._now_us()), str(error))
+            await self._sessions.acquire(event.task.domain)
             clean = False
-            started = time.perf_counter()
             try:
+                started = time.perf_counter()
                 ended = await self._pool.send(*mail, lease.holds)
+                SENDER_SECONDS.observe(time.perf_counter() - started)
             except SendCancelled as cancelled:
                 clean = isinstance(cancelled.outcome, replies.NotSent)
                 raise
-            SENDER_SECONDS.observe(time.perf_counter() - started)
+            finally:
+                self._sessions.release(event.task.domain)
             if isinstance(ended, replies.LeaseLost) or (isinstance(ended, replies.NotSent) and ended.ours):
                 clean = True
                 await self._claims.settle(row._replace(state="released"))

@@ -1,0 +1,335 @@
+"""The claims in SQL, on each database server: the rules of decide.py as the rows obey them, and races."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine
+
+from services.common.database import engine_of, execute_rows
+from services.sender.claims import Claims, owner_tokens
+from services.sender.decide import (
+    IN_DOUBT,
+    Cancel,
+    Claim,
+    Delivery,
+    Settlement,
+    Stale,
+    State,
+    Stored,
+    Taken,
+    Wait,
+    decide,
+)
+from tests.claimers import claim_all, everyone
+
+LEASE = 20.0
+COLUMNS = ", ".join(Delivery._fields)
+LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 7)
+FAR_AWAY = datetime(2099, 1, 1)
+
+token = owner_tokens()
+
+
+def new_id() -> bytes:
+    return os.urandom(16)
+
+
+def claim(task_id: bytes, epoch: int = 0, attempt: int = 1) -> Claim:
+    return Claim(task_id, epoch, attempt, token(), "<id@a.test>")
+
+
+def rows_of(engine: Engine) -> dict[bytes, Delivery]:
+    with engine.connect() as connection:
+        rows = connection.exec_driver_sql(f"SELECT {COLUMNS} FROM deliveries").all()
+    return {row[0]: Delivery(*row) for row in rows}
+
+
+def put(engine: Engine, rows: Sequence[Delivery]) -> None:
+    with engine.begin() as connection:
+        execute_rows(connection, f"INSERT INTO deliveries ({COLUMNS}) VALUES", rows)
+
+
+def clock(engine: Engine) -> datetime:
+    with engine.connect() as connection:
+        now: datetime = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").scalar_one()
+    return now
+
+
+def taken(verdict: object) -> Taken:
+    assert isinstance(verdict, Taken), verdict
+    return verdict
+
+
+def sent(row: Delivery, reply: str = "250 2.0.0 ok") -> Delivery:
+    return row._replace(state="sent", settled_at=1_700_000_000_000_001, reply=reply, relay="mx.test:25")
+
+
+def expire(engine: Engine) -> None:
+    """Let all leases be over."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE deliveries SET lease_until = %s", (LONG_AGO,))
+
+
+@pytest.fixture
+def claims(engine: Engine) -> Claims:
+    return Claims(engine, LEASE, hold=False)
+
+
+def test_what_nobody_knows_is_taken_under_a_lease_by_the_databases_clock(
+    engine: Engine, claims: Claims
+) -> None:
+    requests = [claim(new_id(), epoch=3, attempt=2) for _ in range(7)]
+    before, since = clock(engine), time.monotonic()
+    verdicts = claims.claim(requests)
+    after = clock(engine)
+    rows = rows_of(engine)
+    assert len(rows) == 7
+    for request, verdict in zip(requests, verdicts, strict=True):
+        row = rows[request.task_id]
+        assert taken(verdict).row == row._replace(lease_until=taken(verdict).row.lease_until)
+        assert (row.state, row.epoch, row.attempt, row.owner) == ("sending", 3, 2, request.owner)
+        assert row.message_id == "<id@a.test>"
+        assert before <= row.lease_until - timedelta(seconds=LEASE) <= after
+        assert since <= taken(verdict).since <= time.monotonic()
+
+
+# Every state, lease and relation of record to row at once, in one call.
+STATES: tuple[State, ...] = ("sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled")
+
+
+def every_case() -> list[tuple[Delivery, Claim | Cancel]]:
+    cases: list[tuple[Delivery, Claim | Cancel]] = []
+    for state in STATES:
+        for until in (LONG_AGO, FAR_AWAY):
+            for reason in ("", IN_DOUBT):
+                for epoch, attempt in ((4, 9), (5, 1), (5, 2), (5, 3), (6, 1)):
+                    task_id = new_id()
+                    row = Delivery(
+                        task_id,
+                        state,
+                        5,
+                        2,
+                        1,
+                        token(),
+                        until,
+                        17,
+                        18,
+                        reason,
+                        "451 no",
+                        "r:25",
+                        "<x@a.test>",
+                    )
+                    cases.append((row, claim(task_id, epoch, attempt)))
+                    other = new_id()
+                    cases.append((row._replace(task_id=other), Cancel(other, epoch, token())))
+    return cases
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_the_rows_obey_the_rules_whatever_they_hold(engine: Engine, hold: bool) -> None:
+    cases = every_case()
+    random.Random(3).shuffle(cases)
+    put(engine, [row for row, _ in cases])
+    before = clock(engine)
+    verdicts = Claims(engine, LEASE, hold).claim([request for _, request in cases])
+    after = clock(engine)
+    rows = rows_of(engine)
+    for (row, request), verdict in zip(cases, verdicts, strict=True):
+        expected, write = decide(row, request, before, timedelta(seconds=LEASE), hold)
+        found = rows[row.task_id]
+        slack = after - before
+        if isinstance(verdict, Wait):
+            assert isinstance(expected, Wait)
+            assert 0 <= expected.seconds - verdict.seconds <= slack.total_seconds()
+            assert found == row
+            continue
+        assert type(verdict) is type(expected)
+        if isinstance(verdict, Stale):
+            assert found == row
+            continue
+        # Times are the database's at that moment; all else is as the rule says.
+        wanted = write or row
+        assert wanted.lease_until <= found.lease_until <= wanted.lease_until + slack
+        assert 0 <= found.settled_at - wanted.settled_at <= slack / timedelta(microseconds=1)
+        assert found == wanted._replace(lease_until=found.lease_until, settled_at=found.settled_at)
+        assert not isinstance(verdict, Taken | Stored) or verdict.row == found
+        if isinstance(verdict, Taken) and isinstance(expected, Taken):
+            assert (verdict.doubtful, verdict.earlier) == (expected.doubtful, expected.earlier)
+
+
+def test_one_call_may_ask_for_a_task_more_than_once(engine: Engine, claims: Claims) -> None:
+    one, two = new_id(), new_id()
+    verdicts = claims.claim([claim(one), claim(two), claim(one), Cancel(two, 0, token()), claim(one, 1)])
+    assert [type(verdict) for verdict in verdicts] == [Taken, Taken, Wait, Wait, Wait]
+    three = new_id()
+    cancelled, late = claims.claim([Cancel(three, 0, token()), claim(three)])
+    assert isinstance(cancelled, Stored)
+    assert isinstance(late, Stored)
+    assert late.row.state == rows_of(engine)[three].state == "cancelled"
+
+
+def test_a_claim_asked_again_after_its_answer_was_lost_is_still_taken(engine: Engine, claims: Claims) -> None:
+    requests = [claim(new_id()) for _ in range(3)]
+    claims.claim(requests)
+    expire(engine)
+    verdicts = [taken(verdict) for verdict in claims.claim(requests)]
+    assert not any(verdict.doubtful for verdict in verdicts)
+    assert all(row.lease_until > clock(engine) for row in rows_of(engine).values())
+    doubtful = claims.claim([claim(request.task_id) for request in requests])
+    assert all(isinstance(verdict, Wait) for verdict in doubtful)
+
+
+def test_a_whole_batch_is_settled_as_told(engine: Engine, claims: Claims) -> None:
+    held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(1200)])]
+    states: tuple[State, ...] = ("sent", "deferred", "failed", "uncertain", "released")
+    wishes = [
+        row._replace(
+            state=states[i % 5],
+            settled_at=i + 1,
+            next_attempt_at=i,
+            reason="r" * 64,
+            reply="\N{SNOWMAN}\N{PILE OF POO}'\"\\%s" + "x" * 1000,
+            relay="y" * 255,
+        )
+        for i, row in enumerate(held)
+    ]
+    assert claims.settle(wishes) == [Settlement.STORED] * 1200
+    rows = rows_of(engine)
+    assert [rows[wish.task_id]._replace(lease_until=wish.lease_until) for wish in wishes] == wishes
+    assert claims.settle(wishes) == [Settlement.STORED] * 1200, "told twice, stored once"
+
+
+def test_a_settle_after_a_takeover_changes_nothing_but_that_a_mail_was_sent(
+    engine: Engine, claims: Claims
+) -> None:
+    ids = [new_id() for _ in range(6)]
+    first = [taken(verdict).row for verdict in claims.claim([claim(i) for i in ids])]
+    # Four are taken over; two are still the first owner's.
+    expire(engine)
+    second = [taken(verdict) for verdict in claims.claim([claim(i) for i in ids[:4]])]
+    assert all(verdict.doubtful and verdict.row.takeovers == 1 for verdict in second)
+    wishes = [
+        first[0]._replace(state="deferred", settled_at=5, next_attempt_at=6, reason="deferred"),
+        first[1]._replace(state="released"),
+        first[2]._replace(state="failed", settled_at=5, reason="rejected"),
+        sent(first[3]),
+        sent(first[4]),
+        first[5]._replace(state="deferred", settled_at=5, next_attempt_at=6, reason="deferred"),
+    ]
+    fenced, late, stored = Settlement.FENCED, Settlement.LATE, Settlement.STORED
+    assert claims.settle(wishes) == [fenced, fenced, fenced, late, stored, stored]
+    rows = rows_of(engine)
+    states = [rows[i].state for i in ids]
+    assert states == ["sending", "sending", "sending", "sent", "sent", "deferred"]
+    assert [rows[i].owner for i in ids[:3]] == [verdict.row.owner for verdict in second[:3]]
+    # The one who took over finds the lease gone, and the outcome stored as the first owner told it.
+    assert claims.renew([verdict.row for verdict in second]) == [True, True, True, False]
+    assert claims.settle([sent(second[3].row, "250 another")]) == [fenced]
+    assert rows_of(engine)[ids[3]].reply == "250 2.0.0 ok"
+    again = claims.claim([claim(ids[3])])
+    assert isinstance(again[0], Stored)
+
+
+def test_a_renewal_begins_the_lease_anew_and_tells_what_was_lost(engine: Engine, claims: Claims) -> None:
+    held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(600)])]
+    expire(engine)
+    assert claims.renew(held) == [True] * 600
+    now = clock(engine)
+    for row in rows_of(engine).values():
+        assert timedelta(0) <= now + timedelta(seconds=LEASE) - row.lease_until < timedelta(seconds=5)
+    expire(engine)
+    lost = held[::3]
+    claims.claim([claim(row.task_id) for row in lost])
+    settled = held[1::3]
+    claims.settle([sent(row) for row in settled])
+    assert claims.renew(held) == [i % 3 == 2 for i in range(600)]
+
+
+def test_an_owner_that_slept_past_its_lease_is_fenced_off(engine: Engine) -> None:
+    claims = Claims(engine, 0.3, hold=False)
+    task_id = new_id()
+    sleeper = taken(claims.claim([claim(task_id)])[0])
+    waited = claims.claim([claim(task_id)])[0]
+    assert isinstance(waited, Wait)
+    assert 0 < waited.seconds <= 0.3
+    deadline = time.monotonic() + 10
+    while not isinstance(verdict := claims.claim([claim(task_id)])[0], Taken):
+        assert time.monotonic() < deadline
+        time.sleep(verdict.seconds if isinstance(verdict, Wait) else 0)
+    assert verdict.doubtful
+    assert verdict.since >= sleeper.since + 0.3, "nobody takes over before the owner's own clock says so"
+    assert claims.renew([sleeper.row]) == [False]
+    assert claims.settle([sleeper.row._replace(state="released")]) == [Settlement.FENCED]
+    assert claims.settle([sent(verdict.row)]) == [Settlement.STORED]
+
+
+def test_under_hold_a_takeover_is_stored_as_uncertain(engine: Engine) -> None:
+    claims = Claims(engine, LEASE, hold=True)
+    task_id = new_id()
+    claims.claim([claim(task_id)])
+    expire(engine)
+    before = clock(engine)
+    held, again = claims.claim([claim(task_id), claim(task_id)])
+    assert held == again
+    assert isinstance(held, Stored)
+    assert held.row == rows_of(engine)[task_id]
+    assert (held.row.state, held.row.reason) == ("uncertain", IN_DOUBT)
+    at = datetime(1970, 1, 1) + timedelta(microseconds=held.row.settled_at)
+    assert before <= at <= clock(engine)
+    reopened = taken(claims.claim([claim(task_id, epoch=9)])[0])
+    assert reopened.earlier == held.row
+
+
+# --- races ----------------------------------------------------------------------------------------
+
+
+def test_of_many_claimers_in_many_processes_exactly_one_takes_each_task(database_url: str) -> None:
+    ids = [new_id() for _ in range(600)]
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        runs = [pool.submit(claim_all, database_url, ids, seed, 3) for seed in range(3)]
+        won = Counter(task_id for run in runs for task_id in run.result(timeout=120))
+    assert won == Counter(ids)
+
+
+def test_claims_settles_and_renewals_of_the_same_rows_all_come_through(database_url: str) -> None:
+    """Takeovers, settles and renewals cross each other's rows, as after a freeze of a whole sender."""
+    engine = engine_of(database_url, pool_size=6)
+    claims = Claims(engine, 0.05, hold=False)
+    ids = [new_id() for _ in range(60)]
+    stored: Counter[bytes] = Counter()
+    lock = threading.Lock()
+
+    def work(number: int) -> None:
+        rng = random.Random(number)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            batch = rng.sample(ids, 25)
+            verdicts = claims.claim([claim(i) for i in batch])
+            held = [verdict.row for verdict in verdicts if isinstance(verdict, Taken)]
+            if all(isinstance(verdict, Stored) for verdict in claims.claim([claim(i) for i in ids])):
+                return
+            if held:
+                claims.renew(held)
+                wishes = [sent(row) for row in held]
+                with lock:
+                    stored.update(
+                        wish.task_id
+                        for wish, became in zip(wishes, claims.settle(wishes), strict=True)
+                        if became is not Settlement.FENCED
+                    )
+        raise AssertionError("some were never settled")
+
+    everyone(5, work)
+    assert stored == Counter(ids), "each was stored as sent once"
+    assert {row.state for row in rows_of(engine).values()} == {"sent"}
+    engine.dispose()
