@@ -23,24 +23,8 @@ BASE: dict[str, Any] = {
 # What the door lets through: no surrogates; CR, LF and NUL are refused in header fields.
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=3000)
 TRICKY_TEXT = st.lists(
-    st.sampled_from(
-        [
-            "\r",
-            "\n",
-            "\r\n",
-            ".",
-            " ",
-            "\t",
-            "=",
-            "=?utf-8?q?x?=",
-            "From ",
-            "a" * 998,
-            "a" * 999,
-            "é",
-            "\u2028",
-        ]
-        + ["\x85", "\x00", "\x0b", "\x1b", "--=_", "--", "word ", "\U0001f4ee"]
-    ),
+    st.sampled_from(["\r", "\n", "\r\n", ".", " ", "\t", "=", "=?utf-8?q?x?=", "From ", "a" * 998, "a" * 999])
+    | st.sampled_from(["é", "\u2028", "\x85", "\x00", "\x0b", "\x1b", "--=_", "--", "word ", "\U0001f4ee"]),
     max_size=40,
 ).map("".join)
 BODIES = ANY_TEXT | TRICKY_TEXT

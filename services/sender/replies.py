@@ -1,0 +1,180 @@
+"""What a mail server's replies mean, and how the sending of one mail can end.
+
+Pure values and rules; nothing here waits or reads a clock.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+__all__ = [
+    "InDoubt",
+    "LeaseLost",
+    "NotSent",
+    "Outcome",
+    "Phase",
+    "Rejected",
+    "Reply",
+    "Sent",
+    "is_ours",
+    "retry_hint",
+]
+
+
+class Phase(StrEnum):
+    """How far a session had come when it failed."""
+
+    CONNECT = "connect"
+    """Connection, banner, EHLO."""
+    TLS = "tls"
+    AUTH = "auth"
+    ENVELOPE = "envelope"
+    """MAIL FROM, RCPT TO."""
+    DATA = "data"
+    """The DATA command and the message up to, not including, its last byte."""
+    AFTER_DOT = "after_dot"
+    """The last byte was handed over; only a reply can tell whether the server has the mail."""
+
+
+class Reply(NamedTuple):
+    """One reply, of one or more lines (RFC 5321 §4.2). The first digit alone decides what it is (§4.2.1)."""
+
+    code: int
+    lines: tuple[str, ...]
+    """The texts after the codes; printable characters only, since operators see them on terminals."""
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.code < 300
+
+    @property
+    def intermediate(self) -> bool:
+        return 300 <= self.code < 400
+
+    @property
+    def transient(self) -> bool:
+        return 400 <= self.code < 500
+
+    @property
+    def permanent(self) -> bool:
+        """True for 5yz, whatever class an enhanced code claims (``550 4.2.1`` is permanent)."""
+        return self.code >= 500
+
+    @property
+    def closes(self) -> bool:
+        """True for 421: the server is about to close the session (RFC 5321 §3.8)."""
+        return self.code == 421
+
+    @property
+    def enhanced(self) -> str | None:
+        """The enhanced status code (RFC 2034), ``5.1.1``, or None."""
+        found = _ENHANCED.match(self.lines[0])
+        return found.group(1) if found else None
+
+    def __str__(self) -> str:
+        """The code first, then all the text on one line: ``550 5.1.1 no such user``."""
+        return f"{self.code} {' '.join(self.lines)}".rstrip()
+
+
+_ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?= |$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The server has taken responsibility for the mail (2yz after the dot, RFC 5321 §6.1)."""
+
+    reply: str
+    relay: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The server answered no to this mail; it certainly does not have it."""
+
+    phase: Phase
+    reply: str
+    permanent: bool
+    retry_after: float | None = None
+    """Seconds that the server asked to wait (greylisting), if it did."""
+    relay: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NotSent:
+    """No answer about this mail, and its last byte was never handed over: it certainly was not delivered."""
+
+    phase: Phase
+    cause: str
+    ours: bool
+    """True when no session could be had, or the relay wants other credentials: it says nothing about this
+    mail, so it spends no attempt."""
+    relay: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InDoubt:
+    """The last byte was, or may have been, handed over and no answer came (RFC 1047)."""
+
+    cause: str
+    relay: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost:
+    """The caller's guard said no; nothing was sent."""
+
+    phase: Phase
+
+
+Outcome = Sent | Rejected | NotSent | InDoubt | LeaseLost
+
+
+# RFC 4954 §6: the server wants AUTH first, or other AUTH. That is the relay's configuration, not the mail's
+# fault.
+_AUTH_CODES = frozenset({530, 534, 535, 538})
+
+
+def is_ours(phase: Phase, reply: Reply) -> bool:
+    """Whether a refusal tells about our standing with the relay instead of about the mail.
+
+    Until MAIL is sent every refusal does: a banner of 421 or 554, a refused STARTTLS, failed AUTH. From then
+    on only a demand for authentication does; a 421 there may be about this very recipient, and counting it as
+    ours would let one mail hold all others.
+    """
+    if phase in (Phase.CONNECT, Phase.TLS, Phase.AUTH):
+        return True
+    return reply.code in _AUTH_CODES
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+_AMOUNT = r"(?:\d{1,7} ?(?:hours?|hrs?|h|minutes?|mins?|m|seconds?|secs?|s)\b[ ,]*(?:and )?)+"
+_CLOCK = r"\d{1,3}:\d{2}(?::\d{2})?"
+# An amount of time counts only after a word that asks to come back: "try again in", "greylisted for",
+# "retry=".
+_HINT = re.compile(
+    r"(?:retry|try|again|back|wait|delay|gr[ae]ylist|defer)[^0-9\n]{0,40}?(?P<clock>" + _CLOCK + r")(?![:\d])"
+    r"|(?:retry|try|again|back|wait|delay|gr[ae]ylist|defer)[^0-9\n]{0,40}?(?P<amount>" + _AMOUNT + ")",
+    re.IGNORECASE,
+)
+_PART = re.compile(r"(\d+) ?([hms])", re.IGNORECASE)
+
+
+def retry_hint(reply: Reply, *, at_most: float = 86_400.0) -> float | None:
+    """The seconds that a 4yz reply asks to wait, at least 1 and not more than ``at_most``, or None.
+
+    No standard defines this; the forms are those that greylisting servers print: ``retry in 300 seconds``,
+    ``try again in 5 minutes``, ``come back in 00:05:00``, ``retry=00:05:00``, ``Greylisted for 1h 30m``.
+    """
+    if not reply.transient:
+        return None
+    found = _HINT.search(" ".join(reply.lines)[:1000])
+    if found is None:
+        return None
+    if clock := found["clock"]:
+        fields = [int(field) for field in clock.split(":")]
+        hours, minutes, seconds = fields if len(fields) == 3 else [0, *fields]
+        total = hours * 3600 + minutes * 60 + seconds
+    else:
+        total = sum(int(n) * _SECONDS[unit.lower()] for n, unit in _PART.findall(found["amount"]))
+    return float(min(max(total, 1), at_most))

@@ -1,0 +1,215 @@
+"""Opening a session with a relay: connection, banner, EHLO, TLS, AUTH."""
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Collection
+
+from services.sender.replies import NotSent, Phase, Reply
+from services.sender.smtp_auth import UnsupportedAuthError, auth_lines
+from services.sender.smtp_relay import Relay, Timeouts, Tls
+from services.sender.smtp_wire import Wire
+
+__all__ = ["Session", "UnavailableError", "open_session"]
+
+
+class UnavailableError(Exception):
+    """No session could be had. ``outcome`` says where it failed; it is always ours."""
+
+    def __init__(self, phase: Phase, cause: str, relay: str) -> None:
+        super().__init__(f"{relay}: {phase}: {cause}")
+        self.outcome = NotSent(phase, cause, True, relay)
+
+
+class Session:
+    """A session that is ready for MAIL, and what its server can do."""
+
+    __slots__ = (
+        "auth",
+        "extensions",
+        "fresh",
+        "handing_over",
+        "idle_since",
+        "mails",
+        "name",
+        "timeouts",
+        "unclean",
+        "wire",
+    )
+
+    def __init__(self, wire: Wire, name: str, timeouts: Timeouts) -> None:
+        self.wire = wire
+        self.timeouts = timeouts
+        self.name = name
+        """The relay as it is shown: ``mail.example.org[192.0.2.1]:25``."""
+        self.extensions: dict[str, str] = {}
+        """EHLO keywords in capitals, each with its parameters (RFC 5321 §4.1.1.1)."""
+        self.auth: Collection[str] = ()
+        self.fresh = True
+        """False once it has been idle: what fails then before the envelope may be the server's idle
+        timeout."""
+        self.unclean = False
+        """Whether the server may be in the middle of a transaction, so that RSET must come before MAIL."""
+        self.handing_over = False
+        """Whether the writing of a message has begun."""
+        self.mails = 0
+        self.idle_since = 0.0
+
+    def learn(self, ehlo: Reply) -> None:
+        """Take the extensions from an EHLO reply; what was known before is forgotten (RFC 3207 §4.2)."""
+        self.extensions = {}
+        auth: set[str] = set()
+        for line in ehlo.lines[1:]:
+            # "AUTH=LOGIN" is how servers wrote it before RFC 2554.
+            keyword, _, parameters = line.replace("AUTH=", "AUTH ", 1).partition(" ")
+            if keyword.upper() == "AUTH":
+                auth.update(parameters.upper().split())
+            else:
+                self.extensions[keyword.upper()] = parameters.strip()
+        self.auth = auth
+
+    @property
+    def size_limit(self) -> int | None:
+        """Bytes that the server takes at most (RFC 1870 §4): None if it did not say, or said 0."""
+        limit = self.extensions.get("SIZE", "")
+        return int(limit) or None if limit.isascii() and limit.isdigit() else None
+
+
+async def open_session(relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts) -> Session:
+    """Open a session with ``relay``, trying each of its addresses in turn.
+
+    Args:
+        context: for every TLS mode but ``none``.
+
+    Raises:
+        UnavailableError: the relay cannot be reached, refuses us, or offers less than ``relay`` asks for.
+        asyncio.CancelledError: and nothing is left open.
+    """
+    wire, name = await _connect(relay, context if relay.tls is Tls.IMPLICIT else None, timeouts)
+    session = Session(wire, name, timeouts)
+    try:
+        await _greet(session, relay)
+        encrypted = relay.tls is Tls.IMPLICIT
+        if context is not None and relay.tls in (Tls.STARTTLS, Tls.OPPORTUNISTIC):
+            encrypted = await _start_tls(session, relay, context)
+        if relay.credentials is not None:
+            await _authenticate(session, relay, encrypted)
+    except _HandshakeError as error:
+        if relay.tls is Tls.OPPORTUNISTIC:
+            return await open_session(relay, None, timeouts)
+        raise UnavailableError(Phase.TLS, str(error), name) from error
+    except BaseException:
+        wire.abort("session not opened")
+        raise
+    return session
+
+
+class _HandshakeError(Exception):
+    pass
+
+
+async def _connect(relay: Relay, implicit: ssl.SSLContext | None, timeouts: Timeouts) -> tuple[Wire, str]:
+    loop = asyncio.get_running_loop()
+    where = f"{relay.host}:{relay.port}"
+    try:
+        async with asyncio.timeout(timeouts.connect):
+            found = await loop.getaddrinfo(relay.host, relay.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
+        raise UnavailableError(Phase.CONNECT, f"name lookup: {str(error) or 'timed out'}", where) from error
+    phase, cause = Phase.CONNECT, "no address"
+    for family, _, _, _, address in found:
+        ip = str(address[0])
+        name = where if ip == relay.host else f"{relay.host}[{ip}]:{relay.port}"
+        try:
+            async with asyncio.timeout(timeouts.connect + (timeouts.tls if implicit else 0)):
+                _, wire = await loop.create_connection(
+                    Wire,
+                    ip,
+                    relay.port,
+                    family=family,
+                    ssl=implicit,
+                    server_hostname=relay.host if implicit else None,
+                    ssl_handshake_timeout=timeouts.tls if implicit else None,
+                )
+        except ssl.SSLError as error:
+            phase, cause, where = Phase.TLS, f"TLS handshake: {error}", name
+        except OSError as error:
+            phase, cause, where = Phase.CONNECT, str(error) or "connection timed out", name
+        else:
+            return wire, name
+    raise UnavailableError(phase, cause, where)
+
+
+async def _greet(session: Session, relay: Relay) -> None:
+    banner = await session.wire.greeting(session.timeouts.greeting)
+    if not banner or not banner[0].ok:
+        raise _refused(session, Phase.CONNECT, banner, "banner")
+    await _hello(session, relay)
+
+
+async def _hello(session: Session, relay: Relay) -> None:
+    name = relay.client_name or _literal(session.wire)
+    answer = await session.wire.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.command)
+    if answer and answer[0].ok:
+        session.learn(answer[0])
+        return
+    if answer and answer[0].permanent:
+        answer = await session.wire.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.command)
+        if answer and answer[0].ok:
+            session.learn(Reply(250, ("",)))
+            return
+    raise _refused(session, Phase.CONNECT, answer, "EHLO")
+
+
+async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) -> bool:
+    """Encrypt the session and greet again; False if it stays in clear, which only ``opportunistic``
+    allows."""
+    required = relay.tls is Tls.STARTTLS
+    if "STARTTLS" not in session.extensions:
+        if required:
+            raise UnavailableError(Phase.TLS, "the relay does not offer STARTTLS", session.name)
+        return False
+    answer = await session.wire.ask(b"STARTTLS\r\n", 1, session.timeouts.command)
+    if session.wire.lost is not None or not answer[0].ok:
+        if required or session.wire.lost is not None:
+            raise _refused(session, Phase.TLS, answer, "STARTTLS")
+        return False
+    try:
+        await session.wire.start_tls(context, relay.host, session.timeouts.tls)
+    except OSError as error:
+        raise _HandshakeError(f"TLS handshake: {error}") from error
+    await _hello(session, relay)
+    return True
+
+
+async def _authenticate(session: Session, relay: Relay, encrypted: bool) -> None:
+    assert relay.credentials is not None
+    if not encrypted and relay.tls is not Tls.NONE and not _loopback(session.wire):
+        cause = "credentials are not sent in clear unless TLS is switched off"
+        raise UnavailableError(Phase.AUTH, cause, session.name)
+    try:
+        lines = auth_lines(relay.credentials, session.auth)
+    except UnsupportedAuthError as error:
+        raise UnavailableError(Phase.AUTH, str(error), session.name) from error
+    answer: list[Reply] = []
+    for line in lines:
+        answer = await session.wire.ask(line, 1, session.timeouts.command)
+        if not answer or not answer[0].intermediate:
+            break
+    if not answer or not answer[0].ok:
+        raise _refused(session, Phase.AUTH, answer, "AUTH")
+
+
+def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> UnavailableError:
+    cause = str(answer[0]) if answer else f"no answer to {to}: {session.wire.lost}"
+    return UnavailableError(phase, cause, session.name)
+
+
+def _literal(wire: Wire) -> str:
+    ip = ipaddress.ip_address(wire.transport.get_extra_info("sockname")[0].partition("%")[0])
+    return f"[IPv6:{ip}]" if ip.version == 6 else f"[{ip}]"
+
+
+def _loopback(wire: Wire) -> bool:
+    return ipaddress.ip_address(wire.transport.get_extra_info("peername")[0].partition("%")[0]).is_loopback

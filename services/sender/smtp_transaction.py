@@ -1,0 +1,191 @@
+"""One mail over one session: the envelope, the message, the answer (RFC 5321 §3.3, RFC 2920)."""
+
+import re
+from collections.abc import Callable
+
+from services.sender.replies import (
+    InDoubt,
+    LeaseLost,
+    NotSent,
+    Outcome,
+    Phase,
+    Rejected,
+    Reply,
+    Sent,
+    is_ours,
+    retry_hint,
+)
+from services.sender.smtp_session import Session
+
+__all__ = ["StaleSessionError", "check_mail", "deliver"]
+
+_ADDRESS = re.compile(r"[^\x00-\x20\x7f-\xa0<>\u2028\u2029]*")
+_SLOWEST = 10_000  # bytes a second that a message may leave at
+
+
+class StaleSessionError(Exception):
+    """A session that had been idle ended before the server answered MAIL: another one may be tried at
+    once."""
+
+
+def check_mail(mail_from: str, rcpt: str, message: bytes) -> None:
+    """Refuse what would not stay inside its command, or inside the message (RFC 5321 §2.3.8, "smuggling").
+
+    Raises:
+        ValueError: an address with a space, a control character or an angle bracket, no recipient, or a
+            message with a CR or LF that is not part of a CRLF.
+    """
+    if not _ADDRESS.fullmatch(mail_from) or not _ADDRESS.fullmatch(rcpt) or not rcpt:
+        raise ValueError(f"not an envelope: {mail_from!r} to {rcpt!r}")
+    if not message.count(b"\r\n") == message.count(b"\n") == message.count(b"\r"):
+        raise ValueError("the message has line ends that are not CRLF")
+
+
+async def deliver(
+    session: Session, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
+) -> Outcome:
+    """Send one mail that ``check_mail`` let pass.
+
+    Args:
+        mail_from: the return path; empty for the null one.
+        guard: asked before the envelope is written and again before the message is; on False nothing is sent.
+
+    Raises:
+        StaleSessionError: nothing was sent, and the session is over.
+        asyncio.CancelledError: the session is over; ``session.handing_over`` and ``session.wire.unsent`` tell
+            what may have been sent.
+    """
+    wire, timeouts = session.wire, session.timeouts
+    session.handing_over = False
+    parameters = _parameters(session, mail_from, rcpt, message)
+    if isinstance(parameters, Rejected):
+        return parameters
+    if not guard():
+        return LeaseLost(Phase.ENVELOPE)
+    session.mails += 1
+    commands = [
+        f"MAIL FROM:<{mail_from}>{parameters}\r\n".encode(),
+        f"RCPT TO:<{rcpt}>\r\n".encode(),
+        b"DATA\r\n",
+    ]
+    if session.unclean:
+        commands.insert(0, b"RSET\r\n")
+    refusal = await _envelope(session, commands)
+    if refusal is not None:
+        return refusal
+    if wire.lost is not None:
+        return NotSent(Phase.DATA, wire.lost, False, session.name)
+    if not guard():
+        # After a 354 only a message or the end of the connection can follow.
+        wire.abort("lease lost")
+        return LeaseLost(Phase.DATA)
+    session.handing_over = True
+    answer = await wire.ask(
+        _stuffed(message),
+        1,
+        timeouts.after_dot,
+        flush_timeout=timeouts.block + len(message) / _SLOWEST,
+    )
+    return _verdict(session, answer)
+
+
+def _parameters(session: Session, mail_from: str, rcpt: str, message: bytes) -> str | Rejected:
+    """What stands behind MAIL FROM, or why this server cannot take this mail at all."""
+    offered = session.extensions
+    parameters = ""
+    if "SIZE" in offered:
+        limit = session.size_limit
+        if limit is not None and len(message) > limit:
+            return _never(
+                session, f"552 5.3.4 message of {len(message)} bytes, the relay takes {limit} at most"
+            )
+        parameters = f" SIZE={len(message)}"
+    if not (message.isascii() and mail_from.isascii() and rcpt.isascii()):
+        header = message[: message.find(b"\r\n\r\n") + 1 or None]
+        if not (mail_from.isascii() and rcpt.isascii() and header.isascii()):
+            if "SMTPUTF8" not in offered:
+                return _never(session, "550 5.6.7 the relay does not take non-ASCII addresses (SMTPUTF8)")
+            parameters += " SMTPUTF8"
+        if "8BITMIME" not in offered:
+            return _never(session, "554 5.6.3 the relay does not take 8-bit messages (8BITMIME)")
+        parameters += " BODY=8BITMIME"
+    return parameters
+
+
+def _never(session: Session, reply: str) -> Rejected:
+    return Rejected(Phase.ENVELOPE, reply, True, None, session.name)
+
+
+async def _envelope(session: Session, commands: list[bytes]) -> Outcome | None:
+    """Everything up to the 354: None when it came, and what stopped it otherwise.
+
+    The replies are read in order, and the first that is not the expected one decides: those behind it, to
+    commands that were sent with it, only follow from it.
+    """
+    wire, timeouts = session.wire, session.timeouts
+    pipelined = "PIPELINING" in session.extensions
+    replies: list[Reply] = []
+    if pipelined:
+        replies = await wire.ask(b"".join(commands), len(commands), timeouts.command)
+    else:
+        for command in commands:
+            limit = timeouts.data if command is commands[-1] else timeouts.command
+            replies += await wire.ask(command, 1, limit)
+            if wire.lost is not None or not replies[-1].ok:
+                break
+    last = len(commands) - 1
+    stopped = next((i for i, r in enumerate(replies) if not (r.intermediate if i == last else r.ok)), None)
+    if stopped is None:
+        if len(replies) > last:
+            session.unclean = False
+            return None
+        if not replies and not session.fresh and wire.lost != "timed out":
+            raise StaleSessionError(wire.lost)
+        phase = Phase.DATA if len(replies) == last else Phase.ENVELOPE
+        return NotSent(phase, wire.lost or "no answer", False, session.name)
+    reply = replies[stopped]
+    if stopped == 0 and not session.fresh and (reply.closes or (session.unclean and not reply.ok)):
+        wire.abort(str(reply))
+        raise StaleSessionError(str(reply))
+    session.unclean = True
+    if pipelined and stopped < last < len(replies) and replies[last].intermediate:
+        # RFC 2920 §3.1: a server that takes DATA without a recipient gets a lone dot.
+        await wire.ask(b".\r\n", 1, timeouts.command)
+    return _refusal(session, Phase.DATA if stopped == last else Phase.ENVELOPE, reply)
+
+
+def _refusal(session: Session, phase: Phase, reply: Reply) -> Outcome:
+    if not (reply.transient or reply.permanent):
+        session.wire.abort(f"out of step: {reply}")
+        return NotSent(phase, f"out of step: {reply}", False, session.name)
+    if is_ours(phase, reply):
+        return NotSent(phase, str(reply), True, session.name)
+    return Rejected(phase, str(reply), reply.permanent, retry_hint(reply), session.name)
+
+
+def _verdict(session: Session, answer: list[Reply]) -> Outcome:
+    """What the answer to the message, or its absence, means."""
+    wire = session.wire
+    if not answer:
+        cause = wire.lost or "no answer"
+        return (
+            NotSent(Phase.DATA, cause, False, session.name) if wire.unsent else InDoubt(cause, session.name)
+        )
+    reply = answer[0]
+    if wire.unsent:
+        return _refusal(session, Phase.DATA, reply)
+    if reply.ok:
+        return Sent(str(reply), session.name)
+    if reply.intermediate:
+        wire.abort(f"out of step: {reply}")
+        return InDoubt(f"out of step: {reply}", session.name)
+    return _refusal(session, Phase.AFTER_DOT, reply)
+
+
+def _stuffed(message: bytes) -> bytes:
+    """The message as DATA carries it: leading dots doubled (RFC 5321 §4.5.2), ended by a dot alone."""
+    if b"\r\n." in message:
+        message = message.replace(b"\r\n.", b"\r\n..")
+    if message[:1] == b".":
+        message = b"." + message
+    return message + (b".\r\n" if message[-2:] == b"\r\n" else b"\r\n.\r\n")

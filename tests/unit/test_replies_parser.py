@@ -1,0 +1,91 @@
+"""``ReplyParser``: any cut of the stream gives the same replies, and what is not SMTP is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.sender.replies import Reply
+from services.sender.reply_parser import GarbageError, ReplyParser
+
+TEXT = st.text(st.characters(exclude_categories=["C", "Zl", "Zp", "Zs"]), max_size=40)
+REPLIES = st.lists(
+    st.builds(Reply, st.integers(200, 599), st.lists(TEXT, min_size=1, max_size=5).map(tuple)), max_size=8
+)
+
+
+def wire(replies: list[Reply]) -> bytes:
+    out = b""
+    for code, lines in replies:
+        for text in lines[:-1]:
+            out += f"{code}-{text}\r\n".encode()
+        out += f"{code} {lines[-1]}\r\n".encode()
+    return out
+
+
+@given(REPLIES, st.lists(st.integers(1, 20), min_size=1))
+def test_any_cut_of_the_stream_gives_the_same_replies(replies: list[Reply], cuts: list[int]) -> None:
+    data, parser, got, turn = wire(replies), ReplyParser(), [], 0
+    while data:
+        size = cuts[turn % len(cuts)]
+        got += parser.feed(data[:size])
+        data, turn = data[size:], turn + 1
+    assert got == replies
+    assert parser.empty
+
+
+def test_a_code_alone_is_a_reply() -> None:
+    assert ReplyParser().feed(b"250\r\n") == [Reply(250, ("",))]
+
+
+def test_what_is_not_printable_is_not_passed_on() -> None:
+    assert ReplyParser().feed(b"550 a\tb\x1b[2Jc\xff\r\n") == [Reply(550, ("a b?[2Jc\ufffd",))]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello\r\n",
+        b"25\r\n",
+        b"\r\n",
+        b"250_ok\r\n",
+        b"2500 ok\r\n",
+        b"150 ok\r\n",
+        b"600 ok\r\n",
+        b"-50 ok\r\n",
+        b" 250 ok\r\n",
+        "²50 ok\r\n".encode(),
+        b"250 ok\n",
+        b"250 ok\n250 ok\r\n",
+        b"250 o\rk\r\n",
+        b"250-a\r\n251 b\r\n",
+        b"250-a\r\n250-b\r\n550 c\r\n",
+        b"HTTP/1.1 400 Bad Request\r\n",
+        b"\x16\x03\x01\x02\x00\r\n",
+        b"250 " + b"x" * 3000,
+        b"250 " + b"x" * 3000 + b"\r\n",
+        b"250-x\r\n" * 200,
+    ],
+)
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(GarbageError):
+        ReplyParser().feed(data)
+
+
+def test_empty_tells_of_what_is_unfinished() -> None:
+    parser = ReplyParser()
+    assert parser.empty
+    parser.feed(b"250-a\r\n")
+    assert not parser.empty
+    parser.feed(b"250 b")
+    assert not parser.empty
+    assert parser.feed(b"\r\n") == [Reply(250, ("a", "b"))]
+    assert parser.empty
+
+
+@given(st.binary(max_size=300))
+def test_nothing_but_replies_or_garbage_comes_of_any_bytes(data: bytes) -> None:
+    try:
+        replies = ReplyParser().feed(data)
+    except GarbageError:
+        return
+    assert all(200 <= r.code <= 599 for r in replies)
