@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import NamedTuple, cast
 
 from sqlalchemy import Connection
@@ -97,7 +98,8 @@ def insert_bodies(connection: Connection, bodies: Sequence[Body]) -> None:
 def insert_events(connection: Connection, entries: Iterable[Entry], table: str = "task_events") -> None:
     """Insert lines of timelines; those that are there already stay."""
     head = f"INSERT IGNORE INTO {table} ({', '.join(Entry._fields)}) VALUES"
-    execute_rows(connection, head, sorted(entries))
+    ordered = sorted(entries, key=itemgetter(0, 1))
+    execute_rows(connection, head, ordered)
 
 
 def owners_of_keys(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from postroad.v1 import events_pb2 as pb
 from services.common.events import Event, event_key
@@ -97,6 +97,7 @@ def test_a_line_carries_time_relay_and_reply() -> None:
     assert entry.at == from_micros(1_763_976_543_123_456)
 
 
+@settings(deadline=None)
 @given(events_of(TASK))
 def test_texts_fit_their_columns(event: Event) -> None:
     for column, value in zip(task_events.columns, timeline(event), strict=True):

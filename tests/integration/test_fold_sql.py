@@ -1,0 +1,129 @@
+"""The upsert is the fold: whatever the order, the batches and the repetitions, the table holds the fold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection, Engine
+
+from services.common.database import engine_of, transaction
+from services.common.events import Event, task_id
+from services.common.fold import Row, delta, fold
+from services.common.migrations import migrate
+from services.common.taskstore import insert_events, upsert
+from services.common.timeline import Entry, timeline
+from tests.event_strategies import histories
+
+on_a_server = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module", params=["mysql", "mariadb"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """One database for all examples."""
+    url = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb").new_database()
+    migrate(url)
+    engine = engine_of(url)
+    yield engine
+    engine.dispose()
+
+
+def clear(connection: Connection) -> None:
+    connection.exec_driver_sql("DELETE FROM tasks")
+    connection.exec_driver_sql("DELETE FROM task_events")
+
+
+def store(engine: Engine, events: list[Event]) -> None:
+    def write(connection: Connection) -> None:
+        upsert(connection, [delta(event) for event in events])
+        insert_events(connection, [timeline(event) for event in events])
+
+    transaction(engine, write)
+
+
+def stored(connection: Connection) -> dict[bytes, Row]:
+    rows = connection.exec_driver_sql(f"SELECT {', '.join(Row._fields)} FROM tasks")
+    found = {}
+    for row in rows:
+        values = [bytes(value) if isinstance(value, bytearray) else value for value in row]
+        found[values[0]] = Row._make(values)
+    return found
+
+
+def plain(row: Row) -> Row:
+    # MySQL writes JSON its own way; what it means is the same.
+    return row._replace(labels=None if row.labels is None else "some")
+
+
+def folded(events: list[Event]) -> dict[bytes, Row]:
+    rows: dict[bytes, Row] = {}
+    for event in events:
+        rows[task_id(event)] = fold(rows.get(task_id(event)), event)
+    return rows
+
+
+def batches(events: list[Event], rng: random.Random) -> Iterator[list[Event]]:
+    while events:
+        size = rng.randint(1, len(events))
+        yield events[:size]
+        events = events[size:]
+
+
+@on_a_server
+@given(histories(3, 14), st.randoms(use_true_random=False))
+def test_any_split_into_batches_stores_the_fold(
+    engine: Engine, events: list[Event], rng: random.Random
+) -> None:
+    transaction(engine, clear)
+    for batch in batches(events, rng):
+        store(engine, batch)
+    with engine.connect() as connection:
+        found = stored(connection)
+    assert {id_: plain(row) for id_, row in found.items()} == {
+        id_: plain(row) for id_, row in folded(events).items()
+    }
+
+
+@on_a_server
+@given(histories(3, 10), st.randoms(use_true_random=False))
+def test_any_order_with_duplicates_stores_the_same(
+    engine: Engine, events: list[Event], rng: random.Random
+) -> None:
+    seen: dict[tuple[bytes, int], Event] = {}
+    for event in events:  # of what ties in one task's life, the first one counts
+        seen.setdefault((task_id(event), delta(event).version), event)
+    once = list(seen.values())
+    transaction(engine, clear)
+    again = [*once, *rng.choices(once, k=rng.randrange(6))]
+    rng.shuffle(again)
+    for batch in batches(again, rng):
+        store(engine, batch)
+    with engine.connect() as connection:
+        found = stored(connection)
+    assert {id_: plain(row) for id_, row in found.items()} == {
+        id_: plain(row) for id_, row in folded(once).items()
+    }
+
+
+@settings(on_a_server, max_examples=50)
+@given(histories(3, 10))
+def test_the_timeline_holds_each_event_once(engine: Engine, events: list[Event]) -> None:
+    transaction(engine, clear)
+    for batch in (events, events[::-1]):
+        store(engine, batch)
+    with engine.connect() as connection:
+        found = [
+            Entry._make([bytes(row[0]), *row[1:]])
+            for row in connection.exec_driver_sql(f"SELECT {', '.join(Entry._fields)} FROM task_events")
+        ]
+    wanted: dict[tuple[bytes, str], list[Entry]] = {}
+    for event in events:
+        line = timeline(event)
+        wanted.setdefault((line.task_id, line.event_id), []).append(line)
+    assert {(line.task_id, line.event_id) for line in found} == set(wanted)
+    assert all(line in wanted[line.task_id, line.event_id] for line in found)
