@@ -6,7 +6,7 @@ What the answers mean stands in `mx`; this file turns dnspython's results and ex
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import dns.asyncbackend
@@ -44,6 +44,9 @@ T = TypeVar("T")
 _MAX_ALIASES = 8
 # With one usable host known, the domain is fit for mail; the others get this long to be listed too.
 _PATIENCE = 1.0
+# Many domains share few mail hosts: those that are known to be usable are not asked for again, within bounds.
+_MAX_KNOWN_HOSTS = 10_000
+_LONGEST_KNOWN = 3600
 
 
 def parse_servers(text: str) -> list[tuple[str, int]]:
@@ -107,6 +110,7 @@ class Lookup:
         self._lifetime = lifetime
         self._walks = asyncio.Semaphore(walks)
         self._hosts = hosts
+        self._usable: dict[str, float] = {}
 
     async def __call__(self, domain: str) -> Verdict:
         """The verdict on `domain`, which is in A-label form (`names.to_ascii`).
@@ -125,23 +129,25 @@ class Lookup:
             return first
         return final_verdict(domain, answer, await self._look_up([name for _, name in first], deadline))
 
-    async def _look_up(self, names: Iterable[str], deadline: float) -> dict[str, Host]:
+    async def _look_up(self, names: Sequence[str], deadline: float) -> dict[str, Host]:
         """The states of the hosts that could be looked up in time."""
         now = asyncio.get_running_loop().time
+        known = {name: host for name in names if (host := self._recall(name, now())) is not None}
         gate = asyncio.Semaphore(self._hosts)
-        tasks = {asyncio.create_task(self._host(name, gate, deadline)): name for name in names}
+        tasks = {
+            asyncio.create_task(self._host(name, gate, deadline)): name for name in names if name not in known
+        }
         pending = set(tasks)
-        known: dict[str, Host] = {}
         try:
             while pending:
+                if any(host.state is HostState.USABLE for host in known.values()):
+                    deadline = min(deadline, now() + _PATIENCE)
                 done, pending = await asyncio.wait(
                     pending, timeout=max(0.0, deadline - now()), return_when=asyncio.FIRST_COMPLETED
                 )
                 if not done:
                     break
                 known |= {tasks[task]: task.result() for task in done}
-                if any(host.state is HostState.USABLE for host in known.values()):
-                    deadline = min(deadline, now() + _PATIENCE)
         finally:
             for task in pending:
                 task.cancel()
@@ -150,10 +156,24 @@ class Lookup:
 
     async def _host(self, name: str, gate: asyncio.Semaphore, deadline: float) -> Host:
         async with gate:
-            v4 = await self._ask(name, dns.rdatatype.A, deadline, _address)
-            if v4.said is Said.NO_NAME or any(map(usable, v4.records)):
-                return host_state((v4,))
-            return host_state((v4, await self._ask(name, dns.rdatatype.AAAA, deadline, _address)))
+            answers: tuple[Answer[Address], ...] = (
+                await self._ask(name, dns.rdatatype.A, deadline, _address),
+            )
+            if answers[0].said is not Said.NO_NAME and not any(map(usable, answers[0].records)):
+                answers += (await self._ask(name, dns.rdatatype.AAAA, deadline, _address),)
+        host = host_state(answers)
+        if host.state is HostState.USABLE:
+            self._remember(name, host)
+        return host
+
+    def _recall(self, name: str, now: float) -> Host | None:
+        left = self._usable.get(name, 0.0) - now
+        return Host(HostState.USABLE, int(left)) if left >= 1 else None
+
+    def _remember(self, name: str, host: Host) -> None:
+        if len(self._usable) >= _MAX_KNOWN_HOSTS:
+            self._usable.clear()
+        self._usable[name] = asyncio.get_running_loop().time() + min(host.ttl, _LONGEST_KNOWN)
 
     async def _ask(
         self, name: str, kind: dns.rdatatype.RdataType, deadline: float, read: Callable[[dns.rdata.Rdata], T]

@@ -55,9 +55,12 @@ ZONES: dict[str, list[str]] = {
     "silent-host.test": ["MX 10 mx1.good.test.", "MX 20 silent.test."],
     "big.test": [f"MX {n} a-rather-long-name-for-a-mail-host-number-{n}.big.test." for n in range(40)],
     "a-rather-long-name-for-a-mail-host-number-7.big.test": PUBLIC,
+    "shared.test": ["MX 10 mx1.good.test."],
+    "shared2.test": ["MX 10 mx1.good.test.", "MX 20 nowhere.test."],
     "xn--bcher-kva.test": ["MX 10 mx1.good.test."],
     "case.test": ["MX 10 MX1.Good.TEST."],
 }  # fmt: skip
+TTLS: dict[str, int] = {}
 RCODES = {
     "servfail.test": dns.rcode.SERVFAIL,
     "refused.test": dns.rcode.REFUSED,
@@ -137,7 +140,7 @@ class Nameserver(asyncio.DatagramProtocol):
         wanted = dns.rdatatype.to_text(question.rdtype)
         data = [text.split(" ", 1)[1] for text in records if text.split()[0] == wanted]
         if data:
-            response.answer.append(dns.rrset.from_text_list(name, 240, "IN", wanted, data))
+            response.answer.append(dns.rrset.from_text_list(name, TTLS.get(key, 240), "IN", wanted, data))
         else:
             response.authority.append(dns.rrset.from_text("test.", 900, "IN", "SOA", SOA))
             if not records:
@@ -229,6 +232,25 @@ async def test_no_question_is_asked_that_the_verdict_does_not_need(server: Names
         ("mailless.test", "A"): 1,
         ("mailless.test", "AAAA"): 1,
     }
+
+
+async def test_a_usable_host_is_asked_for_once_for_all_its_domains(server: Nameserver) -> None:
+    look = lookup(server)
+    for _ in range(3):
+        assert (await look("shared.test")).hosts == ((10, "mx1.good.test"),)
+        assert (await look("shared2.test")).hosts == ((10, "mx1.good.test"),)
+    assert server.asked["mx1.good.test", "A"] == 1
+    assert server.asked["nowhere.test", "A"] == 3
+
+
+async def test_a_host_without_ttl_is_asked_for_each_time(
+    server: Nameserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TTLS, "mx1.good.test", 0)
+    look = lookup(server)
+    for _ in range(3):
+        assert (await look("shared.test")).kind is Kind.OK
+    assert server.asked["mx1.good.test", "A"] == 3
 
 
 async def test_a_truncated_answer_is_asked_for_over_tcp_and_cut_to_the_best_hosts(server: Nameserver) -> None:
