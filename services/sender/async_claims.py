@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
@@ -13,10 +13,9 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exp
 
 from services.common.batching import Batcher
 from services.common.database import transient
-from services.sender.claims import Claims
 from services.sender.decide import Cancel, Claim, Delivery, Settlement, Verdict
 
-__all__ = ["AsyncClaims"]
+__all__ = ["AsyncClaims", "BlockingClaims"]
 
 log = structlog.get_logger(__name__)
 
@@ -34,11 +33,21 @@ def _database_is_at_fault(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) or transient(error)
 
 
+class BlockingClaims(Protocol):
+    """What is made asynchronous here; `Claims` says what each does."""
+
+    def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]: ...
+
+    def settle(self, settled: Sequence[Delivery]) -> list[Settlement]: ...
+
+    def renew(self, rows: Sequence[Delivery]) -> list[bool]: ...
+
+
 class AsyncClaims:
     """`Claims` for the handlers. `claim` and `settle` wait as long as the database is away; a caller that has
     had enough is cancelled. A cancelled call may still be made. Belongs to one event loop."""
 
-    def __init__(self, claims: Claims) -> None:
+    def __init__(self, claims: BlockingClaims) -> None:
         shared = _database_is_at_fault
         self._claims = claims
         self._claim: Batcher[Claim | Cancel, Verdict] = Batcher(
@@ -90,7 +99,7 @@ class AsyncClaims:
     async def _until_back(self, call: Callable[[T], Awaitable[R]], item: T) -> R:
         async for attempt in AsyncRetrying(
             retry=retry_if_exception(_database_is_at_fault),
-            wait=wait_exponential_jitter(initial=0.1, max=3, jitter=0.1),
+            wait=wait_exponential_jitter(multiplier=0.1, max=3, jitter=0.1),
             before_sleep=self._before_sleep,
             reraise=True,
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from email.utils import parseaddr
+import re
 from typing import NamedTuple
 from uuid import UUID
 
@@ -14,6 +14,9 @@ from services.sender.message import build
 from services.sender.smtp_transaction import check_mail
 
 __all__ = ["Composer", "Mail"]
+
+# The standard library's parser makes something of anything.
+_FROM = re.compile(r'\s*(?:"?(?P<name>[^"<>]*?)"?\s*<(?P<address>[^<>]+)>|(?P<bare>[^<>\s]+))\s*')
 
 
 class Mail(NamedTuple):
@@ -31,8 +34,11 @@ class Composer:
     """
 
     def __init__(self, email_from: str) -> None:
-        self._name, addr = parseaddr(email_from)
-        local, _, domain = addr.rpartition("@")
+        parts = _FROM.fullmatch(email_from)
+        if parts is None:
+            raise ValueError(f"not a sender address: {email_from!r}")
+        self._name = parts["name"] or ""
+        local, _, domain = (parts["address"] or parts["bare"]).rpartition("@")
         if not domain.isascii():
             domain = idna.encode(domain, uts46=True).decode()
         self._domain = domain

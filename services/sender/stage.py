@@ -46,7 +46,7 @@ Publish = Callable[[Sequence[Event], bytes | None], Awaitable[None]]
 
 # A claim that another holds is asked for again this often (seconds): most are settled long before their
 # lease ends.
-_LOOK_AGAIN = 1.0
+_LOOK_AGAIN = 0.5
 # What a cancelled handler still has to write is given this long (seconds).
 _LAST_WORDS = 5.0
 

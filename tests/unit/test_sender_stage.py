@@ -1,0 +1,586 @@
+"""The sender's handler against the claims' rules in memory and a pool that the test holds the reins of."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import DataError, OperationalError
+
+from postroad.v1 import events_pb2 as pb
+from services.common.events import Event
+from services.common.stage.types import Done, Outcome, Record, Retry
+from services.common.topics import MX_OK, TASK_CANCELLED
+from services.sender import replies
+from services.sender.async_claims import AsyncClaims
+from services.sender.claims import owner_tokens
+from services.sender.composer import Composer
+from services.sender.decide import IN_DOUBT, Claim, Delivery, Taken
+from services.sender.leases import Leases
+from services.sender.policy import Policy
+from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
+from services.sender.slots import Slots
+from services.sender.smtp import SendCancelled
+from services.sender.stage import Sender, stage
+from tests.memory_claims import MemoryClaims
+
+ID = bytes.fromhex("0190f5e0000070008000000000000001")
+MESSAGE_ID = "<0190f5e0-0000-7000-8000-000000000001@a.test>"
+NOW_US = 1_800_000_000_000_000
+DELAYS = (60, 300)
+SENT = Sent("250 2.0.0 ok", "r:25")
+REJECTED = Rejected(Phase.ENVELOPE, "550 5.1.1 no", True, None, "r:25")
+GREYLISTED = Rejected(Phase.ENVELOPE, "451 later", False, None, "r:25")
+OURS = NotSent(Phase.CONNECT, "refused", True, "r:25")
+DROPPED = NotSent(Phase.DATA, "connection lost", False, "r:25")
+SILENT = InDoubt("timed out", "r:25")
+
+Answer = replies.Outcome | Callable[[Callable[[], bool]], Awaitable[replies.Outcome]]
+
+
+class Pool:
+    """Ends the sends as told, in turn, and keeps what was sent."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.mails: list[tuple[str, str, bytes]] = []
+        self.up = asyncio.Event()
+        self.up.set()
+
+    @property
+    def available(self) -> bool:
+        return self.up.is_set()
+
+    async def wait_available(self) -> None:
+        await self.up.wait()
+
+    async def send(
+        self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
+    ) -> replies.Outcome:
+        answer = self.answers.pop(0)
+        self.mails.append((mail_from, rcpt, message))
+        if isinstance(answer, Sent | Rejected | NotSent | InDoubt | LeaseLost):
+            return answer
+        return await answer(guard)
+
+
+class World:
+    """One sender, and everything around it."""
+
+    def __init__(self, pool: Pool, hold: bool = False, lease: float = 20, hands: int = 10) -> None:
+        self.pool = pool
+        self.claims = MemoryClaims(lease, hold)
+        self.shared = AsyncClaims(self.claims)
+        self.leases = Leases(self.shared.renew, lease)
+        self.published: list[Event] = []
+        self.broker = asyncio.Event()
+        self.broker.set()
+        self.sender = self.another(hands)
+
+    def another(self, hands: int = 10) -> Sender:
+        """One more sender on the same claims and the same pool."""
+        return Sender(
+            claims=self.shared,
+            leases=self.leases,
+            pool=self.pool,
+            composer=Composer("shop@a.test"),
+            policy=Policy(DELAYS, 86400, self.claims.hold),
+            hands=Slots(hands, 0),
+            sessions=Slots(hands, 0),
+            publish=self.publish,
+            owner=owner_tokens(),
+            now_us=lambda: NOW_US,
+            rng=random.Random(1),
+        )
+
+    async def publish(self, events: Sequence[Event], traceparent: bytes | None) -> None:
+        await self.broker.wait()
+        self.published += events
+
+    async def handle(self, record: Record) -> Outcome:
+        return await asyncio.wait_for(self.sender.handle(record), 10)
+
+    @property
+    def row(self) -> Delivery:
+        return self.claims.rows[ID]
+
+    def someone_claims(self, epoch: int = 0, attempt: int = 1) -> Delivery:
+        """Another process takes the task."""
+        [verdict] = self.claims.claim([Claim(ID, epoch, attempt, random.randbytes(16), MESSAGE_ID)])
+        assert isinstance(verdict, Taken)
+        return verdict.row
+
+
+def mx_ok(attempt: int = 1, epoch: int = 0, **task: Any) -> Record:
+    fields: dict[str, Any] = {
+        "id": ID,
+        "email": "ann@b.test",
+        "domain": "b.test",
+        "subject": "Hello",
+        "body": "text",
+        "created_at_us": NOW_US - 5_000_000,
+    }
+    event = pb.MxOk(task=pb.MailTask(**fields | task), epoch=epoch, attempt=1, at_us=NOW_US - 4_000_000)
+    return Record(MX_OK, ID, event, attempt, b"00-trace")
+
+
+def cancelled(epoch: int = 0) -> Record:
+    return Record(TASK_CANCELLED, ID, pb.TaskCancelled(id=ID, epoch=epoch, at_us=NOW_US))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.002)
+
+
+def only_event(outcome: Outcome) -> Any:
+    assert isinstance(outcome, Done | Retry)
+    [event] = outcome.events
+    return event
+
+
+@pytest.fixture
+async def build() -> AsyncIterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def make(*answers: Answer, **options: Any) -> World:
+        worlds.append(World(Pool(*answers), **options))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        await world.sender.close()
+        await world.shared.close()
+        assert len(world.leases) == 0, "every lease is dropped"
+
+
+# --- how attempts end -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [SENT, REJECTED, GREYLISTED, DROPPED, SILENT])
+async def test_an_outcome_is_stored_and_told_and_told_the_same_again_after_a_crash(
+    build: Callable[..., World], answer: replies.Outcome
+) -> None:
+    world = build(answer)
+    told = await world.handle(mx_ok())
+    assert world.pool.mails[0][:2] == ("shop@a.test", "ann@b.test")
+    assert f"Message-ID: {MESSAGE_ID}".encode() in world.pool.mails[0][2]
+    again = await world.handle(mx_ok())
+    assert again == told, "the record came back, since its sender died before it published"
+    assert len(world.pool.mails) == 1
+    event = only_event(told)
+    assert (event.id, event.attempt, event.epoch, event.at_us) == (ID, 1, 0, NOW_US)
+    assert event.message_id == MESSAGE_ID
+
+
+async def test_a_deferred_task_is_sent_by_its_next_attempt_and_the_first_one_is_then_stale(
+    build: Callable[..., World],
+) -> None:
+    world = build(GREYLISTED, SENT)
+    first = await world.handle(mx_ok())
+    assert isinstance(first, Retry)
+    assert (first.delay, first.due_at_ms >= NOW_US // 1000 + 60_000) == (60, True)
+    second = only_event(await world.handle(mx_ok(attempt=2)))
+    assert isinstance(second, pb.MailSent)
+    assert second.attempt == 2
+    assert only_event(await world.handle(mx_ok(attempt=1))) == second
+    assert len(world.pool.mails) == 2
+
+
+async def test_a_reply_that_was_lost_is_a_doubt_that_the_next_attempt_first_has_on_record(
+    build: Callable[..., World],
+) -> None:
+    world = build(SILENT, SENT)
+    first = only_event(await world.handle(mx_ok()))
+    assert isinstance(first, pb.MailDeferred)
+    assert first.in_doubt
+    # As if the first one's publishing had been lost: its doubt is told before the mail goes out again.
+    world.broker.clear()
+    second = asyncio.ensure_future(world.handle(mx_ok(attempt=2)))
+    await until(lambda: world.row.attempt == 2)
+    assert len(world.pool.mails) == 1
+    world.broker.set()
+    assert isinstance(only_event(await second), pb.MailSent)
+    assert world.published == [first]
+    assert world.pool.mails[0] == world.pool.mails[1], "the same mail, the same Message-ID"
+
+
+async def test_under_hold_a_reply_that_was_lost_leaves_the_task_uncertain(
+    build: Callable[..., World],
+) -> None:
+    world = build(SILENT, hold=True)
+    event = only_event(await world.handle(mx_ok()))
+    assert isinstance(event, pb.MailFailed)
+    assert (event.uncertain, event.reason) == (True, IN_DOUBT)
+    assert only_event(await world.handle(mx_ok(attempt=2))) == event
+
+
+async def test_a_task_from_which_no_mail_can_be_built_fails(build: Callable[..., World]) -> None:
+    world = build()
+    event = only_event(await world.handle(mx_ok(headers={"To": "else@b.test"})))
+    assert isinstance(event, pb.MailFailed)
+    assert event.reason == "unsendable"
+
+
+@pytest.mark.parametrize(
+    ("created_s", "epoch_s", "state"),
+    [(86000, 0, "deferred"), (86500, 0, "failed"), (10**6, 86000, "deferred"), (10**6, 86500, "failed")],
+)
+async def test_a_tasks_age_is_counted_from_when_it_was_recorded_or_reopened(
+    build: Callable[..., World], created_s: int, epoch_s: int, state: str
+) -> None:
+    world = build(GREYLISTED)
+    record = mx_ok(
+        epoch=NOW_US // 1000 - epoch_s * 1000 if epoch_s else 0, created_at_us=NOW_US - created_s * 1_000_000
+    )
+    record.event.at_us = 0
+    await world.handle(record)
+    assert world.row.state == state
+
+
+# --- claims of others -----------------------------------------------------------------------------
+
+
+async def test_a_claim_of_another_is_waited_for_and_its_outcome_told(build: Callable[..., World]) -> None:
+    world = build()
+    theirs = world.someone_claims()
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.claims.calls > 1)
+    assert not task.done()
+    world.claims.settle([theirs._replace(state="sent", settled_at=7, reply="250 theirs", relay="x")])
+    event = only_event(await task)
+    assert (event.reply, event.at_us) == ("250 theirs", 7)
+    assert world.pool.mails == []
+
+
+async def test_a_waiting_handler_keeps_nobody_else_from_sending(build: Callable[..., World]) -> None:
+    world = build(SENT, hands=1)
+    world.someone_claims()
+    waiting = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.claims.calls > 1)
+    other = bytes(16)
+    assert isinstance(only_event(await world.handle(mx_ok(id=other))), pb.MailSent)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+
+
+async def test_a_takeover_is_on_record_before_the_mail_goes_out_again(build: Callable[..., World]) -> None:
+    world = build(SENT)
+    world.someone_claims()
+    world.claims.expire()
+    world.broker.clear()
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.row.takeovers == 1)
+    assert world.pool.mails == []
+    world.broker.set()
+    assert isinstance(only_event(await task), pb.MailSent)
+    [doubt] = world.published
+    assert isinstance(doubt, pb.MailDeferred)
+    assert (doubt.in_doubt, doubt.takeover, doubt.attempt) == (True, 0, 1)
+    assert doubt.message_id == MESSAGE_ID
+
+
+async def test_under_hold_a_dead_senders_claim_is_never_taken_over(build: Callable[..., World]) -> None:
+    world = build(hold=True)
+    world.someone_claims()
+    world.claims.expire()
+    event = only_event(await world.handle(mx_ok()))
+    assert isinstance(event, pb.MailFailed)
+    assert event.uncertain
+    assert world.published == []
+
+
+async def test_a_record_that_was_overtaken_says_nothing(build: Callable[..., World]) -> None:
+    world = build()
+    world.someone_claims(epoch=3)
+    assert await world.handle(mx_ok(epoch=2)) == Done()
+
+
+# --- a claim that is lost -------------------------------------------------------------------------
+
+
+def taken_over_meanwhile(world: World, answer: replies.Outcome) -> Answer:
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        world.claims.expire()
+        world.theirs = world.someone_claims()  # type: ignore[attr-defined]
+        return answer
+
+    return send
+
+
+@pytest.mark.parametrize("answer", [REJECTED, GREYLISTED, DROPPED, SILENT])
+async def test_an_outcome_whose_claim_was_lost_is_not_told_but_the_new_owners_is(
+    build: Callable[..., World], answer: replies.Outcome
+) -> None:
+    world = build()
+    world.pool.answers.append(taken_over_meanwhile(world, answer))
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: hasattr(world, "theirs"))
+    theirs: Delivery = world.theirs  # type: ignore[attr-defined]
+    before = world.claims.calls
+    await until(lambda: world.claims.calls > before + 1)
+    assert world.row == theirs
+    world.claims.settle([theirs._replace(state="sent", settled_at=7, reply="250 theirs")])
+    assert only_event(await task).reply == "250 theirs"
+    assert len(world.pool.mails) == 1
+
+
+async def test_a_mail_that_was_accepted_is_told_as_sent_though_its_claim_was_lost(
+    build: Callable[..., World],
+) -> None:
+    world = build()
+    world.pool.answers.append(taken_over_meanwhile(world, SENT))
+    event = only_event(await world.handle(mx_ok()))
+    assert isinstance(event, pb.MailSent)
+    assert event.reply == "250 2.0.0 ok"
+    assert world.claims.renew([world.theirs]) == [False]  # type: ignore[attr-defined]
+
+
+async def test_a_lease_that_ran_out_before_the_mail_is_given_back_and_claimed_anew(
+    build: Callable[..., World],
+) -> None:
+    states = []
+
+    async def too_late(guard: Callable[[], bool]) -> replies.Outcome:
+        await until(lambda: not guard())
+        return LeaseLost(Phase.DATA)
+
+    async def in_time(guard: Callable[[], bool]) -> replies.Outcome:
+        states.append((guard(), world.row.takeovers))
+        return SENT
+
+    world = build(too_late, in_time, lease=0.05)
+    assert isinstance(only_event(await world.handle(mx_ok())), pb.MailSent)
+    assert states == [(True, 0)]
+    assert world.published == [], "nothing was sent, so nothing is in doubt"
+
+
+# --- our own trouble ------------------------------------------------------------------------------
+
+
+async def test_trouble_with_the_relay_spends_no_attempt_and_leaves_no_claim(
+    build: Callable[..., World],
+) -> None:
+    async def goes_down(guard: Callable[[], bool]) -> replies.Outcome:
+        world.pool.up.clear()
+        return OURS
+
+    world = build(goes_down, SENT)
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: ID in world.claims.rows and world.row.state == "released")
+    world.claims.expire()
+    world.pool.up.set()
+    event = only_event(await task)
+    assert isinstance(event, pb.MailSent)
+    assert event.attempt == 1
+    assert world.row.takeovers == 0
+
+
+async def test_nothing_is_claimed_while_the_relay_is_down(build: Callable[..., World]) -> None:
+    world = build(SENT)
+    world.pool.up.clear()
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert world.claims.rows == {}
+    world.pool.up.set()
+    assert isinstance(only_event(await task), pb.MailSent)
+
+
+def refused(number: int) -> Exception:
+    cause = Exception("server says no")
+    cause.errno = number  # type: ignore[attr-defined]
+    return OperationalError("INSERT", (), cause)
+
+
+@pytest.mark.parametrize("number", [2003, 1045, 1146])
+async def test_a_database_that_is_away_is_waited_for_and_shown(
+    build: Callable[..., World], number: int
+) -> None:
+    world = build(SENT)
+    world.claims.errors = [refused(number), refused(number)]
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.shared.trouble is not None)
+    assert isinstance(only_event(await task), pb.MailSent)
+    assert world.shared.trouble is None
+
+
+async def test_an_outcome_waits_for_the_database(build: Callable[..., World]) -> None:
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        world.claims.errors = [refused(2013), refused(2003)]
+        return SENT
+
+    world = build(send)
+    assert isinstance(only_event(await world.handle(mx_ok())), pb.MailSent)
+    assert world.row.state == "sent"
+
+
+async def test_a_value_that_does_not_fit_is_the_tasks_own_fault(build: Callable[..., World]) -> None:
+    world = build()
+    world.claims.errors = [DataError("INSERT", (), Exception("too long"))]
+    with pytest.raises(DataError):
+        await world.handle(mx_ok())
+
+
+# --- being cancelled ------------------------------------------------------------------------------
+
+
+async def cancel_and_close(world: World, task: asyncio.Future[Outcome]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(world.sender.close(), 10)
+
+
+@pytest.mark.parametrize(
+    ("became", "state"), [(NotSent(Phase.DATA, "cancelled", False), "released"), (SILENT, "sending")]
+)
+async def test_cancelled_while_it_sends_it_frees_the_claim_if_the_mail_is_surely_not_out(
+    build: Callable[..., World], became: NotSent | InDoubt, state: str
+) -> None:
+    sending = asyncio.Event()
+
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        sending.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise SendCancelled(became) from None
+        return SENT
+
+    world = build(send)
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await sending.wait()
+    await cancel_and_close(world, task)
+    assert world.row.state == state
+
+
+async def test_cancelled_while_it_claims_it_gives_the_claim_back(build: Callable[..., World]) -> None:
+    world = build()
+    world.claims.gate.clear()
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.claims.calls == 1)
+    task.cancel()
+    world.claims.gate.set()
+    await cancel_and_close(world, task)
+    assert world.row.state == "released"
+
+
+async def test_cancelled_while_it_settles_it_settles_all_the_same(build: Callable[..., World]) -> None:
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        world.claims.gate.clear()
+        return SENT
+
+    world = build(send)
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.claims.calls == 2)
+    task.cancel()
+    world.claims.gate.set()
+    await cancel_and_close(world, task)
+    assert world.row.state == "sent"
+
+
+async def test_cancelled_before_a_doubt_is_on_record_it_leaves_the_claim_in_doubt(
+    build: Callable[..., World],
+) -> None:
+    world = build(SENT)
+    world.someone_claims()
+    world.claims.expire()
+    world.broker.clear()
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.row.takeovers == 1)
+    await cancel_and_close(world, task)
+    assert world.row.state == "sending", "a released claim would be sent again without a word"
+    world.claims.expire()
+    world.broker.set()
+    await world.handle(mx_ok())
+    [doubt] = world.published
+    assert isinstance(doubt, pb.MailDeferred)
+    assert doubt.takeover == 1
+
+
+async def test_cancelled_while_it_waits_for_a_hand_it_leaves_nothing(build: Callable[..., World]) -> None:
+    started = asyncio.Event()
+
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        started.set()
+        await asyncio.sleep(60)
+        return SENT
+
+    world = build(send, SENT, hands=1)
+    first = asyncio.ensure_future(world.handle(mx_ok(id=bytes(16))))
+    await started.wait()
+    second = asyncio.ensure_future(world.handle(mx_ok()))
+    await asyncio.sleep(0)
+    await cancel_and_close(world, second)
+    assert ID not in world.claims.rows
+    await cancel_and_close(world, first)
+    assert isinstance(only_event(await world.handle(mx_ok())), pb.MailSent), "the hand came back"
+
+
+async def test_an_error_of_the_pools_leaves_the_claim_in_doubt(build: Callable[..., World]) -> None:
+    async def broken(guard: Callable[[], bool]) -> replies.Outcome:
+        raise RuntimeError("a bug")
+
+    world = build(broken)
+    with pytest.raises(RuntimeError):
+        await world.handle(mx_ok())
+    assert world.row.state == "sending"
+
+
+# --- cancels --------------------------------------------------------------------------------------
+
+
+async def test_a_cancelled_task_is_not_sent_until_it_is_reopened(build: Callable[..., World]) -> None:
+    world = build(SENT)
+    assert await world.handle(cancelled()) == Done()
+    assert await world.handle(mx_ok()) == Done()
+    assert world.pool.mails == []
+    assert isinstance(only_event(await world.handle(mx_ok(epoch=1))), pb.MailSent)
+
+
+async def test_a_cancel_waits_for_what_is_being_sent_and_stops_its_next_attempt(
+    build: Callable[..., World],
+) -> None:
+    go = asyncio.Event()
+
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        await go.wait()
+        return GREYLISTED
+
+    world = build(send)
+    first = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: bool(world.pool.mails))
+    cancel = asyncio.ensure_future(world.handle(cancelled()))
+    await until(lambda: world.claims.calls >= 2)
+    assert not cancel.done()
+    go.set()
+    assert isinstance(await first, Retry)
+    assert await cancel == Done()
+    assert await world.handle(mx_ok(attempt=2)) == Done()
+    assert len(world.pool.mails) == 1
+
+
+async def test_a_cancel_of_what_is_in_doubt_is_told_as_uncertain(build: Callable[..., World]) -> None:
+    world = build()
+    world.someone_claims()
+    world.claims.expire()
+    event = only_event(await world.handle(cancelled()))
+    assert isinstance(event, pb.MailFailed)
+    assert event.uncertain
+    assert only_event(await world.handle(mx_ok())) == event
+
+
+async def test_the_stage_reads_and_decodes_what_the_topics_say(build: Callable[..., World]) -> None:
+    made = stage(build().sender, DELAYS)
+    assert made.name == "sender"
+    assert set(made.topics) == set(made.decoders) == {MX_OK, TASK_CANCELLED}
+    assert made.delays == DELAYS
+    record = mx_ok()
+    assert made.decoders[MX_OK](record.event.SerializeToString()) == record.event
