@@ -1,0 +1,483 @@
+"""What goes wrong in the middle of a mail, and what is then known about it."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from services.sender.replies import InDoubt, LeaseLost, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.smtp import SendCancelled, Timeouts
+from tests.integration.smtp.script import (
+    MESSAGE,
+    QUICK,
+    Conversation,
+    Script,
+    outcome_of,
+    pool_for,
+    scripted,
+    send,
+)
+
+HASTY = Timeouts(connect=5, tls=5, greeting=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
+# More than the kernel's buffers of both sides take, so that its last bytes cannot leave unless it is read.
+HUGE = b"Subject: huge\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 98 + b"\r\n") * 400_000
+
+# The allowance for a message's size taken off again: 0.3 s for all of it.
+HASTY_BLOCK = Timeouts(connect=5, command=5, data=5, block=0.3 - len(HUGE) / 10_000, after_dot=60)
+
+
+async def reused(script: Script) -> tuple[Outcome, int]:
+    """The outcome of a second mail over a session, played by ``script``, and how many connections it took."""
+
+    async def first(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+        await script(c)
+
+    async def second(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+        await c.ended()
+
+    async with scripted(first, second) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Sent)
+        outcome = await send(pool)
+        return outcome, server.connections
+
+
+def answering(*replies: str, then: Callable[[Conversation], None] | None = None) -> Script:
+    """Answers the pipelined envelope of a fresh session, then closes."""
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+        await c.say(*replies)
+        if then is None:
+            await c.ended()
+        else:
+            then(c)
+
+    return script
+
+
+# --- Before the message
+
+
+@pytest.mark.parametrize("end", [Conversation.close, Conversation.reset])
+@pytest.mark.parametrize(("replies", "phase"), [([], Phase.ENVELOPE), (["250 ok"], Phase.ENVELOPE)])
+async def test_lost_in_the_envelope(
+    end: Callable[[Conversation], None], replies: list[str], phase: Phase
+) -> None:
+    outcome = await outcome_of(answering(*replies, then=end))
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (phase, False)
+
+
+@pytest.mark.parametrize("end", [Conversation.close, Conversation.reset])
+async def test_lost_waiting_for_the_354(end: Callable[[Conversation], None]) -> None:
+    outcome = await outcome_of(answering("250 ok", "250 ok", then=end))
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (Phase.DATA, False)
+
+
+@pytest.mark.parametrize(
+    ("replies", "reply", "permanent"),
+    [
+        (["550 5.1.8 bad sender"], "550 5.1.8 bad sender", True),
+        (["250 ok", "550 5.1.1 who?"], "550 5.1.1 who?", True),
+        (["250 ok", "450 4.2.0 later"], "450 4.2.0 later", False),
+    ],
+)
+async def test_a_refusal_counts_though_the_session_is_lost_behind_it(
+    replies: list[str], reply: str, permanent: bool
+) -> None:
+    outcome = await outcome_of(answering(*replies, then=Conversation.close))
+    assert isinstance(outcome, Rejected)
+    assert (outcome.reply, outcome.permanent) == (reply, permanent)
+
+
+@pytest.mark.parametrize(
+    ("replies", "phase"),
+    [
+        (["421 4.3.2 shutting down"], Phase.ENVELOPE),
+        (["250 ok", "421 4.3.2 shutting down"], Phase.ENVELOPE),
+        (["250 ok", "250 ok", "421 4.3.2 shutting down"], Phase.DATA),
+    ],
+)
+async def test_421_is_transient_and_ends_the_session(replies: list[str], phase: Phase) -> None:
+    async with scripted(answering(*replies)) as server, pool_for(server) as pool:
+        outcome = await send(pool)
+        assert isinstance(outcome, Rejected)
+        assert (outcome.phase, outcome.permanent) == (phase, False)
+        assert outcome.reply == "421 4.3.2 shutting down"
+        assert pool.state.idle == 0
+        assert server.connections == 1
+
+
+async def test_a_demand_for_auth_is_ours() -> None:
+    outcome = await outcome_of(answering("530 5.7.0 Authentication required", "503 no", "503 no"))
+    assert isinstance(outcome, NotSent)
+    assert outcome.ours
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        ["354 go on", "250 ok", "250 ok"],
+        ["250 ok", "250 ok", "250 ok"],
+        ["220 hello", "334 ", "503"],
+        ["hello"],
+        ["250 ok", "+OK"],
+        ["250-ok", "251 ok"],
+        ["250 ok", "250 ok", "354 go on", "250 and more"],
+    ],
+)
+async def test_answers_out_of_step_end_the_session(replies: list[str]) -> None:
+    async with scripted(answering(*replies)) as server, pool_for(server) as pool:
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent)
+        assert not outcome.ours
+        assert pool.state.idle == pool.state.busy == 0
+
+
+@pytest.mark.parametrize(
+    ("replies", "phase"),
+    [([], Phase.ENVELOPE), (["250 ok"], Phase.ENVELOPE), (["250 ok", "250 ok"], Phase.DATA)],
+)
+async def test_a_hang_in_the_envelope(replies: list[str], phase: Phase) -> None:
+    outcome = await outcome_of(answering(*replies), timeouts=HASTY)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.cause, outcome.ours) == (phase, "timed out", False)
+
+
+# --- A session that was idle
+
+
+async def test_an_idle_session_that_the_server_closed_is_not_used() -> None:
+    async def close(c: Conversation) -> None:
+        c.close()
+
+    outcome, connections = await reused(close)
+    assert isinstance(outcome, Sent)
+    assert connections == 2
+
+
+async def test_an_idle_session_that_got_421_is_not_used() -> None:
+    async def timeout(c: Conversation) -> None:
+        await c.say("421 4.4.2 timeout")
+        await c.ended()
+
+    outcome, connections = await reused(timeout)
+    assert isinstance(outcome, Sent)
+    assert connections == 2
+
+
+async def test_421_to_mail_on_a_used_session_is_tried_again_at_once() -> None:
+    async def too_many(c: Conversation) -> None:
+        await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+        await c.say("421 4.7.0 too many messages in this session")
+        await c.ended()
+
+    outcome, connections = await reused(too_many)
+    assert isinstance(outcome, Sent)
+    assert connections == 2
+
+
+@pytest.mark.parametrize("end", [Conversation.close, Conversation.reset])
+async def test_the_end_at_mail_on_a_used_session_is_tried_again_at_once(
+    end: Callable[[Conversation], None],
+) -> None:
+    async def drop(c: Conversation) -> None:
+        await c.expect("MAIL FROM:")
+        end(c)
+
+    outcome, connections = await reused(drop)
+    assert isinstance(outcome, Sent)
+    assert connections == 2
+
+
+async def test_a_refused_reset_drops_the_session() -> None:
+    async def first(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+        await c.say("250 ok", "550 who?", "503 no")
+        await c.expect("RSET", "MAIL FROM:", "RCPT TO:", "DATA")
+        await c.say("500 what?", "503 no", "503 no", "503 no")
+        await c.ended()
+
+    async def second(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+        await c.ended()
+
+    async with scripted(first, second) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Rejected)
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 2
+
+
+async def test_what_comes_after_mail_on_a_used_session_is_not_tried_again() -> None:
+    async def drop(c: Conversation) -> None:
+        await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+        await c.say("250 ok")
+        c.close()
+
+    outcome, connections = await reused(drop)
+    assert isinstance(outcome, NotSent)
+    assert connections == 1
+
+
+# --- The message and after
+
+
+async def test_lost_while_the_message_is_still_with_us_is_not_sent() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        assert await c.line()
+        c.reset()
+
+    outcome = await outcome_of(script, HUGE)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (Phase.DATA, False)
+
+
+async def test_a_server_that_stops_reading_is_not_sent() -> None:
+    reading = asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await reading.wait()
+
+    async with scripted(script) as server, pool_for(server, timeouts=HASTY_BLOCK) as pool:
+        outcome = await send(pool, HUGE)
+        assert isinstance(outcome, NotSent)
+        assert (outcome.phase, outcome.cause) == (Phase.DATA, "timed out")
+        reading.set()
+
+
+@pytest.mark.parametrize(
+    ("reply", "permanent"),
+    [("552 5.3.4 too big", True), ("452 4.3.1 disk full", False), ("421 4.3.2 shutting down", False)],
+)
+async def test_a_refusal_in_the_middle_of_the_message(reply: str, permanent: bool) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        assert await c.line()
+        await c.say(reply)
+        await c.drained()
+
+    outcome = await outcome_of(script, HUGE)
+    assert isinstance(outcome, Rejected)
+    assert (outcome.phase, outcome.reply, outcome.permanent) == (Phase.DATA, reply, permanent)
+
+
+async def test_a_yes_in_the_middle_of_the_message_is_no_yes() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        assert await c.line()
+        await c.say("250 got it, honestly")
+        await c.drained()
+
+    outcome = await outcome_of(script, HUGE)
+    assert isinstance(outcome, NotSent)
+    assert outcome.phase is Phase.DATA
+
+
+@pytest.mark.parametrize("end", [Conversation.close, Conversation.reset])
+async def test_lost_after_the_dot_is_in_doubt(end: Callable[[Conversation], None]) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        end(c)
+
+    assert isinstance(await outcome_of(script), InDoubt)
+
+
+async def test_a_hang_after_the_dot_is_in_doubt() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await c.ended()
+
+    outcome = await outcome_of(script, timeouts=HASTY)
+    assert isinstance(outcome, InDoubt)
+    assert outcome.cause == "timed out"
+    assert outcome.relay.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("answer", ["hello", "354 go on", "250-queued", "250_ok"])
+async def test_no_clear_answer_after_the_dot_is_in_doubt(answer: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await c.say(answer)
+        c.close()
+
+    assert isinstance(await outcome_of(script), InDoubt)
+
+
+@pytest.mark.parametrize(
+    ("answer", "permanent", "retry_after"),
+    [
+        ("554 5.7.1 spam", True, None),
+        ("550 4.2.1 the basic code wins", True, None),
+        ("451 4.3.0 try again in 5 minutes", False, 300.0),
+        ("421 4.3.2 shutting down", False, None),
+    ],
+)
+async def test_refused_after_the_dot(answer: str, permanent: bool, retry_after: float | None) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await c.say(answer)
+        await c.ended()
+
+    outcome = await outcome_of(script)
+    assert isinstance(outcome, Rejected)
+    assert outcome.phase is Phase.AFTER_DOT
+    assert (outcome.reply, outcome.permanent, outcome.retry_after) == (answer, permanent, retry_after)
+
+
+@pytest.mark.parametrize("more", ["421 4.3.2 shutting down", "garbage"])
+async def test_a_yes_counts_whatever_comes_with_it(more: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await c.say("250 queued", more)
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        outcome = await send(pool)
+        assert isinstance(outcome, Sent)
+        assert outcome.reply == "250 queued"
+        assert pool.state.idle == 0
+
+
+# --- The lease
+
+
+async def test_a_lease_lost_before_the_envelope_writes_nothing() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        assert await send(pool, guard=lambda: False) == LeaseLost(Phase.ENVELOPE)
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 1
+
+
+async def test_a_lease_lost_before_the_message_writes_no_byte_of_it() -> None:
+    answers = [True, False]
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        assert await send(pool, guard=lambda: answers.pop(0)) == LeaseLost(Phase.DATA)
+        assert pool.state.idle == pool.state.busy == 0
+    assert server.conversations[0].heard[-1] == b"DATA"
+
+
+async def test_the_lease_is_asked_again_on_a_second_session() -> None:
+    asked = []
+
+    async def first(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+        await c.expect("MAIL FROM:")
+        c.close()
+
+    async def second(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.ended()
+
+    def guard() -> bool:
+        asked.append(len(asked))
+        return len(asked) < 2
+
+    async with scripted(first, second) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Sent)
+        assert await send(pool, guard=guard) == LeaseLost(Phase.ENVELOPE)
+        assert server.connections == 2
+
+
+# --- Cancelling
+
+
+async def cancelled(script: Script, ready: asyncio.Event, message: bytes = MESSAGE) -> NotSent | InDoubt:
+    async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
+        sending = asyncio.create_task(send(pool, message))
+        await asyncio.wait_for(ready.wait(), 5)
+        sending.cancel()
+        with pytest.raises(SendCancelled) as caught:
+            await sending
+        assert sending.cancelled()
+        assert pool.state.idle == pool.state.busy == pool.state.opening == 0
+        return caught.value.outcome
+
+
+async def test_cancelled_while_connecting() -> None:
+    ready = asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        ready.set()
+        await c.ended()
+
+    outcome = await cancelled(script, ready)
+    assert isinstance(outcome, NotSent)
+    assert outcome.phase is Phase.CONNECT
+
+
+async def test_cancelled_in_the_envelope() -> None:
+    ready = asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+        ready.set()
+        await c.ended()
+
+    outcome = await cancelled(script, ready)
+    assert isinstance(outcome, NotSent)
+    assert outcome.phase is Phase.ENVELOPE
+
+
+async def test_cancelled_while_the_message_is_still_with_us() -> None:
+    ready = asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        assert await c.line()
+        ready.set()
+        await c.drained()
+
+    outcome = await cancelled(script, ready, HUGE)
+    assert isinstance(outcome, NotSent)
+    assert outcome.phase is Phase.DATA
+
+
+async def test_cancelled_after_the_dot_is_in_doubt() -> None:
+    ready = asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        ready.set()
+        await c.ended()
+
+    assert isinstance(await cancelled(script, ready), InDoubt)
