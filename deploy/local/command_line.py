@@ -60,9 +60,8 @@ def _show(stack: Stack) -> int:
         state = "running" if row.pid else "down"
         memory = f"{row.memory / 2**20:.0f} MB" if row.pid else ""
         table.add_row(row.name, str(row.pid or ""), state, "yes" if row.ready else "no", row.address, memory)
-    console = Console()
-    # A pipe has no width: nothing may be cut off there.
-    console.print(table, soft_wrap=not console.is_terminal)
+    # A pipe has no width of its own: nothing may be cut off there.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0 if rows and all(row.ready for row in rows) else 1
 
 

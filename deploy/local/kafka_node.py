@@ -3,22 +3,18 @@
 import base64
 import socket
 import uuid
-from pathlib import Path
 
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from deploy.local.commands import run
 from deploy.local.component import Component
 from deploy.local.files import write_whole
-from deploy.local.jars import jars_path
+from deploy.local.kafka_java import java, storage_format
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
 from deploy.local.state import State
 
 __all__ = ["kafka_component"]
 
-LOGGING = Path(__file__).parent / "kafka" / "log4j2.xml"
 OFFSETS_PARTITIONS = 12
 MAX_MESSAGE = 4 << 20
 
@@ -67,17 +63,11 @@ def _properties(layout: Layout, state: State, name: str) -> dict[str, object]:
     }
 
 
-def _java(heap: str, logging: Path) -> list[str]:
-    return [
-        "java", f"-Xmx{heap}", "-Xms128m", "-XX:+UseSerialGC", "-Djava.awt.headless=true",
-        f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars_path()}/*",
-    ]  # fmt: skip
-
-
 def kafka_component(layout: Layout, state: State, name: str) -> Component:
     """The node `name` (`kafka-1` ...). Its data directory is formatted at the first start."""
     node = int(name.rpartition("-")[2])
     address = f"{HOST}:{state.port(name, 'client')}"
+    heap = "512m" if state.kafka_nodes == 1 else "384m"
     configuration = layout.root / "data" / f"{name}.properties"
 
     def prepare() -> None:
@@ -87,28 +77,27 @@ def kafka_component(layout: Layout, state: State, name: str) -> Component:
             layout.data(name).mkdir(parents=True, exist_ok=True)
             # The cluster's id follows from its directory: three nodes agree on it without asking each other.
             cluster = uuid.uuid5(uuid.NAMESPACE_URL, f"{layout.root}#{state.password}")
-            run([
-                *_java("128m", LOGGING), "kafka.tools.StorageTool", "format",
-                "-t", _kafka_uuid(cluster), "-c", configuration,
-            ])  # fmt: skip
+            storage_format(configuration, _kafka_uuid(cluster))
 
     def is_ready() -> bool:
         try:
             # The client library would log each refused connection.
             socket.create_connection((HOST, state.port(name, "client")), timeout=1).close()
-            admin = AdminClient({"bootstrap.servers": address, "log_level": 0})
-            metadata = admin.list_topics(timeout=1)
+            consumer = Consumer({"bootstrap.servers": address, "group.id": "postroad.ready", "log_level": 0})
+            try:
+                brokers = consumer.list_topics(timeout=1).brokers
+                # The first question makes the offsets topic and waits until it is loaded: the first member
+                # of a group would else lose five seconds on it.
+                consumer.committed([TopicPartition("none", 0)], timeout=2)
+            finally:
+                consumer.close()
         except (OSError, KafkaException):
             return False
-        return node in metadata.brokers and len(metadata.brokers) > state.kafka_nodes // 2
+        return node in brokers and len(brokers) > state.kafka_nodes // 2
 
     return Component(
         name=name,
-        argv=(
-            *_java("512m" if state.kafka_nodes == 1 else "384m", LOGGING),
-            "kafka.Kafka",
-            str(configuration),
-        ),
+        argv=(*java(heap), "kafka.Kafka", str(configuration)),
         address=address,
         is_ready=is_ready,
         prepare=prepare,

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def spawn(
             env={**env, DIRECTORY: str(layout.root), NAME: name},
             cwd=cwd,
         )
+    # Popen returns when exec has closed its pipe; the kernel shows the new environment a moment later.
+    while _marks(child.pid) is None and child.poll() is None:
+        time.sleep(0.001)
     # It outlives this command, whoever is its parent then.
-    child.returncode = 0
+    child.returncode = child.returncode or 0
     write_whole(layout.pid(name), f"{child.pid}\n", 0o644)
     return child.pid
 

@@ -20,6 +20,7 @@ from deploy.local.commands import SetupError, run, say
 from deploy.local.database_tree import find_server, make_server, make_template, template_path, wanted_kind
 from deploy.local.debian import install_packages
 from deploy.local.jars import jars_path, make_jars
+from deploy.local.kafka_java import archive_path, make_archive
 
 __all__ = ["main"]
 
@@ -87,6 +88,7 @@ def _is_complete(kind: str) -> bool:
         _venv_is_current()
         and shutil.which("java") is not None
         and jars_path().exists()
+        and archive_path().exists()
         and server is not None
         and template_path(server).exists()
     )
@@ -112,7 +114,7 @@ def main() -> int:
             _timed("Debian packages", lambda: install_packages(packages))
         jobs = {
             "Python packages": _make_venv,
-            "Kafka": make_jars,
+            "Kafka": lambda: (make_jars(), make_archive()),
             "database": lambda: make_template(make_server(kind)),
         }
         failed = []

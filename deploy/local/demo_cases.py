@@ -1,0 +1,48 @@
+"""What the demo sends, and how each of it must end: pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["CASES", "Case", "Sent", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way to end. `address` has a place for a tag; `copies` is how often the mail reaches the catcher."""
+
+    text: str
+    address: str
+    status: str
+    reason: str = ""
+    copies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One mail of the demo: the case that it plays, and its recipient."""
+
+    case: Case
+    address: str
+
+
+CASES = (
+    Case("a domain that takes mail", "ann+{tag}@good.test", "completed", copies=1),
+    Case("a domain with an umlaut", "bea+{tag}@bücher.test", "completed", copies=1),
+    Case("greylisted at first", "greylist+{tag}@good.test", "completed", copies=1),
+    Case("DNS fails at first", "cem+{tag}@{tag}.flaky.test", "completed", copies=1),
+    Case("the reply is lost, sent again", "drop-after+{tag}@good.test", "completed", copies=2),
+    Case("no such domain", "dan+{tag}@nosuch.test", "failed", "no_such_domain"),
+    Case("a domain that wants no mail", "eva+{tag}@nullmx.test", "failed", "null_mx"),
+    Case("a domain without mail host", "fay+{tag}@nomail.test", "failed", "no_mail_host"),
+    Case("its mail host is localhost", "gus+{tag}@localmx.test", "failed", "unusable_mx"),
+    Case("its DNS stays broken", "hal+{tag}@servfail.test", "failed", "dns_unavailable"),
+    Case("no such mailbox", "reject5+{tag}@good.test", "failed", "rejected"),
+    Case("the message is refused", "data5+{tag}@good.test", "failed", "rejected"),
+)
+
+
+def plan(run: str, count: int) -> Iterator[Sent]:
+    """`count` mails that play the cases in turn; `run` keeps their addresses apart from other runs'."""
+    for number in range(count):
+        case = CASES[number % len(CASES)]
+        yield Sent(case, case.address.format(tag=f"{run}{number // len(CASES)}"))
