@@ -117,7 +117,9 @@ def owners_of_keys(
         f" WHERE (tenant, idempotency_key) IN ({pairs})",
         tuple(part for tenant, key in keys for part in (tenant, key.encode())),
     )
-    return {(tenant, bytes(key).decode()): (bytes(id_), bytes(hash_)) for tenant, key, id_, hash_ in found}
+    return {
+        (tenant, bytes(key).decode()): (bytes(id_), bytes(hash_ or b"")) for tenant, key, id_, hash_ in found
+    }
 
 
 def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.MailTask]:
