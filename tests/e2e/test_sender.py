@@ -1,0 +1,103 @@
+"""The sender in the whole system: frozen, killed under `hold`, and without its relay."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+import pytest
+
+from tests.e2e.road import Road, until
+from tests.stack import Stack
+
+LEASE = "3"
+
+
+def metric(stack: Stack, name: str, line: str) -> float:
+    """The value of one line of a replica's metrics, 0 where it is not there yet."""
+    address = stack.env()[f"POSTROAD_HTTP_{name.upper().replace('-', '_')}"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        found = [row for row in answer.read().decode().splitlines() if row.startswith(line)]
+    return sum(float(row.rpartition(" ")[2]) for row in found)
+
+
+def problems(stack: Stack, name: str) -> list[str]:
+    """What a replica says that it lacks."""
+    address = stack.env()[f"POSTROAD_HTTP_{name.upper().replace('-', '_')}"]
+    try:
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=10) as answer:
+            found: list[str] = json.load(answer)["problems"]
+    except urllib.error.HTTPError as error:
+        found = json.load(error)["problems"]
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., Stack]) -> None:
+    stack = new_stack(POSTROAD_LEASE_SECONDS=LEASE)
+    stack.up("--sender", "2")
+    with Road(stack) as road:
+        # Slow ones, so that the freeze finds mails under way.
+        emails = [f"{'slow-2000' if n % 2 else f'f{n}'}@f{n}.ok.test" for n in range(120)]
+        ids = road.create_many(emails, "freeze")
+        until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
+        os.kill(stack.pid("sender-1"), signal.SIGSTOP)
+        try:
+            # Its partitions go to the other after the session timeout, its claims after their leases.
+            tasks = road.settled(ids, 60)
+        finally:
+            os.kill(stack.pid("sender-1"), signal.SIGCONT)
+        assert {task.status for task in tasks.values()} == {"completed"}
+        assert sum(road.doubts(id_) for id_ in ids) > 0, "the freeze hit nothing"
+        until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") == 0, "the sleeper lets go")
+        more = road.create_many([f"g{n}@f{n}.ok.test" for n in range(60)], "thaw")
+        road.settled(more, 60)
+        road.sent_once(ids + more)
+        until(lambda: not any(road.lag().values()), "all committed", 30)
+        again = {task.id: task for task in road.list_all()}
+        assert all(again[id_].status == "completed" for id_ in ids + more)
+
+
+@pytest.mark.timeout(300)
+def test_under_hold_a_killed_senders_mails_are_never_sent_again(new_stack: Callable[..., Stack]) -> None:
+    stack = new_stack(POSTROAD_LEASE_SECONDS=LEASE, POSTROAD_ON_UNCERTAIN="hold")
+    stack.up()
+    with Road(stack) as road:
+        ids = road.create_many([f"slow-1500@h{n}.ok.test" for n in range(60)], "hold")
+        until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
+        stack.kill("sender-1")
+        stack.start("sender-1")
+        tasks = road.settled(ids, 60)
+        copies = road.copies(ids)
+        assert max(copies.values()) == 1
+        statuses = {task.status for task in tasks.values()}
+        assert statuses == {"completed", "uncertain"}
+        for task in tasks.values():
+            if task.status == "completed":
+                assert copies[task.id] == 1
+            else:
+                assert (task.reason, road.doubts(task.id)) == ("in_doubt", 1)
+
+
+@pytest.mark.timeout(300)
+def test_while_the_relay_is_away_tasks_wait_without_spending_attempts(stack: Stack) -> None:
+    with Road(stack) as road:
+        stack.kill("catcher")
+        try:
+            ids = road.create_many([f"r{n}@d{n}.ok.test" for n in range(40)], f"relay-{time.time_ns()}")
+            until(lambda: any("relay" in said for said in problems(stack, "sender-1")), "the trouble shows")
+            until(
+                lambda: {road.get(id_).status for id_ in ids} == {"processing"}, "all wait for the relay", 30
+            )
+            assert metric(stack, "sender-1", "postroad_sender_claims ") == 0, "nothing is in doubt meanwhile"
+        finally:
+            stack.start("catcher")
+        tasks = road.settled(ids, 60)
+        assert {(task.status, task.attempts) for task in tasks.values()} == {("completed", 1)}
+        road.sent_once(ids)
+        assert problems(stack, "sender-1") == []
