@@ -19,7 +19,8 @@ class Wire(asyncio.Protocol):
 
     Whether the last byte of a message has left decides between "not sent" and "in doubt". The write buffer's
     limits are set so that the transport reports any byte it still holds (`pause_writing`): while it does, the
-    last byte was certainly not handed over. The other way round nothing is certain.
+    last byte was certainly not handed over. The other way round nothing is certain. (The TLS layer
+    takes a message as a whole and hides what it holds, so over TLS what breaks inside one is in doubt.)
     """
 
     __slots__ = (

@@ -1,4 +1,4 @@
-"""Everything here runs on both event loops: what a transport reports about its buffer differs between them."""
+"""All here runs on both event loops: what a transport reports about its buffer differs between them."""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -95,12 +95,26 @@ class Conversation:
         await self.say("250 2.0.0 queued")
         return message
 
+    async def perhaps(self) -> None:
+        """One transaction if the client wants it, then the end."""
+        line = await self.line()
+        if line.startswith(b"MAIL"):
+            await self.expect("RCPT TO:", "DATA")
+            await self.say("250 ok", "250 ok", "354 go on")
+            await self.message()
+            await self.say("250 queued")
+            await self.ended()
+
     async def ended(self) -> None:
         """Wait for the client to close, which must say nothing more but QUIT."""
         with contextlib.suppress(ConnectionError):
             while line := await self.line():
                 assert line == b"QUIT", f"heard {line!r}"
                 await self.say("221 bye")
+
+    async def something(self) -> None:
+        """Wait for a byte, whatever it is."""
+        assert await asyncio.wait_for(self._reader.read(1), PATIENCE)
 
     async def drained(self) -> int:
         """Read, whatever comes, until the client has closed; the number of bytes."""

@@ -15,7 +15,6 @@ from tests.integration.smtp.script import (
     send,
 )
 
-
 # --- The ordinary case
 
 

@@ -392,7 +392,7 @@ async def test_a_lease_lost_before_the_message_writes_no_byte_of_it() -> None:
 
 
 async def test_the_lease_is_asked_again_on_a_second_session() -> None:
-    asked = []
+    asked: list[int] = []
 
     async def first(c: Conversation) -> None:
         await c.greet("PIPELINING")

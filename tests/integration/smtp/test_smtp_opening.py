@@ -1,0 +1,461 @@
+"""Opening a session: banner, EHLO, what the server can do, TLS, AUTH. All that fails here is ours."""
+
+import asyncio
+import base64
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.sender.replies import InDoubt, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.smtp import Credentials, Relay, SmtpPool, Timeouts, Tls
+from tests.certificates import Certificates, make_certificates
+from tests.integration.smtp.script import (
+    FROM,
+    MESSAGE,
+    TO,
+    Conversation,
+    Script,
+    outcome_of,
+    pool_for,
+    scripted,
+    send,
+)
+
+HASTY = Timeouts(connect=5, tls=0.3, greeting=0.3, command=0.3, quit=1)
+USER = Credentials("ann", "s3cret-of-ann")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("tls"), "localhost", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def other_name(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("other"), "elsewhere.example")
+
+
+async def refusal_of(script: Script, **settings: Any) -> NotSent:
+    """The outcome, which must be NotSent and ours. The pool must be down, and no secret told."""
+    async with scripted(script) as server, pool_for(server, **settings) as pool:
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent), outcome
+        assert outcome.ours
+        assert not pool.available
+        assert pool.state.trouble == outcome
+        assert "s3cret" not in f"{outcome} {pool.relay} {pool.state}"
+        return outcome
+
+
+# --- Banner and EHLO
+
+
+@pytest.mark.parametrize("banner", ["554 no service here", "421 busy", "450 later", "354 what?", "hello"])
+async def test_an_unfriendly_banner(banner: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.say(banner)
+        await c.drained()
+
+    outcome = await refusal_of(script)
+    assert outcome.phase is Phase.CONNECT
+    assert banner in outcome.cause
+
+
+async def test_nobody_listens() -> None:
+    listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    listener.close()
+    await listener.wait_closed()
+    outcome = await SmtpPool(Relay("127.0.0.1", port, tls=Tls.NONE)).send(FROM, TO, MESSAGE, lambda: True)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+
+
+async def test_a_name_that_does_not_resolve() -> None:
+    pool = SmtpPool(Relay("relay.invalid", 25, tls=Tls.NONE))
+    outcome = await pool.send(FROM, TO, MESSAGE, lambda: True)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    await pool.close()
+
+
+@pytest.mark.parametrize("said", [[], ["220 hello"]])
+async def test_a_server_that_hangs(said: list[str]) -> None:
+    async def script(c: Conversation) -> None:
+        await c.say(*said)
+        await c.drained()
+
+    outcome = await refusal_of(script, timeouts=HASTY)
+    assert outcome.phase is Phase.CONNECT
+    assert "timed out" in outcome.cause
+
+
+async def test_helo_for_a_server_that_knows_no_ehlo() -> None:
+    async def script(c: Conversation) -> None:
+        await c.say("220 old")
+        await c.expect("EHLO [127.0.0.1]")
+        await c.say("502 what?")
+        await c.expect("HELO [127.0.0.1]")
+        await c.say("250 old")
+        for command in ("MAIL", "RCPT", "DATA"):
+            await c.expect(command)
+            await c.say("354 go on" if command == "DATA" else "250 ok")
+        await c.message()
+        await c.say("250 ok")
+        await c.ended()
+
+    assert isinstance(await outcome_of(script), Sent)
+
+
+async def test_the_client_name_can_be_given() -> None:
+    async def script(c: Conversation) -> None:
+        await c.say("220 hi")
+        await c.expect("EHLO sender.example.org")
+        await c.say("421 not you")
+        await c.ended()
+
+    assert (await refusal_of(script, client_name="sender.example.org")).cause == "421 not you"
+
+
+# --- What the server can do
+
+
+async def parameters(*extensions: str, mail: tuple[str, str, bytes]) -> tuple[Outcome, bytes]:
+    """The outcome of ``mail``, and what stood behind MAIL FROM."""
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", *extensions)
+        await c.perhaps()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        outcome = await pool.send(*mail, lambda: True)
+    heard = [line for line in server.conversations[0].heard if line.startswith(b"MAIL")]
+    return outcome, heard[0].partition(b">")[2] if heard else b""
+
+
+UTF8_MAIL = (FROM, "büro@xn--bcher-kva.example", "To: büro@xn--bcher-kva.example\r\n\r\nhi\r\n".encode())
+EIGHT_BIT = (FROM, TO, "Subject: hi\r\n\r\nGrüße\r\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("extensions", "mail", "expected"),
+    [
+        (["SIZE"], (FROM, TO, MESSAGE), b" SIZE=%d" % len(MESSAGE)),
+        (["SIZE 0"], (FROM, TO, MESSAGE), b" SIZE=%d" % len(MESSAGE)),
+        (["size 1000"], (FROM, TO, MESSAGE), b" SIZE=%d" % len(MESSAGE)),
+        (["8BITMIME", "SMTPUTF8"], (FROM, TO, MESSAGE), b""),
+        (["8BITMIME", "SMTPUTF8"], EIGHT_BIT, b" BODY=8BITMIME"),
+        (["8BITMIME", "SMTPUTF8"], UTF8_MAIL, b" SMTPUTF8 BODY=8BITMIME"),
+        (["X-ODD things", "AUTH=LOGIN"], (FROM, TO, MESSAGE), b""),
+    ],
+)
+async def test_parameters_of_mail(
+    extensions: list[str], mail: tuple[str, str, bytes], expected: bytes
+) -> None:
+    outcome, said = await parameters(*extensions, mail=mail)
+    assert isinstance(outcome, Sent)
+    assert said == expected
+
+
+@pytest.mark.parametrize(
+    ("extensions", "mail", "code"),
+    [
+        (["SIZE 10"], (FROM, TO, MESSAGE), "552 5.3.4"),
+        (["8BITMIME"], UTF8_MAIL, "550 5.6.7"),
+        (["SMTPUTF8"], EIGHT_BIT, "554 5.6.3"),
+        ([], EIGHT_BIT, "554 5.6.3"),
+    ],
+)
+async def test_what_the_server_cannot_take_is_not_offered(
+    extensions: list[str], mail: tuple[str, str, bytes], code: str
+) -> None:
+    outcome, said = await parameters(*extensions, mail=mail)
+    assert isinstance(outcome, Rejected)
+    assert outcome.permanent
+    assert outcome.reply.startswith(code)
+    assert said == b""
+
+
+# --- AUTH
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+async def test_auth_plain() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH LOGIN PLAIN")
+        assert await c.line() == f"AUTH PLAIN {encoded(chr(0) + 'ann' + chr(0) + 's3cret-of-ann')}".encode()
+        await c.say("235 2.7.0 welcome")
+        await c.mail()
+        await c.ended()
+
+    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+
+
+@pytest.mark.parametrize("offer", ["AUTH LOGIN", "AUTH=LOGIN", "auth login CRAM-MD5"])
+async def test_auth_login(offer: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", offer)
+        assert await c.line() == b"AUTH LOGIN"
+        await c.say(f"334 {encoded('Username:')}")
+        assert await c.line() == encoded("ann").encode()
+        await c.say(f"334 {encoded('Password:')}")
+        assert await c.line() == encoded("s3cret-of-ann").encode()
+        await c.say("235 2.7.0 welcome")
+        await c.mail()
+        await c.ended()
+
+    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+
+
+async def test_auth_xoauth2() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH PLAIN XOAUTH2")
+        token = "user=ann\1auth=Bearer s3cret-token\1\1"
+        assert await c.line() == f"AUTH XOAUTH2 {encoded(token)}".encode()
+        await c.say("235 2.7.0 welcome")
+        await c.mail()
+        await c.ended()
+
+    credentials = Credentials("ann", "s3cret-token", "XOAUTH2")
+    assert isinstance(await outcome_of(script, credentials=credentials), Sent)
+
+
+async def test_auth_xoauth2_refused_is_told_with_its_reason() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH XOAUTH2")
+        await c.expect("AUTH XOAUTH2 ")
+        await c.say("334 " + encoded('{"status":"401"}'))
+        assert await c.line() == b""
+        await c.say("535 5.7.8 token expired")
+        await c.ended()
+
+    outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-token", "XOAUTH2"))
+    assert (outcome.phase, outcome.cause) == (Phase.AUTH, "535 5.7.8 token expired")
+
+
+@pytest.mark.parametrize("reply", ["535 5.7.8 no", "534 5.7.9 too weak", "454 4.7.0 later", "421 no", "250-"])
+async def test_auth_refused(reply: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH PLAIN")
+        await c.expect("AUTH PLAIN ")
+        await c.say(reply)
+        c.close()
+
+    outcome = await refusal_of(script, credentials=USER)
+    assert outcome.phase is Phase.AUTH
+    said = capsys.readouterr()
+    assert "relay_down" in said.out + said.err
+    for secret in ("s3cret", encoded("\0ann\0s3cret-of-ann")):
+        assert secret not in said.out + said.err
+
+
+@pytest.mark.parametrize("extensions", [[], ["AUTH CRAM-MD5"], ["AUTH"]])
+async def test_auth_that_is_not_offered(extensions: list[str]) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", *extensions)
+        await c.ended()
+
+    assert (await refusal_of(script, credentials=USER)).phase is Phase.AUTH
+
+
+# --- TLS
+
+
+async def test_starttls_then_greets_again_and_forgets(certificates: Certificates) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("STARTTLS", "SIZE 1")
+        await c.expect("STARTTLS")
+        await c.say("220 go on")
+        await c.start_tls(certificates.server())
+        await c.expect("EHLO ")
+        await c.say("250-scripted", "250-PIPELINING", "250 AUTH PLAIN")
+        await c.expect("AUTH PLAIN ")
+        await c.say("235 welcome")
+        await c.mail()
+        await c.ended()
+
+    outcome = await outcome_of(script, tls=Tls.STARTTLS, context=certificates.client(), credentials=USER)
+    assert isinstance(outcome, Sent)
+
+
+async def test_implicit_tls(certificates: Certificates) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+        await c.ended()
+
+    async with (
+        scripted(script, tls=certificates.server()) as server,
+        pool_for(server, tls=Tls.IMPLICIT, context=certificates.client()) as pool,
+    ):
+        assert isinstance(await send(pool), Sent)
+
+
+async def test_a_large_message_over_tls(certificates: Certificates) -> None:
+    message = b"Subject: big\r\n\r\n" + b"line of text\r\n" * 400_000
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        assert await c.mail() == message
+        await c.mail()
+        await c.ended()
+
+    async with (
+        scripted(script, tls=certificates.server()) as server,
+        pool_for(server, tls=Tls.IMPLICIT, context=certificates.client()) as pool,
+    ):
+        assert isinstance(await send(pool, message), Sent)
+        assert isinstance(await send(pool), Sent)
+
+
+async def test_lost_inside_the_message_over_tls_is_in_doubt(certificates: Certificates) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        assert await c.line()
+        c.reset()
+
+    async with (
+        scripted(script, tls=certificates.server()) as server,
+        pool_for(server, tls=Tls.IMPLICIT, context=certificates.client()) as pool,
+    ):
+        outcome = await send(pool, b"Subject: huge\r\n\r\n" + (b"y" * 98 + b"\r\n") * 400_000)
+        # The TLS layer takes all at once and does not tell what has left it.
+        assert isinstance(outcome, InDoubt)
+
+
+async def test_lost_after_the_dot_over_tls_is_in_doubt(certificates: Certificates) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        c.reset()
+
+    async with (
+        scripted(script, tls=certificates.server()) as server,
+        pool_for(server, tls=Tls.IMPLICIT, context=certificates.client()) as pool,
+    ):
+        assert isinstance(await send(pool), InDoubt)
+
+
+@pytest.mark.parametrize("tls", [Tls.STARTTLS, Tls.IMPLICIT])
+@pytest.mark.parametrize("wrong", ["authority", "name"])
+async def test_a_certificate_that_does_not_hold(
+    tls: Tls, wrong: str, certificates: Certificates, other_name: Certificates
+) -> None:
+    shown = certificates if wrong == "authority" else other_name
+    trusted = ssl.create_default_context() if wrong == "authority" else other_name.client()
+
+    async def script(c: Conversation) -> None:
+        if tls is Tls.STARTTLS:
+            await c.greet("STARTTLS")
+            await c.expect("STARTTLS")
+            await c.say("220 go on")
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await c.start_tls(shown.server())
+
+    async with (
+        scripted(script, tls=shown.server() if tls is Tls.IMPLICIT else None) as server,
+        pool_for(server, tls=tls, context=trusted) as pool,
+    ):
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent)
+        assert (outcome.phase, outcome.ours) == (Phase.TLS, True)
+        assert "certificate" in outcome.cause.lower()
+
+
+async def test_required_tls_that_is_not_offered() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH PLAIN")
+        await c.ended()
+
+    assert (await refusal_of(script, tls=Tls.STARTTLS, credentials=USER)).phase is Phase.TLS
+
+
+async def test_required_tls_that_is_refused() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("STARTTLS")
+        await c.expect("STARTTLS")
+        await c.say("454 4.7.0 TLS not available")
+        await c.ended()
+
+    outcome = await refusal_of(script, tls=Tls.STARTTLS)
+    assert (outcome.phase, outcome.cause) == (Phase.TLS, "454 4.7.0 TLS not available")
+
+
+@pytest.mark.parametrize("tls", [Tls.STARTTLS, Tls.OPPORTUNISTIC])
+@pytest.mark.parametrize("injected", ["250 injected", "250-inj"])
+async def test_replies_injected_before_tls_end_the_session(tls: Tls, injected: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("STARTTLS")
+        await c.expect("STARTTLS")
+        await c.raw(f"220 go on\r\n{injected}\r\n".encode())
+        await c.ended()
+
+    assert (await refusal_of(script, tls=tls)).phase is Phase.TLS
+
+
+async def test_a_server_that_hangs_in_the_handshake() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("STARTTLS")
+        await c.expect("STARTTLS")
+        await c.say("220 go on")
+        await c.drained()
+
+    outcome = await refusal_of(script, tls=Tls.STARTTLS, timeouts=HASTY)
+    assert outcome.phase is Phase.TLS
+
+
+async def test_opportunistic_takes_any_certificate(other_name: Certificates) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("STARTTLS")
+        await c.expect("STARTTLS")
+        await c.say("220 go on")
+        await c.start_tls(other_name.server())
+        await c.expect("EHLO ")
+        await c.say("250-scripted", "250 PIPELINING")
+        await c.mail()
+        await c.ended()
+
+    assert isinstance(await outcome_of(script, tls=Tls.OPPORTUNISTIC), Sent)
+
+
+@pytest.mark.parametrize("offered", [True, False])
+async def test_opportunistic_goes_on_in_clear(offered: bool) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", *(["STARTTLS"] if offered else []))
+        if offered:
+            await c.expect("STARTTLS")
+            await c.say("454 4.7.0 not now")
+        await c.mail()
+        await c.ended()
+
+    assert isinstance(await outcome_of(script, tls=Tls.OPPORTUNISTIC), Sent)
+
+
+async def test_opportunistic_comes_back_in_clear_after_a_failed_handshake() -> None:
+    async def broken(c: Conversation) -> None:
+        await c.greet("STARTTLS")
+        await c.expect("STARTTLS")
+        await c.say("220 go on")
+        await c.something()
+        await c.raw(b"this is no handshake\r\n" * 20)
+        await c.drained()
+
+    async def clear(c: Conversation) -> None:
+        await c.greet("PIPELINING", "STARTTLS")
+        await c.mail()
+        await c.ended()
+
+    async with scripted(broken, clear) as server, pool_for(server, tls=Tls.OPPORTUNISTIC) as pool:
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 2
+
+
+def test_secrets_are_not_shown(tmp_path: Path) -> None:
+    assert "s3cret" not in f"{USER!r} {USER} {Relay('h', 25, credentials=USER)!r}"
