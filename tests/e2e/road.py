@@ -1,0 +1,175 @@
+"""A client of the whole system for end-to-end tests, and what must hold of every run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from postroad.v1 import task_pb2
+from postroad.v1 import task_service_pb2 as pb
+from postroad.v1 import task_service_pb2_grpc as rpc
+from tests.stack import Stack
+
+__all__ = ["SETTLED", "Road", "until"]
+
+SETTLED = {"completed", "failed", "uncertain", "cancelled"}
+
+
+def until(met: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    """Return the first true value of `met()`; fails naming `what` when there is none in time."""
+    end = time.monotonic() + seconds
+    while True:
+        value = met()
+        if value:
+            return value
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+
+
+class Road:
+    """Creates, reads and checks tasks of one stack. A context manager."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self._channel = grpc.insecure_channel(
+            stack.env()["POSTROAD_API"],
+            [("grpc.max_reconnect_backoff_ms", 500), ("grpc.max_receive_message_length", 64 << 20)],
+        )
+        self.stub = rpc.TaskServiceStub(self._channel)
+
+    def __enter__(self) -> Road:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def create(
+        self, email: str, subject: str = "Hello", body: str = "It works.", key: str = "", **more: Any
+    ) -> str:
+        """Create one task and return its id; raises grpc.RpcError."""
+        data = pb.TaskData(email=email, subject=subject, body=body, **more)
+        task: task_pb2.Task = self.stub.Create(pb.CreateRequest(data=data, idempotency_key=key), timeout=20)
+        return task.id
+
+    def create_surely(self, email: str, key: str) -> str:
+        """Create one task as a careful client does: again under the same key until it is answered."""
+        end = time.monotonic() + 90
+        while True:
+            try:
+                return self.create(email, key=key)
+            except grpc.RpcError as error:
+                passing = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)  # type: ignore[attr-defined]
+                if not passing or time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    def create_many(self, emails: Sequence[str], key: str, threads: int = 16) -> list[str]:
+        """Create a task for each address from concurrent careful callers; return the ids."""
+        with ThreadPoolExecutor(threads) as pool:
+            return list(
+                pool.map(lambda pair: self.create_surely(pair[1], f"{key}-{pair[0]}"), enumerate(emails))
+            )
+
+    def get(self, id_: str) -> task_pb2.Task:
+        """Return the task with its timeline."""
+        return self.stub.Get(pb.GetRequest(id=id_), timeout=20)  # type: ignore[no-any-return]
+
+    def list_all(self, page_size: int = 1000, **filters: Any) -> list[task_pb2.Task]:
+        """Return every task that the filters take, page by page."""
+        rows: list[task_pb2.Task] = []
+        token = ""
+        while True:
+            request = pb.ListRequest(page_size=page_size, page_token=token, **filters)
+            page = self.stub.List(request, timeout=20)
+            rows += page.results
+            token = page.next_page_token
+            if not token:
+                return rows
+
+    def settled(self, ids: Iterable[str], seconds: float = 60.0) -> dict[str, task_pb2.Task]:
+        """Wait until each of these tasks has reached an end; return them by id."""
+        wanted = set(ids)
+
+        def rows() -> dict[str, task_pb2.Task]:
+            found = {row.id: row for row in self.list_all(status=sorted(SETTLED)) if row.id in wanted}
+            return found if len(found) == len(wanted) else {}
+
+        if not wanted:
+            return {}
+        end = time.monotonic() + seconds
+        while not (found := rows()):
+            if time.monotonic() > end:
+                states = Counter(f"{r.status}/{r.reason}" for r in self.list_all() if r.id in wanted)
+                raise AssertionError(f"not settled within {seconds:g} s: {states}")
+            time.sleep(0.2)
+        return found
+
+    def copies(self, ids: Iterable[str]) -> dict[str, int]:
+        """Return how often the mail server took each task's mail, by its journal."""
+        counted = Counter(entry["message_id"].strip("<>").partition("@")[0] for entry in self.stack.journal())
+        return {id_: counted[id_] for id_ in ids}
+
+    def doubts(self, id_: str) -> int:
+        """Return the attempts of a task that stand on record as in doubt."""
+        return sum(entry.kind == "in_doubt" for entry in self.get(id_).timeline)
+
+    def sent_once(self, ids: Iterable[str]) -> None:
+        """Fail unless each mail was taken once; each further copy needs an attempt in doubt on record."""
+        for id_, copies in self.copies(ids).items():
+            assert copies >= 1, f"{id_} is lost"
+            assert copies - 1 <= (self.doubts(id_) if copies > 1 else 0), f"{id_} was sent {copies} times"
+
+    def records(self, topic: str) -> list[Any]:
+        """Return all records of a topic as they stand."""
+        config = {"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], "group.id": "e2e-reader"}
+        consumer = Consumer(config)
+        try:
+            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+            left, found = {}, []
+            for number in partitions:
+                low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
+                if high > low:
+                    left[number] = high
+            consumer.assign([TopicPartition(topic, number, 0) for number in left])
+            end = time.monotonic() + 30
+            while left:
+                assert time.monotonic() < end, f"{topic} cannot be read"
+                for record in consumer.consume(1000, 0.5):
+                    assert record.error() is None, record.error()
+                    found.append(record)
+                    if record.offset() + 1 >= left.get(record.partition(), 1 << 62):
+                        del left[record.partition()]
+            return found
+        finally:
+            consumer.close()
+
+    def lag(self) -> dict[str, int]:
+        """Return the records that each stage's group has still to commit, delay topics apart."""
+        admin = AdminClient({"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
+        reader = Consumer(
+            {"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], "group.id": "e2e-lag"}
+        )
+        from confluent_kafka import ConsumerGroupTopicPartitions
+
+        lags = {}
+        try:
+            for stage in ("validator", "sender", "status"):
+                group = f"postroad.{stage}"
+                request = [ConsumerGroupTopicPartitions(group)]
+                answer = admin.list_consumer_group_offsets(request)[group].result(10)
+                lags[stage] = 0
+                for partition in answer.topic_partitions:
+                    if ".delay." not in partition.topic and partition.offset >= 0:
+                        lags[stage] += (
+                            reader.get_watermark_offsets(partition, timeout=10)[1] - partition.offset
+                        )
+        finally:
+            reader.close()
+        return lags

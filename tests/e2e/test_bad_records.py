@@ -1,0 +1,63 @@
+"""Records that no service wrote: they land in the dead letters with their cause, and the stage goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from services.common import topics
+from tests.e2e.road import Road, until
+from tests.stack import Stack
+
+# Far larger than a task can be, as large as a topic takes.
+OVERSIZED = b"\xff" * (topics.MAX_RECORD_BYTES - 100_000)
+BAD = {"garbage": b"\xff\xfe no protobuf \x00", "empty": b"", "none": None, "oversized": OVERSIZED}
+
+
+@pytest.fixture
+def road(stack: Stack) -> Iterator[Road]:
+    with Road(stack) as road:
+        yield road
+
+
+def _header(record: Any, name: str) -> str:
+    return next(value.decode() for key, value in record.headers() or [] if key == name)
+
+
+@pytest.mark.timeout(600)
+def test_bad_records_on_every_topic(road: Road, stack: Stack) -> None:
+    readers = {stage: list(reads) for stage, reads in topics.READ_BY.items()}
+    before = {stage: len(road.records(f"{stage}.dead")) for stage in readers}
+    producer = Producer(
+        {
+            "bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"],
+            "message.max.bytes": topics.MAX_RECORD_BYTES,
+        }
+    )
+    for topic in topics.EVENT_TOPICS:
+        for mark, value in BAD.items():
+            producer.produce(topic, value, key=f"bad-{topic}-{mark}", headers=[("traceparent", b"00-1-2-00")])
+    assert producer.flush(60) == 0
+
+    for stage, reads in readers.items():
+        wanted = {f"bad-{topic}-{mark}".encode() for topic in reads for mark in BAD}
+
+        def dead(stage: str = stage, wanted: set[bytes] = wanted) -> list[Any]:
+            found = [r for r in road.records(f"{stage}.dead")[before[stage] :] if r.key() in wanted]
+            return found if len(found) >= len(wanted) else []
+
+        letters = until(dead, f"{stage}'s dead letters", 90)
+        assert len(letters) == len(wanted), "a dead letter came twice"
+        for letter in letters:
+            _, topic, mark = letter.key().decode().split("-")
+            assert (letter.value() or b"") == (BAD[mark] or b"")
+            assert _header(letter, "origin").startswith(f"{topic}/")
+            assert _header(letter, "cause")
+            assert _header(letter, "traceparent") == "00-1-2-00"
+
+    after = [road.create(f"after{n}@d{n}.ok.test") for n in range(24)]
+    assert {task.status for task in road.settled(after).values()} == {"completed"}
+    until(lambda: not any(road.lag().values()), "no stage is stuck", 30)

@@ -1,0 +1,108 @@
+"""Services that die under load: every task still ends, and no mail goes out twice unrecorded."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.e2e.road import Road, until
+from tests.stack import Stack
+
+# 2,000 is the long form: POSTROAD_E2E_TASKS=2000 make e2e.
+TASKS = int(os.environ.get("POSTROAD_E2E_TASKS", "600"))
+SERVICES = ("api", "validator", "sender", "status")
+
+
+@pytest.mark.timeout(600)
+def test_each_service_killed_in_turn(stack: Stack) -> None:
+    with Road(stack) as road, Load(road, "kill") as load:
+        for service in SERVICES:
+            at = len(stack.journal())
+            # In the midst of its work, not before or after.
+            until(lambda at=at: len(stack.journal()) > at + 20, "mail under way")  # type: ignore[misc]
+            stack.kill(f"{service}-1")
+            stack.start(f"{service}-1")
+        until(lambda: len(load.ids) >= TASKS, "as many tasks as asked for", 240)
+        load.end()
+        tasks = road.settled(load.ids, 120)
+        assert {task.status for task in tasks.values()} == {"completed"}
+        road.sent_once(load.ids)
+        until(lambda: not any(road.lag().values()), "all committed", 30)
+
+
+@pytest.mark.timeout(600)
+def test_senders_come_and_go(new_stack: Callable[..., Stack]) -> None:
+    stack = new_stack()
+    stack.up("--sender", "3")
+    with Road(stack) as road:
+        until(lambda: len(_spread(road)) == 3, "three owners", 30)
+        assert sum(_spread(road).values()) == 12, "each partition of mx.ok has one owner"
+
+        with Load(road, "scale") as load:
+            stack.scale("sender", 4)
+            until(lambda: len(_spread(road)) == 4, "the fourth has its share", 3)
+            until(lambda: sum(_spread(road).values()) == 12, "each partition has one owner", 10)
+            stack.kill("sender-2")
+            until(
+                lambda: len(_spread(road)) == 3 and sum(_spread(road).values()) == 12,
+                "the killed one's share is taken over within the session timeout",
+                12,
+            )
+        tasks = road.settled(load.ids, 60)
+        assert {task.status for task in tasks.values()} == {"completed"}
+        road.sent_once(load.ids)
+
+
+class Load:
+    """Careful callers that create tasks until told to end. A context manager; `end` raises what they met."""
+
+    def __init__(self, road: Road, mark: str, callers: int = 8) -> None:
+        self._road, self._mark = road, mark
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(callers)
+        self.ids: list[str] = []
+        self._lanes = [self._pool.submit(self._run, lane) for lane in range(callers)]
+
+    def _run(self, lane: int) -> None:
+        for number in itertools.count():
+            if self._stop.is_set():
+                return
+            email = f"u{lane}-{number}@d{number % 50}.ok.test"
+            self.ids.append(self._road.create_surely(email, f"{self._mark}-{lane}-{number}"))
+
+    def end(self) -> None:
+        """Let each caller finish its task."""
+        self._stop.set()
+        for lane in self._lanes:
+            lane.result()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+        if kind is None:
+            self.end()
+
+
+def _spread(road: Road) -> dict[str, int]:
+    """How many partitions of mx.ok each member of the senders' group owns, by member."""
+    from confluent_kafka.admin import AdminClient
+
+    admin = AdminClient({"bootstrap.servers": road.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
+    group = admin.describe_consumer_groups(["postroad.sender"])["postroad.sender"].result(10)
+    owned: list[int] = []
+    spread = {}
+    for member in group.members:
+        mine = [p.partition for p in member.assignment.topic_partitions if p.topic == "mx.ok"]
+        owned += mine
+        if mine:
+            spread[member.member_id] = len(mine)
+    assert len(owned) == len(set(owned)), "a partition has two owners"
+    return spread

@@ -1,0 +1,91 @@
+"""MySQL or Kafka gone for a while, under load: nothing is lost, and nobody has to help."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from tests.e2e.road import Road, until
+from tests.stack import Stack
+
+AWAY = 20.0
+
+
+@pytest.fixture
+def road(stack: Stack) -> Iterator[Road]:
+    with Road(stack) as road:
+        yield road
+
+
+class Load:
+    """Creates that go on, each once, with what became of it. A context manager."""
+
+    def __init__(self, road: Road, mark: str) -> None:
+        self._road, self._mark = road, mark
+        self._stop = threading.Event()
+        self.accepted: list[str] = []
+        self.refused: list[grpc.StatusCode] = []
+        self.slowest = 0.0
+
+    def _run(self, lane: int) -> None:
+        number = 0
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                email = f"{self._mark}{lane}-{number}@d{number % 50}.ok.test"
+                self.accepted.append(self._road.create(email))
+            except grpc.RpcError as error:
+                self.refused.append(error.code())  # type: ignore[attr-defined]
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            number += 1
+            self._stop.wait(0.05)
+
+    def __enter__(self) -> Load:
+        self._threads = [threading.Thread(target=self._run, args=(lane,)) for lane in range(4)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def _away(stack: Stack, name: str, load: Load) -> None:
+    """Stop a server for AWAY seconds while the load goes on."""
+    until(lambda: len(load.accepted) > 20, "a first few Creates")
+    stack.kill(name)
+    time.sleep(AWAY)
+    stack.start(name)
+
+
+@pytest.mark.timeout(600)
+def test_mysql_away(road: Road, stack: Stack) -> None:
+    with Load(road, "m") as load:
+        _away(stack, "mysql", load)
+        before = len(load.accepted)
+        until(lambda: len(load.accepted) > before + 40, "Creates are taken again", 15)
+    assert load.refused, "nothing was refused while there was no database"
+    assert set(load.refused) == {grpc.StatusCode.UNAVAILABLE}
+    assert load.slowest < 15, "a Create hung"
+    tasks = road.settled(load.accepted, 90)
+    assert {task.status for task in tasks.values()} == {"completed"}
+    road.sent_once(load.accepted)
+
+
+@pytest.mark.timeout(600)
+def test_kafka_away(road: Road, stack: Stack) -> None:
+    with Load(road, "k") as load:
+        _away(stack, "kafka-1", load)
+        before = len(load.accepted)
+        until(lambda: len(load.accepted) > before + 40, "Creates go on", 15)
+    assert not load.refused, "Create needs no Kafka"
+    assert load.slowest < 5, "a Create hung"
+    tasks = road.settled(load.accepted, 120)
+    assert {task.status for task in tasks.values()} == {"completed"}
+    road.sent_once(load.accepted)
