@@ -19,7 +19,7 @@ from services.common.events import encode
 from services.common.stage.publisher import Publisher
 from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
 
-__all__ = ["Sweeper"]
+__all__ = ["Sweeper", "rebuilt"]
 
 log = structlog.get_logger(__name__)
 
@@ -61,15 +61,15 @@ class Sweeper:
         items = [item for item in taken if not self._relay.holds(item.task_id)]
         if not items:
             return False
-        events = await asyncio.to_thread(transaction, self._engine, lambda c: _events(c, items))
-        rebuilt = [item for item in items if item in events]
-        if len(rebuilt) < len(items):
+        events = await asyncio.to_thread(transaction, self._engine, lambda c: rebuilt(c, items))
+        there = [item for item in items if item in events]
+        if len(there) < len(items):
             log.error("in the outbox without a task", ids=[i.task_id.hex() for i in items if i not in events])
-        records = [encode(events[item], "api", traceparent(None, item.task_id)) for item in rebuilt]
+        records = [encode(events[item], "api", traceparent(None, item.task_id)) for item in there]
         failures = await self._publisher.attempt(records)
         failed = {index for index, _ in failures}
-        acked = [item for index, item in enumerate(rebuilt) if index not in failed]
-        left = [item for index, item in enumerate(rebuilt) if index in failed]
+        acked = [item for index, item in enumerate(there) if index not in failed]
+        left = [item for index, item in enumerate(there) if index in failed]
 
         def settle(connection: Connection) -> None:
             outbox.delete(connection, acked)
@@ -93,7 +93,7 @@ class Sweeper:
             pass
 
 
-def _events(connection: Connection, items: Sequence[Item]) -> dict[Item, events_pb2.TaskCreated]:
+def rebuilt(connection: Connection, items: Sequence[Item]) -> dict[Item, events_pb2.TaskCreated]:
     """Return the event of each item whose task is there, the same that the relay would have published."""
     tasks = taskstore.load_tasks(connection, [item.task_id for item in items])
     return {

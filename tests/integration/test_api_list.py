@@ -1,0 +1,240 @@
+"""List on tables large enough to tell a walk down an index from a scan, and paging while rows arrive."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine
+
+from services.api import queries, uuid7
+from services.api.filters import Filter
+from services.common.database import engine_of, execute_rows, transaction
+from services.common.fold import Row
+from services.common.migrations import migrate
+from services.common.schema import STATUSES, from_micros
+from tests.api_process import ApiProcess, Road
+from tests.reflection_client import ReflectionClient
+from tests.stack import Infra
+
+Table = tuple[Engine, list[Row]]
+
+ROWS = 120_000
+FIRST_US = 1_790_000_000_000_000
+STEP_US = 1000
+CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"
+
+
+def row(number: int, chance: random.Random) -> Row:
+    us = FIRST_US + number * STEP_US
+    id_, at = uuid7.Clock(lambda: us * 1000).draw()
+    # Statuses as they are in life: nearly all completed, few of the others, and those mostly late.
+    rare = chance.random() < 0.002 or number > ROWS - 40
+    status = chance.choice(STATUSES) if rare else "completed"
+    domain = "rare.test" if number % 10_000 == 7 else f"d{number % 50}.test"
+    return Row(
+        id=id_,
+        tenant="other" if number % 1000 == 3 else "default",
+        idempotency_key=None,
+        request_hash=None,
+        recipient=f"user{number % 5000}@{domain}",
+        domain=domain,
+        subject=f"number {number}",
+        labels=json.dumps({"campaign": f"c{number % 100}", "x": 'a"b'}) if number % 2 else None,
+        created_at=from_micros(at),
+        status=status,
+        version=1,
+        epoch=0,
+        attempts=number % 3,
+        next_attempt_at=from_micros(at) + timedelta(seconds=60) if number % 7 == 0 else None,
+        reason="null_mx" if status == "failed" else "",
+        reply="250 ok",
+        message_id="<x@y>",
+        updated_at=from_micros(at),
+    )
+
+
+@pytest.fixture(scope="module", params=["mysql", "mariadb"])
+def large(request: pytest.FixtureRequest) -> Iterator[Table]:
+    server: Infra = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb")
+    url = server.new_database()
+    migrate(url)
+    engine = engine_of(url)
+    chance = random.Random(1)
+    rows = [row(number, chance) for number in range(ROWS)]
+    head = f"INSERT INTO tasks ({', '.join(Row._fields)}) VALUES"
+    transaction(engine, lambda connection: execute_rows(connection, head, rows, limit=2000))
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ANALYZE TABLE tasks").all()
+    yield engine, rows
+    engine.dispose()
+
+
+def name(asked: Filter) -> str:
+    """Return what a filter asks for, as a test's name."""
+    given = [f"{field}={value}" for field, value in asdict(asked).items() if value not in (None, ())]
+    return " ".join(given) or "everything"
+
+
+def asked_of(row: Row, asked: Filter) -> bool:
+    labels = json.loads(row.labels or "{}")
+    return (
+        row.tenant == "default"
+        and (not asked.status or row.status in asked.status)
+        and asked.email in (None, row.recipient)
+        and asked.domain in (None, row.domain)
+        and asked.reason in (None, row.reason)
+        and all(labels.get(key) == value for key, value in asked.labels)
+        and (asked.created_from is None or row.created_at >= from_micros(asked.created_from))
+        and (asked.created_to is None or row.created_at < from_micros(asked.created_to))
+    )
+
+
+MIDDLE = FIRST_US + ROWS // 2 * STEP_US
+FILTERS = [
+    Filter(),
+    *(Filter(status=(status,)) for status in STATUSES),
+    Filter(status=("cancelled", "failed", "uncertain")),
+    Filter(status=STATUSES),
+    Filter(email="user7@d7.test"),
+    Filter(email="nobody@d7.test"),
+    Filter(email="user7@d7.test", status=("pending", "completed")),
+    Filter(domain="rare.test"),
+    Filter(domain="d3.test", status=("failed",)),
+    Filter(status=("failed",), reason="null_mx"),
+    Filter(status=("failed",), reason="rejected"),
+    Filter(labels=(("campaign", "c1"), ("x", 'a"b'))),
+    Filter(labels=(("campaign", "c1' OR 1=1 -- "),)),
+    Filter(created_from=MIDDLE),
+    Filter(created_to=MIDDLE),
+    Filter(created_from=MIDDLE - 1, created_to=MIDDLE + 1),
+    Filter(created_from=MIDDLE, created_to=MIDDLE),
+    Filter(created_from=MIDDLE, created_to=MIDDLE + 50_000_000, status=("completed",)),
+    Filter(created_from=-(10**18), created_to=10**18),
+]
+
+
+@pytest.mark.parametrize("asked", FILTERS, ids=name)
+def test_pages_show_all_that_is_asked_for_newest_first(large: Table, asked: Filter) -> None:
+    engine, rows = large
+    expected = [uuid7.text(row.id) for row in reversed(rows) if asked_of(row, asked)]
+    found: list[str] = []
+    after = None
+    # Deep tables are paged for a while only: their ends are looked at below.
+    while len(found) < 3000:
+        tasks, after = transaction(
+            engine, lambda c, after=after: queries.page(c, "default", asked, after, 700)
+        )
+        found += [task.id for task in tasks]
+        assert bool(after) == (len(found) < len(expected))
+        if after is None:
+            break
+    assert found == expected[: len(found)]
+
+
+def reads(connection: Connection, sql: str, parameters: Sequence[Any]) -> int:
+    """Return how many rows the server touched to answer."""
+    connection.exec_driver_sql("FLUSH STATUS")
+    connection.exec_driver_sql(sql, tuple(parameters)).all()
+    status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
+    return sum(int(count) for _, count in status)
+
+
+WALKS = [
+    Filter(),
+    *(Filter(status=(status,)) for status in STATUSES),
+    Filter(status=("cancelled", "failed", "uncertain")),
+    Filter(status=STATUSES),
+    Filter(email="user7@d7.test"),
+    Filter(domain="rare.test"),
+    Filter(domain="d3.test"),
+    Filter(created_to=FIRST_US + 1000 * STEP_US),
+    Filter(created_to=FIRST_US + 1000 * STEP_US, status=("completed",)),
+]
+
+
+@pytest.mark.parametrize("depth", [0, ROWS // 2, ROWS - 200])
+@pytest.mark.parametrize("asked", WALKS, ids=name)
+def test_a_page_is_a_short_walk_down_its_index_however_deep(large: Table, asked: Filter, depth: int) -> None:
+    engine, rows = large
+    after = rows[-1 - depth].id if depth else None
+    sql, parameters = queries.statement("default", asked, after, 51)
+    walks = max(1, len(asked.status))
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters).mappings().all()
+        tables = [step for step in plan if step["table"] == "tasks"]
+        assert len(tables) == walks
+        for step in tables:
+            assert step["type"] in ("range", "index", "ref"), plan
+            assert "filesort" not in (step["Extra"] or ""), plan
+        touched = reads(connection, sql, parameters)
+    # 51 rows of each walk, those of another tenant between them, the merge of several, and the ends.
+    assert touched <= 51 * walks * 3 + 60
+
+
+def test_paging_to_the_end_misses_and_doubles_no_row_while_new_ones_arrive(infra: Infra) -> None:
+    road = Road(infra)
+    with (
+        ApiProcess(road) as api,
+        ReflectionClient(api.target) as client,
+        ThreadPoolExecutor(16) as threads,
+    ):
+        numbers = itertools.count()
+
+        def create(_: object = None) -> str:
+            data = {"email": f"u{next(numbers)}@shop.test", "subject": "s", "body": ""}
+            return str(client.call(CREATE, {"data": data})["id"])
+
+        client.method(CREATE)
+        before = set(threads.map(create, range(3000)))
+        found: list[str] = []
+        token = ""
+        for _ in range(1000):
+            arriving = [threads.submit(create) for _ in range(20)]
+            page = client.call(
+                LIST, {"page_size": 97, "page_token": token, "_filters": {"status": "pending"}}
+            )
+            found += [task["id"] for task in page["results"]]
+            for future in arriving:
+                future.result()
+            token = page.get("next_page_token", "")
+            if not token:
+                break
+        assert token == ""
+        assert len(found) == len(set(found))
+        assert before <= set(found)
+        assert found == sorted(found, reverse=True)
+        # A token stands for its filter and goes with no other.
+        first = client.call(LIST, {"page_size": 1, "status": ["pending"]})
+        for other in ({}, {"status": ["failed"]}, {"email": "a@b.test"}):
+            with pytest.raises(Exception, match="page_token"):
+                client.call(LIST, other | {"page_token": first["next_page_token"]})
+        same = client.call(LIST, {"page_token": first["next_page_token"], "_filters": {"status": "pending"}})
+        assert len(same["results"]) == 50
+        assert len(client.call(LIST, {"page_size": 5000})["results"]) == 1000
+
+
+def test_a_page_of_large_tasks_stays_below_what_clients_take(infra: Infra) -> None:
+    road = Road(infra)
+    labels = {f"{n:060}": "v" * 250 for n in range(64)}
+    with ApiProcess(road) as api, ReflectionClient(api.target) as client:
+        data = {"email": "a@shop.test", "subject": "s", "body": "", "labels": labels}
+        ids = [client.call(CREATE, {"data": data})["id"] for _ in range(300)]
+        found: list[str] = []
+        request: dict[str, Any] = {"page_size": 1000}
+        while True:
+            raw = client.raw(LIST, client.request(LIST, request).SerializeToString())
+            assert len(raw) < 4 << 20
+            page = client.call(LIST, request)
+            found += [task["id"] for task in page["results"]]
+            if "next_page_token" not in page:
+                break
+            request["page_token"] = page["next_page_token"]
+        assert found == ids[::-1]

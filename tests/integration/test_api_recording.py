@@ -1,0 +1,389 @@
+"""Accepted means kept: recorded once, published in the end, whatever is killed, cut or away meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from postroad.v1 import events_pb2
+from postroad.v1.task_service_pb2 import CreateRequest, GetRequest, TaskData
+from postroad.v1.task_service_pb2_grpc import TaskServiceStub
+from services.api import outbox, sweeper, uuid7
+from services.common import taskstore
+from services.common.database import engine_of, transaction
+from services.common.fold import delta
+from tests.api_process import ApiProcess, Road, eventually
+from tests.stack import Infra
+
+
+class Db:
+    """What stands in a road's tables."""
+
+    def __init__(self, road: Road) -> None:
+        self.engine: Engine = engine_of(road.database_url)
+
+    def count(self, table: str) -> int:
+        return int(self.rows(f"SELECT COUNT(*) FROM {table}")[0][0])
+
+    def ids(self, table: str = "tasks", column: str = "id") -> set[str]:
+        return {uuid7.text(bytes(row[0])) for row in self.rows(f"SELECT {column} FROM {table}")}
+
+    def rows(self, sql: str, *parameters: object) -> list[Any]:
+        return transaction(self.engine, lambda c: list(c.exec_driver_sql(sql, parameters)))
+
+    def outbox_empty(self) -> bool:
+        return self.count("outbox") == 0
+
+
+@pytest.fixture
+def road(infra: Infra) -> Road:
+    return Road(infra)
+
+
+@pytest.fixture
+def db(road: Road) -> Iterator[Db]:
+    tables = Db(road)
+    yield tables
+    tables.engine.dispose()
+
+
+@contextmanager
+def stub(api: ApiProcess) -> Iterator[Any]:
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100)]
+    with grpc.insecure_channel(api.target, options) as channel:
+        yield TaskServiceStub(channel)
+
+
+def request(number: int = 0, key: str = "", **data: Any) -> CreateRequest:
+    mail = {"email": f"u{number}@shop.test", "subject": f"Parcel {number}", "body": "text"} | data
+    return CreateRequest(data=TaskData(**mail), idempotency_key=key)
+
+
+def published_ids(road: Road) -> Counter[str]:
+    return Counter(uuid7.text(event.task.id) for event, _ in road.published())
+
+
+def detail(error: grpc.RpcError, kind: Any) -> Any:
+    [raw] = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]
+    for packed in status_pb2.Status.FromString(raw).details:
+        if packed.Is(kind.DESCRIPTOR):
+            return kind.FromString(packed.value)
+    raise AssertionError(f"no {kind}")
+
+
+class Load:
+    """Creates from several threads until it is stopped; notes what was accepted and what was not."""
+
+    def __init__(self, api: ApiProcess, threads: int = 8) -> None:
+        self.accepted: list[str] = []
+        self.refused: list[grpc.RpcError] = []
+        self.slowest = 0.0
+        self._stop = threading.Event()
+        self._api = api
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        with stub(self._api) as tasks:
+            while not self._stop.is_set():
+                number += 1000
+                start = time.monotonic()
+                try:
+                    self.accepted.append(tasks.Create(request(number), timeout=20).id)
+                except grpc.RpcError as error:
+                    self.refused.append(error)
+                    time.sleep(0.05)
+                self.slowest = max(self.slowest, time.monotonic() - start)
+
+
+# --- the usual way -------------------------------------------------------------------------------
+
+
+def test_a_task_is_published_at_once_as_it_would_be_rebuilt_and_leaves_the_outbox(road: Road, db: Db) -> None:
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with ApiProcess(road) as api, stub(api) as tasks:
+        labels, headers = {"k": 'v"', "a": "é"}, {"X-B": "2", "X-A": "1"}
+        rich = request(1, "key", html="<p>é</p>", headers=headers, labels=labels)
+        ids = [tasks.Create(rich, metadata=[("traceparent", given)]).id]
+        ids += [tasks.Create(request(n), metadata=[("traceparent", "00-junk")]).id for n in range(2, 30)]
+        ids.append(tasks.Create(CreateRequest(data=TaskData(email="a@b.test", subject="s", html=""))).id)
+        eventually(lambda: len(road.published()) >= len(ids))
+        eventually(db.outbox_empty)
+        found = road.published()
+        assert sorted(uuid7.text(event.task.id) for event, _ in found) == sorted(ids)
+        items = [outbox.created(event.task.id) for event, _ in found]
+        again = transaction(db.engine, lambda c: sweeper.rebuilt(c, items))
+        for event, headers in found:
+            assert again[outbox.created(event.task.id)] == event
+            assert headers["ce_type"] == b"postroad.v1.task.created"
+            traced = headers["traceparent"].decode()
+            first = uuid7.text(event.task.id) == ids[0]
+            assert traced == given if first else traced.split("-")[1] == event.task.id.hex()
+        assert api.metric('postroad_api_published_total{way="relay"}') == len(ids)
+        assert api.metric('postroad_api_published_total{way="sweeper"}') == 0
+        assert api.metric('postroad_api_requests_total{code="OK",rpc="Create"}') == len(ids)
+    assert db.ids() == set(ids)
+
+
+# --- idempotency ---------------------------------------------------------------------------------
+
+
+def test_one_key_is_one_task_however_often_and_wherever_it_is_asked_for_at_once(road: Road, db: Db) -> None:
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(ApiProcess(road)) for _ in range(2)]
+        stubs = [stack.enter_context(stub(api)) for api in replicas]
+        threads = stack.enter_context(ThreadPoolExecutor(32))
+        keys = 40
+
+        def create(n: int) -> tuple[int, str]:
+            number = n % keys
+            by_metadata = n % 3 == 0
+            asked = request(number, "" if by_metadata else f"key {number}")
+            metadata = [("idempotency-key", f"key {number}")] if by_metadata else []
+            return number, stubs[n % 2].Create(asked, metadata=metadata, timeout=30).id
+
+        answers = list(threads.map(create, range(keys * 16)))
+        by_key = dict(answers)
+        assert set(answers) == set(by_key.items())
+        assert db.ids() == db.ids("task_bodies", "task_id") == set(by_key.values())
+        eventually(db.outbox_empty)
+        assert published_ids(road) == Counter(by_key.values())
+
+
+def test_the_same_key_for_another_request_is_a_conflict_that_names_the_original(road: Road, db: Db) -> None:
+    with ApiProcess(road) as api, stub(api) as tasks:
+        first = tasks.Create(request(1, "k"))
+        for other in (request(2, "k"), request(1, "k", body=""), request(1, "k", labels={"a": "b"})):
+            with pytest.raises(grpc.RpcError) as caught:
+                tasks.Create(other)
+            assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+            info = detail(caught.value, error_details_pb2.ErrorInfo)
+            assert (info.reason, info.metadata["id"]) == ("IDEMPOTENCY_KEY_REUSED", first.id)
+        with pytest.raises(grpc.RpcError) as caught:
+            tasks.Create(request(1, "k"), metadata=[("idempotency-key", "other")])
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        # Another spelling of the same request is the same request; "k " is another key.
+        assert tasks.Create(request(1, "k", email="u1@SHOP.test")).id == first.id
+        assert tasks.Create(request(1, "k ")).id != first.id
+        assert tasks.Create(request(1, "K")).id != first.id
+        assert db.count("tasks") == 3
+
+
+def test_the_original_comes_back_as_it_stands_now(road: Road, db: Db) -> None:
+    with ApiProcess(road) as api, stub(api) as tasks:
+        first = tasks.Create(request(1, "k"))
+        sent = events_pb2.MailSent(
+            id=uuid7.parse(first.id),
+            attempt=2,
+            message_id="<m@x>",
+            reply="250 ok",
+            at_us=1_800_000_000 * 10**6,
+        )
+        transaction(db.engine, lambda c: taskstore.upsert(c, [delta(sent)]))
+        again = tasks.Create(request(1, "k"))
+        assert (again.id, again.status, again.attempts, again.reply) == (first.id, "completed", 2, "250 ok")
+        assert again.created_at == first.created_at
+        assert again.body == ""
+
+
+# --- Kafka away, the api killed ------------------------------------------------------------------
+
+
+def test_while_kafka_is_away_creates_go_on_and_all_is_published_afterwards(
+    infra: Infra, road: Road, db: Db
+) -> None:
+    with ApiProcess(road, POSTROAD_MAX_IN_FLIGHT="50") as api:
+        infra.stop("kafka-1")
+        try:
+            with Load(api) as load:
+                eventually(lambda: len(load.accepted) > 400)
+                assert api.metric("postroad_api_relay_held_tasks") <= 50
+            assert api.ready()
+        finally:
+            infra.start("kafka-1")
+        assert not load.refused
+        eventually(db.outbox_empty, 90)
+        assert set(published_ids(road)) == set(load.accepted) == db.ids()
+
+
+def test_what_a_killed_api_left_behind_another_one_publishes(infra: Infra, road: Road, db: Db) -> None:
+    with ApiProcess(road) as api:
+        infra.stop("kafka-1")
+        try:
+            with Load(api) as load:
+                eventually(lambda: len(load.accepted) > 100)
+            api.kill()
+        finally:
+            infra.start("kafka-1")
+    assert db.count("outbox") == len(load.accepted)
+    with ApiProcess(road) as first, ApiProcess(road) as second:
+        eventually(db.outbox_empty, 60)
+        swept = sum(api.metric('postroad_api_published_total{way="sweeper"}') for api in (first, second))
+        # Each was taken by one of the two.
+        assert swept == len(load.accepted)
+    assert published_ids(road) == Counter(load.accepted)
+
+
+def test_two_sweepers_never_take_the_same(road: Road, db: Db) -> None:
+    clock = uuid7.Clock()
+    items = [outbox.created(clock.draw()[0]) for _ in range(100)]
+
+    def put(connection: Connection) -> None:
+        outbox.put(connection, items)
+        outbox.put(connection, items[:10])
+        outbox.defer(connection, items, -1)
+
+    transaction(db.engine, put)
+    with db.engine.begin() as one, db.engine.begin() as two:
+        first = outbox.take(one, 60)
+        second = outbox.take(two, 60)
+    assert len(first) == 60
+    assert sorted(first + second) == sorted(items)
+    # What is taken is not due until its lease is over.
+    assert transaction(db.engine, lambda c: outbox.take(c, 60)) == []
+    transaction(db.engine, lambda c: outbox.delete(c, items[:99]))
+    assert db.count("outbox") == 1
+
+
+def test_sigterm_answers_and_publishes_what_was_accepted(road: Road, db: Db) -> None:
+    with ApiProcess(road) as api, Load(api) as load:
+        eventually(lambda: len(load.accepted) > 200)
+        assert api.stop() == 0
+    assert {error.code() for error in load.refused} <= {grpc.StatusCode.UNAVAILABLE}
+    assert db.outbox_empty()
+    assert set(load.accepted) <= db.ids()
+    assert set(published_ids(road)) == db.ids()
+
+
+def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(road: Road, db: Db) -> None:
+    with ApiProcess(road) as api, stub(api) as tasks:
+        tasks.Create(request())
+        codes: Counter[grpc.StatusCode] = Counter()
+        for n in range(300):
+            try:
+                tasks.Create(request(n), timeout=0.0005 + n % 10 / 2000)
+            except grpc.RpcError as error:
+                codes[error.code()] += 1
+        assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert tasks.Create(request()).status == "pending"
+        eventually(db.outbox_empty)
+        assert set(published_ids(road)) == db.ids()
+
+
+# --- MySQL away, hanging, cutting connections ----------------------------------------------------
+
+
+def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
+    infra: Infra, road: Road, db: Db
+) -> None:
+    with ApiProcess(road) as api, stub(api) as tasks, Load(api) as load:
+        eventually(lambda: len(load.accepted) > 100)
+        infra.stop("mysql")
+        try:
+            eventually(lambda: load.refused)
+            for call in (lambda: tasks.Create(request()), lambda: tasks.Get(GetRequest(id=load.accepted[0]))):
+                start = time.monotonic()
+                with pytest.raises(grpc.RpcError) as caught:
+                    call()
+                assert time.monotonic() - start < 6
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert detail(caught.value, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
+            eventually(lambda: not api.ready())
+        finally:
+            infra.start("mysql")
+        before = len(load.accepted)
+        eventually(lambda: len(load.accepted) > before + 100)
+        eventually(api.ready)
+        eventually(db.outbox_empty, 40)
+    assert load.slowest < 8
+    assert {error.code() for error in load.refused} == {grpc.StatusCode.UNAVAILABLE}
+    assert set(load.accepted) <= db.ids()
+    assert db.ids() == set(published_ids(road))
+
+
+def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(infra: Infra, road: Road, db: Db) -> None:
+    with (
+        ApiProcess(road, POSTROAD_MAX_PENDING_CREATES="20") as api,
+        stub(api) as tasks,
+        ThreadPoolExecutor(64) as threads,
+    ):
+        first = tasks.Create(request()).id
+        os.kill(infra.pid("mysql"), signal.SIGSTOP)
+        try:
+
+            def create(number: int) -> tuple[grpc.StatusCode, float, Any]:
+                start = time.monotonic()
+                with pytest.raises(grpc.RpcError) as caught:
+                    tasks.Create(request(number), timeout=30)
+                retry = detail(caught.value, error_details_pb2.RetryInfo)
+                return caught.value.code(), time.monotonic() - start, retry.retry_delay.ToMilliseconds()
+
+            answers = list(threads.map(create, range(60)))
+        finally:
+            os.kill(infra.pid("mysql"), signal.SIGCONT)
+        codes = Counter(code for code, _, _ in answers)
+        assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED: 40, grpc.StatusCode.UNAVAILABLE: 20}
+        assert max(seconds for _, seconds, _ in answers) < 7
+        assert all(retry > 0 for _, _, retry in answers)
+        eventually(lambda: accepts(tasks))
+        eventually(db.outbox_empty, 40)
+    assert first in db.ids()
+    assert set(published_ids(road)) == db.ids()
+
+
+def accepts(tasks: Any) -> bool:
+    try:
+        return bool(tasks.Create(request()).id)
+    except grpc.RpcError:
+        return False
+
+
+def cut_all(db: Db) -> int:
+    """End every other session on this database; return how many there were."""
+    cuts = 0
+    with db.engine.connect() as connection, suppress(DBAPIError):
+        # What a session runs may hold bytes that this list cannot show, or the session has just ended.
+        database = connection.exec_driver_sql("SELECT DATABASE(), CONNECTION_ID()").one()
+        for session in connection.exec_driver_sql("SHOW PROCESSLIST").all():
+            if session.db == database[0] and session.Id != database[1]:
+                connection.exec_driver_sql(f"KILL {session.Id}")
+                cuts += 1
+    return cuts
+
+
+def test_connections_cut_at_any_moment_lose_and_double_nothing(road: Road, db: Db) -> None:
+    with ApiProcess(road) as api, Load(api) as load:
+        cuts = 0
+        while len(load.accepted) < 1500:
+            cuts += cut_all(db)
+            time.sleep(0.03)
+    assert cuts > 20
+    assert set(load.accepted) <= db.ids()
+    assert len(load.accepted) == len(set(load.accepted))
+    # An answer other than OK leaves open whether the task was recorded.
+    assert len(db.ids()) <= len(load.accepted) + len(load.refused)
+    with ApiProcess(road):
+        eventually(db.outbox_empty, 60)
+    assert set(published_ids(road)) == db.ids()
