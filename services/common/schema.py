@@ -40,7 +40,8 @@ _LAST = (datetime(9999, 12, 31, 23, 59, 59) - _EPOCH) // timedelta(microseconds=
 
 def from_micros(micros: int) -> datetime:
     """Return microseconds since the Unix epoch as a column's value: UTC, naive, exact, 1970 to 9999."""
-    return _EPOCH + timedelta(microseconds=min(max(micros, 0), _LAST))
+    # Positionally: days, seconds, microseconds; half the time of a keyword.
+    return _EPOCH + timedelta(0, 0, micros if 0 <= micros <= _LAST else min(max(micros, 0), _LAST))
 
 
 def to_micros(time: datetime) -> int:

@@ -28,7 +28,9 @@ class Entry(NamedTuple):
     detail: str
 
 
-def _entry(event: Any, stage: str, kind: str, attempt: int = 0, detail: str = "") -> Entry:
+def _entry(
+    event: Any, stage: str, kind: str, attempt: int = 0, detail: str = "", *, relay: str = "", reply: str = ""
+) -> Entry:
     return Entry(
         task_id(event),
         event_key(event)[: _WIDTHS["event_id"]],
@@ -36,8 +38,8 @@ def _entry(event: Any, stage: str, kind: str, attempt: int = 0, detail: str = ""
         stage[: _WIDTHS["stage"]],
         kind,
         min(attempt, INT_MAX),
-        getattr(event, "relay", "")[: _WIDTHS["relay"]],
-        getattr(event, "reply", "")[: _WIDTHS["reply"]],
+        relay[: _WIDTHS["relay"]],
+        reply[: _WIDTHS["reply"]],
         detail[: _WIDTHS["detail"]],
     )
 
@@ -61,14 +63,16 @@ def timeline(event: Event) -> Entry:
             detail = f"{event.reason}: {event.detail}" if event.detail else event.reason
             return _entry(event, "validator", "mx_failed", event.attempt, detail)
         case pb.MailSent():
-            return _entry(event, "sender", "sent", event.attempt, event.message_id)
-        case pb.MailDeferred(in_doubt=True):
-            return _entry(event, event.stage, "in_doubt", event.attempt, _doubt(event))
+            return _entry(
+                event, "sender", "sent", event.attempt, event.message_id, relay=event.relay, reply=event.reply
+            )
         case pb.MailDeferred():
-            return _entry(event, event.stage, "deferred", event.attempt, event.reason)
-        case pb.MailFailed(uncertain=True):
-            return _entry(event, "sender", "in_doubt", event.attempt, _doubt(event))
+            kind, detail = ("in_doubt", _doubt(event)) if event.in_doubt else ("deferred", event.reason)
+            return _entry(
+                event, event.stage, kind, event.attempt, detail, relay=event.relay, reply=event.reply
+            )
         case pb.MailFailed():
-            return _entry(event, "sender", "failed", event.attempt, event.reason)
+            kind, detail = ("in_doubt", _doubt(event)) if event.uncertain else ("failed", event.reason)
+            return _entry(event, "sender", kind, event.attempt, detail, relay=event.relay, reply=event.reply)
         case pb.TaskCancelled():
             return _entry(event, "api", "cancelled")
