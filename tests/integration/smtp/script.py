@@ -22,12 +22,20 @@ __all__ = [
     "pool_for",
     "scripted",
     "send",
+    "until",
 ]
 
 FROM, TO = "shop@example.org", "ann@example.net"
 MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
 QUICK = Timeouts(connect=5, tls=5, greeting=5, command=5, data=5, block=5, after_dot=5, quit=1)
 PATIENCE = 10.0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that no event tells of."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 class Conversation:
@@ -161,6 +169,10 @@ class ScriptedServer:
             await script(conversation)
         finally:
             writer.close()
+
+    async def heard(self, number: int, line: bytes) -> None:
+        """Wait until the last line heard in the conversation of this number is ``line``."""
+        await until(lambda: self.conversations[number].heard[-1:] == [line])
 
     async def played(self) -> None:
         """Wait for every script to come to its end, and raise what one of them found wrong."""

@@ -1,0 +1,336 @@
+"""The pool: how many sessions, for how long, what happens while the relay is away, and how it closes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import pytest
+
+from services.sender.replies import InDoubt, NotSent, Phase, Sent
+from services.sender.smtp import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Tls
+from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for, scripted, send, until
+
+
+async def serving(c: Conversation) -> None:
+    """Take mail after mail until the client leaves."""
+    await c.greet("PIPELINING")
+    await carry_on(c)
+
+
+async def carry_on(c: Conversation) -> None:
+    while (line := await c.line()) and line != b"QUIT":
+        assert line.startswith(b"MAIL FROM:"), line
+        await c.expect("RCPT TO:", "DATA")
+        await c.say("250 ok", "250 ok", "354 go on")
+        await c.message()
+        await c.say("250 queued")
+    if line:
+        await c.say("221 bye")
+
+
+@asynccontextmanager
+async def on_port(port: int, script: Script) -> AsyncIterator[None]:
+    """A server that comes up on a port that was chosen before."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await script(Conversation(reader, writer))
+        finally:
+            writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", port)
+    try:
+        yield
+    finally:
+        listener.close()
+
+
+async def free_port() -> int:
+    listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
+    port: int = listener.sockets[0].getsockname()[1]
+    listener.close()
+    await listener.wait_closed()
+    return port
+
+
+# --- Sessions
+
+
+async def test_many_sends_share_few_sessions() -> None:
+    async with scripted(serving) as server, pool_for(server, limits=Limits(sessions=3)) as pool:
+        outcomes = await asyncio.gather(*(send(pool) for _ in range(200)))
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert server.connections == 3
+        assert pool.state.opened == pool.state.idle == 3
+        assert pool.state.busy == pool.state.waiting == 0
+
+
+async def test_one_after_another_uses_one_session() -> None:
+    async with scripted(serving) as server, pool_for(server, limits=Limits(sessions=20)) as pool:
+        for _ in range(20):
+            assert isinstance(await send(pool), Sent)
+        assert server.connections == 1
+
+
+async def test_a_session_carries_so_many_mails() -> None:
+    limits = Limits(sessions=1, mails_per_session=4)
+    async with scripted(serving) as server, pool_for(server, limits=limits) as pool:
+        outcomes = await asyncio.gather(*(send(pool) for _ in range(10)))
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert server.connections == 3
+        await server.heard(0, b"QUIT")
+        assert sum(line.startswith(b"MAIL") for line in server.conversations[0].heard) == 4
+
+
+async def test_an_idle_session_is_closed_in_time() -> None:
+    limits = Limits(sessions=2, idle=0.2)
+    async with scripted(serving) as server, pool_for(server, limits=limits) as pool:
+        await asyncio.gather(send(pool), send(pool))
+        assert pool.state.idle == 2
+        await until(lambda: pool.state.idle == 0)
+        await server.heard(0, b"QUIT")
+        await server.heard(1, b"QUIT")
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 3
+
+
+async def test_a_lost_session_makes_room_for_another() -> None:
+    async def one_mail(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+
+    async with scripted(one_mail) as server, pool_for(server, limits=Limits(sessions=2)) as pool:
+        outcomes = await asyncio.gather(*(send(pool) for _ in range(20)))
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert server.connections == 20
+
+
+async def test_a_relay_that_takes_fewer_sessions_is_respected() -> None:
+    async def full(c: Conversation) -> None:
+        await c.say("421 4.7.0 too many connections from you")
+        await c.drained()
+
+    async with (
+        scripted(serving, serving, full) as server,
+        pool_for(server, limits=Limits(sessions=6)) as pool,
+    ):
+        first, second = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
+        await asyncio.gather(first, second)
+        outcomes = await asyncio.gather(*(send(pool) for _ in range(100)))
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert pool.available
+        assert pool.state.idle == 2
+        # One try for each place that was free, and none for each mail.
+        assert server.connections <= 6
+
+
+async def test_a_cancelled_wait_gives_its_turn_away() -> None:
+    hold, release = asyncio.Event(), asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        hold.set()
+        await release.wait()
+        await c.say("250 queued")
+        await carry_on(c)
+
+    async with scripted(script) as server, pool_for(server) as pool:
+
+        async def first_then_cancel() -> None:
+            assert isinstance(await send(pool), Sent)
+            # The session was given to the second in this very turn of the loop; it will not use it.
+            second.cancel()
+
+        first = asyncio.create_task(first_then_cancel())
+        await hold.wait()
+        second, third = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
+        await until(lambda: pool.state.waiting == 2)
+        release.set()
+        await first
+        with pytest.raises(SendCancelled) as caught:
+            await second
+        assert isinstance(caught.value.outcome, NotSent)
+        assert isinstance(await third, Sent)
+        assert server.connections == 1
+
+
+# --- While the relay is away
+
+
+async def test_away_and_back_again() -> None:
+    port = await free_port()
+    pool = SmtpPool(
+        Relay("127.0.0.1", port, tls=Tls.NONE), limits=Limits(sessions=4, backoff=0.02), timeouts=QUICK
+    )
+    outcome = await send(pool)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert not pool.available
+    again = await asyncio.wait_for(send(pool), 0.5)
+    assert again == outcome or (isinstance(again, NotSent) and again.ours)
+    waiting = [asyncio.create_task(pool.wait_available()) for _ in range(50)]
+    async with on_port(port, serving):
+        await asyncio.wait_for(asyncio.gather(*waiting), 10)
+        assert pool.available
+        assert pool.state.trouble is None
+        outcomes = await asyncio.gather(*(send(pool) for _ in range(50)))
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        await pool.close()
+
+
+async def test_sends_that_wait_learn_of_it_when_the_relay_goes_away() -> None:
+    held = asyncio.Event()
+
+    async def dies(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await held.wait()
+        c.reset()
+
+    async def refuses(c: Conversation) -> None:
+        await c.say("554 closed for today")
+        await c.drained()
+
+    async with scripted(dies, refuses) as server, pool_for(server) as pool:
+        sends = [asyncio.create_task(send(pool)) for _ in range(10)]
+        await until(lambda: pool.state.waiting == 9)
+        held.set()
+        outcomes = await asyncio.wait_for(asyncio.gather(*sends), 5)
+        assert isinstance(outcomes[0], InDoubt)
+        for outcome in outcomes[1:]:
+            assert isinstance(outcome, NotSent)
+            assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+
+
+async def test_the_pauses_between_tries_grow() -> None:
+    tries: list[float] = []
+
+    async def refuses(c: Conversation) -> None:
+        tries.append(asyncio.get_running_loop().time())
+        await c.say("421 busy")
+        await c.drained()
+
+    limits = Limits(sessions=1, backoff=0.05, backoff_max=0.4)
+    async with scripted(refuses) as server, pool_for(server, limits=limits) as pool:
+        assert isinstance(await send(pool), NotSent)
+        await until(lambda: len(tries) >= 6)
+        pauses = [b - a for a, b in pairwise(tries)]
+        # 0.05, 0.1, 0.2, 0.4, 0.4, each give or take a quarter.
+        assert pauses[0] >= 0.03
+        assert pauses[3] >= 0.3
+        assert pauses[4] >= 0.3
+
+
+async def test_a_relay_that_wants_auth_at_mail_is_asked_ever_more_rarely() -> None:
+    asked: list[float] = []
+
+    async def wants_auth(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        while (line := await c.line()) and line != b"QUIT":
+            if line.startswith(b"MAIL"):
+                asked.append(asyncio.get_running_loop().time())
+                await c.expect("RCPT", "DATA")
+                await c.say("530 5.7.0 authentication required", "503 no", "503 no")
+            else:
+                await c.say("250 ok")
+                await c.expect("MAIL", "RCPT", "DATA")
+                asked.append(asyncio.get_running_loop().time())
+                await c.say("530 5.7.0 authentication required", "503 no", "503 no")
+        if line:
+            await c.say("221 bye")
+
+    limits = Limits(sessions=1, backoff=0.05, backoff_max=0.4)
+    async with scripted(wants_auth) as server, pool_for(server, limits=limits) as pool:
+        for _ in range(5):
+            outcome = await send(pool)
+            assert isinstance(outcome, NotSent)
+            assert outcome.ours
+            assert not pool.available
+            await asyncio.wait_for(pool.wait_available(), 5)
+        pauses = [b - a for a, b in pairwise(asked)]
+        assert len(pauses) == 4
+        assert pauses[3] >= 0.3
+
+
+# --- Closing
+
+
+async def test_closing_says_quit_and_refuses_what_comes_later() -> None:
+    async with scripted(serving) as server, pool_for(server, limits=Limits(sessions=3)) as pool:
+        await asyncio.gather(*(send(pool) for _ in range(10)))
+        await pool.close()
+        assert pool.state.idle == pool.state.busy == 0
+        assert [c.heard[-1] for c in server.conversations] == [b"QUIT"] * 3
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent)
+        assert outcome.ours
+        with pytest.raises(PoolClosedError):
+            await pool.wait_available()
+
+
+async def test_closing_lets_a_mail_under_way_end() -> None:
+    waiting, release = asyncio.Event(), asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        waiting.set()
+        await release.wait()
+        await c.say("250 queued")
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        under_way, queued = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
+        await waiting.wait()
+        closing = asyncio.create_task(pool.close(grace=5))
+        outcome = await queued
+        assert isinstance(outcome, NotSent)
+        assert outcome.ours
+        assert not closing.done()
+        release.set()
+        assert isinstance(await under_way, Sent)
+        await closing
+        assert server.conversations[0].heard[-1] == b"QUIT"
+
+
+async def test_closing_gives_up_on_a_mail_that_does_not_end() -> None:
+    waiting = asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        waiting.set()
+        await c.drained()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        under_way = asyncio.create_task(send(pool))
+        await waiting.wait()
+        await pool.close(grace=0.1)
+        assert isinstance(await under_way, InDoubt)
+
+
+async def test_closing_while_the_relay_is_away_leaves_nothing_behind() -> None:
+    pool = SmtpPool(Relay("127.0.0.1", await free_port(), tls=Tls.NONE), limits=Limits(backoff=60))
+    assert isinstance(await send(pool), NotSent)
+    waiting = asyncio.create_task(pool.wait_available())
+    await pool.close()
+    with pytest.raises(PoolClosedError):
+        await waiting
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_closing_does_not_wait_for_a_server_that_does_not_answer_quit() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.mail()
+        await c.drained()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Sent)
+        await asyncio.wait_for(pool.close(), QUICK.quit + 1)
