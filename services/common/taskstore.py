@@ -6,7 +6,7 @@ All functions work on the caller's connection, inside its transaction, and block
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
 from typing import NamedTuple, cast
@@ -88,11 +88,26 @@ def body_of(task: pb.MailTask) -> Body:
     )
 
 
-def insert_bodies(connection: Connection, bodies: Sequence[Body]) -> None:
+def insert_bodies(connection: Connection, bodies: Iterable[Body]) -> None:
     """Insert bodies; one that is there already stays."""
-    execute_rows(
-        connection, f"INSERT IGNORE INTO task_bodies ({', '.join(Body._fields)}) VALUES", bodies, limit=100
-    )
+    head = f"INSERT IGNORE INTO task_bodies ({', '.join(Body._fields)}) VALUES"
+    for part in _parts(bodies):
+        execute_rows(connection, head, part)
+
+
+def _parts(bodies: Iterable[Body]) -> Iterator[list[Body]]:
+    # MariaDB takes 16 MiB a statement. A million characters are 4 MB at most, twice that when escaped.
+    part: list[Body] = []
+    characters = 0
+    for body in bodies:
+        size = len(body.body or "") + len(body.html or "") + len(body.headers or "")
+        if part and characters + size > 1_000_000:
+            yield part
+            part, characters = [], 0
+        part.append(body)
+        characters += size
+    if part:
+        yield part
 
 
 def insert_events(connection: Connection, entries: Iterable[Entry], table: str = "task_events") -> None:
@@ -125,7 +140,8 @@ def owners_of_keys(
 def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.MailTask]:
     """Return the whole mail tasks as they were recorded, by id; without text and HTML once those are purged.
 
-    Ids that are unknown, or known from later events only, are left out.
+    Ids that are unknown, or known from later events only, are left out. Ask for few at a time: a task may
+    weigh megabytes.
     """
     if not ids:
         return {}

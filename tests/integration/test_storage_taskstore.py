@@ -69,6 +69,16 @@ def test_more_rows_than_a_statement_takes(engine: Engine) -> None:
     assert loaded == {task.id: task for task in tasks}
 
 
+def test_bodies_that_no_single_statement_could_hold(engine: Engine) -> None:
+    tasks = [mail_task(n) for n in range(36)]
+    for number, task in enumerate(tasks):
+        task.body = "'" * (2 << 20 if number == 5 else 1 << 20)  # each is escaped to two bytes
+    record(engine, *tasks)
+    with engine.connect() as connection:
+        for task in tasks:
+            assert taskstore.load_tasks(connection, [task.id]) == {task.id: task}
+
+
 def test_keys_are_owned_by_the_first_and_told_apart_to_the_byte(engine: Engine) -> None:
     first, second = mail_task(0), mail_task(2)
     keys = ["k", "k ", "K", "k\0", "é", "e\u0301", "\U0001f4ee", "x" * 255]
