@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Message, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from postroad.v1 import events_pb2 as pb
 from services.common import kafka_admin
@@ -119,7 +119,7 @@ class Kit:
         runtime = self.runtime(settings, **stage)
         run = asyncio.create_task(runtime.run())
         try:
-            await until(lambda: run.done() or not runtime.problems())
+            await until(lambda: run.done() or not runtime.problems(), 40)
             yield runtime
         finally:
             runtime.stop()
@@ -160,12 +160,6 @@ class Kit:
 
     def end(self, bare: str = TASK_CREATED) -> dict[int, int]:
         """The topic's end offsets, by partition."""
-        consumer = Consumer({"bootstrap.servers": self.infra.bootstrap, "group.id": "none"})
-        try:
-            topic = self.prefix + bare
-            return {
-                n: consumer.get_watermark_offsets(TopicPartition(topic, n), timeout=10)[1]
-                for n in range(PARTITIONS)
-            }
-        finally:
-            consumer.close()
+        partitions = [TopicPartition(self.prefix + bare, n) for n in range(PARTITIONS)]
+        asked = self.admin.list_offsets({partition: OffsetSpec.latest() for partition in partitions})
+        return {partition.partition: answer.result().offset for partition, answer in asked.items()}

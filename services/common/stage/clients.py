@@ -44,7 +44,8 @@ def consumer_config(settings: Settings, stage: str, client_id: str) -> dict[str,
         "max.partition.fetch.bytes": 256 << 10,
         "fetch.max.bytes": 4 << 20,
         "receive.message.max.bytes": MAX_RECORD_BYTES + (8 << 20),
-        "fetch.wait.max.ms": 500,
+        # A partition that is resumed, or due again, waits for the fetch under way: no longer than this.
+        "fetch.wait.max.ms": 100,
         "fetch.error.backoff.ms": 100,
     }
     if settings.group_protocol == "consumer":

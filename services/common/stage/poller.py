@@ -24,6 +24,9 @@ log = structlog.get_logger(__name__)
 _MOST = 500
 _TURN = 0.1
 _PAUSED_TURN = 0.05
+# How long intake may rest without pausing. A pause throws away what was prefetched, and a resumed
+# partition brings nothing for up to 200 ms; mostly there is room again before that.
+_PATIENCE = 0.25
 # How long cancelled handlers may take to come back before the consumer is closed without them.
 _CANCEL_GRACE = 2.0
 # A member that got no partition in this time asks the coordinator whether it is heard at all.
@@ -33,8 +36,9 @@ _IDLE_MEMBER = 5.0
 class Poller:
     """Fetches records, hands them on in batches, and commits what came back finished.
 
-    `hand_on` and `cancel` are called on this thread and must be thread-safe and quick; `give_back` and
-    `stop` may be called from any thread. `ended` is called last, with what made the thread end, or None.
+    `hand_on` and `cancel` (of which assignments, None for all, and in how many seconds) are called on this
+    thread and must be thread-safe and quick; `give_back` and `stop` may be called from any thread. `ended`
+    is called last, with what made the thread end, or None.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Poller:
         revoke_seconds: float,
         drain_seconds: float,
         hand_on: Callable[[list[Fetched]], None],
-        cancel: Callable[[Collection[Assignment] | None], None],
+        cancel: Callable[[Collection[Assignment] | None, float], None],
         ended: Callable[[BaseException | None], None],
         consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
     ) -> None:
@@ -63,6 +67,7 @@ class Poller:
         self._sleeping = False
         self._stopping = False
         self._resting = False
+        self._full_since: float | None = None
         self._fatal: KafkaError | None = None
         self._errors: dict[str, float] = {}
         self._joined = False
@@ -133,9 +138,15 @@ class Poller:
         self._commits.commit_if_due(now)
         if self._fatal is not None:
             raise KafkaException(self._fatal)
-        self._rest(self._ledger.in_flight.full())
         self._release_held()
-        messages = self._nap() if self._resting else self._fetch(now)
+        if self._ledger.in_flight.full():
+            self._full_since = self._full_since or now
+            self._rest(now - self._full_since > _PATIENCE)
+            messages = self._nap()
+        else:
+            self._full_since = None
+            self._rest(False)
+            messages = self._fetch(now)
         if messages:
             self._receive(messages)
         elif not self._joined and now - self._started > _IDLE_MEMBER:
@@ -158,12 +169,14 @@ class Poller:
         return messages
 
     def _nap(self) -> list[Message]:
-        """Keep polling, for the group's sake, while there is no room; wakes when something comes back."""
+        """Take nothing while there is no room; once paused, keep polling for the group's sake."""
         self._sleeping = True
         if not self._returned and not self._stopping:
             self._wake.wait(_PAUSED_TURN)
         self._sleeping = False
         self._wake.clear()
+        if not self._resting:
+            return []
         first = self._consumer.poll(0)
         # Only what was on its way before the pause took hold.
         return [first] if first is not None else []
@@ -247,15 +260,16 @@ class Poller:
         self._leave(leaving)
         if stuck:
             log.warning("partitions given up with records unfinished", partitions=len(stuck))
-            self._cancel(stuck)
+            self._cancel(stuck, 0)
         consumer.incremental_unassign(partitions)
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._count("lost", partitions)
         leaving = self._ledger.select((p.topic, p.partition) for p in partitions)
         self._leave(leaving)
-        # Another replica may have them by now; what is under way here has no owner any more.
-        self._cancel(leaving)
+        # Another replica may have them by now. What is under way may still come to its end, as it may when
+        # partitions are revoked: to be cut off in the middle is what leaves a mail in doubt.
+        self._cancel(leaving, self._revoke_seconds)
         consumer.incremental_unassign(partitions)
 
     def _leave(self, leaving: list[Assignment]) -> None:
@@ -288,7 +302,7 @@ class Poller:
         self._empty(deadline)
         if self._ledger.in_flight.records:
             log.warning("drain time is over", unfinished=self._ledger.in_flight.records)
-            self._cancel(None)
+            self._cancel(None, 0)
             self._empty(time.monotonic() + _CANCEL_GRACE)
         self._commits.commit_now(self._ledger.owned(), time.monotonic())
 

@@ -61,7 +61,7 @@ class StageRuntime:
         ledger = Ledger(InFlight(self._settings.max_in_flight, self._settings.max_in_flight_bytes))
         intake = Intake(self._stage, self._settings, ledger)
 
-        def post(call: Callable[..., None], *args: object) -> None:
+        def post(call: Callable[..., object], *args: object) -> None:
             try:
                 loop.call_soon_threadsafe(call, *args)
             except RuntimeError:
@@ -85,8 +85,8 @@ class StageRuntime:
         def hand_on(records: list[Fetched]) -> None:
             post(take, records)
 
-        def cancel(assignments: Collection[Assignment] | None) -> None:
-            post(work.cancel, assignments)
+        def cancel(assignments: Collection[Assignment] | None, after: float) -> None:
+            post(loop.call_later, after, work.cancel, assignments)
 
         poller = self._poller = Poller(
             consumer_config(self._settings, self._stage.name, self._source),

@@ -1,0 +1,476 @@
+"""The invariants of the stage runtime that need a broker; the pure ones stand under tests/unit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+from services.common import telemetry
+from services.common.events import Outgoing
+from services.common.stage.types import Dead, Outcome, Record, Retry
+from services.common.topics import MX_OK, TASK_CREATED
+from tests.integration.stage_kit import Kit, Watched, created, passed_on, until
+from tests.stack import ROOT, Infra
+
+
+@pytest.fixture(params=["consumer", "classic"])
+def kit(infra: Infra, request: pytest.FixtureRequest) -> Kit:
+    return Kit(infra, request.param)
+
+
+class Child:
+    """A stage in a process of its own (stage_child.py)."""
+
+    def __init__(self, kit: Kit, directory: Path, seconds: float, **environment: str) -> None:
+        self.journal_path = directory / "journal"
+        self.log_path = directory / "log"
+        self.journal_path.touch()
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("POSTROAD_")}
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.integration.stage_child"],
+                cwd=ROOT,
+                stderr=log,
+                env=clean
+                | {
+                    "POSTROAD_KAFKA_BOOTSTRAP": kit.infra.bootstrap,
+                    "POSTROAD_TOPIC_PREFIX": kit.prefix,
+                    "POSTROAD_GROUP_PROTOCOL": kit.protocol,
+                    "POSTROAD_PARTITIONS": "4",
+                    "CHILD_JOURNAL": str(self.journal_path),
+                    "CHILD_SECONDS": str(seconds),
+                }
+                | environment,
+            )
+
+    def handled(self) -> list[int]:
+        """The epochs of the records it has handled so far."""
+        return [int(line) for line in self.journal_path.read_text().split()]
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+
+@pytest.fixture
+def child(kit: Kit, tmp_path: Path) -> Iterator[Any]:
+    children: list[Child] = []
+
+    def start(seconds: float, **environment: str) -> Child:
+        directory = tmp_path / str(len(children))
+        directory.mkdir()
+        children.append(Child(kit, directory, seconds, **environment))
+        return children[-1]
+
+    yield start
+    for one in children:
+        one.process.kill()
+        one.process.wait()
+
+
+async def test_i1_what_is_committed_is_finished_and_never_goes_back(kit: Kit) -> None:
+    rng = random.Random(5)
+    finished: set[tuple[int, int]] = set()
+
+    async def handle(record: Record) -> Outcome:
+        await asyncio.sleep(rng.random() * 1.5)
+        finished.add((record.assignment.partition, record.offset))  # type: ignore[attr-defined]
+        return passed_on(record)
+
+    before: dict[int, int] = {}
+    async with kit.running(handle=handle):
+        await kit.publish(created(n) for n in range(1000))
+        while sum(before.values()) < 1000:
+            # The committed offsets are read first, so what they cover must be finished by now.
+            after = kit.committed()
+            for partition, offset in after.items():
+                assert offset >= before.get(partition, 0)
+                assert {(partition, o) for o in range(offset)} <= finished
+            before = after
+            await asyncio.sleep(0.05)
+
+
+async def test_i2_every_record_ends_done_delayed_dead_or_uncommitted(kit: Kit) -> None:
+    """Handlers that hang are cancelled when the drain is over; the next owner gets their records."""
+    tasks = [created(n) for n in range(80)]
+
+    async def handle(record: Record) -> Outcome:
+        match record.event.epoch % 4:
+            case 0:
+                return passed_on(record)
+            case 1 if record.attempt == 1:
+                return Retry(1, int(time.time() * 1000) + 1000, "later")
+            case 2:
+                return Dead("no")
+            case 3:
+                await asyncio.Event().wait()
+        return passed_on(record)
+
+    async with kit.running(kit.with_(drain_seconds=1), handle=handle):
+        await kit.publish(tasks)
+        await until(lambda: len(kit.read("validator.dead")) == 20)
+        await until(lambda: len(kit.read(MX_OK)) == 40)
+    hung = {task.key for n, task in enumerate(tasks) if n % 4 == 3}
+    committed = kit.committed()
+    for message in kit.read(TASK_CREATED):
+        if message.key() in hung:
+            assert committed[message.partition()] <= message.offset()
+
+    again: set[bytes | None] = set()
+
+    def remember(record: Record) -> Outcome:
+        again.add(record.key)
+        return passed_on(record)
+
+    async with kit.running(handle=remember):
+        await until(lambda: kit.committed() == kit.end())
+    assert hung <= again
+
+
+async def test_i2_a_handler_that_cancels_itself_is_run_again(kit: Kit) -> None:
+    tries = 0
+
+    async def handle(record: Record) -> Outcome:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise asyncio.CancelledError
+        return passed_on(record)
+
+    async with kit.running(handle=handle):
+        await kit.publish([created()])
+        await until(lambda: tries == 1)
+        assert sum(kit.committed().values()) == 0
+        await until(lambda: sum(kit.committed().values()) == 1)
+    assert tries == 2
+
+
+async def test_i3_a_completion_from_before_a_revocation_changes_nothing(infra: Infra) -> None:
+    """A handler outlives its partition; the same offset is handed out again; only then it completes."""
+    kit = Kit(infra, "consumer")
+    late, release, again = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    started: list[Record] = []
+
+    async def stubborn(record: Record) -> Outcome:
+        started.append(record)
+        if len(started) == 1:
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                await late.wait()
+            return passed_on(record)
+        again.set()
+        await asyncio.Event().wait()
+        return passed_on(record)
+
+    async def other(record: Record) -> Outcome:
+        await asyncio.Event().wait()
+        return passed_on(record)
+
+    settings = kit.with_(revoke_seconds=0.5, drain_seconds=0.1)
+    async with kit.running(settings, handle=stubborn) as first:
+        await kit.publish([created()])
+        await until(lambda: started)
+        partition = started[0].assignment.partition  # type: ignore[attr-defined]
+        others = []
+        # Enough members that every partition moves away from the first.
+        for _ in range(6):
+            runtime = kit.runtime(settings, handle=other)
+            others.append((runtime, asyncio.create_task(runtime.run())))
+            await until(lambda r=runtime: r.ready(), 30)
+            if not started[0].assignment.live:  # type: ignore[attr-defined]
+                break
+        assert not started[0].assignment.live  # type: ignore[attr-defined]
+        for runtime, run in others:
+            runtime.stop()
+            await run
+        await asyncio.wait_for(again.wait(), 30)
+        assert started[1].key == started[0].key
+        assert started[1] is not started[0]
+        late.set()
+        await until(lambda: len(kit.read(MX_OK)) == 1)
+        # The late outcome was published and has come back; another round of commits goes by.
+        await kit.publish([created()])
+        await until(lambda: len(started) == 3)
+        await asyncio.sleep(1.5)
+        assert first.problems() == []
+        assert kit.committed()[partition] == 0
+
+
+async def test_i4_what_a_stalled_handler_holds_is_bounded(kit: Kit) -> None:
+    go = asyncio.Event()
+    holding: list[Record] = []
+
+    async def handle(record: Record) -> Outcome:
+        holding.append(record)
+        await go.wait()
+        return passed_on(record)
+
+    settings = kit.with_(max_in_flight=300, max_in_flight_bytes=8 << 20)
+    await kit.publish(created(n, body="x" * 20_000) for n in range(3000))
+    async with kit.running(settings, handle=handle):
+        await until(lambda: len(holding) >= 190)
+        held = len(holding)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            # By bytes: 8 MiB hold 195 of these; what was on its way when that was reached comes on top.
+            assert len(holding) <= 300
+        assert len(holding) <= held + 110
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
+        gauge = telemetry.STAGE_IN_FLIGHT.labels("validator")
+        assert gauge.collect()[0].samples[0].value == len(holding)
+        go.set()
+        await until(lambda: sum(kit.committed().values()) == 3000, 60)
+    assert Counter(r.key for r in holding).most_common(1)[0][1] == 1
+
+
+async def test_i4_a_hundred_thousand_deferred_records_take_no_memory(infra: Infra) -> None:
+    kit = Kit(infra, "consumer")
+    due = int(time.time() * 1000) + 60_000
+    template = created(body="x" * 300)
+    headers = [
+        *template.headers,
+        ("due-at", b"%d" % due), ("attempt", b"2"), ("origin", b"task.created/0/0"), ("cause", b"x"),
+    ]  # fmt: skip
+    count = 100_000
+    for start in range(0, count, 20_000):
+        await kit.publish(
+            Outgoing("validator.delay.2", b"%d" % n, template.value, headers)
+            for n in range(start, start + 20_000)
+        )
+    handled: list[Record] = []
+
+    def handle(record: Record) -> Outcome:
+        handled.append(record)
+        return passed_on(record)
+
+    async with kit.running(handle=handle):
+        await until(lambda: telemetry.STAGE_HELD.labels("validator")._value.get() == 4)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        await kit.publish(created(n) for n in range(1000))
+        await until(lambda: sum(kit.committed().values()) == 1000)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
+        assert len(handled) == 1000
+        assert all(record.attempt == 1 for record in handled)
+
+
+async def test_i5_only_the_pollers_thread_touches_the_consumer(kit: Kit) -> None:
+    made: list[Watched] = []
+
+    def make(config: dict[str, Any]) -> Watched:
+        made.append(Watched(config))
+        return made[-1]
+
+    async def handle(record: Record) -> Outcome:
+        await asyncio.sleep(0.4)
+        if record.attempt == 1:
+            return Retry(2, int(time.time() * 1000) + 2000, "later")
+        return passed_on(record)
+
+    # So slow, and the bound so low, that pauses are part of it, and the hold of a delay topic.
+    async with kit.running(kit.with_(max_in_flight=30), handle=handle, consumer=make):
+        await kit.publish(created(n) for n in range(60))
+        await until(lambda: len(kit.read(MX_OK)) == 60, 60)
+    assert [watched.threads for watched in made] == [{"poller"}]
+    assert {"subscribe", "poll", "consume", "commit", "pause", "resume", "seek", "close"} <= made[0].calls
+
+
+async def test_i6_a_busy_member_is_never_evicted(kit: Kit) -> None:
+    """All it may hold is held for longer than a session: still the same member, and nothing handled twice."""
+    handled: Counter[bytes | None] = Counter()
+    go = asyncio.Event()
+
+    async def handle(record: Record) -> Outcome:
+        handled[record.key] += 1
+        await go.wait()
+        return passed_on(record)
+
+    async with kit.running(kit.with_(max_in_flight=20), handle=handle, consumer=_short_lived(kit)):
+        await kit.publish(created(n) for n in range(100))
+        await until(lambda: len(handled) >= 20)
+        rebalances = _rebalances()
+        await asyncio.sleep(13)
+        assert _rebalances() == rebalances
+        go.set()
+        await until(lambda: sum(kit.committed().values()) == 100)
+    assert set(handled.values()) == {1}
+
+
+async def test_i6_polling_goes_on_while_draining(kit: Kit) -> None:
+    handled: Counter[bytes | None] = Counter()
+
+    async def handle(record: Record) -> Outcome:
+        handled[record.key] += 1
+        await asyncio.sleep(12)
+        return passed_on(record)
+
+    async with kit.running(kit.with_(drain_seconds=30), handle=handle, consumer=_short_lived(kit)):
+        await kit.publish(created(n) for n in range(20))
+        await until(lambda: len(handled) == 20)
+    assert sum(kit.committed().values()) == 20
+
+
+async def test_i7_nothing_is_committed_after_partitions_were_lost(kit: Kit, child: Any) -> None:
+    """A replica is stopped for longer than its session while another takes over, and then goes on."""
+    stopped = child(3.0)
+    await until(lambda: "partitions assigned" in stopped.log(), 30)
+    await kit.publish(created(n) for n in range(40))
+    await asyncio.sleep(1.5)
+    assert stopped.handled() == []
+    stopped.process.send_signal(signal.SIGSTOP)
+    try:
+        # The heir takes a first few only, so that the offsets that the stopped one could commit lie ahead.
+        taken = 0
+
+        async def handle(record: Record) -> Outcome:
+            nonlocal taken
+            taken += 1
+            if record.offset >= 2:  # type: ignore[attr-defined]
+                await asyncio.Event().wait()
+            return passed_on(record)
+
+        async with kit.running(kit.with_(drain_seconds=0.1), handle=handle):
+            await until(lambda: taken == 40, 60)
+            await until(lambda: set(kit.committed().values()) == {2})
+            stopped.process.send_signal(signal.SIGCONT)
+            await until(lambda: "partitions lost" in stopped.log(), 60)
+            await asyncio.sleep(5)
+            assert set(kit.committed().values()) <= {2}
+    finally:
+        stopped.process.send_signal(signal.SIGCONT)
+
+
+async def test_i8_a_revoked_partition_is_settled_before_the_next_owner_has_it(kit: Kit) -> None:
+    handled: Counter[bytes | None] = Counter()
+
+    async def handle(record: Record) -> Outcome:
+        handled[record.key] += 1
+        await asyncio.sleep(0.3)
+        return passed_on(record)
+
+    tasks = [created(n) for n in range(600)]
+    settings = kit.with_(max_in_flight=50)
+    async with kit.running(settings, handle=handle):
+        publishing = asyncio.create_task(kit.publish(tasks))
+        async with kit.running(settings, handle=handle):
+            async with kit.running(settings, handle=handle):
+                await publishing
+                await until(lambda: len(handled) > 300, 30)
+            await until(lambda: sum(kit.committed().values()) == 600, 60)
+    assert len(handled) == 600
+    # Every record was handled once although its partition may have moved twice.
+    assert set(handled.values()) == {1}
+
+
+async def test_i8_the_deadline_ends_the_wait_and_the_next_owner_handles_it(kit: Kit) -> None:
+    cancelled: list[Record] = []
+
+    async def hang(record: Record) -> Outcome:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(record)
+            raise
+        return passed_on(record)
+
+    tasks = [created(n) for n in range(40)]
+    by_next: set[bytes | None] = set()
+
+    def handle(record: Record) -> Outcome:
+        by_next.add(record.key)
+        return passed_on(record)
+
+    async with kit.running(kit.with_(revoke_seconds=1, drain_seconds=0.1), handle=hang):
+        await kit.publish(tasks)
+        async with kit.running(handle=handle):
+            await until(lambda: cancelled and len(by_next) == len(cancelled), 40)
+            assert {record.key for record in cancelled} == by_next
+    assert 0 < len(by_next) < 40 or kit.protocol == "classic"
+
+
+async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) -> None:
+    topic = ConfigResource(ResourceType.TOPIC, kit.names.dead("validator"))
+
+    def limit(size: int) -> None:
+        entry = ConfigEntry("max.message.bytes", str(size), incremental_operation=AlterConfigOpType.SET)
+        changed = ConfigResource(ResourceType.TOPIC, topic.name, incremental_configs=[entry])
+        for done in kit.admin.incremental_alter_configs([changed]).values():
+            done.result()
+
+    failures = telemetry.STAGE_PUBLISH_FAILURES.labels("validator")._value
+    before = failures.get()
+    limit(1000)
+    bad = Outgoing(TASK_CREATED, b"k", random.Random(1).randbytes(5000), [])
+    async with kit.running(handle=passed_on) as runtime:
+        await kit.publish([bad])
+        await kit.publish(created(n) for n in range(100))
+        await until(lambda: len(kit.read(MX_OK)) == 100)
+        await until(lambda: failures.get() > before + 3)
+        assert any("wait for their events" in problem for problem in runtime.problems())
+        (message,) = [m for m in kit.read(TASK_CREATED) if m.key() == b"k"]
+        assert kit.committed()[message.partition()] <= message.offset()
+        limit(1_000_000)
+        await until(lambda: kit.committed() == kit.end(), 30)
+        assert runtime.problems() == []
+    (letter,) = kit.read("validator.dead")
+    assert letter.value() == bad.value
+
+
+async def test_i10_sigterm_under_load_drains_commits_and_exits_0(kit: Kit, child: Any) -> None:
+    first = child(0.2)
+    await until(lambda: "partitions assigned" in first.log(), 30)
+    publishing = asyncio.create_task(kit.publish(created(n) for n in range(5000)))
+    await until(lambda: len(first.handled()) > 500, 30)
+    started = time.monotonic()
+    first.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(first.process.wait, 20) == 0
+    assert time.monotonic() - started < 10
+    await publishing
+    handled = first.handled()
+    # All that it took is committed, and no more: what the next one gets is the rest, each once.
+    assert sum(kit.committed().values()) == len(handled) < 5000
+    second = child(0)
+    await until(lambda: len(second.handled()) == 5000 - len(handled), 60)
+    await until(lambda: kit.committed() == kit.end())
+    assert sorted(handled + second.handled()) == list(range(5000))
+
+
+async def test_a_killed_replicas_records_are_handled_by_the_next(kit: Kit, child: Any) -> None:
+    first = child(0.05)
+    await until(lambda: "partitions assigned" in first.log(), 30)
+    publishing = asyncio.create_task(kit.publish(created(n) for n in range(3000)))
+    await until(lambda: len(first.handled()) > 500, 30)
+    first.process.kill()
+    await publishing
+    second = child(0)
+    await until(lambda: len({m.key() for m in kit.read(MX_OK)}) == 3000, 60)
+    assert set(first.handled()) | set(second.handled()) == set(range(3000))
+
+
+def _rebalances() -> float:
+    return sum(
+        telemetry.STAGE_REBALANCES.labels("validator", kind)._value.get()
+        for kind in ("assigned", "revoked", "lost")
+    )
+
+
+def _short_lived(kit: Kit) -> Any:
+    def make(config: dict[str, Any]) -> Watched:
+        if kit.protocol == "classic":
+            return Watched(config | {"max.poll.interval.ms": 10_000, "session.timeout.ms": 6000})
+        return Watched(config | {"max.poll.interval.ms": 6000})
+
+    return make
