@@ -78,6 +78,8 @@ def engine_of(url: str | URL, pool_size: int = 4, read_seconds: int = READ_SECON
     engine = create_engine(
         url,
         isolation_level="READ COMMITTED",
+        # An error's text goes to the logs; a mail's does not.
+        hide_parameters=True,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=READ_SECONDS,

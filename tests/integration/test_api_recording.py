@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from postroad.v1 import events_pb2
@@ -244,27 +244,6 @@ def test_what_a_killed_api_left_behind_another_one_publishes(infra: Infra, road:
         # Each was taken by one of the two.
         assert swept == len(load.accepted)
     assert published_ids(road) == Counter(load.accepted)
-
-
-def test_two_sweepers_never_take_the_same(road: Road, db: Db) -> None:
-    clock = uuid7.Clock()
-    items = [outbox.created(clock.draw()[0]) for _ in range(100)]
-
-    def put(connection: Connection) -> None:
-        outbox.put(connection, items)
-        outbox.put(connection, items[:10])
-        outbox.defer(connection, items, -1)
-
-    transaction(db.engine, put)
-    with db.engine.begin() as one, db.engine.begin() as two:
-        first = outbox.take(one, 60)
-        second = outbox.take(two, 60)
-    assert len(first) == 60
-    assert sorted(first + second) == sorted(items)
-    # What is taken is not due until its lease is over.
-    assert transaction(db.engine, lambda c: outbox.take(c, 60)) == []
-    transaction(db.engine, lambda c: outbox.delete(c, items[:99]))
-    assert db.count("outbox") == 1
 
 
 def test_sigterm_answers_and_publishes_what_was_accepted(road: Road, db: Db) -> None:

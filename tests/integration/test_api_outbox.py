@@ -1,0 +1,176 @@
+"""The recorder and the outbox on both databases, without Kafka or gRPC around them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from postroad.v1 import events_pb2, task_pb2
+from postroad.v1.task_service_pb2 import CreateRequest, TaskData
+from services.api import outbox, sweeper, uuid7, views
+from services.api.errors import Problem
+from services.api.recorder import Recorder
+from services.api.relay import Recording
+from services.api.validation import mail_task
+from services.common import taskstore
+from services.common.database import transaction
+from services.common.fold import delta
+
+CLOCK = uuid7.Clock()
+
+
+def recording(key: str = "", **data: object) -> Recording:
+    mail = {"email": "a@shop.test", "subject": "Hello", "body": "text"} | data
+    task = mail_task(CreateRequest(data=TaskData(**mail)), "default", key, 1000)  # type: ignore[arg-type]
+    task.id, task.created_at_us = CLOCK.draw()
+    return Recording(events_pb2.TaskCreated(task=task, at_us=task.created_at_us), b"trace", 100)
+
+
+def ids_in(engine: Engine, table: str, column: str = "task_id") -> list[bytes]:
+    rows = transaction(engine, lambda c: c.exec_driver_sql(f"SELECT {column} FROM {table}").all())
+    return sorted(bytes(row[0]) for row in rows)
+
+
+async def record(
+    engine: Engine, *recordings: Recording
+) -> tuple[list[task_pb2.Task | BaseException | None], list[Recording]]:
+    """Record all at once; return what each was answered and what was handed on to be published."""
+    committed: list[Recording] = []
+    recorder = Recorder(engine, committed.extend, 1000, 1 << 20)
+    answers = await asyncio.gather(*map(recorder.record, recordings), return_exceptions=True)
+    await recorder.close()
+    return answers, committed
+
+
+async def test_a_recorded_task_stands_in_three_tables_and_is_rebuilt_as_it_was(engine: Engine) -> None:
+    rich = recording(
+        "key",
+        subject="é\u2028",
+        body="\0 \r\n👍",
+        html="",
+        headers={"X-A": "é"},
+        labels={"b": '"', "a": "\\"},
+    )
+    batch = [rich, recording(body="", html="<p>"), *(recording() for _ in range(700))]
+    answers, committed = await record(engine, *batch)
+    assert answers == [None] * len(batch)
+    assert committed == batch
+    events = {outbox.created(r.event.task.id): r.event for r in batch}
+    ids = sorted(item.task_id for item in events)
+    assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == ids
+    assert transaction(engine, lambda c: sweeper.rebuilt(c, list(events))) == events
+    # What Create answers without reading is what Get reads.
+    row = transaction(
+        engine,
+        lambda c: c.exec_driver_sql(
+            f"SELECT {views.COLUMNS} FROM tasks WHERE id = %s", (rich.event.task.id,)
+        ).one(),
+    )
+    assert views.task(row) == views.recorded(rich.event.task)
+
+
+async def test_a_key_asked_for_twice_in_one_transaction_is_one_task(engine: Engine) -> None:
+    first, same, other, free = recording("k"), recording("k"), recording("k", subject="x"), recording()
+    answers, committed = await record(engine, first, same, other, free)
+    assert committed == [first, free]
+    assert answers[0] is None
+    assert answers[1] == views.recorded(first.event.task)
+    assert isinstance(answers[2], Problem)
+    assert answers[3] is None
+    kept = sorted(r.event.task.id for r in (first, free))
+    assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == kept
+
+
+async def test_recorders_that_race_for_keys_agree_on_one_task_each(engine: Engine) -> None:
+    # Each takes the keys in another order, so that their transactions meet in deadlocks too.
+    keys = [f"key {n}" for n in range(30)]
+    rounds = [keys, keys[::-1], keys[15:] + keys[:15], keys[::2] + keys[1::2]]
+    results = await asyncio.gather(*(record(engine, *map(recording, order)) for order in rounds))
+    recorded = [r.event.task.id for _, committed in results for r in committed]
+    assert len(recorded) == len(keys)
+    assert sorted(recorded) == ids_in(engine, "tasks", "id") == ids_in(engine, "outbox")
+    for answers, _ in results:
+        assert all(answer is None or isinstance(answer, task_pb2.Task) for answer in answers), answers
+
+
+async def test_recording_the_same_again_after_a_commit_of_unknown_outcome_changes_nothing(
+    engine: Engine,
+) -> None:
+    batch = [recording("k"), recording()]
+    await record(engine, *batch)
+    # Meanwhile it was published, sent and folded.
+    sent = events_pb2.MailSent(id=batch[0].event.task.id, attempt=1, at_us=batch[0].event.at_us + 5)
+    transaction(engine, lambda c: taskstore.upsert(c, [delta(sent)]))
+    before = transaction(engine, lambda c: c.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all())
+    answers, committed = await record(engine, *batch)
+    assert answers == [None, None]
+    assert committed == batch
+    assert transaction(engine, lambda c: c.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all()) == before
+    assert len(ids_in(engine, "outbox")) == 2
+
+
+async def test_a_poisonous_task_fails_alone_and_leaves_nothing_behind(engine: Engine) -> None:
+    poison = recording()
+    poison.event.task.tenant = "é" * 3
+    transaction(
+        engine, lambda c: c.exec_driver_sql("ALTER TABLE tasks MODIFY tenant VARCHAR(64) CHARACTER SET ascii")
+    )
+    batch = [recording(), poison, *(recording() for _ in range(20))]
+    answers, committed = await record(engine, *batch)
+    assert isinstance(answers[1], DBAPIError)
+    assert "shop.test" not in str(answers[1])
+    assert committed == [batch[0], *batch[2:]]
+    assert poison.event.task.id not in ids_in(engine, "task_bodies")
+
+
+def test_two_sweepers_never_take_the_same(engine: Engine) -> None:
+    items = [outbox.created(CLOCK.draw()[0]) for _ in range(100)]
+
+    def put(connection: Connection) -> None:
+        outbox.put(connection, items)
+        outbox.put(connection, items[:10])
+
+    transaction(engine, put)
+    # What was just recorded is the relay's.
+    assert taken(engine, 60) == []
+    transaction(engine, lambda c: outbox.defer(c, items, -1))
+    with engine.begin() as one, engine.begin() as two:
+        first = outbox.take(one, 60)
+        second = outbox.take(two, 60)
+    assert len(first) == 60
+    assert sorted(first + second) == sorted(items)
+    # What is taken is not due until its lease is over.
+    assert taken(engine, 60) == []
+    transaction(engine, lambda c: outbox.defer(c, first[:1], -1))
+    assert taken(engine, 60) == first[:1]
+    transaction(engine, lambda c: outbox.delete(c, items[:99]))
+    transaction(engine, lambda c: outbox.delete(c, items[:99]))
+    assert ids_in(engine, "outbox") == [items[99].task_id]
+
+
+def taken(engine: Engine, limit: int) -> Sequence[outbox.Item]:
+    return transaction(engine, lambda c: outbox.take(c, limit))
+
+
+def test_sweeping_does_not_hold_up_recording(engine: Engine) -> None:
+    """Under REPEATABLE READ a poller that skips locked rows locks the gaps that inserts need."""
+    items = [outbox.created(CLOCK.draw()[0]) for _ in range(100)]
+    transaction(engine, lambda c: outbox.put(c, items[:50]))
+    transaction(engine, lambda c: outbox.defer(c, items[:50], -1))
+    with engine.begin() as sweeping:
+        assert len(outbox.take(sweeping, 20)) == 20
+        transaction(engine, lambda c: outbox.put(c, items[50:]))
+    assert len(ids_in(engine, "outbox")) == 100
+
+
+@pytest.mark.parametrize("size", [1, 499, 500, 501, 1200])
+def test_any_number_of_items_fits(engine: Engine, size: int) -> None:
+    items = [outbox.created(CLOCK.draw()[0]) for _ in range(size)]
+    transaction(engine, lambda c: outbox.put(c, items))
+    assert len(ids_in(engine, "outbox")) == size
+    transaction(engine, lambda c: outbox.delete(c, items))
+    assert ids_in(engine, "outbox") == []
