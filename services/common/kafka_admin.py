@@ -36,7 +36,7 @@ def apply(settings: Settings) -> Applied:
     """
     admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
     topics = wanted(settings)
-    known = admin.list_topics(timeout=TIMEOUT).topics
+    known = admin.list_topics(timeout=5).topics
     missing = [topic for topic in topics if topic.name not in known]
     created = _create(admin, missing) if missing else []
     there = [topic for topic in topics if topic.name in known]
