@@ -7,9 +7,9 @@ take as metadata by default, so a refusal with many long names is cut, never los
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
@@ -22,6 +22,7 @@ __all__ = [
     "Problem",
     "Refused",
     "Violation",
+    "collect",
     "conflict",
     "internal",
     "invalid",
@@ -30,6 +31,9 @@ __all__ = [
     "unauthenticated",
     "unavailable",
 ]
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "postroad"
@@ -88,6 +92,15 @@ class Refused(Problem):
         more = f"; and {len(violations) - 3} more" if len(violations) > 3 else ""
         super().__init__(grpc.StatusCode.INVALID_ARGUMENT, named + more, (bad, _info("INVALID_REQUEST")))
         self.violations = tuple(violations)
+
+
+def collect(refused: list[Violation], check: Callable[[A], R], value: A) -> R | None:
+    """Return what the check says of the value; where it refuses, add its violations and return None."""
+    try:
+        return check(value)
+    except Refused as refusal:
+        refused.extend(refusal.violations)
+        return None
 
 
 def invalid(field: str, description: str) -> Refused:

@@ -14,12 +14,12 @@ from google.protobuf.message import DecodeError, Message
 from postroad.v1 import events_pb2, task_service_pb2
 from services.api import filters, pages, queries, uuid7
 from services.api.auth import Tenants
-from services.api.errors import Problem, internal, invalid, not_found
+from services.api.errors import Problem, Refused, Violation, collect, internal, invalid, not_found
 from services.api.reader import Reader
 from services.api.recorder import Recorder
 from services.api.relay import Recording
 from services.api.trace import traceparent
-from services.api.validation import check_key, mail_task
+from services.api.validation import mail_task
 from services.api.views import recorded
 from services.common.telemetry import API_REQUESTS, API_SECONDS
 
@@ -54,7 +54,7 @@ class TaskService:
         """Answer a serialized Task for a serialized CreateRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
         request = _decode(raw, task_service_pb2.CreateRequest)
-        key = check_key(request.idempotency_key, str(metadata.get("idempotency-key", "")))
+        key = str(metadata.get("idempotency-key", ""))
         mail = mail_task(request, tenant, key, self._max_body)
         mail.id, mail.created_at_us = self._clock.draw()
         event = events_pb2.TaskCreated(task=mail, at_us=mail.created_at_us)
@@ -80,8 +80,11 @@ class TaskService:
         """Answer a serialized ListResponse for a serialized ListRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
         request = _decode(raw, task_service_pb2.ListRequest)
-        size = pages.page_size(request.page_size)
-        asked = filters.parse(request)
+        refused: list[Violation] = []
+        size = collect(refused, pages.page_size, request.page_size)
+        asked = collect(refused, filters.parse, request)
+        if size is None or asked is None:
+            raise Refused(refused)
         bound_to = asked.digest(tenant)
         after = pages.position(request.page_token, bound_to)
         tasks, last = await self._reader.read(

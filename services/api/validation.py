@@ -10,7 +10,7 @@ from postroad.v1 import events_pb2, task_service_pb2
 from services.api.addresses import normalise
 from services.api.errors import Refused, Violation
 
-__all__ = ["MAX_HEADERS", "MAX_KEY", "MAX_LABELS", "MAX_SUBJECT", "check_key", "encoded_length", "mail_task"]
+__all__ = ["MAX_HEADERS", "MAX_KEY", "MAX_LABELS", "MAX_SUBJECT", "encoded_length", "mail_task"]
 
 MAX_SUBJECT = 998
 MAX_KEY = 255
@@ -37,12 +37,12 @@ _RESERVED_FAMILIES = ("content-", "resent-")
 
 
 def mail_task(
-    request: task_service_pb2.CreateRequest, tenant: str, key: str, max_body: int
+    request: task_service_pb2.CreateRequest, tenant: str, key_in_metadata: str, max_body: int
 ) -> events_pb2.MailTask:
     """Return the task that this request asks for, without the id and the time that it is yet to get.
 
-    `key` is the idempotency key, checked before; `max_body` the bytes that text and HTML have together
-    at most. Raises Refused naming every field that cannot be.
+    The idempotency key may stand in the request, in the metadata, or the same in both. `max_body` is
+    the bytes that text and HTML have together at most. Raises Refused naming every field that cannot be.
     """
     data = request.data
     found: list[Violation] = []
@@ -53,6 +53,9 @@ def mail_task(
         _headers(data.headers, found)
     if data.labels:
         _labels(data.labels, found)
+    key = request.idempotency_key or key_in_metadata
+    if key:
+        _key(key, key_in_metadata, found)
     if found:
         raise Refused(found)
     task = events_pb2.MailTask(
@@ -71,18 +74,6 @@ def mail_task(
     return task
 
 
-def check_key(in_request: str, in_metadata: str) -> str:
-    """Return the idempotency key, empty where there is none; the two places may not differ."""
-    if in_request and in_metadata and in_request != in_metadata:
-        raise Refused([Violation("idempotency_key", "differs from the metadata's idempotency-key")])
-    key = in_request or in_metadata
-    if len(key) > MAX_KEY or len(key.encode()) > MAX_KEY:
-        raise Refused([Violation("idempotency_key", f"has {MAX_KEY} bytes at most")])
-    if _CONTROL.search(key):
-        raise Refused([Violation("idempotency_key", "has control characters")])
-    return key
-
-
 def encoded_length(subject: str) -> int:
     """Return the bytes that a subject takes in a header: its own in printable ASCII, otherwise those of
     base64 encoded words (RFC 2047 section 2, 45 bytes of text in each) with a space between two.
@@ -92,6 +83,15 @@ def encoded_length(subject: str) -> int:
     size = len(subject.encode())
     words = -(-size // 45)
     return 4 * -(-size // 3) + 12 * words + words - 1
+
+
+def _key(key: str, in_metadata: str, found: list[Violation]) -> None:
+    if in_metadata and in_metadata != key:
+        found.append(Violation("idempotency_key", "differs from the metadata's idempotency-key"))
+    elif len(key) > MAX_KEY or len(key.encode()) > MAX_KEY:
+        found.append(Violation("idempotency_key", f"has {MAX_KEY} bytes at most"))
+    elif _CONTROL.search(key):
+        found.append(Violation("idempotency_key", "has control characters"))
 
 
 def _address(email: str, found: list[Violation]) -> tuple[str, str]:

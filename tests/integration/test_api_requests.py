@@ -203,6 +203,13 @@ def test_a_bad_request_is_refused_by_its_field_and_the_api_is_well_afterwards(
     assert client.call("grpc.health.v1.Health/Check", {"service": TASKS}) == {"status": "SERVING"}
 
 
+def test_every_bad_field_of_a_list_is_named_at_once(client: ReflectionClient) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        client.call(LIST, {"page_size": -1, "email": "x", "_filters": {"status": "y"}})
+    named = [violation.field for violation in details(caught.value)["BadRequest"].field_violations]
+    assert named == ["page_size", "email", "_filters.status"]
+
+
 def test_the_table_is_long_enough() -> None:
     assert len(TABLE) >= 60
 

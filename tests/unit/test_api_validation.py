@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from postroad.v1.task_service_pb2 import CreateRequest
 from services.api.addresses import ascii_domain, normalise
 from services.api.errors import Refused
-from services.api.validation import check_key, encoded_length, mail_task
+from services.api.validation import encoded_length, mail_task
 
 MAX_BODY = 1000
 
@@ -224,14 +224,35 @@ def test_every_bad_field_is_named_at_once() -> None:
     assert [v.field for v in caught.value.violations] == ["data.email", "data.subject", "data.body"]
 
 
-def test_the_key_is_the_requests_or_the_metadatas() -> None:
-    assert check_key("", "") == ""
-    assert check_key("a", "") == check_key("", "a") == check_key("a", "a") == "a"
-    assert check_key("é" * 127, "") == "é" * 127
-    for bad in [("a", "b"), ("k" * 256, ""), ("é" * 128, ""), ("a\n", "")]:
-        with pytest.raises(Refused) as caught:
-            check_key(*bad)
-        assert [v.field for v in caught.value.violations] == ["idempotency_key"]
+@pytest.mark.parametrize(
+    ("in_request", "in_metadata", "key"),
+    [
+        ("", "", ""),
+        ("a", "", "a"),
+        ("", "a", "a"),
+        ("a", "a", "a"),
+        ("é" * 127, "", "é" * 127),
+        (" ", "", " "),
+    ],
+)
+def test_the_key_is_the_requests_or_the_metadatas(in_request: str, in_metadata: str, key: str) -> None:
+    asked = request()
+    asked.idempotency_key = in_request
+    task = mail_task(asked, "t", in_metadata, MAX_BODY)
+    assert task.idempotency_key == key
+    assert bool(task.request_hash) == bool(key)
+
+
+@pytest.mark.parametrize(
+    ("in_request", "in_metadata"),
+    [("a", "b"), ("k" * 256, ""), ("", "k" * 256), ("é" * 128, ""), ("a\n", ""), ("\0", "")],
+)
+def test_bad_keys_are_named_beside_all_else(in_request: str, in_metadata: str) -> None:
+    asked = request(email="x")
+    asked.idempotency_key = in_request
+    with pytest.raises(Refused) as caught:
+        mail_task(asked, "t", in_metadata, MAX_BODY)
+    assert [v.field for v in caught.value.violations] == ["data.email", "idempotency_key"]
 
 
 def hash_of(**data: object) -> bytes:

@@ -74,19 +74,25 @@ class TaskData(_message.Message):
     HEADERS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     email: _builtins.str
-    """One recipient address."""
+    """One recipient address (RFC 5321, RFC 6531), without a display name, quotes or an address literal."""
     subject: _builtins.str
+    """Up to 998 bytes as it stands in the mail: plain where it is printable ASCII, otherwise in base64
+    encoded words (RFC 2047). No control characters but U+0085.
+    """
     body: _builtins.str
     """The text part. It may be empty, but it must be there unless html is."""
     html: _builtins.str
     """The HTML part, if any."""
     @_builtins.property
     def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Further header fields of the mail, such as Reply-To or List-Unsubscribe."""
+        """Further header fields of the mail, such as Reply-To or List-Unsubscribe: up to 50, of 998 bytes
+        each. Those that say from whom, to whom, when and what (From, To, Date, Content-*, Resent-*,
+        Received, DKIM-Signature and the like) are not a client's to write.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The client's own marks, to list by."""
+        """The client's own marks, to list by: up to 64, keys of 1 to 63 and values of up to 255 bytes."""
 
     def __init__(
         self,
