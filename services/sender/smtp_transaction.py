@@ -144,9 +144,14 @@ async def _envelope(session: Session, commands: list[bytes]) -> Outcome | None:
         phase = Phase.DATA if len(replies) == last else Phase.ENVELOPE
         return NotSent(phase, wire.lost or "no answer", False, session.name)
     reply = replies[stopped]
-    if stopped == 0 and not session.fresh and (reply.closes or (session.unclean and not reply.ok)):
+    mail = last - 2
+    if stopped < mail or (stopped == mail and reply.code in (421, 503)):
+        # RSET refused, or MAIL out of sequence: that is about the session and never about this mail.
         wire.abort(str(reply))
-        raise StaleSessionError(str(reply))
+        if not session.fresh:
+            raise StaleSessionError(str(reply))
+        if reply.code == 503:
+            return NotSent(Phase.ENVELOPE, str(reply), True, session.name)
     session.unclean = True
     if pipelined and stopped < last < len(replies) and replies[last].intermediate:
         # RFC 2920 §3.1: a server that takes DATA without a recipient gets a lone dot.
@@ -172,6 +177,8 @@ def _verdict(session: Session, answer: list[Reply]) -> Outcome:
             NotSent(Phase.DATA, cause, False, session.name) if wire.unsent else InDoubt(cause, session.name)
         )
     reply = answer[0]
+    # Postfix keeps the transaction open when it refuses at the end of data, and then takes no MAIL.
+    session.unclean = not reply.ok
     if wire.unsent:
         return _refusal(session, Phase.DATA, reply)
     if reply.ok:
