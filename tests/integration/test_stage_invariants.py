@@ -401,6 +401,31 @@ async def test_i8_the_deadline_ends_the_wait_and_the_next_owner_handles_it(kit: 
     assert 0 < len(by_next) < 40 or kit.protocol == "classic"
 
 
+async def test_i8_a_partition_that_left_while_paused_is_read_again_when_it_returns(kit: Kit) -> None:
+    go = asyncio.Event()
+    handled: set[bytes | None] = set()
+
+    async def handle(record: Record) -> Outcome:
+        await go.wait()
+        handled.add(record.key)
+        return passed_on(record)
+
+    async def never(record: Record) -> Outcome:
+        await asyncio.Event().wait()
+        return passed_on(record)
+
+    settings = kit.with_(max_in_flight=8, revoke_seconds=0.5, drain_seconds=0.1)
+    async with kit.running(settings, handle=handle):
+        await kit.publish(created(n) for n in range(200))
+        paused = telemetry.STAGE_PAUSED.labels("validator")._value
+        await until(lambda: paused.get() == 1)
+        async with kit.running(settings, handle=never):
+            await until(lambda: telemetry.STAGE_PARTITIONS.labels("validator")._value.get() < 12)
+        go.set()
+        await until(lambda: len(handled) == 200)
+        await until(lambda: sum(kit.committed().values()) == 200)
+
+
 async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) -> None:
     topic = ConfigResource(ResourceType.TOPIC, kit.names.dead("validator"))
 

@@ -245,6 +245,9 @@ class Poller:
         self._count("assigned", partitions)
         self._ledger.assign((p.topic, p.partition) for p in partitions)
         consumer.incremental_assign(partitions)
+        if partitions:
+            # librdkafka remembers a pause across assignments: a partition that left paused would stay so.
+            consumer.resume(partitions)
         if self._resting:
             self._apply(self._ledger.owned())
         self._joined = True
