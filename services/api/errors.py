@@ -24,6 +24,7 @@ __all__ = [
     "Violation",
     "collect",
     "conflict",
+    "draining",
     "internal",
     "invalid",
     "not_found",
@@ -138,6 +139,11 @@ def unavailable(retry_seconds: float = 2.0) -> Problem:
         "the database does not answer",
         (_info("DATABASE_UNAVAILABLE"), _retry(retry_seconds)),
     )
+
+
+def draining() -> Problem:
+    """Return UNAVAILABLE: this replica is about to end; another one, or its successor, will answer."""
+    return Problem(grpc.StatusCode.UNAVAILABLE, "shutting down", (_info("DRAINING"), _retry(1.0)))
 
 
 def unauthenticated() -> Problem:

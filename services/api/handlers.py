@@ -14,7 +14,16 @@ from google.protobuf.message import DecodeError, Message
 from postroad.v1 import events_pb2, task_service_pb2
 from services.api import filters, pages, queries, uuid7
 from services.api.auth import Tenants
-from services.api.errors import Problem, Refused, Violation, collect, internal, invalid, not_found
+from services.api.errors import (
+    Problem,
+    Refused,
+    Violation,
+    collect,
+    draining,
+    internal,
+    invalid,
+    not_found,
+)
 from services.api.reader import Reader
 from services.api.recorder import Recorder
 from services.api.relay import Recording
@@ -41,12 +50,17 @@ class TaskService:
         self._tenants, self._recorder, self._reader = tenants, recorder, reader
         self._max_body = max_body
         self._clock = uuid7.Clock()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Answer what is in flight, and UNAVAILABLE to all that comes from now on."""
+        self._draining = True
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a grpc.aio server takes."""
         rpcs = {"Create": self.create, "Get": self.get, "List": self.list}
         methods: dict[str, Any] = {
-            name: grpc.unary_unary_rpc_method_handler(_rpc(name, rpc)) for name, rpc in rpcs.items()
+            name: grpc.unary_unary_rpc_method_handler(self._rpc(name, rpc)) for name, rpc in rpcs.items()
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -94,6 +108,36 @@ class TaskService:
             results=tasks, next_page_token="" if last is None else pages.token(last, bound_to)
         ).SerializeToString()
 
+    def _rpc(
+        self, name: str, answer: Callable[[bytes, Metadata], Awaitable[bytes]]
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """Return the handler that grpc calls: errors become statuses, every answer is counted and timed."""
+        answered = API_REQUESTS.labels(name, "OK")
+        seconds = API_SECONDS.labels(name)
+
+        async def handle(raw: bytes, context: Context) -> bytes:
+            start = time.perf_counter()
+            try:
+                if self._draining:
+                    raise draining()
+                result = await answer(raw, dict(context.invocation_metadata() or ()))
+                answered.inc()
+                return result
+            except Problem as refusal:
+                problem = refusal
+            except asyncio.CancelledError:
+                API_REQUESTS.labels(name, "CANCELLED").inc()
+                raise
+            except Exception:
+                log.exception("unexpected", rpc=name)
+                problem = internal()
+            finally:
+                seconds.observe(time.perf_counter() - start)
+            API_REQUESTS.labels(name, problem.code.name).inc()
+            return await problem.abort(context)
+
+        return handle
+
 
 def _decode(raw: bytes, kind: type[M]) -> M:
     request = kind()
@@ -102,32 +146,3 @@ def _decode(raw: bytes, kind: type[M]) -> M:
     except DecodeError:
         raise invalid("request", f"the bytes are no {kind.DESCRIPTOR.full_name}") from None
     return request
-
-
-def _rpc(
-    name: str, answer: Callable[[bytes, Metadata], Awaitable[bytes]]
-) -> Callable[[bytes, Context], Awaitable[bytes]]:
-    """Return the handler that grpc calls: errors become statuses, every answer is counted and timed."""
-    answered = API_REQUESTS.labels(name, "OK")
-    seconds = API_SECONDS.labels(name)
-
-    async def handle(raw: bytes, context: Context) -> bytes:
-        start = time.perf_counter()
-        try:
-            result = await answer(raw, dict(context.invocation_metadata() or ()))
-            answered.inc()
-            return result
-        except Problem as refusal:
-            problem = refusal
-        except asyncio.CancelledError:
-            API_REQUESTS.labels(name, "CANCELLED").inc()
-            raise
-        except Exception:
-            log.exception("unexpected", rpc=name)
-            problem = internal()
-        finally:
-            seconds.observe(time.perf_counter() - start)
-        API_REQUESTS.labels(name, problem.code.name).inc()
-        return await problem.abort(context)
-
-    return handle

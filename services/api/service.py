@@ -28,6 +28,7 @@ __all__ = ["ApiService", "build"]
 
 log = structlog.get_logger(__name__)
 
+_SENDING_AWAY = 0.2
 _MOST_SWEPT = 500
 # The recorder, the settling of the outbox, the sweeper, readiness, and the readers.
 _CONNECTIONS = 4 + THREADS
@@ -52,7 +53,7 @@ class ApiService:
         self._health = health.aio.HealthServicer()
         self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
         tenants = Tenants(settings.api_tokens.get_secret_value())
-        tasks = TaskService(tenants, self._recorder, self._reader, settings.max_body)
+        self._tasks = tasks = TaskService(tenants, self._recorder, self._reader, settings.max_body)
         self._server, self.port = serve_on(settings.listen, tasks, self._health)
 
     async def run(self) -> None:
@@ -85,6 +86,9 @@ class ApiService:
     async def _drain(self, sweeping: asyncio.Task[None]) -> None:
         deadline = time.monotonic() + self._seconds
         await self._health.enter_graceful_shutdown()
+        self._tasks.drain()
+        # Closing, gRPC cancels what it has not handed on yet; so clients are sent away before that.
+        await asyncio.sleep(_SENDING_AWAY)
         await self._server.stop(self._seconds)
         await self._recorder.close()
         self._sweeper.stop()

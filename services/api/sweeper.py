@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from postroad.v1 import events_pb2
 from services.api import outbox
@@ -22,6 +25,8 @@ from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
 __all__ = ["Sweeper", "rebuilt"]
 
 log = structlog.get_logger(__name__)
+
+R = TypeVar("R")
 
 _EVERY = 1.0
 _AFTER_FAILURE = 2
@@ -57,33 +62,39 @@ class Sweeper:
 
     async def _sweep(self) -> bool:
         """Return whether there may be more to do at once."""
-        taken = await asyncio.to_thread(transaction, self._engine, self._take)
+        taken = await self._transact(lambda connection: outbox.take(connection, self._most))
         items = [item for item in taken if not self._relay.holds(item.task_id)]
         if not items:
             return False
-        events = await asyncio.to_thread(transaction, self._engine, lambda c: rebuilt(c, items))
+        try:
+            acked = await self._publish(items)
+            await self._transact(lambda connection: outbox.delete(connection, acked))
+        except Exception:
+            # Their lease would keep them for longer than the trouble may last.
+            with suppress(SQLAlchemyError):
+                await self._transact(lambda connection: outbox.defer(connection, items, _AFTER_FAILURE))
+            raise
+        left = sorted(set(items).difference(acked))
+        if left:
+            await self._transact(lambda connection: outbox.defer(connection, left, _AFTER_FAILURE))
+        log.info("swept", published=len(acked), left=len(left))
+        return len(taken) == self._most and not left
+
+    async def _publish(self, items: Sequence[Item]) -> list[Item]:
+        """Return the items that were acked."""
+        events = await self._transact(lambda connection: rebuilt(connection, items))
         there = [item for item in items if item in events]
         if len(there) < len(items):
             log.error("in the outbox without a task", ids=[i.task_id.hex() for i in items if i not in events])
         records = [encode(events[item], "api", traceparent(None, item.task_id)) for item in there]
-        failures = await self._publisher.attempt(records)
-        failed = {index for index, _ in failures}
-        acked = [item for index, item in enumerate(there) if index not in failed]
-        left = [item for index, item in enumerate(there) if index in failed]
-
-        def settle(connection: Connection) -> None:
-            outbox.delete(connection, acked)
-            outbox.defer(connection, left, _AFTER_FAILURE)
-
-        API_PUBLISHED.labels("sweeper").inc(len(acked))
+        failed = {index for index, _ in await self._publisher.attempt(records)}
+        API_PUBLISHED.labels("sweeper").inc(len(there) - len(failed))
         if failed:
             STAGE_PUBLISH_FAILURES.labels("api").inc(len(failed))
-        await asyncio.to_thread(transaction, self._engine, settle)
-        log.info("swept", published=len(acked), failed=len(left))
-        return len(taken) == self._most and not left
+        return [item for index, item in enumerate(there) if index not in failed]
 
-    def _take(self, connection: Connection) -> list[Item]:
-        return outbox.take(connection, self._most)
+    async def _transact(self, work: Callable[[Connection], R]) -> R:
+        return await asyncio.to_thread(transaction, self._engine, work)
 
     async def _pause(self, seconds: float) -> None:
         try:
