@@ -43,6 +43,11 @@ class MemoryClaims:
         """Let all leases be over."""
         self.now += 2 * self._lease
 
+    def recover(self) -> None:
+        """Raise no more errors."""
+        with self._lock:
+            self.errors.clear()
+
     def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
         since = time.monotonic()
         verdicts: list[Verdict] = []

@@ -24,7 +24,7 @@ class Slots:
 
     async def acquire(self, domain: str) -> None:
         """Wait for a slot; every return needs one `release`."""
-        if self._free and domain not in self._waiting and self._used.get(domain, 0) < self._per_domain:
+        if self._free and self._used.get(domain, 0) < self._per_domain:
             self._take(domain)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -1,11 +1,12 @@
 """Leases by the monotonic clock: they end by themselves, last while renewed, and can be lost."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 import pytest
 
+from services.common.telemetry import SENDER_LEASES_LOST
 from services.sender.decide import Delivery
 from services.sender.leases import Leases
 
@@ -21,10 +22,12 @@ class Renewals:
         self.lost: set[bytes] = set()
         self.error: Exception | None = None
         self.asked: list[int] = []
+        self.meanwhile: Callable[[], object] = lambda: None
 
     async def __call__(self, rows: Sequence[Delivery]) -> Sequence[bool]:
         self.asked.append(len(rows))
         self.now += self.takes
+        self.meanwhile()
         if self.error is not None:
             raise self.error
         return [row.owner not in self.lost for row in rows]
@@ -88,6 +91,15 @@ async def test_a_lease_dropped_is_renewed_no_more() -> None:
     await leases.renew()
     assert world.asked == []
     assert len(leases) == 0
+
+
+async def test_a_lease_dropped_while_it_was_renewed_was_settled_not_lost() -> None:
+    leases, world = build()
+    lease = leases.hold(ROW, since=100.0)
+    world.lost, world.meanwhile = {ROW.owner}, lambda: leases.drop(lease)
+    before = SENDER_LEASES_LOST._value.get()
+    await leases.renew()
+    assert SENDER_LEASES_LOST._value.get() == before
 
 
 async def test_run_renews_at_a_quarter_of_the_lease_and_outlives_errors() -> None:

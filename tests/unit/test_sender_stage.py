@@ -404,9 +404,10 @@ async def test_a_database_that_is_away_is_waited_for_and_shown(
     build: Callable[..., World], number: int
 ) -> None:
     world = build(SENT)
-    world.claims.errors = [refused(number), refused(number)]
+    world.claims.errors = [refused(number)] * 1000
     task = asyncio.ensure_future(world.handle(mx_ok()))
     await until(lambda: world.shared.trouble is not None)
+    world.claims.recover()
     assert isinstance(only_event(await task), pb.MailSent)
     assert world.shared.trouble is None
 
@@ -484,6 +485,38 @@ async def test_cancelled_while_it_settles_it_settles_all_the_same(build: Callabl
     world.claims.gate.set()
     await cancel_and_close(world, task)
     assert world.row.state == "sent"
+
+
+async def test_cancelled_while_its_outcome_waits_for_the_database_it_still_stores_it(
+    build: Callable[..., World],
+) -> None:
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        world.claims.errors = [refused(2003)] * 1000
+        return SENT
+
+    world = build(send)
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.shared.trouble is not None)
+    task.cancel()
+    world.claims.recover()
+    await cancel_and_close(world, task)
+    assert world.row.state == "sent"
+
+
+async def test_cancelled_while_it_claims_what_is_in_doubt_it_leaves_it_in_doubt(
+    build: Callable[..., World],
+) -> None:
+    world = build()
+    world.someone_claims()
+    world.claims.expire()
+    before = world.claims.calls
+    world.claims.gate.clear()
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.claims.calls > before)
+    task.cancel()
+    world.claims.gate.set()
+    await cancel_and_close(world, task)
+    assert (world.row.state, world.row.takeovers) == ("sending", 1)
 
 
 async def test_cancelled_before_a_doubt_is_on_record_it_leaves_the_claim_in_doubt(
