@@ -207,6 +207,9 @@ def test_a_whole_batch_is_settled_as_told(engine: Engine, claims: Claims) -> Non
     rows = rows_of(engine)
     assert [rows[wish.task_id]._replace(lease_until=wish.lease_until) for wish in wishes] == wishes
     assert claims.settle(wishes) == [Settlement.STORED] * 1200, "told twice, stored once"
+    second_thoughts = [row._replace(state="failed", reply="no") for row in held[:2]]
+    assert claims.settle(second_thoughts) == [Settlement.FENCED] * 2, "settled is settled, also for its owner"
+    assert rows_of(engine) == rows
 
 
 def test_a_settle_after_a_takeover_changes_nothing_but_that_a_mail_was_sent(
