@@ -21,7 +21,6 @@ NAME = "mysql"
 FLAGS = (
     f"--bind-address={HOST}",
     "--skip-name-resolve",
-    "--secure-file-priv=NULL",
     "--disable-log-bin",
     "--performance-schema=OFF",
     "--transaction-isolation=READ-COMMITTED",
@@ -33,7 +32,7 @@ FLAGS = (
     "--max-allowed-packet=64M",
 )
 KIND_FLAGS = {
-    "mysql": ("--mysqlx=OFF", "--innodb-redo-log-capacity=256M"),
+    "mysql": ("--mysqlx=OFF", "--secure-file-priv=NULL", "--innodb-redo-log-capacity=256M"),
     "mariadb": ("--innodb-log-file-size=256M",),
 }
 

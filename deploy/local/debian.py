@@ -36,7 +36,7 @@ def install_packages(names: Iterable[str]) -> None:
     wanted = list(names)
     if not is_debian():
         raise SetupError(f"not Debian: please install what these Debian packages hold: {', '.join(wanted)}")
-    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    sudo = [] if os.geteuid() == 0 else ["sudo"]
     if sudo and not shutil.which("sudo"):
         raise SetupError(f"neither root nor sudo: please have these packages installed: {', '.join(wanted)}")
     environment = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive"]

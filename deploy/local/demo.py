@@ -166,12 +166,12 @@ def _next_steps(stack: Stack, demo: Demo) -> str:
     return f"""
 The stack stays up. What to try next:
 
-  python -m deploy.local status                       what runs, and how it is
-  python -m deploy.local scale sender 3               three senders share the work
-  python -m deploy.local kill sender-1                and what happens when one dies
-  python -m deploy.local logs sender-1
-  make demo DEMO_TASKS=2000
-  make down
+  python3 -m deploy.local status                      what runs, and how it is
+  python3 -m deploy.local scale sender 3              three senders share the work
+  python3 -m deploy.local kill sender-1               and what happens when one dies
+  python3 -m deploy.local logs sender-1               what it wrote
+  make demo DEMO_TASKS=2000                           more of it
+  make down                                           stop it all
 
 The API is at {demo.address}; settings: {stack.layout.env}; mail: {stack.layout.mail}
 """

@@ -75,9 +75,7 @@ def kafka_component(layout: Layout, state: State, name: str) -> Component:
         write_whole(configuration, text)
         if not (layout.data(name) / "meta.properties").exists():
             layout.data(name).mkdir(parents=True, exist_ok=True)
-            # The cluster's id follows from its directory: three nodes agree on it without asking each other.
-            cluster = uuid.uuid5(uuid.NAMESPACE_URL, f"{layout.root}#{state.password}")
-            storage_format(configuration, _kafka_uuid(cluster))
+            storage_format(configuration, _cluster_id(f"{layout.root}#{state.password}"))
 
     def is_ready() -> bool:
         try:
@@ -104,6 +102,9 @@ def kafka_component(layout: Layout, state: State, name: str) -> Component:
     )
 
 
-def _kafka_uuid(value: uuid.UUID) -> str:
-    """Kafka's text form of a UUID: base64url without padding."""
-    return base64.urlsafe_b64encode(value.bytes).decode().rstrip("=")
+def _cluster_id(seed: str) -> str:
+    """A UUID in Kafka's text form (base64url without padding), the same for the three nodes of one stack.
+
+    It begins with `A`: one that began with `-` would look like an option.
+    """
+    return "A" + base64.urlsafe_b64encode(uuid.uuid5(uuid.NAMESPACE_URL, seed).bytes).decode()[1:22]

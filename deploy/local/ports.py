@@ -1,18 +1,29 @@
 """Free ports that stay free: chosen below the range that the kernel hands to outgoing connections.
 
 A server that is killed and started again needs its port back; out of the ephemeral range any client might
-have been given it meanwhile.
+have been given it meanwhile. What was chosen lately is noted in the cache: between the choice and the moment
+that a server listens, seconds pass in which another stack of this user must not choose it too.
+
+Standard library only: `make setup` uses it on a bare python3.
 """
 
+import contextlib
+import json
 import random
 import socket
+import time
 from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["free_port", "is_free"]
+from deploy.local.cache import cache_root, locked
+from deploy.local.files import write_whole
 
-LOWEST = 15_000
+__all__ = ["HOST", "free_port", "is_free"]
+
 HOST = "127.0.0.1"
+LOWEST = 15_000
+# Longer than any server takes from the choice of its port to listening on it.
+NOTED_SECONDS = 300
 
 
 def is_free(port: int) -> bool:
@@ -36,12 +47,23 @@ def _ephemeral_start() -> int:
 
 
 def free_port(taken: Collection[int]) -> int:
-    """A port that nobody listens on and that is not in `taken`. Raises RuntimeError when none is found."""
+    """A port that nobody listens on, that is not in `taken`, and that no other stack chose just now.
+
+    Raises RuntimeError when none is found. Blocks while another process of this user chooses.
+    """
     highest = _ephemeral_start()
     if highest <= LOWEST + 1000:
         highest = 61_000
-    for _ in range(1000):
-        port = random.randrange(LOWEST, highest)
-        if port not in taken and is_free(port):
-            return port
+    notes = cache_root() / "ports.json"
+    with locked("ports"):
+        noted: dict[str, float] = {}
+        with contextlib.suppress(OSError, ValueError):
+            noted = json.loads(notes.read_text())
+        now = time.time()
+        noted = {port: at for port, at in noted.items() if now - NOTED_SECONDS < at <= now}
+        for _ in range(1000):
+            port = random.randrange(LOWEST, highest)
+            if port not in taken and str(port) not in noted and is_free(port):
+                write_whole(notes, json.dumps({**noted, str(port): now}))
+                return port
     raise RuntimeError(f"no free port on {HOST} between {LOWEST} and {highest}")

@@ -44,7 +44,7 @@ def _missing_packages() -> list[str]:
     if not VENV.exists() and importlib.util.find_spec("ensurepip") is None:
         missing.append("python3-venv")
     if not _has_java():
-        missing.append("openjdk-17-jre-headless")
+        missing.append("default-jre-headless")
     if not jars_path().exists() and not shutil.which("mvn"):
         missing.append("maven")
     if not shutil.which("make"):
@@ -112,6 +112,10 @@ def main() -> int:
             return 0
         if packages := _missing_packages():
             _timed("Debian packages", lambda: install_packages(packages))
+            if left := _missing_packages():
+                raise SetupError(
+                    f"still missing after the installation of Debian packages: {', '.join(left)}"
+                )
         jobs = {
             "Python packages": _make_venv,
             "Kafka": lambda: (make_jars(), make_archive()),

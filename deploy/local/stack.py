@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 from deploy.local import process
 from deploy.local.component import Component
@@ -46,6 +47,7 @@ class Stack:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.state = State.load(layout.state)
+        self._failure = ""
 
     # What there is
 
@@ -100,7 +102,8 @@ class Stack:
             self._save()
 
     def _save(self) -> None:
-        # Choosing a port is part of making the text.
+        # All ports are chosen here, under the lock: the threads that start processes must agree on them.
+        self.state.choose_ports()
         text = "".join(f"{name}={value}\n" for name, value in sorted(stack_environment(self.state).items()))
         self.state.save(self.layout.state)
         write_whole(self.layout.env, text)
@@ -196,14 +199,18 @@ class Stack:
         pause = 0.02
         while not component.is_ready():
             if process.find(self.layout, name) is None:
-                raise StackError(f"{name} ended while it started:\n{process.log_tail(self.layout, name)}")
+                self._give_up(f"{name} ended while it started", name)
             if time.monotonic() > deadline:
-                raise StackError(
-                    f"{name} is not ready after {component.patience:.0f} s:\n"
-                    f"{process.log_tail(self.layout, name)}"
-                )
+                self._give_up(f"{name} is not ready after {component.patience:.0f} s", name)
+            if self._failure:
+                raise StackError(self._failure)
             time.sleep(pause)
             pause = min(pause * 1.3, 0.2)
+
+    def _give_up(self, text: str, name: str) -> NoReturn:
+        """One that fails ends the waiting for the others: they may never be ready without it."""
+        self._failure = self._failure or f"{text}:\n{process.log_tail(self.layout, name)}"
+        raise StackError(self._failure)
 
     def _end_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor() as pool:

@@ -45,6 +45,21 @@ class State:
             mine[use] = free_port({port for ports in self.ports.values() for port in ports.values()})
         return mine[use]
 
+    def choose_ports(self) -> None:
+        """Choose every port that this plan needs and has not chosen yet."""
+        uses = {
+            "mysql": ("sql",),
+            "dns": ("dns",),
+            "catcher": ("smtp",),
+            "api-1": ("grpc",),
+            **dict.fromkeys(self.kafka_names(), ("client", "controller")),
+            **dict.fromkeys(self.service_names(), ("http",)),
+            **dict.fromkeys(self.replica_names("api"), ("http", "grpc")),
+        }
+        for name, needed in uses.items():
+            for use in needed:
+                self.port(name, use)
+
     def drop_busy_ports(self) -> None:
         """Forget ports that others took while the whole stack was down."""
         for name, uses in list(self.ports.items()):

@@ -1,0 +1,245 @@
+"""`python -m deploy.local` by its contract: the commands, the files, and what the environment does."""
+
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mysql.connector
+import pytest
+from confluent_kafka import Consumer, Producer
+from sqlalchemy import make_url
+
+from tests.stack import Infra, Stack
+
+NewStack = Callable[..., Stack]
+SERVICES = ("api", "validator", "sender", "status")
+
+
+def _running(stack: Stack) -> set[str]:
+    lines = stack.command("status", check=False).stdout.splitlines()[1:]
+    return {line.split()[0] for line in lines if " running " in line}
+
+
+def _environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.partition("=")[::2] for pair in pairs)
+
+
+def _query(stack: Stack, statement: str) -> list[tuple[object, ...]]:
+    url = make_url(stack.env()["POSTROAD_DATABASE_URL"])
+    with (
+        mysql.connector.connect(
+            host=url.host, port=url.port, user=url.username, password=url.password, database=url.database
+        ) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(statement)
+        rows = cursor.fetchall()
+        connection.commit()
+        return list(rows)
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_every_service_is_ready_when_up_returns(stack: Stack) -> None:
+    env = stack.env()
+    for service in SERVICES:
+        name = f"{service}-1"
+        with urllib.request.urlopen(f"http://{env[f'POSTROAD_HTTP_{service.upper()}_1']}/readyz") as answer:
+            assert answer.status == 200
+        told = _environment(stack.pid(name))
+        assert told["POSTROAD_LOCAL_DIR"] == str(stack.directory)
+        assert told["POSTROAD_REPLICA"] == name
+        assert f"services.{service}" in Path(f"/proc/{stack.pid(name)}/cmdline").read_text()
+    assert _environment(stack.pid("api-1"))["POSTROAD_LISTEN"] == env["POSTROAD_API"]
+
+
+def test_scale_starts_and_drains_replicas(stack: Stack) -> None:
+    first = stack.pid("sender-1")
+    stack.scale("sender", 3)
+    assert {"sender-1", "sender-2", "sender-3"} <= _running(stack)
+    assert "POSTROAD_HTTP_SENDER_3" in stack.env()
+    stack.scale("sender", 1)
+    assert {name for name in _running(stack) if name.startswith("sender")} == {"sender-1"}
+    assert "POSTROAD_HTTP_SENDER_2" not in stack.env()
+    assert stack.pid("sender-1") == first
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_service_comes_back_at_its_place(stack: Stack, how: str) -> None:
+    env = stack.env()
+    for name in ("api-1", "validator-1"):
+        getattr(stack, how)(name)
+        assert name not in _running(stack)
+        stack.start(name)
+        assert name in _running(stack)
+    assert stack.env() == env
+
+
+def test_unknown_names_are_refused(stack: Stack) -> None:
+    for arguments in (("start", "sender-9"), ("stop", "nothing"), ("logs", "nothing")):
+        done = stack.command(*arguments, check=False)
+        assert done.returncode == 1
+        assert "sender-1" in done.stderr
+    assert stack.command("scale", "postman", "2", check=False).returncode == 2
+
+
+def test_what_the_environment_names_is_not_started(new_stack: NewStack, infra: Infra) -> None:
+    given = {
+        "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
+        "POSTROAD_DATABASE_URL": infra.new_database(),
+        "EMAIL_HOST": "127.0.0.2",
+        "EMAIL_PORT": "2525",
+        "POSTROAD_ON_UNCERTAIN": "hold",
+    }
+    stack = new_stack(**given)
+    stack.up("--infra-only")
+    assert _running(stack) == {"dns"}
+    env = stack.env()
+    assert env.items() >= given.items()
+    assert "EMAIL_TLS" not in env
+
+
+def test_given_variables_hold_until_down(new_stack: NewStack, infra: Infra) -> None:
+    given = {"POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap, "POSTROAD_DATABASE_URL": infra.new_database()}
+    stack = new_stack(**given, POSTROAD_DNS_SERVERS="127.0.0.9:53")
+    stack.up("--infra-only")
+    assert _running(stack) == {"catcher"}
+    elsewhere = Stack(stack.directory)
+    elsewhere.stop("catcher")
+    elsewhere.start("catcher")
+    assert elsewhere.env()["POSTROAD_DNS_SERVERS"] == "127.0.0.9:53"
+    elsewhere.command("down")
+    again = Stack(stack.directory, given)
+    again.up("--infra-only")
+    assert _running(again) == {"dns", "catcher"}
+
+
+def test_a_shell_that_has_read_stack_env_replaces_nothing(infra: Infra) -> None:
+    before = infra.env(), {name: infra.pid(name) for name in ("dns", "mysql", "catcher", "kafka-1")}
+    reader = Stack(infra.directory, infra.env())
+    reader.up("--infra-only")
+    assert (infra.env(), {name: infra.pid(name) for name in before[1]}) == before
+    assert _running(infra) == {"dns", "mysql", "catcher", "kafka-1"}
+
+
+def test_a_pid_file_that_lies_harms_nobody(
+    new_stack: NewStack, infra: Infra, bystander: subprocess.Popen[bytes]
+) -> None:
+    stack = new_stack(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
+    stack.up("--infra-only")
+    stack.kill("dns")
+    (stack.directory / "pids" / "dns.pid").write_text(f"{bystander.pid}\n")
+    stack.stop("dns")
+    stack.kill("dns")
+    stack.start("dns")
+    stack.command("down")
+    assert bystander.poll() is None
+
+
+def test_down_finds_what_has_no_pid_file(new_stack: NewStack, infra: Infra) -> None:
+    stack = new_stack(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
+    stack.up("--infra-only")
+    pid = stack.pid("dns")
+    (stack.directory / "pids" / "dns.pid").unlink()
+    stack.command("down")
+    assert not _is_of(Path(f"/proc/{pid}"), stack.directory)
+
+
+def test_down_keeps_the_data_even_after_kills(new_stack: NewStack) -> None:
+    stack = new_stack()
+    stack.up("--infra-only")
+    ports = stack.env()
+    _query(stack, "CREATE TABLE kept (id INT PRIMARY KEY)")
+    _query(stack, "INSERT INTO kept VALUES (7)")
+    stack.kill("mysql")
+    stack.kill("kafka-1")
+    stack.command("down")
+    assert not (stack.directory / "pids").exists()
+    stack.up("--infra-only")
+    assert _query(stack, "SELECT id FROM kept") == [(7,)]
+    assert stack.env() == ports
+
+
+def test_two_ups_at_once_start_one_stack(new_stack: NewStack, infra: Infra) -> None:
+    stack = new_stack(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
+    env = {
+        **clean,
+        "POSTROAD_LOCAL_DIR": str(stack.directory),
+        "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
+        "POSTROAD_DATABASE_URL": infra.database_url,
+    }
+    argv = [sys.executable, "-m", "deploy.local", "up", "--infra-only"]
+    both = [subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    mine = [
+        entry.name
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and _is_of(entry, stack.directory)
+    ]
+    assert len(mine) == 2  # dns and catcher
+
+
+def _is_of(entry: Path, directory: Path) -> bool:
+    try:
+        return f"POSTROAD_LOCAL_DIR={directory}".encode() in (entry / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def test_three_kafka_nodes_lose_one_and_keep_what_was_acked(new_stack: NewStack) -> None:
+    stack = new_stack(POSTROAD_DATABASE_URL="mysql+mysqlconnector://nobody@127.0.0.1:1/none")
+    stack.up("--infra-only", "--kafka-nodes", "3")
+    env = stack.env()
+    assert env["POSTROAD_REPLICATION"] == "3"
+    refused = stack.command("up", "--infra-only", "--kafka-nodes", "1", check=False)
+    assert refused.returncode == 1
+    assert "--wipe" in refused.stderr
+
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "topics", "apply"],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    failures: list[object] = []
+    producer = Producer({"bootstrap.servers": env["POSTROAD_KAFKA_BOOTSTRAP"], "acks": "all"})
+    for number in range(300):
+        producer.produce(
+            "task.created",
+            b"%d" % number,
+            on_delivery=lambda error, _: failures.append(error) if error else None,
+        )
+        if number == 100:
+            producer.flush(60)
+            stack.kill("kafka-2")
+    assert producer.flush(60) == 0
+    assert failures == []
+    stack.start("kafka-2")
+
+    consumer = Consumer(
+        {
+            "bootstrap.servers": env["POSTROAD_KAFKA_BOOTSTRAP"],
+            "group.id": "check",
+            "auto.offset.reset": "earliest",
+        }
+    )
+    consumer.subscribe(["task.created"])
+    found: set[bytes | None] = set()
+    while len(found) < 300:
+        messages = consumer.consume(300 - len(found), 30.0)
+        assert messages, f"only {len(found)} of 300 records are there"
+        found |= {message.value() for message in messages if not message.error()}
+    consumer.close()

@@ -1,0 +1,172 @@
+"""The pure parts of the local stack and its installer."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.local import cache, debian
+from deploy.local.commands import SetupError, run
+from deploy.local.demo_cases import CASES, plan
+from deploy.local.environment import given_variables, replaced, service_environment, stack_environment
+from deploy.local.ports import free_port, is_free
+from deploy.local.state import State
+from deploy.local.zone import misbehaviour
+
+
+def test_nothing_given_is_the_stack_itself() -> None:
+    state = State()
+    own = stack_environment(state)
+    assert given_variables(state, own) == {}
+    assert given_variables(state, {**own, "EMAIL_HOST": "", "HOME": "/root"}) == {}
+    assert not any(replaced(state, process) for process in ("kafka", "mysql", "dns", "catcher", "api"))
+
+
+def test_what_is_given_wins_and_private_variables_do_not() -> None:
+    state = State(replicas={"sender": 1})
+    environ = {
+        "EMAIL_PORT": "2525",
+        "EMAIL_USER": "post",
+        "POSTROAD_REPLICATION": "2",
+        "POSTROAD_REPLICA": "mine",
+        "POSTROAD_LISTEN": "0.0.0.0:1",
+        "POSTROAD_HTTP_LISTEN": "0.0.0.0:2",
+        "POSTROAD_HTTP_SENDER_1": "0.0.0.0:3",
+        "POSTROAD_LOCAL_DIR": "/elsewhere",
+    }
+    state.given = given_variables(state, environ)
+    assert state.given == {"EMAIL_PORT": "2525", "EMAIL_USER": "post", "POSTROAD_REPLICATION": "2"}
+    told = service_environment(state, "sender-1")
+    assert told["EMAIL_PORT"] == "2525"
+    assert told["POSTROAD_REPLICA"] == "sender-1"
+    assert told["POSTROAD_HTTP_LISTEN"] == told["POSTROAD_HTTP_SENDER_1"] != "0.0.0.0:3"
+    assert "POSTROAD_LISTEN" not in told
+    assert replaced(state, "catcher")
+    assert "EMAIL_TLS" not in told
+
+
+def test_a_relay_of_ones_own_ends_the_catchers_settings_only() -> None:
+    state = State(given={"EMAIL_HOST": "relay.example"})
+    env = stack_environment(state)
+    assert (env["EMAIL_HOST"], env["EMAIL_PORT"]) == ("relay.example", "25")
+    assert not replaced(state, "dns")
+
+
+def test_ports_are_remembered_and_distinct(tmp_path: Path) -> None:
+    state = State(kafka_nodes=3, replicas={"api": 2, "sender": 3})
+    env = stack_environment(state)
+    state.save(tmp_path / "state.json")
+    assert stack_environment(State.load(tmp_path / "state.json")) == env
+    used = [port for uses in state.ports.values() for port in uses.values()]
+    assert len(set(used)) == len(used)
+
+
+def test_free_ports_lie_below_those_of_outgoing_connections() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(50):
+        port = free_port(())
+        assert port < lowest
+        assert is_free(port)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (
+            "sources.list",
+            "# deb http://wrong/ {suite} main\ndeb [signed-by=/a arch=b] http://right/debian {suite} main\n",
+        ),
+        (
+            "sources.list.d/debian.sources",
+            "# a comment\nTypes: deb\nURIs: http://right/debian\nSuites: {suite} {suite}-updates\n"
+            "Components:\n main\n contrib\nSigned-By: /x\n",
+        ),
+        (
+            "sources.list.d/debian.sources",
+            "Types: deb\nEnabled: no\nURIs: http://wrong/\nSuites: {suite}\nComponents: main\n\n"
+            "Types: deb-src\nURIs: http://wrong/\nSuites: {suite}\nComponents: main\n\n"
+            "Types: deb deb-src\nURIs: http://right/debian\nSuites: {suite}\nComponents: main\n",
+        ),
+    ],
+)
+def test_the_mirror_is_the_machines_own(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / "sources.list.d").mkdir()
+    (tmp_path / "sources.list.d" / "aaa.list").write_text("deb http://other/repo stable-tools main\n")
+    (tmp_path / file).write_text(text.format(suite="stable"))
+    assert debian.mirror(tmp_path) == "http://right/debian"
+
+
+def test_no_mirror_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="mirror"):
+        debian.mirror(tmp_path)
+
+
+def test_a_command_that_fails_tells_why_and_is_tried_again(tmp_path: Path) -> None:
+    counted = tmp_path / "tries"
+    with pytest.raises(SetupError, match="no luck"):
+        run(["sh", "-c", f"echo x >> {counted}; echo no luck >&2; exit 3"], tries=2)
+    assert counted.read_text() == "x\nx\n"
+    with pytest.raises(SetupError, match="not installed"):
+        run(["no-such-program-anywhere"])
+
+
+def _build(target: Path) -> None:
+    with (target.parent / "builds").open("a") as builds:
+        builds.write("x")
+    (target / "half").touch()
+    time.sleep(0.2)
+    (target / "whole").touch()
+
+
+def _make(root: str) -> None:
+    os.environ["XDG_CACHE_HOME"] = root
+    assert (cache.make_entry("thing", b"recipe", _build) / "whole").exists()
+
+
+def test_two_clones_at_once_build_an_entry_once(tmp_path: Path) -> None:
+    both = [
+        multiprocessing.get_context("spawn").Process(target=_make, args=(str(tmp_path),)) for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert (tmp_path / "postroad" / "builds").read_text() == "x"
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def build(target: Path) -> None:
+        (target / "half").touch()
+        raise SetupError("the mirror is gone")
+
+    with pytest.raises(SetupError, match="gone"):
+        cache.make_entry("thing", b"recipe", build)
+    assert not cache.entry_path("thing", b"recipe").exists()
+    assert [path.suffix for path in (tmp_path / "postroad").iterdir()] == [".lock"]
+
+
+def test_the_demo_plays_every_case_before_any_again() -> None:
+    sent = list(plan("run", 30))
+    assert [one.case for one in sent] == [CASES[number % len(CASES)] for number in range(30)]
+    assert len({one.address for one in sent}) == 30
+
+
+@pytest.mark.parametrize(
+    ("label", "kind", "milliseconds", "first"),
+    [
+        ("servfail", "servfail", 0, 0),
+        ("delay-250", "delay", 250, 0),
+        ("flaky", "servfail", 0, 1),
+        ("flaky-3", "servfail", 0, 3),
+    ],
+)
+def test_misbehaving_labels(label: str, kind: str, milliseconds: int, first: int) -> None:
+    found = misbehaviour(label)
+    assert found
+    assert (found.kind, found.milliseconds, found.first) == (kind, milliseconds, first)
+    assert misbehaviour(f"{label}x") is None
