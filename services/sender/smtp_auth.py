@@ -1,16 +1,29 @@
 """The client's side of AUTH: PLAIN (RFC 4616), LOGIN and XOAUTH2. Pure: which lines to send, in which
 order."""
 
+import ipaddress
 from base64 import b64encode
 from collections.abc import Collection
 
-from services.sender.smtp_relay import Credentials
+from services.sender.smtp_relay import Credentials, Tls
 
-__all__ = ["UnsupportedAuthError", "auth_lines"]
+__all__ = ["UnsupportedAuthError", "auth_lines", "secret_may_go"]
 
 
 class UnsupportedAuthError(Exception):
     """The server offers no mechanism that these credentials can use."""
+
+
+def secret_may_go(tls: Tls, encrypted: bool, peer: str) -> bool:
+    """Whether a secret may be sent over this session: in clear only to this machine, or if TLS is switched
+    off.
+
+    Without this, whoever strips STARTTLS from an opportunistic session is given the password.
+
+    Args:
+        peer: the IP address at the other end.
+    """
+    return encrypted or tls is Tls.NONE or ipaddress.ip_address(peer.partition("%")[0]).is_loopback
 
 
 def auth_lines(credentials: Credentials, offered: Collection[str]) -> list[bytes]:

@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Collection
 
 from services.sender.replies import NotSent, Phase, Reply
-from services.sender.smtp_auth import UnsupportedAuthError, auth_lines
+from services.sender.smtp_auth import UnsupportedAuthError, auth_lines, secret_may_go
 from services.sender.smtp_relay import Relay, Timeouts, Tls
 from services.sender.smtp_wire import Wire
 
@@ -185,7 +185,7 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
 
 async def _authenticate(session: Session, relay: Relay, encrypted: bool) -> None:
     assert relay.credentials is not None
-    if not encrypted and relay.tls is not Tls.NONE and not _loopback(session.wire):
+    if not secret_may_go(relay.tls, encrypted, session.wire.transport.get_extra_info("peername")[0]):
         cause = "credentials are not sent in clear unless TLS is switched off"
         raise UnavailableError(Phase.AUTH, cause, session.name)
     try:
@@ -209,7 +209,3 @@ def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> Un
 def _literal(wire: Wire) -> str:
     ip = ipaddress.ip_address(wire.transport.get_extra_info("sockname")[0].partition("%")[0])
     return f"[IPv6:{ip}]" if ip.version == 6 else f"[{ip}]"
-
-
-def _loopback(wire: Wire) -> bool:
-    return ipaddress.ip_address(wire.transport.get_extra_info("peername")[0].partition("%")[0]).is_loopback

@@ -135,6 +135,10 @@ class Conversation:
     async def start_tls(self, context: ssl.SSLContext) -> None:
         await self._writer.start_tls(context)
 
+    def half_close(self) -> None:
+        """End what the server says; it still reads."""
+        self._writer.write_eof()
+
     def close(self) -> None:
         self._writer.close()
 

@@ -257,6 +257,21 @@ async def test_lost_while_the_message_is_still_with_us_is_not_sent() -> None:
     assert (outcome.phase, outcome.ours) == (Phase.DATA, False)
 
 
+async def test_nothing_more_leaves_once_it_counts_as_not_sent() -> None:
+    received = []
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        assert await c.line()
+        c.half_close()
+        received.append(await c.drained())
+
+    outcome = await outcome_of(script, HUGE)
+    assert isinstance(outcome, NotSent)
+    assert received[0] < len(HUGE) - 200
+
+
 async def test_a_server_that_stops_reading_is_not_sent() -> None:
     reading = asyncio.Event()
 
