@@ -26,7 +26,7 @@ from tests.stack import Infra
 
 Table = tuple[Engine, list[Row]]
 
-ROWS = 120_000
+ROWS = 100_000
 FIRST_US = 1_790_000_000_000_000
 STEP_US = 1000
 CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"

@@ -358,10 +358,10 @@ def cut_all(db: Db) -> int:
 def test_connections_cut_at_any_moment_lose_and_double_nothing(road: Road, db: Db) -> None:
     with ApiProcess(road) as api, Load(api) as load:
         cuts = 0
-        while len(load.accepted) < 1000:
+        while cuts < 40 or len(load.accepted) < 300:
             cuts += cut_all(db)
             time.sleep(0.05)
-    assert cuts > 20
+    assert cuts >= 40
     assert set(load.accepted) <= db.ids()
     assert len(load.accepted) == len(set(load.accepted))
     # An answer other than OK leaves open whether the task was recorded.
