@@ -11,16 +11,15 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from postroad.v1 import events_pb2 as pb
-from services.common import kafka_admin
 from services.common.config import Settings
 from services.common.events import DECODERS, Outgoing, encode
 from services.common.stage.publisher import Publisher
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Done, Record, Stage
-from services.common.topics import TASK_CREATED, Names
+from services.common.topics import MX_OK, TASK_CREATED, Names, wanted
 from tests.stack import Infra
 
 __all__ = ["Kit", "Watched", "created", "passed_on", "until"]
@@ -87,7 +86,25 @@ class Kit:
         self.group = self.names.group("validator")
         self.settings = self.with_()
         self.admin = AdminClient({"bootstrap.servers": infra.bootstrap})
-        kafka_admin.apply(self.settings)
+        self.topics = [
+            self.names.topic(TASK_CREATED),
+            self.names.topic(MX_OK),
+            self.names.delay("validator", 1),
+            self.names.delay("validator", 2),
+            self.names.dead("validator"),
+        ]
+        new = [
+            NewTopic(topic.name, topic.partitions, topic.replication, config=dict(topic.config))
+            for topic in wanted(self.settings)
+            if topic.name in self.topics
+        ]
+        for done in self.admin.create_topics(new).values():
+            done.result()
+
+    def close(self) -> None:
+        """Delete its topics."""
+        for done in self.admin.delete_topics(self.topics).values():
+            done.result()
 
     def with_(self, **changes: Any) -> Settings:
         """The installation's settings, changed."""

@@ -27,8 +27,17 @@ from tests.stack import ROOT, Infra
 
 
 @pytest.fixture(params=["consumer", "classic"])
-def kit(infra: Infra, request: pytest.FixtureRequest) -> Kit:
-    return Kit(infra, request.param)
+def kit(infra: Infra, request: pytest.FixtureRequest) -> Iterator[Kit]:
+    kit = Kit(infra, request.param)
+    yield kit
+    kit.close()
+
+
+@pytest.fixture
+def newest(infra: Infra) -> Iterator[Kit]:
+    kit = Kit(infra, "consumer")
+    yield kit
+    kit.close()
 
 
 class Child:
@@ -157,9 +166,9 @@ async def test_i2_a_handler_that_cancels_itself_is_run_again(kit: Kit) -> None:
     assert tries == 2
 
 
-async def test_i3_a_completion_from_before_a_revocation_changes_nothing(infra: Infra) -> None:
+async def test_i3_a_completion_from_before_a_revocation_changes_nothing(newest: Kit) -> None:
     """A handler outlives its partition; the same offset is handed out again; only then it completes."""
-    kit = Kit(infra, "consumer")
+    kit = newest
     late, release, again = asyncio.Event(), asyncio.Event(), asyncio.Event()
     started: list[Record] = []
 
@@ -237,8 +246,8 @@ async def test_i4_what_a_stalled_handler_holds_is_bounded(kit: Kit) -> None:
     assert Counter(r.key for r in holding).most_common(1)[0][1] == 1
 
 
-async def test_i4_a_hundred_thousand_deferred_records_take_no_memory(infra: Infra) -> None:
-    kit = Kit(infra, "consumer")
+async def test_i4_a_hundred_thousand_deferred_records_take_no_memory(newest: Kit) -> None:
+    kit = newest
     due = int(time.time() * 1000) + 60_000
     template = created(body="x" * 300)
     headers = [

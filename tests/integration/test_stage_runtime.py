@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -18,8 +18,17 @@ from tests.stack import Infra
 
 
 @pytest.fixture(params=["consumer", "classic"])
-def kit(infra: Infra, request: pytest.FixtureRequest) -> Kit:
-    return Kit(infra, request.param)
+def kit(infra: Infra, request: pytest.FixtureRequest) -> Iterator[Kit]:
+    kit = Kit(infra, request.param)
+    yield kit
+    kit.close()
+
+
+@pytest.fixture
+def newest(infra: Infra) -> Iterator[Kit]:
+    kit = Kit(infra, "consumer")
+    yield kit
+    kit.close()
 
 
 async def test_a_plain_handler_passes_every_task_on_with_its_trace(kit: Kit) -> None:
@@ -195,8 +204,8 @@ async def test_large_records_come_through(kit: Kit) -> None:
     assert len(kit.read(MX_OK)) == 12
 
 
-async def test_more_replicas_than_partitions_are_all_ready(infra: Infra) -> None:
-    kit = Kit(infra, "consumer")
+async def test_more_replicas_than_partitions_are_all_ready(newest: Kit) -> None:
+    kit = newest
     runtimes = [kit.runtime(handle=passed_on) for _ in range(PARTITIONS + 1)]
     runs = [asyncio.create_task(runtime.run()) for runtime in runtimes]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from services.common.config import Settings
@@ -15,6 +16,31 @@ __all__ = ["consumer_config", "producer_config"]
 _kafka_log = logging.getLogger("postroad.kafka")
 
 
+class _Seldom(logging.Filter):
+    """Lets a line of one kind from one client through every ten seconds.
+
+    While a broker is away librdkafka reports each refused connection, twenty a second.
+    """
+
+    _EVERY = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # The kind and the client come first, then the thread and what happened.
+        kind = record.getMessage().partition(" [thrd:")[0]
+        now = time.monotonic()
+        if now < self._next.get(kind, 0):
+            return False
+        self._next[kind] = now + self._EVERY
+        return True
+
+
+_kafka_log.addFilter(_Seldom())
+
+
 def _client(settings: Settings, client_id: str) -> dict[str, Any]:
     return {
         "bootstrap.servers": settings.kafka_bootstrap,
@@ -23,14 +49,19 @@ def _client(settings: Settings, client_id: str) -> dict[str, Any]:
         "allow.auto.create.topics": False,
         # A broker that comes back is found again within a second.
         "reconnect.backoff.max.ms": 1000,
+        "reconnect.backoff.ms": 250,
         "socket.keepalive.enable": True,
         # Bounds every request, so also a synchronous commit while a coordinator is away.
         "socket.timeout.ms": 10_000,
     }
 
 
-def consumer_config(settings: Settings, stage: str, client_id: str) -> dict[str, Any]:
-    """Return the consumer's settings: positions are committed by the stage runtime alone."""
+def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: bool) -> dict[str, Any]:
+    """Return the consumer's settings: positions are committed by the stage runtime alone.
+
+    `gather`: the broker may hold an answer back for up to 50 ms while there is little to send. A fetch
+    names every partition, so what it costs hardly depends on what it brings.
+    """
     config = _client(settings, client_id) | {
         "group.id": Names(settings.topic_prefix).group(stage),
         "group.protocol": settings.group_protocol,
@@ -45,7 +76,8 @@ def consumer_config(settings: Settings, stage: str, client_id: str) -> dict[str,
         "fetch.max.bytes": 4 << 20,
         "receive.message.max.bytes": MAX_RECORD_BYTES + (8 << 20),
         # A partition that is resumed, or due again, waits for the fetch under way: no longer than this.
-        "fetch.wait.max.ms": 100,
+        "fetch.wait.max.ms": 50 if gather else 100,
+        "fetch.min.bytes": 64 << 10 if gather else 1,
         "fetch.error.backoff.ms": 100,
     }
     if settings.group_protocol == "consumer":

@@ -29,6 +29,8 @@ _PAUSED_TURN = 0.05
 _PATIENCE = 0.25
 # How long cancelled handlers may take to come back before the consumer is closed without them.
 _CANCEL_GRACE = 2.0
+# How long a client's error counts as a problem, unless it is repeated.
+_ERROR_LASTS = 5.0
 # A member that got no partition in this time asks the coordinator whether it is heard at all.
 _IDLE_MEMBER = 5.0
 
@@ -69,7 +71,7 @@ class Poller:
         self._resting = False
         self._full_since: float | None = None
         self._fatal: KafkaError | None = None
-        self._errors: dict[str, float] = {}
+        self._errors: dict[int, tuple[str, float]] = {}
         self._joined = False
         self._turned = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
@@ -101,7 +103,7 @@ class Poller:
     def problems(self) -> list[str]:
         """Return why records may not be coming in."""
         now = time.monotonic()
-        problems = [text for text, until in list(self._errors.items()) if now < until]
+        problems = [text for text, until in list(self._errors.values()) if now < until]
         if now - self._turned > self._revoke_seconds + 5:
             problems.append(f"the poller has not turned for {now - self._turned:.0f} s")
         if not self._joined:
@@ -269,6 +271,7 @@ class Poller:
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._count("lost", partitions)
         leaving = self._ledger.select((p.topic, p.partition) for p in partitions)
+        self._joined = False
         self._leave(leaving)
         # Another replica may have them by now. What is under way may still come to its end, as it may when
         # partitions are revoked: to be cut off in the middle is what leaves a mail in doubt.
@@ -325,8 +328,11 @@ class Poller:
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():
             self._fatal = error
-        log.warning("consumer", stage=self._stage, error=str(error))
-        self._errors = {str(error): time.monotonic() + 15}
+        # librdkafka repeats an error for as long as it lasts.
+        now = time.monotonic()
+        if now >= self._errors.get(error.code(), ("", 0.0))[1]:
+            log.warning("consumer", stage=self._stage, error=error.str())
+        self._errors[error.code()] = (error.str(), now + _ERROR_LASTS)
 
     def _ask_coordinator(self) -> None:
         try:

@@ -176,5 +176,5 @@ class Publisher:
     def _on_error(self, error: KafkaError) -> None:
         if error.code() == KafkaError._FATAL or error.fatal():
             self.fatal = str(error)
+            log.error("producer", error=str(error))
             self._loop.call_soon_threadsafe(self.broken.set)
-        log.warning("producer", error=str(error))

@@ -89,7 +89,13 @@ class StageRuntime:
             post(loop.call_later, after, work.cancel, assignments)
 
         poller = self._poller = Poller(
-            consumer_config(self._settings, self._stage.name, self._source),
+            consumer_config(
+                self._settings,
+                self._stage.name,
+                self._source,
+                # A stage that works in batches has time for larger ones.
+                gather=self._stage.handle_batch is not None,
+            ),
             intake.topics,
             intake,
             ledger,

@@ -1,0 +1,139 @@
+"""From messages to records: what is decoded, what is faulty, what is held back."""
+
+from __future__ import annotations
+
+import pytest
+from confluent_kafka import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postroad.v1 import events_pb2 as pb
+from services.common.config import Settings
+from services.common.events import DECODERS, encode
+from services.common.stage.headers import Headers, Origin, delayed
+from services.common.stage.inflight import InFlight
+from services.common.stage.intake import Intake
+from services.common.stage.ledger import Fetched, Ledger
+from services.common.stage.types import Done, Stage
+
+ID = bytes(range(16))
+TASK = encode(pb.TaskCreated(task=pb.MailTask(id=ID, email="a@b.test"), at_us=1), "api", b"00-1-2-01")
+NOW = 1_000_000
+
+
+class Clock:
+    now = NOW
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def build(clock: Clock) -> tuple[Intake, Ledger]:
+    stage = Stage("sender", ["task.created"], DECODERS, handle=lambda _: Done(), delays=(5, 60))
+    ledger = Ledger(InFlight(10, 1 << 20))
+    intake = Intake(stage, Settings(topic_prefix="p."), ledger, clock)
+    ledger.assign((topic, 0) for topic in intake.topics)
+    return intake, ledger
+
+
+def message(
+    offset: int,
+    topic: str = "p.task.created",
+    value: bytes | None = TASK.value,
+    headers: Headers | None = None,
+) -> Message:
+    return Message(
+        topic=topic, partition=0, offset=offset, key=ID, value=value, headers=headers or TASK.headers
+    )
+
+
+def back(due: int, origin: str = "task.created", attempt: int = 3) -> Headers:
+    return delayed(TASK.headers, origin=Origin(origin, 4, 17), attempt=attempt, cause="c", due_at_ms=due)
+
+
+def test_topics_are_the_full_names_of_events_and_delays() -> None:
+    intake, _ = build(Clock())
+    assert intake.topics == ["p.task.created", "p.sender.delay.5", "p.sender.delay.60"]
+
+
+def test_an_event_record_is_read_with_its_bare_topic_and_trace() -> None:
+    intake, _ = build(Clock())
+    record = intake.read(message(7))
+    assert isinstance(record, Fetched)
+    assert (record.topic, record.offset, record.attempt, record.fault) == ("task.created", 7, 1, None)
+    assert record.traceparent == b"00-1-2-01"
+    assert isinstance(record.event, pb.TaskCreated)
+    assert record.event.task.email == "a@b.test"
+
+
+@given(st.none() | st.binary(max_size=200))
+def test_any_bytes_are_an_event_or_a_fault(value: bytes | None) -> None:
+    intake, _ = build(Clock())
+    record = intake.read(message(0, value=value))
+    assert record is not None
+    assert (record.event is None) == (record.fault is not None)
+
+
+def test_what_is_not_owned_is_not_read() -> None:
+    intake, ledger = build(Clock())
+    ledger.let_go(ledger.owned())
+    assert intake.read(message(0)) is None
+
+
+def test_a_due_record_is_read_as_its_origin_and_attempt() -> None:
+    intake, _ = build(Clock())
+    record = intake.read(message(3, "p.sender.delay.5", headers=back(NOW)))
+    assert record is not None
+    assert (record.topic, record.attempt, record.fault) == ("task.created", 3, None)
+    assert str(record.origin) == "task.created/4/17"
+    assert isinstance(record.event, pb.TaskCreated)
+
+
+def test_never_early_the_head_is_held_and_all_behind_it() -> None:
+    clock = Clock()
+    intake, ledger = build(clock)
+    topic = "p.sender.delay.5"
+    assert intake.read(message(3, topic, headers=back(NOW + 2000))) is None
+    assert intake.read(message(4, topic, headers=back(NOW - 1))) is None
+    assert intake.read(message(9)) is not None
+    ((assignment, offset),) = intake.take_held()
+    assert (assignment.topic, offset) == (topic, 3)
+    assert intake.take_held() == []
+    assert intake.held == 1
+    assert intake.wait(0.1) == 0.1
+    clock.now = NOW + 2000
+    assert intake.release() == []  # a little later, so that more have fallen due
+    clock.now = NOW + 2100
+    assert intake.wait(0.1) == 0
+    assert intake.release() == [assignment]
+    assert intake.held == 0
+    assert intake.read(message(3, topic, headers=back(NOW + 2000))) is not None
+    assert assignment is ledger.find(topic, 0)
+
+
+def test_a_hold_ends_with_its_assignment() -> None:
+    intake, ledger = build(Clock())
+    intake.read(message(3, "p.sender.delay.5", headers=back(NOW + 2000)))
+    gone = ledger.select([("p.sender.delay.5", 0)])
+    ledger.let_go(gone)
+    intake.forget(gone)
+    assert intake.held == 0
+    ledger.assign([("p.sender.delay.5", 0)])
+    assert intake.read(message(3, "p.sender.delay.5", headers=back(NOW))) is not None
+
+
+@pytest.mark.parametrize(
+    ("headers", "cause"),
+    [
+        ([("ce_id", b"1")], "delayed record: origin"),
+        (back(NOW + 10_000_000), "further off"),
+        (back(NOW, origin="who.knows"), "is not read here"),
+    ],
+)
+def test_a_delayed_record_that_is_not_ours_is_a_fault_and_holds_nothing(headers: Headers, cause: str) -> None:
+    intake, _ = build(Clock())
+    record = intake.read(message(3, "p.sender.delay.5", headers=headers))
+    assert record is not None
+    assert record.fault is not None
+    assert cause in record.fault
+    assert intake.held == 0
