@@ -173,7 +173,7 @@ class Poller:
     def _nap(self) -> list[Message]:
         """Take nothing while there is no room; once paused, keep polling for the group's sake."""
         self._sleeping = True
-        if not self._returned and not self._stopping:
+        if not self._returned:
             self._wake.wait(_PAUSED_TURN)
         self._sleeping = False
         self._wake.clear()
