@@ -37,11 +37,15 @@ class Service(Protocol):
         """Return why the service is not ready, empty when it is. Called on another thread; may not block."""
 
 
+class _BadSetting(Exception):
+    """A setting that is of the right type and yet cannot be used."""
+
+
 def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn:
     """Run the service that `build` makes, and exit.
 
     0 after a drain (SIGTERM or SIGINT), 1 when the service failed or a second signal came, 2 when a
-    setting is wrong.
+    setting is wrong (`build` raises ValueError where it cannot be used).
     """
     try:
         config = settings()
@@ -55,6 +59,9 @@ def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn
     configure_logs(name, replica, config.log_format, config.log_level)
     try:
         uvloop.run(_serve(name, build, config))
+    except _BadSetting as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except Exception:
         log.exception("service failed")
         sys.exit(1)
@@ -63,7 +70,10 @@ def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn
 
 async def _serve(name: str, build: Callable[[Settings], Awaitable[Service]], config: Settings) -> None:
     loop = asyncio.get_running_loop()
-    service = await build(config)
+    try:
+        service = await build(config)
+    except ValueError as error:
+        raise _BadSetting(error) from error
     stopping = False
 
     def on_signal() -> None:
