@@ -43,6 +43,11 @@ class Relay:
     context: ssl.SSLContext | None = None
     """For another certificate authority or a client certificate; None takes the system's authorities."""
 
+    @property
+    def name(self) -> str:
+        """How it is shown: ``mail.example.org:25``."""
+        return f"{self.host}:{self.port}"
+
     def tls_context(self) -> ssl.SSLContext:
         """The context for this relay's sessions. Reads the system's authorities from disk: build it once."""
         if self.context is not None:

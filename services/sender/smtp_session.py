@@ -17,9 +17,13 @@ __all__ = ["Session", "UnavailableError", "open_session"]
 class UnavailableError(Exception):
     """No session could be had. ``outcome`` says where it failed; it is always ours."""
 
-    def __init__(self, phase: Phase, cause: str, relay: str) -> None:
-        super().__init__(f"{relay}: {phase}: {cause}")
-        self.outcome = NotSent(phase, cause, True, relay)
+    def __init__(self, outcome: NotSent) -> None:
+        super().__init__(f"{outcome.relay}: {outcome.phase}: {outcome.cause}")
+        self.outcome = outcome
+
+    @classmethod
+    def at(cls, phase: Phase, cause: str, relay: str) -> "UnavailableError":
+        return cls(NotSent(phase, cause, True, relay))
 
 
 class Session:
@@ -98,7 +102,7 @@ async def open_session(relay: Relay, context: ssl.SSLContext | None, timeouts: T
     except _HandshakeError as error:
         if relay.tls is Tls.OPPORTUNISTIC:
             return await open_session(relay, None, timeouts)
-        raise UnavailableError(Phase.TLS, str(error), name) from error
+        raise UnavailableError.at(Phase.TLS, str(error), name) from error
     except BaseException:
         wire.abort("session not opened")
         raise
@@ -116,7 +120,9 @@ async def _connect(relay: Relay, implicit: ssl.SSLContext | None, timeouts: Time
         async with asyncio.timeout(timeouts.connect):
             found = await loop.getaddrinfo(relay.host, relay.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-        raise UnavailableError(Phase.CONNECT, f"name lookup: {str(error) or 'timed out'}", where) from error
+        raise UnavailableError.at(
+            Phase.CONNECT, f"name lookup: {str(error) or 'timed out'}", where
+        ) from error
     phase, cause = Phase.CONNECT, "no address"
     for family, _, _, _, address in found:
         ip = str(address[0])
@@ -138,7 +144,7 @@ async def _connect(relay: Relay, implicit: ssl.SSLContext | None, timeouts: Time
             phase, cause, where = Phase.CONNECT, str(error) or "connection timed out", name
         else:
             return wire, name
-    raise UnavailableError(phase, cause, where)
+    raise UnavailableError.at(phase, cause, where)
 
 
 async def _greet(session: Session, relay: Relay) -> None:
@@ -168,7 +174,7 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
     required = relay.tls is Tls.STARTTLS
     if "STARTTLS" not in session.extensions:
         if required:
-            raise UnavailableError(Phase.TLS, "the relay does not offer STARTTLS", session.name)
+            raise UnavailableError.at(Phase.TLS, "the relay does not offer STARTTLS", session.name)
         return False
     answer = await session.wire.ask(b"STARTTLS\r\n", 1, session.timeouts.command)
     if session.wire.lost is not None or not answer[0].ok:
@@ -187,11 +193,11 @@ async def _authenticate(session: Session, relay: Relay, encrypted: bool) -> None
     assert relay.credentials is not None
     if not secret_may_go(relay.tls, encrypted, session.wire.transport.get_extra_info("peername")[0]):
         cause = "credentials are not sent in clear unless TLS is switched off"
-        raise UnavailableError(Phase.AUTH, cause, session.name)
+        raise UnavailableError.at(Phase.AUTH, cause, session.name)
     try:
         lines = auth_lines(relay.credentials, session.auth)
     except UnsupportedAuthError as error:
-        raise UnavailableError(Phase.AUTH, str(error), session.name) from error
+        raise UnavailableError.at(Phase.AUTH, str(error), session.name) from error
     answer: list[Reply] = []
     for line in lines:
         answer = await session.wire.ask(line, 1, session.timeouts.command)
@@ -203,7 +209,7 @@ async def _authenticate(session: Session, relay: Relay, encrypted: bool) -> None
 
 def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> UnavailableError:
     cause = str(answer[0]) if answer else f"no answer to {to}: {session.wire.lost}"
-    return UnavailableError(phase, cause, session.name)
+    return UnavailableError.at(phase, cause, session.name)
 
 
 def _literal(wire: Wire) -> str:

@@ -125,6 +125,55 @@ async def test_a_relay_that_takes_fewer_sessions_is_respected() -> None:
         assert server.connections <= 6
 
 
+async def test_a_refused_session_is_tried_again_though_the_others_stay_busy() -> None:
+    held = asyncio.Event()
+
+    async def slow(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await held.wait()
+        await c.say("250 queued")
+        await carry_on(c)
+
+    async def full(c: Conversation) -> None:
+        await c.say("421 4.7.0 too many connections from you")
+        await c.drained()
+
+    limits = Limits(sessions=2, backoff=0.05)
+    async with scripted(slow, full, serving) as server, pool_for(server, limits=limits) as pool:
+        first = asyncio.create_task(send(pool))
+        await until(lambda: pool.state.busy == 1)
+        waiting = [asyncio.create_task(send(pool)) for _ in range(5)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert server.connections == 3
+        held.set()
+        assert isinstance(await first, Sent)
+
+
+async def test_a_session_that_is_still_closing_keeps_its_place() -> None:
+    """A relay that takes one session is never asked for two, not even between one and the next."""
+    open_now, most = 0, 0
+
+    async def counting(c: Conversation) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await c.greet("PIPELINING")
+        await c.mail()
+        await c.expect("QUIT")
+        await asyncio.sleep(0.02)
+        open_now -= 1
+        await c.say("221 bye")
+
+    limits = Limits(sessions=1, mails_per_session=1)
+    async with scripted(counting) as server, pool_for(server, limits=limits) as pool:
+        outcomes = await asyncio.gather(*(send(pool) for _ in range(5)))
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+    assert most == 1
+
+
 async def test_a_cancelled_wait_gives_its_turn_away() -> None:
     hold, release = asyncio.Event(), asyncio.Event()
 

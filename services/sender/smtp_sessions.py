@@ -1,0 +1,200 @@
+"""The sessions with one relay: which are open, who may use which, when one more is opened or one is
+closed."""
+
+import asyncio
+import random
+from collections import deque
+
+from services.sender.replies import Phase
+from services.sender.smtp_relay import Limits, Relay, Timeouts, Tls
+from services.sender.smtp_session import Session, UnavailableError, open_session
+
+__all__ = ["Sessions", "pause"]
+
+
+def pause(limits: Limits, failures: int) -> float:
+    """The seconds to wait after so many failures in a row: doubling, with jitter."""
+    return min(limits.backoff * 2.0 ** min(failures - 1, 16), limits.backoff_max) * random.uniform(0.75, 1.25)
+
+
+class Sessions:
+    """Hands sessions out and takes them back, within ``limits``. Belongs to one event loop.
+
+    The session used last is given first, so that those that are not needed grow old and are closed. Who has
+    to wait is served in the order of coming.
+    """
+
+    def __init__(self, relay: Relay, limits: Limits, timeouts: Timeouts) -> None:
+        self._relay = relay
+        self._limits = limits
+        self._timeouts = timeouts
+        self._context = None if relay.tls is Tls.NONE else relay.tls_context()
+        self._ready: set[Session] = set()
+        self._idle: deque[Session] = deque()  # the one used last on the right
+        self._sockets: set[asyncio.Future[None]] = set()
+        self._waiters: deque[asyncio.Future[Session | None]] = deque()
+        self._reaper: asyncio.TimerHandle | None = None
+        self._refusals = 0
+        self._grow_after = 0.0
+        self._closing = False
+        self.opening = 0
+        self.opened = 0
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiters)
+
+    async def acquire(self) -> Session:
+        """An idle session, or a new one, or the first that comes free. It must be given to ``release``.
+
+        Raises:
+            UnavailableError: no session can be had.
+        """
+        while not self._closing:
+            if self._idle:
+                return self._idle.pop()
+            session = await (self._grow() if self._may_grow() else self._wait())
+            if session is not None:
+                return session
+        raise self._closed()
+
+    def release(self, session: Session) -> None:
+        """Take a session back, whatever has become of it."""
+        if session.wire.lost is not None:
+            return
+        session.fresh = False
+        if self._closing or session.mails >= self._limits.mails_per_session:
+            session.wire.quit(self._timeouts.quit)
+            return
+        while self._waiters:
+            if _answer(self._waiters.popleft(), session):
+                return
+        loop = asyncio.get_running_loop()
+        session.idle_since = loop.time()
+        self._idle.append(session)
+        if self._reaper is None:
+            self._reaper = loop.call_later(self._limits.idle, self._reap)
+
+    async def open(self) -> Session:
+        """A new session, whoever waits.
+
+        Raises:
+            UnavailableError: none can be had.
+        """
+        self.opening += 1
+        try:
+            session = await open_session(self._relay, self._context, self._timeouts)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_soon(self._wake)
+            raise
+        finally:
+            self.opening -= 1
+        self._refusals = 0
+        self.opened += 1
+        self._ready.add(session)
+        self._sockets.add(session.wire.closed)
+        session.wire.closed.add_done_callback(self._let_go)
+        session.wire.watch(lambda: self._forget(session))
+        # Those that came while the relay refused more sessions need not wait for this one.
+        self._wake()
+        return session
+
+    def dismiss(self, error: UnavailableError) -> None:
+        """Have all that wait raise ``error``."""
+        while self._waiters:
+            _answer(self._waiters.popleft(), error)
+
+    async def close(self, grace: float) -> None:
+        """Open none any more, wait ``grace`` seconds for those in use, say QUIT, abort what is left."""
+        self._closing = True
+        if self._reaper is not None:
+            self._reaper.cancel()
+        self.dismiss(self._closed())
+        while self._idle:
+            self._idle.pop().wire.quit(self._timeouts.quit)
+        if self._ready:
+            await asyncio.wait({session.wire.closed for session in self._ready}, timeout=grace)
+        for session in tuple(self._ready):
+            session.wire.abort("closed by us")
+        if self._sockets:
+            await asyncio.wait(self._sockets, timeout=self._timeouts.quit + 1)
+
+    def _may_grow(self) -> bool:
+        # A socket that is still closing counts: the relay may count it too.
+        if len(self._sockets) + self.opening >= self._limits.sessions or self._closing:
+            return False
+        return not self._ready or asyncio.get_running_loop().time() >= self._grow_after
+
+    async def _grow(self) -> Session | None:
+        """A new session; None if the relay refuses more of them while it serves others."""
+        try:
+            return await self.open()
+        except UnavailableError:
+            if not self._ready:
+                raise
+        self._refusals += 1
+        rest = pause(self._limits, self._refusals)
+        loop = asyncio.get_running_loop()
+        self._grow_after = loop.time() + rest
+        loop.call_at(self._grow_after, self._wake)
+        return None
+
+    async def _wait(self) -> Session | None:
+        """Wait for what another gives back: its session, or None for the place of a lost one."""
+        waiter: asyncio.Future[Session | None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                given = waiter.result()
+                if given is None:
+                    self._wake()
+                else:
+                    self.release(given)
+            raise
+
+    def _wake(self) -> None:
+        """Let one that waits open a session, if there is place for it."""
+        while self._waiters and self._may_grow():
+            if _answer(self._waiters.popleft(), None):
+                return
+
+    def _forget(self, session: Session) -> None:
+        self._ready.discard(session)
+        if session in self._idle:
+            self._idle.remove(session)
+
+    def _let_go(self, socket: asyncio.Future[None]) -> None:
+        self._sockets.discard(socket)
+        self._wake()
+
+    def _reap(self) -> None:
+        """Close what has been idle for too long."""
+        self._reaper = None
+        loop = asyncio.get_running_loop()
+        while self._idle and self._idle[0].idle_since + self._limits.idle <= loop.time():
+            self._idle.popleft().wire.quit(self._timeouts.quit)
+        if self._idle:
+            self._reaper = loop.call_at(self._idle[0].idle_since + self._limits.idle, self._reap)
+
+    def _closed(self) -> UnavailableError:
+        return UnavailableError.at(Phase.CONNECT, "the pool is closed", self._relay.name)
+
+
+def _answer(waiter: "asyncio.Future[Session | None]", answer: Session | UnavailableError | None) -> bool:
+    """Give a waiter its answer; False if it no longer waits."""
+    if waiter.done():
+        return False
+    if isinstance(answer, UnavailableError):
+        waiter.set_exception(answer)
+    else:
+        waiter.set_result(answer)
+    return True
