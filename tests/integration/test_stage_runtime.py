@@ -216,3 +216,56 @@ async def test_more_replicas_than_partitions_are_all_ready(newest: Kit) -> None:
         for runtime in runtimes:
             runtime.stop()
         await asyncio.gather(*runs)
+
+
+async def test_thousands_deferred_at_once_all_come_back_in_time(newest: Kit) -> None:
+    """Due times spread over two seconds: each partition is held and read again many times over."""
+    kit, early, back, base = newest, 0, 0, 0
+
+    def handle(record: Record) -> Outcome:
+        nonlocal early, back
+        due = base + 4000 + record.event.epoch % 2000
+        if record.attempt == 1:
+            return Retry(2, due, "later")
+        back += 1
+        early += time.time() * 1000 < due
+        return passed_on(record)
+
+    async with kit.running(handle=handle):
+        base = int(time.time() * 1000)
+        await kit.publish(created(n) for n in range(4000))
+        await until(lambda: back == 4000, 60)
+        await until(lambda: sum(kit.committed("validator.delay.2").values()) == 4000)
+    assert early == 0
+    assert len({m.key() for m in kit.read(MX_OK)}) == 4000
+
+
+async def test_a_broker_that_goes_and_comes_back_loses_nothing(newest: Kit) -> None:
+    kit = newest
+    async with kit.running(handle=passed_on) as runtime:
+        await kit.publish(created(n) for n in range(500))
+        kit.infra.kill("kafka-1")
+        try:
+            await until(lambda: any("brokers are down" in text for text in runtime.problems()))
+        finally:
+            await asyncio.to_thread(kit.infra.start, "kafka-1")
+        await until(lambda: not runtime.problems(), 60)
+        await kit.publish(created(n) for n in range(500))
+        await until(lambda: sum(kit.committed().values()) == 1000, 60)
+    assert len({m.key() for m in kit.read(MX_OK)}) == 1000
+
+
+async def test_stopping_while_the_broker_is_away_takes_no_longer_than_the_drain(newest: Kit) -> None:
+    kit = newest
+    runtime = kit.runtime(kit.with_(drain_seconds=2), handle=passed_on)
+    run = asyncio.create_task(runtime.run())
+    await until(runtime.ready)
+    kit.infra.kill("kafka-1")
+    try:
+        await until(runtime.problems)
+        started = time.monotonic()
+        runtime.stop()
+        await run
+        assert time.monotonic() - started < 10
+    finally:
+        await asyncio.to_thread(kit.infra.start, "kafka-1")

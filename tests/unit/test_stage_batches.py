@@ -34,7 +34,7 @@ def records(*offsets: int, assignment: Assignment | None = None) -> list[Fetched
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - a state, not an event
             await asyncio.sleep(0)
 
 
