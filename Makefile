@@ -64,7 +64,8 @@ fmt: setup ## put the code into its style
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
-test: setup ## every test, on real servers (ARGS="-k name" for some)
+test: ## every test, on real servers (ARGS="-k name" for some)
+	@python3 -m deploy.local.setup --tests
 	@$(PYTHON) -m pytest $(ARGS)
 
 unit: setup ## the tests that need no server

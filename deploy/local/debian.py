@@ -6,12 +6,14 @@ Standard library only: `make setup` runs it on a bare python3.
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from deploy.local.cache import locked
 from deploy.local.commands import SetupError, run, say
 
-__all__ = ["fetch_packages", "install_packages", "is_debian", "mirror"]
+__all__ = ["fetch_packages", "install_packages", "is_debian", "mirror", "preseed"]
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
@@ -39,10 +41,19 @@ def install_packages(names: Iterable[str]) -> None:
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     if sudo and not shutil.which("sudo"):
         raise SetupError(f"neither root nor sudo: please have these packages installed: {', '.join(wanted)}")
-    environment = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive"]
-    say(f"installing Debian packages: {' '.join(wanted)}")
-    run([*environment, "apt-get", "update", "-qq"], tries=3)
-    run([*environment, "apt-get", "install", "-y", "-qq", "--no-install-recommends", *wanted], tries=4)
+    apt = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
+    with locked("apt"):
+        say(f"installing Debian packages: {' '.join(wanted)}")
+        run([*apt, "update"], tries=3)
+        run([*apt, "install", "-y", "--no-install-recommends", *wanted], tries=4)
+
+
+def preseed(answer: str) -> None:
+    """Answer a question that a package would ask while it is installed (debconf). Needs root."""
+    with tempfile.NamedTemporaryFile("w", suffix=".debconf") as file:
+        file.write(f"{answer}\n")
+        file.flush()
+        run(["debconf-set-selections", file.name])
 
 
 def _entries(text: str, name: str) -> Iterator[tuple[str, list[str], list[str]]]:

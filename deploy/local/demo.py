@@ -112,7 +112,9 @@ class Demo:
         """Message-IDs that the catcher took more or less often than their tasks tell."""
         entries = map(json.loads, self._journal.read_text().splitlines())
         taken = Counter(entry["message_id"] for entry in entries if self.run in entry["rcpt"])
-        right = Counter({task.message_id: self.sent[key].case.copies for key, task in tasks.items()})
+        right: Counter[str] = Counter()
+        for task_id, task in tasks.items():
+            right[task.message_id] += self.sent[task_id].case.copies
         return [
             f"mail {message_id}: taken {taken[message_id]} times, not {right[message_id]}"
             for message_id in taken.keys() | right.keys()

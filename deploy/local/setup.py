@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from deploy.local.cache import locked
 from deploy.local.commands import SetupError, run, say
 from deploy.local.database_tree import find_server, make_server, make_template, template_path, wanted_kind
 from deploy.local.debian import install_packages
-from deploy.local.jars import jars_path, make_jars
+from deploy.local.jars import jars_path
 from deploy.local.kafka_java import archive_path, make_archive
+from deploy.local.packages_for_tests import install_test_packages
 
 __all__ = ["main"]
 
@@ -101,13 +102,27 @@ def _timed(name: str, make: Callable[[], object]) -> None:
         say(f"{name}: {took:.1f} s")
 
 
-def main() -> int:
-    """Install what is missing; 0 when all is there, 1 with what could not be installed named on stderr."""
+def _for_tests() -> None:
+    try:
+        install_test_packages()
+        if server := find_server("mariadb"):
+            make_template(server)
+    except SetupError as error:
+        say(f"tests that need more are skipped: {error}")
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Install what is missing; 0 when all is there, 1 with what could not be installed named on stderr.
+
+    `--tests` installs what only tests want too.
+    """
     if sys.version_info < OLDEST_PYTHON:
         say(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
         return 1
     try:
         kind = wanted_kind()
+        if "--tests" in arguments:
+            _for_tests()
         if _is_complete(kind):
             return 0
         if packages := _missing_packages():
@@ -118,7 +133,7 @@ def main() -> int:
                 )
         jobs = {
             "Python packages": _make_venv,
-            "Kafka": lambda: (make_jars(), make_archive()),
+            "Kafka": make_archive,
             "database": lambda: make_template(make_server(kind)),
         }
         failed = []
@@ -141,4 +156,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

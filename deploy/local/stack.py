@@ -122,7 +122,7 @@ class Stack:
                     database = [start for name, start in starts.items() if name == "mysql"]
                     starts["migrate"] = pool.submit(self._command, "migrate", database)
                     starts["topics"] = pool.submit(self._command, "topics apply", kafka)
-                _results(starts.values())
+                self._results(starts.values())
             self._start_all(wanted)
             for service in SERVICES:
                 self._end_surplus(service)
@@ -162,7 +162,8 @@ class Stack:
     def stop(self, name: str, *, kill: bool = False) -> bool:
         """End `name` by SIGTERM (or SIGKILL at once); returns whether it ended by itself in time."""
         with self.changing():
-            return process.end(self.layout, name, 0 if kill else self.component(name).grace)
+            grace = self.component(name).grace
+            return process.end(self.layout, name, 0 if kill else grace)
 
     def down(self, *, wipe: bool = False) -> None:
         """End all that runs, services first; keep the data unless `wipe`."""
@@ -187,7 +188,7 @@ class Stack:
 
     def _start_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor() as pool:
-            _results([pool.submit(self._start_one, name) for name in names])
+            self._results([pool.submit(self._start_one, name) for name in names])
 
     def _start_one(self, name: str) -> None:
         component = self.component(name)
@@ -229,15 +230,18 @@ class Stack:
 
     def _command(self, command: str, after: Collection[Future[None]]) -> None:
         """Run `postroad command` once what it needs is ready."""
-        _results(after)
+        self._results(after)
         argv = [sys.executable, "-m", "services.cli", *command.split()]
         env = {**os.environ, **stack_environment(self.state)}
         done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")
 
-
-def _results(futures: Collection[Future[None]]) -> None:
-    """Wait for all of them; raise what the first that failed raised."""
-    for future in wait(futures).done:
-        future.result()
+    def _results(self, futures: Collection[Future[None]]) -> None:
+        """Wait for all of them; raise what one that failed raised. Interrupted, the others stop waiting."""
+        try:
+            for future in wait(futures).done:
+                future.result()
+        except BaseException:
+            self._failure = self._failure or "interrupted"
+            raise

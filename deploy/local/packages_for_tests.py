@@ -1,0 +1,32 @@
+"""Debian packages that only tests want: a second database and a second mail server to be held against.
+
+Standard library only: `make test` runs it on a bare python3. Where they cannot be had, the tests that need
+them are skipped and say so.
+"""
+
+import os
+from pathlib import Path
+
+from deploy.local.debian import install_packages, preseed
+
+__all__ = ["install_test_packages", "missing_test_packages"]
+
+# What proves that a package is there.
+EVERYONE = {"/usr/sbin/mariadbd": ("mariadb-server-core",)}
+# The Postfix tests need root anyway; on anyone's desk no mail server is installed behind their back.
+ROOT = {"/usr/sbin/postfix": ("postfix",), "/usr/sbin/saslpasswd2": ("sasl2-bin", "libsasl2-modules")}
+
+
+def missing_test_packages() -> list[str]:
+    """The names of the packages that this user's tests want and that are not there."""
+    wanted = EVERYONE | (ROOT if os.geteuid() == 0 else {})
+    return [name for proof, names in wanted.items() if not Path(proof).exists() for name in names]
+
+
+def install_test_packages() -> None:
+    """Install them; nothing of theirs is started. Raises SetupError."""
+    names = missing_test_packages()
+    if "postfix" in names:
+        preseed("postfix postfix/main_mailer_type select No configuration")
+    if names:
+        install_packages(names)
