@@ -1,0 +1,434 @@
+"""Kafka in memory: logs with gaps in their offsets, consumer groups, and a Consumer as a stage sees it.
+
+Groups are KIP-848's: incremental assignments, partitions leave one member before another has them, a
+member that is silent for its session is put out and hears of it late, and commits of who is not a member
+are refused. That a stage commits only what it may is watched here, where the commits arrive.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from services.common.stage.ledger import Fetched
+from tests.simulation.scheduler import Process
+from tests.simulation.world import World
+
+__all__ = ["SESSION", "Broker", "Consumer", "Group", "Message"]
+
+SESSION = 10.0
+"""The group's session timeout, in seconds."""
+
+Place = tuple[str, int]
+
+
+class Message:
+    """A record as it is read."""
+
+    __slots__ = ("_headers", "_key", "_offset", "_place", "_value")
+
+    def __init__(self, place: Place, offset: int, key: Any, value: Any, headers: Any) -> None:
+        self._place, self._offset, self._key, self._value, self._headers = place, offset, key, value, headers
+
+    def topic(self) -> str:
+        return self._place[0]
+
+    def partition(self) -> int:
+        return self._place[1]
+
+    def offset(self) -> int:
+        return self._offset
+
+    def key(self) -> Any:
+        return self._key
+
+    def value(self) -> Any:
+        return self._value
+
+    def headers(self) -> Any:
+        return self._headers
+
+    def error(self) -> None:
+        return None
+
+
+class _Log:
+    """One partition."""
+
+    __slots__ = ("end", "messages", "offsets")
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.offsets: list[int] = []
+        self.end = 0
+
+
+class Broker:
+    """All topics and groups."""
+
+    def __init__(self, world: World, topics: Iterable[str], partitions: int = 2) -> None:
+        self.world = world
+        self.partitions = partitions
+        self.logs: dict[Place, _Log] = {(t, p): _Log() for t in topics for p in range(partitions)}
+        self.groups: dict[str, Group] = {}
+
+    def group(self, name: str) -> Group:
+        """Return a group, made at its first mention."""
+        if name not in self.groups:
+            self.groups[name] = Group(self)
+        return self.groups[name]
+
+    def append(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> int:
+        """Add a record; a key goes to one partition always. Returns its offset."""
+        place = topic, (key[-1] if key else 0) % self.partitions
+        log = self.logs[place]
+        rng = self.world.scheduler.rng
+        # Transaction markers and compaction leave gaps.
+        offset = log.end + (rng.randrange(1, 4) if rng.random() < 0.3 else 0)
+        log.end = offset + 1
+        log.offsets.append(offset)
+        log.messages.append(Message(place, offset, key, value, headers))
+        self.world.trace("kafka", f"{topic}/{place[1]}@{offset}")
+        for group in self.groups.values():
+            owner = group.owners.get(place)
+            if owner is not None:
+                owner.wake()
+        return offset
+
+    def read(self, place: Place, start: int, most: int) -> Sequence[Message]:
+        """Return the records of a partition from offset `start` on."""
+        log = self.logs[place]
+        index = bisect_left(log.offsets, start)
+        return log.messages[index : index + most]
+
+    def records(self, topic: str) -> list[Message]:
+        """Return all records of a topic."""
+        return [message for p in range(self.partitions) for message in self.logs[topic, p].messages]
+
+
+class Group:
+    """The coordinator's view of one consumer group."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.members: list[Consumer] = []
+        self.owners: dict[Place, Consumer] = {}
+        self.committed: dict[Place, int] = {}
+        self.topics: set[str] = set()
+
+    def lag(self) -> int:
+        """Return how many partitions have records above the committed position."""
+        logs = self.broker.logs
+        return sum(
+            1
+            for place, log in logs.items()
+            if place[0] in self.topics and log.offsets and log.offsets[-1] >= self.committed.get(place, 0)
+        )
+
+    def join(self, member: Consumer, topics: Sequence[str]) -> None:
+        """Take a new member in."""
+        if not self.broker.world.up("kafka"):
+            self.broker.world.scheduler.after(0.5, member.process, self.join, member, topics)
+            return
+        self.topics.update(topics)
+        self.members.append(member)
+        member.member = True
+        member.epoch += 1
+        self._balance()
+
+    def leave(self, member: Consumer) -> None:
+        """Let a member go, its partitions with it."""
+        member.member = False
+        if member in self.members:
+            self.members.remove(member)
+        for place in [place for place, owner in self.owners.items() if owner is member]:
+            del self.owners[place]
+        self._balance()
+
+    def released(self, member: Consumer, places: Iterable[Place]) -> None:
+        """Note that a member has given partitions up."""
+        for place in places:
+            if self.owners.get(place) is member:
+                del self.owners[place]
+                member.leaving.discard(place)
+        self._balance()
+
+    def commit(self, member: Consumer, positions: dict[Place, int]) -> KafkaError | None:
+        """Commit, or say why not."""
+        if not member.member:
+            return KafkaError(KafkaError.UNKNOWN_MEMBER_ID)
+        for place, position in positions.items():
+            member.check(place, position)
+            self.committed[place] = position
+        return None
+
+    def _balance(self) -> None:
+        if not self.members:
+            return
+        partitions = self.broker.partitions
+        revoked: dict[Consumer, list[Place]] = {}
+        given: dict[Consumer, list[Place]] = {}
+        for topic in sorted(self.topics):
+            for partition in range(partitions):
+                place = topic, partition
+                # As "range" does: the same partition numbers of all topics to one member.
+                target = self.members[partition * len(self.members) // partitions]
+                owner = self.owners.get(place)
+                if owner is None:
+                    self.owners[place] = target
+                    given.setdefault(target, []).append(place)
+                elif owner is not target and place not in owner.leaving:
+                    owner.leaving.add(place)
+                    revoked.setdefault(owner, []).append(place)
+        for member, places in revoked.items():
+            member.tell("revoke", places)
+        for member, places in given.items():
+            member.tell("assign", places)
+
+
+class Consumer:
+    """confluent_kafka's Consumer, as much of it as a stage uses. Blocks its simulated thread.
+
+    `due` tells when its poller next has something to do of its own (virtual seconds), so that an idle one
+    need not turn ten times a second.
+    """
+
+    def __init__(self, broker: Broker, process: Process, config: dict[str, Any]) -> None:
+        self.process = process
+        self.member = False
+        self.epoch = 0
+        """Counts its memberships."""
+        self.leaving: set[Place] = set()
+        self.due: Callable[[], float] = lambda: float("inf")
+        self.taken: dict[Place, list[Fetched]] = {}
+        """What the stage took from each partition since it was assigned; for the watch over its commits."""
+        self._broker, self._world = broker, broker.world
+        self._group = broker.group(config["group.id"])
+        self._on_commit = config["on_commit"]
+        self._positions: dict[Place, int] = {}
+        self._paused: set[Place] = set()
+        self._highest: dict[Place, int] = {}
+        self._events: deque[tuple[str, Any]] = deque()
+        self._waiting = False
+        self._closed = False
+        self._turn = 0
+        self._arrival = self._told = 0.0
+        self._polls, self._polled = 0, 0.0
+
+    def subscribe(self, topics: Sequence[str], on_assign: Any, on_revoke: Any, on_lost: Any) -> None:
+        self._topics, self._on_assign, self._on_revoke, self._on_lost = topics, on_assign, on_revoke, on_lost
+        self._join()
+
+    def _join(self) -> None:
+        scheduler = self._world.scheduler
+        scheduler.after(scheduler.latency(0.02), self.process, self._group.join, self, self._topics)
+
+    # --- reading ---
+
+    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+        self._serve()
+        return self._next(num_messages)
+
+    def poll(self, timeout: float) -> Message | None:
+        self._watch()
+        self._serve()
+        if not (found := self._next(1)) and timeout > 0:
+            now = self._world.now
+            seconds = min(timeout, max(0.0, self.due() - now))
+            self._wait(seconds if seconds < 1e6 else None)
+            self._serve()
+            found = self._next(1)
+        return found[0] if found else None
+
+    def _watch(self) -> None:
+        now = self._world.now
+        self._polls = self._polls + 1 if now == self._polled else 0
+        self._polled = now
+        if self._polls > 1000:
+            self._world.violation(f"{self.process.service} polls without a pause")
+            raise RuntimeError("polls without a pause")
+
+    def _wait(self, seconds: float | None) -> None:
+        thread = self._world.scheduler.running
+        assert thread is not None
+        self._thread = thread
+        self._waiting = True
+        thread.block(seconds)
+        self._waiting = False
+
+    def _next(self, most: int) -> list[Message]:
+        if not self._positions or not self._world.up("kafka"):
+            return []
+        places = list(self._positions)
+        self._turn += 1
+        start = self._turn % len(places)
+        found: list[Message] = []
+        for place in places[start:] + places[:start]:
+            if place in self._paused or len(found) >= most:
+                continue
+            part = self._broker.read(place, self._positions[place], most - len(found))
+            if part:
+                self._positions[place] = part[-1].offset() + 1
+                found += part
+        if found:
+            self._world.operation("fetch", self.process)
+        return found
+
+    def pause(self, partitions: list[TopicPartition]) -> None:
+        self._paused.update(_places(partitions))
+
+    def resume(self, partitions: list[TopicPartition]) -> None:
+        self._paused.difference_update(_places(partitions))
+
+    def seek(self, partition: TopicPartition) -> None:
+        [place] = _places([partition])
+        if place in self._positions:
+            self._positions[place] = partition.offset
+
+    def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
+        if not self._world.up("kafka"):
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+        return partitions
+
+    # --- waking ---
+
+    def wake(self) -> None:
+        """Something is there for it."""
+        if self._waiting and self._thread is not None:
+            self._thread.notify(self._world.scheduler.latency())
+
+    def nudge(self) -> None:
+        """Its poller has something to do, and will see it at its next turn."""
+        if self._waiting and self._thread is not None:
+            self._thread.notify(self._world.scheduler.rng.random() * 0.1)
+
+    def tell(self, kind: str, what: Any) -> None:
+        """Have the coordinator tell it something; it hears of it in its own time."""
+        scheduler = self._world.scheduler
+        # In the order in which it was told.
+        self._told = max(self._told, scheduler.now + scheduler.latency(0.02)) + 1e-6
+        scheduler.after(self._told - scheduler.now, self.process, self._hear, kind, what, self.epoch)
+
+    def put_out(self) -> None:
+        """Be put out of the group; hear of it up to a heartbeat later."""
+        if self.member and not self._closed:
+            self._world.trace(self.process.name, "is put out of its group")
+            self._group.leave(self)
+            scheduler = self._world.scheduler
+            scheduler.after(2 * scheduler.rng.random(), self.process, self._hear, "lost", None)
+
+    def redeliver(self) -> None:
+        """Fetch again from the committed positions on, as after a reset by the broker."""
+        for place in self._positions:
+            self._positions[place] = self._group.committed.get(place, 0)
+        self.wake()
+
+    def _hear(self, kind: str, what: Any, epoch: int | None = None) -> None:
+        if epoch is None or epoch == self.epoch:
+            self._events.append((kind, what))
+            self.wake()
+
+    def _serve(self) -> None:
+        while self._events:
+            kind, what = self._events.popleft()
+            if kind == "commit":
+                self._on_commit(*what)
+            elif kind == "assign":
+                if self.member:
+                    self._on_assign(self, _partitions(what))
+            elif kind == "revoke":
+                if self.member:
+                    self._on_revoke(self, _partitions(place for place in what if place in self._positions))
+                    self._request(self._group.released, self, what)
+            elif not self.member:
+                self._on_lost(self, _partitions(self._positions))
+                self._positions.clear()
+                self.leaving.clear()
+                if not self._closed:
+                    self._join()
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        for place in _places(partitions):
+            self._positions[place] = self._group.committed.get(place, 0)
+            self._highest[place] = 0
+            self.taken[place] = []
+            self._paused.discard(place)
+
+    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
+        for place in _places(partitions):
+            self._positions.pop(place, None)
+            self.taken.pop(place, None)
+
+    # --- committing ---
+
+    def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> list[TopicPartition] | None:
+        thread = self._world.scheduler.running
+        assert thread is not None
+        positions = dict(zip(_places(offsets), (p.offset for p in offsets), strict=True))
+        answer: list[KafkaError | None] = []
+
+        def arrive() -> None:
+            verdict = self._world.operation("commit", self.process)
+            if not self._world.up("kafka"):
+                error, wait = KafkaError(KafkaError._TIMED_OUT), 1.0
+            elif verdict == "refused":
+                error, wait = KafkaError(KafkaError.NOT_COORDINATOR), 0.0
+            else:
+                error, wait = self._group.commit(self, positions), 0.0  # type: ignore[assignment]
+                if verdict == "unheard":
+                    error, wait = KafkaError(KafkaError._TIMED_OUT), 1.0
+            answer.append(error)
+            delay = wait + self._world.scheduler.latency()
+            if asynchronous:
+                self._world.scheduler.after(delay, self.process, self._hear, "commit", (error, offsets))
+            else:
+                thread.notify(delay)
+
+        self._request(arrive)
+        if asynchronous:
+            return None
+        while not answer:
+            thread.block(None)
+        if answer[0] is not None:
+            raise KafkaException(answer[0])
+        return offsets
+
+    def _request(self, call: Callable[..., object], *args: object) -> None:
+        # One connection to the coordinator: what is sent later arrives later.
+        scheduler = self._world.scheduler
+        self._arrival = max(self._arrival, scheduler.now + scheduler.latency()) + 1e-6
+        scheduler.after(self._arrival - scheduler.now, None, call, *args)
+
+    def check(self, place: Place, position: int) -> None:
+        """Watch over a commit: of what is owned (I7), never back (I1), never beyond what is unfinished."""
+        who, where = self.process.name, f"{place[0]}/{place[1]}"
+        if self._group.owners.get(place) is not self:
+            self._world.violation(f"{who} committed {where}, which it does not own")
+            return
+        if position < self._highest.get(place, 0):
+            self._world.violation(f"{who} took its commit of {where} back to {position}")
+        self._highest[place] = position
+        below = [record for record in self.taken.get(place, ()) if record.offset < position]
+        # One that was handed out twice need be finished once.
+        for offset in {record.offset for record in below}.difference(r.offset for r in below if r.finished):
+            self._world.violation(f"{who} committed {where}@{position} with @{offset} unfinished")
+
+    def close(self) -> None:
+        if self.process.dead or self._closed:
+            return
+        self._closed = True
+        if self.member and self._positions:
+            self._on_revoke(self, _partitions(self._positions))
+        self._request(self._group.leave, self)
+
+
+def _places(partitions: Iterable[TopicPartition]) -> list[Place]:
+    return [(p.topic, p.partition) for p in partitions]
+
+
+def _partitions(places: Iterable[Place]) -> list[TopicPartition]:
+    return [TopicPartition(topic, partition) for topic, partition in places]

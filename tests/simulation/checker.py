@@ -1,0 +1,141 @@
+"""What must be so once all is quiet. The mail server's journal and the logs are the truth that all else is held to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from postroad.v1 import events_pb2 as pb
+from services.common.events import DECODERS, task_id
+from services.common.fold import fold
+from services.common.topics import EVENT_TOPICS, READ_BY, Names
+from services.sender.decide import Settlement
+
+if TYPE_CHECKING:
+    from tests.simulation.run import Schedule
+
+__all__ = ["check", "check_replay", "copies_of_settled"]
+
+_TERMINAL = frozenset({"completed", "failed", "uncertain", "cancelled"})
+
+
+def check(schedule: Schedule, settled: bool) -> None:
+    """Note every violation in the schedule's world."""
+    violation = schedule.world.violation
+    if not settled:
+        lag = {name: group.lag() for name, group in schedule.broker.groups.items() if group.lag()}
+        violation(
+            f"not quiet in time: lag {lag}, outbox {len(schedule.database.outbox)}, clients {schedule.clients}"
+        )
+    events = _events(schedule)
+    rows = schedule.database.tasks
+    for id_ in sorted(schedule.accepted - rows.keys()):
+        violation(f"task {id_[-2]} was accepted and is not there")
+    keys = [row.idempotency_key for row in rows.values() if row.idempotency_key]
+    if len(keys) != len(set(keys)):
+        violation("two tasks under one idempotency key")
+    for id_ in sorted(rows):
+        _check_task(schedule, id_, events.get(id_, []))
+    _check_dead(schedule)
+
+
+def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
+    violation, name = schedule.world.violation, f"task {id_[-2]}"
+    row = schedule.database.tasks[id_]
+    if row.status not in _TERMINAL:
+        violation(f"{name} is {row.status} in the end")
+    expected, epoch = _told(events)
+    if row.status != expected:
+        violation(f"{name} is {row.status}, and its events say {expected}")
+    if expected != "completed" and row.epoch != epoch:
+        violation(f"{name} stands at epoch {row.epoch}, and its events at {epoch}")
+    rebuilt = None
+    for event in events:
+        rebuilt = fold(rebuilt, event)
+    if rebuilt != row:
+        violation(f"{name} rebuilt from the topics is another than in the table")
+
+    copies = [copy for copy in schedule.mail.journal if copy.task == id_]
+    sent_by = schedule.database.sent_by
+    # What a sender was told of and could store needs no explanation, once a task.
+    plain = [copy for copy in copies if sent_by.get(copy.owner) is Settlement.STORED]
+    doubts = [event for event in events if _doubtful(event)]
+    if len(plain) > 1:
+        violation(f"{name} was sent {len(plain)} times, each time without a doubt")
+    if len(copies) - len(plain) > len(doubts):
+        violation(f"{name} was sent {len(copies)} times with {len(doubts)} doubts on record")
+    if len({copy.message_id for copy in copies} | {doubt.message_id for doubt in doubts}) > 1:
+        violation(f"{name} has several Message-IDs")
+    if row.status == "completed" and not copies:
+        violation(f"{name} is completed and was never sent")
+    if row.status == "cancelled" and copies:
+        violation(f"{name} is cancelled and was sent")
+    if plain and row.status != "completed":
+        violation(f"{name} was sent and is {row.status}")
+    if row.status == "failed" and copies and not doubts:
+        violation(f"{name} is failed and was sent")
+    stored = {(entry.kind, entry.detail) for entry in schedule.database.entries.values() if entry.task_id == id_}
+    recorded = sum(1 for kind, _ in stored if kind == "in_doubt")
+    if doubts and not recorded:
+        violation(f"{name} has doubts that its timeline does not show")
+
+
+def _check_dead(schedule: Schedule) -> None:
+    violation, bare = schedule.world.violation, Names()
+    for stage, reads in READ_BY.items():
+        letters = schedule.broker.records(bare.dead(stage))
+        for letter in letters:
+            if letter.value() != b"\xff\xff":
+                cause = dict(letter.headers()).get("cause", b"").decode()
+                violation(f"{stage} has an unexpected dead letter: {cause[:200]}")
+        poisons = {b"%16d" % (n + 1) for n, topic in enumerate(schedule.poison) if topic in reads}
+        if missing := poisons - {letter.key() for letter in letters}:
+            violation(f"{stage} dropped {len(missing)} records that it could not decode")
+
+
+def copies_of_settled(schedule: Schedule) -> dict[bytes, int]:
+    """Return how often each completed task was sent so far."""
+    rows = schedule.database.tasks
+    return {
+        id_: sum(1 for copy in schedule.mail.journal if copy.task == id_)
+        for id_, row in rows.items()
+        if row.status == "completed"
+    }
+
+
+def check_replay(schedule: Schedule, before: dict[bytes, int]) -> None:
+    """Note where a replay sent again what had been sent."""
+    for id_, count in before.items():
+        now = sum(1 for copy in schedule.mail.journal if copy.task == id_)
+        if now != count:
+            schedule.world.violation(f"task {id_[-2]} was sent again by a replay")
+
+
+def _events(schedule: Schedule) -> dict[bytes, list[Any]]:
+    found: dict[bytes, list[Any]] = {}
+    for topic in EVENT_TOPICS:
+        for message in schedule.broker.records(topic):
+            if message.value() != b"\xff\xff":
+                event = DECODERS[topic](message.value())
+                found.setdefault(task_id(event), []).append(event)
+    return found
+
+
+def _doubtful(event: Any) -> bool:
+    return (isinstance(event, pb.MailDeferred) and event.in_doubt) or (
+        isinstance(event, pb.MailFailed) and event.uncertain
+    )
+
+
+def _told(events: list[Any]) -> tuple[str, int]:
+    """Return the status and the epoch that the events of a task amount to, told without fold.py."""
+    if any(isinstance(event, pb.MailSent) for event in events):
+        return "completed", 0
+    epoch = max((event.epoch for event in events), default=0)
+    last = [event for event in events if event.epoch == epoch]
+    if any(isinstance(event, pb.MailFailed) and event.uncertain for event in last):
+        return "uncertain", epoch
+    if any(isinstance(event, pb.MailFailed | pb.MxFailed) for event in last):
+        return "failed", epoch
+    if any(isinstance(event, pb.TaskCancelled) for event in last):
+        return "cancelled", epoch
+    return "unsettled", epoch

@@ -1,0 +1,228 @@
+"""MySQL in memory: the claims by decide.py's rules, the outbox, and the task tables that status folds.
+
+The statements of taskstore.py and outbox.py are replaced one by one (patches.py); what runs over them, and
+in which transaction, is the services' own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy.exc import OperationalError
+
+from postroad.v1 import events_pb2 as pb
+from services.api.outbox import GRACE, LEASE, Item
+from services.common.fold import Row, merge
+from services.common.schema import to_micros
+from services.common.taskstore import Body
+from services.common.timeline import Entry
+from services.sender import decide as rules
+from services.sender.decide import Cancel, Claim, Delivery, Settlement, Taken, Verdict
+from tests.simulation.scheduler import VirtualTime
+from tests.simulation.world import World
+
+__all__ = ["Database", "MemoryClaims"]
+
+R = TypeVar("R")
+_BEGIN = datetime(2027, 1, 15, 8)
+
+
+class _Gone(Exception):
+    """What the driver raises on a lost connection."""
+
+    errno = 2013
+
+
+def _lost() -> OperationalError:
+    return OperationalError("", None, _Gone("lost connection"))
+
+
+class Database:
+    """All tables. Whoever calls it does so at the moment when the call takes effect."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.deliveries: dict[bytes, Delivery] = {}
+        self.sent_by: dict[bytes, Settlement] = {}
+        """What became of each settle as sent, by owner."""
+        self.outbox: dict[Item, float] = {}
+        self.tasks: dict[bytes, Row] = {}
+        self.keys: dict[tuple[str, bytes], bytes] = {}
+        self.bodies: dict[bytes, Body] = {}
+        self.entries: dict[tuple[bytes, str], Entry] = {}
+        self.outbox_changed: list[Callable[[], None]] = []
+
+    def now(self) -> datetime:
+        """Return the database's clock."""
+        return _BEGIN + timedelta(seconds=self.world.now)
+
+    def transact(self, work: Callable[[Database], R], operation: str | None = None) -> R:
+        """Take the place of `transaction`: all of it, or OperationalError."""
+        if not self.world.up("database"):
+            raise _lost()
+        actor = self.world.scheduler.actor
+        kind = operation or f"{actor.service if actor else '-'}.db"
+        verdict = self.world.operation(kind, actor)
+        if verdict == "refused":
+            raise _lost()
+        result = work(self)
+        if verdict == "again":
+            # The connection died while it committed, and `transaction` did it again.
+            result = work(self)
+        if verdict == "unheard":
+            raise _lost()
+        return result
+
+    # --- taskstore ---
+
+    def upsert(self, rows: Iterable[Row]) -> None:
+        """Merge rows as taskstore.upsert does."""
+        for row in rows:
+            known = self.tasks.get(row.id)
+            key = (row.tenant or "", row.idempotency_key) if row.idempotency_key else None
+            if key is not None and self.keys.setdefault(key, row.id) != row.id:
+                continue
+            self.tasks[row.id] = row if known is None else merge(known, row)
+
+    def insert_events(self, entries: Iterable[Entry]) -> None:
+        """Insert timeline lines; those that are there stay."""
+        for entry in entries:
+            self.entries.setdefault((entry.task_id, entry.event_id), entry)
+
+    def insert_bodies(self, bodies: Iterable[Body]) -> None:
+        """Insert bodies; those that are there stay."""
+        for body in bodies:
+            self.bodies.setdefault(body.task_id, body)
+
+    def owners_of_keys(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bytes, bytes]]:
+        """Return the task id and request hash behind each key."""
+        found = {}
+        for tenant, key in keys:
+            id_ = self.keys.get((tenant, key.encode()))
+            if id_ is not None:
+                found[tenant, key] = (id_, self.tasks[id_].request_hash or b"")
+        return found
+
+    def load_tasks(self, ids: Sequence[bytes]) -> dict[bytes, pb.MailTask]:
+        """Return the whole tasks, rebuilt from their rows."""
+        tasks = {}
+        for id_ in ids:
+            row, body = self.tasks.get(id_), self.bodies.get(id_)
+            if row is None or row.created_at is None:
+                continue
+            tasks[id_] = pb.MailTask(
+                id=id_,
+                tenant=row.tenant,
+                idempotency_key=(row.idempotency_key or b"").decode(),
+                request_hash=row.request_hash or b"",
+                email=row.recipient,
+                domain=row.domain,
+                subject=row.subject,
+                body=body.body if body else None,
+                html=body.html if body else None,
+                headers=json.loads(body.headers) if body and body.headers else {},
+                labels=json.loads(row.labels) if row.labels else {},
+                created_at_us=to_micros(row.created_at),
+            )
+        return tasks
+
+    # --- outbox ---
+
+    def put(self, items: Sequence[Item]) -> None:
+        """Add items, due after GRACE."""
+        for item in items:
+            self.outbox.setdefault(item, self.world.now + GRACE)
+        self._told()
+
+    def delete(self, items: Sequence[Item]) -> None:
+        """Remove items."""
+        for item in items:
+            self.outbox.pop(item, None)
+
+    def take(self, limit: int) -> list[Item]:
+        """Return due items, which are due again after LEASE."""
+        due = [item for item, at in self.outbox.items() if at <= self.world.now][:limit]
+        self.defer(due, LEASE)
+        return due
+
+    def defer(self, items: Sequence[Item], seconds: int) -> None:
+        """Make items due in `seconds`."""
+        for item in items:
+            if item in self.outbox:
+                self.outbox[item] = self.world.now + seconds
+        self._told()
+
+    def _told(self) -> None:
+        for call in self.outbox_changed:
+            call()
+
+
+class MemoryClaims:
+    """What `services.sender.claims.Claims` answers, over a Database."""
+
+    def __init__(self, database: Database, lease_seconds: float, hold: bool) -> None:
+        self._database = database
+        self._lease = timedelta(seconds=lease_seconds)
+        self._hold = hold
+
+    def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
+        """Answer each request, in order."""
+        since = self._database.world.scheduler.asked + VirtualTime.monotonic() - self._database.world.now
+        return self._database.transact(lambda db: [self._claim(db, r, since) for r in requests], "claim")
+
+    def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
+        """Write each outcome unless its claim was lost."""
+        return self._database.transact(lambda db: [self._settle(db, wish) for wish in settled], "settle")
+
+    def renew(self, rows: Sequence[Delivery]) -> list[bool]:
+        """Begin each lease anew; say which are still held."""
+        return self._database.transact(lambda db: [self._renew(db, row) for row in rows], "renew")
+
+    def _claim(self, database: Database, request: Claim | Cancel, since: float) -> Verdict:
+        found = database.deliveries.get(request.task_id)
+        verdict, row = rules.decide(found, request, database.now(), self._lease, self._hold)
+        if row is not None:
+            self._write(database, found, row)
+        _trace(database, request.task_id, f"{type(request).__name__} -> {_told(verdict)}")
+        return verdict._replace(since=since) if isinstance(verdict, Taken) else verdict
+
+    def _settle(self, database: Database, wish: Delivery) -> Settlement:
+        found = database.deliveries.get(wish.task_id)
+        became, row = rules.settlement(found, wish)
+        if row is not None:
+            self._write(database, found, row)
+        if wish.state == "sent" and database.sent_by.get(wish.owner) is not Settlement.STORED:
+            database.sent_by[wish.owner] = became
+        _trace(database, wish.task_id, f"settle {wish.state} {wish.reason} -> {became.value}")
+        return became
+
+    def _renew(self, database: Database, row: Delivery) -> bool:
+        found = database.deliveries.get(row.task_id)
+        if found is None or found.owner != row.owner or found.state != "sending":
+            return False
+        database.deliveries[row.task_id] = found._replace(lease_until=database.now() + self._lease)
+        return True
+
+    def _write(self, database: Database, found: Delivery | None, row: Delivery) -> None:
+        database.deliveries[row.task_id] = row
+
+
+def _told(verdict: Verdict) -> str:
+    match verdict:
+        case Taken(row=row, doubtful=doubtful):
+            return f"taken for attempt {row.attempt}{', in doubt' if doubtful else ''}"
+        case rules.Stored(row=row):
+            return f"stored as {row.state} {row.reason}"
+        case rules.Wait(seconds=seconds):
+            return f"wait {seconds:.1f} s"
+    return "stale"
+
+
+def _trace(database: Database, task_id: bytes, text: str) -> None:
+    world = database.world
+    if world.lines is not None:
+        actor: Any = world.scheduler.actor
+        world.trace(actor.name if actor else "-", f"task {task_id[-2]}: {text}")

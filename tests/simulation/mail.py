@@ -1,0 +1,160 @@
+"""The mail server and the DNS of a schedule, and the sender's way to them: a pool and a lookup.
+
+How a delivery to a task's recipient ends is its plan's word:
+
+- `ok`, `slow`, `hang`     taken; the reply comes at once, after 12 s, after 45 s
+- `reject`, `reject_after_dot`   550 to RCPT, 554 to the message
+- `defer`, `defer_slow`    451 to RCPT, at once or after 25 s
+- `drop_before`            the connection ends before the last byte of the message
+- `kept_unheard`           taken, and the connection ends before the reply
+- `lost_unheard`           not taken, and the connection ends before the reply
+- `torn`                   taken, but the message leaves in two parts with a wait between
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.sender import replies
+from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
+from services.sender.smtp import SendCancelled
+from services.validator.mx import Kind, Reason, Verdict
+from tests.simulation.scheduler import Loop
+from tests.simulation.world import World
+
+__all__ = ["Copy", "Dns", "MailServer", "Pool"]
+
+_RELAY = "relay:25"
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One message that the server took: whose, and under which claim it was sent."""
+
+    task: bytes
+    message_id: str
+    owner: bytes
+    at: float
+
+
+class MailServer:
+    """Takes or refuses mail by recipient (`t<number>@...`), and keeps the journal."""
+
+    def __init__(self, world: World, ends: dict[str, tuple[str, ...]]) -> None:
+        self.world = world
+        self.journal: list[Copy] = []
+        self._ends = {rcpt: list(told) for rcpt, told in ends.items()}
+
+    def end(self, rcpt: str) -> str:
+        """Return how the next delivery to this recipient ends."""
+        told = self._ends[rcpt]
+        return told.pop(0) if len(told) > 1 else told[0]
+
+    def accept(self, copy: Copy, loop: Loop) -> None:
+        """Take a message: it is in the journal from now on."""
+        self.journal.append(copy)
+        self.world.trace("relay", f"takes task {copy.task[-2]} from {loop.process.name}")
+        self.world.operation("mail", loop.process)
+
+
+class Pool:
+    """What the sender's stage needs of the SMTP client."""
+
+    def __init__(self, server: MailServer) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop)
+        self._server, self._loop = server, loop
+        self._world = server.world
+        self._down = False
+
+    @property
+    def available(self) -> bool:
+        """False from the failure to reach the relay to its return."""
+        return not self._down
+
+    async def wait_available(self) -> None:
+        """Wait for the relay."""
+        while self._down:
+            await asyncio.sleep(0.5)
+            self._down = not self._world.up("relay")
+
+    async def send(
+        self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
+    ) -> replies.Outcome:
+        """Send one mail."""
+        latency = self._world.scheduler.latency
+        handed_over = False
+        try:
+            await asyncio.sleep(latency())
+            if self._lost():
+                self._down = True
+                return NotSent(Phase.CONNECT, "connection refused", True, _RELAY)
+            if not guard():
+                return LeaseLost(Phase.ENVELOPE)
+            end = self._server.end(rcpt)
+            self._world.trace(self._loop.process.name, f"sends to {rcpt}: {end}")
+            await asyncio.sleep(25.0 if end == "defer_slow" else latency())
+            if self._lost():
+                return NotSent(Phase.ENVELOPE, "connection lost", False, _RELAY)
+            if end in ("defer", "defer_slow"):
+                return Rejected(Phase.ENVELOPE, "451 4.7.1 greylisted", False, None, _RELAY)
+            if end == "reject":
+                return Rejected(Phase.ENVELOPE, "550 5.1.1 no such user", True, None, _RELAY)
+            if not guard():
+                return LeaseLost(Phase.DATA)
+            if end == "torn":
+                await asyncio.sleep(3.0)
+            if end == "drop_before" or self._lost():
+                return NotSent(Phase.DATA, "connection lost", False, _RELAY)
+            handed_over = True
+            if end not in ("lost_unheard", "reject_after_dot"):
+                # What is in the socket arrives, whatever becomes of the sender.
+                copy = Copy(_task(message), _message_id(message), _owner(guard), self._world.now)
+                self._world.scheduler.after(latency(), None, self._server.accept, copy, self._loop)
+            await asyncio.sleep({"slow": 12.0, "hang": 45.0}.get(end, 0.005) + latency())
+            if end in ("kept_unheard", "lost_unheard") or self._lost():
+                return InDoubt("connection lost", _RELAY)
+            if end == "reject_after_dot":
+                return Rejected(Phase.AFTER_DOT, "554 5.7.1 refused", True, None, _RELAY)
+            return Sent("250 2.0.0 queued", _RELAY)
+        except asyncio.CancelledError:
+            left = InDoubt("cancelled", _RELAY) if handed_over else NotSent(Phase.DATA, "cancelled", False, _RELAY)
+            raise SendCancelled(left) from None
+
+    def _lost(self) -> bool:
+        return not self._world.up("relay")
+
+
+def _message_id(message: bytes) -> str:
+    start = message.index(b"Message-ID: ") + 12
+    return message[start : message.index(b"\r\n", start)].decode()
+
+
+def _task(message: bytes) -> bytes:
+    return bytes.fromhex(_message_id(message)[1:].partition("@")[0].replace("-", ""))
+
+
+def _owner(guard: Callable[[], bool]) -> bytes:
+    lease = getattr(guard, "__self__", None)
+    return lease.row.owner if lease is not None else b""
+
+
+class Dns:
+    """Looks domains up (`d<number>.test`): each time what the plan says."""
+
+    def __init__(self, world: World, finds: dict[str, tuple[str, ...]]) -> None:
+        self._world = world
+        self._finds = {domain: list(told) for domain, told in finds.items()}
+
+    async def __call__(self, domain: str) -> Verdict:
+        """Return the verdict on a domain."""
+        await asyncio.sleep(self._world.scheduler.latency(0.02))
+        told = self._finds[domain]
+        found = told.pop(0) if len(told) > 1 else told[0]
+        if found == "ok":
+            return Verdict(Kind.OK, None, ((10, f"mx.{domain}"),), "", 300)
+        if found == "none":
+            return Verdict(Kind.FAILED, Reason.NO_SUCH_DOMAIN, (), domain, 60)
+        return Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "SERVFAIL", 30)

@@ -1,0 +1,125 @@
+"""Where the in-memory ports take the real ones' places: names in the services' modules, for a while.
+
+Everything behind these names talks to a server, blocks, or reads a clock; nothing else is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import random
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from postroad.v1 import task_pb2
+from services.api import outbox, recorder, relay, sweeper
+from services.api.uuid7 import text
+from services.common import batching, taskstore
+from services.common.stage import commits, intake, poller, runtime
+from services.common.stage.ledger import Fetched, Ledger
+from services.sender import async_claims
+from services.sender import stage as sender_stage
+from services.status import stage as status_stage
+from tests.simulation.database import Database
+from tests.simulation.poller import Poller
+from tests.simulation.publisher import Publisher
+from tests.simulation.scheduler import Executor, VirtualTime, here
+
+__all__ = ["installed", "replaced"]
+
+
+class _Log:
+    """Takes the place of a module's logger; writes into the trace, where there is one."""
+
+    world: Any = None
+
+    def _write(self, event: str, **values: object) -> None:
+        if _Log.world is not None and _Log.world.lines is not None:
+            more = " ".join(f"{name}={value}" for name, value in values.items() if name != "exc_info")
+            error = values.get("exc_info")
+            _Log.world.trace("log", f"{event} {more}" + (f" {error!r}" if error is not None else ""))
+
+    debug = info = warning = error = exception = _write
+
+
+def _take(ledger: Ledger, record: Fetched) -> None:
+    _TAKE(ledger, record)
+    # Known to its consumer too, which watches over the commits.
+    consumer = ledger.consumer  # type: ignore[attr-defined]
+    place = record.assignment.topic, record.assignment.partition
+    consumer.taken.setdefault(place, []).append(record)
+
+
+_TAKE = Ledger.take
+
+
+def _originals(connection: Database, ids: Any) -> dict[bytes, task_pb2.Task]:
+    return {id_: task_pb2.Task(id=text(id_)) for id_ in ids}
+
+
+def _transaction(engine: Database, work: Any) -> Any:
+    return engine.transact(work)
+
+
+_STATEMENTS = ("upsert", "insert_events", "insert_bodies", "owners_of_keys", "load_tasks")
+_REPLACED: list[tuple[Any, str, Any]] = [
+    (poller, "time", VirtualTime),
+    (poller, "threading", VirtualTime),
+    (commits, "time", VirtualTime),
+    (intake, "time", VirtualTime),
+    (batching, "ThreadPoolExecutor", Executor),
+    (async_claims, "ThreadPoolExecutor", Executor),
+    # A waiting poller is woken by whoever has something for it (poller.py).
+    (poller, "_TURN", 1e9),
+    (poller, "_PAUSED_TURN", 1.0),
+    (runtime, "Poller", Poller),
+    (runtime, "Publisher", Publisher),
+    (recorder, "transaction", _transaction),
+    (sweeper, "transaction", _transaction),
+    (status_stage, "transaction", _transaction),
+    (status_stage, "upsert", Database.upsert),
+    (status_stage, "insert_events", Database.insert_events),
+    (recorder, "tasks_of", _originals),
+    *((taskstore, name, getattr(Database, name)) for name in _STATEMENTS),
+    *((outbox, name, getattr(Database, name)) for name in ("put", "delete", "take", "defer")),
+]
+_LOGGING = (
+    *("services.common.stage." + name for name in ("batches", "commits", "poller", "republish", "runtime", "work")),
+    *(module.__name__ for module in (recorder, relay, sweeper, sender_stage, status_stage, async_claims)),
+    "services.sender.leases",
+    "services.validator.stage",
+)
+
+
+@contextlib.contextmanager
+def replaced(names: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Have these attributes of modules and classes be others for a while."""
+    before = [(owner, name, owner.__dict__[name]) for owner, name, _ in names]
+    for owner, name, value in names:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Have the services meet the in-memory ports."""
+    log = _Log()
+    loggers: list[tuple[ModuleType, str, Any]] = [
+        (importlib.import_module(name), "log", log) for name in _LOGGING
+    ]
+    state = random.getstate()
+    with replaced([*_REPLACED, *loggers, (Ledger, "take", _take)]):
+        yield
+    random.setstate(state)
+
+
+def trace_into(world: Any) -> None:
+    """Write the services' log lines into this world's trace."""
+    _Log.world = world
+    # What draws from the global generator (back-off jitter) repeats itself too.
+    random.seed(here().rng.random())

@@ -1,0 +1,188 @@
+"""What a schedule is given: its tasks, its replicas and its faults, as plain data that a seed makes.
+
+A plan is all that a run depends on, so a failing one can be printed, made smaller and run again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass, replace
+
+__all__ = ["Act", "Fault", "Plan", "TaskPlan", "dump", "load", "make"]
+
+SERVICES = ("api", "validator", "sender", "status")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPlan:
+    """One Create, and what DNS and the mail server will do with it.
+
+    `dns`: what each lookup of its domain finds, `ok`, `soft` (SERVFAIL) or `none` (no such domain).
+    `smtp`: how each delivery ends, see mail.py. The last one of either stays. `key`: the client has an
+    idempotency key, so asks again until it hears; `twice`: it asks on two connections at once.
+    """
+
+    at: float
+    dns: tuple[str, ...] = ("ok",)
+    smtp: tuple[str, ...] = ("ok",)
+    key: bool = True
+    twice: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What somebody does: `cancel` a task (by its number), `replay` a topic with a fresh epoch, `poison` a
+    topic with what does not decode."""
+
+    at: float
+    what: str
+    task: int = 0
+    topic: str = "task.created"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that goes wrong, at a time or with the nth operation of a kind (`on`, `nth`).
+
+    kill, stop (SIGTERM), freeze, evict, redeliver: to one replica of `service`, or to the one whose
+    operation it is; it is back, or goes on, after `seconds`. join: one replica more, for `seconds`.
+    database, kafka, relay: away for `seconds`. unheard: the operation takes effect, its answer is an error.
+    refused: it has no effect, and its answer is an error. again: it is done twice.
+    """
+
+    what: str
+    at: float = 0.0
+    on: str = ""
+    nth: int = 0
+    service: str = ""
+    replica: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All of a schedule."""
+
+    seed: int
+    tasks: tuple[TaskPlan, ...]
+    acts: tuple[Act, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    replicas: tuple[int, ...] = (1, 1, 2, 1)
+    hold: bool = False
+    in_flight: int = 50
+    replay_all: bool = False
+
+
+_SMTP_ENDS = ("ok", "ok", "ok", "ok", "ok", "ok", "reject", "reject_after_dot")
+_SMTP_TROUBLE = (
+    "defer",
+    "drop_before",
+    "kept_unheard",
+    "lost_unheard",
+    "slow",
+    "slow",
+    "hang",
+    "defer_slow",
+    "torn",
+)
+_OPS = ("claim", "settle", "renew", "api.db", "status.db", "produce", "commit", "mail", "fetch")
+
+
+def make(seed: int) -> Plan:
+    """Return the plan of a seed."""
+    rng = random.Random(seed)
+    tasks = tuple(_task(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4))))
+    last = max(task.at for task in tasks)
+    acts = tuple(_act(rng, len(tasks), last) for _ in range(rng.choice((0, 0, 0, 1, 1, 2))))
+    faults = tuple(_fault(rng, last) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))))
+    replicas = (1, rng.choice((1, 1, 1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 1, 2)))
+    return Plan(
+        seed,
+        tasks,
+        acts,
+        faults,
+        replicas,
+        hold=rng.random() < 0.35,
+        in_flight=rng.choice((1, 2, 50, 50)),
+        replay_all=rng.random() < 0.15,
+    )
+
+
+def _task(rng: random.Random) -> TaskPlan:
+    dns = tuple(["soft"] * rng.choice((0, 0, 0, 0, 0, 1, 3)) + [rng.choice(("ok",) * 9 + ("none",))])
+    trouble = [rng.choice(_SMTP_TROUBLE) for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
+    return TaskPlan(
+        at=round(rng.choice((0.0, 3.0 * rng.random())), 3),
+        dns=dns,
+        smtp=(*trouble, rng.choice(_SMTP_ENDS)),
+        key=rng.random() < 0.8,
+        twice=rng.random() < 0.1,
+    )
+
+
+def _act(rng: random.Random, tasks: int, last: float) -> Act:
+    what = rng.choice(("cancel", "cancel", "replay", "replay", "poison"))
+    return Act(
+        at=round(last + rng.choice((rng.random() * 0.2, rng.random() * 5, rng.random() * 100)), 4),
+        what=what,
+        task=rng.randrange(tasks),
+        topic=rng.choice(("task.created", "mx.ok")) if what == "replay" else rng.choice(("task.created", "mx.ok", "mail.sent")),
+    )
+
+
+def _fault(rng: random.Random, last: float) -> Fault:
+    what = rng.choice(
+        ("kill",) * 5
+        + ("freeze",) * 4
+        + ("stop", "evict", "redeliver", "join", "database", "kafka", "relay")
+        + ("unheard",) * 2
+        + ("refused", "again")
+    )
+    seconds = round(rng.choice((rng.random(), 5 * rng.random(), 5 + 20 * rng.random(), 20 + 15 * rng.random())), 3)
+    if what == "unheard":
+        return Fault(what, on=rng.choice(("claim", "settle", "renew", "api.db", "status.db", "produce", "produce", "commit")), nth=_nth(rng))
+    if what == "refused":
+        return Fault(what, on=rng.choice(("claim", "settle", "api.db", "status.db", "produce", "produce", "commit")), nth=_nth(rng))
+    if what == "again":
+        return Fault(what, on=rng.choice(("claim", "settle", "api.db", "status.db")), nth=_nth(rng))
+    if what in ("kill", "freeze", "stop", "evict", "redeliver") and rng.random() < 0.6:
+        on = rng.choice(_OPS)
+        return Fault(what, on=on, nth=_nth(rng), seconds=seconds)
+    at = round(rng.choice((rng.random() * 0.1, 2 * rng.random(), last + rng.random() * 0.2, last + 40 * rng.random())), 4)
+    service = rng.choice(("api", "validator", "sender", "sender", "sender", "sender", "status"))
+    if what == "join" and service == "api":
+        service = "sender"
+    return Fault(what, at=at, service=service, replica=rng.randrange(3), seconds=seconds)
+
+
+def _nth(rng: random.Random) -> int:
+    return 1 + min(rng.randrange(12), rng.randrange(12))
+
+
+def dump(plan: Plan) -> str:
+    """Return the plan as JSON, without what is as by default."""
+    made = asdict(plan)
+    made["tasks"] = [_slim(asdict(task), TaskPlan(0.0)) for task in plan.tasks]
+    made["acts"] = [_slim(asdict(act), Act(0.0, "")) for act in plan.acts]
+    made["faults"] = [_slim(asdict(fault), Fault("")) for fault in plan.faults]
+    plain = asdict(replace(Plan(0, ()), seed=-1))
+    return json.dumps({k: v for k, v in made.items() if v != plain[k]}, separators=(",", ":"))
+
+
+def _slim(values: dict[str, object], plain: object) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value != getattr(plain, name)}
+
+
+def load(text: str) -> Plan:
+    """Return the plan that `dump` wrote."""
+    read = json.loads(text)
+    tasks = tuple(
+        TaskPlan(**{"at": 0.0} | {k: tuple(v) if isinstance(v, list) else v for k, v in task.items()})
+        for task in read.pop("tasks")
+    )
+    acts = tuple(Act(**{"at": 0.0, "what": ""} | act) for act in read.pop("acts", ()))
+    faults = tuple(Fault(**fault) for fault in read.pop("faults", ()))
+    if "replicas" in read:
+        read["replicas"] = tuple(read["replicas"])
+    return Plan(tasks=tasks, acts=acts, faults=faults, **read)

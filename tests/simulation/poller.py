@@ -1,0 +1,45 @@
+"""The real Poller, woken where it would otherwise look ten times a second whether it has something to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.common.stage import poller
+from services.common.stage.ledger import Fetched
+from tests.simulation.broker import Consumer
+from tests.simulation.scheduler import VirtualTime, here
+
+__all__ = ["Poller"]
+
+
+class Poller(poller.Poller):
+    """Tells its consumer when it has something to do of its own."""
+
+    _consumer: Consumer | None = None  # type: ignore[assignment]
+
+    def __init__(self, config: Any, *arguments: Any, consumer: Any, **named: Any) -> None:
+        def make(final: Any) -> Consumer:
+            made: Consumer = consumer(final)
+            made.due = self._due
+            self._ledger.consumer = made  # type: ignore[attr-defined]
+            return made
+
+        super().__init__(config, *arguments, consumer=make, **named)
+
+    def give_back(self, records: list[Fetched]) -> None:
+        super().give_back(records)
+        if self._consumer is not None:
+            self._consumer.nudge()
+
+    def stop(self) -> None:
+        super().stop()
+        if self._consumer is not None:
+            self._consumer.nudge()
+
+    def _due(self) -> float:
+        """When to turn next, in virtual seconds: the next commit, where one is to be made."""
+        if self._returned:
+            return here().now
+        if self._commits._under_way is not None or not self._ledger.to_commit():
+            return float("inf")
+        return here().now + max(0.0, self._commits._next - VirtualTime.monotonic()) + 0.001

@@ -1,0 +1,214 @@
+"""The four services, each put together as its service.py does, over the in-memory ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+from services.api import outbox
+from services.api.outbox import Item
+from services.api.recorder import Recorder
+from services.api.relay import Relay, Recording
+from services.api.sweeper import Sweeper
+from services.common import topics
+from services.common.batching import Batcher
+from services.common.config import Settings
+from services.common.database import transient
+from services.common.events import DECODERS
+from services.common.stage.runtime import StageRuntime
+from services.common.stage.types import Stage
+from services.sender.async_claims import AsyncClaims
+from services.sender.composer import Composer
+from services.sender.leases import Leases
+from services.sender.policy import Policy
+from services.sender.slots import Slots
+from services.sender.stage import Sender
+from services.sender.stage import stage as sender_stage
+from services.status.stage import Status
+from services.status.stage import stage as status_stage
+from services.validator.cache import VerdictCache
+from services.validator.stage import Validator
+from tests.simulation.broker import Broker, Consumer
+from tests.simulation.database import Database, MemoryClaims
+from tests.simulation.mail import Dns, MailServer, Pool
+from tests.simulation.publisher import Publisher
+from tests.simulation.scheduler import EPOCH, Loop, Process, here
+
+__all__ = ["SETTINGS", "Api", "Servers", "Service", "build"]
+
+SETTINGS = {
+    hold: Settings.model_construct(
+        validator_delays=(5, 30),
+        sender_delays=(20, 60),
+        sender_max_age=3600,
+        on_uncertain="hold" if hold else "resend",
+        partitions=2,
+    )
+    for hold in (False, True)
+}
+_tokens = count()
+
+
+class Servers:
+    """What all processes talk to."""
+
+    def __init__(
+        self, broker: Broker, database: Database, mail: MailServer, dns: Dns, settings: Settings
+    ) -> None:
+        self.broker, self.database, self.mail, self.dns = broker, database, mail, dns
+        self.settings = settings
+
+
+class Service:
+    """A stage's service, running. `consumers` are those that its process has made."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.consumers: list[Consumer] = []
+        self.runtime: StageRuntime
+
+    def _runtime(self, stage: Stage) -> StageRuntime:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop)
+
+        def make(config: dict[str, Any]) -> Consumer:
+            self.consumers.append(Consumer(self.servers.broker, loop.process, config))
+            return self.consumers[-1]
+
+        return StageRuntime(stage, self.servers.settings, source=stage.name, consumer=make)  # type: ignore[arg-type]
+
+    async def run(self) -> None:
+        """Serve until stopped."""
+        await self.runtime.run()
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self.runtime.stop()
+
+
+class ValidatorService(Service):
+    def __init__(self, servers: Servers) -> None:
+        super().__init__(servers)
+        delays = servers.settings.validator_delays
+        cache = VerdictCache(servers.dns, lambda: here().now, transient_ttl=0.9 * min(delays))
+        validator = Validator(cache, delays, _now_us)
+        reads = topics.READ_BY["validator"]
+        self.runtime = self._runtime(
+            Stage("validator", reads, {t: DECODERS[t] for t in reads}, validator.handle, delays=delays)
+        )
+
+
+class StatusService(Service):
+    def __init__(self, servers: Servers) -> None:
+        super().__init__(servers)
+        self.runtime = self._runtime(status_stage(Status(servers.database)))  # type: ignore[arg-type]
+
+
+class SenderService(Service):
+    def __init__(self, servers: Servers) -> None:
+        super().__init__(servers)
+        settings = servers.settings
+        hold = settings.on_uncertain == "hold"
+        self._claims = AsyncClaims(MemoryClaims(servers.database, settings.lease_seconds, hold))
+        self._leases = Leases(self._claims.renew, settings.lease_seconds, clock=_monotonic)
+        self._sender = Sender(
+            claims=self._claims,
+            leases=self._leases,
+            pool=Pool(servers.mail),
+            composer=Composer("shop@road.test"),
+            policy=Policy(settings.sender_delays, settings.sender_max_age, hold),
+            hands=Slots(4, 0),
+            sessions=Slots(2, 1),
+            publish=lambda events, trace: self.runtime.publish(events, trace),
+            owner=lambda: next(_tokens).to_bytes(16, "big"),
+            now_us=_now_us,
+            rng=here().rng,
+        )
+        self.runtime = self._runtime(sender_stage(self._sender, settings.sender_delays))
+
+    async def run(self) -> None:
+        renewing = asyncio.create_task(self._leases.run())
+        try:
+            await self.runtime.run()
+        finally:
+            await self._sender.close()
+            renewing.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._claims.close()
+
+
+class _Sweeper(Sweeper):
+    """Sleeps on while nothing in the outbox is due: such a sweep changes nothing."""
+
+    async def _pause(self, seconds: float) -> None:
+        database: Database = self._engine  # type: ignore[assignment]
+        await super()._pause(seconds)
+        while not self._stopping.is_set():
+            due = min(database.outbox.values(), default=None)
+            wait = due - here().now if due is not None else None
+            if wait is not None and wait <= 0:
+                return
+            changed = asyncio.Event()
+            database.outbox_changed.append(changed.set)
+            try:
+                async with asyncio.timeout(wait):
+                    await changed.wait()
+            except TimeoutError:
+                return
+            finally:
+                database.outbox_changed.remove(changed.set)
+
+
+class Api:
+    """The api without its gRPC: recorder, relay and sweeper."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._database: Any = servers.database
+        self._publisher: Any = Publisher(servers.settings)
+        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
+        self._relay = Relay(self._publisher, self._settle, 100, 1 << 20)
+        self.recorder = Recorder(self._database, self._committed, 100, 1 << 20)
+        self._sweeper = _Sweeper(self._database, self._publisher, self._relay, 10)
+
+    async def run(self) -> None:
+        """Serve until stopped."""
+        await self._sweeper.run()
+        await self.recorder.close()
+        await self._relay.drain(10)
+        await self._settle.close()
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._sweeper.stop()
+
+    def _committed(self, recorded: Sequence[Recording]) -> None:
+        self._loop.call_soon_threadsafe(self._relay.publish, recorded)
+
+    def _delete(self, items: Sequence[Item]) -> list[None]:
+        self._database.transact(lambda database: outbox.delete(database, items))
+        return [None] * len(items)
+
+
+def build(process: Process, servers: Servers) -> Service | Api:
+    """Make the service of a process; called on its loop."""
+    kinds: dict[str, Any] = {
+        "api": Api,
+        "validator": ValidatorService,
+        "sender": SenderService,
+        "status": StatusService,
+    }
+    made: Service | Api = kinds[process.service](servers)
+    return made
+
+
+def _monotonic() -> float:
+    return here().now + 1000
+
+
+def _now_us() -> int:
+    return EPOCH * 1_000_000 + int(here().now * 1e6)

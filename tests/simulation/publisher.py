@@ -1,0 +1,110 @@
+"""The stage's Publisher without librdkafka: what is sent arrives, in order, if its process lives to send it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError
+
+from services.common.events import Outgoing
+from services.common.stage.publisher import Failure, PublishError
+from tests.simulation.broker import Broker
+from tests.simulation.scheduler import Loop, here
+
+__all__ = ["Publisher"]
+
+_TIMEOUT = 30.0
+
+
+class Publisher:
+    """Takes the place of services.common.stage.publisher.Publisher."""
+
+    broker: Broker
+    """The broker of the schedule under way."""
+
+    def __init__(self, settings: Any, client_id: str = "", **overrides: Any) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop)
+        self._loop, self._process = loop, loop.process
+        self._scheduler = here()
+        self._last = 0.0
+        self._open = 0
+        self.fatal: str | None = None
+        self.broken = asyncio.Event()
+
+    def start(self) -> None:
+        """Nothing has to be."""
+
+    async def publish(self, batch: Sequence[Outgoing]) -> None:
+        """Publish, or raise PublishError."""
+        if failures := await self.attempt(batch):
+            raise PublishError(failures)
+
+    def attempt(self, batch: Sequence[Outgoing]) -> asyncio.Future[list[Failure]]:
+        """Publish; the future's result is what failed."""
+        future: asyncio.Future[list[Failure]] = self._loop.create_future()
+
+        def done(failures: list[Failure]) -> None:
+            if not future.done():
+                future.set_result(failures)
+
+        self.send(batch, done)
+        return future
+
+    def send(self, batch: Sequence[Outgoing], done: Callable[[list[Failure]], None]) -> None:
+        """Publish; `done` is called once, with what failed."""
+        if not batch:
+            self._loop.call_soon(done, [])
+            return
+        failures: list[Failure] = []
+        left = len(batch)
+        self._open += 1
+
+        def acked(index: int, error: KafkaError | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                failures.append((index, error))
+            if not left:
+                self._open -= 1
+                self._loop.call_soon(done, failures)
+
+        for index, item in enumerate(batch):
+            now = self._scheduler.now
+            # In order, each in its own time: the process may die between any two.
+            self._last = max(self._last, now + self._scheduler.latency(0.003)) + 1e-6
+            self._scheduler.after(self._last - now, self._process, self._leave, item, index, acked, now)
+
+    async def close(self, seconds: float) -> bool:
+        """Wait for what is under way."""
+        until = self._scheduler.now + seconds
+        while self._open and self._scheduler.now < until:
+            await asyncio.sleep(0.05)
+        return not self._open
+
+    def _leave(self, item: Outgoing, index: int, acked: Any, since: float) -> None:
+        """It is in the socket: the process matters no more."""
+        self._scheduler.after(self._scheduler.latency(0.001), None, self._arrive, item, index, acked, since)
+
+    def _arrive(self, item: Outgoing, index: int, acked: Any, since: float) -> None:
+        world, scheduler = self.broker.world, self._scheduler
+        if not world.up("kafka"):
+            left = since + _TIMEOUT - world.now
+            if left <= 0:
+                error = KafkaError(KafkaError._MSG_TIMED_OUT)
+                scheduler.after(scheduler.latency(), self._process, acked, index, error)
+                return
+            wait = min(left, world.away["kafka"] - world.now) + 1e-6
+            self._last = max(self._last, world.now + wait)
+            # What its producer still holds dies with it.
+            scheduler.after(wait, self._process, self._arrive, item, index, acked, since)
+            return
+        verdict = world.operation("produce", self._process)
+        error: KafkaError | None = None
+        if verdict:
+            error = KafkaError(KafkaError._MSG_TIMED_OUT)
+        if verdict != "refused":
+            self.broker.append(item.topic, item.key, item.value, item.headers)
+        scheduler.after(scheduler.latency(), self._process, acked, index, error)

@@ -1,0 +1,367 @@
+"""One schedule: a plan, run to its end and judged."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from postroad.v1 import events_pb2 as pb
+from services.api.errors import Problem
+from services.api.relay import Recording
+from services.api.uuid7 import parse
+from services.common.events import DECODERS, encode
+from services.common.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CANCELLED, TASK_CREATED, Names
+from tests.simulation import checker
+from tests.simulation.broker import SESSION, Broker
+from tests.simulation.database import Database
+from tests.simulation.mail import Dns, MailServer
+from tests.simulation.patches import trace_into
+from tests.simulation.plan import SERVICES, Act, Fault, Plan, TaskPlan
+from tests.simulation.processes import SETTINGS, Api, Servers, Service, build
+from tests.simulation.publisher import Publisher
+from tests.simulation.scheduler import EPOCH, Process, Scheduler
+from tests.simulation.world import World
+
+__all__ = ["Result", "run"]
+
+_ENOUGH = 1500.0
+"""Virtual seconds within which everything settles once the last fault is over."""
+
+
+@dataclass(slots=True)
+class Result:
+    """How a schedule ended. `digest` tells one history from another."""
+
+    violations: list[str]
+    trace: list[str]
+    digest: str
+    virtual_seconds: float
+    steps: int
+    copies: int = 0
+    statuses: list[str] = field(default_factory=list)
+
+
+class _Replica:
+    """A process and its service, which a supervisor starts again."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.service: Service | Api | None = None
+        self.wanted = True
+
+
+class Schedule:
+    """All that takes part in one schedule."""
+
+    def __init__(self, plan: Plan, traced: bool) -> None:
+        self.plan = plan
+        self.scheduler = Scheduler(plan.seed)
+        self.world = World(self.scheduler, traced)
+        self.world.strike = self._strike
+        settings = SETTINGS[plan.hold].model_copy(update={"max_in_flight": plan.in_flight})
+        bare = Names()
+        delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
+        topics = [
+            *EVENT_TOPICS,
+            *(bare.delay(stage, s) for stage, all_ in delays.items() for s in all_),
+            *(bare.dead(stage) for stage in READ_BY),
+        ]
+        self.broker = Broker(self.world, topics)
+        self.database = Database(self.world)
+        numbers = range(len(plan.tasks))
+        self.mail = MailServer(self.world, {f"t{n}@d{n}.test": plan.tasks[n].smtp for n in numbers})
+        dns = Dns(self.world, {f"d{n}.test": plan.tasks[n].dns for n in numbers})
+        self.servers = Servers(self.broker, self.database, self.mail, dns, settings)
+        Publisher.broker = self.broker
+        self.replicas: list[_Replica] = []
+        self.accepted: set[bytes] = set()
+        self.unknown: set[bytes] = set()
+        self.cancelled: set[bytes] = set()
+        self.poison: list[str] = []
+        self.clients = 0
+        self._names = dict.fromkeys(SERVICES, 0)
+        self._draws = 0
+        self._quiet_after = 0.0
+        trace_into(self.world)
+
+    # --- processes ---
+
+    def start(self, service: str) -> _Replica:
+        """Start one replica of a service."""
+        self._names[service] += 1
+        name = f"{service}-{self._names[service]}"
+        self.world.trace(name, "starts")
+        replica = _Replica(self.scheduler.process(name, service))
+        self.replicas.append(replica)
+        self.scheduler.after(0, replica.process, self._boot, replica)
+        return replica
+
+    def _boot(self, replica: _Replica) -> None:
+        replica.process.loop.create_task(self._life(replica))
+
+    async def _life(self, replica: _Replica) -> None:
+        replica.service = build(replica.process, self.servers)
+        try:
+            await replica.service.run()
+            self.world.trace(replica.process.name, "has drained")
+        except Exception as error:
+            if replica.process.dead:
+                return
+            self.world.trace(replica.process.name, f"ended: {error!r}")
+            self.world.violation(f"{replica.process.service} ended by itself: {error!r}")
+        # A process that has ended does nothing more.
+        self.scheduler.after(0, None, self._gone, replica, 0.1 if replica.wanted else None)
+
+    def _gone(self, replica: _Replica, again: float | None) -> None:
+        replica.process.kill()
+        for consumer in getattr(replica.service, "consumers", ()):
+            self.scheduler.after(SESSION, None, consumer.put_out)
+        if replica in self.replicas:
+            self.replicas.remove(replica)
+            if again is not None:
+                self.scheduler.after(again, None, self.start, replica.process.service)
+                self.busy_until(self.scheduler.now + again)
+
+    def live(self, service: str) -> list[_Replica]:
+        """Return the replicas of a service that live."""
+        return [r for r in self.replicas if r.process.service == service and not r.process.dead]
+
+    def busy_until(self, at: float) -> None:
+        """Do not take the schedule for over before this."""
+        self._quiet_after = max(self._quiet_after, at)
+
+    # --- faults ---
+
+    def _strike(self, fault: Fault, process: Process | None) -> None:
+        if process is None:
+            live = self.live(fault.service)
+            if fault.what == "join":
+                self._join(fault)
+                return
+            if not live:
+                return
+            replica = live[fault.replica % len(live)]
+        else:
+            found = [r for r in self.replicas if r.process is process]
+            if not found:
+                return
+            replica = found[0]
+        process = replica.process
+        self.world.trace("fault", f"{fault.what} {process.name} {fault.seconds or ''}")
+        self.busy_until(self.scheduler.now + fault.seconds)
+        match fault.what:
+            case "kill":
+                self._gone(replica, fault.seconds)
+            case "stop":
+                if replica.service is not None and process.frozen_until <= self.scheduler.now:
+                    replica.wanted = True
+                    self.scheduler.after(0, process, self._stop, replica)
+            case "freeze":
+                process.frozen_until = max(process.frozen_until, self.scheduler.now + fault.seconds)
+                if fault.seconds > SESSION:
+                    for consumer in getattr(replica.service, "consumers", ()):
+                        self.scheduler.after(SESSION, None, self._silent, process, consumer)
+            case "evict":
+                for consumer in getattr(replica.service, "consumers", ()):
+                    consumer.put_out()
+            case "redeliver":
+                for consumer in getattr(replica.service, "consumers", ()):
+                    self.scheduler.after(0, process, consumer.redeliver)
+
+    def _stop(self, replica: _Replica) -> None:
+        if replica.service is not None:
+            replica.service.stop()
+
+    def _silent(self, process: Process, consumer: Any) -> None:
+        if process.frozen_until > self.scheduler.now and not process.dead:
+            consumer.put_out()
+
+    def _join(self, fault: Fault) -> None:
+        replica = self.start(fault.service)
+        replica.wanted = False
+        self.busy_until(self.scheduler.now + fault.seconds)
+        self.scheduler.after(fault.seconds, replica.process, self._stop, replica)
+
+    def _away(self, server: str, seconds: float) -> None:
+        self.world.trace("fault", f"{server} is away for {seconds} s")
+        self.world.away[server] = max(self.world.away[server], self.scheduler.now + seconds)
+        self.busy_until(self.scheduler.now + seconds)
+        if server == "kafka":
+            self.scheduler.after(seconds + 0.01, None, self._kafka_back)
+
+    def _kafka_back(self) -> None:
+        for replica in self.replicas:
+            for consumer in getattr(replica.service, "consumers", ()):
+                consumer.wake()
+
+    # --- clients and operators ---
+
+    def _create(self, number: int, plan: TaskPlan, tries: int) -> None:
+        """One attempt of a client: to the api that lives, for as long as it is patient."""
+        again: Callable[[], None] | None = None
+        if plan.key and tries:
+            again = lambda: self._create(number, plan, tries - 1)  # noqa: E731
+        live = [r for r in self.live("api") if isinstance(r.service, Api)]
+        if not live:
+            self._later(again, 0.5)
+            return
+        api, process = live[0].service, live[0].process
+        assert isinstance(api, Api)
+        self._draws += 1
+        rng = self.scheduler.rng
+        id_ = bytes([1, 144, *([7] * 10), self._draws >> 8, self._draws & 255, number, rng.randrange(256)])
+        now_us = EPOCH * 1_000_000 + int(self.scheduler.now * 1e6)
+        task = pb.MailTask(
+            id=id_,
+            tenant="t",
+            idempotency_key=f"key-{number}" if plan.key else "",
+            request_hash=hashlib.sha256(b"%d" % number).digest(),
+            email=f"t{number}@d{number}.test",
+            domain=f"d{number}.test",
+            subject="s",
+            body="text",
+            created_at_us=now_us,
+        )
+        recording = Recording(pb.TaskCreated(task=task, at_us=now_us), b"", 100)
+        self.unknown.add(id_)
+        answered = False
+
+        def hear(accepted: bytes | None) -> None:
+            nonlocal answered
+            if answered:
+                return
+            answered = True
+            if accepted is None:
+                self._later(again, 0.5)
+            else:
+                self.world.trace("client", f"task {number} is accepted")
+                self.accepted.add(accepted)
+                self.clients -= 1
+
+        async def ask() -> None:
+            accepted = None
+            try:
+                original = await api.recorder.record(recording)
+                accepted = id_ if original is None else parse(original.id)
+            except (Problem, RuntimeError):
+                pass
+            self.scheduler.after(self.scheduler.latency(), None, hear, accepted)
+
+        self.scheduler.after(self.scheduler.latency(), process, lambda: process.loop.create_task(ask()))
+        self.scheduler.after(6.0, None, hear, None)
+
+    def _later(self, again: Callable[[], None] | None, seconds: float) -> None:
+        if again is None:
+            self.clients -= 1
+        else:
+            self.scheduler.after(seconds, None, again)
+
+    def _act(self, act: Act) -> None:
+        self.world.trace("operator", f"{act.what} {act.task if act.what == 'cancel' else act.topic}")
+        match act.what:
+            case "cancel":
+                for id_ in [id_ for id_ in self.database.tasks if id_[-2] == act.task]:
+                    row = self.database.tasks[id_]
+                    event = pb.TaskCancelled(id=id_, epoch=row.epoch, at_us=EPOCH * 1_000_000 + int(self.scheduler.now * 1e6))
+                    out = encode(event, "api")
+                    self.cancelled.add(id_)
+                    self.broker.append(TASK_CANCELLED, out.key, out.value, out.headers)
+            case "replay":
+                self.replay(act.topic)
+            case "poison":
+                self.poison.append(act.topic)
+                self.broker.append(act.topic, b"%16d" % len(self.poison), b"\xff\xff", [])
+
+    def replay(self, topic: str) -> None:
+        """Produce all records of a topic again with a fresh epoch, as `postroad replay` does."""
+        epoch = EPOCH * 1000 + int(self.scheduler.now * 1000)
+        for message in self.broker.records(topic):
+            if message.value() == b"\xff\xff":
+                continue
+            event = DECODERS[topic](message.value())
+            assert isinstance(event, pb.TaskCreated | pb.MxOk)
+            event.epoch = epoch
+            event.at_us = epoch * 1000
+            out = encode(event, "replay")
+            self.broker.append(topic, out.key, out.value, out.headers)
+
+    # --- the run ---
+
+    def begin(self) -> None:
+        """Start everything, and have everything happen in its time."""
+        for service, number in zip(SERVICES, self.plan.replicas, strict=True):
+            for _ in range(number):
+                self.start(service)
+        for number, task in enumerate(self.plan.tasks):
+            for _ in range(1 + task.twice):
+                self.clients += 1
+                self.scheduler.after(task.at + 0.03, None, self._create, number, task, 20)
+        for act in self.plan.acts:
+            self.busy_until(act.at)
+            self.scheduler.after(act.at, None, self._act, act)
+        for fault in self.plan.faults:
+            if fault.on:
+                self.world.await_operation(fault)
+                continue
+            self.busy_until(fault.at + fault.seconds)
+            if fault.what in self.world.away:
+                self.scheduler.after(fault.at, None, self._away, fault.what, fault.seconds)
+            else:
+                self.scheduler.after(fault.at, None, self._strike, fault, None)
+
+    def quiet(self) -> bool:
+        """Whether all is done that was asked for."""
+        return (
+            not self.clients
+            and not self.database.outbox
+            and self.scheduler.now >= self._quiet_after
+            and len(self.broker.groups) == len(READ_BY)
+            and all(group.topics and not group.lag() for group in self.broker.groups.values())
+        )
+
+    def settle(self) -> bool:
+        """Run until all is quiet. False where it does not become so in time."""
+        scheduler = self.scheduler
+        while True:
+            at = scheduler.next_at()
+            if at is None or at > max(self._quiet_after, 0) + _ENOUGH:
+                return self.quiet()
+            scheduler.run(max(scheduler.now + 0.25, at))
+            if self.quiet():
+                return True
+
+
+def run(plan: Plan, traced: bool = False) -> Result:
+    """Run one schedule. The in-memory ports must be installed (patches.py)."""
+    schedule = Schedule(plan, traced)
+    try:
+        schedule.begin()
+        settled = schedule.settle()
+        checker.check(schedule, settled)
+        if settled and plan.replay_all and not schedule.world.violations:
+            before = checker.copies_of_settled(schedule)
+            schedule.world.trace("operator", "replays everything")
+            for topic in (TASK_CREATED, MX_OK):
+                schedule.replay(topic)
+            schedule.busy_until(schedule.scheduler.now + 1)
+            settled = schedule.settle()
+            checker.check(schedule, settled)
+            checker.check_replay(schedule, before)
+    finally:
+        schedule.scheduler.dispose()
+    world = schedule.world
+    rows = schedule.database.tasks
+    statuses = [rows[id_].status for id_ in sorted(rows)]
+    story = repr((schedule.scheduler.steps, schedule.scheduler.now, statuses, len(schedule.mail.journal)))
+    return Result(
+        world.violations,
+        world.lines or [],
+        hashlib.sha256(story.encode()).hexdigest()[:12],
+        schedule.scheduler.now,
+        schedule.scheduler.steps,
+        len(schedule.mail.journal),
+        statuses,
+    )
