@@ -77,8 +77,8 @@ integration: setup ## the tests on a real Kafka, MySQL, DNS and SMTP
 e2e: setup ## the tests of the whole system
 	@$(PYTHON) -m pytest tests/e2e $(ARGS)
 
-chaos: setup ## kill, stop and cut off what can be, under load
-	@$(PYTHON) -m pytest tests/chaos $(ARGS)
+chaos: setup ## kill, freeze and cut off what can be, under load (ARGS="--seed 1 --minutes 10")
+	@$(PYTHON) -m tests.chaos $(ARGS)
 
 bench: setup ## how fast the road is here
 	@$(PYTHON) -m tests.bench $(ARGS)

@@ -1,0 +1,72 @@
+"""`python -m tests.chaos`: kill, freeze and cut off what can be, under load; is anything lost?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.chaos.plan import TARGETS, plan
+from tests.chaos.report import show
+from tests.chaos.runner import Run, can_mount, discard, judge, run
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="the plan is a function of it (1)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long (10)")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma separated, of %(default)s")
+    parser.add_argument("--rate", type=float, default=40.0, help="tasks a second (40)")
+    parser.add_argument("--slack", type=float, default=0.0,
+                        help="seconds that recoveries may take beyond what is promised (0)")  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="print the plan and end")
+    parser.add_argument("--mutant", default="", help="run a broken variant (tests/chaos/mutants)")
+    parser.add_argument("--keep", action="store_true", help="keep the histories of a good run too")
+    parser.add_argument("--folder", type=Path, help="where the histories go (a new temporary folder)")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="judge a kept run again")
+    return parser
+
+
+def main() -> int:
+    """Run; 0 when every rule held, 1 when one did not, 2 for a wrong command line."""
+    arguments = _parser().parse_args()
+    if arguments.check:
+        verdict, evidence = judge(arguments.check, arguments.slack)
+        show(arguments.seed, verdict, evidence, arguments.check)
+        return 0 if verdict.ok else 1
+    targets = [target for target in arguments.targets.split(",") if target]
+    if "disk" in targets and not can_mount():
+        print("disk: left out, mounting small disks takes root", file=sys.stderr)
+        targets.remove("disk")
+    try:
+        faults = plan(arguments.seed, arguments.minutes * 60, targets)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.plan:
+        for fault in faults:
+            print(f"{fault.at:7.1f}  {fault.name}  {fault.seconds:g} s{'' if fault.alone else ' *'}")
+        return 0
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix=f"postroad-chaos-{arguments.seed}-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = Run(
+        arguments.seed, arguments.minutes * 60, faults, arguments.rate, "disk" in targets,
+        arguments.mutant, arguments.slack,
+    )  # fmt: skip
+    print(f"seed {spec.seed}, {arguments.minutes:g} min, {spec.rate:g} tasks/s, load average"
+          f" {os.getloadavg()[0]:.1f}; histories in {folder}", flush=True)  # fmt: skip
+    verdict, evidence = run(spec, folder, lambda line: print(line, flush=True))
+    show(arguments.seed, verdict, evidence, folder)
+    if verdict.ok and not (arguments.keep or arguments.folder):
+        discard(folder)
+    else:
+        print(f"histories and logs: {folder}")
+    return 0 if verdict.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

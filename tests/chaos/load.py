@@ -1,0 +1,122 @@
+"""A steady load of clients, careful and careless, and what each was told."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+import grpc
+
+from postroad.v1 import task_service_pb2 as pb
+from postroad.v1 import task_service_pb2_grpc as rpc
+from tests.chaos.history import History
+from tests.chaos.recipients import recipient
+
+__all__ = ["Load"]
+
+SUBJECT = "Chaos "
+_PATIENCE = 90.0
+_ANSWER = 5.0
+# No answer, or one that tells nothing of what became of the request.
+_UNKNOWN = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"}
+_BODY = "Your parcel has left the depot and is on its way to you.\n"
+
+
+class Load:
+    """Creates `rate` tasks a second at the `targets` until told to end.
+
+    A careful client has an idempotency key and asks until it is answered, at any replica. A careless one
+    asks once, without a key: what it hears nothing of is unknown, neither lost nor owed.
+    """
+
+    def __init__(self, targets: list[str], rate: float, seed: int, history: History) -> None:
+        self._rate, self._history = rate, history
+        self._rng = random.Random(seed)
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 500),
+        ]
+        self._channels = [grpc.aio.insecure_channel(target, options) for target in targets]
+        self._stubs = [rpc.TaskServiceStub(channel) for channel in self._channels]
+        self._calls: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
+        self.created = 0
+        self._answers = asyncio.Condition()
+        self._last_answer = 0.0
+
+    async def run(self) -> None:
+        """Create until `end` is called, then wait for the answers that are out."""
+        start = time.monotonic()
+        while not self._ended.is_set():
+            late = start + self.created / self._rate - time.monotonic()
+            if late > 0:
+                await asyncio.sleep(late)
+            call = asyncio.create_task(self._create(self.created))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+            self.created += 1
+        if self._calls:
+            await asyncio.wait(set(self._calls))
+        for channel in self._channels:
+            await channel.close()
+
+    def end(self) -> None:
+        """Begin no more tasks."""
+        self._ended.set()
+
+    async def answered(self, since: float, patience: float) -> float | None:
+        """Wait for a Create that is answered well after `since`; return when, both in monotonic seconds.
+
+        None where there is none within `patience` seconds.
+        """
+        try:
+            async with asyncio.timeout(patience), self._answers:
+                await self._answers.wait_for(lambda: self._last_answer > since)
+                return self._last_answer
+        except TimeoutError:
+            return None
+
+    async def _create(self, number: int) -> None:
+        careful = self._rng.random() < 0.6
+        email = recipient(number, self._rng)
+        body = _BODY * (1800 if self._rng.random() < 0.03 else self._rng.randrange(1, 20))
+        request = pb.CreateRequest(
+            data=pb.TaskData(email=email, subject=f"{SUBJECT}{number}", body=body),
+            idempotency_key=f"chaos-{number}" if careful else "",
+        )
+        began = time.time()
+        end = time.monotonic() + (_PATIENCE if careful else 0)
+        tries, pause = 0, 0.1
+        while True:
+            tries += 1
+            answer = await self._ask(request, number + tries)
+            code = answer.get("code", "")
+            again = code in _UNKNOWN or code == "RESOURCE_EXHAUSTED"
+            if not again or time.monotonic() >= end:
+                break
+            await asyncio.sleep(pause)
+            pause = min(1.0, pause * 1.5)
+        if "id" in answer:
+            outcome = "acked"
+            async with self._answers:
+                self._last_answer = time.monotonic()
+                self._answers.notify_all()
+        elif code in _UNKNOWN or tries > 1:
+            outcome = "unknown"
+        else:
+            outcome = "refused" if code == "RESOURCE_EXHAUSTED" else "error"
+        self._history.write(
+            "create", number=number, email=email, careful=careful, began=round(began, 3), tries=tries,
+            outcome=outcome, **answer,
+        )  # fmt: skip
+
+    async def _ask(self, request: pb.CreateRequest, turn: int) -> dict[str, Any]:
+        stub = self._stubs[turn % len(self._stubs)]
+        try:
+            task = await stub.Create(request, timeout=_ANSWER)
+        except grpc.aio.AioRpcError as error:
+            return {"code": error.code().name, "said": (error.details() or "")[:300]}
+        return {"id": task.id}

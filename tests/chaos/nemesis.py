@@ -1,0 +1,204 @@
+"""Does what the plan says, and measures how long the system takes to get over it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from tests.chaos.history import History
+from tests.chaos.load import Load
+from tests.chaos.plan import Fault
+from tests.chaos.recovery import serves_again
+from tests.chaos.system import System
+
+__all__ = ["Nemesis"]
+
+STAGES = ("validator", "sender", "status")
+# What is promised, in seconds: session timeout (10) + 2; a new leader; after MySQL's return.
+REPLICA, LEADER, DATABASE = 12.0, 12.0, 5.0
+_PATIENCE = 45.0
+
+
+class Nemesis:
+    """Acts on `system` by the plan. `say` prints a line."""
+
+    def __init__(
+        self,
+        system: System,
+        faults: Sequence[Fault],
+        load: Load,
+        history: History,
+        say: Callable[[str], None],
+    ) -> None:
+        self._system, self._faults, self._load = system, faults, load
+        self._history, self._say = history, say
+        self._acting: dict[asyncio.Task[None], Fault] = {}
+        self._watches: set[asyncio.Task[None]] = set()
+        self.began = self.healed = 0.0
+        """Unix seconds: of the first fault's clock, and when all was whole again."""
+
+    async def run(self) -> None:
+        """Do all of the plan; returns when everything is whole again and every recovery is told."""
+        self.began, began = time.time(), time.monotonic()
+        for fault in self._faults:
+            await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
+            if fault.kind != "scale":
+                self._overtake()
+            task = asyncio.create_task(self._act(fault))
+            self._acting[task] = fault
+            task.add_done_callback(self._acting.pop)
+        while self._acting:
+            done, _ = await asyncio.wait(set(self._acting))
+            for task in done:
+                task.result()
+        self.healed = time.time()
+        self._history.write("healed")
+        if self._watches:
+            await asyncio.wait(set(self._watches))
+
+    def _overtake(self) -> None:
+        """What has not recovered when the next fault comes cannot be told from it."""
+        for watch in list(self._watches):
+            watch.cancel()
+
+    async def _act(self, fault: Fault) -> None:
+        self._tell("begins", fault)
+        do: Callable[[Fault], Awaitable[None]] = getattr(self, f"_{fault.kind}")
+        try:
+            await do(fault)
+        finally:
+            self._tell("over", fault)
+        if fault.alone and not (fault.kind == "kill" and fault.target.startswith((*STAGES, "kafka"))):
+            if fault.kind == "roll" or fault.target == "mysql":
+                return
+            self._watch(fault, time.time(), None)
+
+    def _tell(self, what: str, fault: Fault) -> None:
+        self._history.write(
+            what, fault=fault.name, kind=fault.kind, target=fault.target, seconds=fault.seconds
+        )
+        lasts = f" for {fault.seconds:g} s" if fault.seconds and what == "begins" else ""
+        self._say(f"{self._history.now():7.1f}  {fault.name} {what}{lasts}")
+
+    def _watch(
+        self, fault: Fault, since: float, limit: float | None, what: str = "served again after"
+    ) -> None:
+        watch = asyncio.create_task(self._measure(fault, since, limit))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+
+    async def _measure(self, fault: Fault, since: float, limit: float | None) -> None:
+        seconds: float | None = None
+        gave_up = False
+        try:
+            at = await serves_again(self._system.targets, since, _PATIENCE)
+            seconds = None if at is None else round(at - since, 2)
+            gave_up = at is None
+        except asyncio.CancelledError:
+            pass
+        self._recovered(fault, seconds, limit, "served again after", gave_up)
+
+    def _recovered(
+        self, fault: Fault, seconds: float | None, limit: float | None, what: str, gave_up: bool = False
+    ) -> None:
+        self._history.write(
+            "recovered", fault=fault.name, served=what, seconds=seconds, limit=limit, gave_up=gave_up
+        )
+        if seconds is not None:
+            self._say(f"{self._history.now():7.1f}  {fault.name}: {what} {seconds:.1f} s")
+
+    # What each kind is
+
+    async def _kill(self, fault: Fault) -> None:
+        killed = time.time()
+        await _do(self._system.kill, fault.target)
+        if fault.alone and fault.target.startswith(STAGES):
+            self._watch(fault, killed, REPLICA)
+        elif fault.alone and fault.target.startswith("kafka"):
+            self._watch(fault, killed, LEADER)
+        await asyncio.sleep(fault.seconds)
+        await self._start(fault)
+
+    async def _restart(self, fault: Fault) -> None:
+        ended = await _do(self._system.stop, fault.target)
+        if not ended:
+            self._history.write("unclean", name=fault.target)
+            self._say(f"{self._history.now():7.1f}  {fault.target} did not end by itself")
+        await self._start(fault)
+
+    async def _start(self, fault: Fault) -> None:
+        await _do(self._system.start, fault.target)
+        if fault.target == "mysql":
+            await self._mysql_back(fault)
+
+    async def _mysql_back(self, fault: Fault) -> None:
+        """MySQL is back: how long until a Create is answered, and until all is served."""
+        back = await _do(self._system.mysql_back)
+        since = time.time() - (time.monotonic() - back)
+        if fault.alone:
+            self._watch(fault, since, DATABASE)
+        answered = await self._load.answered(back, _PATIENCE)
+        seconds = None if answered is None else round(answered - back, 2)
+        self._recovered(fault, seconds, DATABASE, "Create answered after", answered is None)
+
+    async def _freeze(self, fault: Fault) -> None:
+        await _do(self._system.freeze, fault.target)
+        await asyncio.sleep(fault.seconds)
+        await _do(self._system.thaw, fault.target)
+        if fault.target == "mysql":
+            await self._mysql_back(fault)
+
+    async def _cut(self, fault: Fault) -> None:
+        await _do(self._system.link, fault.target, fault.kind)
+        await asyncio.sleep(fault.seconds)
+        await _do(self._system.link, fault.target, "pass")
+
+    _reset = _blackhole = _slow = _cut
+
+    async def _mail(self, fault: Fault) -> None:
+        order = fault.detail
+        if order == "busy":
+            orders: dict[str, object] = {"mail": "451 4.3.2 Busy"}
+        elif order in ("refuse", "hang", "421"):
+            orders = {"connect": order}
+        else:
+            # Ordinary recipients only: the others misbehave by themselves.
+            name = order if order.startswith("slow") else f"{order}-always"
+            rule = {"rcpt": "u*@d*.ok.test", "fault": name, "probability": 0.3}
+            orders = {"rules": [rule], "seed": round(fault.at * 10)}
+        await _do(lambda: self._system.control_mail(**orders))
+        await asyncio.sleep(fault.seconds)
+        await _do(self._system.control_mail)
+
+    async def _servfail(self, fault: Fault) -> None:
+        await _do(lambda: self._system.control_dns(**{"*": "servfail"}))
+        await asyncio.sleep(fault.seconds)
+        await _do(self._system.control_dns)
+
+    async def _full(self, fault: Fault) -> None:
+        await _do(self._system.fill, fault.target)
+        await asyncio.sleep(fault.seconds)
+        await _do(self._system.empty, fault.target)
+        # A broker ends when its disk is full; the supervisor starts it again, in vain until there is room.
+        if fault.target == "mysql":
+            await self._mysql_back(fault)
+
+    async def _roll(self, fault: Fault) -> None:
+        for service in ("api", *STAGES):
+            for name in self._system.replicas(service):
+                if not await _do(self._system.stop, name):
+                    self._history.write("unclean", name=name)
+                await _do(self._system.start, name)
+                await _do(self._ready, name)
+
+    def _ready(self, name: str) -> None:
+        if name in {n for s in ("api", *STAGES) for n in self._system.replicas(s)}:
+            self._system.wait_ready(name)
+
+    async def _scale(self, fault: Fault) -> None:
+        await _do(self._system.scale, fault.target, int(fault.detail))
+
+
+async def _do(work, *args):  # type: ignore[no-untyped-def]
+    return await asyncio.to_thread(work, *args)

@@ -1,0 +1,149 @@
+"""What goes wrong and when: a pure function of the seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+__all__ = ["TARGETS", "Fault", "plan"]
+
+TARGETS = (
+    "api", "validator", "sender", "status", "mysql", "kafka", "network", "mail", "dns", "disk", "roll",
+    "scale",
+)  # fmt: skip
+
+BROKERS = ("kafka-1", "kafka-2", "kafka-3")
+LINKS = ("mysql", "smtp", "clients", *BROKERS)
+ORDERS = ("refuse", "hang", "421", "busy", "drop-after", "drop-lost", "greylist", "slow-800")
+# How many replicas a service has: at least and at most while they come and go.
+REPLICAS = {"api": (1, 2), "validator": (2, 3), "sender": (2, 3), "status": (2, 3)}
+
+# Before the first fault the load is under way; after the last one nothing is heard of any more.
+_WARM_UP = 6.0
+# A replica that is gone for longer than the session timeout has to be replaced by the others.
+_GONE = 14.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing done to one target: it begins at `at` and ends after `seconds`, both from the start.
+
+    `kind` is kill, freeze, restart, reset, blackhole, slow, mail, servfail, full, roll or scale; `detail`
+    is the order for the mail server or the number of replicas. `alone`: no other fault overlaps it, so
+    the time that the system takes to recover is its own.
+    """
+
+    at: float
+    kind: str
+    target: str
+    seconds: float
+    detail: str = ""
+    alone: bool = True
+
+    @property
+    def name(self) -> str:
+        """What the fault is, in a few words."""
+        return " ".join(filter(None, (self.kind, self.target, self.detail)))
+
+
+Card = tuple[str, str, str]
+
+
+def _cards(targets: Sequence[str]) -> list[Card]:
+    """Every fault that these targets allow, once."""
+    cards: list[Card] = []
+    for service in ("api", "validator", "sender", "status"):
+        if service in targets:
+            for number in ("1", "2") if service != "api" else ("1",):
+                cards += [(kind, f"{service}-{number}", "") for kind in ("kill", "freeze", "restart")]
+    if "mysql" in targets:
+        cards += [(kind, "mysql", "") for kind in ("kill", "freeze", "restart")]
+    if "kafka" in targets:
+        cards += [(kind, broker, "") for broker in BROKERS for kind in ("kill", "freeze", "restart")]
+    if "network" in targets:
+        cards += [(mode, link, "") for link in LINKS for mode in ("reset", "blackhole", "slow")]
+    if "mail" in targets:
+        cards += [("mail", "catcher", order) for order in ORDERS]
+        cards += [("kill", "catcher", ""), ("freeze", "catcher", "")]
+    if "dns" in targets:
+        cards += [("servfail", "dns", ""), ("kill", "dns", ""), ("freeze", "dns", "")]
+    if "disk" in targets:
+        cards += [("full", "mysql", ""), ("full", "kafka-1", "")]
+    if "roll" in targets:
+        cards += [("roll", "services", "")]
+    return cards
+
+
+def _dealt(cards: Sequence[Card], rng: random.Random) -> Iterator[Card]:
+    """Cards for ever: each comes once before any comes again."""
+    while cards:
+        deck = list(cards)
+        rng.shuffle(deck)
+        yield from deck
+
+
+def _seconds(card: Card, rng: random.Random) -> float:
+    kind, target, _ = card
+    if kind == "freeze":
+        return rng.uniform(5, 20)
+    if kind == "kill":
+        # A server that is killed stays away for a while; a replica is at times started again at once.
+        return _GONE if target.startswith("kafka") or rng.random() < 0.6 else rng.uniform(0.5, 5)
+    if kind in ("restart", "roll"):
+        return 0.0
+    if kind in ("blackhole", "full"):
+        return rng.uniform(6, 12)
+    return rng.uniform(4, 10)
+
+
+def _takes(card: Card, lasts: float) -> float:
+    """How long nothing else may happen, so that the recovery can be measured."""
+    kind, target, _ = card
+    if kind == "roll":
+        return 25.0
+    if kind == "kill" and target.startswith(("validator", "sender", "status")):
+        return max(lasts, _GONE)
+    return lasts or 6.0
+
+
+def plan(seed: int, seconds: float, targets: Sequence[str] = TARGETS) -> list[Fault]:
+    """Return the faults of a run of `seconds`, in their order. Raises ValueError for an unknown target."""
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(f"unknown targets: {', '.join(sorted(unknown))}")
+    rng = random.Random(seed)
+    faults = [*_main(random.Random(rng.random()), seconds, targets)]
+    if "scale" in targets:
+        faults += _scaling(random.Random(rng.random()), seconds, targets)
+    return sorted(faults, key=lambda fault: fault.at)
+
+
+def _main(rng: random.Random, seconds: float, targets: Sequence[str]) -> Iterator[Fault]:
+    """One fault after the other; now and then a second one in the midst of the first."""
+    at = _WARM_UP
+    for card in (dealt := _dealt(_cards(targets), rng)):
+        lasts = _seconds(card, rng)
+        end = at + _takes(card, lasts)
+        second = next(dealt) if rng.random() < 0.25 else None
+        if end > seconds:
+            return
+        alone = second is None or second[1] == card[1] or card[0] == "roll"
+        yield Fault(round(at, 1), card[0], card[1], round(lasts, 1), card[2], alone)
+        if second is not None and not alone:
+            start = at + rng.uniform(0.1, max(0.2, end - at - 1))
+            lasts = min(_seconds(second, rng), max(1.0, seconds - start))
+            yield Fault(round(start, 1), second[0], second[1], round(lasts, 1), second[2], alone=False)
+            end = max(end, start + lasts)
+        at = end + rng.uniform(6, 9)
+
+
+def _scaling(rng: random.Random, seconds: float, targets: Sequence[str]) -> Iterator[Fault]:
+    """Replicas come and go all the while."""
+    counts = {service: 2 for service in REPLICAS if service in targets}
+    at = rng.uniform(8, 20)
+    while counts and at < seconds - 5:
+        service = rng.choice(sorted(counts))
+        least, most = REPLICAS[service]
+        counts[service] = rng.choice([n for n in range(least, most + 1) if n != counts[service]])
+        yield Fault(round(at, 1), "scale", service, 0.0, str(counts[service]), alone=False)
+        at += rng.uniform(15, 30)

@@ -1,0 +1,121 @@
+"""The fault proxy over real sockets."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos.proxy import Proxies
+
+
+@pytest.fixture
+def echo() -> Iterator[int]:
+    """A server that says back what it hears; its port."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def talk(client: socket.socket) -> None:
+        with client:
+            try:
+                while data := client.recv(4096):
+                    client.sendall(data)
+            except OSError:
+                return
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=talk, args=(client,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield int(server.getsockname()[1])
+    server.close()
+
+
+@pytest.fixture
+def proxies() -> Iterator[Proxies]:
+    made = Proxies()
+    yield made
+    made.close()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_pass(proxies: Proxies, echo: int) -> None:
+    port = proxies.add("a", "127.0.0.1", echo)
+    with connect(port) as client:
+        client.sendall(b"x" * 200_000)
+        client.shutdown(socket.SHUT_WR)
+        got = b""
+        while data := client.recv(65536):
+            got += data
+    assert got == b"x" * 200_000, "all of it, and the end after it"
+
+
+def test_reset_cuts_what_is_open_with_a_rst(proxies: Proxies, echo: int) -> None:
+    port = proxies.add("a", "127.0.0.1", echo)
+    with connect(port) as client:
+        client.sendall(b"one")
+        assert client.recv(10) == b"one"
+        proxies.set("a", "reset")
+        with pytest.raises(ConnectionResetError):
+            client.recv(10)
+    proxies.set("a", "pass")
+    with connect(port) as client:
+        client.sendall(b"two")
+        assert client.recv(10) == b"two"
+
+
+def test_blackhole_holds_all_and_then_goes_on(proxies: Proxies, echo: int) -> None:
+    port = proxies.add("a", "127.0.0.1", echo)
+    with connect(port) as client:
+        client.sendall(b"one")
+        assert client.recv(10) == b"one"
+        proxies.set("a", "blackhole")
+        client.sendall(b"two")
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.recv(10)
+        proxies.set("a", "pass")
+        client.settimeout(5)
+        assert client.recv(10) == b"two"
+
+
+def test_slow_delays_each_piece(proxies: Proxies, echo: int) -> None:
+    port = proxies.add("a", "127.0.0.1", echo)
+    proxies.set("a", "slow")
+    with connect(port) as client:
+        began = time.monotonic()
+        client.sendall(b"one")
+        assert client.recv(10) == b"one"
+        assert time.monotonic() - began > 0.25
+
+
+def test_a_server_that_is_gone_looks_gone(proxies: Proxies) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = int(free.getsockname()[1])
+    port = proxies.add("a", "127.0.0.1", nobody)
+    with connect(port) as client, pytest.raises(ConnectionResetError):
+        client.recv(10)
+
+
+def test_names_are_broken_apart(proxies: Proxies, echo: int) -> None:
+    left, right = proxies.add("a", "127.0.0.1", echo), proxies.add("b", "127.0.0.1", echo)
+    proxies.set("a", "blackhole")
+    with connect(right) as client:
+        client.sendall(b"one")
+        assert client.recv(10) == b"one"
+    with connect(left) as client:
+        client.settimeout(0.3)
+        client.sendall(b"one")
+        with pytest.raises(TimeoutError):
+            client.recv(10)
+    proxies.set("a", "pass")
