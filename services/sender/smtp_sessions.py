@@ -35,7 +35,7 @@ class Sessions:
         self._waiters: deque[asyncio.Future[Session | None]] = deque()
         self._reaper: asyncio.TimerHandle | None = None
         self._refusals = 0
-        self._grow_after = 0.0
+        self._rest: asyncio.TimerHandle | None = None
         self._closing = False
         self.opening = 0
         self.opened = 0
@@ -114,8 +114,9 @@ class Sessions:
     async def close(self, grace: float) -> None:
         """Open none any more, wait ``grace`` seconds for those in use, say QUIT, abort what is left."""
         self._closing = True
-        if self._reaper is not None:
-            self._reaper.cancel()
+        for timer in (self._reaper, self._rest):
+            if timer is not None:
+                timer.cancel()
         self.dismiss(self._closed())
         while self._idle:
             self._idle.pop().wire.quit(self._timeouts.quit)
@@ -130,7 +131,7 @@ class Sessions:
         # A socket that is still closing counts: the relay may count it too.
         if len(self._sockets) + self.opening >= self._limits.sessions or self._closing:
             return False
-        return not self._ready or asyncio.get_running_loop().time() >= self._grow_after
+        return not self._ready or self._rest is None
 
     async def _grow(self) -> Session | None:
         """A new session; None if the relay refuses more of them while it serves others."""
@@ -139,12 +140,15 @@ class Sessions:
         except UnavailableError:
             if not self._ready:
                 raise
-        self._refusals += 1
-        rest = pause(self._limits, self._refusals)
-        loop = asyncio.get_running_loop()
-        self._grow_after = loop.time() + rest
-        loop.call_at(self._grow_after, self._wake)
+        if self._rest is None:
+            self._refusals += 1
+            loop = asyncio.get_running_loop()
+            self._rest = loop.call_later(pause(self._limits, self._refusals), self._rested)
         return None
+
+    def _rested(self) -> None:
+        self._rest = None
+        self._wake()
 
     async def _wait(self) -> Session | None:
         """Wait for what another gives back: its session, or None for the place of a lost one."""

@@ -169,8 +169,8 @@ async def test_a_session_that_is_still_closing_keeps_its_place() -> None:
 
     limits = Limits(sessions=1, mails_per_session=1)
     async with scripted(counting) as server, pool_for(server, limits=limits) as pool:
-        outcomes = await asyncio.gather(*(send(pool) for _ in range(5)))
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        for _ in range(5):
+            assert isinstance(await send(pool), Sent)
     assert most == 1
 
 
@@ -228,6 +228,29 @@ async def test_away_and_back_again() -> None:
         outcomes = await asyncio.gather(*(send(pool) for _ in range(50)))
         assert {type(outcome) for outcome in outcomes} == {Sent}
         await pool.close()
+
+
+async def test_a_session_that_opens_after_all_ends_the_absence() -> None:
+    failed = asyncio.Event()
+
+    async def refuses(c: Conversation) -> None:
+        await c.say("421 busy")
+        await c.drained()
+
+    async def late(c: Conversation) -> None:
+        await failed.wait()
+        await serving(c)
+
+    limits = Limits(sessions=2, backoff=60)
+    async with scripted(refuses, late) as server, pool_for(server, limits=limits) as pool:
+        first, second = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
+        done, _ = await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+        assert isinstance(done.pop().result(), NotSent)
+        assert not pool.available
+        failed.set()
+        await asyncio.wait_for(pool.wait_available(), 5)
+        await asyncio.wait([first, second])
+        assert isinstance(await send(pool), Sent)
 
 
 async def test_sends_that_wait_learn_of_it_when_the_relay_goes_away() -> None:
