@@ -10,7 +10,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from services.common import topics
 from services.common.batching import Batcher
-from services.common.database import transaction, until_back
+from services.common.database import transaction, transient, until_back
 from services.common.events import DECODERS, Event
 from services.common.fold import delta
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
@@ -38,7 +38,14 @@ class Status:
     async def handle_batch(self, records: Sequence[Record]) -> Sequence[Outcome]:
         """Return Done for every record that is stored, or was before."""
         events = [record.event for record in records]
-        outcomes: list[Outcome] = await until_back(self._noticed)(self._fold, events)
+        try:
+            outcomes = await self._fold(events)
+        except Exception as error:
+            if not transient(error):
+                raise
+            self._noticed(error)
+            # Not from the start: the policy costs as much as the fold of a small batch.
+            outcomes = await until_back(self._noticed)(self._fold, events)
         self._problem = None
         return outcomes
 
