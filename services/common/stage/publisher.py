@@ -144,10 +144,17 @@ class Publisher:
 
     def _poll(self) -> None:
         while not self._closed:
-            self._producer.poll(_TURN)
+            self._heed(lambda: self._producer.poll(_TURN))
             self._report()
-        self._producer.flush(max(0.0, self._deadline - time.monotonic()))
+        self._heed(lambda: self._producer.flush(max(0.0, self._deadline - time.monotonic())))
         self._report()
+
+    def _heed(self, call: Callable[[], int]) -> None:
+        """A fatal error is raised once, not told to `error_cb`; the calls after it answer what is left."""
+        try:
+            call()
+        except KafkaException as error:
+            self._on_error(error.args[0])
 
     def _report(self) -> None:
         while self._refused:
