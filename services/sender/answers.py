@@ -100,7 +100,7 @@ def _deferred(row: Delivery) -> pb.MailDeferred:
         message_id=row.message_id,
         next_attempt_at_us=row.next_attempt_at,
         in_doubt=in_doubt,
-        # Those before it stand for the takeovers of this attempt.
+        # Those before it stand for earlier doubts.
         takeover=row.takeovers if in_doubt else 0,
         at_us=row.settled_at,
     )

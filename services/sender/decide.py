@@ -29,12 +29,12 @@ What a Cancel (of epoch e) is answered; it compares epochs alone:
 | `sent`                                  | Stored          | Stored          | Stored             |
 | `sending`, lease runs                   | Stale           | Wait            | Wait               |
 | `sending`, lease over                   | Stale           | now uncertain   | now uncertain      |
-| `released`, `deferred`                  | Stale           | now cancelled   | now cancelled      |
-| `failed`, `uncertain`, `cancelled`      | Stale           | Stored          | now cancelled      |
+| `released`, `deferred`                  | Stale           | now cancelled*  | now cancelled*     |
+| `failed`, `uncertain`, `cancelled`      | Stale           | Stored          | now cancelled*     |
 
 A cancel waits for a running claim because that may end as `deferred`, and the next attempt must not
-send. A mail in doubt that is cancelled is `uncertain` under either policy: it must not be sent again,
-and that it was never sent cannot be promised.
+send. (*) A mail that was ever in doubt, in whatever attempt or epoch, is `uncertain` when it is cancelled,
+under either policy: it must not be sent again, and that it was never sent cannot be promised.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Delivery(NamedTuple):
     state: State
     epoch: int
     attempt: int
-    # How often this attempt was taken over in doubt.
+    # How often the mail was in doubt when a claim was taken: taken over, or left so by an earlier attempt.
     takeovers: int
     owner: bytes
     # By the database's clock, UTC.
@@ -218,13 +218,15 @@ def _cancel(row: Delivery | None, request: Cancel, now: datetime) -> tuple[Verdi
         return Stored(new), new
     if row.epoch == request.epoch and row.state in ("failed", "uncertain", "cancelled"):
         return Stored(row), None
-    new = row._replace(state="cancelled", epoch=request.epoch, owner=request.owner)
+    if row.takeovers or row.reason == IN_DOUBT:
+        new = _uncertain(row, request.epoch, row.attempt, request.owner, now)
+    else:
+        new = row._replace(state="cancelled", epoch=request.epoch, owner=request.owner)
     return Stored(new), new
 
 
 def _taken(row: Delivery, claim: Claim, until: datetime, doubtful: bool) -> Delivery:
-    same = (row.epoch, row.attempt) == (claim.epoch, claim.attempt)
-    takeovers = (row.takeovers if same else 0) + doubtful
+    takeovers = row.takeovers + (doubtful or row.reason == IN_DOUBT)
     return first(claim, until)._replace(takeovers=takeovers, message_id=row.message_id or claim.message_id)
 
 

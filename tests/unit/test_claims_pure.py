@@ -131,13 +131,17 @@ def test_under_hold_what_is_in_doubt_is_stored_as_uncertain(key: tuple[int, int]
     assert (again, write) == (Stored(held), None)
 
 
-def test_a_takeover_counts_those_of_its_own_attempt_only() -> None:
-    before = row("sending", takeovers=3)
-    same, _ = decide(before, claim(*SAME), NOW, LEASE, hold=False)
-    later, _ = decide(before, claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
-    assert isinstance(same, Taken)
-    assert isinstance(later, Taken)
-    assert (same.row.takeovers, later.row.takeovers) == (4, 1)
+@pytest.mark.parametrize("key", [SAME, LATER_ATTEMPT, LATER_EPOCH])
+def test_a_takeover_counts_with_those_of_earlier_attempts(key: tuple[int, int]) -> None:
+    verdict, _ = decide(row("sending", takeovers=3), claim(*key), NOW, LEASE, hold=False)
+    assert isinstance(verdict, Taken)
+    assert verdict.row.takeovers == 4
+
+
+def test_an_attempt_that_left_a_doubt_counts_as_well() -> None:
+    verdict, _ = decide(row("deferred", reason=IN_DOUBT), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
+    assert isinstance(verdict, Taken)
+    assert (verdict.doubtful, verdict.row.takeovers) == (False, 1)
 
 
 def test_a_release_keeps_the_count_of_takeovers() -> None:
@@ -202,6 +206,18 @@ def test_every_cell_of_the_cancels_table(state: str, epoch: int, expected: str, 
         assert (kind(verdict), write) == (expected, None)
         if isinstance(verdict, Stored):
             assert verdict.row == before
+
+
+@pytest.mark.parametrize("doubt", [{"reason": IN_DOUBT}, {"takeovers": 1}])
+@pytest.mark.parametrize("state", ["released", "deferred", "failed", "uncertain"])
+@pytest.mark.parametrize("hold", [False, True])
+def test_what_was_ever_in_doubt_is_uncertain_when_it_is_cancelled(
+    state: State, doubt: dict[str, Any], hold: bool
+) -> None:
+    verdict, write = decide(row(state, **doubt), Cancel(ID, 6, MINE), NOW, LEASE, hold)
+    assert isinstance(verdict, Stored)
+    assert write == verdict.row
+    assert (write.state, write.epoch, write.reason, write.owner) == ("uncertain", 6, IN_DOUBT, MINE)
 
 
 def test_a_cancel_of_a_task_that_nobody_knows_keeps_it_from_being_sent() -> None:
