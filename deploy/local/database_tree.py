@@ -14,13 +14,15 @@ from deploy.local.cache import cache_root, entry_path, make_entry
 from deploy.local.commands import SetupError, run, say
 from deploy.local.debian import fetch_packages, install_packages, is_debian
 
-__all__ = ["Server", "find_server", "make_server", "make_template", "template_path", "wanted_kind"]
+__all__ = ["MARIADB", "Server", "find_server", "make_server", "make_template", "template_path", "wanted_kind"]
 
 SUITE = "sid"
 PACKAGES = ("mysql-server-core",)
 # Bump when what is kept of the packages changes.
 RECIPE = f"1 {SUITE} {' '.join(PACKAGES)}".encode()
 OLDEST = (8, 4)
+# The second holds a program that the first one's installer calls.
+MARIADB = ("mariadb-server-core", "mariadb-client-core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,8 @@ def _tree_server(tree: Path) -> Server:
 def find_server(kind: str) -> Server | None:
     """The server of that kind which is here already, or None. Quick."""
     if kind == "mariadb":
-        mariadbd = _on_path("mariadbd")
-        return Server("mariadb", (mariadbd, "--no-defaults"), mariadbd) if mariadbd else None
+        mariadbd, helper = _on_path("mariadbd"), _on_path("my_print_defaults")
+        return Server("mariadb", (mariadbd, "--no-defaults"), mariadbd) if mariadbd and helper else None
     if server := _path_mysqld():
         return server
     tree = entry_path("mysql", RECIPE)
@@ -103,7 +105,7 @@ def make_server(kind: str) -> Server:
     if server := find_server(kind):
         return server
     if kind == "mariadb":
-        install_packages(["mariadb-server-core"])
+        install_packages(MARIADB)
     elif is_debian():
         say("fetching MySQL from Debian (60 MB)")
         make_entry("mysql", RECIPE, _fetch_tree)

@@ -7,12 +7,13 @@ them are skipped and say so.
 import os
 from pathlib import Path
 
+from deploy.local.database_tree import MARIADB
 from deploy.local.debian import install_packages, preseed
 
 __all__ = ["install_test_packages", "missing_test_packages"]
 
 # What proves that a package is there.
-EVERYONE = {"/usr/sbin/mariadbd": ("mariadb-server-core",)}
+EVERYONE = {"/usr/sbin/mariadbd": MARIADB, "/usr/bin/my_print_defaults": MARIADB}
 # The Postfix tests need root anyway; on anyone's desk no mail server is installed behind their back.
 ROOT = {"/usr/sbin/postfix": ("postfix",), "/usr/sbin/saslpasswd2": ("sasl2-bin", "libsasl2-modules")}
 
@@ -20,7 +21,8 @@ ROOT = {"/usr/sbin/postfix": ("postfix",), "/usr/sbin/saslpasswd2": ("sasl2-bin"
 def missing_test_packages() -> list[str]:
     """The names of the packages that this user's tests want and that are not there."""
     wanted = EVERYONE | (ROOT if os.geteuid() == 0 else {})
-    return [name for proof, names in wanted.items() if not Path(proof).exists() for name in names]
+    missing = (names for proof, names in wanted.items() if not Path(proof).exists())
+    return sorted({name for names in missing for name in names})
 
 
 def install_test_packages() -> None:
