@@ -39,7 +39,7 @@ class Nemesis:
         """Unix seconds: of the first fault's clock, and when all was whole again."""
 
     async def run(self) -> None:
-        """Do all of the plan; returns when everything is whole again and every recovery is told."""
+        """Do all of the plan; returns when everything is whole again."""
         self.began, began = time.time(), time.monotonic()
         for fault in self._faults:
             await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
@@ -54,6 +54,10 @@ class Nemesis:
                 task.result()
         self.healed = time.time()
         self._history.write("healed")
+
+    async def close(self) -> None:
+        """Tell of the recoveries that are still being waited for; the load must have ended."""
+        self._overtake()
         if self._watches:
             await asyncio.wait(set(self._watches))
 

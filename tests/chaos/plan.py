@@ -19,8 +19,8 @@ ORDERS = ("refuse", "hang", "421", "busy", "drop-after", "drop-lost", "greylist"
 # How many replicas a service has: at least and at most while they come and go.
 REPLICAS = {"api": (1, 2), "validator": (2, 3), "sender": (2, 3), "status": (2, 3)}
 
-# Before the first fault the load is under way; after the last one nothing is heard of any more.
-_WARM_UP = 6.0
+# Before the first fault the load is under way; after the last one it goes on, so that recovery shows.
+_WARM_UP, _COOL_DOWN = 6.0, 10.0
 # A replica that is gone for longer than the session timeout has to be replaced by the others.
 _GONE = 14.0
 
@@ -112,6 +112,7 @@ def plan(seed: int, seconds: float, targets: Sequence[str] = TARGETS) -> list[Fa
     if unknown := set(targets) - set(TARGETS):
         raise ValueError(f"unknown targets: {', '.join(sorted(unknown))}")
     rng = random.Random(seed)
+    seconds -= _COOL_DOWN
     faults = [*_main(random.Random(rng.random()), seconds, targets)]
     if "scale" in targets:
         faults += _scaling(random.Random(rng.random()), seconds, targets)

@@ -75,6 +75,7 @@ async def _go(spec: Run, system: System, history: History, folder: Path, say: Ca
         await asyncio.sleep(max(0.0, rest))
     finally:
         work.end()
+        await nemesis.close()
         await loading
     say(f"{history.now():7.1f}  {work.created} tasks created; waiting for their ends")
     await asyncio.to_thread(_collect, system, history, folder, nemesis.healed)

@@ -6,16 +6,17 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.common.config import Settings
 from services.common.events import Outgoing
 from services.common.stage.clients import producer_config
+from services.common.stage.pace import PRODUCE, Pace
 
 __all__ = ["Failure", "PublishError", "Publisher"]
 
@@ -25,6 +26,7 @@ Failure = tuple[int, KafkaError]
 """An item's index in its batch, and why it was not delivered."""
 
 _TURN = 0.1
+_UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
 
 
 class PublishError(Exception):
@@ -48,7 +50,12 @@ class _Batch:
         self.failures: list[Failure] = []
         self._finished = finished
 
-    def delivered(self, index: int, error: KafkaError | None, _message: object) -> None:
+    def delivered(self, index: int, error: KafkaError | None, message: Message | None) -> None:
+        # librdkafka takes a batch for delivered where a later one of its partition was. But a broker that
+        # does not know the producer yet takes any first batch, and then the earlier one, refused a moment
+        # ago, is never sent again. Only what a broker has written has an offset.
+        if error is None and (message is None or message.offset() is None):
+            error = _UNPROVEN
         if error is not None:
             self.failures.append((index, error))
         self.left -= 1
@@ -59,9 +66,10 @@ class _Batch:
 class Publisher:
     """One idempotent producer and its poll thread. To be used from one event loop.
 
-    Items go to `settings.topic_prefix` + their topic. A batch is not atomic, and one that is published
-    again after a failure may be there twice: readers tell events by `ce_id`. What is being published is
-    bounded by the callers; beyond the producer's own queue it waits here, in order.
+    Items go to `settings.topic_prefix` + their topic, in the order of the calls. A batch is not atomic, and
+    one that is published again after a failure may be there twice: readers tell events by `ce_id`. What is
+    being published is bounded by the callers. When there is much of it, batches are gathered for a moment:
+    librdkafka makes one request for every partition, whatever it holds.
     """
 
     def __init__(self, settings: Settings, client_id: str, **overrides: Any) -> None:
@@ -69,6 +77,8 @@ class Publisher:
         self._prefix = settings.topic_prefix
         self._config = producer_config(settings, client_id) | {"error_cb": self._on_error} | overrides
         self._waiting: deque[tuple[Outgoing, Callable[..., None]]] = deque()
+        self._pace = Pace(PRODUCE)
+        self._timer: asyncio.TimerHandle | None = None
         self._refused: deque[Callable[[], None]] = deque()
         self._finished: list[_Batch] = []
         self._closed = False
@@ -111,23 +121,30 @@ class Publisher:
             self._loop.call_soon(done, [])
             return
         delivered = _Batch(len(batch), done, self._finished_one).delivered
-        items = ((item, partial(delivered, index)) for index, item in enumerate(batch))
-        if self._waiting:
-            self._waiting.extend(items)
-        else:
-            self._produce(items)
+        self._waiting.extend((item, partial(delivered, index)) for index, item in enumerate(batch))
+        if self._timer is None:
+            wait = self._pace.wait(time.monotonic())
+            if wait:
+                self._timer = self._loop.call_later(wait, self._produce)
+            else:
+                self._produce()
 
     async def close(self, seconds: float) -> bool:
         """Wait up to `seconds` for what is being published, then stop. Returns whether all was acked."""
+        self._produce()
         self._deadline = time.monotonic() + seconds
         self._closed = True
         await asyncio.to_thread(self._thread.join, seconds + 1)
         return not self._waiting and len(self._producer) == 0
 
-    def _produce(self, items: Iterable[tuple[Outgoing, Callable[..., None]]]) -> None:
-        produce, prefix = self._producer.produce, self._prefix
-        left = iter(items)
-        for item, delivered in left:
+    def _produce(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        produce, prefix, waiting = self._producer.produce, self._prefix, self._waiting
+        count = len(waiting)
+        while waiting:
+            item, delivered = waiting[0]
             try:
                 produce(
                     prefix + item.topic,
@@ -137,10 +154,12 @@ class Publisher:
                     headers=item.headers,  # type: ignore[arg-type]
                 )
             except BufferError:
-                self._waiting.append((item, delivered))
-                self._waiting.extend(left)
+                # The producer's own queue is full: the next answers make room.
+                break
             except KafkaException as error:
                 self._refused.append(partial(delivered, error.args[0], None))
+            waiting.popleft()
+        self._pace.took(count - len(waiting), time.monotonic())
 
     def _poll(self) -> None:
         while not self._closed:
@@ -168,9 +187,8 @@ class Publisher:
                 log.warning("deliveries came after the loop had ended", batches=len(finished))
 
     def _answer(self, finished: list[_Batch]) -> None:
-        if self._waiting:
-            waiting, self._waiting = self._waiting, deque()
-            self._produce(waiting)
+        if self._waiting and self._timer is None:
+            self._produce()
         for batch in finished:
             try:
                 batch.done(batch.failures)

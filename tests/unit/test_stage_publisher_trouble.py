@@ -1,0 +1,86 @@
+"""The client library in trouble: it gives up, or takes for delivered what no broker has."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import confluent_kafka
+from confluent_kafka import Producer
+
+from services.common.config import Settings
+from services.common.events import Outgoing
+from services.common.stage.publisher import Publisher
+
+INCONSISTENT = -149
+PRODUCE, NO_ERROR, NOT_ENOUGH_REPLICAS = 0, 0, 19
+
+
+def item(number: int) -> Outgoing:
+    return Outgoing("task.created", b"k" * 16, b"%d" % number, [])
+
+
+def library() -> ctypes.CDLL:
+    (path,) = (Path(confluent_kafka.__file__).parents[1] / "confluent_kafka.libs").glob("librdkafka*")
+    return ctypes.CDLL(str(path))
+
+
+def handle(producer: Producer) -> ctypes.c_void_p:
+    # The first field after the head of every Python object, which is a count and a type.
+    return ctypes.c_void_p.from_address(id(producer) + 2 * ctypes.sizeof(ctypes.c_void_p))
+
+
+def break_down(producer: Producer) -> None:
+    """Make the client library report a fatal error, as it does where it has lost count of its batches."""
+    assert library().rd_kafka_test_fatal_error(handle(producer), INCONSISTENT, b"for the test") == 0
+
+
+def answer_next(producer: Producer, *errors: int) -> None:
+    """Have the library's own broker answer the next Produce requests with these errors."""
+    api = library()
+    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
+    cluster = ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(producer)))
+    assert api.rd_kafka_mock_topic_create(cluster, b"task.created", 1, 1) == 0
+    # Slow enough for the second request to be under way before the first one is answered.
+    assert api.rd_kafka_mock_broker_set_rtt(cluster, ctypes.c_int32(1), 300) == 0
+    codes = [ctypes.c_int(error) for error in errors]
+    api.rd_kafka_mock_push_request_errors(
+        cluster, ctypes.c_int16(PRODUCE), ctypes.c_size_t(len(codes)), *codes
+    )
+
+
+@asynccontextmanager
+async def running(**overrides: Any) -> AsyncIterator[Publisher]:
+    publisher = Publisher(Settings(kafka_bootstrap="127.0.0.1:1"), "test", **overrides)
+    publisher.start()
+    try:
+        yield publisher
+    finally:
+        await publisher.close(1)
+
+
+async def test_a_fatal_error_is_told_and_nobody_waits_for_ever() -> None:
+    async with running() as publisher:
+        before = publisher.attempt([item(1), item(2)])
+        break_down(publisher._producer)
+        await asyncio.wait_for(publisher.broken.wait(), 10)
+        assert publisher.fatal is not None
+        assert "for the test" in publisher.fatal
+        assert [index for index, _ in await asyncio.wait_for(before, 10)] == [0, 1]
+        after = await asyncio.wait_for(publisher.attempt([item(3)]), 10)
+        assert [index for index, _ in after] == [0]
+
+
+async def test_what_is_acked_only_because_a_later_batch_was_is_not_delivered() -> None:
+    # A broker that does not know a producer takes any first batch of it; the one before, refused a moment
+    # ago, is then never sent again: the library takes it for delivered.
+    mock: dict[str, Any] = {"test.mock.num.brokers": 1, "linger.ms": 0, "batch.num.messages": 1}
+    async with running(**mock) as publisher:
+        answer_next(publisher._producer, NOT_ENOUGH_REPLICAS, NO_ERROR)
+        failures = await asyncio.wait_for(publisher.attempt([item(1), item(2)]), 20)
+        assert [index for index, _ in failures] == [0]
+        assert await asyncio.wait_for(publisher.attempt([item(1)]), 20) == []
