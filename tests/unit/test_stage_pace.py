@@ -30,14 +30,14 @@ def fetches(
 
 
 def test_no_wait_when_there_is_little_to_do() -> None:
-    waits, _, _ = fetches(Pace(), rate=200, seconds=5)
+    waits, _, _ = fetches(Pace(0.02), rate=200, seconds=5)
     assert max(waits[len(waits) // 2 :]) == 0
 
 
 def test_the_busier_the_larger_the_batches() -> None:
     means = []
     for rate in (100, 500, 1000, 2000, 8000):
-        _, sizes, _ = fetches(Pace(), rate, seconds=4)
+        _, sizes, _ = fetches(Pace(0.02), rate, seconds=4)
         late = sizes[len(sizes) // 2 :]
         means.append(sum(late) / len(late))
     assert means == sorted(means)
@@ -51,7 +51,7 @@ def test_never_longer_than_the_longest() -> None:
 
 
 def test_back_to_no_wait_once_the_rush_is_over() -> None:
-    pace = Pace()
+    pace = Pace(0.02)
     _, _, end = fetches(pace, rate=5000, seconds=2)
     assert pace.wait(end) > 0.01
     waits, _, _ = fetches(pace, rate=100, seconds=6, start=end)
@@ -59,7 +59,7 @@ def test_back_to_no_wait_once_the_rush_is_over() -> None:
 
 
 def test_no_wait_where_more_is_there_already() -> None:
-    pace = Pace()
+    pace = Pace(0.02)
     for turn in range(100):
         pace.took(500, turn * 0.01, full=True)
     assert pace.wait(0.99) == 0

@@ -15,7 +15,7 @@ from services.common import telemetry
 from services.common.stage.commits import Commits
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
-from services.common.stage.pace import Pace
+from services.common.stage.pace import FETCH, Pace
 
 __all__ = ["Poller"]
 
@@ -63,7 +63,7 @@ class Poller:
         self._topics, self._intake, self._ledger, self._stage = topics, intake, ledger, stage
         self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
         self._hand_on, self._cancel, self._ended, self._make = hand_on, cancel, ended, consumer
-        self._pace = Pace()
+        self._pace = Pace(FETCH)
         self._returned: deque[list[Fetched]] = deque()
         self._wake = threading.Event()
         self._sleeping = False
