@@ -81,7 +81,7 @@ SENDER_OUTCOMES = Counter(
 )
 SENDER_IN_DOUBT = Counter(
     "postroad_sender_in_doubt_total",
-    "Mails that may have gone out without it being known, by how: takeover of a dead sender's claim or lost reply",
+    "Mails that may have gone out unknown to anyone, by how: takeover of a dead sender's claim or lost reply",
     ["how"],
 )
 SENDER_FENCED = Counter(
@@ -97,7 +97,9 @@ SENDER_SKIPPED = Counter(
 SENDER_CLAIMS = Gauge("postroad_sender_claims", "Claims in hand")
 SENDER_LEASES_LOST = Counter("postroad_sender_leases_lost_total", "Claims found to be another's on renewal")
 SENDER_SECONDS = Histogram(
-    "postroad_sender_smtp_seconds", "Time of one SMTP attempt, the wait for a session included", buckets=_LATENCY
+    "postroad_sender_smtp_seconds",
+    "Time of an SMTP attempt, its wait for a session included",
+    buckets=_LATENCY,
 )
 SENDER_SESSIONS = Gauge("postroad_sender_sessions", "SMTP sessions, by state: busy or idle", ["state"])
 SENDER_RELAY_UP = Gauge("postroad_sender_relay_up", "0 while the relay cannot be used")
