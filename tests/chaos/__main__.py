@@ -23,6 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=40.0, help="tasks a second (40)")
     parser.add_argument("--slack", type=float, default=0.0,
                         help="seconds that recoveries may take beyond what is promised (0)")  # fmt: skip
+    parser.add_argument("--settle", type=float, default=60.0,
+                        help="seconds from the last fault until all must be settled (60)")  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="print the plan and end")
     parser.add_argument("--mutant", default="", help="run a broken variant (tests/chaos/mutants)")
     parser.add_argument("--keep", action="store_true", help="keep the histories of a good run too")
@@ -55,7 +57,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     spec = Run(
         arguments.seed, arguments.minutes * 60, faults, arguments.rate, "disk" in targets,
-        arguments.mutant, arguments.slack,
+        arguments.mutant, arguments.slack, arguments.settle,
     )  # fmt: skip
     print(f"seed {spec.seed}, {arguments.minutes:g} min, {spec.rate:g} tasks/s, load average"
           f" {os.getloadavg()[0]:.1f}; histories in {folder}", flush=True)  # fmt: skip

@@ -22,13 +22,16 @@ from tests.chaos.system import System
 __all__ = ["Run", "judge", "run"]
 
 FILES = ("history", "tasks", "journal", "timelines", "topics", "summary")
-# Seconds after the last fault within which all must be settled, and for the groups to commit it.
-SETTLE, COMMIT = 60.0, 30.0
+# Seconds that the groups have to commit what is settled.
+COMMIT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What to do. `slack`: seconds that recoveries may take longer than promised, on a busy machine."""
+    """What to do. `slack`: seconds that recoveries may take longer than promised, on a busy machine.
+
+    `settle`: seconds after the last fault within which all must be settled.
+    """
 
     seed: int
     seconds: float
@@ -37,6 +40,7 @@ class Run:
     disks: bool = False
     mutant: str = ""
     slack: float = 0.0
+    settle: float = 60.0
 
 
 def run(spec: Run, folder: Path, say: Callable[[str], None] = print) -> tuple[Verdict, Evidence]:
@@ -78,14 +82,12 @@ async def _go(spec: Run, system: System, history: History, folder: Path, say: Ca
         await nemesis.close()
         await loading
     say(f"{history.now():7.1f}  {work.created} tasks created; waiting for their ends")
-    await asyncio.to_thread(_collect, system, history, folder, nemesis.healed)
+    await asyncio.to_thread(_collect, system, history, folder, nemesis.healed + spec.settle)
 
 
-def _collect(system: System, history: History, folder: Path, healed: float) -> None:
+def _collect(system: System, history: History, folder: Path, end: float) -> None:
     api = Api(system.direct)
     open_ = ["pending", "processing"]
-    # The load outlives the last fault: its last tasks have as long as those before.
-    end = max(healed, time.time()) + SETTLE
     while api.tasks(status=open_) and time.time() < end:
         time.sleep(0.5)
     history.write("settled", left=len(api.tasks(status=open_)))

@@ -1,0 +1,6 @@
+"""Broken variants of the services: each module breaks one thing and runs the service.
+
+A name begins with the service that it breaks. A run with `--mutant` must fail, or the checker is blind.
+"""
+
+__all__: list[str] = []

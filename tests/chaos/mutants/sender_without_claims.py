@@ -1,0 +1,32 @@
+"""A sender that asks nobody whether a mail went out already: what is handed out again is sent again."""
+
+from __future__ import annotations
+
+import runpy
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+from services.sender.claims import Claims
+from services.sender.decide import Cancel, Claim, Delivery, Settlement, Stored, Taken, Verdict, first
+
+__all__: list[str] = []
+
+
+def _claim(_: Claims, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
+    rows = [first(request, datetime.max) for request in requests]
+    since = time.monotonic()
+    return [Taken(row, since=since) if row.state == "sending" else Stored(row) for row in rows]
+
+
+def _settle(_: Claims, settled: Sequence[Delivery]) -> list[Settlement]:
+    return [Settlement.STORED] * len(settled)
+
+
+def _renew(_: Claims, rows: Sequence[Delivery]) -> list[bool]:
+    return [True] * len(rows)
+
+
+if __name__ == "__main__":
+    Claims.claim, Claims.settle, Claims.renew = _claim, _settle, _renew  # type: ignore[method-assign]
+    runpy.run_module("services.sender", run_name="__main__")

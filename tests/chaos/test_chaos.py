@@ -1,0 +1,41 @@
+"""A short form of chaos on the real stack, and broken variants that it must find broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.plan import Fault, plan
+from tests.chaos.report import show
+from tests.chaos.runner import Run, run
+
+# A machine that runs other things beside: what is measured may take longer there, what is lost may not.
+SLACK = 60.0
+
+
+@pytest.mark.timeout(600)
+def test_nothing_is_lost_and_nothing_sent_twice(tmp_path: Path) -> None:
+    targets = ["validator", "sender", "status", "api", "mysql", "kafka", "network", "mail", "scale"]
+    verdict, evidence = run(Run(5, 90, plan(5, 90, targets), rate=25, slack=SLACK), tmp_path)
+    show(5, verdict, evidence, tmp_path)
+    assert verdict.ok, verdict.breaches[:20]
+    assert verdict.acknowledged > 1500
+    assert verdict.settled + verdict.deferred == verdict.acknowledged
+
+
+def killed_again_and_again(target: str, times: int) -> list[Fault]:
+    """A plan that kills the only replica of a service in the midst of slow mails."""
+    slow = Fault(4, "mail", "catcher", 8.0 * times + 4, "slow-800", alone=False)
+    kills = [Fault(8 + 8 * turn, "kill", target, 0.5, alone=False) for turn in range(times)]
+    return [slow, *kills]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("mutant", "rule"), [("sender_without_claims", "copies"), ("sender_commits_first", "lost")]
+)
+def test_a_broken_sender_is_found(mutant: str, rule: str, tmp_path: Path) -> None:
+    spec = Run(1, 34, killed_again_and_again("sender-1", 3), rate=40, mutant=mutant, settle=20)
+    verdict, _ = run(spec, tmp_path)
+    assert rule in {broken for broken, _ in verdict.breaches}
