@@ -149,17 +149,19 @@ class Group:
             del self.owners[place]
         self._balance()
 
-    def released(self, member: Consumer, places: Iterable[Place]) -> None:
+    def released(self, member: Consumer, epoch: int, places: Iterable[Place]) -> None:
         """Note that a member has given partitions up."""
+        if member.epoch != epoch:
+            return
         for place in places:
             if self.owners.get(place) is member:
                 del self.owners[place]
                 member.leaving.discard(place)
         self._balance()
 
-    def commit(self, member: Consumer, positions: dict[Place, int]) -> KafkaError | None:
-        """Commit, or say why not."""
-        if not member.member:
+    def commit(self, member: Consumer, epoch: int, positions: dict[Place, int]) -> KafkaError | None:
+        """Commit for a member in the membership that it was in when it asked, or say why not."""
+        if not member.member or member.epoch != epoch:
             return KafkaError(KafkaError.UNKNOWN_MEMBER_ID)
         for place, position in positions.items():
             member.check(place, position)
@@ -216,6 +218,8 @@ class Consumer:
         self._waiting = False
         self._closed = False
         self._turn = 0
+        self._fresh = False
+        """Whether there may be something to fetch."""
         self._arrival = self._told = 0.0
         self._polls, self._polled = 0, 0.0
 
@@ -261,19 +265,24 @@ class Consumer:
         self._waiting = False
 
     def _next(self, most: int) -> list[Message]:
-        if not self._positions or not self._world.up("kafka"):
+        if not self._fresh or not self._positions or not self._world.up("kafka"):
             return []
         places = list(self._positions)
         self._turn += 1
         start = self._turn % len(places)
         found: list[Message] = []
+        logs = self._broker.logs
         for place in places[start:] + places[:start]:
-            if place in self._paused or len(found) >= most:
+            position = self._positions[place]
+            if position >= logs[place].end or place in self._paused:
                 continue
-            part = self._broker.read(place, self._positions[place], most - len(found))
-            if part:
-                self._positions[place] = part[-1].offset() + 1
-                found += part
+            if len(found) >= most:
+                break
+            part = self._broker.read(place, position, most - len(found))
+            self._positions[place] = part[-1].offset() + 1
+            found += part
+        else:
+            self._fresh = len(found) >= most
         if found:
             self._world.operation("fetch", self.process)
         return found
@@ -282,12 +291,14 @@ class Consumer:
         self._paused.update(_places(partitions))
 
     def resume(self, partitions: list[TopicPartition]) -> None:
+        self._fresh = True
         self._paused.difference_update(_places(partitions))
 
     def seek(self, partition: TopicPartition) -> None:
         [place] = _places([partition])
         if place in self._positions:
             self._positions[place] = partition.offset
+            self._fresh = True
 
     def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
         if not self._world.up("kafka"):
@@ -298,6 +309,7 @@ class Consumer:
 
     def wake(self) -> None:
         """Something is there for it."""
+        self._fresh = True
         if self._waiting and self._thread is not None:
             self._thread.notify(self._world.scheduler.latency())
 
@@ -343,7 +355,7 @@ class Consumer:
             elif kind == "revoke":
                 if self.member:
                     self._on_revoke(self, _partitions(place for place in what if place in self._positions))
-                    self._request(self._group.released, self, what)
+                    self._request(self._group.released, self, self.epoch, what)
             elif not self.member:
                 self._on_lost(self, _partitions(self._positions))
                 self._positions.clear()
@@ -352,6 +364,7 @@ class Consumer:
                     self._join()
 
     def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        self._fresh = True
         for place in _places(partitions):
             self._positions[place] = self._group.committed.get(place, 0)
             self._highest[place] = 0
@@ -370,6 +383,7 @@ class Consumer:
         assert thread is not None
         positions = dict(zip(_places(offsets), (p.offset for p in offsets), strict=True))
         answer: list[KafkaError | None] = []
+        epoch = self.epoch
 
         def arrive() -> None:
             verdict = self._world.operation("commit", self.process)
@@ -378,7 +392,7 @@ class Consumer:
             elif verdict == "refused":
                 error, wait = KafkaError(KafkaError.NOT_COORDINATOR), 0.0
             else:
-                error, wait = self._group.commit(self, positions), 0.0  # type: ignore[assignment]
+                error, wait = self._group.commit(self, epoch, positions), 0.0  # type: ignore[assignment]
                 if verdict == "unheard":
                     error, wait = KafkaError(KafkaError._TIMED_OUT), 1.0
             answer.append(error)

@@ -1,0 +1,145 @@
+"""The code deliberately broken, one way each: what keeps the promises must be missed where it is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from services.api.outbox import created
+from services.api.relay import Recording, Relay
+from services.common import fold
+from services.common.stage.ledger import Fetched, Ledger
+from services.common.stage.offsets import Offsets
+from services.common.stage.types import Dead
+from services.common.stage.work import Work
+from services.sender import decide
+from services.sender.async_claims import AsyncClaims
+from services.sender.decide import Claim, Delivery, Settlement, Taken, first
+from tests.simulation.patches import replaced
+from tests.simulation.scheduler import VirtualTime
+
+__all__ = ["MUTANTS", "applied"]
+
+Patches = list[tuple[Any, str, Any]]
+
+
+def _commit_before_send() -> Patches:
+    """A record counts as finished as soon as it is fetched."""
+
+    def seen(self: Offsets, mark: object, offset: int) -> None:
+        self._next = max(self._next or 0, offset + 1)
+
+    return [(Offsets, "seen", seen)]
+
+
+def _no_claim() -> Patches:
+    """Nobody is asked whether the task is another's, or sent."""
+
+    original = AsyncClaims.claim
+
+    async def claim(self: AsyncClaims, request: Any) -> Any:
+        if not isinstance(request, Claim):
+            return await original(self, request)
+        await asyncio.sleep(0)
+        since = VirtualTime.monotonic()
+        return Taken(first(request, decide.datetime.min), since=since)
+
+    async def settle(self: AsyncClaims, settled: Delivery) -> Settlement:
+        await asyncio.sleep(0)
+        return Settlement.STORED
+
+    return [(AsyncClaims, "claim", claim), (AsyncClaims, "settle", settle)]
+
+
+def _no_fencing_on_settle() -> Patches:
+    """A settle is stored whoever owns the claim by now."""
+
+    def settlement(row: Delivery | None, settled: Delivery) -> tuple[Settlement, Delivery | None]:
+        return Settlement.STORED, settled
+
+    return [(decide, "settlement", settlement)]
+
+
+def _stale_completion_counts() -> Patches:
+    """A completion from before a partition was revoked finishes the same offset handed out again."""
+
+    def give_back(self: Ledger, records: Sequence[Fetched]) -> None:
+        for record in records:
+            self.in_flight.remove(record.size)
+            if not record.finished:
+                continue
+            place = record.assignment.topic, record.assignment.partition
+            assignment = self._live.get(place)
+            if assignment is not None:
+                marks = assignment.offsets._unfinished
+                for mark in [mark for mark, offset in marks.items() if offset == record.offset]:
+                    assignment.offsets.finish(mark)
+
+    return [(Ledger, "give_back", give_back)]
+
+
+def _counts_offsets() -> Patches:
+    """The next position is the last one plus the number of records, as if there were no gaps."""
+
+    def seen(self: Offsets, mark: object, offset: int) -> None:
+        self._unfinished[mark] = offset
+        self._next = offset + 1 if self._next is None else self._next + 1
+
+    return [(Offsets, "seen", seen)]
+
+
+def _outbox_before_ack() -> Patches:
+    """What is to be published leaves the outbox before Kafka has it."""
+
+    original = Relay.publish
+
+    def publish(self: Relay, recorded: Sequence[Recording]) -> None:
+        items = [created(recording.event.task.id) for recording in recorded]
+        task = asyncio.get_running_loop().create_task(self._settle.many(items))  # type: ignore[arg-type]
+        task.add_done_callback(lambda _: original(self, recorded))
+
+    return [(Relay, "publish", publish)]
+
+
+def _dead_letter_failure_ignored() -> Patches:
+    """A record is finished though its dead letter could not be published."""
+
+    original = Work._delivered
+
+    def delivered(self: Work, outcomes: Any, outgoing: Any, owners: Any, failures: Any) -> None:
+        kept = [f for f in failures if not isinstance(outcomes[owners[f[0]]], Dead)]
+        original(self, outcomes, outgoing, owners, kept)
+
+    return [(Work, "_delivered", delivered)]
+
+
+def _fold_ignores_epochs() -> Patches:
+    """A task that was reopened is folded as if it had not been."""
+
+    return [(fold, "_version", partial(_without_epoch, fold._version))]
+
+
+def _without_epoch(original: Callable[..., int], epoch: int, *arguments: int, **named: int) -> int:
+    return original(0, *arguments, **named)
+
+
+MUTANTS: dict[str, Callable[[], Patches]] = {
+    "commit-before-send": _commit_before_send,
+    "no-claim": _no_claim,
+    "no-fencing-on-settle": _no_fencing_on_settle,
+    "stale-completion-counts": _stale_completion_counts,
+    "counts-offsets": _counts_offsets,
+    "outbox-before-ack": _outbox_before_ack,
+    "dead-letter-failure-ignored": _dead_letter_failure_ignored,
+    "fold-ignores-epochs": _fold_ignores_epochs,
+}
+
+
+@contextlib.contextmanager
+def applied(name: str | None) -> Iterator[None]:
+    """Have a mutant of this name in the code, or none."""
+    with replaced(MUTANTS[name]() if name else []):
+        yield
