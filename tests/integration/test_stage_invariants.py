@@ -384,6 +384,26 @@ async def test_i8_a_revoked_partition_is_settled_before_the_next_owner_has_it(ki
     assert set(handled.values()) == {1}
 
 
+async def test_i8_waiting_for_a_revoked_partition_may_take_longer_than_a_session(kit: Kit) -> None:
+    handled: Counter[bytes | None] = Counter()
+
+    async def handle(record: Record) -> Outcome:
+        handled[record.key] += 1
+        await asyncio.sleep(14)
+        return passed_on(record)
+
+    lost = telemetry.STAGE_REBALANCES.labels("validator", "lost")._value
+    before = lost.get()
+    settings = kit.with_(revoke_seconds=20, drain_seconds=30)
+    async with kit.running(settings, handle=handle):
+        await kit.publish(created(n) for n in range(40))
+        await until(lambda: len(handled) == 40)
+        async with kit.running(settings, handle=handle):
+            await until(lambda: sum(kit.committed().values()) == 40, 60)
+    assert set(handled.values()) == {1}
+    assert lost.get() == before
+
+
 async def test_i8_the_deadline_ends_the_wait_and_the_next_owner_handles_it(kit: Kit) -> None:
     cancelled: list[Record] = []
 

@@ -16,6 +16,7 @@ from services.common.stage.commits import Commits
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
 from services.common.stage.pace import FETCH, Pace
+from services.common.stage.pauses import Pauses
 
 __all__ = ["Poller"]
 
@@ -24,9 +25,6 @@ log = structlog.get_logger(__name__)
 _MOST = 500
 _TURN = 0.1
 _PAUSED_TURN = 0.05
-# How long intake may rest without pausing. A pause throws away what was prefetched, and a resumed
-# partition brings nothing for up to 200 ms; mostly there is room again before that.
-_PATIENCE = 0.25
 # How long cancelled handlers may take to come back before the consumer is closed without them.
 _CANCEL_GRACE = 2.0
 # How long a client's error counts as a problem, unless it is repeated.
@@ -58,7 +56,7 @@ class Poller:
         ended: Callable[[BaseException | None], None],
         consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
     ) -> None:
-        self._commits = Commits(ledger, stage)
+        self._commits, self._pauses = Commits(ledger, stage), Pauses(ledger, intake, stage)
         self._config = config | {"error_cb": self._on_error, "on_commit": self._commits.answered}
         self._topics, self._intake, self._ledger, self._stage = topics, intake, ledger, stage
         self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
@@ -68,16 +66,12 @@ class Poller:
         self._wake = threading.Event()
         self._sleeping = False
         self._stopping = False
-        self._resting = False
-        self._full_since: float | None = None
         self._fatal: KafkaError | None = None
         self._errors: dict[int, tuple[str, float]] = {}
         self._joined = False
         self._turned = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
         self._owned_gauge = telemetry.STAGE_PARTITIONS.labels(stage)
-        self._paused_gauge = telemetry.STAGE_PAUSED.labels(stage)
-        self._held_gauge = telemetry.STAGE_HELD.labels(stage)
         telemetry.STAGE_IN_FLIGHT.labels(stage).set_function(lambda: ledger.in_flight.records)
         telemetry.STAGE_IN_FLIGHT_BYTES.labels(stage).set_function(lambda: ledger.in_flight.bytes)
 
@@ -116,7 +110,7 @@ class Poller:
         error: BaseException | None = None
         try:
             self._consumer = self._make(self._config)
-            self._commits.consumer = self._consumer
+            self._commits.consumer = self._pauses.consumer = self._consumer
             self._consumer.subscribe(
                 list(self._topics),
                 on_assign=self._on_assign,
@@ -140,14 +134,12 @@ class Poller:
         self._commits.commit_if_due(now)
         if self._fatal is not None:
             raise KafkaException(self._fatal)
-        self._release_held()
+        self._pauses.release()
         if self._ledger.in_flight.full():
-            self._full_since = self._full_since or now
-            self._rest(now - self._full_since > _PATIENCE)
+            self._pauses.no_room(now)
             messages = self._nap()
         else:
-            self._full_since = None
-            self._rest(False)
+            self._pauses.room()
             messages = self._fetch(now)
         if messages:
             self._receive(messages)
@@ -177,7 +169,7 @@ class Poller:
             self._wake.wait(_PAUSED_TURN)
         self._sleeping = False
         self._wake.clear()
-        if not self._resting:
+        if not self._pauses.resting:
             return []
         first = self._consumer.poll(0)
         # Only what was on its way before the pause took hold.
@@ -194,7 +186,7 @@ class Poller:
             if record is not None:
                 self._ledger.take(record)
                 batch.append(record)
-        self._hold()
+        self._pauses.hold()
         if batch:
             self._hand_on(batch)
 
@@ -202,56 +194,13 @@ class Poller:
         while self._returned:
             self._ledger.give_back(self._returned.popleft())
 
-    # --- pausing -----------------------------------------------------------------------------
-
-    def _rest(self, rest: bool) -> None:
-        """Pause all partitions or resume those that are not held."""
-        if rest != self._resting:
-            self._resting = rest
-            self._paused_gauge.set(rest)
-            self._apply(self._ledger.owned())
-
-    def _hold(self) -> None:
-        """Take partitions whose head is not yet due back to it, and pause them."""
-        held = self._intake.take_held()
-        for assignment, offset in held:
-            self._apply([assignment])
-            self._consumer.seek(TopicPartition(assignment.topic, assignment.partition, offset))
-        if held:
-            self._held_gauge.set(self._intake.held)
-
-    def _release_held(self) -> None:
-        due = self._intake.release()
-        if due:
-            self._held_gauge.set(self._intake.held)
-            self._apply(due)
-
-    def _apply(self, assignments: Collection[Assignment]) -> None:
-        pause: list[TopicPartition] = []
-        resume: list[TopicPartition] = []
-        for assignment in assignments:
-            if not assignment.live:
-                continue
-            wanted = self._resting or assignment.held_until_ms is not None
-            if wanted != assignment.paused:
-                assignment.paused = wanted
-                (pause if wanted else resume).append(TopicPartition(assignment.topic, assignment.partition))
-        if pause:
-            self._consumer.pause(pause)
-        if resume:
-            self._consumer.resume(resume)
-
     # --- rebalances: called by librdkafka inside poll, consume and close ------------------------
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._count("assigned", partitions)
         self._ledger.assign((p.topic, p.partition) for p in partitions)
         consumer.incremental_assign(partitions)
-        if partitions:
-            # librdkafka remembers a pause across assignments: a partition that left paused would stay so.
-            consumer.resume(partitions)
-        if self._resting:
-            self._apply(self._ledger.owned())
+        self._pauses.assigned(partitions)
         self._joined = True
         self._owned_gauge.set(len(self._ledger.owned()))
 
@@ -303,7 +252,7 @@ class Poller:
 
     def _drain(self) -> None:
         """Wait for what is in flight, polling on; then commit. What stays unfinished stays uncommitted."""
-        self._rest(True)
+        self._pauses.rest()
         deadline = time.monotonic() + self._drain_seconds
         self._empty(deadline)
         if self._ledger.in_flight.records:
