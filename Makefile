@@ -1,7 +1,7 @@
 # Postroad: `make` lists what there is.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up down status logs check lint types imports protos schema baseline fmt \
-	test unit integration e2e chaos bench lock clean
+	test unit integration e2e chaos simulate bench lock clean
 
 PYTHON := .venv/bin/python
 STACK := $(PYTHON) -m deploy.local
@@ -79,6 +79,9 @@ e2e: setup ## the tests of the whole system
 
 chaos: setup ## kill, freeze and cut off what can be, under load (ARGS="--seed 1 --minutes 10")
 	@$(PYTHON) -m tests.chaos $(ARGS)
+
+simulate: setup ## tens of thousands of interleavings with faults, in memory (ARGS="--seconds 600" for more)
+	@$(PYTHON) -m tests.simulation $(ARGS)
 
 bench: setup ## how fast the road is here
 	@$(PYTHON) -m tests.bench $(ARGS)

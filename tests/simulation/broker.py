@@ -195,8 +195,8 @@ class Group:
 class Consumer:
     """confluent_kafka's Consumer, as much of it as a stage uses. Blocks its simulated thread.
 
-    `due` tells when its poller next has something to do of its own (virtual seconds), so that an idle one
-    need not turn ten times a second.
+    `due` tells when its poller next has something to do of its own (virtual seconds), `behind` whether it has
+    more to commit than what is being committed, so that an idle one need not turn ten times a second.
     """
 
     def __init__(self, broker: Broker, process: Process, config: dict[str, Any]) -> None:
@@ -206,6 +206,7 @@ class Consumer:
         """Counts its memberships."""
         self.leaving: set[Place] = set()
         self.due: Callable[[], float] = lambda: float("inf")
+        self.behind: Callable[[], bool] = lambda: True
         self.taken: dict[Place, list[Fetched]] = {}
         """What the stage took from each partition since it was assigned; for the watch over its commits."""
         self._broker, self._world = broker, broker.world
@@ -313,10 +314,10 @@ class Consumer:
         if self._waiting and self._thread is not None:
             self._thread.notify(self._world.scheduler.latency())
 
-    def nudge(self) -> None:
-        """Its poller has something to do, and will see it at its next turn."""
+    def nudge(self, earliest: float = 0.0) -> None:
+        """Its poller has something to do, and will see it at one of its next turns."""
         if self._waiting and self._thread is not None:
-            self._thread.notify(self._world.scheduler.rng.random() * 0.1)
+            self._thread.notify(max(earliest, self._world.scheduler.rng.random() * 0.1))
 
     def tell(self, kind: str, what: Any) -> None:
         """Have the coordinator tell it something; it hears of it in its own time."""
@@ -342,7 +343,8 @@ class Consumer:
     def _hear(self, kind: str, what: Any, epoch: int | None = None) -> None:
         if epoch is None or epoch == self.epoch:
             self._events.append((kind, what))
-            self.wake()
+            if kind != "commit" or what[0] is not None or self.behind():
+                self.wake()
 
     def _serve(self) -> None:
         while self._events:

@@ -13,9 +13,10 @@ from services.sender.decide import Settlement
 if TYPE_CHECKING:
     from tests.simulation.run import Schedule
 
-__all__ = ["check", "check_replay", "copies_of_settled"]
+__all__ = ["TERMINAL", "check", "check_replay", "copies_of_settled"]
 
-_TERMINAL = frozenset({"completed", "failed", "uncertain", "cancelled"})
+TERMINAL = frozenset({"completed", "failed", "uncertain", "cancelled"})
+"""The statuses in which a task may be left."""
 
 
 def check(schedule: Schedule, settled: bool) -> None:
@@ -41,7 +42,7 @@ def check(schedule: Schedule, settled: bool) -> None:
 def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
     violation, name = schedule.world.violation, f"task {id_[-2]}"
     row = schedule.database.tasks[id_]
-    if row.status not in _TERMINAL:
+    if row.status not in TERMINAL:
         violation(f"{name} is {row.status} in the end")
     expected, epoch = _told(events)
     if row.status != expected:
@@ -73,7 +74,9 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
         violation(f"{name} was sent and is {row.status}")
     if row.status == "failed" and copies and not doubts:
         violation(f"{name} is failed and was sent")
-    stored = {(entry.kind, entry.detail) for entry in schedule.database.entries.values() if entry.task_id == id_}
+    stored = {
+        (entry.kind, entry.detail) for entry in schedule.database.entries.values() if entry.task_id == id_
+    }
     recorded = sum(1 for kind, _ in stored if kind == "in_doubt")
     if doubts and not recorded:
         violation(f"{name} has doubts that its timeline does not show")

@@ -120,7 +120,11 @@ class Pool:
                 return Rejected(Phase.AFTER_DOT, "554 5.7.1 refused", True, None, _RELAY)
             return Sent("250 2.0.0 queued", _RELAY)
         except asyncio.CancelledError:
-            left = InDoubt("cancelled", _RELAY) if handed_over else NotSent(Phase.DATA, "cancelled", False, _RELAY)
+            left = (
+                InDoubt("cancelled", _RELAY)
+                if handed_over
+                else NotSent(Phase.DATA, "cancelled", False, _RELAY)
+            )
             raise SendCancelled(left) from None
 
     def _lost(self) -> bool:

@@ -85,7 +85,10 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     *((outbox, name, getattr(Database, name)) for name in ("put", "delete", "take", "defer")),
 ]
 _LOGGING = (
-    *("services.common.stage." + name for name in ("batches", "commits", "poller", "republish", "runtime", "work")),
+    *(
+        "services.common.stage." + name
+        for name in ("batches", "commits", "poller", "republish", "runtime", "work")
+    ),
     *(module.__name__ for module in (recorder, relay, sweeper, sender_stage, status_stage, async_claims)),
     "services.sender.leases",
     "services.validator.stage",

@@ -92,11 +92,13 @@ _OPS = ("claim", "settle", "renew", "api.db", "status.db", "produce", "commit", 
 def make(seed: int) -> Plan:
     """Return the plan of a seed."""
     rng = random.Random(seed)
-    tasks = tuple(_task(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4))))
+    tasks = tuple(_task(rng) for _ in range(rng.choice((1, 1, 1, 1, 1, 2, 2, 2, 3, 4))))
     last = max(task.at for task in tasks)
     acts = tuple(_act(rng, len(tasks), last) for _ in range(rng.choice((0, 0, 0, 1, 1, 2))))
     faults = tuple(_fault(rng, last) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))))
-    replicas = (1, rng.choice((1, 1, 1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 1, 2)))
+    if any(act.what == "poison" for act in acts) and rng.random() < 0.4:
+        faults += (Fault("refused", on="dead", nth=rng.randrange(1, 3)),)
+    replicas = (1, rng.choice((1, 1, 1, 1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 1, 1, 2)))
     return Plan(
         seed,
         tasks,
@@ -127,7 +129,9 @@ def _act(rng: random.Random, tasks: int, last: float) -> Act:
         at=round(last + rng.choice((rng.random() * 0.2, rng.random() * 5, rng.random() * 100)), 4),
         what=what,
         task=rng.randrange(tasks),
-        topic=rng.choice(("task.created", "mx.ok")) if what == "replay" else rng.choice(("task.created", "mx.ok", "mail.sent")),
+        topic=rng.choice(("task.created", "mx.ok"))
+        if what == "replay"
+        else rng.choice(("task.created", "mx.ok", "mail.sent")),
     )
 
 
@@ -139,17 +143,34 @@ def _fault(rng: random.Random, last: float) -> Fault:
         + ("unheard",) * 2
         + ("refused", "again")
     )
-    seconds = round(rng.choice((rng.random(), 5 * rng.random(), 5 + 20 * rng.random(), 20 + 15 * rng.random())), 3)
+    seconds = round(
+        rng.choice((rng.random(), 5 * rng.random(), 5 + 20 * rng.random(), 20 + 15 * rng.random())), 3
+    )
     if what == "unheard":
-        return Fault(what, on=rng.choice(("claim", "settle", "renew", "api.db", "status.db", "produce", "produce", "commit")), nth=_nth(rng))
+        return Fault(
+            what,
+            on=rng.choice(
+                ("claim", "settle", "renew", "api.db", "status.db", "produce", "produce", "commit")
+            ),
+            nth=_nth(rng),
+        )
     if what == "refused":
-        return Fault(what, on=rng.choice(("claim", "settle", "api.db", "status.db", "produce", "produce", "commit")), nth=_nth(rng))
+        return Fault(
+            what,
+            on=rng.choice(("claim", "settle", "api.db", "status.db", "produce", "produce", "commit")),
+            nth=_nth(rng),
+        )
     if what == "again":
         return Fault(what, on=rng.choice(("claim", "settle", "api.db", "status.db")), nth=_nth(rng))
     if what in ("kill", "freeze", "stop", "evict", "redeliver") and rng.random() < 0.6:
         on = rng.choice(_OPS)
         return Fault(what, on=on, nth=_nth(rng), seconds=seconds)
-    at = round(rng.choice((rng.random() * 0.1, 2 * rng.random(), last + rng.random() * 0.2, last + 40 * rng.random())), 4)
+    at = round(
+        rng.choice(
+            (rng.random() * 0.1, 2 * rng.random(), last + rng.random() * 0.2, last + 40 * rng.random())
+        ),
+        4,
+    )
     service = rng.choice(("api", "validator", "sender", "sender", "sender", "sender", "status"))
     if what == "join" and service == "api":
         service = "sender"

@@ -20,7 +20,7 @@ class Poller(poller.Poller):
     def __init__(self, config: Any, *arguments: Any, consumer: Any, **named: Any) -> None:
         def make(final: Any) -> Consumer:
             made: Consumer = consumer(final)
-            made.due = self._due
+            made.due, made.behind = self._due, self._behind
             self._ledger.consumer = made  # type: ignore[attr-defined]
             return made
 
@@ -29,17 +29,22 @@ class Poller(poller.Poller):
     def give_back(self, records: list[Fetched]) -> None:
         super().give_back(records)
         if self._consumer is not None:
-            self._consumer.nudge()
+            # Nothing comes of it before the next commit.
+            self._consumer.nudge(self._commits._next - VirtualTime.monotonic())
 
     def stop(self) -> None:
         super().stop()
         if self._consumer is not None:
             self._consumer.nudge()
 
+    def _behind(self) -> bool:
+        """Whether there is more to commit than what is being committed."""
+        return bool(self._returned) or self._commits._under_way != self._ledger.to_commit()
+
     def _due(self) -> float:
         """When to turn next, in virtual seconds: the next commit, where one is to be made."""
         if self._returned:
-            return here().now
+            return here().now + max(0.0, self._commits._next - VirtualTime.monotonic()) + 0.001
         if self._commits._under_way is not None or not self._ledger.to_commit():
             return float("inf")
         return here().now + max(0.0, self._commits._next - VirtualTime.monotonic()) + 0.001

@@ -101,7 +101,7 @@ class Publisher:
             # What its producer still holds dies with it.
             scheduler.after(wait, self._process, self._arrive, item, index, acked, since)
             return
-        verdict = world.operation("produce", self._process)
+        verdict = world.operation("dead" if item.topic.endswith(".dead") else "produce", self._process)
         error: KafkaError | None = None
         if verdict:
             error = KafkaError(KafkaError._MSG_TIMED_OUT)

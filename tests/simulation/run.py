@@ -265,7 +265,9 @@ class Schedule:
             case "cancel":
                 for id_ in [id_ for id_ in self.database.tasks if id_[-2] == act.task]:
                     row = self.database.tasks[id_]
-                    event = pb.TaskCancelled(id=id_, epoch=row.epoch, at_us=EPOCH * 1_000_000 + int(self.scheduler.now * 1e6))
+                    event = pb.TaskCancelled(
+                        id=id_, epoch=row.epoch, at_us=EPOCH * 1_000_000 + int(self.scheduler.now * 1e6)
+                    )
                     out = encode(event, "api")
                     self.cancelled.add(id_)
                     self.broker.append(TASK_CANCELLED, out.key, out.value, out.headers)
@@ -320,6 +322,8 @@ class Schedule:
             and self.scheduler.now >= self._quiet_after
             and len(self.broker.groups) == len(READ_BY)
             and all(group.topics and not group.lag() for group in self.broker.groups.values())
+            # What will never settle is given its time to.
+            and all(row.status in checker.TERMINAL for row in self.database.tasks.values())
         )
 
     def settle(self) -> bool:
@@ -329,7 +333,7 @@ class Schedule:
             at = scheduler.next_at()
             if at is None or at > max(self._quiet_after, 0) + _ENOUGH:
                 return self.quiet()
-            scheduler.run(max(scheduler.now + 0.25, at))
+            scheduler.run(max(scheduler.now + 0.5, at))
             if self.quiet():
                 return True
 

@@ -78,9 +78,7 @@ class Scheduler:
         self.processes.append(made)
         return made
 
-    def after(
-        self, delay: float, process: Process | None, call: Callable[..., Any], *args: Any
-    ) -> None:
+    def after(self, delay: float, process: Process | None, call: Callable[..., Any], *args: Any) -> None:
         """Have `call(*args)` happen in `delay` seconds: inside `process`, or outside all of them (None)."""
         self._count += 1
         heappush(self._heap, (self.now + delay, self._count, process, call, args))
@@ -111,7 +109,9 @@ class Scheduler:
         """Return when the next thing happens."""
         return self._heap[0][0] if self._heap else None
 
-    def call(self, process: Process, call: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+    def call(
+        self, process: Process, call: Callable[[], Any], done: Callable[[Any, BaseException | None], None]
+    ) -> None:
         """Make a blocking call of `process` to a server outside: it takes effect once, whether or not the
         process lives to hear of it. `done(result, error)` happens in the process."""
         asked = self.now
@@ -146,19 +146,35 @@ class Scheduler:
 # --- loops ---------------------------------------------------------------------------------------
 
 
+class _Handle:
+    """What is ready to run: asyncio's Handle without its debugging."""
+
+    __slots__ = ("args", "callback", "context", "over")
+
+    def __init__(self, callback: Any, args: tuple[Any, ...], context: Any) -> None:
+        self.callback, self.args, self.context = callback, args, context
+        self.over = False
+
+    def cancel(self) -> None:
+        self.over = True
+
+    def cancelled(self) -> bool:
+        return self.over
+
+
 class Loop(asyncio.AbstractEventLoop):
     """A process's event loop, in virtual time. What is ready runs in its order, a turn at a time."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
         self._scheduler = process.scheduler
-        self._ready: deque[asyncio.Handle] = deque()
+        self._ready: deque[_Handle] = deque()
         self._turning = False
         self._tasks: list[asyncio.Task[Any]] = []
         self.errors: list[str] = []
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        handle = _Handle(callback, args, context)
         self._ready.append(handle)
         if not self._turning:
             self._turning = True
@@ -170,11 +186,11 @@ class Loop(asyncio.AbstractEventLoop):
         scheduler = self._scheduler
         scheduler.after(scheduler.latency(0.001), self.process, self.call_soon, callback, *args)
 
-    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
         return self.call_at(self._scheduler.now + delay, callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        handle = _Handle(callback, args, context)
         delay = max(0.0, when - self._scheduler.now)
         self._scheduler.after(delay, self.process, self._due, handle)
         return handle
@@ -211,11 +227,8 @@ class Loop(asyncio.AbstractEventLoop):
     def is_closed(self) -> bool:
         return self.process.dead
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass
-
-    def _due(self, handle: asyncio.TimerHandle) -> None:
-        if not handle.cancelled():
+    def _due(self, handle: _Handle) -> None:
+        if not handle.over:
             self._ready.append(handle)
             if not self._turning:
                 self._turning = True
@@ -227,8 +240,15 @@ class Loop(asyncio.AbstractEventLoop):
         try:
             for _ in range(len(ready)):
                 handle = ready.popleft()
-                if not handle.cancelled():
-                    handle._run()
+                if handle.over:
+                    continue
+                try:
+                    if handle.context is None:
+                        handle.callback(*handle.args)
+                    else:
+                        handle.context.run(handle.callback, *handle.args)
+                except Exception as error:
+                    self.call_exception_handler({"message": "in a callback", "exception": error})
         finally:
             asyncio._set_running_loop(None)
         if ready:

@@ -1,0 +1,119 @@
+"""The simulation in short: the code as it is keeps its promises, and a schedule tells one story always."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from tests.simulation import mutants
+from tests.simulation.explore import explore, prepared, shrink, try_plan
+from tests.simulation.plan import Act, Fault, Plan, TaskPlan, dump, load, make
+
+
+def test_thousands_of_schedules_go_well() -> None:
+    report = explore(0, schedules=2_000)
+    assert report.schedules == 2_000
+    assert [f"seed {f.plan.seed}: {f.violations}" for f in report.failures] == []
+    # They are no idle ones.
+    assert report.mails > 1_500
+    assert report.faults > 2_000
+    assert set(report.statuses) == {"completed", "failed", "uncertain", "cancelled"}
+
+
+# How many schedules each broken variant may take: seconds on one core.
+_ENOUGH = 1_500
+
+
+@pytest.mark.parametrize("name", sorted(mutants.MUTANTS))
+def test_a_mutant_is_caught(name: str) -> None:
+    with prepared(name):
+        caught = next((seed for seed in range(_ENOUGH) if try_plan(make(seed)).violations), None)
+    assert caught is not None, f"{name} kept every promise in {_ENOUGH} schedules"
+    with prepared():
+        assert try_plan(make(caught)).violations == [], "the same schedule goes well without it"
+
+
+def test_a_seed_tells_the_same_story_in_every_process() -> None:
+    script = (
+        "from tests.simulation.explore import prepared, try_plan\n"
+        "from tests.simulation.plan import make\n"
+        "with prepared():\n"
+        "    for seed in range(40): print(*try_plan(make(seed), traced=True).trace, sep='\\n')"
+    )
+    stories = {
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    [story] = stories
+    assert len(story.splitlines()) > 500
+
+
+def test_a_plan_is_the_same_once_it_was_printed() -> None:
+    for seed in range(500):
+        assert load(dump(make(seed))) == make(seed)
+
+
+def test_a_failing_plan_becomes_smaller_and_fails_still() -> None:
+    with prepared("no-claim"):
+        failing = next(plan for seed in range(200) if try_plan(plan := make(seed)).violations)
+        smallest = shrink(failing, budget=20)
+        assert try_plan(smallest).violations
+        again = try_plan(load(dump(smallest)), traced=True)
+    assert again.violations
+    assert again.trace
+    size = len(smallest.tasks) + len(smallest.acts) + len(smallest.faults) + sum(smallest.replicas)
+    assert size <= 7
+
+
+# --- what the simulation has found ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_frozen_sender_that_wakes_sends_once_more_at_most_and_with_a_doubt_on_record(hold: bool) -> None:
+    plan = Plan(
+        seed=1,
+        tasks=(TaskPlan(0.0),),
+        faults=(Fault("freeze", on="mail", nth=1, seconds=45),),
+        hold=hold,
+    )
+    with prepared():
+        result = try_plan(plan)
+    assert result.violations == []
+    assert result.copies == (1 if hold else 2)
+
+
+def test_a_task_whose_sender_is_frozen_before_it_sends_is_sent_once() -> None:
+    plan = Plan(seed=1, tasks=(TaskPlan(0.0),), faults=(Fault("freeze", on="claim", nth=1, seconds=45),))
+    with prepared():
+        result = try_plan(plan)
+    assert (result.violations, result.copies, result.statuses) == ([], 1, ["completed"])
+
+
+@pytest.mark.parametrize("before", [("kept_unheard",), ("kept_unheard", "defer"), ("defer", "kept_unheard")])
+def test_a_task_in_doubt_that_is_cancelled_is_uncertain(before: tuple[str, ...]) -> None:
+    plan = Plan(
+        seed=1,
+        tasks=(TaskPlan(0.0, smtp=(*before, "ok")),),
+        # After as many attempts, before the next one.
+        acts=(Act(5.0 if len(before) == 1 else 40.0, "cancel"),),
+    )
+    with prepared():
+        result = try_plan(plan)
+        reopened = try_plan(replace(plan, acts=(*plan.acts, Act(100.0, "replay", topic="mx.ok"))))
+    assert (result.violations, result.statuses) == ([], ["uncertain"])
+    assert (reopened.violations, reopened.statuses) == ([], ["completed"])
+
+
+def test_a_sender_that_drains_waits_for_its_mail_without_turning_idly() -> None:
+    plan = Plan(
+        seed=1,
+        tasks=(TaskPlan(0.0, smtp=("slow",)),),
+        faults=(Fault("stop", on="mail", nth=1),),
+        replicas=(1, 1, 1, 1),
+    )
+    with prepared():
+        result = try_plan(plan)
+    assert (result.violations, result.copies, result.statuses) == ([], 1, ["completed"])
