@@ -79,6 +79,11 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
         "fetch.wait.max.ms": 50 if gather else 100,
         "fetch.min.bytes": 64 << 10 if gather else 1,
         "fetch.error.backoff.ms": 100,
+        # While the client's queue holds anything it fetches no more, so that the poller's pace is the
+        # fetches' pace too: left to itself it asks again for every record that comes, at a thousand a
+        # second eight times a turn. The back-off is how soon after the queue is empty it asks.
+        "queued.min.messages": 1,
+        "fetch.queue.backoff.ms": 2,
     }
     if settings.group_protocol == "consumer":
         # One replica gets the same partition numbers of all its topics: two never write one task's row.

@@ -27,13 +27,18 @@ class Commits:
     overtake a newer. One that fails is made up for by the next: what counts as committed is what was acked.
     """
 
-    consumer: Consumer
-
     def __init__(self, ledger: Ledger, stage: str) -> None:
         self._ledger, self._stage = ledger, stage
         self._under_way: Mapping[Assignment, int] | None = None
         self._next = 0.0
+        self.acked_at = 0.0
+        """When the coordinator last acked a commit, monotonic seconds."""
         self._failures = telemetry.STAGE_COMMIT_FAILURES.labels(stage)
+
+    def use(self, consumer: Consumer) -> None:
+        """Commit through this Consumer from now on."""
+        self._consumer = consumer
+        self._under_way = None
 
     def commit_if_due(self, now: float) -> None:
         """Start a commit of all that moved, if it is time (`now`: monotonic seconds)."""
@@ -44,7 +49,7 @@ class Commits:
         if not positions:
             return
         try:
-            self.consumer.commit(offsets=_partitions(positions), asynchronous=True)
+            self._consumer.commit(offsets=_partitions(positions), asynchronous=True)
             self._under_way = positions
         except KafkaException as error:
             self._failed(error.args[0])
@@ -54,7 +59,7 @@ class Commits:
         positions, self._under_way = self._under_way or {}, None
         error = error or next((p.error for p in partitions if p.error is not None), None)
         if error is None:
-            self._ledger.committed(positions)
+            self._acked(positions)
         else:
             self._failed(error)
 
@@ -65,17 +70,21 @@ class Commits:
             if not positions:
                 return
             try:
-                answers = self.consumer.commit(offsets=_partitions(positions), asynchronous=False)
+                answers = self._consumer.commit(offsets=_partitions(positions), asynchronous=False)
                 failed = next((p.error for p in answers if p.error is not None), None)
             except KafkaException as error:
                 failed = error.args[0]
             if failed is None:
-                self._ledger.committed(positions)
+                self._acked(positions)
                 return
             self._failed(failed)
             if attempt and time.monotonic() >= deadline:
                 return
             time.sleep(_PAUSE)
+
+    def _acked(self, positions: Mapping[Assignment, int]) -> None:
+        self.acked_at = time.monotonic()
+        self._ledger.committed(positions)
 
     def _failed(self, error: KafkaError) -> None:
         self._failures.inc()

@@ -13,7 +13,7 @@ from math import exp
 
 __all__ = ["FETCH", "LINGER_MS", "PRODUCE", "Pace"]
 
-FETCH = 0.05
+FETCH = 0.04
 """The longest wait between two fetches, in seconds: it bounds what a stage adds to a task's time."""
 
 PRODUCE = 0.02

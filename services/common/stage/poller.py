@@ -31,6 +31,11 @@ _CANCEL_GRACE = 2.0
 _ERROR_LASTS = 5.0
 # A member that got no partition in this time asks the coordinator whether it is heard at all.
 _IDLE_MEMBER = 5.0
+# A member that has nothing to commit asks this often.
+_QUIET = 15.0
+# A Consumer that reaches no coordinator for so long is replaced: after two outages in a row librdkafka was
+# seen to leave its coordinator's connection closed for good.
+_UNHEARD = 60.0
 
 
 class Poller:
@@ -109,24 +114,38 @@ class Poller:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            self._consumer = self._make(self._config)
-            self._commits.consumer = self._pauses.consumer = self._consumer
-            self._consumer.subscribe(
-                list(self._topics),
-                on_assign=self._on_assign,
-                on_revoke=self._on_revoke,
-                on_lost=self._on_lost,
-            )
-            self._started = time.monotonic()
-            try:
-                while not self._stopping:
-                    self._turn()
-                self._drain()
-            finally:
-                self._consumer.close()
+            while not self._stopping:
+                self._consume()
         except BaseException as problem:
             error = problem
         self._ended(error)
+
+    def _consume(self) -> None:
+        """Run one Consumer until the stage stops, or until a new one has to take its place."""
+        self._consumer = self._make(self._config)
+        self._commits.use(self._consumer)
+        self._pauses.consumer = self._consumer
+        self._consumer.subscribe(
+            list(self._topics),
+            on_assign=self._on_assign,
+            on_revoke=self._on_revoke,
+            on_lost=self._on_lost,
+        )
+        self._joined = False
+        self._heard = self._asked = time.monotonic()
+        try:
+            while not self._stopping:
+                self._turn()
+                if self._silence() > _UNHEARD:
+                    log.error("the group's coordinator is not reached, beginning anew", stage=self._stage)
+                    break
+            else:
+                self._drain()
+        finally:
+            self._consumer.close()
+        if left := self._ledger.owned():
+            self._leave(left)
+            self._cancel(left, 0)
 
     def _turn(self) -> None:
         now = self._turned = time.monotonic()
@@ -143,7 +162,8 @@ class Poller:
             messages = self._fetch(now)
         if messages:
             self._receive(messages)
-        elif not self._joined and now - self._started > _IDLE_MEMBER:
+        patience = _QUIET if self._joined else _IDLE_MEMBER
+        if self._silence() > patience and now - self._asked > _IDLE_MEMBER:
             self._ask_coordinator()
 
     def _fetch(self, now: float) -> list[Message]:
@@ -202,6 +222,7 @@ class Poller:
         consumer.incremental_assign(partitions)
         self._pauses.assigned(partitions)
         self._joined = True
+        self._heard = time.monotonic()
         self._owned_gauge.set(len(self._ledger.owned()))
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -283,9 +304,15 @@ class Poller:
             log.warning("consumer", stage=self._stage, error=error.str())
         self._errors[error.code()] = (error.str(), now + _ERROR_LASTS)
 
+    def _silence(self) -> float:
+        """Return the seconds since the group's coordinator was last heard of."""
+        return time.monotonic() - max(self._heard, self._commits.acked_at)
+
     def _ask_coordinator(self) -> None:
+        self._asked = time.monotonic()
         try:
             self._consumer.committed([TopicPartition(self._topics[0], 0)], timeout=1)
             self._joined = True
+            self._heard = time.monotonic()
         except KafkaException as error:
             self._on_error(error.args[0])
