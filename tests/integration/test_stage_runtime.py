@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+from confluent_kafka import Consumer
 
 from postroad.v1 import events_pb2 as pb
 from services.common import telemetry
 from services.common.events import Outgoing
+from services.common.stage import poller
 from services.common.stage.types import Dead, Done, Outcome, Record, Retry
 from services.common.topics import MX_OK, TASK_CREATED
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
@@ -269,3 +272,23 @@ async def test_stopping_while_the_broker_is_away_takes_no_longer_than_the_drain(
         assert time.monotonic() - started < 10
     finally:
         await asyncio.to_thread(kit.infra.start, "kafka-1")
+
+
+async def test_a_consumer_that_never_reaches_its_coordinator_is_replaced(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "_UNHEARD", 3.0)
+    monkeypatch.setattr(poller, "_IDLE_MEMBER", 0.5)
+    monkeypatch.setattr(poller, "_QUIET", 0.5)
+    made: list[Consumer] = []
+
+    def make(config: dict[str, Any]) -> Consumer:
+        # The first one is deaf: nobody listens at its brokers' address.
+        deaf = config | {"bootstrap.servers": "127.0.0.1:9", "socket.timeout.ms": 1000}
+        made.append(Consumer(config if made else deaf))
+        return made[-1]
+
+    await kit.publish(created(n) for n in range(20))
+    async with kit.running(handle=passed_on, consumer=make):
+        await until(lambda: sum(kit.committed().values()) == 20, 30)
+    assert len(made) == 2

@@ -51,6 +51,8 @@ def _client(settings: Settings, client_id: str) -> dict[str, Any]:
         "reconnect.backoff.max.ms": 1000,
         "reconnect.backoff.ms": 250,
         "socket.keepalive.enable": True,
+        # A broker that returned under another address is given up at its old one (30 s by default).
+        "socket.connection.setup.timeout.ms": 5000,
         # Bounds every request, so also a synchronous commit while a coordinator is away.
         "socket.timeout.ms": 10_000,
     }
