@@ -1,4 +1,4 @@
-"""What must be so once all is quiet. The mail server's journal and the logs are the truth that all else is held to."""
+"""What must be so once all is quiet; the mail server's journal and the logs are the truth for all else."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def check(schedule: Schedule, settled: bool) -> None:
     violation = schedule.world.violation
     if not settled:
         lag = {name: group.lag() for name, group in schedule.broker.groups.items() if group.lag()}
-        violation(
-            f"not quiet in time: lag {lag}, outbox {len(schedule.database.outbox)}, clients {schedule.clients}"
-        )
+        outbox = len(schedule.database.outbox)
+        violation(f"not quiet in time: lag {lag}, outbox {outbox}, clients {schedule.clients}")
     events = _events(schedule)
     rows = schedule.database.tasks
     for id_ in sorted(schedule.accepted - rows.keys()):
@@ -52,8 +51,9 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
     rebuilt = None
     for event in events:
         rebuilt = fold(rebuilt, event)
-    if rebuilt != row:
-        violation(f"{name} rebuilt from the topics is another than in the table")
+    if rebuilt is not None and rebuilt != row:
+        columns = {n: (a, b) for n, a, b in zip(row._fields, row, rebuilt, strict=True) if a != b}
+        violation(f"{name} rebuilt from the topics is another than in the table: {columns}")
 
     copies = [copy for copy in schedule.mail.journal if copy.task == id_]
     sent_by = schedule.database.sent_by

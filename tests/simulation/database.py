@@ -115,12 +115,12 @@ class Database:
                 continue
             tasks[id_] = pb.MailTask(
                 id=id_,
-                tenant=row.tenant,
+                tenant=row.tenant or "",
                 idempotency_key=(row.idempotency_key or b"").decode(),
                 request_hash=row.request_hash or b"",
-                email=row.recipient,
-                domain=row.domain,
-                subject=row.subject,
+                email=row.recipient or "",
+                domain=row.domain or "",
+                subject=row.subject or "",
                 body=body.body if body else None,
                 html=body.html if body else None,
                 headers=json.loads(body.headers) if body and body.headers else {},

@@ -92,7 +92,7 @@ def _several(arguments: tuple[int, int, str | None]) -> Report:
 def _settle_in() -> None:
     gc.collect()
     gc.freeze()
-    # Collected between the chunks: a schedule leaves little, and a young collection at every 700 objects costs.
+    # Collected between the chunks; a young collection at every 700 objects costs.
     gc.set_threshold(200_000, 50, 50)
 
 

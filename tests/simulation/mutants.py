@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ def _no_claim() -> Patches:
             return await original(self, request)
         await asyncio.sleep(0)
         since = VirtualTime.monotonic()
-        return Taken(first(request, decide.datetime.min), since=since)
+        return Taken(first(request, datetime.min), since=since)
 
     async def settle(self: AsyncClaims, settled: Delivery) -> Settlement:
         await asyncio.sleep(0)
@@ -98,7 +99,7 @@ def _outbox_before_ack() -> Patches:
 
     def publish(self: Relay, recorded: Sequence[Recording]) -> None:
         items = [created(recording.event.task.id) for recording in recorded]
-        task = asyncio.get_running_loop().create_task(self._settle.many(items))  # type: ignore[arg-type]
+        task = asyncio.get_running_loop().create_task(self._settle.many(items))
         task.add_done_callback(lambda _: original(self, recorded))
 
     return [(Relay, "publish", publish)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 __all__ = ["Act", "Fault", "Plan", "TaskPlan", "dump", "load", "make"]
 
@@ -198,12 +199,14 @@ def _slim(values: dict[str, object], plain: object) -> dict[str, object]:
 def load(text: str) -> Plan:
     """Return the plan that `dump` wrote."""
     read = json.loads(text)
-    tasks = tuple(
-        TaskPlan(**{"at": 0.0} | {k: tuple(v) if isinstance(v, list) else v for k, v in task.items()})
-        for task in read.pop("tasks")
-    )
+    tasks = tuple(_task_of(values) for values in read.pop("tasks"))
     acts = tuple(Act(**{"at": 0.0, "what": ""} | act) for act in read.pop("acts", ()))
     faults = tuple(Fault(**fault) for fault in read.pop("faults", ()))
     if "replicas" in read:
         read["replicas"] = tuple(read["replicas"])
     return Plan(tasks=tasks, acts=acts, faults=faults, **read)
+
+
+def _task_of(values: dict[str, Any]) -> TaskPlan:
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return TaskPlan(**{"at": 0.0} | values | lists)

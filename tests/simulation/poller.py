@@ -18,7 +18,7 @@ class Poller(poller.Poller):
     _consumer: Consumer | None = None  # type: ignore[assignment]
 
     def __init__(self, config: Any, *arguments: Any, consumer: Any, **named: Any) -> None:
-        def make(final: Any) -> Consumer:
+        def make(final: Any) -> Any:
             made: Consumer = consumer(final)
             made.due, made.behind = self._due, self._behind
             self._ledger.consumer = made  # type: ignore[attr-defined]

@@ -11,13 +11,13 @@ from typing import Any
 from services.api import outbox
 from services.api.outbox import Item
 from services.api.recorder import Recorder
-from services.api.relay import Relay, Recording
+from services.api.relay import Recording, Relay
 from services.api.sweeper import Sweeper
 from services.common import topics
 from services.common.batching import Batcher
 from services.common.config import Settings
 from services.common.database import transient
-from services.common.events import DECODERS
+from services.common.events import DECODERS, Event
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Stage
 from services.sender.async_claims import AsyncClaims
@@ -122,12 +122,15 @@ class SenderService(Service):
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold),
             hands=Slots(4, 0),
             sessions=Slots(2, 1),
-            publish=lambda events, trace: self.runtime.publish(events, trace),
+            publish=self._publish,
             owner=lambda: next(_tokens).to_bytes(16, "big"),
             now_us=_now_us,
             rng=here().rng,
         )
         self.runtime = self._runtime(sender_stage(self._sender, settings.sender_delays))
+
+    async def _publish(self, events: Sequence[Event], traceparent: bytes | None) -> None:
+        await self.runtime.publish(events, traceparent)
 
     async def run(self) -> None:
         renewing = asyncio.create_task(self._leases.run())
@@ -168,12 +171,13 @@ class Api:
 
     def __init__(self, servers: Servers) -> None:
         self._loop = asyncio.get_running_loop()
-        self._database: Any = servers.database
-        self._publisher: Any = Publisher(servers.settings)
+        database: Any = servers.database
+        self._database = database
+        publisher: Any = Publisher(servers.settings)
         self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
-        self._relay = Relay(self._publisher, self._settle, 100, 1 << 20)
-        self.recorder = Recorder(self._database, self._committed, 100, 1 << 20)
-        self._sweeper = _Sweeper(self._database, self._publisher, self._relay, 10)
+        self._relay = Relay(publisher, self._settle, 100, 1 << 20)
+        self.recorder = Recorder(database, self._committed, 100, 1 << 20)
+        self._sweeper = _Sweeper(database, publisher, self._relay, 10)
 
     async def run(self) -> None:
         """Serve until stopped."""

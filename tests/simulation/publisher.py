@@ -1,4 +1,4 @@
-"""The stage's Publisher without librdkafka: what is sent arrives, in order, if its process lives to send it."""
+"""The stage's Publisher without librdkafka: what is sent arrives, in order, if its process lives so long."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Publisher:
     async def close(self, seconds: float) -> bool:
         """Wait for what is under way."""
         until = self._scheduler.now + seconds
-        while self._open and self._scheduler.now < until:
+        while self._open and self._scheduler.now < until:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         return not self._open
 
@@ -101,10 +101,10 @@ class Publisher:
             # What its producer still holds dies with it.
             scheduler.after(wait, self._process, self._arrive, item, index, acked, since)
             return
+        failed: KafkaError | None = None
         verdict = world.operation("dead" if item.topic.endswith(".dead") else "produce", self._process)
-        error: KafkaError | None = None
         if verdict:
-            error = KafkaError(KafkaError._MSG_TIMED_OUT)
+            failed = KafkaError(KafkaError._MSG_TIMED_OUT)
         if verdict != "refused":
             self.broker.append(item.topic, item.key, item.value, item.headers)
-        scheduler.after(scheduler.latency(), self._process, acked, index, error)
+        scheduler.after(scheduler.latency(), self._process, acked, index, failed)

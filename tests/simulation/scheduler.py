@@ -15,10 +15,10 @@ import contextlib
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Executor as BaseExecutor
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["EPOCH", "Executor", "Killed", "Loop", "Process", "Scheduler", "Thread", "VirtualTime", "here"]
 
@@ -162,14 +162,19 @@ class _Handle:
         return self.over
 
 
-class Loop(asyncio.AbstractEventLoop):
-    """A process's event loop, in virtual time. What is ready runs in its order, a turn at a time."""
+class Loop:
+    """A process's event loop in virtual time, as much of one as the services use.
+
+    What is ready runs in its order, a turn at a time.
+    """
 
     def __init__(self, process: Process) -> None:
         self.process = process
         self._scheduler = process.scheduler
+        self._as_loop: Any = self
         self._ready: deque[_Handle] = deque()
         self._turning = False
+        self._posted = 0.0
         self._tasks: list[asyncio.Task[Any]] = []
         self.errors: list[str] = []
 
@@ -184,7 +189,9 @@ class Loop(asyncio.AbstractEventLoop):
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
         scheduler = self._scheduler
-        scheduler.after(scheduler.latency(0.001), self.process, self.call_soon, callback, *args)
+        # In order, as asyncio's.
+        self._posted = max(self._posted, scheduler.now + scheduler.latency(0.001)) + 1e-9
+        scheduler.after(self._posted - scheduler.now, self.process, self.call_soon, callback, *args)
 
     def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
         return self.call_at(self._scheduler.now + delay, callback, *args, context=context)
@@ -199,10 +206,10 @@ class Loop(asyncio.AbstractEventLoop):
         return self._scheduler.now
 
     def create_future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self)
+        return asyncio.Future(loop=self._as_loop)
 
     def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> asyncio.Task[Any]:
-        task = asyncio.Task(coro, loop=self, name=name)
+        task = asyncio.Task(coro, loop=self._as_loop, name=name)
         self._tasks.append(task)
         return task
 
@@ -236,7 +243,7 @@ class Loop(asyncio.AbstractEventLoop):
 
     def _turn(self) -> None:
         ready = self._ready
-        asyncio._set_running_loop(self)
+        asyncio._set_running_loop(self._as_loop)
         try:
             for _ in range(len(ready)):
                 handle = ready.popleft()
@@ -260,13 +267,13 @@ class Loop(asyncio.AbstractEventLoop):
     def dispose(self) -> None:
         """Close what never came to its end. What it does in its `finally` blocks reaches nobody."""
         self._turning = True
-        asyncio._set_running_loop(self)
+        asyncio._set_running_loop(self._as_loop)
         try:
             for task in self._tasks:  # grows while it runs: last words
                 if not task.done():
                     task._log_destroy_pending = False  # type: ignore[attr-defined]
                     with contextlib.suppress(BaseException):
-                        task.get_coro().close()  # type: ignore[union-attr]
+                        task.get_coro().close()
                 elif not task.cancelled():
                     task.exception()
         finally:
@@ -305,7 +312,7 @@ class Executor(BaseExecutor):
 class _Worker:
     """A real thread that runs one simulated thread after another, while it has the baton."""
 
-    free: list[_Worker] = []
+    free: ClassVar[list[_Worker]] = []
     back = threading.Lock()
     back.acquire()
 
@@ -454,6 +461,3 @@ class VirtualTime:
         thread = here().running
         assert thread is not None
         thread.block(seconds)
-
-
-Spawn = Callable[[], Coroutine[Any, Any, None]]

@@ -1,0 +1,337 @@
+"""The in-memory claims, outbox and task tables behave as MySQL's: each test runs on both."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import Any, TypeVar
+
+import pytest
+from sqlalchemy import Connection, Engine, text
+
+from postroad.v1 import events_pb2 as pb
+from services.api import outbox
+from services.api.outbox import created
+from services.common import taskstore
+from services.common.database import engine_of, transaction
+from services.common.fold import Row, delta
+from services.common.migrations import migrate
+from services.sender.claims import Claims
+from services.sender.decide import Cancel, Claim, Delivery, Settlement, Stale, Stored, Taken, Verdict, Wait
+from tests.simulation.database import Database, MemoryClaims
+from tests.simulation.scheduler import Scheduler
+from tests.simulation.world import World
+from tests.stack import Infra
+
+R = TypeVar("R")
+_LEASE = 60.0
+_numbers = count(1)
+
+
+class Memory:
+    """The simulation's database."""
+
+    def __init__(self, hold: bool) -> None:
+        self.world = World(Scheduler(1))
+        self.database = Database(self.world)
+        self.claims: Any = MemoryClaims(self.database, _LEASE, hold)
+
+    def expire(self) -> None:
+        """Let all leases be over."""
+        self.world.scheduler.run(self.world.now + 2 * _LEASE)
+
+    def row(self, id_: bytes) -> Delivery | None:
+        """Return a delivery."""
+        return self.database.deliveries.get(id_)
+
+    def task(self, id_: bytes) -> Row | None:
+        """Return a task."""
+        return self.database.tasks.get(id_)
+
+    def transact(self, work: Callable[[Any], R]) -> R:
+        """Run statements in one transaction."""
+        return self.database.transact(work)
+
+    @property
+    def store(self) -> Any:
+        """Where the statements are: functions of a connection and more."""
+        return Database
+
+
+class _Statements:
+    upsert = staticmethod(taskstore.upsert)
+    insert_bodies = staticmethod(taskstore.insert_bodies)
+    insert_events = staticmethod(taskstore.insert_events)
+    owners_of_keys = staticmethod(taskstore.owners_of_keys)
+    load_tasks = staticmethod(taskstore.load_tasks)
+    put = staticmethod(outbox.put)
+    take = staticmethod(outbox.take)
+    delete = staticmethod(outbox.delete)
+    defer = staticmethod(outbox.defer)
+
+
+class Real:
+    """MySQL."""
+
+    store: Any = _Statements
+
+    def __init__(self, engine: Engine, hold: bool) -> None:
+        self.engine = engine
+        self.claims: Any = Claims(engine, _LEASE, hold)
+
+    def expire(self) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(text("UPDATE deliveries SET lease_until = lease_until - INTERVAL 2 MINUTE"))
+
+    def row(self, id_: bytes) -> Delivery | None:
+        columns = ", ".join(Delivery._fields)
+        query = f"SELECT {columns} FROM deliveries WHERE task_id = %s"
+        with self.engine.begin() as connection:
+            found = connection.exec_driver_sql(query, (id_,)).one_or_none()
+        return Delivery(*found) if found is not None else None
+
+    def task(self, id_: bytes) -> Row | None:
+        query = f"SELECT {', '.join(Row._fields)} FROM tasks WHERE id = %s"
+        with self.engine.begin() as connection:
+            found = connection.exec_driver_sql(query, (id_,)).one_or_none()
+        return Row(*found) if found is not None else None
+
+    def transact(self, work: Callable[[Connection], R]) -> R:
+        return transaction(self.engine, work)
+
+
+Side = Memory | Real
+
+
+@pytest.fixture(scope="session")
+def mysql(infra: Infra) -> Iterator[Engine]:
+    url = infra.new_database()
+    migrate(url)
+    engine = engine_of(url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(params=["resend", "hold"])
+def hold(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "hold")
+
+
+@pytest.fixture(params=["memory", "mysql"])
+def side(request: pytest.FixtureRequest, hold: bool) -> Side:
+    if request.param == "memory":
+        return Memory(hold)
+    return Real(request.getfixturevalue("mysql"), hold)
+
+
+@pytest.fixture
+def one(request: pytest.FixtureRequest) -> Side:
+    """Either side where the policy does not matter."""
+    return Memory(False) if request.param == "memory" else Real(request.getfixturevalue("mysql"), False)
+
+
+both = pytest.mark.parametrize("one", ["memory", "mysql"], indirect=True)
+
+
+def new_id() -> bytes:
+    return random.randbytes(12) + next(_numbers).to_bytes(4, "big")
+
+
+def claim(id_: bytes, epoch: int = 0, attempt: int = 1, owner: bytes | None = None) -> Claim:
+    return Claim(id_, epoch, attempt, owner or new_id(), "<id@a.test>")
+
+
+def taken(side: Side, request: Claim) -> Delivery:
+    [verdict] = side.claims.claim([request])
+    assert isinstance(verdict, Taken)
+    return verdict.row
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+
+def test_a_task_is_one_owners_until_its_lease_is_over_and_then_in_doubt(side: Side, hold: bool) -> None:
+    id_ = new_id()
+    first = taken(side, claim(id_))
+    [waiting] = side.claims.claim([claim(id_)])
+    assert isinstance(waiting, Wait)
+    assert 0 < waiting.seconds <= _LEASE
+    side.expire()
+    [verdict] = side.claims.claim([claim(id_)])
+    if hold:
+        assert isinstance(verdict, Stored)
+        assert verdict.row.state == "uncertain"
+    else:
+        assert isinstance(verdict, Taken)
+        assert (verdict.doubtful, verdict.row.takeovers) == (True, 1)
+    assert side.claims.renew([first]) == [False]
+    failed = first._replace(state="failed", settled_at=1)
+    assert side.claims.settle([failed]) == [Settlement.FENCED]
+    assert side.claims.settle([first._replace(state="sent", settled_at=2)]) == [Settlement.LATE]
+    row = side.row(id_)
+    assert row is not None
+    assert row.state == "sent"
+
+
+@both
+def test_a_renewed_lease_goes_on(one: Side) -> None:
+    id_ = new_id()
+    row = taken(one, claim(id_))
+    one.expire()
+    assert one.claims.renew([row]) == [True]
+    [verdict] = one.claims.claim([claim(id_)])
+    assert isinstance(verdict, Wait)
+
+
+@both
+def test_asked_again_by_its_owner_a_claim_is_answered_the_same(one: Side) -> None:
+    request = claim(new_id())
+    assert taken(one, request).owner == taken(one, request).owner
+
+
+@both
+def test_one_call_sees_what_its_earlier_requests_did(one: Side) -> None:
+    id_ = new_id()
+    verdicts = one.claims.claim([claim(id_), claim(id_), Cancel(id_, 0, new_id())])
+    assert [type(verdict) for verdict in verdicts] == [Taken, Wait, Wait]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_history_ends_alike_on_both(seed: int, hold: bool, mysql: Engine) -> None:
+    rng = random.Random(seed)
+    memory, real = Memory(hold), Real(mysql, hold)
+    ids = [new_id() for _ in range(3)]
+    rows: list[tuple[Delivery, Delivery]] = []
+    for _ in range(60):
+        step = rng.choice(("claim", "claim", "claim", "settle", "settle", "renew", "cancel", "expire"))
+        if step in ("claim", "cancel"):
+            requests: list[Claim | Cancel] = []
+            for _ in range(rng.randrange(1, 4)):
+                id_, epoch, owner = rng.choice(ids), rng.choice((0, 0, 5)), new_id()
+                if step == "cancel":
+                    requests.append(Cancel(id_, epoch, owner))
+                else:
+                    requests.append(claim(id_, epoch, rng.randrange(1, 4), owner))
+            told = list(zip(memory.claims.claim(requests), real.claims.claim(requests), strict=True))
+            assert [_plain(a) for a, _ in told] == [_plain(b) for _, b in told]
+            rows += [(a.row, b.row) for a, b in told if isinstance(a, Taken) and isinstance(b, Taken)]
+        elif step == "settle" and rows:
+            outcome: dict[str, Any] = {
+                "state": rng.choice(("sent", "deferred", "failed", "uncertain", "released")),
+                "reason": rng.choice(("", "in_doubt", "deferred")),
+                "settled_at": rng.randrange(1, 1000),
+            }
+            mine, theirs = zip(
+                *((a._replace(**outcome), b._replace(**outcome)) for a, b in [rng.choice(rows)]), strict=True
+            )
+            assert memory.claims.settle(mine) == real.claims.settle(theirs)
+        elif step == "renew" and rows:
+            mine, theirs = zip(*rows[-3:], strict=True)
+            assert memory.claims.renew(mine) == real.claims.renew(theirs)
+        elif step == "expire":
+            memory.expire()
+            real.expire()
+    for id_ in ids:
+        assert _plain_row(memory.row(id_)) == _plain_row(real.row(id_))
+
+
+def _plain(verdict: Verdict) -> object:
+    match verdict:
+        case Taken(row=row, doubtful=doubtful, earlier=earlier):
+            return "taken", _plain_row(row), doubtful, _plain_row(earlier)
+        case Stored(row=row):
+            return "stored", _plain_row(row)
+        case Wait():
+            return "wait"
+        case Stale():
+            return "stale"
+
+
+def _plain_row(row: Delivery | None) -> object:
+    """Without what comes from either clock: a row found in doubt is settled by the database's."""
+    if row is None:
+        return None
+    values = row._asdict()
+    del values["lease_until"]
+    values["settled_at"] = min(values["settled_at"], 1000)
+    return values
+
+
+# --- tasks and outbox -----------------------------------------------------------------------------
+
+
+def mail(number: int, key: str = "") -> pb.TaskCreated:
+    task = pb.MailTask(
+        id=new_id(),
+        tenant="t",
+        idempotency_key=key,
+        request_hash=bytes([number]) * 32,
+        email="a@b.test",
+        domain="b.test",
+        subject=f"s {number}",
+        body="text",
+        headers={"X-A": "b"},
+        labels={"k": "v"},
+        created_at_us=1_800_000_000_000_000 + number,
+    )
+    return pb.TaskCreated(task=task, at_us=task.created_at_us)
+
+
+def record(side: Side, events: Sequence[pb.TaskCreated]) -> None:
+    def write(connection: Any) -> None:
+        side.store.upsert(connection, [delta(event) for event in events])
+        side.store.insert_bodies(connection, [taskstore.body_of(event.task) for event in events])
+
+    side.transact(write)
+
+
+@both
+def test_a_task_comes_back_as_it_was_recorded(one: Side) -> None:
+    event = mail(1, key=new_id().hex())
+    record(one, [event])
+    record(one, [event])
+    assert one.transact(lambda c: one.store.load_tasks(c, [event.task.id])) == {event.task.id: event.task}
+
+
+@both
+def test_of_two_tasks_under_one_key_the_first_is_stored(one: Side) -> None:
+    key = new_id().hex()
+    first, second = mail(1, key), mail(2, key)
+    record(one, [first])
+    one.transact(lambda c: one.store.upsert(c, [delta(second)]))
+    owners = one.transact(lambda c: one.store.owners_of_keys(c, [("t", key), ("t", key + "x")]))
+    assert owners == {("t", key): (first.task.id, first.task.request_hash)}
+    assert one.task(second.task.id) is None
+    row = one.task(first.task.id)
+    assert row is not None
+    assert row.subject == "s 1"
+
+
+@both
+def test_events_fold_into_one_row_whatever_their_order(one: Side) -> None:
+    event = mail(1)
+    id_ = event.task.id
+    sent = pb.MailSent(id=id_, attempt=2, message_id="<m@a.test>", at_us=1_800_000_000_500_000)
+    failed = pb.MailFailed(id=id_, epoch=7, attempt=1, reason="rejected", at_us=1_800_000_000_600_000)
+    for later in (failed, sent, event, failed):
+        one.transact(lambda c, later=later: one.store.upsert(c, [delta(later)]))  # type: ignore[misc]
+    row = one.task(id_)
+    assert row is not None
+    assert (row.status, row.epoch, row.attempts, row.message_id) == ("completed", 0, 2, "<m@a.test>")
+    assert row.subject == "s 1"
+
+
+@both
+def test_the_outbox_hands_out_what_is_due_to_one_taker_at_a_time(one: Side) -> None:
+    one.transact(lambda c: one.store.delete(c, one.store.take(c, 1000)))
+    items = sorted(created(new_id()) for _ in range(3))
+    one.transact(lambda c: one.store.put(c, items))
+    assert one.transact(lambda c: one.store.take(c, 10)) == [], "the relay has its grace first"
+    one.transact(lambda c: one.store.defer(c, items, 0))
+    one.transact(lambda c: one.store.put(c, items))
+    assert sorted(one.transact(lambda c: one.store.take(c, 2)))[0] in items
+    assert len(one.transact(lambda c: one.store.take(c, 10))) == 1, "what was taken is not due"
+    one.transact(lambda c: one.store.defer(c, items, 0))
+    one.transact(lambda c: one.store.delete(c, items[:2]))
+    assert one.transact(lambda c: one.store.take(c, 10)) == items[2:]

@@ -1,0 +1,319 @@
+"""The in-memory log and its groups behave as Kafka's under KIP-848: each test runs on both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+
+from services.common.config import Settings
+from services.common.stage.clients import consumer_config, producer_config
+from tests.simulation import broker as memory
+from tests.simulation.scheduler import Scheduler, Thread
+from tests.simulation.world import World
+from tests.stack import Infra
+
+_PARTITIONS = 2
+Place = tuple[str, int]
+
+
+class Member:
+    """One member of the group, driven as the poller drives its consumer. `record` is what it was handed."""
+
+    def __init__(self, consumer: Any, topics: list[str]) -> None:
+        self.consumer = consumer
+        self.owned: set[Place] = set()
+        self.revoked: list[Place] = []
+        self.lost: list[Place] = []
+        self.answers: list[Any] = []
+        self.records: list[tuple[Place, int, bytes]] = []
+        self.orders: list[Callable[[], None]] = []
+        self.closed = False
+        consumer.subscribe(topics, on_assign=self._assign, on_revoke=self._revoke, on_lost=self._lose)
+
+    def turn(self) -> None:
+        """Do what was ordered, and poll once."""
+        while self.orders:
+            self.orders.pop(0)()
+        if self.closed:
+            return
+        message = self.consumer.poll(0.05)
+        if message is not None and message.error() is None:
+            place = message.topic(), message.partition()
+            self.records.append((place, message.offset(), message.value()))
+
+    def _assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self.owned |= {(p.topic, p.partition) for p in partitions}
+        consumer.incremental_assign(partitions)
+
+    def _revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self.revoked += [(p.topic, p.partition) for p in partitions]
+        self.owned -= {(p.topic, p.partition) for p in partitions}
+        consumer.incremental_unassign(partitions)
+
+    def _lose(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self.lost += [(p.topic, p.partition) for p in partitions]
+        self.owned -= {(p.topic, p.partition) for p in partitions}
+        consumer.incremental_unassign(partitions)
+
+
+class Side:
+    """What both brokers offer a test. `topics` are two of the test's own."""
+
+    topics: list[str]
+
+    def member(self) -> Member:
+        """Begin a member of the group."""
+        raise NotImplementedError
+
+    def produce(self, topic: str, key: bytes, value: bytes) -> None:
+        """Produce one record, acked."""
+        raise NotImplementedError
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Let all members turn until the condition holds; fails after a while."""
+        raise NotImplementedError
+
+    def put_out(self, member: Member) -> None:
+        """Have the coordinator put a member out that does not know it; returns once it was."""
+        raise NotImplementedError
+
+    def order(self, member: Member, order: Callable[[], Any]) -> Any:
+        """Have a member do something between two polls; return what came of it, an exception too."""
+        done: list[Any] = []
+
+        def do() -> None:
+            try:
+                done.append(order())
+            except KafkaException as error:
+                done.append(error)
+
+        member.orders.append(do)
+        self.until(lambda: done)
+        return done[0]
+
+    def commit(self, member: Member, place: Place, offset: int) -> Any:
+        """Commit and wait; return the error, or None."""
+        answer = self.order(
+            member,
+            lambda: member.consumer.commit(offsets=[TopicPartition(*place, offset)], asynchronous=False),
+        )
+        if isinstance(answer, KafkaException):
+            return answer.args[0]
+        return next((p.error for p in answer if getattr(p, "error", None) is not None), None)
+
+    def close(self, member: Member) -> None:
+        """Have a member leave."""
+
+        def leave() -> None:
+            member.closed = True
+            member.consumer.close()
+
+        self.order(member, leave)
+
+
+class Memory(Side):
+    """The simulation's broker, in virtual time."""
+
+    def __init__(self) -> None:
+        self.topics = ["a", "b"]
+        self.scheduler = Scheduler(5)
+        self.world = World(self.scheduler)
+        self.broker = memory.Broker(self.world, self.topics, _PARTITIONS)
+        self._members: list[Member] = []
+
+    def member(self) -> Member:
+        process = self.scheduler.process(f"member-{len(self._members)}", "test")
+        made: list[Member] = []
+
+        def work() -> None:
+            member = Member(
+                memory.Consumer(
+                    self.broker,
+                    process,
+                    {"group.id": "g", "on_commit": lambda error, _: made[0].answers.append(error)},
+                ),
+                self.topics,
+            )
+            made.append(member)
+            while not member.closed:
+                member.turn()
+
+        process.loop.call_soon(lambda: Thread(work).start())
+        self.until(lambda: made)
+        self._members += made
+        return made[0]
+
+    def produce(self, topic: str, key: bytes, value: bytes) -> None:
+        self.broker.append(topic, key, value, [])
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        deadline = self.scheduler.now + 60
+        while not condition():
+            assert self.scheduler.now < deadline, "the condition did not come to hold in time"
+            self.scheduler.run(self.scheduler.now + 0.01)
+
+    def put_out(self, member: Member) -> None:
+        member.consumer.put_out()
+
+    def finish(self) -> None:
+        """Take all down."""
+        self.scheduler.dispose()
+
+
+class Real(Side):
+    """Kafka, under KIP-848."""
+
+    def __init__(self, infra: Infra) -> None:
+        prefix = infra.topic_prefix()
+        self.topics = [prefix + "a", prefix + "b"]
+        self.settings = Settings(kafka_bootstrap=infra.bootstrap, topic_prefix=prefix)
+        self.admin = AdminClient({"bootstrap.servers": infra.bootstrap})
+        for done in self.admin.create_topics([NewTopic(t, _PARTITIONS, 1) for t in self.topics]).values():
+            done.result()
+        self._producer = Producer(producer_config(self.settings, "contract"))
+        self._members: list[Member] = []
+
+    def member(self) -> Member:
+        answers: list[Any] = []
+        config = consumer_config(self.settings, "contract", "contract", gather=False) | {
+            "on_commit": lambda error, _: answers.append(error),
+            # The shortest that Kafka allows: how a test has a member put out.
+            "max.poll.interval.ms": 6000,
+        }
+        made = Member(Consumer(config), self.topics)
+        made.answers = answers
+        self._members.append(made)
+        return made
+
+    def produce(self, topic: str, key: bytes, value: bytes) -> None:
+        self._producer.produce(topic, value, key)
+        assert self._producer.flush(20) == 0
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 40
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come to hold in time"
+            for member in self._members:
+                member.turn()
+
+    def put_out(self, member: Member) -> None:
+        # It does not poll, and librdkafka leaves the group for it.
+        others = [other for other in self._members if other is not member and not other.closed]
+        deadline = time.monotonic() + 40
+        while any(len(other.owned) < len(self.topics) * _PARTITIONS for other in others):
+            assert time.monotonic() < deadline, "the others did not get its partitions"
+            for other in others:
+                other.turn()
+
+    def finish(self) -> None:
+        """Close what is open and delete the topics."""
+        for member in self._members:
+            if not member.closed:
+                member.consumer.close()
+        for done in self.admin.delete_topics(self.topics).values():
+            done.result()
+
+
+@pytest.fixture(params=["memory", "kafka"])
+def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
+    made = Memory() if request.param == "memory" else Real(request.getfixturevalue("infra"))
+    yield made
+    made.finish()
+
+
+def everything(side: Side) -> set[Place]:
+    return {(topic, partition) for topic in side.topics for partition in range(_PARTITIONS)}
+
+
+def test_one_member_gets_all_and_each_keys_records_in_order(side: Memory | Real) -> None:
+    for number in range(20):
+        side.produce(side.topics[0], bytes([number % 4]) * 16, b"%d" % number)
+    member = side.member()
+    side.until(lambda: len(member.records) == 20)
+    assert member.owned == everything(side)
+    for key in range(4):
+        mine = [(place, offset, value) for place, offset, value in member.records if int(value) % 4 == key]
+        assert len({place for place, _, _ in mine}) == 1, "a key's records stand in one partition"
+        assert [int(value) for _, _, value in mine] == list(range(key, 20, 4))
+        assert [offset for _, offset, _ in mine] == sorted(offset for _, offset, _ in mine)
+
+
+def test_a_second_member_gets_the_same_numbers_of_all_topics_once_the_first_let_go(
+    side: Memory | Real,
+) -> None:
+    first = side.member()
+    side.until(lambda: first.owned == everything(side))
+    second = side.member()
+    side.until(lambda: len(first.owned) == len(second.owned) == 2)
+    assert first.owned | second.owned == everything(side)
+    for member in (first, second):
+        assert len({partition for _, partition in member.owned}) == 1
+    assert sorted(first.revoked) == sorted(second.owned), "what it keeps is never taken from it"
+    assert first.lost == second.lost == []
+
+
+def test_a_member_that_leaves_hands_over_at_what_it_committed(side: Memory | Real) -> None:
+    for number in range(6):
+        side.produce(side.topics[0], b"k" * 16, b"%d" % number)
+    first = side.member()
+    side.until(lambda: len(first.records) == 6)
+    place, offset, _ = first.records[3]
+    assert side.commit(first, place, offset) is None
+    side.close(first)
+    assert set(first.revoked) == everything(side), "it is asked before it goes"
+    second = side.member()
+    side.until(lambda: len(second.records) == 3)
+    assert second.records == first.records[3:]
+
+
+def test_a_commit_without_waiting_is_answered_inside_a_later_poll(side: Memory | Real) -> None:
+    member = side.member()
+    side.until(lambda: member.owned == everything(side))
+    place = (side.topics[0], 0)
+    side.order(member, lambda: member.consumer.commit(offsets=[TopicPartition(*place, 0)], asynchronous=True))
+    side.until(lambda: member.answers)
+    assert member.answers == [None]
+
+
+def test_a_member_that_was_put_out_cannot_commit_and_joins_again_empty_handed(side: Memory | Real) -> None:
+    side.produce(side.topics[0], b"k" * 16, b"0")
+    first = side.member()
+    side.until(lambda: first.records)
+    second = side.member()
+    side.until(lambda: len(first.owned) == len(second.owned) == 2)
+    holder, other = (first, second) if first.records[0][0] in first.owned else (second, first)
+    side.until(lambda: any(record[0] in holder.owned for record in holder.records))
+    place, offset, _ = next(record for record in holder.records if record[0] in holder.owned)
+    side.put_out(holder)
+    error = side.commit(holder, place, offset + 1)
+    assert error is not None
+    side.until(lambda: holder.lost)
+    assert place in holder.lost
+    # What it had not committed is handed out again.
+    side.until(lambda: any(record[:2] == (place, offset) for record in other.records))
+    side.until(lambda: len(holder.owned) == len(other.owned) == 2)
+    assert holder.owned | other.owned == everything(side)
+
+
+def test_what_is_paused_brings_nothing_and_seeking_back_brings_it_again(side: Memory | Real) -> None:
+    member = side.member()
+    side.until(lambda: member.owned == everything(side))
+    side.produce(side.topics[0], b"k" * 16, b"0")
+    side.until(lambda: len(member.records) == 1)
+    place, offset, _ = member.records[0]
+    partition = TopicPartition(*place)
+    side.order(member, lambda: member.consumer.pause([partition]))
+    side.order(member, lambda: member.consumer.seek(TopicPartition(*place, offset)))
+    side.produce(side.topics[0], b"k" * 16, b"1")
+    # The other topic goes on, which shows that there was time enough.
+    side.produce(side.topics[1], b"k" * 16, b"2")
+    side.until(lambda: len(member.records) == 2)
+    assert member.records[1][2] == b"2"
+    side.order(member, lambda: member.consumer.resume([partition]))
+    side.until(lambda: len(member.records) == 4)
+    assert [value for _, _, value in member.records[2:]] == [b"0", b"1"]

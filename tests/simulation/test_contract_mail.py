@@ -1,0 +1,233 @@
+"""The in-memory mail server and pool behave as the SMTP client with a real server: each test runs on both."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import pytest
+
+from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
+from services.sender.smtp import Relay, SendCancelled, SmtpPool, Tls
+from tests.simulation.mail import MailServer, Pool
+from tests.simulation.scheduler import Loop, Scheduler
+from tests.simulation.world import World
+from tests.stack import Infra
+
+Send = Callable[..., Awaitable[Any]]
+
+
+def message(id_: str) -> bytes:
+    return f"From: a@post.test\r\nMessage-ID: <{id_}@post.test>\r\nSubject: s\r\n\r\ntext\r\n".encode()
+
+
+class Memory:
+    """The simulation's server and pool, on a loop in virtual time."""
+
+    # The recipient behind each ending.
+    names: ClassVar[dict[str, str]] = {
+        name: f"{name}@x.test"
+        for name in (
+            "ok",
+            "reject",
+            "reject_after_dot",
+            "defer",
+            "drop_before",
+            "kept_unheard",
+            "lost_unheard",
+            "slow",
+        )
+    }
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler(3)
+        self.world = World(self.scheduler)
+        self.server = MailServer(self.world, {rcpt: (name,) for name, rcpt in self.names.items()})
+        self.process = self.scheduler.process("sender-1", "sender")
+
+    def run(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        """Run `work(pool)` to its end."""
+        loop: Loop = self.process.loop
+
+        async def begin() -> Any:
+            return await work(Pool(self.server))
+
+        task: list[asyncio.Task[Any]] = []
+        self.scheduler.after(0, self.process, lambda: task.append(loop.create_task(begin())))
+        self.scheduler.run(self.scheduler.now + 100)
+        return task[0].result()
+
+    def copies(self, id_: str) -> int:
+        """How often the server took a message."""
+        return sum(1 for copy in self.server.journal if copy.message_id == f"<{id_}@post.test>")
+
+    def relay(self, up: bool) -> None:
+        """Take the server away, or bring it back."""
+        self.world.away["relay"] = 0.0 if up else 1e9
+
+    def finish(self) -> None:
+        """Take all down."""
+        self.scheduler.dispose()
+
+
+class Real:
+    """The catcher and the real pool."""
+
+    names: ClassVar[dict[str, str]] = {
+        "ok": "ok@x.test",
+        "reject": "reject5@x.test",
+        "reject_after_dot": "data5@x.test",
+        "defer": "greylist-always@x.test",
+        "drop_before": "drop-before-always@x.test",
+        "kept_unheard": "drop-after-always@x.test",
+        "lost_unheard": "drop-lost-always@x.test",
+        "slow": "slow-1500@x.test",
+    }
+
+    def __init__(self, infra: Infra) -> None:
+        self.infra = infra
+        self.address = infra.smtp
+
+    def run(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        async def begin() -> Any:
+            pool = SmtpPool(Relay(*self.address, tls=Tls.NONE))
+            try:
+                return await work(pool)
+            finally:
+                await pool.close(0)
+
+        return asyncio.run(begin())
+
+    def copies(self, id_: str) -> int:
+        return sum(1 for line in self.infra.journal() if line["message_id"] == f"<{id_}@post.test>")
+
+    def relay(self, up: bool) -> None:
+        self.infra.control_mail(connect="ok" if up else "refuse")
+        # The catcher looks at its control file now and then.
+        self.run(lambda pool: _until_relay(pool, up))
+
+    def finish(self) -> None:
+        self.relay(True)
+
+
+async def _until_relay(pool: Any, up: bool) -> None:
+    deadline = time.monotonic() + 10
+    host, port = pool.relay.host, pool.relay.port
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            there = True
+        except OSError:
+            there = False
+        if there == up:
+            return
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+@pytest.fixture(params=["memory", "catcher"])
+def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
+    made = Memory() if request.param == "memory" else Real(request.getfixturevalue("infra"))
+    yield made
+    made.finish()
+
+
+def send(side: Memory | Real, ending: str, guard: Callable[[], bool] = lambda: True) -> tuple[Any, int]:
+    """Send one mail whose delivery ends so; return the outcome and how often the server took it."""
+    id_ = str(uuid4())
+    outcome = side.run(lambda pool: pool.send("a@post.test", side.names[ending], message(id_), guard))
+    return outcome, side.copies(id_)
+
+
+def test_a_mail_that_is_taken_is_sent(side: Memory | Real) -> None:
+    outcome, copies = send(side, "ok")
+    assert isinstance(outcome, Sent)
+    assert outcome.reply.startswith("250")
+    assert copies == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "phase", "permanent"),
+    [
+        ("reject", Phase.ENVELOPE, True),
+        ("defer", Phase.ENVELOPE, False),
+        ("reject_after_dot", Phase.AFTER_DOT, True),
+    ],
+)
+def test_a_refusal_tells_its_phase_and_leaves_no_mail(
+    side: Memory | Real, ending: str, phase: Phase, permanent: bool
+) -> None:
+    outcome, copies = send(side, ending)
+    assert isinstance(outcome, Rejected)
+    assert (outcome.phase, outcome.permanent, copies) == (phase, permanent, 0)
+
+
+def test_a_connection_lost_before_the_message_is_over_leaves_no_mail(side: Memory | Real) -> None:
+    outcome, copies = send(side, "drop_before")
+    assert isinstance(outcome, NotSent)
+    assert (outcome.ours, copies) == (False, 0)
+
+
+@pytest.mark.parametrize(("ending", "kept"), [("kept_unheard", 1), ("lost_unheard", 0)])
+def test_a_reply_that_is_lost_is_a_doubt_whether_or_not_the_mail_was_taken(
+    side: Memory | Real, ending: str, kept: int
+) -> None:
+    outcome, copies = send(side, ending)
+    assert isinstance(outcome, InDoubt)
+    assert copies == kept
+
+
+@pytest.mark.parametrize(("answers", "phase"), [([False], Phase.ENVELOPE), ([True, False], Phase.DATA)])
+def test_a_guard_that_says_no_stops_it_before_the_envelope_and_before_the_message(
+    side: Memory | Real, answers: list[bool], phase: Phase
+) -> None:
+    left = iter(answers)
+    outcome, copies = send(side, "ok", lambda: next(left))
+    assert isinstance(outcome, LeaseLost)
+    assert (outcome.phase, copies) == (phase, 0)
+    assert next(left, None) is None, "it is asked no more often"
+
+
+def test_a_send_that_is_cancelled_says_what_became_of_the_mail(side: Memory | Real) -> None:
+    id_ = str(uuid4())
+
+    async def cancel(pool: Any) -> Any:
+        asked = 0
+        handed_over = asyncio.Event()
+
+        def guard() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                asyncio.get_running_loop().call_later(0.5, handed_over.set)
+            return True
+
+        task = asyncio.ensure_future(pool.send("a@post.test", side.names["slow"], message(id_), guard))
+        await handed_over.wait()
+        task.cancel()
+        try:
+            await task
+        except SendCancelled as cancelled:
+            return cancelled.outcome
+        return None
+
+    assert isinstance(side.run(cancel), InDoubt)
+
+
+def test_a_relay_that_is_away_is_no_fault_of_the_mail_and_is_waited_for(side: Memory | Real) -> None:
+    id_ = str(uuid4())
+
+    async def away(pool: Any) -> Any:
+        outcome = await pool.send("a@post.test", side.names["ok"], message(id_), lambda: True)
+        return outcome, pool.available
+
+    side.relay(False)
+    outcome, available = side.run(away)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.ours, available, side.copies(id_)) == (True, False, 0)
+    side.relay(True)
+    assert isinstance(send(side, "ok")[0], Sent)
