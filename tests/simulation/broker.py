@@ -306,6 +306,11 @@ class Consumer:
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
         return partitions
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the coordinator answers."""
+        return self._world.up("kafka")
+
     # --- waking ---
 
     def wake(self) -> None:
@@ -328,7 +333,7 @@ class Consumer:
 
     def put_out(self) -> None:
         """Be put out of the group; hear of it up to a heartbeat later."""
-        if self.member and not self._closed:
+        if self.member:
             self._world.trace(self.process.name, "is put out of its group")
             self._group.leave(self)
             scheduler = self._world.scheduler
