@@ -140,11 +140,12 @@ class Nemesis:
         """MySQL is back: how long until a Create is answered, and until all is served."""
         back = await _do(self._system.mysql_back)
         since = time.time() - (time.monotonic() - back)
+        limit = DATABASE if fault.kind in ("kill", "restart") else None
         if fault.alone:
-            self._watch(fault, since, DATABASE)
+            self._watch(fault, since, limit)
         answered = await self._load.answered(back, _PATIENCE)
         seconds = None if answered is None else round(answered - back, 2)
-        self._recovered(fault, seconds, DATABASE, "Create answered after", answered is None)
+        self._recovered(fault, seconds, limit, "Create answered after", answered is None)
 
     async def _freeze(self, fault: Fault) -> None:
         await _do(self._system.freeze, fault.target)
@@ -191,14 +192,12 @@ class Nemesis:
     async def _roll(self, fault: Fault) -> None:
         for service in ("api", *STAGES):
             for name in self._system.replicas(service):
+                if name not in self._system.replicas(service):
+                    continue
                 if not await _do(self._system.stop, name):
                     self._history.write("unclean", name=name)
                 await _do(self._system.start, name)
-                await _do(self._ready, name)
-
-    def _ready(self, name: str) -> None:
-        if name in {n for s in ("api", *STAGES) for n in self._system.replicas(s)}:
-            self._system.wait_ready(name)
+                await _do(self._system.wait_ready, name)
 
     async def _scale(self, fault: Fault) -> None:
         await _do(self._system.scale, fault.target, int(fault.detail))

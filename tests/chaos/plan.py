@@ -104,6 +104,9 @@ def _takes(card: Card, lasts: float) -> float:
         return 25.0
     if kind == "kill" and target.startswith(("validator", "sender", "status")):
         return max(lasts, _GONE)
+    if target == "mysql":
+        # It has a log to recover from before it takes logins again.
+        return lasts + 6.0
     return lasts or 6.0
 
 

@@ -17,13 +17,14 @@ from tests.chaos.load import Load
 from tests.chaos.nemesis import Nemesis
 from tests.chaos.plan import Fault
 from tests.chaos.recipients import end_of
+from tests.chaos.recovery import serves_again
 from tests.chaos.system import System
 
 __all__ = ["Run", "judge", "run"]
 
 FILES = ("history", "tasks", "journal", "timelines", "topics", "summary")
-# Seconds that the groups have to commit what is settled.
-COMMIT = 30.0
+# Seconds until the first tasks are through, and until the groups have committed what is settled.
+WARM, COMMIT = 120.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,16 @@ class Run:
     mutant: str = ""
     slack: float = 0.0
     settle: float = 60.0
+    kafka_nodes: int = 3
 
 
 def run(spec: Run, folder: Path, say: Callable[[str], None] = print) -> tuple[Verdict, Evidence]:
     """Do it; `folder` then holds the histories, and the logs of all processes. Blocks for minutes."""
     history = History(folder / "history.jsonl")
     save(folder / "plan.jsonl", (asdict(fault) for fault in spec.faults))
-    system = System(folder / "stack", history, disks=spec.disks, mutant=spec.mutant)
+    system = System(
+        folder / "stack", history, disks=spec.disks, mutant=spec.mutant, kafka_nodes=spec.kafka_nodes
+    )
     good = False
     try:
         system.up()
@@ -74,6 +78,12 @@ async def _go(spec: Run, system: System, history: History, folder: Path, say: Ca
     nemesis = Nemesis(system, spec.faults, work, history, say)
     loading = asyncio.create_task(work.run())
     try:
+        # Before anything is broken, all must work: what a cold start costs is no recovery.
+        started = time.time()
+        served = await serves_again(system.targets, started, WARM)
+        if served is None:
+            raise RuntimeError(f"not every partition was served within {WARM:g} s of the start")
+        say(f"{history.now():7.1f}  every partition is served, {served - started:.1f} s after the first task")
         await nemesis.run()
         rest = spec.seconds - (time.time() - nemesis.began)
         await asyncio.sleep(max(0.0, rest))

@@ -43,7 +43,7 @@ _READY = 180.0
 
 
 class System:
-    """Three Kafka nodes, MySQL, the name server, the mail server, and the services, under `directory`.
+    """Kafka, MySQL, the name server, the mail server, and the services, under `directory`.
 
     `disks`: MySQL and kafka-1 each live on a small tmpfs of their own, which takes root. `mutant`: the name
     of a module in tests.chaos.mutants that is run in the place of the service it breaks.
@@ -53,10 +53,13 @@ class System:
     def __init__(
         self, directory: Path, history: History, *, disks: bool = False, mutant: str = "",
         replicas: dict[str, int] | None = None,
+        kafka_nodes: int = 3,
     ) -> None:  # fmt: skip
         self.layout = Layout(directory)
         self._history, self._mutant = history, mutant
-        self._state = State(kafka_nodes=3, replicas={**dict.fromkeys(SERVICES, 2), **(replicas or {})})
+        self._state = State(
+            kafka_nodes=kafka_nodes, replicas={**dict.fromkeys(SERVICES, 2), **(replicas or {})}
+        )
         self._proxies = Proxies()
         self._disks = _DISKS if disks else {}
         self._mounted: list[Path] = []
@@ -209,10 +212,10 @@ class System:
             self._pids[name] = process.spawn(self.layout, name, argv, env, cwd=ROOT)
 
     def wait_ready(self, name: str, seconds: float = _READY) -> None:
-        """Wait until it answers. Raises RuntimeError when it does not in time."""
+        """Wait until it answers, or is no longer wanted. Raises RuntimeError when it does not in time."""
         component = self._component(name)
         end = time.monotonic() + seconds
-        while not component.is_ready():
+        while not component.is_ready() and name in self._wanted:
             if time.monotonic() > end:
                 raise RuntimeError(f"{name} is not ready:\n{process.log_tail(self.layout, name)}")
             time.sleep(0.05)
