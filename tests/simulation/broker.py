@@ -1,29 +1,30 @@
-"""Kafka in memory: logs with gaps in their offsets, consumer groups, and a Consumer as a stage sees it.
+"""Kafka in memory: logs with gaps in their offsets, and consumer groups.
 
 Groups are KIP-848's: incremental assignments, partitions leave one member before another has them, a
 member that is silent for its session is put out and hears of it late, and commits of who is not a member
-are refused. That a stage commits only what it may is watched here, where the commits arrive.
+are refused.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError
 
-from services.common.stage.ledger import Fetched
-from tests.simulation.scheduler import Process
 from tests.simulation.world import World
 
-__all__ = ["SESSION", "Broker", "Consumer", "Group", "Message"]
+if TYPE_CHECKING:
+    from tests.simulation.consumer import Consumer
+
+__all__ = ["SESSION", "Broker", "Group", "Message", "Place"]
 
 SESSION = 10.0
 """The group's session timeout, in seconds."""
 
 Place = tuple[str, int]
+"""A topic and a partition."""
 
 
 class Message:
@@ -190,266 +191,3 @@ class Group:
             member.tell("revoke", places)
         for member, places in given.items():
             member.tell("assign", places)
-
-
-class Consumer:
-    """confluent_kafka's Consumer, as much of it as a stage uses. Blocks its simulated thread.
-
-    `due` tells when its poller next has something to do of its own (virtual seconds), `behind` whether it has
-    more to commit than what is being committed, so that an idle one need not turn ten times a second.
-    """
-
-    def __init__(self, broker: Broker, process: Process, config: dict[str, Any]) -> None:
-        self.process = process
-        self.member = False
-        self.epoch = 0
-        """Counts its memberships."""
-        self.leaving: set[Place] = set()
-        self.due: Callable[[], float] = lambda: float("inf")
-        self.behind: Callable[[], bool] = lambda: True
-        self.taken: dict[Place, list[Fetched]] = {}
-        """What the stage took from each partition since it was assigned; for the watch over its commits."""
-        self._broker, self._world = broker, broker.world
-        self._group = broker.group(config["group.id"])
-        self._on_commit = config["on_commit"]
-        self._positions: dict[Place, int] = {}
-        self._paused: set[Place] = set()
-        self._highest: dict[Place, int] = {}
-        self._events: deque[tuple[str, Any]] = deque()
-        self._waiting = False
-        self._closed = False
-        self._turn = 0
-        self._fresh = False
-        """Whether there may be something to fetch."""
-        self._arrival = self._told = 0.0
-        self._polls, self._polled = 0, 0.0
-
-    def subscribe(self, topics: Sequence[str], on_assign: Any, on_revoke: Any, on_lost: Any) -> None:
-        self._topics, self._on_assign, self._on_revoke, self._on_lost = topics, on_assign, on_revoke, on_lost
-        self._join()
-
-    def _join(self) -> None:
-        scheduler = self._world.scheduler
-        scheduler.after(scheduler.latency(0.02), self.process, self._group.join, self, self._topics)
-
-    # --- reading ---
-
-    def consume(self, num_messages: int, timeout: float) -> list[Message]:
-        self._serve()
-        return self._next(num_messages)
-
-    def poll(self, timeout: float) -> Message | None:
-        self._watch()
-        self._serve()
-        if not (found := self._next(1)) and timeout > 0:
-            now = self._world.now
-            seconds = min(timeout, max(0.0, self.due() - now))
-            self._wait(seconds if seconds < 1e6 else None)
-            self._serve()
-            found = self._next(1)
-        return found[0] if found else None
-
-    def _watch(self) -> None:
-        now = self._world.now
-        self._polls = self._polls + 1 if now == self._polled else 0
-        self._polled = now
-        if self._polls > 1000:
-            self._world.violation(f"{self.process.service} polls without a pause")
-            raise RuntimeError("polls without a pause")
-
-    def _wait(self, seconds: float | None) -> None:
-        thread = self._world.scheduler.running
-        assert thread is not None
-        self._thread = thread
-        self._waiting = True
-        thread.block(seconds)
-        self._waiting = False
-
-    def _next(self, most: int) -> list[Message]:
-        if not self._fresh or not self._positions or not self._world.up("kafka"):
-            return []
-        places = list(self._positions)
-        self._turn += 1
-        start = self._turn % len(places)
-        found: list[Message] = []
-        logs = self._broker.logs
-        for place in places[start:] + places[:start]:
-            position = self._positions[place]
-            if position >= logs[place].end or place in self._paused:
-                continue
-            if len(found) >= most:
-                break
-            part = self._broker.read(place, position, most - len(found))
-            self._positions[place] = part[-1].offset() + 1
-            found += part
-        else:
-            self._fresh = len(found) >= most
-        if found:
-            self._world.operation("fetch", self.process)
-        return found
-
-    def pause(self, partitions: list[TopicPartition]) -> None:
-        self._paused.update(_places(partitions))
-
-    def resume(self, partitions: list[TopicPartition]) -> None:
-        self._fresh = True
-        self._paused.difference_update(_places(partitions))
-
-    def seek(self, partition: TopicPartition) -> None:
-        [place] = _places([partition])
-        if place in self._positions:
-            self._positions[place] = partition.offset
-            self._fresh = True
-
-    def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
-        if not self._world.up("kafka"):
-            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
-        return partitions
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the coordinator answers."""
-        return self._world.up("kafka")
-
-    # --- waking ---
-
-    def wake(self) -> None:
-        """Something is there for it."""
-        self._fresh = True
-        if self._waiting and self._thread is not None:
-            self._thread.notify(self._world.scheduler.latency())
-
-    def nudge(self, earliest: float = 0.0) -> None:
-        """Its poller has something to do, and will see it at one of its next turns."""
-        if self._waiting and self._thread is not None:
-            self._thread.notify(max(earliest, self._world.scheduler.rng.random() * 0.1))
-
-    def tell(self, kind: str, what: Any) -> None:
-        """Have the coordinator tell it something; it hears of it in its own time."""
-        scheduler = self._world.scheduler
-        # In the order in which it was told.
-        self._told = max(self._told, scheduler.now + scheduler.latency(0.02)) + 1e-6
-        scheduler.after(self._told - scheduler.now, self.process, self._hear, kind, what, self.epoch)
-
-    def put_out(self) -> None:
-        """Be put out of the group; hear of it up to a heartbeat later."""
-        if self.member:
-            self._world.trace(self.process.name, "is put out of its group")
-            self._group.leave(self)
-            scheduler = self._world.scheduler
-            scheduler.after(2 * scheduler.rng.random(), self.process, self._hear, "lost", None)
-
-    def redeliver(self) -> None:
-        """Fetch again from the committed positions on, as after a reset by the broker."""
-        for place in self._positions:
-            self._positions[place] = self._group.committed.get(place, 0)
-        self.wake()
-
-    def _hear(self, kind: str, what: Any, epoch: int | None = None) -> None:
-        if epoch is None or epoch == self.epoch:
-            self._events.append((kind, what))
-            if kind != "commit" or what[0] is not None or self.behind():
-                self.wake()
-
-    def _serve(self) -> None:
-        while self._events:
-            kind, what = self._events.popleft()
-            if kind == "commit":
-                self._on_commit(*what)
-            elif kind == "assign":
-                if self.member:
-                    self._on_assign(self, _partitions(what))
-            elif kind == "revoke":
-                if self.member:
-                    self._on_revoke(self, _partitions(place for place in what if place in self._positions))
-                    self._request(self._group.released, self, self.epoch, what)
-            elif not self.member:
-                self._on_lost(self, _partitions(self._positions))
-                self._positions.clear()
-                self.leaving.clear()
-                if not self._closed:
-                    self._join()
-
-    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
-        self._fresh = True
-        for place in _places(partitions):
-            self._positions[place] = self._group.committed.get(place, 0)
-            self._highest[place] = 0
-            self.taken[place] = []
-            self._paused.discard(place)
-
-    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
-        for place in _places(partitions):
-            self._positions.pop(place, None)
-            self.taken.pop(place, None)
-
-    # --- committing ---
-
-    def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> list[TopicPartition] | None:
-        thread = self._world.scheduler.running
-        assert thread is not None
-        positions = dict(zip(_places(offsets), (p.offset for p in offsets), strict=True))
-        answer: list[KafkaError | None] = []
-        epoch = self.epoch
-
-        def arrive() -> None:
-            verdict = self._world.operation("commit", self.process)
-            if not self._world.up("kafka"):
-                error, wait = KafkaError(KafkaError._TIMED_OUT), 1.0
-            elif verdict == "refused":
-                error, wait = KafkaError(KafkaError.NOT_COORDINATOR), 0.0
-            else:
-                error, wait = self._group.commit(self, epoch, positions), 0.0  # type: ignore[assignment]
-                if verdict == "unheard":
-                    error, wait = KafkaError(KafkaError._TIMED_OUT), 1.0
-            answer.append(error)
-            delay = wait + self._world.scheduler.latency()
-            if asynchronous:
-                self._world.scheduler.after(delay, self.process, self._hear, "commit", (error, offsets))
-            else:
-                thread.notify(delay)
-
-        self._request(arrive)
-        if asynchronous:
-            return None
-        while not answer:
-            thread.block(None)
-        if answer[0] is not None:
-            raise KafkaException(answer[0])
-        return offsets
-
-    def _request(self, call: Callable[..., object], *args: object) -> None:
-        # One connection to the coordinator: what is sent later arrives later.
-        scheduler = self._world.scheduler
-        self._arrival = max(self._arrival, scheduler.now + scheduler.latency()) + 1e-6
-        scheduler.after(self._arrival - scheduler.now, None, call, *args)
-
-    def check(self, place: Place, position: int) -> None:
-        """Watch over a commit: of what is owned (I7), never back (I1), never beyond what is unfinished."""
-        who, where = self.process.name, f"{place[0]}/{place[1]}"
-        if self._group.owners.get(place) is not self:
-            self._world.violation(f"{who} committed {where}, which it does not own")
-            return
-        if position < self._highest.get(place, 0):
-            self._world.violation(f"{who} took its commit of {where} back to {position}")
-        self._highest[place] = position
-        below = [record for record in self.taken.get(place, ()) if record.offset < position]
-        # One that was handed out twice need be finished once.
-        for offset in {record.offset for record in below}.difference(r.offset for r in below if r.finished):
-            self._world.violation(f"{who} committed {where}@{position} with @{offset} unfinished")
-
-    def close(self) -> None:
-        if self.process.dead or self._closed:
-            return
-        self._closed = True
-        if self.member and self._positions:
-            self._on_revoke(self, _partitions(self._positions))
-        self._request(self._group.leave, self)
-
-
-def _places(partitions: Iterable[TopicPartition]) -> list[Place]:
-    return [(p.topic, p.partition) for p in partitions]
-
-
-def _partitions(places: Iterable[Place]) -> list[TopicPartition]:
-    return [TopicPartition(topic, partition) for topic, partition in places]

@@ -21,7 +21,7 @@ from services.common.taskstore import Body
 from services.common.timeline import Entry
 from services.sender import decide as rules
 from services.sender.decide import Cancel, Claim, Delivery, Settlement, Taken, Verdict
-from tests.simulation.scheduler import VirtualTime
+from tests.simulation.threads import VirtualTime
 from tests.simulation.world import World
 
 __all__ = ["Database", "MemoryClaims"]

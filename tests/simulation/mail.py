@@ -21,7 +21,7 @@ from services.sender import replies
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
 from services.sender.smtp import SendCancelled
 from services.validator.mx import Kind, Reason, Verdict
-from tests.simulation.scheduler import Loop
+from tests.simulation.loop import Loop
 from tests.simulation.world import World
 
 __all__ = ["Copy", "Dns", "MailServer", "Pool"]

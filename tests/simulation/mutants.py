@@ -20,7 +20,7 @@ from services.sender import decide
 from services.sender.async_claims import AsyncClaims
 from services.sender.decide import Claim, Delivery, Settlement, Taken, first
 from tests.simulation.patches import replaced
-from tests.simulation.scheduler import VirtualTime
+from tests.simulation.threads import VirtualTime
 
 __all__ = ["MUTANTS", "applied"]
 

@@ -22,9 +22,11 @@ from services.sender import async_claims
 from services.sender import stage as sender_stage
 from services.status import stage as status_stage
 from tests.simulation.database import Database
+from tests.simulation.loop import Executor
 from tests.simulation.poller import Poller
 from tests.simulation.publisher import Publisher
-from tests.simulation.scheduler import Executor, VirtualTime, here
+from tests.simulation.scheduler import here
+from tests.simulation.threads import VirtualTime
 
 __all__ = ["installed", "replaced"]
 

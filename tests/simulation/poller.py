@@ -6,8 +6,9 @@ from typing import Any
 
 from services.common.stage import poller
 from services.common.stage.ledger import Fetched
-from tests.simulation.broker import Consumer
-from tests.simulation.scheduler import VirtualTime, here
+from tests.simulation.consumer import Consumer
+from tests.simulation.scheduler import here
+from tests.simulation.threads import VirtualTime
 
 __all__ = ["Poller"]
 

@@ -31,11 +31,14 @@ from services.status.stage import Status
 from services.status.stage import stage as status_stage
 from services.validator.cache import VerdictCache
 from services.validator.stage import Validator
-from tests.simulation.broker import Broker, Consumer
+from tests.simulation.broker import Broker
+from tests.simulation.consumer import Consumer
 from tests.simulation.database import Database, MemoryClaims
+from tests.simulation.loop import Loop
 from tests.simulation.mail import Dns, MailServer, Pool
+from tests.simulation.process import Process
 from tests.simulation.publisher import Publisher
-from tests.simulation.scheduler import EPOCH, Loop, Process, here
+from tests.simulation.scheduler import EPOCH, here
 
 __all__ = ["SETTINGS", "Api", "Servers", "Service", "build"]
 

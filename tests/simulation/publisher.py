@@ -11,7 +11,8 @@ from confluent_kafka import KafkaError
 from services.common.events import Outgoing
 from services.common.stage.publisher import Failure, PublishError
 from tests.simulation.broker import Broker
-from tests.simulation.scheduler import Loop, here
+from tests.simulation.loop import Loop
+from tests.simulation.scheduler import here
 
 __all__ = ["Publisher"]
 
@@ -69,7 +70,7 @@ class Publisher:
                 failures.append((index, error))
             if not left:
                 self._open -= 1
-                self._loop.call_soon(done, failures)
+                self._loop.enter(done, failures)
 
         for index, item in enumerate(batch):
             now = self._scheduler.now

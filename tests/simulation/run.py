@@ -19,9 +19,10 @@ from tests.simulation.database import Database
 from tests.simulation.mail import Dns, MailServer
 from tests.simulation.patches import trace_into
 from tests.simulation.plan import SERVICES, Act, Fault, Plan, TaskPlan
+from tests.simulation.process import Process
 from tests.simulation.processes import SETTINGS, Api, Servers, Service, build
 from tests.simulation.publisher import Publisher
-from tests.simulation.scheduler import EPOCH, Process, Scheduler
+from tests.simulation.scheduler import EPOCH, Scheduler
 from tests.simulation.world import World
 
 __all__ = ["Result", "run"]
@@ -93,7 +94,7 @@ class Schedule:
         self._names[service] += 1
         name = f"{service}-{self._names[service]}"
         self.world.trace(name, "starts")
-        replica = _Replica(self.scheduler.process(name, service))
+        replica = _Replica(Process(self.scheduler, name, service))
         self.replicas.append(replica)
         self.scheduler.after(0, replica.process, self._boot, replica)
         return replica

@@ -13,7 +13,10 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 from services.common.config import Settings
 from services.common.stage.clients import consumer_config, producer_config
 from tests.simulation import broker as memory
-from tests.simulation.scheduler import Scheduler, Thread
+from tests.simulation.consumer import Consumer as MemoryConsumer
+from tests.simulation.process import Process
+from tests.simulation.scheduler import Scheduler
+from tests.simulation.threads import Thread
 from tests.simulation.world import World
 from tests.stack import Infra
 
@@ -127,12 +130,12 @@ class Memory(Side):
         self._members: list[Member] = []
 
     def member(self) -> Member:
-        process = self.scheduler.process(f"member-{len(self._members)}", "test")
+        process = Process(self.scheduler, f"member-{len(self._members)}", "test")
         made: list[Member] = []
 
         def work() -> None:
             member = Member(
-                memory.Consumer(
+                MemoryConsumer(
                     self.broker,
                     process,
                     {"group.id": "g", "on_commit": lambda error, _: made[0].answers.append(error)},

@@ -12,8 +12,10 @@ import pytest
 
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
 from services.sender.smtp import Relay, SendCancelled, SmtpPool, Tls
+from tests.simulation.loop import Loop
 from tests.simulation.mail import MailServer, Pool
-from tests.simulation.scheduler import Loop, Scheduler
+from tests.simulation.process import Process
+from tests.simulation.scheduler import Scheduler
 from tests.simulation.world import World
 from tests.stack import Infra
 
@@ -46,7 +48,7 @@ class Memory:
         self.scheduler = Scheduler(3)
         self.world = World(self.scheduler)
         self.server = MailServer(self.world, {rcpt: (name,) for name, rcpt in self.names.items()})
-        self.process = self.scheduler.process("sender-1", "sender")
+        self.process = Process(self.scheduler, "sender-1", "sender")
 
     def run(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         """Run `work(pool)` to its end."""

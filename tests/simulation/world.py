@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from tests.simulation.plan import Fault
-from tests.simulation.scheduler import Process, Scheduler
+from tests.simulation.process import Process
+from tests.simulation.scheduler import Scheduler
 
 __all__ = ["World"]
 
