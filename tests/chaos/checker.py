@@ -58,7 +58,8 @@ class Mail:
 class Recovery:
     """How long the system took to serve again after a fault; `limit` None where nothing is promised.
 
-    `seconds` None: the next fault came before it could be told, or it never served again (`gave_up`).
+    `seconds` None: the next fault came before it could be told; with `gave_up` when it was late already by
+    then, or did not serve again at all.
     """
 
     fault: str
@@ -238,7 +239,7 @@ def _rest(evidence: Evidence, slack: float, verdict: Verdict) -> None:
         if recovery.limit is None or (recovery.seconds is None and not recovery.gave_up):
             continue
         if recovery.seconds is None or recovery.seconds > recovery.limit + slack:
-            took = "never" if recovery.seconds is None else f"{recovery.seconds:.1f} s"
+            took = "not in time" if recovery.seconds is None else f"{recovery.seconds:.1f} s"
             verdict.breaches.append(
                 ("late", f"{recovery.fault}: {recovery.what} {took}, promised within {recovery.limit:g} s")
             )

@@ -100,7 +100,8 @@ class Nemesis:
             seconds = None if at is None else round(at - since, 2)
             gave_up = at is None
         except asyncio.CancelledError:
-            pass
+            # Overtaken by the next fault: that it is late by then can be told, how late it would be cannot.
+            gave_up = limit is not None and time.time() - since > limit
         self._recovered(fault, seconds, limit, "served again after", gave_up)
 
     def _recovered(

@@ -74,7 +74,7 @@ def _recovery(recoveries: Sequence[Recovery]) -> Table:
             what,
             f"{len(took)} of {len(all_)}",
             f"{took[len(took) // 2]:.1f}" if took else "",
-            "never" if never else f"{took[-1]:.1f}" if took else "",
+            "not in time" if never else f"{took[-1]:.1f}" if took else "",
             f"{limit:g}" if limit else "",
         )
     return found
