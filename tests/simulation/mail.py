@@ -2,7 +2,7 @@
 
 How a delivery to a task's recipient ends is its plan's word:
 
-- `ok`, `slow`, `hang`     taken; the reply comes at once, after 12 s, after 45 s
+- `ok`, `slow`, `hang`     taken; the reply comes at once, after 6 s, after 45 s
 - `reject`, `reject_after_dot`   550 to RCPT, 554 to the message
 - `defer`, `defer_slow`    451 to RCPT, at once or after 25 s
 - `drop_before`            the connection ends before the last byte of the message
@@ -113,7 +113,7 @@ class Pool:
                 # What is in the socket arrives, whatever becomes of the sender.
                 copy = Copy(_task(message), _message_id(message), _owner(guard), self._world.now)
                 self._world.scheduler.after(latency(), None, self._server.accept, copy, self._loop)
-            await asyncio.sleep({"slow": 12.0, "hang": 45.0}.get(end, 0.005) + latency())
+            await asyncio.sleep({"slow": 6.0, "hang": 45.0}.get(end, 0.005) + latency())
             if end in ("kept_unheard", "lost_unheard") or self._lost():
                 return InDoubt("connection lost", _RELAY)
             if end == "reject_after_dot":

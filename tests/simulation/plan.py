@@ -99,6 +99,9 @@ def make(seed: int) -> Plan:
     faults = tuple(_fault(rng, last) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))))
     if any(act.what == "poison" for act in acts) and rng.random() < 0.4:
         faults += (Fault("refused", on="dead", nth=rng.randrange(1, 3)),)
+    if rng.random() < 0.2:
+        tasks, fault = _amid_a_mail(rng, tasks)
+        faults += (fault,)
     replicas = (1, rng.choice((1, 1, 1, 1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 1, 1, 2)))
     return Plan(
         seed,
@@ -110,6 +113,20 @@ def make(seed: int) -> Plan:
         in_flight=rng.choice((1, 2, 50, 50)),
         replay_all=rng.random() < 0.15,
     )
+
+
+def _amid_a_mail(rng: random.Random, tasks: tuple[TaskPlan, ...]) -> tuple[tuple[TaskPlan, ...], Fault]:
+    """Make the first mail take its time, and let something happen to its sender meanwhile."""
+    first = replace(
+        tasks[0], smtp=(rng.choice(("slow", "slow", "hang", "defer_slow", "defer")), *tasks[0].smtp)
+    )
+    fault = Fault(
+        rng.choice(("evict", "evict", "freeze", "freeze", "kill", "redeliver", "stop")),
+        on=rng.choice(("claim", "mail", "settle")),
+        nth=rng.choice((1, 1, 2)),
+        seconds=float(rng.choice((1, 12, 25, 35))),
+    )
+    return (first, *tasks[1:]), fault
 
 
 def _task(rng: random.Random) -> TaskPlan:
@@ -140,7 +157,7 @@ def _fault(rng: random.Random, last: float) -> Fault:
     what = rng.choice(
         ("kill",) * 5
         + ("freeze",) * 4
-        + ("stop", "evict", "redeliver", "join", "database", "kafka", "relay")
+        + ("stop", "evict", "evict", "evict", "redeliver", "join", "database", "kafka", "relay")
         + ("unheard",) * 2
         + ("refused", "again")
     )
