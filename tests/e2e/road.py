@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from postroad.v1 import task_pb2
@@ -31,6 +31,16 @@ def until(met: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
             return value
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
         time.sleep(0.05)
+
+
+def _watermarks(consumer: Consumer, topic: str, number: int) -> tuple[int, int] | None:
+    """The first and the next offset of a partition; None while a broker that just started has no answer."""
+    try:
+        return consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)  # type: ignore[no-any-return]
+    except KafkaException as error:
+        if not error.args[0].retriable():
+            raise
+        return None
 
 
 class Road:
@@ -134,7 +144,7 @@ class Road:
             partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
             left, found = {}, []
             for number in partitions:
-                low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
+                low, high = until(lambda n=number: _watermarks(consumer, topic, n), f"offsets of {topic}", 20)  # type: ignore[misc]
                 if high > low:
                     left[number] = high
             consumer.assign([TopicPartition(topic, number, 0) for number in left])

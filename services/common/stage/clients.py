@@ -77,8 +77,9 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
         "max.partition.fetch.bytes": 256 << 10,
         "fetch.max.bytes": 4 << 20,
         "receive.message.max.bytes": MAX_RECORD_BYTES + (8 << 20),
-        # A partition that is resumed, or due again, waits for the fetch under way: no longer than this.
-        "fetch.wait.max.ms": 50 if gather else 100,
+        # A partition that is resumed, due again or just emptied waits for the fetch under way: no longer
+        # than this. At 100 ms that wait was a stage's 90th percentile at 200 records a second.
+        "fetch.wait.max.ms": 50 if gather else 20,
         "fetch.min.bytes": 64 << 10 if gather else 1,
         "fetch.error.backoff.ms": 100,
         # While the client's queue holds anything it fetches no more, so that the poller's pace is the

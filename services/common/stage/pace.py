@@ -13,10 +13,10 @@ from math import exp
 
 __all__ = ["FETCH", "LINGER_MS", "PRODUCE", "Pace"]
 
-FETCH = 0.04
+FETCH = 0.1
 """The longest wait between two fetches, in seconds: it bounds what a stage adds to a task's time."""
 
-PRODUCE = 0.02
+PRODUCE = 0.05
 """The same between two bursts of producing. What one fetch gave rise to comes together and waits for nothing;
 what ends one by one (RPCs, SMTP transactions) is gathered."""
 
@@ -25,7 +25,7 @@ LINGER_MS = 1
 
 # Records a second: up to the first there is no wait, from the second on the longest.
 _IDLE = 300.0
-_BUSY = 2000.0
+_BUSY = 1000.0
 _MEMORY = 0.5
 
 
