@@ -49,8 +49,6 @@ class Sweeper:
     async def run(self) -> None:
         """Sweep until stopped. While the database or Kafka is away it goes on trying."""
         while not self._stopping.is_set():
-            if self._publisher.fatal is not None:
-                raise RuntimeError(f"the producer cannot go on: {self._publisher.fatal}")
             try:
                 more = await self._sweep()
             except Exception as error:

@@ -63,16 +63,26 @@ async def running(**overrides: Any) -> AsyncIterator[Publisher]:
         await publisher.close(1)
 
 
-async def test_a_fatal_error_is_told_and_nobody_waits_for_ever() -> None:
+async def test_a_producer_that_gave_up_is_replaced() -> None:
+    mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
+    async with running(**mock) as publisher:
+        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+        for turn in range(3):
+            spent = publisher._producer
+            break_down(spent)
+            failures, deadline = [()], asyncio.get_running_loop().time() + 20
+            # What meets the spent one fails at once; the new one delivers.
+            while failures:
+                assert asyncio.get_running_loop().time() < deadline, turn
+                failures = await asyncio.wait_for(publisher.attempt([item(1), item(2)]), 20)
+            assert publisher._producer is not spent
+
+
+async def test_what_a_spent_producer_held_has_failed() -> None:
     async with running() as publisher:
         before = publisher.attempt([item(1), item(2)])
         break_down(publisher._producer)
-        await asyncio.wait_for(publisher.broken.wait(), 10)
-        assert publisher.fatal is not None
-        assert "for the test" in publisher.fatal
         assert [index for index, _ in await asyncio.wait_for(before, 10)] == [0, 1]
-        after = await asyncio.wait_for(publisher.attempt([item(3)]), 10)
-        assert [index for index, _ in after] == [0]
 
 
 async def test_what_is_acked_only_because_a_later_batch_was_is_not_delivered() -> None:

@@ -69,7 +69,8 @@ class Publisher:
     Items go to `settings.topic_prefix` + their topic, in the order of the calls. A batch is not atomic, and
     one that is published again after a failure may be there twice: readers tell events by `ce_id`. What is
     being published is bounded by the callers. When there is much of it, batches are gathered for a moment:
-    librdkafka makes one request for every partition, whatever it holds.
+    librdkafka makes one request for every partition, whatever it holds. A producer that fails for good (it
+    lost count of its batches in a long outage, say) is replaced.
     """
 
     def __init__(self, settings: Settings, client_id: str, **overrides: Any) -> None:
@@ -83,10 +84,7 @@ class Publisher:
         self._finished: list[_Batch] = []
         self._closed = False
         self._deadline = 0.0
-        self.fatal: str | None = None
-        """Why the producer can publish no more, so that the process must start anew; None while it can."""
-        self.broken = asyncio.Event()
-        """Set once `fatal` is."""
+        self._gave_up: KafkaError | None = None
 
     def start(self) -> None:
         """Start producing. Call on the loop's thread; does not block, nor wait for a broker."""
@@ -164,6 +162,8 @@ class Publisher:
     def _poll(self) -> None:
         while not self._closed:
             self._heed(lambda: self._producer.poll(_TURN))
+            if self._gave_up is not None:
+                self._renew(self._gave_up)
             self._report()
         self._heed(lambda: self._producer.flush(max(0.0, self._deadline - time.monotonic())))
         self._report()
@@ -174,6 +174,17 @@ class Publisher:
             call()
         except KafkaException as error:
             self._on_error(error.args[0])
+
+    def _renew(self, error: KafkaError) -> None:
+        """Put a new producer in the place of one that gave up; what that one held has failed."""
+        log.error("the producer gave up, a new one takes its place", error=str(error))
+        self._gave_up = None
+        spent, self._producer = self._producer, Producer(self._config)
+        spent.purge()
+        self._heed(lambda: spent.flush(_TURN))
+        self._gave_up = None
+        # It may give up at once again.
+        time.sleep(_TURN)
 
     def _report(self) -> None:
         while self._refused:
@@ -200,6 +211,4 @@ class Publisher:
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() == KafkaError._FATAL or error.fatal():
-            self.fatal = str(error)
-            log.error("producer", error=str(error))
-            self._loop.call_soon_threadsafe(self.broken.set)
+            self._gave_up = error

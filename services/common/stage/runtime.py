@@ -112,8 +112,7 @@ class StageRuntime:
         )
         poller.start()
         stopped = asyncio.create_task(self._stop.wait())
-        broken = asyncio.create_task(self._publisher.broken.wait())
-        ends: set[asyncio.Future[Any]] = {stopped, broken, ended}
+        ends: set[asyncio.Future[Any]] = {stopped, ended}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             poller.stop()
@@ -122,11 +121,8 @@ class StageRuntime:
                 ended.result()
             else:
                 log.warning("the consumer did not close in time; its partitions wait for its session to end")
-            if self._publisher.fatal:
-                raise RuntimeError(f"the producer cannot go on: {self._publisher.fatal}")
         finally:
             stopped.cancel()
-            broken.cancel()
             poller.stop()
             work.cancel(None)
             await self._publisher.close(1.0)
