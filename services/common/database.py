@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import ExceptionContext
-from sqlalchemy.exc import DBAPIError, TimeoutError
+from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -58,6 +58,7 @@ _TROUBLE = frozenset(
     {1021, 1040, 1041, 1042, 1043, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1226, 1317, 3024}
     | {2002, 2003, 2004, 2005, 2006, 2012, 2013, 2026, 2027, 2045, 2048, 2055}
 )
+_LOST = frozenset({2006, 2013, 2055})
 _TRANSIENT = _DEADLOCK | _SESSION_OVER | _TROUBLE
 
 _SESSION = (
@@ -109,9 +110,17 @@ def _begin_session(connection: Any, record: object) -> None:
     cursor.close()
 
 
-def _end_session(context: ExceptionContext) -> None:
-    if getattr(context.original_exception, "errno", None) in _SESSION_OVER:
+def _end_session(context: ExceptionContext) -> Exception | None:
+    error = context.original_exception
+    number = getattr(error, "errno", None)
+    if number in _SESSION_OVER:
         context.is_disconnect = True
+    if context.sqlalchemy_exception is not None or number is None:
+        return None
+    # The C extension's commit and rollback raise an error of its own, which is none of DB-API's: SQLAlchemy
+    # would neither wrap it nor drop the connection.
+    context.is_disconnect = context.is_disconnect or number in _LOST
+    return OperationalError(context.statement, None, error, connection_invalidated=context.is_disconnect)
 
 
 def marks(count: int) -> str:

@@ -215,3 +215,28 @@ async def test_until_back_raises_what_does_not_pass() -> None:
 
     with pytest.raises(KeyError):
         await until_back(lambda error: None)(fail)
+
+
+def test_a_connection_lost_while_it_commits_is_the_databases_error_and_done_again(
+    engine: Engine, table: str
+) -> None:
+    tries = []
+
+    def work(connection: Connection) -> None:
+        tries.append(1)
+        connection.exec_driver_sql(f"INSERT IGNORE INTO {table} VALUES (9, 'x')")
+        if len(tries) == 1:
+            session = connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar()
+            with engine.connect() as other:
+                other.exec_driver_sql(f"KILL {session}")
+
+    transaction(engine, work)
+    assert len(tries) == 2
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql(f"SELECT COUNT(*) FROM {table} WHERE a = 9").scalar() == 1
+    # Where nobody does it again, it is an error like any other, and one that passes.
+    tries.clear()
+    with pytest.raises(DBAPIError) as caught, engine.begin() as connection:
+        work(connection)
+    assert transient(caught.value)
+    assert caught.value.connection_invalidated
