@@ -10,11 +10,13 @@ left as it was, 2 for one changed.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
+import _mysql_connector
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError
@@ -40,6 +42,11 @@ __all__ = [
 ]
 
 R = TypeVar("R")
+
+# MySQL's C library sets itself up at its first use, and not safely when two threads meet there: the second one's
+# connection has no methods and takes the process with it. So once, before there are threads
+# (mysql_library_init() in the C API's manual, a macro for this function).
+ctypes.PyDLL(_mysql_connector.__file__).mysql_server_init(0, None, None)
 
 CONNECT_SECONDS = 4
 READ_SECONDS = 15

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -240,3 +242,12 @@ def test_a_connection_lost_while_it_commits_is_the_databases_error_and_done_agai
         work(connection)
     assert transient(caught.value)
     assert caught.value.connection_invalidated
+
+
+def test_the_c_library_is_set_up_before_threads_use_it() -> None:
+    """In a process of its own: mysql_thread_init fails for as long as the library as a whole is not set up."""
+    program = (
+        "import ctypes, services.common.database, _mysql_connector as m;"
+        "raise SystemExit(ctypes.PyDLL(m.__file__).mysql_thread_init())"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
