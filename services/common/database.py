@@ -43,9 +43,9 @@ __all__ = [
 
 R = TypeVar("R")
 
-# MySQL's C library sets itself up at its first use, and not safely when two threads meet there: the second one's
-# connection has no methods and takes the process with it. So once, before there are threads
-# (mysql_library_init() in the C API's manual, a macro for this function).
+# MySQL's C library sets itself up at its first use, and not safely when two threads meet there: the
+# second one's connection has no methods and takes the process with it. So once, before there are
+# threads (mysql_library_init() in the C API's manual, a macro for this function).
 ctypes.PyDLL(_mysql_connector.__file__).mysql_server_init(0, None, None)
 
 CONNECT_SECONDS = 4
