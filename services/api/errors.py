@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 __all__ = [
     "DETAILS_KEY",
+    "PATIENCE",
     "Problem",
     "Refused",
     "Violation",
@@ -37,6 +38,8 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 DETAILS_KEY = "grpc-status-details-bin"
+PATIENCE = 4.5
+"""Seconds that an RPC waits for the database before it answers UNAVAILABLE."""
 DOMAIN = "postroad"
 _MOST_VIOLATIONS = 50
 _MOST_DETAIL_BYTES = 5000

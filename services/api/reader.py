@@ -11,8 +11,8 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.api.errors import overloaded, unavailable
-from services.common.database import transaction, transient
+from services.api.errors import PATIENCE, overloaded, unavailable
+from services.common.database import said, transaction, transient
 
 __all__ = ["THREADS", "Reader"]
 
@@ -22,7 +22,6 @@ R = TypeVar("R")
 
 THREADS = 4
 _MOST_WAITING = 200
-_PATIENCE = 4.5
 
 
 class Reader:
@@ -46,7 +45,7 @@ class Reader:
         work = loop.run_in_executor(self._executor, transaction, self._engine, query)
         work.add_done_callback(self._done)
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(PATIENCE):
                 return await asyncio.shield(work)
         except TimeoutError:
             raise unavailable() from None
@@ -57,8 +56,8 @@ class Reader:
 
     def _done(self, work: asyncio.Future[R]) -> None:
         self._waiting -= 1
-        if not work.cancelled() and work.exception() is not None:
-            log.warning("query failed", error=str(getattr(work.exception(), "orig", work.exception())))
+        if not work.cancelled() and (error := work.exception()) is not None:
+            log.warning("query failed", error=said(error))
 
     def close(self) -> None:
         """Take no more queries."""

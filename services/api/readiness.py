@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.common.database import transaction
+from services.common.database import said, transaction
 
 __all__ = ["Readiness"]
 
@@ -55,7 +55,7 @@ class Readiness:
             try:
                 await asyncio.to_thread(transaction, self._engine, _ping)
             except SQLAlchemyError as error:
-                log.warning("the database does not answer", error=str(getattr(error, "orig", error)))
+                log.warning("the database does not answer", error=said(error))
             else:
                 back = bool(self.problems())
                 self._answered = time.monotonic()

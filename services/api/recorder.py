@@ -11,21 +11,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from postroad.v1 import task_pb2
 from services.api import outbox
-from services.api.errors import Problem, conflict, overloaded, unavailable
+from services.api.errors import PATIENCE, Problem, conflict, overloaded, unavailable
 from services.api.queries import tasks_of
 from services.api.relay import Recording
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
-from services.common.database import transaction, transient
+from services.common.database import said, transaction, transient
 from services.common.fold import delta
 
-__all__ = ["PATIENCE", "Recorder"]
+__all__ = ["Recorder"]
 
 log = structlog.get_logger(__name__)
-
-PATIENCE = 4.5
-"""Seconds that a Create waits for its transaction before it answers UNAVAILABLE."""
 
 _LIMIT = 500
 _LIMIT_BYTES = 4 << 20
@@ -74,7 +71,7 @@ class Recorder:
         except SQLAlchemyError as error:
             if not transient(error):
                 raise
-            log.warning("not recorded", error=str(getattr(error, "orig", error)))
+            log.warning("not recorded", error=said(error))
             raise unavailable() from None
         finally:
             self._bytes -= recording.size

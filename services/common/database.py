@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import _mysql_connector
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import ExceptionContext
-from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, TimeoutError
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -32,10 +32,12 @@ from tenacity import (
 )
 
 __all__ = [
+    "at_fault",
     "deadlock",
     "engine_of",
     "execute_rows",
     "marks",
+    "said",
     "transaction",
     "transient",
     "until_back",
@@ -104,7 +106,7 @@ def engine_of(url: str | URL, pool_size: int = 4, read_seconds: int = READ_SECON
         },
     )
     event.listen(engine, "connect", _begin_session)
-    event.listen(engine, "handle_error", _end_session)
+    event.listen(engine, "handle_error", _on_error)
     return engine
 
 
@@ -117,7 +119,7 @@ def _begin_session(connection: Any, record: object) -> None:
     cursor.close()
 
 
-def _end_session(context: ExceptionContext) -> Exception | None:
+def _on_error(context: ExceptionContext) -> Exception | None:
     error = context.original_exception
     number = getattr(error, "errno", None)
     if number in _SESSION_OVER:
@@ -161,6 +163,22 @@ def deadlock(error: BaseException) -> bool:
     return _number(error) in _DEADLOCK
 
 
+def said(error: BaseException) -> str:
+    """Return what the database said, without what SQLAlchemy adds: its text has the whole statement in it."""
+    return str(getattr(error, "orig", error))
+
+
+def at_fault(error: BaseException) -> bool:
+    """Whether the database or its set-up is to blame, and no value that it was given.
+
+    That is also a refused login, a missing table and the like: an operator mends those, and until then no
+    task may fail for them.
+    """
+    if isinstance(error, DataError | IntegrityError):
+        return False
+    return isinstance(error, DBAPIError) or transient(error)
+
+
 def transient(error: BaseException) -> bool:
     """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
@@ -200,10 +218,12 @@ def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
     return _again(once)
 
 
-def until_back(noticed: Callable[[BaseException], None]) -> AsyncRetrying:
+def until_back(
+    noticed: Callable[[BaseException], None], passes: Callable[[BaseException], bool] = transient
+) -> AsyncRetrying:
     """Return a policy that waits as long as the database is away: `await until_back(f)(function, ...)`.
 
-    `noticed` is told each transient error; all others are raised. Waits 0.1 s at first, 3 s at most.
+    `noticed` is told each error that `passes`; all others are raised. Waits 0.1 s at first, 3 s at most.
     """
 
     def tell(state: RetryCallState) -> None:
@@ -212,7 +232,7 @@ def until_back(noticed: Callable[[BaseException], None]) -> AsyncRetrying:
             noticed(error)
 
     return AsyncRetrying(
-        retry=retry_if_exception(transient),
+        retry=retry_if_exception(passes),
         wait=wait_exponential_jitter(multiplier=0.1, max=3, jitter=0.1),
         before_sleep=tell,
         reraise=True,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import structlog
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential_jitter
 
 from services.common.batching import Batcher
-from services.common.database import transient
+from services.common.database import at_fault, until_back
 from services.sender.decide import Cancel, Claim, Delivery, Settlement, Verdict
 
 __all__ = ["AsyncClaims", "BlockingClaims"]
@@ -23,14 +21,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LIMIT = 500
-
-
-def _database_is_at_fault(error: BaseException) -> bool:
-    """Whether to wait. Also for a refused login, a missing table and the like: an operator mends those, and
-    until then no task may become a dead letter for them. Only a value that does not fit is the task's own."""
-    if isinstance(error, DataError | IntegrityError):
-        return False
-    return isinstance(error, DBAPIError) or transient(error)
 
 
 class BlockingClaims(Protocol):
@@ -48,13 +38,12 @@ class AsyncClaims:
     had enough is cancelled. A cancelled call may still be made. Belongs to one event loop."""
 
     def __init__(self, claims: BlockingClaims) -> None:
-        shared = _database_is_at_fault
         self._claims = claims
         self._claim: Batcher[Claim | Cancel, Verdict] = Batcher(
-            claims.claim, _LIMIT, shared=shared, name="claims"
+            claims.claim, _LIMIT, shared=at_fault, name="claims"
         )
         self._settle: Batcher[Delivery, Settlement] = Batcher(
-            claims.settle, _LIMIT, shared=shared, name="settles"
+            claims.settle, _LIMIT, shared=at_fault, name="settles"
         )
         self._renewals = ThreadPoolExecutor(1, thread_name_prefix="renewals")
         self.trouble: str | None = None
@@ -85,32 +74,16 @@ class AsyncClaims:
         await self._settle.close()
         self._renewals.shutdown(wait=False)
 
-    async def _patiently(self, call: Callable[[T], Awaitable[R]], item: T) -> R:
+    async def _patiently(self, call: Batcher[T, R], item: T) -> R:
         try:
             result = await call(item)
         except Exception as error:
-            if not _database_is_at_fault(error):
+            if not at_fault(error):
                 raise
             self._notice(error)
-            result = await self._until_back(call, item)
+            result = await until_back(self._notice, at_fault)(call, item)
         self.trouble = None
         return result
-
-    async def _until_back(self, call: Callable[[T], Awaitable[R]], item: T) -> R:
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception(_database_is_at_fault),
-            wait=wait_exponential_jitter(multiplier=0.1, max=3, jitter=0.1),
-            before_sleep=self._before_sleep,
-            reraise=True,
-        ):
-            with attempt:
-                result = await call(item)
-        return result
-
-    def _before_sleep(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        if error is not None:
-            self._notice(error)
 
     def _notice(self, error: BaseException) -> None:
         if self.trouble is None:

@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.common.database import transaction
+from services.common.database import said, transaction
 from services.common.schema import from_micros
 from services.common.taskstore import purge_bodies
 from services.common.telemetry import STATUS_BODIES_PURGED
@@ -44,7 +44,7 @@ async def purge_forever(engine: Engine, retention_seconds: int) -> None:
         try:
             purged = await asyncio.to_thread(purge, engine, retention_seconds, time.time_ns() // 1000)
         except SQLAlchemyError as error:
-            log.warning("bodies were not purged", error=str(getattr(error, "orig", error)))
+            log.warning("bodies were not purged", error=said(error))
         else:
             if purged:
                 log.info("bodies purged", count=purged)

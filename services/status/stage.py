@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import structlog
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from services.common import topics
 from services.common.batching import Batcher
-from services.common.database import transaction, transient, until_back
+from services.common.database import at_fault, said, transaction, transient, until_back
 from services.common.events import DECODERS, Event
 from services.common.fold import delta
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
@@ -32,7 +31,7 @@ class Status:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._batcher: Batcher[Event, None] = Batcher(self._store, shared=_nobodys, name="fold")
+        self._batcher: Batcher[Event, None] = Batcher(self._store, shared=at_fault, name="fold")
         self._problem: str | None = None
 
     async def handle_batch(self, records: Sequence[Record]) -> Sequence[Outcome]:
@@ -61,7 +60,7 @@ class Status:
     async def _fold(self, events: Sequence[Event]) -> list[Outcome]:
         results = await self._batcher.many(events)
         for result in results:
-            if result is not None and _nobodys(result):
+            if result is not None and at_fault(result):
                 raise result
         return [Done() if result is None else Dead(_cause(result)) for result in results]
 
@@ -83,13 +82,8 @@ class Status:
         self._problem = problem
 
 
-def _nobodys(error: BaseException) -> bool:
-    return isinstance(error, DBAPIError) and not isinstance(error, DataError | IntegrityError)
-
-
 def _cause(error: BaseException) -> str:
-    # SQLAlchemy's own text holds the whole statement and its parameters, bodies included.
-    return f"{type(error).__name__}: {error.orig if isinstance(error, DBAPIError) else error}"
+    return f"{type(error).__name__}: {said(error)}"
 
 
 def stage(status: Status) -> Stage:

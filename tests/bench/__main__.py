@@ -12,8 +12,6 @@ import asyncio
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ import uvloop
 
 from tests.bench.load import Sent, at_rate, by_callers
 from tests.bench.usage import usage
+from tests.stack import Stack
 
 DEADLINE = 120.0
 
@@ -32,15 +31,13 @@ DEADLINE = 120.0
 @contextmanager
 def stack() -> Iterator[tuple[Path, dict[str, str]]]:
     """A local stack of its own in a temporary folder: its folder and its stack.env."""
-    with tempfile.TemporaryDirectory(prefix="postroad-bench-") as folder:
-        environ = os.environ | {"POSTROAD_LOCAL_DIR": folder}
-        command = [sys.executable, "-m", "deploy.local"]
-        try:
-            subprocess.run([*command, "up"], env=environ, check=True, stdout=sys.stderr)
-            lines = (Path(folder) / "stack.env").read_text().splitlines()
-            yield Path(folder), dict(line.split("=", 1) for line in lines if "=" in line)
-        finally:
-            subprocess.run([*command, "down", "--wipe"], env=environ, check=False, stdout=sys.stderr)
+    given = {k: v for k, v in os.environ.items() if k.startswith(("POSTROAD_", "EMAIL_"))}
+    system = Stack(Path(tempfile.mkdtemp(prefix="postroad-bench-")), given)
+    try:
+        system.up()
+        yield system.directory, system.env()
+    finally:
+        system.down()
 
 
 class Journal:

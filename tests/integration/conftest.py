@@ -1,4 +1,4 @@
-"""The databases of the storage tests: each on MySQL and, where it is installed, on MariaDB."""
+"""What several integration tests ask for: a database on each server, an installation on the broker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 from deploy.local.database_tree import find_server, make_template
 from services.common.database import engine_of
 from services.common.migrations import migrate
+from tests.integration.stage_kit import Kit
 from tests.stack import Infra
 
 
@@ -52,3 +53,19 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = engine_of(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(params=["consumer", "classic"])
+def kit(infra: Infra, request: pytest.FixtureRequest) -> Iterator[Kit]:
+    """An installation of the test's own, under each group protocol in turn."""
+    kit = Kit(infra, request.param)
+    yield kit
+    kit.close()
+
+
+@pytest.fixture
+def newest(infra: Infra) -> Iterator[Kit]:
+    """An installation of the test's own, under KIP-848."""
+    kit = Kit(infra, "consumer")
+    yield kit
+    kit.close()

@@ -146,7 +146,7 @@ class Kit:
         """Produce, acked."""
         publisher = Publisher(self.settings, client_id="test")
         publisher.start()
-        await publisher.publish(list(outgoing))
+        assert await publisher.attempt(list(outgoing)) == []
         await publisher.close(5)
 
     def read(self, bare: str) -> list[Message]:

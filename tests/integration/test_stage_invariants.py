@@ -23,21 +23,7 @@ from services.common.events import Outgoing
 from services.common.stage.types import Dead, Outcome, Record, Retry
 from services.common.topics import MX_OK, TASK_CREATED
 from tests.integration.stage_kit import Kit, Watched, created, passed_on, until
-from tests.stack import ROOT, Infra
-
-
-@pytest.fixture(params=["consumer", "classic"])
-def kit(infra: Infra, request: pytest.FixtureRequest) -> Iterator[Kit]:
-    kit = Kit(infra, request.param)
-    yield kit
-    kit.close()
-
-
-@pytest.fixture
-def newest(infra: Infra) -> Iterator[Kit]:
-    kit = Kit(infra, "consumer")
-    yield kit
-    kit.close()
+from tests.stack import ROOT
 
 
 class Child:

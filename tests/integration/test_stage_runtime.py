@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,21 +17,6 @@ from services.common.stage import poller
 from services.common.stage.types import Dead, Done, Outcome, Record, Retry
 from services.common.topics import MX_OK, TASK_CREATED
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
-from tests.stack import Infra
-
-
-@pytest.fixture(params=["consumer", "classic"])
-def kit(infra: Infra, request: pytest.FixtureRequest) -> Iterator[Kit]:
-    kit = Kit(infra, request.param)
-    yield kit
-    kit.close()
-
-
-@pytest.fixture
-def newest(infra: Infra) -> Iterator[Kit]:
-    kit = Kit(infra, "consumer")
-    yield kit
-    kit.close()
 
 
 async def test_a_plain_handler_passes_every_task_on_with_its_trace(kit: Kit) -> None:

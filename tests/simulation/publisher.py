@@ -9,7 +9,8 @@ from typing import Any
 from confluent_kafka import KafkaError
 
 from services.common.events import Outgoing
-from services.common.stage.publisher import Failure, PublishError
+from services.common.stage import publisher
+from services.common.stage.publisher import Failure
 from tests.simulation.broker import Broker
 from tests.simulation.loop import Loop
 from tests.simulation.scheduler import here
@@ -19,7 +20,7 @@ __all__ = ["Publisher"]
 _TIMEOUT = 30.0
 
 
-class Publisher:
+class Publisher(publisher.Publisher):
     """Takes the place of services.common.stage.publisher.Publisher."""
 
     broker: Broker
@@ -32,27 +33,9 @@ class Publisher:
         self._scheduler = here()
         self._last = 0.0
         self._open = 0
-        self.fatal: str | None = None
-        self.broken = asyncio.Event()
 
     def start(self) -> None:
         """Nothing has to be."""
-
-    async def publish(self, batch: Sequence[Outgoing]) -> None:
-        """Publish, or raise PublishError."""
-        if failures := await self.attempt(batch):
-            raise PublishError(failures)
-
-    def attempt(self, batch: Sequence[Outgoing]) -> asyncio.Future[list[Failure]]:
-        """Publish; the future's result is what failed."""
-        future: asyncio.Future[list[Failure]] = self._loop.create_future()
-
-        def done(failures: list[Failure]) -> None:
-            if not future.done():
-                future.set_result(failures)
-
-        self.send(batch, done)
-        return future
 
     def send(self, batch: Sequence[Outgoing], done: Callable[[list[Failure]], None]) -> None:
         """Publish; `done` is called once, with what failed."""

@@ -95,10 +95,6 @@ class Poller:
         if self._sleeping:
             self._wake.set()
 
-    def ready(self) -> bool:
-        """Return whether this member is in its group, with partitions or with none left for it."""
-        return self._joined and not self._stopping
-
     def problems(self) -> list[str]:
         """Return why records may not be coming in."""
         now = time.monotonic()

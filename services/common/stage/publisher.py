@@ -18,7 +18,7 @@ from services.common.events import Outgoing
 from services.common.stage.clients import producer_config
 from services.common.stage.pace import PRODUCE, Pace
 
-__all__ = ["Failure", "PublishError", "Publisher"]
+__all__ = ["Failure", "Publisher"]
 
 log = structlog.get_logger(__name__)
 
@@ -27,14 +27,6 @@ Failure = tuple[int, KafkaError]
 
 _TURN = 0.1
 _UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
-
-
-class PublishError(Exception):
-    """Some items of a batch were not delivered; `failures` names them. The others were."""
-
-    def __init__(self, failures: Sequence[Failure]) -> None:
-        super().__init__(f"{len(failures)} not delivered: {failures[0][1]}")
-        self.failures = failures
 
 
 class _Batch:
@@ -93,17 +85,11 @@ class Publisher:
         self._thread = threading.Thread(target=self._poll, name="publisher", daemon=True)
         self._thread.start()
 
-    async def publish(self, batch: Sequence[Outgoing]) -> None:
-        """Publish a batch; return once every item is acked by all in-sync replicas.
-
-        Raises PublishError naming the items that were not, after `delivery.timeout.ms` at the latest.
-        """
-        failures = await self.attempt(batch)
-        if failures:
-            raise PublishError(failures)
-
     def attempt(self, batch: Sequence[Outgoing]) -> asyncio.Future[list[Failure]]:
-        """Like `publish`, but the result is the failed items, empty when all are acked."""
+        """Publish a batch; the result is the failed items, empty once all are acked by all in-sync replicas.
+
+        It comes after `delivery.timeout.ms` at the latest.
+        """
         future: asyncio.Future[list[Failure]] = self._loop.create_future()
 
         def done(failures: list[Failure]) -> None:
@@ -114,7 +100,7 @@ class Publisher:
         return future
 
     def send(self, batch: Sequence[Outgoing], done: Callable[[list[Failure]], None]) -> None:
-        """Publish a batch; `done` is called once on the loop, with the failed items. Does not block."""
+        """Like `attempt`, but `done` is called once on the loop, with the failed items. Does not block."""
         if not batch:
             self._loop.call_soon(done, [])
             return
