@@ -159,9 +159,12 @@ class TaskCreated(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     AT_US_FIELD_NUMBER: _builtins.int
+    SEND_AT_US_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """0 at first; milliseconds since the Unix epoch once reopened."""
     at_us: _builtins.int
+    send_at_us: _builtins.int
+    """When a scheduled task was to be sent, 0 where at once; the record is published only then."""
     @_builtins.property
     def task(self) -> Global___MailTask: ...
     def __init__(
@@ -170,10 +173,11 @@ class TaskCreated(_message.Message):
         task: Global___MailTask | None = ...,
         epoch: _builtins.int = ...,
         at_us: _builtins.int = ...,
+        send_at_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "epoch", b"epoch", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "epoch", b"epoch", "send_at_us", b"send_at_us", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

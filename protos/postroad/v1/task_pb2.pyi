@@ -81,7 +81,7 @@ class Task(_message.Message):
     """Filled by Get only."""
     @_builtins.property
     def next_attempt_at(self) -> _timestamp_pb2.Timestamp:
-        """When a deferred task is tried again; unset otherwise."""
+        """When a deferred task is tried again, or a scheduled one is sent; unset otherwise."""
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...

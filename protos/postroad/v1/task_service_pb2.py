@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from postroad.v1 import task_pb2 as postroad_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epostroad/v1/task_service.proto\x12\x0bpostroad.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16postroad/v1/task.proto\"\xa9\x02\n\x08TaskData\x12\r\n\x05\x65mail\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x11\n\x04\x62ody\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04html\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x33\n\x07headers\x18\x05 \x03(\x0b\x32\".postroad.v1.TaskData.HeadersEntry\x12\x31\n\x06labels\x18\x06 \x03(\x0b\x32!.postroad.v1.TaskData.LabelsEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_bodyB\x07\n\x05_html\"M\n\rCreateRequest\x12#\n\x04\x64\x61ta\x18\x01 \x01(\x0b\x32\x15.postroad.v1.TaskData\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"\x18\n\nGetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xef\x02\n\x0bListRequest\x12\x33\n\x08_filters\x18\x01 \x01(\x0b\x32\x17.google.protobuf.StructR\x08_filters\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x03(\t\x12\r\n\x05\x65mail\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x34\n\x06labels\x18\x08 \x03(\x0b\x32$.postroad.v1.ListRequest.LabelsEntry\x12\x30\n\x0c\x63reated_from\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ncreated_to\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"K\n\x0cListResponse\x12\"\n\x07results\x18\x01 \x03(\x0b\x32\x11.postroad.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xb6\x01\n\x0bTaskService\x12\x37\n\x06\x43reate\x12\x1a.postroad.v1.CreateRequest\x1a\x11.postroad.v1.Task\x12\x31\n\x03Get\x12\x17.postroad.v1.GetRequest\x1a\x11.postroad.v1.Task\x12;\n\x04List\x12\x18.postroad.v1.ListRequest\x1a\x19.postroad.v1.ListResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epostroad/v1/task_service.proto\x12\x0bpostroad.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16postroad/v1/task.proto\"\xa9\x02\n\x08TaskData\x12\r\n\x05\x65mail\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x11\n\x04\x62ody\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04html\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x33\n\x07headers\x18\x05 \x03(\x0b\x32\".postroad.v1.TaskData.HeadersEntry\x12\x31\n\x06labels\x18\x06 \x03(\x0b\x32!.postroad.v1.TaskData.LabelsEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_bodyB\x07\n\x05_html\"z\n\rCreateRequest\x12#\n\x04\x64\x61ta\x18\x01 \x01(\x0b\x32\x15.postroad.v1.TaskData\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12+\n\x07send_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x12\x42\x61tchCreateRequest\x12,\n\x08requests\x18\x01 \x03(\x0b\x32\x1a.postroad.v1.CreateRequest\"F\n\x13\x42\x61tchCreateResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.postroad.v1.BatchCreateResult\"q\n\x11\x42\x61tchCreateResult\x12!\n\x04task\x18\x01 \x01(\x0b\x32\x11.postroad.v1.TaskH\x00\x12.\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1d.postroad.v1.BatchCreateErrorH\x00\x42\t\n\x07outcome\"\xf1\x01\n\x10\x42\x61tchCreateError\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12=\n\x08metadata\x18\x05 \x03(\x0b\x32+.postroad.v1.BatchCreateError.MetadataEntry\x12/\n\nviolations\x18\x06 \x03(\x0b\x32\x1b.postroad.v1.FieldViolation\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\x18\n\nGetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xef\x02\n\x0bListRequest\x12\x33\n\x08_filters\x18\x01 \x01(\x0b\x32\x17.google.protobuf.StructR\x08_filters\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x03(\t\x12\r\n\x05\x65mail\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x34\n\x06labels\x18\x08 \x03(\x0b\x32$.postroad.v1.ListRequest.LabelsEntry\x12\x30\n\x0c\x63reated_from\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ncreated_to\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"K\n\x0cListResponse\x12\"\n\x07results\x18\x01 \x03(\x0b\x32\x11.postroad.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd6\x02\n\x0c\x43ountRequest\x12\x33\n\x08_filters\x18\x01 \x01(\x0b\x32\x17.google.protobuf.StructR\x08_filters\x12\x0e\n\x06status\x18\x04 \x03(\t\x12\r\n\x05\x65mail\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x35\n\x06labels\x18\x08 \x03(\x0b\x32%.postroad.v1.CountRequest.LabelsEntry\x12\x30\n\x0c\x63reated_from\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ncreated_to\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04\"\x85\x01\n\rCountResponse\x12\x36\n\x06\x63ounts\x18\x01 \x03(\x0b\x32&.postroad.v1.CountResponse.CountsEntry\x12\r\n\x05total\x18\x02 \x01(\x04\x1a-\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x8a\x02\n\x0cWatchRequest\x12\x33\n\x08_filters\x18\x01 \x01(\x0b\x32\x17.google.protobuf.StructR\x08_filters\x12\n\n\x02id\x18\x02 \x01(\t\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x03(\t\x12\r\n\x05\x65mail\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x35\n\x06labels\x18\x08 \x03(\x0b\x32%.postroad.v1.WatchRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"r\n\rWatchResponse\x12\x1f\n\x04task\x18\x01 \x01(\x0b\x32\x11.postroad.v1.Task\x12*\n\x06\x63hange\x18\x02 \x01(\x0b\x32\x1a.postroad.v1.TimelineEntry\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\"\x1a\n\x0cRetryRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1b\n\rCancelRequest\x12\n\n\x02id\x18\x01 \x01(\t2\xfa\x03\n\x0bTaskService\x12\x37\n\x06\x43reate\x12\x1a.postroad.v1.CreateRequest\x1a\x11.postroad.v1.Task\x12\x31\n\x03Get\x12\x17.postroad.v1.GetRequest\x1a\x11.postroad.v1.Task\x12;\n\x04List\x12\x18.postroad.v1.ListRequest\x1a\x19.postroad.v1.ListResponse\x12P\n\x0b\x42\x61tchCreate\x12\x1f.postroad.v1.BatchCreateRequest\x1a .postroad.v1.BatchCreateResponse\x12>\n\x05\x43ount\x12\x19.postroad.v1.CountRequest\x1a\x1a.postroad.v1.CountResponse\x12@\n\x05Watch\x12\x19.postroad.v1.WatchRequest\x1a\x1a.postroad.v1.WatchResponse0\x01\x12\x35\n\x05Retry\x12\x19.postroad.v1.RetryRequest\x1a\x11.postroad.v1.Task\x12\x37\n\x06\x43\x61ncel\x12\x1a.postroad.v1.CancelRequest\x1a\x11.postroad.v1.Taskb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKDATA_HEADERSENTRY']._serialized_options = b'8\001'
   _globals['_TASKDATA_LABELSENTRY']._loaded_options = None
   _globals['_TASKDATA_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_BATCHCREATEERROR_METADATAENTRY']._loaded_options = None
+  _globals['_BATCHCREATEERROR_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_LISTREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_LISTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_COUNTREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_COUNTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_COUNTRESPONSE_COUNTSENTRY']._loaded_options = None
+  _globals['_COUNTRESPONSE_COUNTSENTRY']._serialized_options = b'8\001'
+  _globals['_WATCHREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_WATCHREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_TASKDATA']._serialized_start=135
   _globals['_TASKDATA']._serialized_end=432
   _globals['_TASKDATA_HEADERSENTRY']._serialized_start=321
@@ -47,15 +55,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKDATA_LABELSENTRY']._serialized_start=369
   _globals['_TASKDATA_LABELSENTRY']._serialized_end=414
   _globals['_CREATEREQUEST']._serialized_start=434
-  _globals['_CREATEREQUEST']._serialized_end=511
-  _globals['_GETREQUEST']._serialized_start=513
-  _globals['_GETREQUEST']._serialized_end=537
-  _globals['_LISTREQUEST']._serialized_start=540
-  _globals['_LISTREQUEST']._serialized_end=907
+  _globals['_CREATEREQUEST']._serialized_end=556
+  _globals['_BATCHCREATEREQUEST']._serialized_start=558
+  _globals['_BATCHCREATEREQUEST']._serialized_end=624
+  _globals['_BATCHCREATERESPONSE']._serialized_start=626
+  _globals['_BATCHCREATERESPONSE']._serialized_end=696
+  _globals['_BATCHCREATERESULT']._serialized_start=698
+  _globals['_BATCHCREATERESULT']._serialized_end=811
+  _globals['_BATCHCREATEERROR']._serialized_start=814
+  _globals['_BATCHCREATEERROR']._serialized_end=1055
+  _globals['_BATCHCREATEERROR_METADATAENTRY']._serialized_start=1008
+  _globals['_BATCHCREATEERROR_METADATAENTRY']._serialized_end=1055
+  _globals['_FIELDVIOLATION']._serialized_start=1057
+  _globals['_FIELDVIOLATION']._serialized_end=1109
+  _globals['_GETREQUEST']._serialized_start=1111
+  _globals['_GETREQUEST']._serialized_end=1135
+  _globals['_LISTREQUEST']._serialized_start=1138
+  _globals['_LISTREQUEST']._serialized_end=1505
   _globals['_LISTREQUEST_LABELSENTRY']._serialized_start=369
   _globals['_LISTREQUEST_LABELSENTRY']._serialized_end=414
-  _globals['_LISTRESPONSE']._serialized_start=909
-  _globals['_LISTRESPONSE']._serialized_end=984
-  _globals['_TASKSERVICE']._serialized_start=987
-  _globals['_TASKSERVICE']._serialized_end=1169
+  _globals['_LISTRESPONSE']._serialized_start=1507
+  _globals['_LISTRESPONSE']._serialized_end=1582
+  _globals['_COUNTREQUEST']._serialized_start=1585
+  _globals['_COUNTREQUEST']._serialized_end=1927
+  _globals['_COUNTREQUEST_LABELSENTRY']._serialized_start=369
+  _globals['_COUNTREQUEST_LABELSENTRY']._serialized_end=414
+  _globals['_COUNTRESPONSE']._serialized_start=1930
+  _globals['_COUNTRESPONSE']._serialized_end=2063
+  _globals['_COUNTRESPONSE_COUNTSENTRY']._serialized_start=2018
+  _globals['_COUNTRESPONSE_COUNTSENTRY']._serialized_end=2063
+  _globals['_WATCHREQUEST']._serialized_start=2066
+  _globals['_WATCHREQUEST']._serialized_end=2332
+  _globals['_WATCHREQUEST_LABELSENTRY']._serialized_start=369
+  _globals['_WATCHREQUEST_LABELSENTRY']._serialized_end=414
+  _globals['_WATCHRESPONSE']._serialized_start=2334
+  _globals['_WATCHRESPONSE']._serialized_end=2448
+  _globals['_RETRYREQUEST']._serialized_start=2450
+  _globals['_RETRYREQUEST']._serialized_end=2476
+  _globals['_CANCELREQUEST']._serialized_start=2478
+  _globals['_CANCELREQUEST']._serialized_end=2505
+  _globals['_TASKSERVICE']._serialized_start=2508
+  _globals['_TASKSERVICE']._serialized_end=3014
 # @@protoc_insertion_point(module_scope)

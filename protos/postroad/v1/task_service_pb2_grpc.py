@@ -54,6 +54,31 @@ class TaskServiceStub:
                 request_serializer=postroad_dot_v1_dot_task__service__pb2.ListRequest.SerializeToString,
                 response_deserializer=postroad_dot_v1_dot_task__service__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.BatchCreate = channel.unary_unary(
+                '/postroad.v1.TaskService/BatchCreate',
+                request_serializer=postroad_dot_v1_dot_task__service__pb2.BatchCreateRequest.SerializeToString,
+                response_deserializer=postroad_dot_v1_dot_task__service__pb2.BatchCreateResponse.FromString,
+                _registered_method=True)
+        self.Count = channel.unary_unary(
+                '/postroad.v1.TaskService/Count',
+                request_serializer=postroad_dot_v1_dot_task__service__pb2.CountRequest.SerializeToString,
+                response_deserializer=postroad_dot_v1_dot_task__service__pb2.CountResponse.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/postroad.v1.TaskService/Watch',
+                request_serializer=postroad_dot_v1_dot_task__service__pb2.WatchRequest.SerializeToString,
+                response_deserializer=postroad_dot_v1_dot_task__service__pb2.WatchResponse.FromString,
+                _registered_method=True)
+        self.Retry = channel.unary_unary(
+                '/postroad.v1.TaskService/Retry',
+                request_serializer=postroad_dot_v1_dot_task__service__pb2.RetryRequest.SerializeToString,
+                response_deserializer=postroad_dot_v1_dot_task__pb2.Task.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/postroad.v1.TaskService/Cancel',
+                request_serializer=postroad_dot_v1_dot_task__service__pb2.CancelRequest.SerializeToString,
+                response_deserializer=postroad_dot_v1_dot_task__pb2.Task.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer:
@@ -88,6 +113,48 @@ class TaskServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchCreate(self, request, context):
+        """Records up to 1,000 tasks in one transaction; each item has a result of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Count(self, request, context):
+        """How many tasks there are of each status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
+        with its client or its server; a watch that goes on from a token misses nothing and may repeat
+        the last changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Retry(self, request, context):
+        """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Takes a task back unless its mail went out, and answers what really happened: a task that is
+        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -105,6 +172,31 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=postroad_dot_v1_dot_task__service__pb2.ListRequest.FromString,
                     response_serializer=postroad_dot_v1_dot_task__service__pb2.ListResponse.SerializeToString,
+            ),
+            'BatchCreate': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchCreate,
+                    request_deserializer=postroad_dot_v1_dot_task__service__pb2.BatchCreateRequest.FromString,
+                    response_serializer=postroad_dot_v1_dot_task__service__pb2.BatchCreateResponse.SerializeToString,
+            ),
+            'Count': grpc.unary_unary_rpc_method_handler(
+                    servicer.Count,
+                    request_deserializer=postroad_dot_v1_dot_task__service__pb2.CountRequest.FromString,
+                    response_serializer=postroad_dot_v1_dot_task__service__pb2.CountResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=postroad_dot_v1_dot_task__service__pb2.WatchRequest.FromString,
+                    response_serializer=postroad_dot_v1_dot_task__service__pb2.WatchResponse.SerializeToString,
+            ),
+            'Retry': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retry,
+                    request_deserializer=postroad_dot_v1_dot_task__service__pb2.RetryRequest.FromString,
+                    response_serializer=postroad_dot_v1_dot_task__pb2.Task.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=postroad_dot_v1_dot_task__service__pb2.CancelRequest.FromString,
+                    response_serializer=postroad_dot_v1_dot_task__pb2.Task.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -192,6 +284,141 @@ class TaskService:
             '/postroad.v1.TaskService/List',
             postroad_dot_v1_dot_task__service__pb2.ListRequest.SerializeToString,
             postroad_dot_v1_dot_task__service__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchCreate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.v1.TaskService/BatchCreate',
+            postroad_dot_v1_dot_task__service__pb2.BatchCreateRequest.SerializeToString,
+            postroad_dot_v1_dot_task__service__pb2.BatchCreateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Count(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.v1.TaskService/Count',
+            postroad_dot_v1_dot_task__service__pb2.CountRequest.SerializeToString,
+            postroad_dot_v1_dot_task__service__pb2.CountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/postroad.v1.TaskService/Watch',
+            postroad_dot_v1_dot_task__service__pb2.WatchRequest.SerializeToString,
+            postroad_dot_v1_dot_task__service__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Retry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.v1.TaskService/Retry',
+            postroad_dot_v1_dot_task__service__pb2.RetryRequest.SerializeToString,
+            postroad_dot_v1_dot_task__pb2.Task.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.v1.TaskService/Cancel',
+            postroad_dot_v1_dot_task__service__pb2.CancelRequest.SerializeToString,
+            postroad_dot_v1_dot_task__pb2.Task.FromString,
             options,
             channel_credentials,
             insecure,

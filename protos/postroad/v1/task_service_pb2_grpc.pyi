@@ -50,6 +50,26 @@ class TaskServiceStub:
     """
     List: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListRequest, _task_service_pb2.ListResponse]
     """Tasks, newest first, a page at a time."""
+    BatchCreate: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.BatchCreateRequest, _task_service_pb2.BatchCreateResponse]
+    """Records up to 1,000 tasks in one transaction; each item has a result of its own."""
+    Count: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.CountRequest, _task_service_pb2.CountResponse]
+    """How many tasks there are of each status."""
+    Watch: _grpc.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]
+    """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
+    with its client or its server; a watch that goes on from a token misses nothing and may repeat
+    the last changes.
+    """
+    Retry: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]
+    """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.CancelRequest, _task_pb2.Task]
+    """Takes a task back unless its mail went out, and answers what really happened: a task that is
+    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
 
 @_typing.type_check_only
 class TaskServiceAsyncStub(TaskServiceStub):
@@ -72,6 +92,26 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     List: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListRequest, _task_service_pb2.ListResponse]  # type: ignore[assignment]
     """Tasks, newest first, a page at a time."""
+    BatchCreate: _aio.UnaryUnaryMultiCallable[_task_service_pb2.BatchCreateRequest, _task_service_pb2.BatchCreateResponse]  # type: ignore[assignment]
+    """Records up to 1,000 tasks in one transaction; each item has a result of its own."""
+    Count: _aio.UnaryUnaryMultiCallable[_task_service_pb2.CountRequest, _task_service_pb2.CountResponse]  # type: ignore[assignment]
+    """How many tasks there are of each status."""
+    Watch: _aio.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]  # type: ignore[assignment]
+    """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
+    with its client or its server; a watch that goes on from a token misses nothing and may repeat
+    the last changes.
+    """
+    Retry: _aio.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]  # type: ignore[assignment]
+    """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_task_service_pb2.CancelRequest, _task_pb2.Task]  # type: ignore[assignment]
+    """Takes a task back unless its mail went out, and answers what really happened: a task that is
+    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
 
 class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes mail tasks and tells what became of them.
@@ -109,5 +149,55 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.ListResponse, _abc.Awaitable[_task_service_pb2.ListResponse]]:
         """Tasks, newest first, a page at a time."""
+
+    @_abc_1.abstractmethod
+    def BatchCreate(
+        self,
+        request: _task_service_pb2.BatchCreateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.BatchCreateResponse, _abc.Awaitable[_task_service_pb2.BatchCreateResponse]]:
+        """Records up to 1,000 tasks in one transaction; each item has a result of its own."""
+
+    @_abc_1.abstractmethod
+    def Count(
+        self,
+        request: _task_service_pb2.CountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.CountResponse, _abc.Awaitable[_task_service_pb2.CountResponse]]:
+        """How many tasks there are of each status."""
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _task_service_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_task_service_pb2.WatchResponse], _abc.AsyncIterator[_task_service_pb2.WatchResponse]]:
+        """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
+        with its client or its server; a watch that goes on from a token misses nothing and may repeat
+        the last changes.
+        """
+
+    @_abc_1.abstractmethod
+    def Retry(
+        self,
+        request: _task_service_pb2.RetryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
+        """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _task_service_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
+        """Takes a task back unless its mail went out, and answers what really happened: a task that is
+        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
