@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     domain_concurrency: int = Field(
         15, ge=0, description="SMTP sessions a sender uses for one recipient domain at most; 0: all"
     )
+    domain_rate: float = Field(
+        0.0, ge=0, description="Mails a second that a sender begins to one recipient domain at most; 0: any"
+    )
     lease_seconds: float = Field(
         20.0, gt=1, description="How long a sender's claim on a task holds unless renewed"
     )

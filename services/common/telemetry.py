@@ -94,6 +94,10 @@ SENDER_SKIPPED = Counter(
     "Records that needed no mail, by why: stored (the outcome is known) or stale (overtaken)",
     ["why"],
 )
+SENDER_CROWDED = Counter(
+    "postroad_sender_crowded_total",
+    "Tasks put off untried, since their domain is slow and held more than its share of the queue",
+)
 SENDER_CLAIMS = Gauge("postroad_sender_claims", "Claims in hand")
 SENDER_LEASES_LOST = Counter("postroad_sender_leases_lost_total", "Claims found to be another's on renewal")
 SENDER_SECONDS = Histogram(
@@ -102,7 +106,7 @@ SENDER_SECONDS = Histogram(
     buckets=_LATENCY,
 )
 SENDER_SESSIONS = Gauge("postroad_sender_sessions", "SMTP sessions, by state: busy or idle", ["state"])
-SENDER_RELAY_UP = Gauge("postroad_sender_relay_up", "0 while the relay cannot be used")
+SENDER_RELAY_UP = Gauge("postroad_sender_relay_up", "0 while the relay cannot be used", ["relay"])
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

@@ -1,21 +1,15 @@
-"""What a settled row tells the other stages: the events and what becomes of the record. Pure.
-
-The same row makes the same events, byte for byte: whoever finds it after a crash publishes what its
-sender would have published.
-"""
+"""What becomes of a record whose row is settled, and what a takeover tells the other stages. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from postroad.v1 import events_pb2 as pb
-from services.common.events import Event
+from services.common.deliveries.decide import IN_DOUBT, Delivery
+from services.common.deliveries.outcome import STAGE, event_of
 from services.common.stage.types import Done, Outcome, Retry
-from services.sender.decide import IN_DOUBT, Delivery
 
-__all__ = ["answer", "event_of", "found_in_doubt"]
-
-STAGE = "sender"
+__all__ = ["answer", "found_in_doubt"]
 
 
 def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
@@ -33,19 +27,6 @@ def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
     return Retry(delay, due_ms, f"{row.reason} {row.reply}".rstrip(), [event])
 
 
-def event_of(row: Delivery) -> Event:
-    """Return the event of a row that is sent, deferred, failed or uncertain; raises ValueError for others."""
-    match row.state:
-        case "sent":
-            return _sent(row)
-        case "deferred":
-            return _deferred(row)
-        case "failed" | "uncertain":
-            return _failed(row)
-        case _:
-            raise ValueError(f"a delivery that is {row.state} has no event of the sender's")
-
-
 def found_in_doubt(taken: Delivery, now_us: int) -> pb.MailDeferred:
     """Return the event of a claim that took over from an owner who may have handed the mail over."""
     return pb.MailDeferred(
@@ -58,51 +39,6 @@ def found_in_doubt(taken: Delivery, now_us: int) -> pb.MailDeferred:
         in_doubt=True,
         takeover=taken.takeovers - 1,
         at_us=now_us,
-    )
-
-
-def _sent(row: Delivery) -> pb.MailSent:
-    return pb.MailSent(
-        id=row.task_id,
-        epoch=row.epoch,
-        attempt=row.attempt,
-        message_id=row.message_id,
-        relay=row.relay,
-        reply=row.reply,
-        at_us=row.settled_at,
-    )
-
-
-def _failed(row: Delivery) -> pb.MailFailed:
-    return pb.MailFailed(
-        id=row.task_id,
-        epoch=row.epoch,
-        attempt=row.attempt,
-        reason=row.reason,
-        reply=row.reply,
-        relay=row.relay,
-        message_id=row.message_id,
-        uncertain=row.state == "uncertain",
-        at_us=row.settled_at,
-    )
-
-
-def _deferred(row: Delivery) -> pb.MailDeferred:
-    in_doubt = row.reason == IN_DOUBT
-    return pb.MailDeferred(
-        id=row.task_id,
-        epoch=row.epoch,
-        attempt=row.attempt,
-        stage=STAGE,
-        reason=row.reason,
-        reply=row.reply,
-        relay=row.relay,
-        message_id=row.message_id,
-        next_attempt_at_us=row.next_attempt_at,
-        in_doubt=in_doubt,
-        # Those before it stand for earlier doubts.
-        takeover=row.takeovers if in_doubt else 0,
-        at_us=row.settled_at,
     )
 
 

@@ -11,7 +11,7 @@ import structlog
 
 from services.common.batching import Batcher
 from services.common.database import at_fault, until_back
-from services.sender.decide import Cancel, Claim, Delivery, Settlement, Verdict
+from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Verdict
 
 __all__ = ["AsyncClaims", "BlockingClaims"]
 

@@ -11,17 +11,15 @@ that changes nothing, since no two claims share an owner token.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timedelta
-from itertools import count
+from collections.abc import Sequence
+from datetime import timedelta
 from operator import attrgetter
 
 from sqlalchemy import Connection, Engine
 
 from services.common.database import execute_rows, marks, transaction
-from services.sender.decide import (
+from services.common.deliveries.decide import (
     Cancel,
     Claim,
     Delivery,
@@ -33,34 +31,17 @@ from services.sender.decide import (
     first,
     settlement,
 )
+from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, locked, store
 
-__all__ = ["Claims", "owner_tokens"]
+__all__ = ["Claims"]
 
-_COLUMNS = ", ".join(Delivery._fields)
-_INSERT = f"INSERT INTO deliveries ({_COLUMNS}) VALUES"
-_INSERT_NEW = f"INSERT IGNORE INTO deliveries ({_COLUMNS}) VALUES"
-_REPLACE = "ON DUPLICATE KEY UPDATE " + ", ".join(
-    f"{name} = VALUES({name})" for name in Delivery._fields if name != "task_id"
-)
 # Assignments see what those before them have written: the state, which the others ask for, comes last.
 _SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
     f"{name} = IF(owner = VALUES(owner) AND state = 'sending', VALUES({name}), {name})"
     for name in ("settled_at", "next_attempt_at", "reason", "reply", "relay", "state")
 )
 
-# Only the server knows the lease's end until the row is read; its owner needs `Taken.since` alone.
-_UNKNOWN = datetime.min
 _by_id = attrgetter("task_id")
-
-
-def owner_tokens() -> Callable[[], bytes]:
-    """Return a source of owner tokens: 8 random bytes of this process, 8 that count.
-
-    One for every claim, not one for every process: a claim that was lost and taken again by another
-    handler of the same process is fenced off like anybody else's.
-    """
-    process, numbers = os.urandom(8), count()
-    return lambda: process + next(numbers).to_bytes(8, "big")
 
 
 class Claims:
@@ -80,8 +61,8 @@ class Claims:
     def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
         """Answer each request, in order. Several may be about one task."""
         since = time.monotonic()
-        rows = [first(request, _UNKNOWN) for request in sorted(requests, key=_by_id)]
-        statement = f"{_INSERT_NEW} {','.join([self._new_row] * len(rows))}"
+        rows = [first(request, UNKNOWN) for request in sorted(requests, key=_by_id)]
+        statement = f"{INSERT_NEW} {','.join([self._new_row] * len(rows))}"
         parameters = tuple(
             value
             for row in rows
@@ -103,13 +84,13 @@ class Claims:
         return transaction(self._engine, lambda c: self._renewed(c, rows))
 
     def _won(self, request: Claim | Cancel, since: float) -> Verdict:
-        row = first(request, _UNKNOWN)
+        row = first(request, UNKNOWN)
         return Taken(row, since=since) if row.state == "sending" else Stored(row)
 
     def _decide(
         self, connection: Connection, requests: Sequence[Claim | Cancel], since: float
     ) -> list[Verdict]:
-        rows, now = _locked(connection, {request.task_id for request in requests})
+        rows, now = locked(connection, {request.task_id for request in requests})
         changed: dict[bytes, Delivery] = {}
         verdicts: list[Verdict] = []
         for request in requests:
@@ -118,14 +99,14 @@ class Claims:
             if row is not None:
                 rows[row.task_id] = changed[row.task_id] = row
         if changed:
-            execute_rows(connection, _INSERT, sorted(changed.values(), key=_by_id), _REPLACE)
+            store(connection, changed.values())
         return verdicts
 
     def _settle(self, connection: Connection, settled: Sequence[Delivery]) -> list[Settlement]:
         # 2 for a row that changed, 1 for one left as it was.
-        if execute_rows(connection, _INSERT, sorted(settled, key=_by_id), _SETTLE) == 2 * len(settled):
+        if execute_rows(connection, INSERT, sorted(settled, key=_by_id), _SETTLE) == 2 * len(settled):
             return [Settlement.STORED] * len(settled)
-        rows, _ = _locked(connection, {row.task_id for row in settled})
+        rows, _ = locked(connection, {row.task_id for row in settled})
         changed: dict[bytes, Delivery] = {}
         found: list[Settlement] = []
         for wish in settled:
@@ -134,7 +115,7 @@ class Claims:
             if row is not None:
                 rows[row.task_id] = changed[row.task_id] = row
         if changed:
-            execute_rows(connection, _INSERT, sorted(changed.values(), key=_by_id), _REPLACE)
+            store(connection, changed.values())
         return found
 
     def _renewed(self, connection: Connection, rows: Sequence[Delivery]) -> list[bool]:
@@ -146,15 +127,3 @@ class Claims:
         query = f"SELECT owner FROM deliveries WHERE {which}"
         held = {bytes(owner) for (owner,) in connection.exec_driver_sql(query, parameters)}
         return [row.owner in held for row in rows]
-
-
-def _locked(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
-    """Return the rows of `ids` under exclusive locks, and the database's time before it waited for them."""
-    wanted = tuple(sorted(ids))
-    query = (
-        f"SELECT {_COLUMNS}, UTC_TIMESTAMP(6) FROM deliveries"
-        f" WHERE task_id IN ({marks(len(wanted))}) ORDER BY task_id FOR UPDATE"
-    )
-    found = connection.exec_driver_sql(query, wanted).all()
-    rows = (Delivery(*columns) for *columns, _ in found)
-    return {row.task_id: row for row in rows}, found[0][-1] if found else _UNKNOWN

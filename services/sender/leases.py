@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
+from services.common.deliveries.decide import Delivery
 from services.common.telemetry import SENDER_LEASES_LOST
-from services.sender.decide import Delivery
 
 __all__ = ["Lease", "Leases"]
 

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.common.deliveries.decide import IN_DOUBT, Delivery
 from services.common.stage.delays import schedule
-from services.sender.decide import IN_DOUBT, Delivery
 from services.sender.replies import InDoubt, NotSent, Rejected, Sent
 
 __all__ = ["CONNECTION_LOST", "DEFERRED", "EXPIRED", "REJECTED", "UNSENDABLE", "Policy"]

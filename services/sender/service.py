@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from services.common.config import Settings
 from services.common.database import engine_of
+from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.stage.runtime import StageRuntime
 from services.common.telemetry import SENDER_CLAIMS, SENDER_RELAY_UP, SENDER_SESSIONS
 from services.sender.async_claims import AsyncClaims
-from services.sender.claims import Claims, owner_tokens
+from services.sender.claims import Claims
 from services.sender.composer import Composer
 from services.sender.leases import Leases
 from services.sender.policy import Policy
@@ -47,14 +48,21 @@ class SenderService:
             pool=self._pool,
             composer=Composer(settings.email_from),
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold),
-            hands=Slots(hands * settings.sender_sessions, hands * settings.domain_concurrency),
+            hands=Slots(
+                hands * settings.sender_sessions,
+                hands * settings.domain_concurrency,
+                rate=settings.domain_rate,
+                most_waiting=settings.max_in_flight // 2,
+            ),
             sessions=Slots(settings.sender_sessions, settings.domain_concurrency),
             publish=self._publish,
             owner=owner_tokens(),
         )
         self._runtime = StageRuntime(stage(self._sender, settings.sender_delays), settings, source="sender")
         SENDER_CLAIMS.set_function(self._leases.__len__)
-        SENDER_RELAY_UP.set_function(lambda: self._pool.available)
+        SENDER_RELAY_UP.labels(f"{settings.email_host}:{settings.email_port}").set_function(
+            lambda: self._pool.available
+        )
         SENDER_SESSIONS.labels("busy").set_function(lambda: self._pool.state.busy)
         SENDER_SESSIONS.labels("idle").set_function(lambda: self._pool.state.idle)
 

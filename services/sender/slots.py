@@ -4,37 +4,66 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import NamedTuple
 
-__all__ = ["Slots"]
+__all__ = ["Crowded", "Slots"]
+
+# How long (seconds) one waits before too many that wait are a reason to leave: a queue that moves, however
+# long, is worked off sooner than it could come back.
+PATIENCE = 5.0
+_LOOK = 1.0
+
+
+class Crowded(Exception):
+    """Too many wait, more than its share for this domain: come back later."""
+
+
+class _Waiter(NamedTuple):
+    turn: asyncio.Future[None]
+    since: float
 
 
 class Slots:
     """`total` slots at once, at most `per_domain` of them to one domain (0: no such bound).
 
     Domains that wait are served in turn, each one's callers in order: a thousand mails to a slow domain
-    delay another domain's only mail by one turn, not by a thousand. Belongs to one event loop.
+    delay another domain's only mail by one turn, not by a thousand. A domain gets `rate` slots a second at
+    most, a second's worth of them at once (0: no such bound). While more than `most_waiting` wait (0: no
+    matter how many), the domains that have more than an equal share of that queue and whose first in line
+    has waited for PATIENCE lose their last. Belongs to one event loop.
     """
 
-    def __init__(self, total: int, per_domain: int) -> None:
+    def __init__(self, total: int, per_domain: int, *, rate: float = 0.0, most_waiting: int = 0) -> None:
         self._free = total
         self._per_domain = per_domain or total
         self._used: dict[str, int] = {}
         # The domains that have callers waiting, in the order of their turns.
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, deque[_Waiter]] = {}
+        self._count, self._most_waiting = 0, most_waiting
+        self._rates = _Rates(rate)
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
 
     async def acquire(self, domain: str) -> None:
-        """Wait for a slot; every return needs one `release`."""
-        if self._free and self._used.get(domain, 0) < self._per_domain:
-            self._take(domain)
+        """Wait for a slot; every return needs one `release`. Raises Crowded."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._free and domain not in self._waiting and self._may(domain, now):
+            self._take(domain, now)
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(domain, deque()).append(turn)
+        waiter = _Waiter(loop.create_future(), now)
+        self._waiting.setdefault(domain, deque()).append(waiter)
+        self._count += 1
+        if self._free and self._timer is None:
+            self._wake_for_rates(loop, now)
+        if self._most_waiting and self._count > self._most_waiting and self._watch is None:
+            self._watch = loop.call_later(_LOOK, self._thin_out)
         try:
-            await turn
+            await waiter.turn
         except asyncio.CancelledError:
-            if turn.cancelled():
-                self._leave(domain, turn)
-            else:
+            if waiter.turn.cancelled():
+                self._leave(domain, waiter)
+            elif waiter.turn.exception() is None:
                 self.release(domain)
             raise
 
@@ -48,27 +77,93 @@ class Slots:
             del self._used[domain]
         self._serve()
 
-    def _take(self, domain: str) -> None:
+    def _may(self, domain: str, now: float) -> bool:
+        return self._used.get(domain, 0) < self._per_domain and self._rates.wait(domain, now) <= 0
+
+    def _take(self, domain: str, now: float) -> None:
         self._free -= 1
         self._used[domain] = self._used.get(domain, 0) + 1
+        self._rates.took(domain, now)
 
-    def _leave(self, domain: str, turn: asyncio.Future[None]) -> None:
+    def _leave(self, domain: str, waiter: _Waiter) -> None:
         queue = self._waiting.get(domain)
-        if queue and turn in queue:  # else its turn came between its cancellation and now
-            queue.remove(turn)
+        if queue and waiter in queue:  # else its turn came between its cancellation and now
+            queue.remove(waiter)
+            self._count -= 1
             if not queue:
                 del self._waiting[domain]
 
     def _serve(self) -> None:
         """Hand free slots to those whose turn it is. A domain at its bound keeps its place."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         while self._free:
-            domain = next((d for d in self._waiting if self._used.get(d, 0) < self._per_domain), None)
+            domain = next((d for d in self._waiting if self._may(d, now)), None)
             if domain is None:
+                self._wake_for_rates(loop, now)
                 return
             queue = self._waiting.pop(domain)
-            turn = queue.popleft()
+            waiter = queue.popleft()
+            self._count -= 1
             if queue:
                 self._waiting[domain] = queue
-            if not turn.done():
-                self._take(domain)
-                turn.set_result(None)
+            if not waiter.turn.done():
+                self._take(domain, now)
+                waiter.turn.set_result(None)
+
+    def _wake_for_rates(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
+        """Come back when the first domain that only its rate holds may go on."""
+        if not self._rates.gap:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        waits = [w for domain in self._waiting if (w := self._rates.wait(domain, now)) > 0]
+        if waits:
+            self._timer = loop.call_later(min(waits), self._go_on)
+
+    def _go_on(self) -> None:
+        self._timer = None
+        self._serve()
+
+    def _thin_out(self) -> None:
+        self._watch = None
+        loop = asyncio.get_running_loop()
+        long_ago = loop.time() - PATIENCE
+        share = self._most_waiting // max(1, len(self._waiting))
+        slow = [queue for queue in self._waiting.values() if queue[0].since < long_ago]
+        for queue in slow:
+            while self._count > self._most_waiting and len(queue) > max(1, share):
+                waiter = queue.pop()
+                self._count -= 1
+                if not waiter.turn.done():
+                    waiter.turn.set_exception(Crowded())
+        if self._count:
+            self._watch = loop.call_later(_LOOK, self._thin_out)
+
+
+class _Rates:
+    """When each domain may have its next slot: the generic cell rate algorithm (ITU-T I.371, annex A)."""
+
+    _PRUNE = 10_000
+
+    def __init__(self, rate: float) -> None:
+        self.gap = 1 / rate if rate else 0.0
+        # A second's worth at once, one at least.
+        self._burst = max(0.0, 1.0 - self.gap)
+        # When each domain's last slot was due, had they been taken evenly.
+        self._due: dict[str, float] = {}
+
+    def wait(self, domain: str, now: float) -> float:
+        """Return in how many seconds the domain may have a slot; 0 or less: at once."""
+        if not self.gap:
+            return 0.0
+        return self._due.get(domain, 0.0) - self._burst - now
+
+    def took(self, domain: str, now: float) -> None:
+        """Count a slot."""
+        if not self.gap:
+            return
+        if len(self._due) >= self._PRUNE:
+            self._due = {name: due for name, due in self._due.items() if due > now}
+        self._due[domain] = max(now, self._due.get(domain, 0.0)) + self.gap

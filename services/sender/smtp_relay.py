@@ -62,14 +62,17 @@ class Relay:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds to wait in each phase. Except for the first two they are RFC 5321 §4.5.3.2's minimums."""
+    """Seconds to wait in each phase. From `command` on they are RFC 5321 §4.5.3.2's minimums."""
 
     connect: float = 30.0
     """For each of the relay's addresses."""
     tls: float = 30.0
-    greeting: float = 300.0
+    opening: float = 30.0
+    """For each answer until a session stands: the greeting, EHLO, STARTTLS, AUTH. RFC 5321 would have five
+    minutes; but a session that does not come about costs no attempt and is tried anew, while a relay that
+    once took connections in silence would hold all of a sender's sessions for as long."""
     command: float = 300.0
-    """EHLO, STARTTLS, AUTH, MAIL, RCPT, RSET."""
+    """MAIL, RCPT, RSET."""
     data: float = 120.0
     """For the 354."""
     block: float = 180.0

@@ -148,7 +148,7 @@ async def _connect(relay: Relay, implicit: ssl.SSLContext | None, timeouts: Time
 
 
 async def _greet(session: Session, relay: Relay) -> None:
-    banner = await session.wire.greeting(session.timeouts.greeting)
+    banner = await session.wire.greeting(session.timeouts.opening)
     if not banner or not banner[0].ok:
         raise _refused(session, Phase.CONNECT, banner, "banner")
     await _hello(session, relay)
@@ -156,12 +156,12 @@ async def _greet(session: Session, relay: Relay) -> None:
 
 async def _hello(session: Session, relay: Relay) -> None:
     name = relay.client_name or _literal(session.wire)
-    answer = await session.wire.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.command)
+    answer = await session.wire.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.opening)
     if answer and answer[0].ok:
         session.learn(answer[0])
         return
     if answer and answer[0].permanent:
-        answer = await session.wire.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.command)
+        answer = await session.wire.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.opening)
         if answer and answer[0].ok:
             session.learn(Reply(250, ("",)))
             return
@@ -176,7 +176,7 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
         if required:
             raise UnavailableError.at(Phase.TLS, "the relay does not offer STARTTLS", session.name)
         return False
-    answer = await session.wire.ask(b"STARTTLS\r\n", 1, session.timeouts.command)
+    answer = await session.wire.ask(b"STARTTLS\r\n", 1, session.timeouts.opening)
     if session.wire.lost is not None or not answer[0].ok:
         if required or session.wire.lost is not None:
             raise _refused(session, Phase.TLS, answer, "STARTTLS")
@@ -200,7 +200,7 @@ async def _authenticate(session: Session, relay: Relay, encrypted: bool) -> None
         raise UnavailableError.at(Phase.AUTH, str(error), session.name) from error
     answer: list[Reply] = []
     for line in lines:
-        answer = await session.wire.ask(line, 1, session.timeouts.command)
+        answer = await session.wire.ask(line, 1, session.timeouts.opening)
         if not answer or not answer[0].intermediate:
             break
     if not answer or not answer[0].ok:

@@ -18,9 +18,23 @@ import structlog
 
 from postroad.v1 import events_pb2 as pb
 from services.common import topics
+from services.common.deliveries.decide import (
+    IN_DOUBT,
+    Cancel,
+    Claim,
+    Delivery,
+    Settlement,
+    Stale,
+    Taken,
+    Verdict,
+    Wait,
+)
+from services.common.deliveries.outcome import event_of
 from services.common.events import DECODERS, Event
-from services.common.stage.types import Done, Outcome, Record, Stage
+from services.common.stage.delays import schedule
+from services.common.stage.types import Done, Outcome, Record, Retry, Stage
 from services.common.telemetry import (
+    SENDER_CROWDED,
     SENDER_FENCED,
     SENDER_IN_DOUBT,
     SENDER_OUTCOMES,
@@ -28,13 +42,12 @@ from services.common.telemetry import (
     SENDER_SKIPPED,
 )
 from services.sender import replies
-from services.sender.answers import answer, event_of, found_in_doubt
+from services.sender.answers import answer, found_in_doubt
 from services.sender.async_claims import AsyncClaims
 from services.sender.composer import Composer
-from services.sender.decide import IN_DOUBT, Cancel, Claim, Delivery, Settlement, Stale, Taken, Verdict, Wait
 from services.sender.leases import Leases
 from services.sender.policy import Policy
-from services.sender.slots import Slots
+from services.sender.slots import Crowded, Slots
 from services.sender.smtp import SendCancelled
 
 __all__ = ["Pool", "Publish", "Sender", "stage"]
@@ -123,7 +136,10 @@ class Sender:
             # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
             if not self._pool.available:
                 await self._pool.wait_available()
-            await self._hands.acquire(task.domain)
+            try:
+                await self._hands.acquire(task.domain)
+            except Crowded:
+                return self._put_off(task.domain)
             try:
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
                 verdict = await self._claim(claim)
@@ -220,6 +236,12 @@ class Sender:
             reply=settled.reply,
         )
         return None
+
+    def _put_off(self, domain: str) -> Outcome:
+        SENDER_CROWDED.inc()
+        delays = self._policy.delays
+        delay, due_at_ms = schedule(delays, delays[0], self._now_us() // 1000, self._rng)
+        return Retry(delay, due_at_ms, f"too many wait for {domain}", counts=False)
 
     def _answer(self, row: Delivery) -> Outcome:
         return answer(row, self._policy.delays, self._now_us() // 1000)

@@ -101,3 +101,29 @@ def test_while_the_relay_is_away_tasks_wait_without_spending_attempts(stack: Sta
         assert {(task.status, task.attempts) for task in tasks.values()} == {("completed", 1)}
         road.sent_once(ids)
         assert problems(stack, "sender-1") == []
+
+
+@pytest.mark.timeout(300)
+def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
+    new_stack: Callable[..., Stack],
+) -> None:
+    stack = new_stack(POSTROAD_MAX_IN_FLIGHT="200", POSTROAD_SENDER_DELAYS="2,5")
+    stack.up()
+    with Road(stack) as road:
+        # Thrice what the sender holds in memory, in every partition, ahead of all others.
+        stuck = road.create_many(["hang@stuck.ok.test" for _ in range(600)], "stuck")
+        until(
+            lambda: metric(stack, "sender-1", 'postroad_sender_sessions{state="busy"}') == 15,
+            "a domain hangs",
+        )
+        start = time.monotonic()
+        others = road.create_many([f"o{n}@o{n}.ok.test" for n in range(100)], "others")
+        tasks = road.settled(others, 60)
+        took = time.monotonic() - start
+        assert {task.status for task in tasks.values()} == {"completed"}
+        assert took < 30
+        assert metric(stack, "sender-1", "postroad_sender_crowded_total") > 0
+        again = {task.id: task for task in road.list_all()}
+        assert {again[id_].status for id_ in stuck} == {"processing"}
+        assert {again[id_].attempts for id_ in stuck} == {0}, "to wait for others is no attempt"
+        road.sent_once(others)

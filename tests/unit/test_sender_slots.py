@@ -4,10 +4,11 @@ import asyncio
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.sender.slots import Slots
+from services.sender.slots import Crowded, Slots
 
 
 async def settle() -> None:
@@ -98,3 +99,61 @@ def test_no_slot_is_lost_or_made_whoever_is_cancelled_when(total: int, bound: in
         one_more.cancel()
 
     asyncio.run(run())
+
+
+async def test_a_rate_lets_a_seconds_worth_through_and_then_one_at_a_time() -> None:
+    loop = asyncio.get_running_loop()
+    slots = Slots(100, 0, rate=20)
+    start = loop.time()
+    times = []
+
+    async def one(domain: str) -> None:
+        await slots.acquire(domain)
+        times.append((domain, loop.time() - start))
+        slots.release(domain)
+
+    await asyncio.gather(*(one("limited") for _ in range(30)), one("other"))
+    assert next(t for domain, t in times if domain == "other") < 0.2, "another domain has a rate of its own"
+    limited = [t for domain, t in times if domain == "limited"]
+    assert len(limited) == 30
+    assert limited[19] < 0.2, "what a second allows may go at once"
+    for number in range(20, 30):
+        assert limited[number] >= (number - 19) / 20 - 0.01, "never faster than the rate"
+    assert limited[29] < 2
+
+
+async def test_what_waits_too_long_for_a_slow_domain_in_a_crowd_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.sender.slots.PATIENCE", 0.1)
+    monkeypatch.setattr("services.sender.slots._LOOK", 0.05)
+    slots = Slots(2, 1, most_waiting=10)
+    await slots.acquire("hangs")
+    waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(50)]
+    await asyncio.wait_for(slots.acquire("quick"), 1)
+    quick = asyncio.ensure_future(slots.acquire("quick"))
+    async with asyncio.timeout(5):
+        await asyncio.wait(waiting[20:])
+    assert not quick.done(), "a lone mail of another domain is no crowd"
+    assert all(isinstance(task.exception(), Crowded) for task in waiting[20:])
+    left = [task for task in waiting if not task.done()]
+    assert left == waiting[: len(left)], "the first in line stay"
+    assert len(left) == 9, "down to what may wait, the other domain's one included"
+    slots.release("quick")
+    await asyncio.wait_for(quick, 1)
+    for task in left:
+        slots.release("hangs")
+        await asyncio.wait_for(task, 1)
+
+
+async def test_a_long_queue_that_moves_sends_nobody_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sender.slots.PATIENCE", 0.5)
+    monkeypatch.setattr("services.sender.slots._LOOK", 0.02)
+    slots = Slots(4, 0, most_waiting=10)
+
+    async def one() -> None:
+        await slots.acquire("busy")
+        await asyncio.sleep(0.001)
+        slots.release("busy")
+
+    await asyncio.gather(*(one() for _ in range(300)))

@@ -12,14 +12,14 @@ import pytest
 from sqlalchemy.exc import DataError, OperationalError
 
 from postroad.v1 import events_pb2 as pb
+from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, Taken
+from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.stage.types import Done, Outcome, Record, Retry
 from services.common.topics import MX_OK, TASK_CANCELLED
 from services.sender import replies
 from services.sender.async_claims import AsyncClaims
-from services.sender.claims import owner_tokens
 from services.sender.composer import Composer
-from services.sender.decide import IN_DOUBT, Claim, Delivery, Taken
 from services.sender.leases import Leases
 from services.sender.policy import Policy
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
@@ -608,6 +608,28 @@ async def test_a_cancel_of_what_is_in_doubt_is_told_as_uncertain(build: Callable
     assert isinstance(event, pb.MailFailed)
     assert event.uncertain
     assert only_event(await world.handle(mx_ok())) == event
+
+
+async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
+    build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sender.slots.PATIENCE", 0.01)
+    monkeypatch.setattr("services.sender.slots._LOOK", 0.01)
+    world = build()
+    world.sender._hands = Slots(1, 1, most_waiting=1)
+    await world.sender._hands.acquire("b.test")
+    waiting = [asyncio.ensure_future(world.handle(mx_ok(attempt=2))) for _ in range(3)]
+    async with asyncio.timeout(5):
+        await asyncio.wait(waiting[1:])
+    for task in waiting[1:]:
+        outcome = task.result()
+        assert isinstance(outcome, Retry)
+        assert not outcome.counts
+        assert outcome.delay == DELAYS[0]
+        assert outcome.due_at_ms >= NOW_US // 1000 + DELAYS[0] * 1000
+        assert not outcome.events
+    assert not world.claims.rows, "nothing is claimed for it"
+    waiting[0].cancel()
 
 
 async def test_the_stage_reads_and_decodes_what_the_topics_say(build: Callable[..., World]) -> None:

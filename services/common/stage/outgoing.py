@@ -47,7 +47,7 @@ class Render:
         carried = headers.delayed(
             record.headers,
             origin=_origin(record),
-            attempt=record.attempt + 1,
+            attempt=record.attempt + outcome.counts,
             cause=outcome.cause,
             due_at_ms=outcome.due_at_ms,
         )

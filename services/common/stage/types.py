@@ -37,12 +37,14 @@ class Retry:
     """Hand the record back as attempt + 1 once `due_at_ms` (Unix milliseconds) has come, never earlier.
 
     `delay` names the delay topic, one of the stage's `delays` (seconds); `events` are published as well.
+    Unless it `counts` the record comes back as the same attempt: nothing was tried.
     """
 
     delay: int
     due_at_ms: int
     cause: str
     events: Sequence[Event] = ()
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ __all__ = [
 
 FROM, TO = "shop@example.org", "ann@example.net"
 MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
-QUICK = Timeouts(connect=5, tls=5, greeting=5, command=5, data=5, block=5, after_dot=5, quit=1)
+QUICK = Timeouts(connect=5, tls=5, opening=5, command=5, data=5, block=5, after_dot=5, quit=1)
 PATIENCE = 10.0
 
 

@@ -18,7 +18,7 @@ from tests.integration.smtp.script import (
     send,
 )
 
-HASTY = Timeouts(connect=5, tls=5, greeting=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
+HASTY = Timeouts(connect=5, tls=5, opening=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
 # More than the kernel's buffers of both sides take, so that its last bytes cannot leave unless it is read.
 HUGE = b"Subject: huge\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 98 + b"\r\n") * 400_000
 

@@ -23,7 +23,7 @@ from tests.integration.smtp.script import (
     send,
 )
 
-HASTY = Timeouts(connect=5, tls=0.3, greeting=0.3, command=0.3, quit=1)
+HASTY = Timeouts(connect=5, tls=0.3, opening=0.3, quit=1)
 USER = Credentials("ann", "s3cret-of-ann")
 
 

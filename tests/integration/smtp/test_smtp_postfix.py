@@ -75,7 +75,7 @@ async def pool_to(
     server: Postfix, port: int, tls: Tls = Tls.STARTTLS, **settings: Any
 ) -> AsyncIterator[SmtpPool]:
     limits = settings.pop("limits", Limits(sessions=4, backoff=0.05))
-    timeouts = settings.pop("timeouts", Timeouts(greeting=20, command=20, data=20, after_dot=20))
+    timeouts = settings.pop("timeouts", Timeouts(opening=20, command=20, data=20, after_dot=20))
     relay = Relay(
         "127.0.0.1", port, tls, context=None if tls is Tls.NONE else server.certificates.client(), **settings
     )
