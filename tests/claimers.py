@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from services.common.database import engine_of
-from services.sender.claims import Claims, owner_tokens
-from services.sender.decide import Claim, Taken, Wait
+from services.common.deliveries.decide import Claim, Taken, Wait
+from services.common.deliveries.rows import owner_tokens
+from services.sender.claims import Claims
 
 __all__ = ["claim_all", "everyone"]
 

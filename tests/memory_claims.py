@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
-from services.sender.decide import (
+from services.common.deliveries.decide import (
     Cancel,
     Claim,
     Delivery,

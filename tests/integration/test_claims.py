@@ -16,8 +16,7 @@ import pytest
 from sqlalchemy import Engine
 
 from services.common.database import engine_of, execute_rows
-from services.sender.claims import Claims, owner_tokens
-from services.sender.decide import (
+from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
     Claim,
@@ -30,6 +29,8 @@ from services.sender.decide import (
     Wait,
     decide,
 )
+from services.common.deliveries.rows import owner_tokens
+from services.sender.claims import Claims
 from tests.claimers import claim_all, everyone
 
 LEASE = 20.0

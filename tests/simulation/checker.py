@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from postroad.v1 import events_pb2 as pb
+from services.common.deliveries.decide import Settlement
 from services.common.events import DECODERS, task_id
 from services.common.fold import fold
 from services.common.topics import EVENT_TOPICS, READ_BY, Names
-from services.sender.decide import Settlement
 
 if TYPE_CHECKING:
     from tests.simulation.run import Schedule

@@ -12,13 +12,13 @@ from typing import Any
 from services.api.outbox import created
 from services.api.relay import Recording, Relay
 from services.common import fold
+from services.common.deliveries import decide
+from services.common.deliveries.decide import Claim, Delivery, Settlement, Taken, first
 from services.common.stage.ledger import Fetched, Ledger
 from services.common.stage.offsets import Offsets
 from services.common.stage.types import Dead
 from services.common.stage.work import Work
-from services.sender import decide
 from services.sender.async_claims import AsyncClaims
-from services.sender.decide import Claim, Delivery, Settlement, Taken, first
 from tests.simulation.patches import replaced
 from tests.simulation.threads import VirtualTime
 

@@ -15,10 +15,20 @@ from services.api import outbox
 from services.api.outbox import created
 from services.common import taskstore
 from services.common.database import engine_of, transaction
+from services.common.deliveries.decide import (
+    Cancel,
+    Claim,
+    Delivery,
+    Settlement,
+    Stale,
+    Stored,
+    Taken,
+    Verdict,
+    Wait,
+)
 from services.common.fold import Row, delta
 from services.common.migrations import migrate
 from services.sender.claims import Claims
-from services.sender.decide import Cancel, Claim, Delivery, Settlement, Stale, Stored, Taken, Verdict, Wait
 from tests.simulation.database import Database, MemoryClaims
 from tests.simulation.scheduler import Scheduler
 from tests.simulation.world import World

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.sender.decide import (
+from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
     Claim,

@@ -6,8 +6,8 @@ from datetime import datetime
 
 import pytest
 
+from services.common.deliveries.decide import Delivery
 from services.common.telemetry import SENDER_LEASES_LOST
-from services.sender.decide import Delivery
 from services.sender.leases import Leases
 
 ROW = Delivery(bytes(16), "sending", 0, 1, 0, b"o" * 16, datetime(2026, 1, 1), 0, 0, "", "", "", "<i@a>")

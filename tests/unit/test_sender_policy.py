@@ -6,10 +6,11 @@ from datetime import datetime
 import pytest
 
 from postroad.v1 import events_pb2 as pb
+from services.common.deliveries.decide import IN_DOUBT, Delivery
+from services.common.deliveries.outcome import event_of
 from services.common.events import event_key
 from services.common.stage.types import Done, Retry
-from services.sender.answers import answer, event_of, found_in_doubt
-from services.sender.decide import IN_DOUBT, Delivery
+from services.sender.answers import answer, found_in_doubt
 from services.sender.policy import Policy
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
 

@@ -7,8 +7,17 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
+from services.common.deliveries.decide import (
+    Cancel,
+    Claim,
+    Delivery,
+    Settlement,
+    Stored,
+    Taken,
+    Verdict,
+    first,
+)
 from services.sender.claims import Claims
-from services.sender.decide import Cancel, Claim, Delivery, Settlement, Stored, Taken, Verdict, first
 
 __all__: list[str] = []
 
