@@ -6,20 +6,40 @@ Times are the database's own, so that replicas with different clocks agree on wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import Connection
 
-from services.common.database import marks
+from postroad.v1 import events_pb2 as pb
+from services.common.database import execute_rows, marks
 
-__all__ = ["GRACE", "LEASE", "Item", "created", "defer", "delete", "put", "take"]
+__all__ = [
+    "CANCELLED",
+    "CREATED",
+    "GRACE",
+    "LEASE",
+    "Item",
+    "cancelled",
+    "created",
+    "defer",
+    "delete",
+    "item_of",
+    "put",
+    "schedule",
+    "take",
+]
 
 GRACE = 10
 """Seconds that the relay of the replica that recorded a task has before a sweeper looks at it."""
 LEASE = 45
 """Seconds that a sweeper has for what it took; longer than its producer tries (`delivery.timeout.ms`)."""
 
-_CREATED = "created"
+CREATED = "created"
+"""The kind of a TaskCreated: the first one, or a later epoch's, which reopens the task."""
+CANCELLED = "cancelled"
+"""The kind of a TaskCancelled."""
+
 _PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at) VALUES"
 _DUE = (
     "SELECT task_id, kind, epoch FROM outbox WHERE available_at <= UTC_TIMESTAMP(6)"
@@ -35,18 +55,35 @@ class Item(NamedTuple):
     epoch: int
 
 
-def created(task_id: bytes) -> Item:
-    """Return the item that stands for a task's first event."""
-    return Item(task_id, _CREATED, 0)
+def created(task_id: bytes, epoch: int = 0) -> Item:
+    """Return the item that stands for a task's first event, or for the one that reopens it."""
+    return Item(task_id, CREATED, epoch)
 
 
-def put(connection: Connection, items: Sequence[Item]) -> None:
-    """Add items, due after GRACE; those that stand there already stay as they are."""
-    due = f"UTC_TIMESTAMP(6) + INTERVAL {GRACE} SECOND"
+def cancelled(task_id: bytes, epoch: int) -> Item:
+    """Return the item that stands for the event that cancels a task."""
+    return Item(task_id, CANCELLED, epoch)
+
+
+def item_of(event: pb.TaskCreated | pb.TaskCancelled) -> Item:
+    """Return the item that stands for this event."""
+    if isinstance(event, pb.TaskCreated):
+        return created(event.task.id, event.epoch)
+    return cancelled(event.id, event.epoch)
+
+
+def put(connection: Connection, items: Sequence[Item], seconds: int = GRACE) -> None:
+    """Add items, due `seconds` from now; those that stand there already stay as they are."""
+    due = f"UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND"
     for start in range(0, len(items), 500):
         part = items[start : start + 500]
         rows = ",".join([f"(%s,%s,%s,{due})"] * len(part))
         connection.exec_driver_sql(f"{_PUT} {rows}", tuple(value for item in part for value in item))
+
+
+def schedule(connection: Connection, items: Sequence[tuple[Item, datetime]]) -> None:
+    """Add items, each due at its time (naive UTC); those that stand there already stay as they are."""
+    execute_rows(connection, _PUT, [(*item, due) for item, due in items])
 
 
 def delete(connection: Connection, items: Sequence[Item]) -> None:

@@ -13,7 +13,7 @@ from postroad.v1 import task_pb2
 from services.api import outbox
 from services.api.errors import PATIENCE, Problem, conflict, overloaded, unavailable
 from services.api.queries import tasks_of
-from services.api.relay import Recording
+from services.api.relay import Creation
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
@@ -38,13 +38,13 @@ class Recorder:
     def __init__(
         self,
         engine: Engine,
-        committed: Callable[[Sequence[Recording]], None],
+        committed: Callable[[Sequence[Creation]], None],
         most: int,
         most_bytes: int,
     ) -> None:
         self._engine, self._committed = engine, committed
         self._most, self._most_bytes, self._bytes = most, most_bytes, 0
-        self._batcher: Batcher[Recording, task_pb2.Task | None] = Batcher(
+        self._batcher: Batcher[Creation, task_pb2.Task | None] = Batcher(
             self._record,
             _LIMIT,
             shared=transient,
@@ -53,7 +53,7 @@ class Recorder:
             name="recorder",
         )
 
-    async def record(self, recording: Recording) -> task_pb2.Task | None:
+    async def record(self, recording: Creation) -> task_pb2.Task | None:
         """Return None once the task is recorded, or the task that its idempotency key stands for already.
 
         Raises Problem: ALREADY_EXISTS where the key stands for another request, RESOURCE_EXHAUSTED
@@ -80,7 +80,7 @@ class Recorder:
         """Refuse what comes from now on; return once all that waited is settled."""
         await self._batcher.close()
 
-    def _record(self, batch: Sequence[Recording]) -> list[task_pb2.Task | Problem | None]:
+    def _record(self, batch: Sequence[Creation]) -> list[task_pb2.Task | Problem | None]:
         # The same ids each time that it is done again, so a connection lost while it commits is no harm.
         results, recorded = transaction(self._engine, lambda connection: _write(connection, batch))
         if recorded:
@@ -89,8 +89,8 @@ class Recorder:
 
 
 def _write(
-    connection: Connection, batch: Sequence[Recording]
-) -> tuple[list[task_pb2.Task | Problem | None], list[Recording]]:
+    connection: Connection, batch: Sequence[Creation]
+) -> tuple[list[task_pb2.Task | Problem | None], list[Creation]]:
     tasks = [recording.event.task for recording in batch]
     taskstore.upsert(connection, [delta(recording.event) for recording in batch])
     keys = [(task.tenant, task.idempotency_key) for task in tasks if task.idempotency_key]

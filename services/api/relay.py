@@ -1,4 +1,4 @@
-"""The fast path out: what was just recorded is published at once, what was acked leaves the outbox.
+"""The fast path out: what was just committed is published at once, what was acked leaves the outbox.
 
 The relay promises nothing. What it does not take, fails to publish or dies with stands in the outbox,
 and the sweeper finds it there.
@@ -10,17 +10,18 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeAlias, TypeVar
 
 import structlog
 
-from postroad.v1 import events_pb2
-from services.api.outbox import Item, created
+from postroad.v1 import events_pb2 as pb
+from services.api.outbox import Item, item_of
 from services.common.batching import Batcher
 from services.common.events import Outgoing, encode
 from services.common.stage.publisher import Failure, Publisher
 from services.common.telemetry import API_PUBLISHED, API_RELAY_HELD, STAGE_PUBLISH_FAILURES
 
-__all__ = ["Recording", "Relay"]
+__all__ = ["Creation", "Recording", "Relay"]
 
 log = structlog.get_logger(__name__)
 
@@ -28,17 +29,27 @@ _PACE = 0.1
 """Seconds between two removals from the outbox: nobody waits for them, and a larger one costs little more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A task to be recorded and published, with the trace context of its request."""
+E_co = TypeVar("E_co", bound=pb.TaskCreated | pb.TaskCancelled, covariant=True)
 
-    event: events_pb2.TaskCreated
+
+@dataclass(frozen=True, slots=True)
+class Recording(Generic[E_co]):
+    """An event to be recorded and published, with the trace context of its request.
+
+    `size`: the bytes that it holds while it waits.
+    """
+
+    event: E_co
     traceparent: bytes
-    size: int
+    size: int = 0
+
+
+Creation: TypeAlias = Recording[pb.TaskCreated]
+"""A task to be recorded."""
 
 
 class Relay:
-    """Publishes recorded tasks; to be used on one event loop.
+    """Publishes recorded events; to be used on one event loop.
 
     What it holds is bounded by `most` records and `most_bytes`: while Kafka is away the rest is left to
     the sweeper. `settle` takes what was acked out of the outbox.
@@ -47,7 +58,7 @@ class Relay:
     def __init__(self, publisher: Publisher, settle: Batcher[Item, None], most: int, most_bytes: int) -> None:
         self._publisher, self._settle = publisher, settle
         self._most, self._most_bytes = most, most_bytes
-        self._held: set[bytes] = set()
+        self._held: set[Item] = set()
         API_RELAY_HELD.set_function(lambda: len(self._held))
         self._room = True
         self._acked: list[Item] = []
@@ -56,26 +67,28 @@ class Relay:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def holds(self, task_id: bytes) -> bool:
-        """Tell whether this task's event is being published right now."""
-        return task_id in self._held
+    def holds(self, item: Item) -> bool:
+        """Tell whether this item's event is being published right now."""
+        return item in self._held
 
-    def publish(self, recorded: Sequence[Recording]) -> None:
+    def publish(self, recorded: Sequence[Recording[pb.TaskCreated | pb.TaskCancelled]]) -> None:
         """Publish what a transaction recorded, as much of it as there is room for. Does not block."""
         batch: list[Outgoing] = []
+        items: list[Item] = []
         size = 0
         for recording in recorded:
-            if len(self._held) >= self._most or self._bytes + size >= self._most_bytes:
+            if len(self._held) + len(items) >= self._most or self._bytes + size >= self._most_bytes:
                 break
             record = encode(recording.event, "api", recording.traceparent)
             batch.append(record)
-            self._held.add(record.key)
+            items.append(item_of(recording.event))
             size += len(record.value)
         self._tell_room(len(batch) == len(recorded))
         if batch:
+            self._held.update(items)
             self._bytes += size
             self._idle.clear()
-            self._publisher.send(batch, partial(self._delivered, [record.key for record in batch], size))
+            self._publisher.send(batch, partial(self._delivered, items, size))
 
     async def drain(self, seconds: float) -> None:
         """Wait until everything held is published and has left the outbox, up to `seconds`."""
@@ -83,7 +96,7 @@ class Relay:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("left to the sweeper", tasks=len(self._held))
+            log.warning("left to the sweeper", events=len(self._held))
 
     def _tell_room(self, room: bool) -> None:
         if room != self._room:
@@ -92,19 +105,19 @@ class Relay:
                 "there is room again" if room else "full: what is recorded now is left to the sweeper"
             )
 
-    def _delivered(self, ids: list[bytes], size: int, failures: list[Failure]) -> None:
+    def _delivered(self, items: list[Item], size: int, failures: list[Failure]) -> None:
         self._bytes -= size
         failed = {index for index, _ in failures}
         if failed:
             STAGE_PUBLISH_FAILURES.labels("api").inc(len(failed))
-            log.warning("not published, left to the sweeper", tasks=len(failed), error=str(failures[0][1]))
-            self._let_go([ids[index] for index in failed])
-        if len(failed) == len(ids):
+            log.warning("not published, left to the sweeper", events=len(failed), error=str(failures[0][1]))
+            self._let_go([items[index] for index in failed])
+        if len(failed) == len(items):
             return
         if not self._acked:
             asyncio.get_running_loop().call_later(_PACE, self._flush)
-        self._acked += [created(id_) for index, id_ in enumerate(ids) if index not in failed]
-        API_PUBLISHED.labels("relay").inc(len(ids) - len(failed))
+        self._acked += [item for index, item in enumerate(items) if index not in failed]
+        API_PUBLISHED.labels("relay").inc(len(items) - len(failed))
 
     def _flush(self) -> None:
         acked, self._acked = self._acked, []
@@ -117,12 +130,12 @@ class Relay:
         try:
             results = await self._settle.many(acked)
         finally:
-            self._let_go([item.task_id for item in acked])
+            self._let_go(acked)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
-            log.warning("published but still in the outbox", tasks=len(errors), error=str(errors[0]))
+            log.warning("published but still in the outbox", events=len(errors), error=str(errors[0]))
 
-    def _let_go(self, ids: list[bytes]) -> None:
-        self._held.difference_update(ids)
+    def _let_go(self, items: list[Item]) -> None:
+        self._held.difference_update(items)
         if not self._held:
             self._idle.set()

@@ -16,7 +16,7 @@ from services.api.outbox import Item
 from services.api.reader import THREADS, Reader
 from services.api.readiness import Readiness
 from services.api.recorder import Recorder
-from services.api.relay import Recording, Relay
+from services.api.relay import Creation, Relay
 from services.api.server import serve_on
 from services.api.sweeper import Sweeper
 from services.common.batching import Batcher
@@ -101,7 +101,7 @@ class ApiService:
         self._reader.close()
         self._engine.dispose()
 
-    def _committed(self, recorded: Sequence[Recording]) -> None:
+    def _committed(self, recorded: Sequence[Creation]) -> None:
         self._loop.call_soon_threadsafe(self._relay.publish, recorded)
 
     def _delete(self, items: Sequence[Item]) -> list[None]:

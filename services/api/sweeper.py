@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -11,14 +11,14 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from postroad.v1 import events_pb2
+from postroad.v1 import events_pb2 as pb
 from services.api import outbox
-from services.api.outbox import Item
+from services.api.outbox import CANCELLED, CREATED, Item
 from services.api.relay import Relay
 from services.api.trace import traceparent
 from services.common import taskstore
 from services.common.database import transaction, transient
-from services.common.events import encode
+from services.common.events import encode, event_key
 from services.common.stage.publisher import Publisher
 from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
 
@@ -61,7 +61,7 @@ class Sweeper:
     async def _sweep(self) -> bool:
         """Return whether there may be more to do at once."""
         taken = await self._transact(lambda connection: outbox.take(connection, self._most))
-        items = [item for item in taken if not self._relay.holds(item.task_id)]
+        items = [item for item in taken if not self._relay.holds(item)]
         if not items:
             return False
         try:
@@ -102,11 +102,29 @@ class Sweeper:
             pass
 
 
-def rebuilt(connection: Connection, items: Sequence[Item]) -> dict[Item, events_pb2.TaskCreated]:
-    """Return the event of each item whose task is there, the same that the relay would have published."""
-    tasks = taskstore.load_tasks(connection, [item.task_id for item in items])
-    return {
-        item: events_pb2.TaskCreated(task=task, epoch=item.epoch, at_us=task.created_at_us)
+def rebuilt(
+    connection: Connection, items: Sequence[Item]
+) -> Mapping[Item, pb.TaskCreated | pb.TaskCancelled]:
+    """Return the event of each item whose task is there, the same that the relay would have published.
+
+    Blocks. The bodies of all tasks are in memory.
+    """
+    ids = sorted({item.task_id for item in items if item.kind == CREATED})
+    tasks = taskstore.load_tasks(connection, ids)
+    cancellations = {
+        (item.task_id, event_key(event)): (item, event)
         for item in items
-        if (task := tasks.get(item.task_id)) is not None
+        if item.kind == CANCELLED
+        for event in (pb.TaskCancelled(id=item.task_id, epoch=item.epoch),)
     }
+    times = taskstore.event_times(connection, list(cancellations))
+    events: dict[Item, pb.TaskCreated | pb.TaskCancelled] = {}
+    for item in items:
+        if item.kind == CREATED and (task := tasks.get(item.task_id)) is not None:
+            at_us = item.epoch * 1000 or task.created_at_us
+            events[item] = pb.TaskCreated(task=task, epoch=item.epoch, at_us=at_us)
+    for key, (item, event) in cancellations.items():
+        if key in times:
+            event.at_us = times[key]
+            events[item] = event
+    return events

@@ -80,7 +80,8 @@ def encode(event: Event, source: str, traceparent: bytes | None = None) -> Outgo
     ]
     if traceparent is not None:
         headers.append(("traceparent", traceparent))
-    return Outgoing(topic, key, event.SerializeToString(), headers)
+    # Maps in the order of their keys: the same event has the same bytes whoever publishes it.
+    return Outgoing(topic, key, event.SerializeToString(deterministic=True), headers)
 
 
 def _decoder(kind: type[Message]) -> Callable[[bytes | None], Event]:

@@ -22,6 +22,7 @@ from services.common.timeline import Entry
 __all__ = [
     "Body",
     "body_of",
+    "event_times",
     "insert_bodies",
     "insert_events",
     "load_tasks",
@@ -168,6 +169,21 @@ def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.M
             created_at_us=to_micros(created_at),
         )
     return tasks
+
+
+def event_times(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], int]:
+    """Return the time of each (task id, event id) that is known, in microseconds since the Unix epoch."""
+    by_event: dict[str, list[bytes]] = {}
+    for id_, event_id in sorted(keys):
+        by_event.setdefault(event_id, []).append(id_)
+    times = {}
+    for event_id, ids in by_event.items():
+        found = connection.exec_driver_sql(
+            f"SELECT task_id, at FROM task_events WHERE task_id IN ({marks(len(ids))}) AND event_id = %s",
+            (*ids, event_id),
+        )
+        times.update({(bytes(id_), event_id): to_micros(at) for id_, at in found})
+    return times
 
 
 def _object(column: str | bytes | None) -> Mapping[str, str]:

@@ -14,20 +14,22 @@ from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api import outbox, sweeper, uuid7, views
 from services.api.errors import Problem
 from services.api.recorder import Recorder
-from services.api.relay import Recording
+from services.api.relay import Creation
 from services.api.validation import mail_task
 from services.common import taskstore
 from services.common.database import transaction
+from services.common.events import encode
 from services.common.fold import delta
+from services.common.timeline import timeline
 
 CLOCK = uuid7.Clock()
 
 
-def recording(key: str = "", **data: object) -> Recording:
+def recording(key: str = "", **data: object) -> Creation:
     mail = {"email": "a@shop.test", "subject": "Hello", "body": "text"} | data
     task = mail_task(CreateRequest(data=TaskData(**mail)), "default", key, 1000)  # type: ignore[arg-type]
     task.id, task.created_at_us = CLOCK.draw()
-    return Recording(events_pb2.TaskCreated(task=task, at_us=task.created_at_us), b"trace", 100)
+    return Creation(events_pb2.TaskCreated(task=task, at_us=task.created_at_us), b"trace", 100)
 
 
 def ids_in(engine: Engine, table: str, column: str = "task_id") -> list[bytes]:
@@ -36,10 +38,10 @@ def ids_in(engine: Engine, table: str, column: str = "task_id") -> list[bytes]:
 
 
 async def record(
-    engine: Engine, *recordings: Recording
-) -> tuple[list[task_pb2.Task | BaseException | None], list[Recording]]:
+    engine: Engine, *recordings: Creation
+) -> tuple[list[task_pb2.Task | BaseException | None], list[Creation]]:
     """Record all at once; return what each was answered and what was handed on to be published."""
-    committed: list[Recording] = []
+    committed: list[Creation] = []
     recorder = Recorder(engine, committed.extend, 1000, 1 << 20)
     answers = await asyncio.gather(*map(recorder.record, recordings), return_exceptions=True)
     await recorder.close()
@@ -71,6 +73,40 @@ async def test_a_recorded_task_stands_in_three_tables_and_is_rebuilt_as_it_was(e
         ).one(),
     )
     assert views.task(row) == views.recorded(rich.event.task)
+
+
+async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Engine) -> None:
+    """A CloudEvents id names one event: whoever publishes it, the relay or a sweeper, it is the same."""
+    maps = {f"{n}-key": f"{n}" for n in range(40)}
+    batch = [recording(headers=maps, labels=maps), recording(), recording("k", body=None, html="<p>é")]
+    await record(engine, *batch)
+    events: list[events_pb2.TaskCreated | events_pb2.TaskCancelled] = [r.event for r in batch]
+    for epoch in (0, 1_763_976_543_123, 1_763_976_543_124):
+        for task in (r.event.task for r in batch):
+            if epoch:
+                events.append(events_pb2.TaskCreated(task=task, epoch=epoch, at_us=epoch * 1000))
+            cancelled = events_pb2.TaskCancelled(
+                id=task.id, epoch=epoch, at_us=task.created_at_us + epoch + 7
+            )
+            events.append(cancelled)
+
+    def write(connection: Connection) -> None:
+        taskstore.upsert(connection, map(delta, events))
+        taskstore.insert_events(connection, map(timeline, events))
+        outbox.put(connection, [outbox.item_of(event) for event in events])
+
+    transaction(engine, write)
+    items = [outbox.item_of(event) for event in events]
+    assert len(set(items)) == len(items) == 18
+    found = transaction(engine, lambda c: sweeper.rebuilt(c, items))
+    assert [encode(found[item], "api") for item in items] == [encode(event, "api") for event in events]
+    # What is not there is not made up.
+    unknown = [
+        outbox.created(bytes(16)),
+        outbox.cancelled(bytes(16), 0),
+        outbox.cancelled(items[0].task_id, 5),
+    ]
+    assert transaction(engine, lambda c: sweeper.rebuilt(c, unknown)) == {}
 
 
 async def test_a_key_asked_for_twice_in_one_transaction_is_one_task(engine: Engine) -> None:

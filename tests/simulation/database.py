@@ -129,12 +129,22 @@ class Database:
             )
         return tasks
 
+    def event_times(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], int]:
+        """Return when the events that a timeline has happened."""
+        return {key: to_micros(self.entries[key].at) for key in keys if key in self.entries}
+
     # --- outbox ---
 
-    def put(self, items: Sequence[Item]) -> None:
-        """Add items, due after GRACE."""
+    def put(self, items: Sequence[Item], seconds: int = GRACE) -> None:
+        """Add items, due in `seconds`."""
         for item in items:
-            self.outbox.setdefault(item, self.world.now + GRACE)
+            self.outbox.setdefault(item, self.world.now + seconds)
+        self._told()
+
+    def schedule(self, items: Sequence[tuple[Item, datetime]]) -> None:
+        """Add items, each due at its time."""
+        for item, due in items:
+            self.outbox.setdefault(item, (due - _BEGIN).total_seconds())
         self._told()
 
     def delete(self, items: Sequence[Item]) -> None:

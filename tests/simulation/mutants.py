@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from services.api.outbox import created
-from services.api.relay import Recording, Relay
+from services.api.relay import Creation, Relay
 from services.common import fold
 from services.common.deliveries import decide
 from services.common.deliveries.decide import Claim, Delivery, Settlement, Taken, first
@@ -97,7 +97,7 @@ def _outbox_before_ack() -> Patches:
 
     original = Relay.publish
 
-    def publish(self: Relay, recorded: Sequence[Recording]) -> None:
+    def publish(self: Relay, recorded: Sequence[Creation]) -> None:
         items = [created(recording.event.task.id) for recording in recorded]
         task = asyncio.get_running_loop().create_task(self._settle.many(items))
         task.add_done_callback(lambda _: original(self, recorded))

@@ -11,7 +11,7 @@ from typing import Any
 from services.api import outbox
 from services.api.outbox import Item
 from services.api.recorder import Recorder
-from services.api.relay import Recording, Relay
+from services.api.relay import Creation, Relay
 from services.api.sweeper import Sweeper
 from services.common import topics
 from services.common.batching import Batcher
@@ -193,7 +193,7 @@ class Api:
         """Begin to drain."""
         self._sweeper.stop()
 
-    def _committed(self, recorded: Sequence[Recording]) -> None:
+    def _committed(self, recorded: Sequence[Creation]) -> None:
         self._loop.call_soon_threadsafe(self._relay.publish, recorded)
 
     def _delete(self, items: Sequence[Item]) -> list[None]:
