@@ -1,81 +1,63 @@
 """The `postroad` command. Results go to stdout, the rest to stderr.
 
-Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 denied, 5 unavailable.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 denied, 5 unavailable; 130 after Ctrl-C.
+A command's module has a `register(app)`; it is called here. services/cli/frame.py says how one is made.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import traceback
 
 import typer
-from pydantic import ValidationError
 
-from services.common.config import Settings, settings
+from services.cli import setup_commands
+from services.cli.errors import FAILED, OK, explain
+from services.cli.frame import root
 
 __all__ = ["app", "main"]
 
-FAILED, USAGE, UNAVAILABLE = 1, 2, 5
+HELP = """Run Postroad: its tasks, its topics, its tables.
 
-app = typer.Typer(
-    name="postroad", no_args_is_help=True, add_completion=False, help="Run Postroad's installation."
-)
+Connections come from flags, the environment, --env-file or a profile of the config file, in this order.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 denied, 5 unavailable, 130 interrupted.
+"""
+
+app = typer.Typer(name="postroad", no_args_is_help=True, rich_markup_mode="rich")
+root(app, HELP)
 topics = typer.Typer(no_args_is_help=True, help="The Kafka topics.")
 app.add_typer(topics, name="topics")
 
-
-def _settings() -> Settings:
-    try:
-        return settings()
-    except ValidationError as error:
-        for problem in error.errors():
-            print(f"{problem['loc'][0]}: {problem['msg']}", file=sys.stderr)
-        raise typer.Exit(USAGE) from None
-
-
-def _fail(message: object, code: int = FAILED) -> typer.Exit:
-    print(f"postroad: {message}", file=sys.stderr)
-    return typer.Exit(code)
-
-
-@app.command()
-def migrate() -> None:
-    """Bring the database (POSTROAD_DATABASE_URL) to this version's tables."""
-    # Imported here, as below: Alembic or Kafka's client would double the start of every other command.
-    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
-
-    from services.common.database import transient  # noqa: PLC0415
-    from services.common.migrations import migrate as run  # noqa: PLC0415
-
-    try:
-        run(_settings().database_url)
-    except DBAPIError as error:
-        raise _fail(error.orig, UNAVAILABLE if transient(error) else FAILED) from None
-    except TimeoutError as error:
-        raise _fail(error, UNAVAILABLE) from None
-    print("The database is up to date.")
-
-
-@topics.command("apply")
-def topics_apply() -> None:
-    """Create the topics that are missing, and fail where one that exists is not as it must be."""
-    from confluent_kafka import KafkaException  # noqa: PLC0415
-
-    from services.common import kafka_admin  # noqa: PLC0415
-
-    try:
-        applied = kafka_admin.apply(_settings())
-    except KafkaException as error:
-        local = error.args[0].code() < 0  # the client's own: no connection, timed out
-        raise _fail(error.args[0].str(), UNAVAILABLE if local else FAILED) from None
-    for name in applied.created:
-        print(f"created {name}")
-    for difference in applied.differences:
-        print(f"differs {difference}", file=sys.stderr)
-    if applied.differences:
-        raise typer.Exit(FAILED)
-    print("The topics are as they must be.")
+setup_commands.register(app, topics)
 
 
 def main() -> None:
     """Run the command that the process's arguments name, and exit."""
-    app()
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else OK
+    except BrokenPipeError:
+        # Whoever read the result has enough of it.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        failure = explain(error)
+        if failure is None:
+            if os.environ.get("POSTROAD_TRACEBACK"):
+                traceback.print_exc()
+            line = f"{type(error).__name__}: {error} (set POSTROAD_TRACEBACK=1 to see where)"
+            print("postroad: " + " ".join(line.split()), file=sys.stderr)
+            return FAILED
+        if failure.line:
+            print(f"postroad: {failure.line}", file=sys.stderr)
+        return failure.code

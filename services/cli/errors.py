@@ -1,0 +1,156 @@
+"""How a command ends badly: one line on stderr and an exit code.
+
+A command raises `Failure(line, code)`. What its libraries raise (gRPC, Kafka, MySQL, Typer, the settings)
+is put into such a line by `explain`, so that a command need not catch it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from typer.exceptions import Abort, TyperException
+
+__all__ = [
+    "DENIED",
+    "FAILED",
+    "INTERRUPTED",
+    "NOT_FOUND",
+    "OK",
+    "UNAVAILABLE",
+    "USAGE",
+    "Failure",
+    "explain",
+    "grpc_exit",
+]
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+NOT_FOUND: Final = 3
+DENIED: Final = 4
+UNAVAILABLE: Final = 5
+INTERRUPTED: Final = 130
+
+_GRPC: Final = {
+    "INVALID_ARGUMENT": USAGE,
+    "NOT_FOUND": NOT_FOUND,
+    "UNAUTHENTICATED": DENIED,
+    "PERMISSION_DENIED": DENIED,
+    "UNAVAILABLE": UNAVAILABLE,
+    "DEADLINE_EXCEEDED": UNAVAILABLE,
+    "RESOURCE_EXHAUSTED": UNAVAILABLE,
+}
+_KAFKA: Final = {
+    "_ALL_BROKERS_DOWN": UNAVAILABLE,
+    "_RESOLVE": UNAVAILABLE,
+    "_TIMED_OUT": UNAVAILABLE,
+    "_TRANSPORT": UNAVAILABLE,
+    "REQUEST_TIMED_OUT": UNAVAILABLE,
+    "COORDINATOR_NOT_AVAILABLE": UNAVAILABLE,
+    "_AUTHENTICATION": DENIED,
+    "CLUSTER_AUTHORIZATION_FAILED": DENIED,
+    "GROUP_AUTHORIZATION_FAILED": DENIED,
+    "SASL_AUTHENTICATION_FAILED": DENIED,
+    "TOPIC_AUTHORIZATION_FAILED": DENIED,
+    "UNKNOWN_TOPIC_OR_PART": NOT_FOUND,
+    "_UNKNOWN_PARTITION": NOT_FOUND,
+    "_UNKNOWN_TOPIC": NOT_FOUND,
+}
+# Access denied: to a database, to a user, to a table, without a password, to a locked account.
+_MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1698, 3118})
+
+
+class Failure(Exception):
+    """A command's end other than OK: a line for people, without a full stop, and an exit code."""
+
+    def __init__(self, line: object, code: int = FAILED) -> None:
+        super().__init__(" ".join(str(line).split()))
+        self.line = str(self)
+        self.code = code
+
+
+def explain(error: BaseException) -> Failure | None:
+    """Return what an error of a library means to the user; None where it is a fault of this program."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, KeyboardInterrupt | Abort):
+        return Failure("interrupted", INTERRUPTED)
+    if isinstance(error, TyperException):
+        return _usage(error)
+    # Only a library that was imported can have raised it, and importing them costs more than most commands.
+    if _is(error, "grpc", "RpcError"):
+        return _grpc(error)
+    if _is(error, "confluent_kafka", "KafkaException"):
+        return _kafka(error)
+    if _is(error, "pydantic", "ValidationError"):
+        return _settings(error)
+    if _is(error, "sqlalchemy.exc", "ArgumentError"):
+        return Failure(f"the database URL: {error}", USAGE)
+    if _is(error, "sqlalchemy.exc", "DBAPIError") or _is(error, "sqlalchemy.exc", "TimeoutError"):
+        return _database(error)
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        return Failure(f"{named}{error.strerror or error}", UNAVAILABLE if _is_network(error) else FAILED)
+    return None
+
+
+def grpc_exit(code: str) -> int:
+    """Return the exit code for the name of a gRPC status code."""
+    return OK if code == "OK" else _GRPC.get(code, FAILED)
+
+
+def _is(error: BaseException, module: str, name: str) -> bool:
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(error, kind)
+
+
+def _is_network(error: OSError) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ == "gaierror"
+
+
+def _usage(error: TyperException) -> Failure:
+    if not error.format_message().strip():
+        return Failure("", USAGE)  # the help was asked for by giving no command, and is shown
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    hint = f" (try '{context.command_path} --help')" if context is not None else ""
+    return Failure(message[:1].lower() + message[1:] + hint, USAGE)
+
+
+def _grpc(error: Any) -> Failure:
+    code = error.code().name
+    said = error.details() or code
+    if code == "UNAVAILABLE" and "connections to all backends" in said.lower():
+        said = "the api does not answer"
+    if code == "DEADLINE_EXCEEDED":
+        said = "the api did not answer in time"
+    if code == "UNIMPLEMENTED":
+        said = f"the api does not know this call, it may be an older version: {said}"
+    return Failure(said, grpc_exit(code))
+
+
+def _kafka(error: Any) -> Failure:
+    cause = error.args[0]
+    name = cause.name() if hasattr(cause, "name") else ""
+    if _KAFKA.get(name) == UNAVAILABLE:
+        return Failure(f"Kafka does not answer: {cause.str()}", UNAVAILABLE)
+    return Failure(f"Kafka: {cause.str() if name else cause}", _KAFKA.get(name, FAILED))
+
+
+def _settings(error: Any) -> Failure:
+    problems = (f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors())
+    return Failure("; ".join(problems), USAGE)
+
+
+def _variable(where: tuple[Any, ...]) -> str:
+    field = str(where[0]) if where else "settings"
+    return field if field.isupper() else f"POSTROAD_{field.upper()}"
+
+
+def _database(error: Any) -> Failure:
+    from services.common.database import said, transient  # noqa: PLC0415
+
+    number = getattr(getattr(error, "orig", None), "errno", None)
+    code = DENIED if number in _MYSQL_DENIED else UNAVAILABLE if transient(error) else FAILED
+    return Failure(f"the database: {said(error)}", code)

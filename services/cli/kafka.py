@@ -1,0 +1,41 @@
+"""Kafka clients of a command: they keep silent, what goes wrong is raised."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from confluent_kafka import Consumer
+from confluent_kafka.admin import AdminClient
+
+from services.common.config import Settings
+
+__all__ = ["SILENT", "TIMEOUT", "admin", "reader"]
+
+TIMEOUT = 10.0
+"""Seconds that one question to the cluster may take."""
+# librdkafka would write a line for every refused connection.
+SILENT = logging.getLogger("postroad.cli.kafka")
+SILENT.addHandler(logging.NullHandler())
+SILENT.propagate = False
+
+
+def admin(settings: Settings) -> AdminClient:
+    """Return an AdminClient of the cluster; it connects with its first question."""
+    return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=SILENT)
+
+
+def reader(settings: Settings, **more: Any) -> Consumer:
+    """Return a Consumer that belongs to no group: partitions are assigned by hand, nothing is committed.
+
+    `more` are librdkafka's names with underscores for dots. Close it.
+    """
+    config = {
+        "bootstrap.servers": settings.kafka_bootstrap,
+        # librdkafka wants a name; nothing joins or commits under it.
+        "group.id": f"{settings.topic_prefix}postroad.cli",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",
+    }
+    return Consumer(config | {name.replace("_", "."): value for name, value in more.items()}, logger=SILENT)

@@ -1,0 +1,135 @@
+"""Where a command's connections come from: flag > environment > env file > profile > default.
+
+Each value is known by its environment variable; flags and profiles are other spellings of it. A profile is a
+table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`):
+
+    default-profile = "staging"
+
+    [profiles.staging]
+    api = "tasks.staging.example:443"
+    tls = true
+    token = "..."
+    kafka = "kafka-1:9092,kafka-2:9092"
+    database = "mysql+mysqlconnector://postroad:...@mysql/postroad"
+    topic-prefix = "staging."
+    partitions = 24              # any other setting, by its variable's name without POSTROAD_
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from services.cli.errors import USAGE, Failure
+
+if TYPE_CHECKING:
+    from services.common.config import Settings
+
+__all__ = ["VARIABLES", "config_file", "env_file", "profile", "settings_of", "values"]
+
+VARIABLES: Final = {
+    "api": "POSTROAD_API",
+    "token": "POSTROAD_TOKEN",
+    "tls": "POSTROAD_TLS",
+    "kafka": "POSTROAD_KAFKA_BOOTSTRAP",
+    "database": "POSTROAD_DATABASE_URL",
+    "topic-prefix": "POSTROAD_TOPIC_PREFIX",
+}
+"""What flags and profiles call a setting, and its variable."""
+
+
+def values(given: Mapping[str, str | None], environment: Mapping[str, str]) -> dict[str, str]:
+    """Return each variable that is set anywhere, in its effective value.
+
+    `given` are the flags, by the names of VARIABLES and `profile`, `config`, `env-file`; None where a flag is
+    not there. Raises Failure for a file or profile that is wrong or missing.
+    """
+    file = given.get("env-file") or environment.get("POSTROAD_ENV_FILE")
+    outer = (env_file(Path(file)) if file else {}) | dict(environment)
+    named = given.get("profile") or outer.get("POSTROAD_PROFILE")
+    flags = {
+        VARIABLES[name]: value for name, value in given.items() if name in VARIABLES and value is not None
+    }
+    return profile(config_file(given.get("config"), outer), named) | outer | flags
+
+
+def config_file(given: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the config file's content; empty where none is there and none was asked for."""
+    asked = given or environment.get("POSTROAD_CONFIG")
+    home = Path(environment.get("XDG_CONFIG_HOME") or "~/.config")
+    path = (Path(asked) if asked else home / "postroad/config.toml").expanduser()
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if asked:
+            raise Failure(f"{path}: no such config file", USAGE) from None
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise Failure(f"{path}: {error}", USAGE) from None
+
+
+def profile(config: Mapping[str, Any], name: str | None) -> dict[str, str]:
+    """Return the variables that the named profile of a config file, or else its default one, sets."""
+    profiles = config.get("profiles", {})
+    wanted = name or config.get("default-profile")
+    if wanted is None:
+        return {}
+    if not isinstance(profiles, dict) or not isinstance(profiles.get(wanted), dict):
+        known = ", ".join(profiles) if isinstance(profiles, dict) and profiles else "none"
+        raise Failure(f"no profile {wanted!r} in the config file; it has: {known}", USAGE)
+    found = {}
+    for key, value in profiles[wanted].items():
+        variable = VARIABLES.get(key) or _setting(wanted, key)
+        found[variable] = _text(wanted, key, value)
+    return found
+
+
+def env_file(path: Path) -> dict[str, str]:
+    """Return the variables of a file of `NAME=value` lines, such as the local stack's stack.env."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"{path}: {getattr(error, 'strerror', None) or error}", USAGE) from None
+    found = {}
+    for number, raw in enumerate(lines, start=1):
+        line = raw.strip().removeprefix("export ")
+        if not line or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not name.isidentifier():
+            raise Failure(f"{path}, line {number}: no NAME=value", USAGE)
+        found[name] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    return found
+
+
+def settings_of(effective: Mapping[str, str]) -> Settings:
+    """Return the settings that these variables make; raises `pydantic.ValidationError`."""
+    from services.common.config import Settings  # noqa: PLC0415
+
+    given = {}
+    for name, field in Settings.model_fields.items():
+        variable = str(field.validation_alias or f"POSTROAD_{name.upper()}")
+        if variable in effective:
+            given[name] = effective[variable]
+    return Settings(**given)  # type: ignore[arg-type]
+
+
+def _setting(name: str, key: str) -> str:
+    from services.common.config import Settings  # noqa: PLC0415
+
+    if key.replace("-", "_").lower() not in Settings.model_fields:
+        raise Failure(f"profile {name!r}: unknown key {key!r}", USAGE)
+    plain = key.replace("-", "_").upper()
+    return plain if plain.startswith("EMAIL_") else f"POSTROAD_{plain}"
+
+
+def _text(name: str, key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(part, int) for part in value):
+        return ",".join(map(str, value))
+    raise Failure(f"profile {name!r}: {key} is neither text, number nor true or false", USAGE)
