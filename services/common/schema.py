@@ -21,6 +21,7 @@ __all__ = [
     "from_micros",
     "metadata",
     "outbox",
+    "replays",
     "task_bodies",
     "task_events",
     "tasks",
@@ -151,5 +152,21 @@ deliveries = Table(
     Column("reply", String(1024), nullable=False),
     Column("relay", String(255), nullable=False),
     Column("message_id", String(255), nullable=False),
+    **_OPTIONS,
+)
+
+# How far each `postroad replay` is.
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("topic", String(249), nullable=False),
+    Column("arguments", JSON, nullable=False),
+    Column("epoch", BIGINT(unsigned=True), nullable=False),
+    Column("positions", JSON, nullable=False),
+    Column("counts", JSON, nullable=False),
+    _time("started_at", nullable=False),
+    _time("updated_at", nullable=False),
+    _time("finished_at"),
     **_OPTIONS,
 )
