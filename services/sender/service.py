@@ -52,7 +52,7 @@ class SenderService:
                 hands * settings.sender_sessions,
                 hands * settings.domain_concurrency,
                 rate=settings.domain_rate,
-                most_waiting=settings.max_in_flight // 2,
+                crowded=self._crowded,
             ),
             sessions=Slots(settings.sender_sessions, settings.domain_concurrency),
             publish=self._publish,
@@ -65,6 +65,9 @@ class SenderService:
         )
         SENDER_SESSIONS.labels("busy").set_function(lambda: self._pool.state.busy)
         SENDER_SESSIONS.labels("idle").set_function(lambda: self._pool.state.idle)
+
+    def _crowded(self) -> bool:
+        return self._runtime.crowded()
 
     async def _publish(self, events: Sequence[Event], traceparent: bytes | None) -> None:
         await self._runtime.publish(events, traceparent)

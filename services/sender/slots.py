@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 __all__ = ["Crowded", "Slots"]
 
-# How long (seconds) one waits before too many that wait are a reason to leave: a queue that moves, however
+# How long (seconds) the first of a queue waits before that is a reason to leave: one that moves, however
 # long, is worked off sooner than it could come back.
 PATIENCE = 5.0
 _LOOK = 1.0
 
 
 class Crowded(Exception):
-    """Too many wait, more than its share for this domain: come back later."""
+    """The domain is slow and holds up the rest: come back later."""
 
 
 class _Waiter(NamedTuple):
@@ -28,18 +29,25 @@ class Slots:
 
     Domains that wait are served in turn, each one's callers in order: a thousand mails to a slow domain
     delay another domain's only mail by one turn, not by a thousand. A domain gets `rate` slots a second at
-    most, a second's worth of them at once (0: no such bound). While more than `most_waiting` wait (0: no
-    matter how many), the domains that have more than an equal share of that queue and whose first in line
-    has waited for PATIENCE lose their last. Belongs to one event loop.
+    most, a second's worth of them at once (0: no such bound). While it is `crowded`, the domains that have
+    more than an equal share of the queue and whose first in line has waited for PATIENCE lose the later
+    half of theirs, every second anew. Belongs to one event loop.
     """
 
-    def __init__(self, total: int, per_domain: int, *, rate: float = 0.0, most_waiting: int = 0) -> None:
+    def __init__(
+        self,
+        total: int,
+        per_domain: int,
+        *,
+        rate: float = 0.0,
+        crowded: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._free = total
         self._per_domain = per_domain or total
         self._used: dict[str, int] = {}
         # The domains that have callers waiting, in the order of their turns.
         self._waiting: dict[str, deque[_Waiter]] = {}
-        self._count, self._most_waiting = 0, most_waiting
+        self._crowded = crowded
         self._rates = _Rates(rate)
         self._timer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -53,10 +61,9 @@ class Slots:
             return
         waiter = _Waiter(loop.create_future(), now)
         self._waiting.setdefault(domain, deque()).append(waiter)
-        self._count += 1
         if self._free and self._timer is None:
             self._wake_for_rates(loop, now)
-        if self._most_waiting and self._count > self._most_waiting and self._watch is None:
+        if self._watch is None:
             self._watch = loop.call_later(_LOOK, self._thin_out)
         try:
             await waiter.turn
@@ -89,7 +96,6 @@ class Slots:
         queue = self._waiting.get(domain)
         if queue and waiter in queue:  # else its turn came between its cancellation and now
             queue.remove(waiter)
-            self._count -= 1
             if not queue:
                 del self._waiting[domain]
 
@@ -104,7 +110,6 @@ class Slots:
                 return
             queue = self._waiting.pop(domain)
             waiter = queue.popleft()
-            self._count -= 1
             if queue:
                 self._waiting[domain] = queue
             if not waiter.turn.done():
@@ -127,19 +132,18 @@ class Slots:
         self._serve()
 
     def _thin_out(self) -> None:
-        self._watch = None
         loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(_LOOK, self._thin_out) if self._waiting else None
+        if not self._waiting or not self._crowded():
+            return
         long_ago = loop.time() - PATIENCE
-        share = self._most_waiting // max(1, len(self._waiting))
-        slow = [queue for queue in self._waiting.values() if queue[0].since < long_ago]
-        for queue in slow:
-            while self._count > self._most_waiting and len(queue) > max(1, share):
-                waiter = queue.pop()
-                self._count -= 1
-                if not waiter.turn.done():
-                    waiter.turn.set_exception(Crowded())
-        if self._count:
-            self._watch = loop.call_later(_LOOK, self._thin_out)
+        share = sum(map(len, self._waiting.values())) / len(self._waiting)
+        for queue in self._waiting.values():
+            if len(queue) >= max(2, share) and queue[0].since < long_ago:
+                for _ in range(len(queue) // 2):
+                    turn = queue.pop().turn
+                    if not turn.done():
+                        turn.set_exception(Crowded())
 
 
 class _Rates:

@@ -616,13 +616,13 @@ async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
     monkeypatch.setattr("services.sender.slots.PATIENCE", 0.01)
     monkeypatch.setattr("services.sender.slots._LOOK", 0.01)
     world = build()
-    world.sender._hands = Slots(1, 1, most_waiting=1)
+    world.sender._hands = Slots(1, 1, crowded=lambda: True)
     await world.sender._hands.acquire("b.test")
     waiting = [asyncio.ensure_future(world.handle(mx_ok(attempt=2))) for _ in range(3)]
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[1:])
     for task in waiting[1:]:
-        outcome = task.result()
+        outcome = await task
         assert isinstance(outcome, Retry)
         assert not outcome.counts
         assert outcome.delay == DELAYS[0]

@@ -33,10 +33,14 @@ class InFlight:
     def full(self) -> bool:
         """Return whether fetching must rest now."""
         if self._full:
-            self._full = self.records * 2 > self._max_records or self.bytes * 2 > self._max_bytes
+            self._full = self.over_half()
         else:
             self._full = self.records >= self._max_records or self.bytes >= self._max_bytes
         return self._full
+
+    def over_half(self) -> bool:
+        """Return whether more is held than lets fetching go on after a rest."""
+        return self.records * 2 > self._max_records or self.bytes * 2 > self._max_bytes
 
     def room(self, most: int) -> int:
         """Return how many records may be fetched now, at most `most` and at least 1."""

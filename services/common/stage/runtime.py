@@ -51,6 +51,7 @@ class StageRuntime:
         self._poller: Poller | None = None
         self._work: Work | None = None
         self._publisher = Publisher(settings, client_id=source)
+        self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
 
     async def run(self) -> None:
         """Run the stage. Returns when `stop` was called and what was in flight is settled and committed,
@@ -58,7 +59,7 @@ class StageRuntime:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
         self._publisher.start()
-        ledger = Ledger(InFlight(self._settings.max_in_flight, self._settings.max_in_flight_bytes))
+        ledger = Ledger(self._in_flight)
         intake = Intake(self._stage, self._settings, ledger)
 
         def post(call: Callable[..., object], *args: object) -> None:
@@ -137,6 +138,10 @@ class StageRuntime:
         while await self._publisher.attempt(batch):
             failures.inc()
             await asyncio.sleep(1)
+
+    def crowded(self) -> bool:
+        """Return whether more than half of what may be held is held: the slow then hold up the rest."""
+        return self._in_flight.over_half()
 
     def stop(self) -> None:
         """Begin to drain. Call on the loop's thread; does not block."""
