@@ -50,9 +50,9 @@ def events_of(draw: Any, task: pb.MailTask) -> Event:
     id_, epoch, at = task.id, draw(_EPOCHS), draw(_TIMES)
     if kind == "created":
         return pb.TaskCreated(task=task, epoch=epoch, at_us=at)
-    if kind == "cancelled":
-        return pb.TaskCancelled(id=id_, epoch=epoch, at_us=at)
     attempt = draw(_ATTEMPTS)
+    if kind == "cancelled":
+        return pb.TaskCancelled(id=id_, epoch=epoch, attempts=attempt, at_us=at)
     if kind == "ok":
         return pb.MxOk(task=task, epoch=epoch, attempt=attempt, at_us=at)
     if kind == "no":

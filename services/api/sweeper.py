@@ -19,6 +19,7 @@ from services.api.trace import traceparent
 from services.common import taskstore
 from services.common.database import transaction, transient
 from services.common.events import encode, event_key
+from services.common.schema import to_micros
 from services.common.stage.publisher import Publisher
 from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
 
@@ -117,14 +118,14 @@ def rebuilt(
         if item.kind == CANCELLED
         for event in (pb.TaskCancelled(id=item.task_id, epoch=item.epoch),)
     }
-    times = taskstore.event_times(connection, list(cancellations))
+    lines = taskstore.load_events(connection, list(cancellations))
     events: dict[Item, pb.TaskCreated | pb.TaskCancelled] = {}
     for item in items:
         if item.kind == CREATED and (task := tasks.get(item.task_id)) is not None:
             at_us = item.epoch * 1000 or task.created_at_us
             events[item] = pb.TaskCreated(task=task, epoch=item.epoch, at_us=at_us)
     for key, (item, event) in cancellations.items():
-        if key in times:
-            event.at_us = times[key]
+        if (line := lines.get(key)) is not None:
+            event.at_us, event.attempts = to_micros(line.at), line.attempt
             events[item] = event
     return events

@@ -167,7 +167,9 @@ def _failed(event: pb.MailFailed) -> Row:
 
 
 def _cancelled(event: pb.TaskCancelled) -> Row:
-    return _row(event, "cancelled", _version(event.epoch, _CANCELLED))
+    return _row(
+        event, "cancelled", _version(event.epoch, _CANCELLED, event.attempts), attempts=event.attempts
+    )
 
 
 def _sent(event: pb.MailSent) -> Row:

@@ -22,9 +22,9 @@ from services.common.timeline import Entry
 __all__ = [
     "Body",
     "body_of",
-    "event_times",
     "insert_bodies",
     "insert_events",
+    "load_events",
     "load_tasks",
     "owners_of_keys",
     "purge_bodies",
@@ -171,19 +171,20 @@ def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.M
     return tasks
 
 
-def event_times(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], int]:
-    """Return the time of each (task id, event id) that is known, in microseconds since the Unix epoch."""
+def load_events(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], Entry]:
+    """Return the lines of timelines with these (task id, event id) that there are."""
     by_event: dict[str, list[bytes]] = {}
     for id_, event_id in sorted(keys):
         by_event.setdefault(event_id, []).append(id_)
-    times = {}
+    lines = {}
     for event_id, ids in by_event.items():
         found = connection.exec_driver_sql(
-            f"SELECT task_id, at FROM task_events WHERE task_id IN ({marks(len(ids))}) AND event_id = %s",
+            f"SELECT {', '.join(Entry._fields)} FROM task_events"
+            f" WHERE task_id IN ({marks(len(ids))}) AND event_id = %s",
             (*ids, event_id),
         )
-        times.update({(bytes(id_), event_id): to_micros(at) for id_, at in found})
-    return times
+        lines.update({(bytes(id_), event_id): Entry(bytes(id_), *line) for id_, *line in found})
+    return lines
 
 
 def _object(column: str | bytes | None) -> Mapping[str, str]:

@@ -75,4 +75,4 @@ def timeline(event: Event) -> Entry:
             kind, detail = ("in_doubt", _doubt(event)) if event.uncertain else ("failed", event.reason)
             return _entry(event, "sender", kind, event.attempt, detail, relay=event.relay, reply=event.reply)
         case pb.TaskCancelled():
-            return _entry(event, "api", "cancelled")
+            return _entry(event, "api", "cancelled", event.attempts)

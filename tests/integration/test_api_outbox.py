@@ -86,7 +86,7 @@ async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Eng
             if epoch:
                 events.append(events_pb2.TaskCreated(task=task, epoch=epoch, at_us=epoch * 1000))
             cancelled = events_pb2.TaskCancelled(
-                id=task.id, epoch=epoch, at_us=task.created_at_us + epoch + 7
+                id=task.id, epoch=epoch, at_us=task.created_at_us + epoch + 7, attempts=epoch % 5
             )
             events.append(cancelled)
 

@@ -129,9 +129,9 @@ class Database:
             )
         return tasks
 
-    def event_times(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], int]:
-        """Return when the events that a timeline has happened."""
-        return {key: to_micros(self.entries[key].at) for key in keys if key in self.entries}
+    def load_events(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], Entry]:
+        """Return the lines of timelines with these keys."""
+        return {key: self.entries[key] for key in keys if key in self.entries}
 
     # --- outbox ---
 

@@ -64,7 +64,7 @@ def _transaction(engine: Database, work: Any) -> Any:
     return engine.transact(work)
 
 
-_STATEMENTS = ("upsert", "insert_events", "insert_bodies", "owners_of_keys", "load_tasks", "event_times")
+_STATEMENTS = ("upsert", "insert_events", "insert_bodies", "owners_of_keys", "load_tasks", "load_events")
 _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "time", VirtualTime),
     (poller, "threading", VirtualTime),

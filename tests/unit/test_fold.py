@@ -123,6 +123,9 @@ def test_a_later_epoch_reopens_and_an_earlier_one_changes_nothing() -> None:
 def test_a_cancellation_keeps_the_attempts_that_were_made() -> None:
     row = folded([created(), mx_ok(), deferred(2), cancelled()])
     assert (row.status, row.attempts, row.next_attempt_at) == ("cancelled", 2, None)
+    later = pb.TaskCancelled(id=ID, epoch=LATER, attempts=3, at_us=AT + 9)
+    row = fold(row, later)
+    assert (row.status, row.attempts, row.epoch) == ("cancelled", 3, LATER)
 
 
 def test_what_later_events_bring_first_is_completed_by_the_mail() -> None:

@@ -83,6 +83,7 @@ def test_an_entry_has_the_columns_of_its_table_in_their_order() -> None:
         ),
         (pb.MailFailed(id=ID, attempt=2, reason="rejected"), "sender", "failed", 2, "rejected"),
         (pb.TaskCancelled(id=ID), "api", "cancelled", 0, ""),
+        (pb.TaskCancelled(id=ID, epoch=7, attempts=3), "api", "cancelled", 3, ""),
     ],
 )
 def test_every_event_has_its_line(event: Event, stage: str, kind: str, attempt: int, detail: str) -> None:

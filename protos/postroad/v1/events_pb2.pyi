@@ -409,19 +409,24 @@ class TaskCancelled(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     AT_US_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     epoch: _builtins.int
+    """Milliseconds since the Unix epoch: whatever of the task was under way then is of an earlier one."""
     at_us: _builtins.int
+    attempts: _builtins.int
+    """SMTP attempts made before."""
     def __init__(
         self,
         *,
         id: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
         at_us: _builtins.int = ...,
+        attempts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "epoch", b"epoch", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "attempts", b"attempts", "epoch", b"epoch", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
