@@ -26,7 +26,7 @@ from services.api.errors import (
 )
 from services.api.reader import Reader
 from services.api.recorder import Recorder
-from services.api.relay import Creation
+from services.api.relay import Recording
 from services.api.trace import traceparent
 from services.api.validation import mail_task
 from services.api.views import recorded
@@ -73,7 +73,7 @@ class TaskService:
         mail.id, mail.created_at_us = self._clock.draw()
         event = events_pb2.TaskCreated(task=mail, at_us=mail.created_at_us)
         original = await self._recorder.record(
-            Creation(event, traceparent(metadata.get("traceparent"), mail.id), len(raw))
+            Recording(event, traceparent(metadata.get("traceparent"), mail.id), len(raw))
         )
         return (original or recorded(mail)).SerializeToString()
 
