@@ -32,6 +32,8 @@ def open_channel(values: Mapping[str, str]) -> grpc.Channel:
     if wanted not in _TRUE | _FALSE:
         raise Failure(f"POSTROAD_TLS is {wanted!r}, neither true nor false", USAGE)
     options = [("grpc.max_receive_message_length", _MOST_BYTES), ("grpc.max_reconnect_backoff_ms", 1000)]
+    # A watch may be silent for hours: its connection is asked after, so that a dead one is noticed.
+    options += [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000)]
     # A proxy of the environment is for HTTP; a loopback address behind one is not reached.
     options.append(("grpc.enable_http_proxy", 0))
     if wanted in _TRUE:

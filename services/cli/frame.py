@@ -13,7 +13,8 @@ A command is a function whose first parameter is the `Frame`; the others are Typ
             frame.out.rows(rows, COLUMNS)               # or .one(row), .lines(COLUMNS)(row)
 
 - `uses` names the connections whose flags the command takes: API, KAFKA, DATABASE. `-o`, `--profile`,
-  `--config` and `--env-file` come with every command; all may stand before or after its name.
+  `--config` and `--env-file` come with every command; all may stand before or after its name. Lines of
+  `examples` and of its table in an 80 column terminal: 76 characters at most.
 - It raises `Failure(line, code)` of services/cli/errors.py, or lets what its libraries raise pass: main makes
   one line and the right exit code of it. An unreachable server is such an error; so is Ctrl-C (catch
   KeyboardInterrupt where something must be put in order, and raise Failure(..., INTERRUPTED)). It prints to
@@ -30,6 +31,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeAlias
 
@@ -48,88 +50,55 @@ __all__ = ["API", "DATABASE", "KAFKA", "Frame", "Yes", "command", "root"]
 P = ParamSpec("P")
 
 API, KAFKA, DATABASE = "api", "kafka", "database"
-_OF_COMMAND = "Output and profile"
-_CONNECTIONS = "Connections"
-
 Yes: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
-def _option(flag: str, text: str, *more: str, panel: str = _CONNECTIONS, metavar: str | None = None) -> Any:
-    return typer.Option(flag, *more, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """An option that commands share. `kind` is its values' type; `plain`: each command's help has it."""
+
+    text: str
+    metavar: str | None = None
+    flags: tuple[str, ...] = ()
+    kind: Any = str
+    plain: bool = True
+
+    def annotation(self, name: str, *, everywhere: bool) -> Any:
+        option = typer.Option(
+            *(self.flags or (f"--{name}",)),
+            # Square brackets are Rich's markup.
+            help=self.text.replace("[", r"\["),
+            metavar=self.metavar,
+            hidden=not (self.plain or everywhere),
+            rich_help_panel="Output and connections",
+            show_default=False,
+        )
+        return Annotated[self.kind | None, option]
 
 
-_SHARED: Mapping[str, Any] = {
-    "output": Annotated[
-        Form | None,
-        _option("--output", "The form of the result; table unless said otherwise.", "-o", panel=_OF_COMMAND),
-    ],
-    "profile": Annotated[
-        str | None,
-        _option(
-            "--profile",
-            "A profile of the config file \\[POSTROAD_PROFILE].",
-            panel=_OF_COMMAND,
-            metavar="NAME",
-        ),
-    ],
-    "config": Annotated[
-        str | None,
-        _option(
-            "--config",
-            "The config file \\[POSTROAD_CONFIG]; otherwise ~/.config/postroad/config.toml.",
-            panel=_OF_COMMAND,
-            metavar="FILE",
-        ),
-    ],
-    "env-file": Annotated[
-        str | None,
-        _option(
-            "--env-file",
-            "A file of NAME=value lines; the environment wins \\[POSTROAD_ENV_FILE].",
-            panel=_OF_COMMAND,
-            metavar="FILE",
-        ),
-    ],
+_COMMON: Mapping[str, _Shared] = {
+    "output": _Shared("The form of the result: table, json or jsonl.", "FORM", ("--output", "-o"), Form),
+    "profile": _Shared("A profile of the config file [POSTROAD_PROFILE].", "NAME"),
+    "config": _Shared(
+        "The config file [POSTROAD_CONFIG], otherwise ~/.config/postroad/config.toml.", "FILE", plain=False
+    ),
+    "env-file": _Shared(
+        "A file of NAME=value lines; the environment wins [POSTROAD_ENV_FILE].", "FILE", plain=False
+    ),
 }
-_USED: Mapping[str, Mapping[str, Any]] = {
+_USED: Mapping[str, Mapping[str, _Shared]] = {
     API: {
-        "api": Annotated[
-            str | None, _option("--api", "The api, host:port \\[POSTROAD_API].", metavar="ADDRESS")
-        ],
-        "token": Annotated[
-            str | None,
-            _option(
-                "--token", "The bearer token; better in POSTROAD_TOKEN: ps shows flags.", metavar="TOKEN"
-            ),
-        ],
-        "tls": Annotated[
-            bool | None, _option("--tls/--no-tls", "Whether the api is behind TLS \\[POSTROAD_TLS].")
-        ],
+        "api": _Shared("The api, host:port [POSTROAD_API].", "ADDRESS"),
+        "token": _Shared("The bearer token. Better: POSTROAD_TOKEN, since ps shows flags.", "TOKEN"),
+        "tls": _Shared("Whether the api is behind TLS [POSTROAD_TLS].", None, ("--tls/--no-tls",), bool),
     },
     KAFKA: {
-        "kafka": Annotated[
-            str | None,
-            _option(
-                "--kafka", "Kafka's brokers, host:port \\[POSTROAD_KAFKA_BOOTSTRAP].", metavar="ADDRESSES"
-            ),
-        ],
-        "topic-prefix": Annotated[
-            str | None,
-            _option(
-                "--topic-prefix",
-                "What stands before topic and group names \\[POSTROAD_TOPIC_PREFIX].",
-                metavar="PREFIX",
-            ),
-        ],
+        "kafka": _Shared("Kafka's brokers, host:port [POSTROAD_KAFKA_BOOTSTRAP].", "ADDRESSES"),
+        "topic-prefix": _Shared("Before topic and group names [POSTROAD_TOPIC_PREFIX].", "PREFIX"),
     },
-    DATABASE: {
-        "database": Annotated[
-            str | None,
-            _option("--database", "The database's SQLAlchemy URL \\[POSTROAD_DATABASE_URL].", metavar="URL"),
-        ],
-    },
+    DATABASE: {"database": _Shared("The database's SQLAlchemy URL [POSTROAD_DATABASE_URL].", "URL")},
 }
-_ALL: Mapping[str, Any] = {**_SHARED, **_USED[API], **_USED[KAFKA], **_USED[DATABASE]}
+_ALL: Mapping[str, _Shared] = {**_COMMON, **_USED[API], **_USED[KAFKA], **_USED[DATABASE]}
 
 
 class Frame:
@@ -160,13 +129,13 @@ def command(
     app: typer.Typer, name: str, *, uses: Sequence[str] = (), examples: str = ""
 ) -> Callable[[Callable[Concatenate[Frame, P], None]], Callable[Concatenate[Frame, P], None]]:
     """Register a function as a command of `app`; see the top of this module."""
-    shared = dict(_SHARED)
+    shared = dict(_COMMON)
     for connection in uses:
         shared |= _USED[connection]
 
     def register(function: Callable[Concatenate[Frame, P], None]) -> Callable[Concatenate[Frame, P], None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        added = _parameters(shared)
+        added = _parameters(shared, everywhere=False)
 
         @wraps(function)
         def run(_context: typer.Context, **arguments: Any) -> None:
@@ -191,7 +160,7 @@ def root(app: typer.Typer, text: str) -> None:
         _context.obj = {name: given[_python(name)] for name in _ALL if given[_python(name)] is not None}
 
     context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    _sign(callback, [context, *_parameters(_ALL)])
+    _sign(callback, [context, *_parameters(_ALL, everywhere=True)])
     app.callback(help=text)(callback)
 
 
@@ -202,11 +171,13 @@ def _sign(function: Any, parameters: Sequence[inspect.Parameter]) -> None:
     function.__dict__.pop("__wrapped__", None)
 
 
-def _parameters(options: Mapping[str, Any]) -> list[inspect.Parameter]:
+def _parameters(options: Mapping[str, _Shared], *, everywhere: bool) -> list[inspect.Parameter]:
     kind = inspect.Parameter.KEYWORD_ONLY
     return [
-        inspect.Parameter(_python(name), kind, default=None, annotation=annotation)
-        for name, annotation in options.items()
+        inspect.Parameter(
+            _python(name), kind, default=None, annotation=option.annotation(name, everywhere=everywhere)
+        )
+        for name, option in options.items()
     ]
 
 
@@ -219,7 +190,8 @@ def _flag(value: object) -> str | None:
 
 
 def _help(function: Callable[..., object], examples: str) -> str:
-    text = inspect.getdoc(function) or ""
+    # Rich keeps the line breaks of all paragraphs but the first.
+    text = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(function) or "").split("\n\n"))
     lines = textwrap.dedent(examples).strip("\n").rstrip()
     if not lines:
         return text

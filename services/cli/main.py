@@ -13,7 +13,14 @@ import traceback
 
 import typer
 
-from services.cli import setup_commands
+from services.cli import (
+    change_commands,
+    create_command,
+    get_command,
+    list_command,
+    setup_commands,
+    watch_command,
+)
 from services.cli.errors import FAILED, OK, explain
 from services.cli.frame import root
 
@@ -30,6 +37,8 @@ root(app, HELP)
 topics = typer.Typer(no_args_is_help=True, help="The Kafka topics.")
 app.add_typer(topics, name="topics")
 
+for module in (create_command, list_command, get_command, watch_command, change_commands):
+    module.register(app)
 setup_commands.register(app, topics)
 
 

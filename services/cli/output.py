@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from services.cli.layout import GAP, Shape, widths
 
-__all__ = ["Column", "Form", "Output", "Row", "plain"]
+__all__ = ["Column", "Form", "Output", "Row", "plain", "safe_text"]
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -55,6 +55,11 @@ def plain(value: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
+def safe_text(text: str) -> str:
+    """Return a text of several lines without the control characters that would steer the terminal."""
+    return "\n".join("\t".join(map(plain, line.split("\t"))) for line in text.splitlines())
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column: the row's key it shows, its title, and how it gives way where room is short.
@@ -88,18 +93,30 @@ class Output:
         self.form = form
         self._width = width
 
+    @property
+    def is_table(self) -> bool:
+        """Whether people read it."""
+        return self.form is Form.TABLE
+
     def rows(self, rows: Iterable[Row], columns: Sequence[Column], empty: str = "") -> None:
-        """Write rows. `empty` goes to stderr where a table would have none."""
+        """Write rows; those that came before the iterable raised an error too.
+
+        `empty` goes to stderr where a table would have none.
+        """
         if self.form is Form.JSONL:
             for row in rows:
                 _line(row)
             return
-        rows = list(rows)
-        if self.form is Form.JSON:
-            _document(rows)
-        elif rows:
-            self.table(rows, columns)
-        elif empty:
+        gathered: list[Row] = []
+        try:
+            for row in rows:
+                gathered.append(row)
+        finally:
+            if self.form is Form.JSON:
+                _document(gathered)
+            elif gathered:
+                self.table(gathered, columns)
+        if not gathered and empty and self.form is Form.TABLE:
             print(empty, file=sys.stderr)
 
     def one(self, row: Row, show: Callable[[Row], None] | None = None) -> None:

@@ -1,0 +1,114 @@
+"""`postroad retry` and `postroad cancel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from services.cli.errors import DENIED, FAILED, OK, UNAVAILABLE, explain
+from services.cli.frame import API, Frame, command
+from services.cli.output import Column
+from services.cli.terminal import say
+
+if TYPE_CHECKING:
+    from postroad.v1 import task_pb2
+    from postroad.v1.task_service_pb2_grpc import TaskServiceStub
+
+__all__ = ["register"]
+
+Ids: TypeAlias = Annotated[list[str], typer.Argument(help="The tasks' ids.", metavar="ID")]
+Call: TypeAlias = "Callable[[TaskServiceStub, str], task_pb2.Task]"
+
+_CHANGED = (
+    Column("id"),
+    Column("status"),
+    Column("email", least=12, rank=1),
+    Column("reason", least=8, rank=2),
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add both to the app."""
+
+    @command(
+        app,
+        "retry",
+        uses=(API,),
+        examples="""
+            postroad retry 019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071
+            postroad list --status failed --reason rejected --all -o jsonl |
+                jq -r .id | xargs postroad retry
+        """,
+    )
+    def retry(frame: Frame, ids: Ids) -> None:
+        """Open failed, uncertain or cancelled tasks again.
+
+        A task whose mail went out is never sent again: it comes back as it is. The exit code is the highest
+        of the tasks' own; one that cannot be retried counts as failed.
+        """
+        from postroad.v1.task_service_pb2 import RetryRequest  # noqa: PLC0415
+        from services.cli.channel import DEADLINE  # noqa: PLC0415
+
+        def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
+            return stub.Retry(RetryRequest(id=id_), timeout=DEADLINE)
+
+        _each(frame, ids, call, lambda _: OK)
+
+    @command(
+        app,
+        "cancel",
+        uses=(API,),
+        examples="""
+            postroad cancel 019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071
+            postroad list --status pending --label list=news --all -o jsonl |
+                jq -r .id | xargs postroad cancel
+        """,
+    )
+    def cancel(frame: Frame, ids: Ids) -> None:
+        """Take tasks back, and show what really happened to each.
+
+        Where the sender came first, the task is completed, failed or uncertain, and counts as failed in the
+        exit code, which is the highest of the tasks' own.
+        """
+        from postroad.v1.task_service_pb2 import CancelRequest  # noqa: PLC0415
+        from services.cli.channel import DEADLINE  # noqa: PLC0415
+
+        def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
+            return stub.Cancel(CancelRequest(id=id_), timeout=DEADLINE)
+
+        _each(frame, ids, call, lambda task: OK if task.status == "cancelled" else FAILED)
+
+
+def _each(frame: Frame, ids: list[str], call: Call, judge: Callable[[task_pb2.Task], int]) -> None:
+    """Do it to each task and show what came of it; an api that is away or refuses us ends it."""
+    from postroad.v1.task_service_pb2_grpc import TaskServiceStub  # noqa: PLC0415
+
+    worst = OK
+
+    def rows() -> Iterator[dict[str, Any]]:
+        import grpc  # noqa: PLC0415
+
+        from services.cli.tasks import task_row  # noqa: PLC0415
+
+        nonlocal worst
+        with frame.channel() as channel:
+            stub = TaskServiceStub(channel)
+            for id_ in dict.fromkeys(ids):
+                try:
+                    task = call(stub, id_)
+                    worst = max(worst, judge(task))
+                    yield task_row(task)
+                except grpc.RpcError as error:
+                    cause = explain(error)
+                    if cause is None or cause.code in (DENIED, UNAVAILABLE):
+                        raise
+                    say(f"postroad: {id_}: {cause.line}")
+                    worst = max(worst, cause.code)
+                    yield {"id": id_, "error": {"code": error.code().name, "message": cause.line}}
+
+    shown = (row for row in rows() if not frame.out.is_table or "error" not in row)
+    frame.out.rows(shown, _CHANGED)
+    if worst:
+        raise typer.Exit(worst)

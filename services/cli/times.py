@@ -1,0 +1,54 @@
+"""Times as the user writes and reads them. Pure."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from services.cli.errors import USAGE, Failure
+
+__all__ = ["ago", "moment", "short"]
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_RELATIVE: Final = re.compile(r"([+-])(\d{1,9}(?:\.\d+)?)([smhdw])")
+
+
+def moment(text: str, now: datetime) -> datetime:
+    """Return the time that the text means: `now`, `-2h`, `+10m`, or ISO 8601, in UTC where it names no zone.
+
+    Units are s, m, h, d and w. Raises Failure.
+    """
+    if text == "now":
+        return now
+    try:
+        if relative := _RELATIVE.fullmatch(text):
+            sign, number, unit = relative.groups()
+            return now + timedelta(seconds=float(sign + number) * _UNITS[unit])
+        found = datetime.fromisoformat(text)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise Failure(
+            f"{text!r} is no time: write 2026-01-31T12:00:00Z, 2026-01-31, -2h or +10m", USAGE
+        ) from None
+
+
+def short(value: Any) -> str:
+    """Return a time in ISO 8601 to the second; what is no text is empty."""
+    return f"{value[:19]}Z" if isinstance(value, str) and value else ""
+
+
+def ago(seconds: Any) -> str:
+    """Return a length of time in at most two units: `350ms`, `12s`, `3m20s`, `2d4h`."""
+    if seconds is None:
+        return ""
+    sign, left = ("-", -seconds) if seconds < 0 else ("", seconds)
+    if left < 1:
+        return f"{sign}{round(left * 1000)}ms"
+    whole = round(left)
+    for unit, below in (("d", "h"), ("h", "m"), ("m", "s")):
+        size, rest = _UNITS[unit], _UNITS[below]
+        if whole >= size:
+            more = whole % size // rest
+            return f"{sign}{whole // size}{unit}" + (f"{more}{below}" if more else "")
+    return f"{sign}{whole}s"
