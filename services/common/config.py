@@ -6,6 +6,8 @@ its meaning in one place.
 
 from __future__ import annotations
 
+import os
+import socket
 from functools import cache
 from typing import Annotated, Literal
 
@@ -120,6 +122,11 @@ class Settings(BaseSettings):
     email_from: str = _email(
         "EMAIL_FROM", "Postroad <postroad@localhost>", "The From address, also the envelope's"
     )  # type: ignore[assignment]
+
+    @property
+    def replica_name(self) -> str:
+        """This replica's name in its logs and to Kafka, where `postroad lag` shows it."""
+        return self.replica or f"{socket.gethostname()}-{os.getpid()}"
 
     @field_validator("validator_delays", "sender_delays", mode="before")
     @classmethod

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol
@@ -55,8 +54,7 @@ def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn
             variable = field if field.isupper() else f"POSTROAD_{field.upper()}"
             print(f"{variable}: {problem['msg']}", file=sys.stderr)
         sys.exit(2)
-    replica = config.replica or f"{socket.gethostname()}-{os.getpid()}"
-    configure_logs(name, replica, config.log_format, config.log_level)
+    configure_logs(name, config.replica_name, config.log_format, config.log_level)
     try:
         uvloop.run(_serve(name, build, config))
     except _BadSetting as error:

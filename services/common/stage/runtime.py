@@ -50,7 +50,7 @@ class StageRuntime:
         self._stop = asyncio.Event()
         self._poller: Poller | None = None
         self._work: Work | None = None
-        self._publisher = Publisher(settings, client_id=source)
+        self._publisher = Publisher(settings, client_id=settings.replica_name)
         self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
 
     async def run(self) -> None:
@@ -93,7 +93,7 @@ class StageRuntime:
             consumer_config(
                 self._settings,
                 self._stage.name,
-                self._source,
+                self._settings.replica_name,
                 # A stage that works in batches has time for larger ones.
                 gather=self._stage.handle_batch is not None,
             ),
