@@ -17,6 +17,7 @@ from services.cli import (
     change_commands,
     create_command,
     get_command,
+    lag_command,
     list_command,
     setup_commands,
     watch_command,
@@ -37,7 +38,7 @@ root(app, HELP)
 topics = typer.Typer(no_args_is_help=True, help="The Kafka topics.")
 app.add_typer(topics, name="topics")
 
-for module in (create_command, list_command, get_command, watch_command, change_commands):
+for module in (create_command, list_command, get_command, watch_command, change_commands, lag_command):
     module.register(app)
 setup_commands.register(app, topics)
 

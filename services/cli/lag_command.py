@@ -1,0 +1,160 @@
+"""`postroad lag`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from services.cli.frame import KAFKA, Frame, command
+from services.cli.output import Column, Row
+from services.cli.times import ago, short
+
+__all__ = ["register"]
+
+EXAMPLES = """
+    postroad lag
+    postroad lag --watch
+    postroad lag --stage sender --partitions
+    postroad lag -o json | jq '.stages[] | select(.lag > 1000)'
+"""
+
+
+class Stage(StrEnum):
+    """The stages of the road."""
+
+    VALIDATOR = "validator"
+    SENDER = "sender"
+    STATUS = "status"
+
+
+def _rate(value: Any) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+_STAGES = (
+    Column("stage"),
+    Column("state"),
+    Column("replicas", right=True),
+    Column("owned", right=True, rank=3),
+    Column("lag", right=True, cell=_count),
+    Column("oldest_waiting_seconds", "oldest", right=True, cell=ago),
+    Column("read_per_second", "read/s", right=True, rank=1, cell=_rate),
+    Column("arriving_per_second", "arriving/s", right=True, rank=2, cell=_rate),
+    Column("delayed", right=True, rank=4, cell=_count),
+)
+_MEMBERS = (
+    Column("stage"),
+    Column("client", "replica", least=12),
+    Column("host", rank=1),
+    Column("partitions", right=True, rank=2),
+    Column("lag", right=True, cell=_count),
+    Column("member", least=12, rank=3),
+)
+_PARTITIONS = (
+    Column("stage"),
+    Column("topic"),
+    Column("partition", "part", right=True),
+    Column("lag", right=True, cell=_count),
+    Column("oldest_waiting_seconds", "oldest", right=True, cell=ago),
+    Column("client", "replica", least=12, rank=1),
+    Column("committed", right=True, rank=3),
+    Column("end", right=True, rank=3),
+    Column("host", rank=2),
+)
+_DELAYS = (
+    Column("topic"),
+    Column("waiting", right=True, cell=_count),
+    Column("next_due_in_seconds", "next due in", right=True, cell=ago),
+    Column("next_due_at", "at", rank=1, cell=short),
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `lag` to the app."""
+
+    @command(app, "lag", uses=(KAFKA,), examples=EXAMPLES)
+    def lag(
+        frame: Frame,
+        *,
+        stage: Annotated[
+            list[Stage] | None,
+            typer.Option(
+                help="This stage only: validator, sender or status; repeatable.",
+                metavar="STAGE",
+                show_default=False,
+            ),
+        ] = None,
+        partitions: Annotated[bool, typer.Option("--partitions", help="Show each partition too.")] = False,
+        watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
+        interval: Annotated[
+            float,
+            typer.Option(
+                min=0, help="Seconds over which rates are measured; 0: no rates.", metavar="SECONDS"
+            ),
+        ] = 2.0,
+    ) -> None:
+        """Show how far each stage is behind: who owns its partitions, what waits, how long, how fast it goes.
+
+        Lag is what a stage has not committed, oldest how long its first record has waited. What lies on delay
+        topics waits on purpose and is shown apart; a due time that has passed is not. Stages commit twice a
+        second: an interval below 2 makes rates jump.
+        """
+        from services.cli.lag.read import Reader  # noqa: PLC0415
+        from services.cli.lag.report import report  # noqa: PLC0415
+
+        with Reader(frame.settings(), [str(one) for one in stage or Stage]) as reader:
+            before = reader.sample(heads=False) if interval else None
+            write = frame.out.lines(())
+            while True:
+                time.sleep(interval)
+                now = reader.sample()
+                found = report(reader.reads, now, before, partitions=partitions)
+                if not watch:
+                    frame.out.one(found, lambda found: _show(frame, found))
+                    return
+                if frame.out.is_table:
+                    _clear(found)
+                    _show(frame, found)
+                else:
+                    write(found)
+                before = now
+                # Without rates nothing is waited for between two samples.
+                time.sleep(0 if interval else 1)
+
+
+def _clear(found: dict[str, Any]) -> None:
+    if sys.stdout.isatty():
+        print("\x1b[H\x1b[2J", end="")
+    print(short(found["at"]))
+    print()
+
+
+def _show(frame: Frame, found: Row) -> None:
+    out = frame.out
+    stages = [
+        row
+        | {
+            "replicas": len(row["members"]),
+            "owned": f"{row['partitions'] - row['unowned']}/{row['partitions']}",
+        }
+        for row in found["stages"]
+    ]
+    out.table(stages, _STAGES)
+    members = [{"stage": row["stage"]} | member for row in found["stages"] for member in row["members"]]
+    waiting = [row for row in found["delays"] if row["waiting"]]
+    for rows, columns in (
+        (members, _MEMBERS),
+        (found.get("partitions", ()), _PARTITIONS),
+        (waiting, _DELAYS),
+    ):
+        if rows:
+            print()
+            out.table(rows, columns)
