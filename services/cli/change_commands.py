@@ -21,6 +21,7 @@ __all__ = ["register"]
 Ids: TypeAlias = Annotated[list[str], typer.Argument(help="The tasks' ids.", metavar="ID")]
 Call: TypeAlias = "Callable[[TaskServiceStub, str], task_pb2.Task]"
 
+_ENDS = frozenset({DENIED, UNAVAILABLE})
 _CHANGED = (
     Column("id"),
     Column("status"),
@@ -102,7 +103,7 @@ def _each(frame: Frame, ids: list[str], call: Call, judge: Callable[[task_pb2.Ta
                     yield task_row(task)
                 except grpc.RpcError as error:
                     cause = explain(error)
-                    if cause is None or cause.code in (DENIED, UNAVAILABLE):
+                    if cause is None or cause.code in _ENDS or error.code().name == "UNIMPLEMENTED":
                         raise
                     say(f"postroad: {id_}: {cause.line}")
                     worst = max(worst, cause.code)

@@ -57,6 +57,8 @@ _KAFKA: Final = {
     "_UNKNOWN_PARTITION": NOT_FOUND,
     "_UNKNOWN_TOPIC": NOT_FOUND,
 }
+# What gRPC says itself where it reached nobody; any other UNAVAILABLE is the api's own word.
+_UNREACHED: Final = ("failed to connect", "DNS resolution failed", "connections to all backends failing")
 # Access denied: to a database, to a user, to a table, without a password, to a locked account.
 _MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1698, 3118})
 
@@ -121,8 +123,8 @@ def _usage(error: TyperException) -> Failure:
 def _grpc(error: Any) -> Failure:
     code = error.code().name
     said = error.details() or code
-    if code == "UNAVAILABLE" and "connections to all backends" in said.lower():
-        said = "the api does not answer"
+    if code == "UNAVAILABLE" and said.startswith(_UNREACHED):
+        said = f"the api does not answer: {said.rpartition('last error: ')[2]}"
     if code == "DEADLINE_EXCEEDED":
         said = "the api did not answer in time"
     if code == "UNIMPLEMENTED":

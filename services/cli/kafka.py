@@ -12,7 +12,7 @@ from services.common.config import Settings
 
 __all__ = ["SILENT", "TIMEOUT", "admin", "reader"]
 
-TIMEOUT = 10.0
+TIMEOUT = 5.0
 """Seconds that one question to the cluster may take."""
 # librdkafka would write a line for every refused connection.
 SILENT = logging.getLogger("postroad.cli.kafka")

@@ -50,7 +50,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="postroad", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except BrokenPipeError:

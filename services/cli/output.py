@@ -197,6 +197,7 @@ class Output:
                 whole.append(cell)
                 if not last:
                     whole.append(" " * GAP)
+            whole.rstrip()
             console.print(whole, soft_wrap=True)
 
         if heading:

@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import task_pb2
 from services.cli.output import Column
-from services.cli.times import short
+from services.cli.times import exact, short
 
 __all__ = ["SETTLED", "TASKS", "TIMELINE", "change_row", "full_row", "task_row"]
 
@@ -24,7 +24,7 @@ TASKS: Final = (
     Column("subject", least=10, rank=5),
 )
 TIMELINE: Final = (
-    Column("at", cell=short),
+    Column("at", cell=exact),
     Column("stage"),
     Column("kind"),
     Column("attempt", "try", right=True),

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from services.cli.errors import USAGE, Failure
 
-__all__ = ["ago", "moment", "short"]
+__all__ = ["ago", "exact", "moment", "short"]
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _RELATIVE: Final = re.compile(r"([+-])(\d{1,9}(?:\.\d+)?)([smhdw])")
@@ -36,6 +36,13 @@ def moment(text: str, now: datetime) -> datetime:
 def short(value: Any) -> str:
     """Return a time in ISO 8601 to the second; what is no text is empty."""
     return f"{value[:19]}Z" if isinstance(value, str) and value else ""
+
+
+def exact(value: Any) -> str:
+    """Return a time in ISO 8601 to the millisecond; what is no text is empty."""
+    if not isinstance(value, str) or not value:
+        return ""
+    return f"{value[:19]}.{value[20:].rstrip('Z')[:3]:0<3}Z"
 
 
 def ago(seconds: Any) -> str:

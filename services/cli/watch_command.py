@@ -10,7 +10,7 @@ from services.cli.errors import FAILED, USAGE, Failure
 from services.cli.filters import Domain, Email, Labels, Reason, Statuses, task_filter
 from services.cli.frame import API, Frame, command
 from services.cli.output import Column, Row
-from services.cli.times import short
+from services.cli.times import exact
 
 __all__ = ["register"]
 
@@ -22,7 +22,7 @@ EXAMPLES = """
     postroad watch $id --exit-status --timeout 60 && echo sent
 """
 _CHANGES = (
-    Column("at", cell=short, width=20),
+    Column("at", cell=exact, width=24),
     Column("id", width=36),
     Column("status", width=10),
     Column("kind", "what", width=9, rank=3),

@@ -110,9 +110,9 @@ class Reader:
             if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
                 return Group(name, "none", ())
             raise
-        return Group(
-            name, found.state.name.lower().replace("_", " "), [self._member(m) for m in found.members]
-        )
+        # Of a group that never was, Kafka says that it is dead.
+        state = found.state.name.lower().replace("_", " ").replace("dead", "none")
+        return Group(name, state, [self._member(member) for member in found.members])
 
     def _member(self, member: Any) -> Member:
         owned = member.assignment.topic_partitions if member.assignment else ()

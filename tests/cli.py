@@ -1,0 +1,124 @@
+"""The `postroad` command as a process: with pipes, or on a terminal of a given width."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Command", "Done"]
+
+ROOT = Path(__file__).resolve().parents[1]
+ARGV = [sys.executable, "-m", "services.cli"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Its result, line by line."""
+        return self.out.splitlines()
+
+    @property
+    def json(self) -> Any:
+        """Its result, as one document."""
+        return json.loads(self.out)
+
+    @property
+    def objects(self) -> list[Any]:
+        """Its result, an object a line."""
+        return [json.loads(line) for line in self.lines]
+
+
+class Command:
+    """Runs `postroad` with these variables and no others of Postroad's."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
+        for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
+            clean.pop(name, None)
+        self.environment = (
+            clean | {"POSTROAD_CONFIG": os.devnull, "TERM": "xterm-256color"} | dict(environment or {})
+        )
+
+    def __call__(self, *arguments: str, given: str = "", **variables: str) -> Done:
+        """Run it with pipes; `given` is its stdin."""
+        done = subprocess.run(
+            [*ARGV, *arguments],
+            env=self.environment | variables,
+            cwd=ROOT,
+            input=given,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=90,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start it with pipes and leave it running."""
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*ARGV, *arguments], env=self.environment, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+    def on_terminal(
+        self,
+        *arguments: str,
+        columns: int = 80,
+        typed: str = "",
+        act: Callable[[subprocess.Popen[bytes], str], None] | None = None,
+        **variables: str,
+    ) -> Done:
+        """Run it with stdin, stdout and stderr on terminals of this width.
+
+        `typed` is what the user types. `act` is called with the process and its output so far whenever there
+        is more of it.
+        """
+        pairs = [pty.openpty() for _ in range(3)]
+        for _, slave in pairs:
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        process = subprocess.Popen(
+            [*ARGV, *arguments],
+            env=self.environment | variables,
+            cwd=ROOT,
+            stdin=pairs[0][1],
+            stdout=pairs[1][1],
+            stderr=pairs[2][1],
+            start_new_session=True,
+        )
+        for _, slave in pairs:
+            os.close(slave)
+        os.write(pairs[0][0], typed.encode())
+        masters, texts, end = {pairs[1][0]: 0, pairs[2][0]: 1}, ["", ""], time.monotonic() + 90
+        while masters:
+            assert time.monotonic() < end, f"still running: {texts}"
+            for master in select.select(list(masters), [], [], 1)[0]:
+                try:
+                    data = os.read(master, 65536)
+                except OSError:  # EIO: the other side is closed
+                    data = b""
+                if not data:
+                    del masters[master]
+                    continue
+                texts[masters[master]] += data.decode().replace("\r\n", "\n")
+                if act is not None:
+                    act(process, texts[0])
+        for master, _ in pairs:
+            os.close(master)
+        return Done(process.wait(30), *texts)

@@ -1,0 +1,91 @@
+"""What a sample of Kafka's answers means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.cli.lag.report import delay_of, report
+from services.cli.lag.sample import Group, Head, Member, Place, Sample
+
+READS = {"sender": ["mx.ok", "sender.delay.60", "sender.delay.300"]}
+MX0, MX1 = Place("mx.ok", 0), Place("mx.ok", 1)
+D60, D300 = Place("sender.delay.60", 0), Place("sender.delay.300", 0)
+EVERY = (MX0, MX1, D60, D300)
+
+
+def sample(at: float = 1000.0, **changes: Any) -> Sample:
+    members = [
+        Member("m1", "sender-1", "10.0.0.1", frozenset({MX0, D60})),
+        Member("m2", "sender-2", "10.0.0.2", frozenset({MX1})),
+    ]
+    fields: dict[str, Any] = {
+        "starts": dict.fromkeys(EVERY, 0),
+        "ends": {MX0: 100, MX1: 50, D60: 7, D300: 0},
+        "groups": {"sender": Group("postroad.sender", "stable", members)},
+        "committed": {"sender": {MX0: 90, MX1: 50, D60: 5}},
+        "heads": {("sender", MX0): Head(970.0, None), ("sender", D60): Head(950.0, 1012.5)},
+    }
+    return Sample(at, **(fields | changes))
+
+
+def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
+    found = report(READS, sample(), None, partitions=False)
+    (stage,) = found["stages"]
+    assert (stage["lag"], stage["oldest_waiting_seconds"], stage["delayed"]) == (10, 30.0, 2)
+    assert (stage["partitions"], stage["unowned"]) == (4, 1)
+    assert [(m["client"], m["partitions"], m["lag"]) for m in stage["members"]] == [
+        *(("sender-1", 2, 10), ("sender-2", 1, 0))
+    ]
+    assert found["delays"][0] == {
+        "stage": "sender",
+        "topic": "sender.delay.60",
+        "delay_seconds": 60,
+        "waiting": 2,
+        "next_due_at": "1970-01-01T00:16:52.500Z",
+        "next_due_in_seconds": 12.5,
+    }
+    assert (found["delays"][1]["waiting"], found["delays"][1]["next_due_at"]) == (0, None)
+    assert "partitions" not in found
+
+
+def test_what_was_never_committed_waits_from_the_first_record_that_is_left() -> None:
+    found = report(
+        READS,
+        sample(committed={"sender": {}}, starts={**dict.fromkeys(EVERY, 0), MX0: 95}),
+        None,
+        partitions=True,
+    )
+    lags = {(row["topic"], row["partition"]): row["lag"] for row in found["partitions"]}
+    assert lags == {("mx.ok", 0): 5, ("mx.ok", 1): 50, ("sender.delay.60", 0): 7, ("sender.delay.300", 0): 0}
+
+
+def test_each_partition_has_its_owner() -> None:
+    rows = report(READS, sample(), None, partitions=True)["partitions"]
+    assert [(row["topic"], row["client"], row["host"]) for row in rows] == [
+        ("mx.ok", "sender-1", "10.0.0.1"),
+        ("mx.ok", "sender-2", "10.0.0.2"),
+        ("sender.delay.300", "", ""),
+        ("sender.delay.60", "sender-1", "10.0.0.1"),
+    ]
+
+
+def test_rates_come_from_two_samples() -> None:
+    before = sample(998.0, committed={"sender": {MX0: 50, MX1: 50}}, ends={MX0: 80, MX1: 50, D60: 0, D300: 0})
+    (stage,) = report(READS, sample(), before, partitions=False)["stages"]
+    assert (stage["read_per_second"], stage["arriving_per_second"]) == (20.0, 10.0)
+    (alone,) = report(READS, sample(), None, partitions=False)["stages"]
+    assert (alone["read_per_second"], alone["arriving_per_second"]) == (None, None)
+
+
+def test_a_clock_that_goes_fast_makes_no_negative_age() -> None:
+    ahead = sample(heads={("sender", MX0): Head(1003.0, None)})
+    assert report(READS, ahead, None, partitions=False)["stages"][0]["oldest_waiting_seconds"] == 0
+
+
+def test_delay_topics_are_told_by_their_names() -> None:
+    assert [delay_of(t) for t in ("sender.delay.60", "mx.ok", "sender.dead", "delay.x")] == [
+        60,
+        None,
+        None,
+        None,
+    ]

@@ -1,0 +1,99 @@
+"""What the flags of `create` and the filters ask the api for."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from services.cli.errors import USAGE, Failure
+from services.cli.filters import pairs, task_filter
+from services.cli.mail import chunks, from_flags, from_lines
+from services.cli.times import moment
+
+NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [
+        ("now", NOW),
+        ("-2h", datetime(2026, 1, 31, 10, tzinfo=UTC)),
+        ("+10m", datetime(2026, 1, 31, 12, 10, tzinfo=UTC)),
+        ("-1.5d", datetime(2026, 1, 30, 0, tzinfo=UTC)),
+        ("2026-01-30", datetime(2026, 1, 30, tzinfo=UTC)),
+        ("2026-01-30T10:00", datetime(2026, 1, 30, 10, tzinfo=UTC)),
+        ("2026-01-30T10:00:00Z", datetime(2026, 1, 30, 10, tzinfo=UTC)),
+        ("2026-01-30T10:00:00+02:00", datetime(2026, 1, 30, 8, tzinfo=UTC)),
+    ],
+)
+def test_a_time_is_written_in_these_ways(text: str, means: datetime) -> None:
+    assert moment(text, NOW) == means
+
+
+@pytest.mark.parametrize("text", ["", "soon", "2h", "+2y", "2026-13-01", "+999999999w", "12345"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(Failure, match="no time") as failed:
+        moment(text, NOW)
+    assert failed.value.code == USAGE
+
+
+def test_pairs_keep_their_values_whole() -> None:
+    assert pairs(["a=1=2", "b="], "--label") == {"a": "1=2", "b": ""}
+    assert pairs(["Reply-To: a@b.example"], "--header", ":") == {"Reply-To": "a@b.example"}
+    for bad in (["a"], ["=1"], ["a=1", "a=2"]):
+        with pytest.raises(Failure, match="--label"):
+            pairs(bad, "--label")
+
+
+def test_filters_are_the_apis_fields() -> None:
+    assert task_filter(["failed", "failed"], "", "x.example", "", ["a=1"]) == {
+        "status": ["failed"],
+        "email": "",
+        "domain": "x.example",
+        "reason": "",
+        "labels": {"a": "1"},
+    }
+
+
+def test_each_of_several_recipients_has_a_key_of_its_own() -> None:
+    one = list(from_flags(["a@x.example"], {"subject": "s", "body": ""}, "k", NOW))
+    assert [(r.data.email, r.idempotency_key, r.data.HasField("body")) for r in one] == [
+        ("a@x.example", "k", True)
+    ]
+    assert one[0].send_at.ToDatetime(UTC) == NOW
+    two = list(from_flags(["a@x.example", "b@x.example"], {"subject": "s"}, "k", None))
+    assert [r.idempotency_key for r in two] == ["k:a@x.example", "k:b@x.example"]
+    assert not two[0].HasField("send_at")
+
+
+def test_lines_are_flat_or_whole_requests() -> None:
+    flat = (
+        '{"email": "a@x.example", "subject": "s", "body": "b", "labels": {"k": "v"}, "idempotency_key": "1"}'
+    )
+    whole = (
+        '{"data": {"email": "a@x.example", "subject": "s", "body": "b", "labels": {"k": "v"}},'
+        '"idempotencyKey": "1"}'
+    )
+    first, second = from_lines([flat, "\n", whole], "x")
+    assert first == second
+    assert first.data.body == "b"
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "[]", '{"emial": "a"}', '{"email": 3}', '{"send_at": "soon"}', '{"data": 3}']
+)
+def test_a_bad_line_is_named(line: str) -> None:
+    with pytest.raises(Failure, match="mails, line 2") as failed:
+        list(from_lines(["{}", line], "mails"))
+    assert failed.value.code == USAGE
+
+
+def test_a_batch_holds_a_thousand_and_a_message_that_the_api_takes() -> None:
+    small = from_flags([f"{n}@x.example" for n in range(2001)], {"subject": "s"}, "", None)
+    assert [len(chunk) for chunk in chunks(small)] == [1000, 1000, 1]
+    large = from_flags(
+        [f"{n}@x.example" for n in range(20)], {"subject": "s", "body": "x" * (1 << 20)}, "", None
+    )
+    assert [len(chunk) for chunk in chunks(large)] == [15, 5]
+    assert list(chunks([])) == []

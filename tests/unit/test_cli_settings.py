@@ -1,0 +1,109 @@
+"""Where a command's connections come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from services.cli.errors import USAGE, Failure
+from services.cli.settings import settings_of, values
+
+CONFIG = """
+default-profile = "near"
+
+[profiles.near]
+api = "near:1"
+
+[profiles.far]
+api = "far:1"
+kafka = "far:9092"
+token = "secret-of-far"
+tls = true
+partitions = 24
+sender-delays = [60, 300]
+email_host = "relay.far"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_a_flag_beats_the_environment_beats_the_env_file_beats_the_profile(
+    config: str, tmp_path: Path
+) -> None:
+    env_file = tmp_path / "stack.env"
+    env_file.write_text("# the stack\n\nPOSTROAD_API=file:1\nexport POSTROAD_KAFKA_BOOTSTRAP='file:9092'\n")
+    given: dict[str, str | None] = {"config": config, "profile": "far"}
+    assert values(given, {})["POSTROAD_API"] == "far:1"
+    given["env-file"] = str(env_file)
+    assert values(given, {})["POSTROAD_API"] == "file:1"
+    assert values(given, {})["POSTROAD_KAFKA_BOOTSTRAP"] == "file:9092"
+    assert values(given, {"POSTROAD_API": "environment:1"})["POSTROAD_API"] == "environment:1"
+    given["api"] = "flag:1"
+    found = values(given, {"POSTROAD_API": "environment:1"})
+    assert found["POSTROAD_API"] == "flag:1"
+    assert found["POSTROAD_TOKEN"] == "secret-of-far"
+
+
+def test_profiles_are_named_by_flag_variable_or_the_file_itself(config: str) -> None:
+    assert values({"config": config}, {})["POSTROAD_API"] == "near:1"
+    assert values({}, {"POSTROAD_CONFIG": config, "POSTROAD_PROFILE": "far"})["POSTROAD_API"] == "far:1"
+    named: dict[str, str | None] = {"config": config, "profile": "near"}
+    assert values(named, {"POSTROAD_PROFILE": "far"})["POSTROAD_API"] == "near:1"
+
+
+def test_the_config_file_stands_where_xdg_says(tmp_path: Path) -> None:
+    (tmp_path / "postroad").mkdir()
+    (tmp_path / "postroad/config.toml").write_text('[profiles.x]\napi = "x:1"')
+    found = values({"profile": "x"}, {"XDG_CONFIG_HOME": str(tmp_path)})
+    assert found["POSTROAD_API"] == "x:1"
+    assert "POSTROAD_API" not in values({}, {"XDG_CONFIG_HOME": str(tmp_path / "empty")})
+
+
+def test_a_profile_sets_any_setting(config: str) -> None:
+    settings = settings_of(values({"config": config, "profile": "far"}, {}))
+    assert (settings.kafka_bootstrap, settings.partitions) == ("far:9092", 24)
+    assert (settings.sender_delays, settings.email_host) == ((60, 300), "relay.far")
+
+
+def test_a_bad_value_names_its_variable() -> None:
+    with pytest.raises(ValidationError):
+        settings_of({"POSTROAD_PARTITIONS": "many"})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[profiles.x]\nkafak = 'a'", "profile 'x': unknown key 'kafak'"),
+        ("[profiles.x]\napi = {a = 1}", "profile 'x': api is neither text, number nor true or false"),
+        ("profiles = 3", "no profile 'x' in the config file; it has: none"),
+        ("[profiles.y]\n[profiles.z]", "no profile 'x' in the config file; it has: y, z"),
+        ("[profiles", "config.toml: "),
+    ],
+)
+def test_what_is_wrong_in_the_config_file_is_told(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(Failure) as failed:
+        values({"config": str(path), "profile": "x"}, {})
+    assert says in failed.value.line
+    assert failed.value.code == USAGE
+
+
+@pytest.mark.parametrize("name", ["config", "env-file"])
+def test_a_file_that_was_named_must_be_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Failure, match="nowhere"):
+        values({name: str(tmp_path / "nowhere")}, {})
+
+
+def test_an_env_file_has_names_and_values(tmp_path: Path) -> None:
+    path = tmp_path / "x.env"
+    path.write_text("POSTROAD_API=a:1\nnonsense\n")
+    with pytest.raises(Failure, match="line 2: no NAME=value"):
+        values({"env-file": str(path)}, {})
