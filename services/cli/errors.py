@@ -57,8 +57,6 @@ _KAFKA: Final = {
     "_UNKNOWN_PARTITION": NOT_FOUND,
     "_UNKNOWN_TOPIC": NOT_FOUND,
 }
-# What gRPC says itself where it reached nobody; any other UNAVAILABLE is the api's own word.
-_UNREACHED: Final = ("failed to connect", "DNS resolution failed", "connections to all backends failing")
 # Access denied: to a database, to a user, to a table, without a password, to a locked account.
 _MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1698, 3118})
 
@@ -123,7 +121,9 @@ def _usage(error: TyperException) -> Failure:
 def _grpc(error: Any) -> Failure:
     code = error.code().name
     said = error.details() or code
-    if code == "UNAVAILABLE" and said.startswith(_UNREACHED):
+    # The api's own words come with google.rpc details; without them gRPC says that it reached nobody.
+    own = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+    if code == "UNAVAILABLE" and not own:
         said = f"the api does not answer: {said.rpartition('last error: ')[2]}"
     if code == "DEADLINE_EXCEEDED":
         said = "the api did not answer in time"

@@ -22,7 +22,7 @@ from services.cli import (
     setup_commands,
     watch_command,
 )
-from services.cli.errors import FAILED, OK, explain
+from services.cli.errors import FAILED, INTERRUPTED, OK, explain
 from services.cli.frame import root
 
 __all__ = ["app", "main"]
@@ -52,12 +52,15 @@ def _run() -> int:
     try:
         code = app(prog_name="postroad", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            # Typer makes an exit of Ctrl-C.
+            print("postroad: interrupted", file=sys.stderr)
         return code if isinstance(code, int) else OK
     except BrokenPipeError:
-        # Whoever read the result has enough of it.
+        # Whoever read the result has enough of it. Typer too exits with 1 then.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return FAILED
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from services.cli.errors import FAILED
-from services.cli.frame import DATABASE, KAFKA, Frame, command
-from services.cli.output import Column, Form
-from services.cli.terminal import say
+from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
+from services.cli.terminal import confirm, say
+
+if TYPE_CHECKING:
+    from services.common.config import Settings
 
 __all__ = ["register"]
 
@@ -30,29 +34,52 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         examples="""
             postroad topics apply
             POSTROAD_REPLICATION=3 postroad topics apply -o json
+            POSTROAD_PARTITIONS=24 postroad topics apply --grow
         """,
     )
-    def apply(frame: Frame) -> None:
+    def apply(
+        frame: Frame,
+        *,
+        grow: Annotated[
+            bool, typer.Option("--grow", help="Give topics that have too few partitions the missing ones.")
+        ] = False,
+        yes: Yes = False,
+    ) -> None:
         """Create the topics that are missing, and fail where one that exists is not as it must be.
 
         Partitions, replicas and delays are those of the settings (POSTROAD_PARTITIONS, POSTROAD_REPLICATION,
-        POSTROAD_VALIDATOR_DELAYS, POSTROAD_SENDER_DELAYS). What exists is changed in no way.
+        POSTROAD_VALIDATOR_DELAYS, POSTROAD_SENDER_DELAYS). What exists is changed by --grow alone, which asks
+        first: Kafka never takes a partition back. docs/operations.md says what to heed.
         """
         from services.common import kafka_admin  # noqa: PLC0415
 
-        applied = kafka_admin.apply(frame.settings())
-        rows = [{"topic": name, "state": "created"} for name in applied.created]
+        settings = frame.settings()
+        rows = _grown(settings, yes) if grow else []
+        applied = kafka_admin.apply(settings)
+        rows += [{"topic": name, "state": "created"} for name in applied.created]
         for difference in applied.differences:
             name, _, detail = difference.partition(": ")
             rows.append({"topic": name, "state": "differs", "detail": detail})
-        if frame.out.form is not Form.TABLE:
-            frame.out.rows(rows, [Column("topic"), Column("state"), Column("detail")])
-        else:
-            for name in applied.created:
-                print(f"created {name}")
+        if not frame.out.is_table:
+            frame.out.rows(rows, ())
+        for row in rows:
+            if row["state"] == "differs":
+                say(f"differs {row['topic']}: {row['detail']}")
+            elif frame.out.is_table:
+                print(row["state"], row["topic"])
         if applied.differences:
-            for difference in applied.differences:
-                say(f"differs {difference}")
             raise typer.Exit(FAILED)
-        if frame.out.form is Form.TABLE:
+        if frame.out.is_table:
             print("The topics are as they must be.")
+
+
+def _grown(settings: Settings, yes: bool) -> list[dict[str, str]]:
+    """Grow the topics that are too small, if the user agrees; return a row for each."""
+    from services.common import kafka_admin  # noqa: PLC0415
+
+    small = kafka_admin.too_small(settings)
+    if not small:
+        return []
+    has = "-".join(str(number) for number in sorted({min(small.values()), max(small.values())}))
+    confirm(f"Grow {len(small)} topics from {has} to {settings.partitions} partitions, for good?", yes)
+    return [{"topic": name, "state": "grown"} for name in kafka_admin.grow(settings)]

@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    ResourceType,
+)
 
 from services.common.config import Settings
 from services.common.topics import Topic, wanted
 
-__all__ = ["Applied", "apply"]
+__all__ = ["Applied", "apply", "grow", "too_small"]
 
 TIMEOUT = 15.0
 # What goes wrong is raised; librdkafka's own account of every refused connection helps nobody.
@@ -46,6 +52,33 @@ def apply(settings: Settings) -> Applied:
         if len(known[topic.name].partitions) != topic.partitions
     ]
     return Applied(created, [*differences, *_other_settings(admin, there)])
+
+
+def too_small(settings: Settings) -> dict[str, int]:
+    """Return the topics that have fewer partitions than is wanted, with the number that they have.
+
+    Raises `confluent_kafka.KafkaException`, as `grow` does.
+    """
+    known = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent).list_topics(
+        timeout=5
+    )
+    has = {name: len(topic.partitions) for name, topic in known.topics.items()}
+    return {t.name: has[t.name] for t in wanted(settings) if has.get(t.name, t.partitions) < t.partitions}
+
+
+def grow(settings: Settings) -> Sequence[str]:
+    """Give those topics the partitions that are wanted, and return their names.
+
+    Keys move to other partitions by it: of one task, older records may then stand in another partition than
+    newer ones. Kafka never takes a partition back.
+    """
+    small = too_small(settings)
+    if small:
+        admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
+        new = [NewPartitions(name, settings.partitions) for name in small]
+        for done in admin.create_partitions(new, operation_timeout=TIMEOUT, request_timeout=TIMEOUT).values():
+            done.result()
+    return list(small)
 
 
 def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:

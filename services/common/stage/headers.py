@@ -6,6 +6,9 @@ Both carry the original's key, value and headers (CloudEvents' `ce_*`, `tracepar
 - `attempt`  the attempt that comes next (delayed) or was made (dead), from 1
 - `cause`    why, text
 - `due-at`   delayed only: not to be handled before, Unix milliseconds
+
+A record on a dead-letter topic with a header RESOLVES is no letter: it says which of those before it in its
+partition are done with (services/cli/dead).
 """
 
 from __future__ import annotations
@@ -13,9 +16,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Headers", "Malformed", "Origin", "Return", "dead", "delayed", "parse_return", "traceparent"]
+__all__ = [
+    "RESOLVES",
+    "Headers",
+    "Malformed",
+    "Origin",
+    "Return",
+    "dead",
+    "delayed",
+    "original",
+    "parse_origin",
+    "parse_return",
+    "traceparent",
+]
 
 Headers = list[tuple[str, bytes]]
+
+RESOLVES = "resolves"
 
 _OWN = frozenset({"due-at", "attempt", "origin", "cause"})
 _MAX_CAUSE = 2000
@@ -67,11 +84,21 @@ def dead(headers: Headers | None, *, origin: Origin, attempt: int, cause: str) -
 def parse_return(headers: Headers | None) -> Return:
     """Read a delayed record's headers. Raises Malformed, naming the header."""
     found = {name: value for name, value in headers or () if name in _OWN}
-    topic, partition, offset = _origin(found)
+    origin = _origin(found)
     attempt = _number(found, "attempt")
     if attempt < 1:
         raise Malformed(f"attempt is {attempt}")
-    return Return(_number(found, "due-at"), attempt, Origin(topic, partition, offset))
+    return Return(_number(found, "due-at"), attempt, origin)
+
+
+def parse_origin(headers: Headers | None) -> Origin:
+    """Return where a delayed or dead record stood at first. Raises Malformed, naming the header."""
+    return _origin({name: value for name, value in headers or () if name == "origin"})
+
+
+def original(headers: Headers | None) -> Headers:
+    """Return the headers that a delayed or dead record had at first."""
+    return list(_kept(headers))
 
 
 def _kept(headers: Headers | None) -> Iterable[tuple[str, bytes]]:
@@ -91,11 +118,11 @@ def _number(found: dict[str, bytes], name: str) -> int:
     return int(value)
 
 
-def _origin(found: dict[str, bytes]) -> tuple[str, int, int]:
+def _origin(found: dict[str, bytes]) -> Origin:
     parts = (found.get("origin") or b"").rsplit(b"/", 2)
     if len(parts) != 3 or not parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
         raise Malformed("origin is not topic/partition/offset")
     try:
-        return parts[0].decode("ascii"), int(parts[1]), int(parts[2])
+        return Origin(parts[0].decode("ascii"), int(parts[1]), int(parts[2]))
     except ValueError as error:
         raise Malformed("origin is not topic/partition/offset") from error

@@ -1,0 +1,107 @@
+"""The dead-letter topics, read. Blocks; raises `confluent_kafka.KafkaException`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from confluent_kafka import Message
+
+from services.cli.dead.letter import Letter, Place, letter_of
+from services.cli.dead.marker import resolved
+from services.cli.rebuild.log import At, Log
+from services.common.config import Settings
+from services.common.stage.headers import Headers
+from services.common.topics import READ_BY, Names
+
+__all__ = ["STAGES", "Board", "Record", "read_board", "records"]
+
+STAGES = tuple(READ_BY)
+
+
+class Record(NamedTuple):
+    """A letter with all that it carries."""
+
+    letter: Letter
+    value: bytes | None
+    headers: Headers
+
+
+@dataclass(slots=True)
+class Board:
+    """The letters that are not resolved, by their place, and where each stage's partitions begin and end."""
+
+    letters: dict[Place, Letter] = field(default_factory=dict)
+    starts: dict[tuple[str, int], int] = field(default_factory=dict)
+    ends: dict[tuple[str, int], int] = field(default_factory=dict)
+
+
+def read_board(settings: Settings, stages: Sequence[str] = STAGES) -> Board:
+    """Read the dead-letter topics of these stages from start to end."""
+    board = Board()
+    log, names = _open(settings, stages)
+    try:
+        board.starts = {(names[at.topic], at.partition): offset for at, offset in log.start.items()}
+        ends = log.ends()
+        board.ends = {(names[at.topic], at.partition): offset for at, offset in ends.items()}
+        for messages in log.read(ends, 1000):
+            for message in messages:
+                _put(board, names[message.topic() or ""], message)
+    finally:
+        log.close()
+    return board
+
+
+def records(settings: Settings, places: Sequence[Place]) -> Iterator[Record]:
+    """Yield the letters at these places with their values, each partition in order; those that are gone not.
+
+    What lies between them is read too.
+    """
+    wanted: dict[tuple[str, int], set[int]] = {}
+    for place in places:
+        wanted.setdefault((place.stage, place.partition), set()).add(place.offset)
+    log, names = _open(settings, sorted({place.stage for place in places}))
+    try:
+        ends: dict[At, int] = {}
+        for at in log.next:
+            offsets = wanted.get((names[at.topic], at.partition))
+            if offsets:
+                log.next[at] = max(log.start[at], min(offsets))
+                ends[at] = max(offsets) + 1
+        present = log.ends()
+        for messages in log.read({at: min(end, present[at]) for at, end in ends.items()}, 100):
+            for message in messages:
+                stage, partition = names[message.topic() or ""], message.partition() or 0
+                if message.offset() in wanted[stage, partition] and resolved(_headers(message)) is None:
+                    yield Record(_letter(stage, message), message.value(), _headers(message))
+    finally:
+        log.close()
+
+
+def _open(settings: Settings, stages: Sequence[str]) -> tuple[Log, dict[str, str]]:
+    names = Names(settings.topic_prefix)
+    topics = {names.dead(stage): stage for stage in stages}
+    return Log(settings, list(topics)), topics
+
+
+def _put(board: Board, stage: str, message: Message) -> None:
+    done = resolved(_headers(message))
+    if done is None:
+        letter = _letter(stage, message)
+        board.letters[letter.place] = letter
+        return
+    partition = message.partition() or 0
+    for offsets in done:
+        # A marker names what stands before it, and what was deleted since is not there.
+        for offset in offsets[: (message.offset() or 0) - offsets.start]:
+            board.letters.pop(Place(stage, partition, offset), None)
+
+
+def _letter(stage: str, message: Message) -> Letter:
+    place = Place(stage, message.partition() or 0, message.offset() or 0)
+    return letter_of(place, message.timestamp()[1], message.key(), _headers(message))
+
+
+def _headers(message: Message) -> Headers:
+    return list(message.headers() or ())  # type: ignore[arg-type]

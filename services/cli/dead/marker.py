@@ -1,0 +1,55 @@
+"""Markers: records on a dead-letter topic that say which of its letters are done with. Pure.
+
+Kafka cannot delete one record from the middle of a partition. So whoever resolves letters appends a record to
+their partition that names their offsets; who reads the letters leaves those out. What is resolved from the
+partition's start on is then deleted for real, markers and all: a marker names only what stands before it.
+
+A marker has no key and no value, and two headers: `resolves`, the offsets (`3-5,8`), and `resolution`, what
+became of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from services.common.stage.headers import RESOLVES, Headers
+
+__all__ = ["MOST", "Resolution", "headers_of", "resolved"]
+
+Resolution = Literal["replayed", "purged"]
+
+MOST = 5000
+"""Offsets that one marker names at most."""
+
+
+def headers_of(offsets: Iterable[int], resolution: Resolution) -> Headers:
+    """Return the headers of the marker that resolves these letters of its partition."""
+    return [(RESOLVES, _ranges(sorted(offsets)).encode()), ("resolution", resolution.encode())]
+
+
+def resolved(headers: Headers | None) -> list[range] | None:
+    """Return the offsets that a record resolves; None where it is no marker.
+
+    What cannot be read in a marker resolves nothing.
+    """
+    value = dict(headers or ()).get(RESOLVES)
+    if value is None:
+        return None
+    found = []
+    for part in value.decode("ascii", "replace").split(","):
+        first, _, last = part.partition("-")
+        last = last or first
+        if first.isdecimal() and last.isdecimal():
+            found.append(range(int(first), int(last) + 1))
+    return found
+
+
+def _ranges(offsets: Sequence[int]) -> str:
+    parts: list[tuple[int, int]] = []
+    for offset in offsets:
+        if parts and offset == parts[-1][1] + 1:
+            parts[-1] = (parts[-1][0], offset)
+        else:
+            parts.append((offset, offset))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

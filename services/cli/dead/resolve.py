@@ -1,0 +1,139 @@
+"""Letters sent back to their topics, and done away with. Blocks; raises `confluent_kafka.KafkaException`.
+
+A replayed letter is resolved once its record is acked. Whoever dies between the two leaves the letter on the
+board, and it is replayed again: the record is then twice on its topic, as after any redelivery. Every stage
+bears that: the fold is a join, a verdict on a domain is found again, and a mail that went out or that
+somebody sends stands in `deliveries`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from services.cli.dead.board import read_board, records
+from services.cli.dead.letter import Letter, Place
+from services.cli.dead.marker import MOST, Resolution, headers_of
+from services.cli.kafka import SILENT, TIMEOUT, admin
+from services.common.config import Settings
+from services.common.stage.clients import producer_config
+from services.common.stage.headers import original
+from services.common.topics import EVENT_TOPICS, Names
+
+__all__ = ["purge", "replay", "replayable"]
+
+# Letters that are sent back before they are marked.
+_BATCH = 200
+# Longer than the producer tries (seconds).
+_FLUSH = 40.0
+
+
+def replayable(letter: Letter) -> bool:
+    """Whether it is known which event topic the letter's record came from."""
+    return letter.origin is not None and letter.origin.topic in EVENT_TOPICS
+
+
+def replay(settings: Settings, letters: Sequence[Letter], advance: Callable[[int], None]) -> int:
+    """Produce the record of each of these letters to its origin's topic again, as it was there at first.
+
+    They must be `replayable`. `advance` is told how many more are done. Returns how many are; a letter that
+    somebody else has resolved and that is deleted meanwhile is not.
+    """
+    names, sink = Names(settings.topic_prefix), _Sink(settings)
+    done, batch = 0, []
+    for record in records(settings, [letter.place for letter in letters]):
+        assert record.letter.origin is not None
+        topic = names.topic(record.letter.origin.topic)
+        sink.put(topic, record.letter.key, record.value, original(record.headers))
+        batch.append(record.letter.place)
+        if len(batch) == _BATCH:
+            done += _replayed(sink, names, batch, advance)
+            batch = []
+    done += _replayed(sink, names, batch, advance)
+    _delete(settings, {(letter.place.stage, letter.place.partition) for letter in letters})
+    return done
+
+
+def purge(settings: Settings, letters: Sequence[Letter], advance: Callable[[int], None]) -> int:
+    """Resolve these letters without their records; return how many."""
+    sink = _Sink(settings)
+    _mark(sink, Names(settings.topic_prefix), [letter.place for letter in letters], "purged")
+    advance(len(letters))
+    _delete(settings, {(letter.place.stage, letter.place.partition) for letter in letters})
+    return len(letters)
+
+
+def _replayed(sink: _Sink, names: Names, places: Sequence[Place], advance: Callable[[int], None]) -> int:
+    sink.flush()
+    _mark(sink, names, places, "replayed")
+    advance(len(places))
+    return len(places)
+
+
+def _mark(sink: _Sink, names: Names, places: Sequence[Place], resolution: Resolution) -> None:
+    offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for place in places:
+        offsets[place.stage, place.partition].append(place.offset)
+    for (stage, partition), resolved in offsets.items():
+        resolved.sort()
+        for start in range(0, len(resolved), MOST):
+            headers = headers_of(resolved[start : start + MOST], resolution)
+            sink.put(names.dead(stage), None, None, headers, partition)
+    sink.flush()
+
+
+def _delete(settings: Settings, partitions: Collection[tuple[str, int]]) -> None:
+    """Delete what is resolved from the start of each of these partitions on."""
+    names = Names(settings.topic_prefix)
+    board = read_board(settings, sorted({stage for stage, _ in partitions}))
+    until = {at: board.ends[at] for at in partitions}
+    for place in board.letters:
+        at = place.stage, place.partition
+        if at in until:
+            until[at] = min(until[at], place.offset)
+    asked = [
+        TopicPartition(names.dead(stage), partition, offset)
+        for (stage, partition), offset in until.items()
+        if offset > board.starts[stage, partition]
+    ]
+    if asked:
+        client = admin(settings)  # the answers come as long as it is there
+        for answer in client.delete_records(asked, request_timeout=TIMEOUT).values():
+            answer.result()
+
+
+class _Sink:
+    """Produces, and knows after `flush` that all of it is there."""
+
+    def __init__(self, settings: Settings) -> None:
+        config = producer_config(settings, "postroad.cli") | {"logger": SILENT}
+        self._producer = Producer(config)
+        self._error: KafkaError | None = None
+
+    def put(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Any, partition: int = -1
+    ) -> None:
+        while True:
+            try:
+                self._producer.produce(
+                    topic, value, key, partition=partition, headers=headers, on_delivery=self._delivered
+                )
+                return
+            except BufferError:
+                self._producer.poll(0.1)
+
+    def flush(self) -> None:
+        left = self._producer.flush(_FLUSH)
+        if self._error is not None:
+            raise KafkaException(self._error)
+        if left:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"{left} records were not acked"))
+
+    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+        # What has no offset may not have been written (services/common/stage/publisher.py).
+        if error is None and message.offset() is None:
+            error = KafkaError(KafkaError._BAD_MSG, "acked without an offset")
+        self._error = self._error or error

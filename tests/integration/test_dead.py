@@ -1,0 +1,227 @@
+"""`postroad dead` on a real cluster, with letters that real stages wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from postroad.v1 import events_pb2 as pb
+from services.cli.dead import resolve
+from services.cli.dead.board import Board, read_board
+from services.cli.dead.letter import Letter
+from services.common import kafka_admin
+from services.common.events import DECODERS, encode
+from services.common.stage import headers
+from services.common.stage.headers import Origin
+from services.common.stage.types import Done, Record
+from services.common.topics import TASK_CREATED
+from tests.event_strategies import mail_task
+from tests.integration.stage_kit import Kit, created, passed_on, until
+
+
+def postroad(kit: Kit, *arguments: str) -> subprocess.CompletedProcess[str]:
+    connection = ["--kafka", kit.infra.bootstrap, "--topic-prefix", kit.prefix]
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli", "dead", *arguments, *connection],
+        env={name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def answer(kit: Kit, *arguments: str) -> Any:
+    done = postroad(kit, *arguments, "-o", "json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def dies(record: Record) -> Done:
+    raise KeyError("template")
+
+
+def board(kit: Kit) -> Board:
+    return read_board(kit.settings, ["validator"])
+
+
+def letters(kit: Kit) -> list[Letter]:
+    return sorted(board(kit).letters.values(), key=lambda letter: letter.place)
+
+
+async def killed(kit: Kit, count: int) -> list[Letter]:
+    """Have a stage whose handler is broken meet `count` records; return its letters."""
+    kafka_admin.apply(kit.settings)
+    await kit.publish([created(number) for number in range(count)])
+    async with kit.running(handle=dies):
+        await until(lambda: len(board(kit).letters) == count)
+    return letters(kit)
+
+
+async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
+    kit = newest
+    await killed(kit, 5)
+    producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
+    producer.produce(
+        kit.names.topic(TASK_CREATED), b"\xff\x00garbage", b"key", headers=[("traceparent", b"00-1")]
+    )
+    assert producer.flush(10) == 0
+    async with kit.running(handle=dies):
+        await until(lambda: len(board(kit).letters) == 6)
+
+    rows = answer(kit, "list")
+    assert [(row["stage"], row["count"], row["origins"]) for row in rows] == [
+        ("validator", 5, ["task.created"]),
+        ("validator", 1, ["task.created"]),
+    ]
+    assert rows[0]["cause"] == "KeyError: 'template'"
+    assert "not a TaskCreated" in rows[1]["cause"]
+    garbage = answer(kit, "show", rows[1]["sample"])
+    assert (garbage["event"], garbage["value"], garbage["key"]) == (None, "0xff00676172626167" + "65", "key")
+    assert garbage["headers"]["traceparent"] == "00-1"
+    shown = answer(kit, "show", rows[0]["sample"])
+    assert shown["event"]["task"]["email"] == "a@good.test"
+    assert (shown["cause"], shown["attempt"]) == ("KeyError: 'template'", 1)
+    assert len(answer(kit, "list", "--each", "--stage", "validator")) == 6
+
+    before = kit.end()
+    replayed = {str(letter.origin): letter for letter in letters(kit) if "template" in letter.cause}
+    originals = {
+        f"task.created/{m.partition()}/{m.offset()}": (m.key(), m.value(), m.headers())
+        for m in kit.read(TASK_CREATED)
+    }
+    assert answer(kit, "replay", "--cause", "KeyError", "--yes") == {"replayed": 5, "kept": 0}
+    again = [m for m in kit.read(TASK_CREATED) if (m.offset() or 0) >= before[m.partition() or 0]]
+    # Byte for byte what was there at first, headers too.
+    assert sorted((m.key(), m.value(), m.headers()) for m in again) == sorted(
+        originals[origin] for origin in replayed
+    )
+    seen: list[bytes | None] = []
+
+    def mended(record: Record) -> Done:
+        seen.append(record.key)
+        return passed_on(record)
+
+    async with kit.running(handle=mended):
+        await until(lambda: kit.committed() == kit.end())
+    assert set(seen) == {letter.key for letter in replayed.values()}
+    assert len(seen) == 5
+    assert [row["count"] for row in answer(kit, "list")] == [1]
+
+    # One is purged; then all are resolved, and so the partitions are emptied, markers and all.
+    assert answer(kit, "purge", rows[1]["sample"], "--yes") == {"purged": 1}
+    assert answer(kit, "list") == []
+    emptied = read_board(kit.settings)
+    assert emptied.starts == emptied.ends
+    gone = postroad(kit, "show", rows[1]["sample"])
+    assert (gone.returncode, gone.stdout) == (3, "")
+    assert len(gone.stderr.splitlines()) == 1
+
+
+async def test_what_is_resolved_before_an_open_letter_is_deleted_and_the_rest_is_marked(newest: Kit) -> None:
+    kit = newest
+    all_ = await killed(kit, 40)
+    # The partition with the most letters.
+    by_partition = {p: [x for x in all_ if x.place.partition == p] for p in range(4)}
+    partition, mine = max(by_partition.items(), key=lambda item: len(item[1]))
+    assert len(mine) >= 4
+    first, second, open_, *later = mine
+    resolve.purge(kit.settings, later, lambda steps: None)
+    assert board(kit).starts["validator", partition] == 0
+    assert {x.place for x in letters(kit)} == {x.place for x in all_} - {x.place for x in later}
+    resolve.purge(kit.settings, [second], lambda steps: None)
+    assert board(kit).starts["validator", partition] == 0
+    assert resolve.replay(kit.settings, [first], lambda steps: None) == 1
+    left = board(kit)
+    assert left.starts["validator", partition] == open_.place.offset
+    assert {place for place in left.letters if place.partition == partition} == {open_.place}
+    # A letter that another one has resolved meanwhile is not there any more.
+    assert resolve.replay(kit.settings, [first], lambda steps: None) == 0
+    resolve.purge(kit.settings, [open_], lambda steps: None)
+    done = board(kit)
+    assert done.starts["validator", partition] == done.ends["validator", partition] > 0
+
+
+async def test_a_letter_whose_marker_was_not_written_is_replayed_again(
+    newest: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the command dies between the two: the same event stands on its topic once more."""
+    kit = newest
+    (letter,) = await killed(kit, 1)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resolve, "_mark", die)
+        with pytest.raises(KeyboardInterrupt):
+            resolve.replay(kit.settings, [letter], lambda steps: None)
+    assert [x.place for x in letters(kit)] == [letter.place]
+    assert resolve.replay(kit.settings, [letter], lambda steps: None) == 1
+    copies = [(m.value(), m.headers()) for m in kit.read(TASK_CREATED)]
+    assert copies == [copies[0]] * 3
+    assert letters(kit) == []
+
+
+async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Kit) -> None:
+    kit = newest
+    kafka_admin.apply(kit.settings)
+    event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
+    carried = headers.dead(event.headers, origin=Origin("mx.ok", 2, 40), attempt=1, cause="OSError: disk")
+    producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
+    producer.produce(kit.names.dead("sender"), event.value, event.key, headers=carried)  # type: ignore[arg-type]
+    producer.produce(kit.names.dead("sender"), b"by hand", None)
+    lost = headers.dead(None, origin=Origin("sender.delay.1", 0, 0), attempt=1, cause="due-at is missing")
+    producer.produce(kit.names.dead("sender"), b"", b"k", headers=lost)  # type: ignore[arg-type]
+    assert producer.flush(10) == 0
+
+    asked = postroad(kit, "replay", "--all")
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert "--yes" in asked.stderr
+    assert answer(kit, "replay", "--stage", "sender", "--yes") == {"replayed": 1, "kept": 2}
+    (message,) = kit.read("mx.ok")
+    assert DECODERS["mx.ok"](message.value()) == DECODERS["mx.ok"](event.value)
+    assert message.headers() == event.headers
+    refused = postroad(kit, "replay", "--cause", "due-at", "--yes")
+    assert refused.returncode == 1
+    assert {row["cause"] for row in answer(kit, "list")} == {"", "due-at is missing"}
+    assert answer(kit, "purge", "--all", "--yes") == {"purged": 2}
+    assert answer(kit, "list") == []
+
+
+async def test_what_is_asked_wrongly_is_said_in_one_line(newest: Kit) -> None:
+    kit = newest
+    kafka_admin.apply(kit.settings)
+    for code, *arguments in (
+        (2, "replay"),
+        (2, "purge", "--all", "--stage", "sender", "--yes"),
+        (2, "list", "--stage", "nobody"),
+        (2, "show", "sender"),
+        (2, "show", "nobody/1/2"),
+        (3, "show", "sender/0/99"),
+        (3, "show", "sender/77/0"),
+        (3, "purge", "--cause", "nothing has this", "--yes"),
+    ):
+        done = postroad(kit, *map(str, arguments))
+        assert (done.returncode, done.stdout) == (code, ""), arguments
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+    nothing = postroad(kit, "list")
+    assert (nothing.returncode, nothing.stdout, nothing.stderr) == (0, "", "There are no dead letters.\n")
+
+
+def test_a_cluster_that_is_away_is_told_by_the_exit_code() -> None:
+    away = subprocess.run(
+        [sys.executable, "-m", "services.cli", "dead", "list", "--kafka", "127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (away.returncode, len(away.stderr.splitlines())) == (5, 1), away.stderr

@@ -1,0 +1,159 @@
+"""What goes wrong is told in one line, with an exit code that says of which kind it is."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cli import Command
+
+AWAY = "127.0.0.1:1"
+URL = "mysql+mysqlconnector://postroad@127.0.0.1:1/postroad"
+ID = "019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071"
+
+USAGE, UNAVAILABLE = 2, 5
+
+
+@pytest.fixture(scope="module")
+def postroad() -> Command:
+    return Command()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("frobnicate", "no such command 'frobnicate' (try 'postroad --help')"),
+        ("list --nope", "no such option: --nope "),
+        ("list --status nope", "'nope' is not one of 'pending', 'processing', 'completed', 'failed'"),
+        ("list --limit 0", "invalid value for '--limit'"),
+        ("list --from yesterday", "'yesterday' is no time: write 2026-01-31T12:00:00Z"),
+        ("list --label a", "--label 'a' is no KEY=VALUE"),
+        ("list --count --all", "--count counts all anyway"),
+        ("list -o xml", "'xml' is not one of 'table', 'json', 'jsonl' (try 'postroad list --help')"),
+        ("-o xml list", "'xml' is not one of 'table', 'json', 'jsonl' (try 'postroad --help')"),
+        ("get", "missing argument 'ID' (try 'postroad get --help')"),
+        ("get --kafka x:1 " + ID, "no such option: --kafka"),
+        ("create", "a mail needs an ADDRESS and --subject"),
+        ("create a@x.example", "a mail needs an ADDRESS and --subject"),
+        ("create a@x.example -S s -b b --send-at soon", "'soon' is no time"),
+        ("create a@x.example -S s -H nonsense", "--header 'nonsense' is no KEY:VALUE"),
+        ("create a@x.example -S s -b b --body-file x", "--body and --body-file are one and the same part"),
+        (
+            "create a@x.example -S s --html-file nowhere.html",
+            "--html-file nowhere.html: No such file or directory",
+        ),
+        ("create --batch nowhere.jsonl", "--batch nowhere.jsonl: No such file or directory"),
+        ("create --batch - -S s", "--batch takes its mails from the file alone"),
+        ("watch --follow", "--follow and --exit-status are for one task: name its ID"),
+        ("watch --status failed " + ID, "either an ID or flags that choose tasks, not both"),
+        ("lag --stage nope", "'nope' is not one of 'validator', 'sender', 'status'"),
+        ("list --api nonsense", "the api's address 'nonsense' is no host:port"),
+        ("list --profile nope", "no profile 'nope' in the config file; it has: none"),
+        ("list --config nowhere.toml", "nowhere.toml: no such config file"),
+        ("list --env-file nowhere.env", "nowhere.env: No such file or directory"),
+        ("migrate --database nonsense", "the database URL: Could not parse SQLAlchemy URL"),
+    ],
+)
+def test_a_bad_flag_is_a_line_and_exit_code_2(postroad: Command, arguments: str, says: str) -> None:
+    done = postroad(*arguments.split())
+    assert (done.code, done.out) == (USAGE, "")
+    (line,) = done.err.splitlines()
+    assert line.startswith("postroad: ")
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (f"list --api {AWAY}", "the api does not answer: "),
+        (f"list --all -o json --api {AWAY}", "the api does not answer: "),
+        (f"get {ID} --api nowhere.invalid:1", "the api does not answer: "),
+        (f"create a@x.example -S s -b b --api {AWAY}", "the api does not answer: "),
+        (f"create a@x.example b@x.example -S s -b b --api {AWAY}", "mails 1 to 2 may or may not be recorded"),
+        (f"watch {ID} --api {AWAY}", "the api does not answer: "),
+        (f"retry {ID} {ID} --api {AWAY}", "the api does not answer: "),
+        (f"cancel {ID} --api {AWAY}", "the api does not answer: "),
+        (f"lag --kafka {AWAY}", "Kafka does not answer: "),
+        (f"topics apply --kafka {AWAY}", "Kafka does not answer: "),
+        (f"topics apply --grow --kafka {AWAY}", "Kafka does not answer: "),
+        (f"migrate --database {URL}", "the database: "),
+    ],
+)
+def test_a_server_that_is_away_is_a_line_and_code_5(postroad: Command, arguments: str, says: str) -> None:
+    done = postroad(*arguments.split())
+    assert done.code == UNAVAILABLE, done
+    assert done.out in ("", "[]\n")
+    (line,) = done.err.splitlines()
+    assert line.startswith("postroad: ")
+    assert says in line
+
+
+def test_a_setting_that_is_wrong_names_its_variable(postroad: Command) -> None:
+    done = postroad("lag", POSTROAD_PARTITIONS="many")
+    assert (done.code, done.out) == (USAGE, "")
+    assert done.err.startswith("postroad: POSTROAD_PARTITIONS: ")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_bad_line_of_a_batch_is_named(postroad: Command) -> None:
+    lines = '{"email": "a@x.example", "subject": "s", "body": ""}\n{"emial": "b@x.example"}\n'
+    done = postroad("create", "--batch", "-", "--api", AWAY, given=lines)
+    assert (done.code, done.out) == (USAGE, "")
+    assert "-, line 2: " in done.err
+    assert "0 mails before it are done" in done.err
+
+
+def test_a_body_that_is_not_utf8_is_refused(postroad: Command, tmp_path: Path) -> None:
+    (tmp_path / "body").write_bytes(b"\xff\xfe")
+    done = postroad("create", "a@x.example", "-S", "s", "--body-file", str(tmp_path / "body"))
+    assert (done.code, done.err) == (
+        USAGE,
+        f"postroad: --body-file {tmp_path / 'body'}: the file is not in UTF-8\n",
+    )
+
+
+def test_ctrl_c_is_a_line_and_exit_code_130(postroad: Command) -> None:
+    """A server that takes the connection and says nothing keeps the command waiting."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = postroad.start("list", "--api", f"127.0.0.1:{silent.getsockname()[1]}")
+        silent.accept()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "postroad: interrupted\n")
+
+
+def test_a_reader_that_has_enough_ends_it_in_silence(postroad: Command) -> None:
+    process = postroad.start("--help")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(30) == 1
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+def test_help_has_examples_and_loads_nothing_heavy(postroad: Command) -> None:
+    """Fast: none of gRPC, Kafka, SQLAlchemy or the settings is imported."""
+    for name in ("create", "list", "get", "watch", "retry", "cancel", "lag", "migrate", "topics apply"):
+        done = postroad(*name.split(), "--help")
+        assert done.code == 0
+        assert f"postroad {name} " in done.out.partition("Examples:")[2] + " ", name
+        assert max(map(len, done.lines)) <= 80
+    code = "import sys, services.cli.main; print([m for m in HEAVY if m in sys.modules])"
+    import subprocess
+    import sys
+
+    heavy = ["grpc", "confluent_kafka", "sqlalchemy", "pydantic", "google.protobuf", "rich.table"]
+    script = code.replace("HEAVY", repr(heavy))
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+def test_completion_knows_commands_and_statuses(postroad: Command) -> None:
+    asked = {"_POSTROAD_COMPLETE": "complete_bash"}
+    done = postroad(**asked, COMP_WORDS="postroad ca", COMP_CWORD="1")
+    assert done.out.split() == ["cancel"]
+    done = postroad(**asked, COMP_WORDS="postroad list --status unc", COMP_CWORD="3")
+    assert done.out.split() == ["uncertain"]

@@ -1,0 +1,116 @@
+"""Dead letters, without Kafka: places, markers, what a letter shows, which are meant."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postroad.v1 import events_pb2 as pb
+from services.cli.dead import marker
+from services.cli.dead.letter import Letter, Place, letter_of, parse_place, shown
+from services.cli.dead.pick import groups, missing, picked
+from services.cli.dead.resolve import replayable
+from services.common.events import encode
+from services.common.stage import headers
+from services.common.stage.headers import Headers, Origin
+from tests.event_strategies import mail_task
+
+PLACE = Place("validator", 3, 17)
+
+
+@given(st.sets(st.integers(0, 1 << 62), max_size=50) | st.sets(st.integers(0, 60), max_size=50))
+def test_a_marker_says_which_offsets_it_resolves(offsets: set[int]) -> None:
+    written = marker.headers_of(offsets, "purged")
+    read = marker.resolved(written)
+    assert read is not None
+    assert {offset for part in read for offset in part} == offsets
+    assert written[1] == ("resolution", b"purged")
+
+
+def test_neighbours_are_one_range() -> None:
+    assert marker.headers_of([9, 3, 4, 5], "replayed")[0] == ("resolves", b"3-5,9")
+
+
+def test_a_letter_is_no_marker_and_a_bad_marker_resolves_nothing() -> None:
+    assert marker.resolved(None) is None
+    assert marker.resolved(headers.dead([], origin=Origin("mx.ok", 0, 1), attempt=1, cause="c")) is None
+    assert marker.resolved([("resolves", b"x,-,1-,-2,\xff")]) == [range(1, 2)]
+
+
+@pytest.mark.parametrize("text", ["", "validator", "validator/1", "/1/2", "validator/-1/2", "validator/1/x"])
+def test_a_place_is_stage_partition_offset(text: str) -> None:
+    with pytest.raises(ValueError, match="STAGE/PARTITION/OFFSET"):
+        parse_place(text)
+    assert parse_place(str(PLACE)) == PLACE
+
+
+def letter(headers: Headers | None, key: bytes | None = None) -> Letter:
+    return letter_of(PLACE, 1_763_976_543_123, key, headers)
+
+
+def test_a_letter_shows_its_event_decoded() -> None:
+    record = encode(pb.TaskCreated(task=mail_task(1), at_us=5), "api", b"00-1-2-01")
+    carried = headers.dead(
+        record.headers, origin=Origin("task.created", 3, 9), attempt=2, cause="KeyError: 'x'"
+    )
+    row = shown(letter(carried, record.key), record.value, carried)
+    assert (row["cause"], row["origin"], row["attempt"]) == ("KeyError: 'x'", "task.created/3/9", 2)
+    assert row["event"]["type"] == "postroad.v1.TaskCreated"
+    assert row["event"]["task"]["id"] == row["task"] == str(UUID(bytes=mail_task(1).id))
+    assert row["event"]["task"]["subject"] == mail_task(1).subject
+    assert row["headers"]["traceparent"] == "00-1-2-01"
+    assert row["value"] is None
+    assert row["time"] == "2025-11-24T09:29:03.123+00:00"
+    assert headers.original(carried) == record.headers
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (b"\xff\x00", "0xff00"),
+        (b"plain", "plain"),
+        (b"a\nb\x1b[1m", "a\\nb\\u001b[1m"),
+        (b"", ""),
+        (None, None),
+    ],
+)
+def test_what_does_not_decode_is_shown_so_that_no_terminal_minds(
+    value: bytes | None, text: str | None
+) -> None:
+    carried = headers.dead(None, origin=Origin("mail.sent", 0, 1), attempt=1, cause="not a MailSent")
+    row = shown(letter(carried), value, carried)
+    assert (row["event"], row["value"]) == (None, text)
+
+
+def test_a_letter_that_no_stage_wrote_can_only_be_purged() -> None:
+    for foreign in (None, [("cause", b"\xff")], [("origin", b"nowhere"), ("attempt", b"x")]):
+        assert letter(foreign).origin is None
+        assert not replayable(letter(foreign))
+        assert shown(letter(foreign), b"x", foreign)["origin"] is None
+    delayed = headers.dead(None, origin=Origin("sender.delay.60", 0, 1), attempt=1, cause="due-at is missing")
+    assert not replayable(letter(delayed))
+    known = headers.dead(None, origin=Origin("mx.ok", 0, 1), attempt=1, cause="")
+    assert replayable(letter(known))
+
+
+def test_letters_are_grouped_by_stage_and_cause() -> None:
+    def at(stage: str, offset: int, cause: str) -> Letter:
+        carried = headers.dead(None, origin=Origin("mx.ok", 0, offset), attempt=1, cause=cause)
+        return letter_of(Place(stage, 0, offset), 1000 * offset, None, carried)
+
+    letters = [at("sender", 1, "b"), at("sender", 2, "a"), at("sender", 3, "a"), at("status", 4, "a")]
+    rows = groups(letters)
+    assert [(row["stage"], row["cause"], row["count"]) for row in rows] == [
+        ("sender", "a", 2),
+        ("sender", "b", 1),
+        ("status", "a", 1),
+    ]
+    assert (rows[0]["first"], rows[0]["last"]) == (letters[1].time, letters[2].time)
+    assert (rows[0]["sample"], rows[0]["origins"]) == ("sender/0/3", ["mx.ok"])
+    assert picked(letters, set(), "a") == [letters[1], letters[2], letters[3]]
+    there, gone = letters[3].place, Place("status", 0, 5)
+    assert picked(letters, {there, gone}, "") == [letters[3]]
+    assert missing(letters, {there, gone}) == [gone]
