@@ -142,12 +142,13 @@ class Road:
         consumer = Consumer(config)
         try:
             partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-            left, found = {}, []
+            left, found, starts = {}, [], []
             for number in partitions:
                 low, high = until(lambda n=number: _watermarks(consumer, topic, n), f"offsets of {topic}", 20)  # type: ignore[misc]
                 if high > low:
                     left[number] = high
-            consumer.assign([TopicPartition(topic, number, 0) for number in left])
+                    starts.append(TopicPartition(topic, number, low))
+            consumer.assign(starts)
             end = time.monotonic() + 30
             while left:
                 assert time.monotonic() < end, f"{topic} cannot be read"
