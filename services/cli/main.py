@@ -19,6 +19,7 @@ from services.cli import (
     get_command,
     lag_command,
     list_command,
+    replay_command,
     setup_commands,
     watch_command,
 )
@@ -38,7 +39,15 @@ root(app, HELP)
 topics = typer.Typer(no_args_is_help=True, help="The Kafka topics.")
 app.add_typer(topics, name="topics")
 
-for module in (create_command, list_command, get_command, watch_command, change_commands, lag_command):
+for module in (
+    create_command,
+    list_command,
+    get_command,
+    watch_command,
+    change_commands,
+    lag_command,
+    replay_command,
+):
     module.register(app)
 setup_commands.register(app, topics)
 

@@ -1,0 +1,93 @@
+"""What a replay was asked for: the command's arguments, checked once and kept with the replay. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+from uuid import UUID
+
+from services.cli.replay.decide import REOPENABLE
+from services.cli.replay.records import WORK, replayable
+from services.cli.replay.selection import Selection
+from services.common.schema import STATUSES
+from services.common.topics import EVENT_TOPICS
+
+__all__ = ["Asked", "asked_from", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The arguments, as they were written. `topic` is a bare name."""
+
+    topic: str
+    start: str = "start"
+    end: str = "end"
+    status: tuple[str, ...] = ()
+    reason: tuple[str, ...] = ()
+    recipient: tuple[str, ...] = ()
+    domain: tuple[str, ...] = ()
+    id: tuple[str, ...] = ()
+    label: tuple[str, ...] = ()
+    reopen: tuple[str, ...] = ()
+    rate: float = 500.0
+
+    def selection(self) -> Selection:
+        """Return which tasks are meant."""
+        return Selection(
+            frozenset(self.status),
+            frozenset(self.reason),
+            frozenset(text.casefold() for text in self.recipient),
+            frozenset(text.casefold() for text in self.domain),
+            frozenset(UUID(text).bytes for text in self.id),
+            tuple((key, value) for key, _, value in (text.partition("=") for text in self.label)),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return asdict(self)
+
+
+def asked_from(arguments: Mapping[str, Any]) -> Asked:
+    """Return what `arguments` made."""
+    names = {field.name for field in fields(Asked)}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in arguments.items()
+        if name in names
+    }
+    return Asked(**given)
+
+
+def check(asked: Asked, delays: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the argument, where something is asked for that cannot be.
+
+    `delays`: each stage's delays in seconds, which name its delay topics.
+    """
+    if not replayable(asked.topic, delays):
+        others = ", ".join(f"{stage}.delay.N" for stage in delays)
+        raise ValueError(f"TOPIC: {asked.topic!r} is none of {', '.join(EVENT_TOPICS)}, {others}")
+    _among("--status", asked.status, STATUSES)
+    _among("--reopen", asked.reopen, REOPENABLE)
+    if asked.reopen and asked.topic not in WORK:
+        raise ValueError(f"--reopen: only {' and '.join(WORK)} make a stage work again")
+    for text in asked.id:
+        _about("--id", UUID, text)
+    for text in asked.label:
+        if not text.partition("=")[1]:
+            raise ValueError(f"--label: {text!r} is no NAME=VALUE")
+    if not 0 < asked.rate <= 1_000_000:
+        raise ValueError("--rate: records a second, more than 0")
+
+
+def _about(flag: str, parse: Any, text: str) -> None:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
+def _among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{flag}: {value!r} is none of {', '.join(known)}")

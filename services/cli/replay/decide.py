@@ -1,0 +1,99 @@
+"""What a replay does with a record, decided from how its task stands. Pure.
+
+Records that make a stage work (`task.created`, `mx.ok`):
+
+| the task is                       | what becomes of the record                                           |
+| --------------------------------- | -------------------------------------------------------------------- |
+| completed                         | ALREADY_SENT, left out                                               |
+| failed, cancelled or uncertain    | SETTLED, left out, unless `--reopen` names that status: REOPENED     |
+| ... in this replay's epoch or later | REOPENED_SINCE, left out: by this replay or by somebody else       |
+| deferred by the sender            | WAITS, left out, until its next attempt is overdue (or `--reopen     |
+|                                   | deferred`): then `mx.ok` goes as that attempt, NEXT_ATTEMPT          |
+| pending or processing             | AGAIN, in the epoch that the task has now                            |
+
+Only REOPENED has a fresh epoch. A task that works keeps its own, so that whatever is decided about it between
+this look and the sender's claim (it is cancelled, it is held as uncertain) is of the same epoch, and the
+claim answers with it. A fresh one would be taken for a wish to send it all the same.
+
+The records of the other topics are folded, nothing more: all AGAIN, as they are. Records of the delay topics
+go AGAIN as they are where their task still works, in their epoch, and they are due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from enum import StrEnum
+from typing import NamedTuple
+
+from services.cli.replay.standing import Standing
+
+__all__ = ["REOPENABLE", "Decision", "What", "delayed", "working"]
+
+REOPENABLE = ("failed", "cancelled", "uncertain", "deferred")
+_SETTLED = frozenset({"failed", "cancelled", "uncertain"})
+# An attempt that is due waits its turn in the stage; later than this it has probably been lost.
+OVERDUE_US = 60_000_000
+
+
+class What(StrEnum):
+    """What becomes of a record."""
+
+    AGAIN = "again"
+    NEXT_ATTEMPT = "next attempt"
+    REOPENED = "reopened"
+    ALREADY_SENT = "already sent"
+    SETTLED = "settled"
+    REOPENED_SINCE = "reopened since"
+    WAITS = "waits"
+    UNDECODABLE = "undecodable"
+    NOT_MEANT = "not meant"
+
+    @property
+    def produced(self) -> bool:
+        """Whether the record is produced again."""
+        return self in (What.AGAIN, What.NEXT_ATTEMPT, What.REOPENED)
+
+
+class Decision(NamedTuple):
+    """What becomes of a record, and the epoch and (for NEXT_ATTEMPT) the attempt that it goes in."""
+
+    what: What
+    epoch: int
+    attempt: int = 0
+
+
+def working(
+    epoch: int, task: Standing, *, reopen: Set[str], fresh: int, now_us: int, sends: bool
+) -> Decision:
+    """Decide about a record of `task.created` or (`sends`) `mx.ok` that is of `epoch`.
+
+    `reopen`: some of REOPENABLE; `fresh`: the replay's epoch; `now_us`: microseconds since the Unix epoch.
+    """
+    if task.status == "completed":
+        return Decision(What.ALREADY_SENT, epoch)
+    if epoch > task.epoch:
+        # It was reopened, and the fold does not know of it yet.
+        return Decision(What.AGAIN, epoch)
+    if task.status in _SETTLED:
+        if task.status not in reopen:
+            return Decision(What.SETTLED, epoch)
+        if task.epoch >= fresh:
+            return Decision(What.REOPENED_SINCE, epoch)
+        return Decision(What.REOPENED, fresh)
+    if task.waits is not None:
+        attempt, due_us = task.waits
+        if sends and (due_us + OVERDUE_US < now_us or "deferred" in reopen):
+            return Decision(What.NEXT_ATTEMPT, task.epoch, attempt + 1)
+        return Decision(What.WAITS, epoch)
+    return Decision(What.AGAIN, task.epoch)
+
+
+def delayed(epoch: int, task: Standing, *, due_ms: int, now_ms: int) -> Decision:
+    """Decide about a record of a delay topic that is of `epoch` and due at `due_ms` (Unix milliseconds)."""
+    if task.status == "completed":
+        return Decision(What.ALREADY_SENT, epoch)
+    if epoch < task.epoch:
+        return Decision(What.REOPENED_SINCE, epoch)
+    if task.status in _SETTLED and epoch == task.epoch:
+        return Decision(What.SETTLED, epoch)
+    return Decision(What.WAITS if due_ms > now_ms else What.AGAIN, epoch)

@@ -1,0 +1,98 @@
+"""The records of a replay: what was read of them, and what is produced. Pure.
+
+A record goes again with its key, its value and its headers, and `replay-id` on top. Where its epoch changes,
+the event is written anew, the same in every replay in that epoch: what is produced twice is one event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from typing import NamedTuple
+
+from postroad.v1 import events_pb2 as pb
+from services.cli.replay.decide import Decision, What
+from services.common.events import DECODERS, Event, Outgoing, Undecodable, encode
+from services.common.stage.headers import (
+    Headers,
+    Malformed,
+    Origin,
+    Return,
+    delayed,
+    parse_return,
+    traceparent,
+)
+from services.common.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names
+
+__all__ = ["REPLAY_ID", "WORK", "Read", "Seen", "again", "replayable", "see"]
+
+REPLAY_ID = "replay-id"
+WORK = (TASK_CREATED, MX_OK)
+"""The topics whose records make a stage work."""
+
+
+class Read(NamedTuple):
+    """A record as it stands on its topic (bare name)."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers | None
+
+
+class Seen(NamedTuple):
+    """A record's event, and its return where it stands on a delay topic."""
+
+    event: Event
+    back: Return | None = None
+
+
+def replayable(topic: str, delays: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a topic (bare name) can be replayed. `delays`: each stage's delays in seconds."""
+    names = Names()
+    return topic in EVENT_TOPICS or any(
+        topic == names.delay(stage, seconds) for stage, all_ in delays.items() for seconds in all_
+    )
+
+
+def see(record: Read) -> Seen:
+    """Decode a record. Raises Undecodable, saying why it cannot be."""
+    if record.topic in DECODERS:
+        return Seen(DECODERS[record.topic](record.value))
+    stage = record.topic.partition(".")[0]
+    try:
+        back = parse_return(record.headers)
+    except Malformed as error:
+        raise Undecodable(str(error)) from error
+    if back.origin.topic not in READ_BY[stage]:
+        raise Undecodable(f"its origin {back.origin.topic} is not read by {stage}")
+    return Seen(DECODERS[back.origin.topic](record.value), back)
+
+
+def again(record: Read, seen: Seen, decision: Decision, replay_id: str, delay_topic: str) -> Outgoing:
+    """Return the record to be produced. A next attempt goes to `delay_topic`, where it is due at once."""
+    event, headers = seen.event, list(record.headers or ())
+    key, value = record.key, record.value
+    if event.epoch != decision.epoch and isinstance(event, pb.TaskCreated | pb.MxOk):
+        fresh = encode(_moved(event, decision.epoch), "replay", traceparent(record.headers))
+        key, value, headers = fresh.key, fresh.value, fresh.headers
+    topic = record.topic
+    if decision.what is What.NEXT_ATTEMPT:
+        topic = delay_topic
+        origin = Origin(record.topic, record.partition, record.offset)
+        headers = delayed(headers, origin=origin, attempt=decision.attempt, cause="replayed", due_at_ms=0)
+    headers = [header for header in headers if header[0] != REPLAY_ID]
+    headers.append((REPLAY_ID, replay_id.encode()))
+    return Outgoing(topic, key or b"", value or b"", headers)
+
+
+def _moved(event: pb.TaskCreated | pb.MxOk, epoch: int) -> pb.TaskCreated | pb.MxOk:
+    moved = copy(event)
+    moved.epoch = epoch
+    # As a retry's: an epoch is the time at which the task was reopened.
+    moved.at_us = epoch * 1000
+    if isinstance(moved, pb.TaskCreated):
+        moved.send_at_us = 0
+    return moved

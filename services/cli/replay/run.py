@@ -1,0 +1,159 @@
+"""A replay from its first record to its last. Blocks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from sqlalchemy import Engine
+
+from services.cli.replay import store
+from services.cli.replay.asked import Asked, asked_from
+from services.cli.replay.decide import Decision, What, delayed, working
+from services.cli.replay.pace import Pace
+from services.cli.replay.records import WORK, Read, Seen, again, see
+from services.cli.replay.sink import Sink
+from services.cli.replay.source import Span, batches
+from services.cli.replay.standing import first_seen
+from services.cli.replay.standings import standings
+from services.cli.replay.store import Counts, Replay
+from services.common.config import Settings
+from services.common.events import Undecodable, task_id
+from services.common.topics import MX_OK, Names
+
+__all__ = ["Superseded", "judge", "run", "survey"]
+
+Tick = Callable[[int], None]
+"""Told how many offsets are left, now and then."""
+
+_BATCH = 500
+_SAVE_SECONDS = 1.0
+
+
+class Superseded(RuntimeError):
+    """Another process has gone on with this replay."""
+
+
+class Judged(NamedTuple):
+    """A record and what becomes of it. `seen` is None where it could not be decoded."""
+
+    record: Read
+    seen: Seen | None
+    status: str
+    reason: str
+    decision: Decision
+
+
+def judge(engine: Engine, asked: Asked, fresh: int, batch: Sequence[Read]) -> list[Judged]:
+    """Decide about records of one topic, by how their tasks stand now. `fresh`: the replay's epoch."""
+    selection, reopen = asked.selection(), frozenset(asked.reopen)
+    seen = [_seen(record) for record in batch]
+    tasks = standings(engine, [task_id(s.event) for s in seen if s is not None])
+    now_us = time.time_ns() // 1000
+    judged = []
+    for record, one in zip(batch, seen, strict=True):
+        if one is None:
+            judged.append(Judged(record, None, "", "", Decision(What.UNDECODABLE, 0)))
+            continue
+        id_, epoch = task_id(one.event), one.event.epoch
+        task = tasks.get(id_) or first_seen(one.event)
+        if not selection.takes(id_, task):
+            judged.append(Judged(record, one, "", "", Decision(What.NOT_MEANT, epoch)))
+            continue
+        if one.back is not None:
+            decision = delayed(epoch, task, due_ms=one.back.due_at_ms, now_ms=now_us // 1000)
+        elif record.topic in WORK:
+            sends = record.topic == MX_OK
+            decision = working(epoch, task, reopen=reopen, fresh=fresh, now_us=now_us, sends=sends)
+        else:
+            decision = Decision(What.AGAIN, epoch)
+        judged.append(Judged(record, one, task.status, task.reason, decision))
+    return judged
+
+
+def survey(settings: Settings, engine: Engine, asked: Asked, todo: Mapping[int, Span], tick: Tick) -> Counts:
+    """Return what a replay of `todo` would do if it ran now. Changes nothing."""
+    fresh = time.time_ns() // 1_000_000
+    counts: Counts = Counter()
+    left = sum(span.left for span in todo.values())
+    for batch in batches(settings, asked.topic, todo, _BATCH):
+        counts.update(_key(one) for one in judge(engine, asked, fresh, batch))
+        left -= len(batch)
+        tick(left)
+    tick(0)
+    return counts
+
+
+def run(settings: Settings, engine: Engine, replay: Replay, stop: threading.Event, tick: Tick) -> bool:
+    """Go on with a replay to its end, or until `stop` is set; return whether it has come to its end.
+
+    What is counted as done is on the topic. Its position is stored about once a second and at the end;
+    killed in between, it repeats what it did since, which is harmless. Raises KafkaException, DBAPIError
+    and Superseded.
+    """
+    asked = asked_from(replay.arguments)
+    pace = Pace(asked.rate, burst=int(asked.rate / 20))
+    delay_topic = Names().delay("sender", settings.sender_delays[0])
+    sink = Sink(settings, f"replay-{replay.id}")
+    saved = time.monotonic()
+    # A second's worth at most, so that a batch is never long under way.
+    for batch in batches(
+        settings, replay.topic, dict(replay.positions), max(1, min(_BATCH, int(asked.rate)))
+    ):
+        done = []
+        for one in judge(engine, asked, replay.epoch, batch):
+            if one.decision.what.produced and one.seen is not None:
+                if not _wait(pace, stop):
+                    break
+                sink.put(again(one.record, one.seen, one.decision, replay.id, delay_topic))
+            done.append(one)
+        sink.flush()
+        _advance(replay, done)
+        tick(replay.left)
+        if stop.is_set():
+            _save(engine, replay)
+            return False
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            _save(engine, replay)
+            saved = time.monotonic()
+    # The last offsets of a partition may be missing.
+    replay.positions = {number: Span(span.end, span.end) for number, span in replay.positions.items()}
+    replay.finished = True
+    _save(engine, replay)
+    tick(0)
+    return True
+
+
+def _seen(record: Read) -> Seen | None:
+    try:
+        return see(record)
+    except Undecodable:
+        return None
+
+
+def _key(one: Judged) -> tuple[str, str, str]:
+    return (one.status, one.reason, one.decision.what.value)
+
+
+def _wait(pace: Pace, stop: threading.Event) -> bool:
+    """Wait for the next one's turn; False where the replay is to stop instead."""
+    wait = pace.wait(time.monotonic())
+    if stop.wait(wait) if wait > 0 else stop.is_set():
+        return False
+    pace.took(time.monotonic())
+    return True
+
+
+def _advance(replay: Replay, done: Sequence[Judged]) -> None:
+    for one in done:
+        number = one.record.partition
+        replay.positions[number] = replay.positions[number]._replace(next=one.record.offset + 1)
+        replay.counts[_key(one)] += 1
+
+
+def _save(engine: Engine, replay: Replay) -> None:
+    if not store.save(engine, replay):
+        raise Superseded(f"another process has gone on with replay {replay.id}")

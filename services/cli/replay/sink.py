@@ -1,0 +1,52 @@
+"""Producing the records of a replay. Blocks."""
+
+from __future__ import annotations
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from services.cli.kafka import SILENT
+from services.common.config import Settings
+from services.common.events import Outgoing
+from services.common.stage.clients import producer_config
+
+__all__ = ["Sink"]
+
+
+class Sink:
+    """One idempotent producer. `put`, then `flush`: only then is anything on the topic for sure."""
+
+    def __init__(self, settings: Settings, client_id: str) -> None:
+        self._prefix = settings.topic_prefix
+        # Records that are read one by one and produced at a rate need no batches of their own making.
+        self._producer = Producer(producer_config(settings, client_id) | {"logger": SILENT, "linger.ms": 5})
+        self._failed: KafkaError | None = None
+
+    def put(self, record: Outgoing) -> None:
+        """Produce a record. Waits while the client's queue is full."""
+        while True:
+            try:
+                self._producer.produce(
+                    self._prefix + record.topic,
+                    record.value,
+                    record.key,
+                    headers=record.headers,  # type: ignore[arg-type]
+                    on_delivery=self._delivered,
+                )
+            except BufferError:
+                self._producer.poll(0.1)
+            else:
+                self._producer.poll(0)
+                return
+
+    def flush(self) -> None:
+        """Return once all is acked; raises `confluent_kafka.KafkaException` where it cannot be."""
+        self._producer.flush()
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise KafkaException(failed)
+
+    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+        # Only what a broker has written has an offset; see Publisher.
+        if error is None and message.offset() is None:
+            error = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
+        self._failed = self._failed or error

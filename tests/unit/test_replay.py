@@ -1,0 +1,500 @@
+"""What a replay decides: alone, and against whatever the sender, a cancel and a retry do in between."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postroad.v1 import events_pb2 as pb
+from services.cli.errors import Failure
+from services.cli.replay.asked import Asked, asked_from, check
+from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, working
+from services.cli.replay.pace import Pace
+from services.cli.replay.records import Read, again, see
+from services.cli.replay.selection import Selection
+from services.cli.replay.span import parse_point
+from services.cli.replay.standing import Sending, Standing, first_seen, known
+from services.common.deliveries.decide import (
+    IN_DOUBT,
+    Cancel,
+    Claim,
+    Delivery,
+    Stored,
+    Taken,
+    Wait,
+    decide,
+)
+from services.common.events import DECODERS, Undecodable, encode
+from services.common.stage.headers import Origin, parse_return
+from services.common.stage.headers import delayed as delayed_headers
+from tests.event_strategies import mail_task
+
+ID = bytes(range(16))
+NOW = datetime(2026, 3, 1, 12)
+NOW_US = 1_772_366_400_000_000
+LEASE = timedelta(seconds=20)
+FRESH = 1_772_366_400_000
+DELAYS = {"validator": (5, 30), "sender": (60, 300)}
+
+
+def ask(task: Standing, *reopen: str, epoch: int = 0, fresh: int = FRESH, sends: bool = True) -> Decision:
+    return working(epoch, task, reopen=set(reopen), fresh=fresh, now_us=NOW_US, sends=sends)
+
+
+# --- one record, one task ---
+
+
+@pytest.mark.parametrize("sends", [True, False])
+@pytest.mark.parametrize(
+    ("status", "reopen", "what", "epoch"),
+    [
+        ("completed", [], What.ALREADY_SENT, 7),
+        ("completed", ["failed", "cancelled", "uncertain", "deferred"], What.ALREADY_SENT, 7),
+        ("failed", [], What.SETTLED, 7),
+        ("failed", ["cancelled", "uncertain", "deferred"], What.SETTLED, 7),
+        ("failed", ["failed"], What.REOPENED, FRESH),
+        ("cancelled", [], What.SETTLED, 7),
+        ("cancelled", ["cancelled", "failed"], What.REOPENED, FRESH),
+        ("uncertain", ["failed"], What.SETTLED, 7),
+        ("uncertain", ["uncertain"], What.REOPENED, FRESH),
+        ("pending", ["failed"], What.AGAIN, 7),
+        ("processing", ["failed"], What.AGAIN, 7),
+    ],
+)
+def test_what_becomes_of_a_record(
+    status: str, reopen: list[str], what: What, epoch: int, sends: bool
+) -> None:
+    assert ask(Standing(status, "", 7), *reopen, epoch=7, sends=sends) == Decision(what, epoch)
+
+
+def test_a_record_of_an_earlier_epoch_goes_in_the_task_s_own() -> None:
+    assert ask(Standing("pending", "", 7), epoch=0) == Decision(What.AGAIN, 7)
+
+
+def test_a_record_of_a_later_epoch_than_the_row_knows_is_no_settled_task_s() -> None:
+    assert ask(Standing("failed", "rejected", 0), epoch=9) == Decision(What.AGAIN, 9)
+    assert ask(Standing("failed", "rejected", 0), "failed", epoch=9) == Decision(What.AGAIN, 9)
+
+
+def test_what_failed_again_after_this_replay_reopened_it_is_left_to_the_next_one() -> None:
+    assert ask(Standing("failed", "rejected", FRESH), "failed").what is What.REOPENED_SINCE
+    assert ask(Standing("failed", "rejected", FRESH + 1), "failed").what is What.REOPENED_SINCE
+
+
+def test_a_deferred_mail_waits_for_its_next_attempt_unless_that_is_lost_or_asked_for() -> None:
+    later, lost = NOW_US + 60_000_000, NOW_US - OVERDUE_US - 1
+    waits = Standing("processing", "deferred", 3, waits=(2, later))
+    assert ask(waits).what is What.WAITS
+    assert ask(waits, "failed").what is What.WAITS
+    assert ask(waits, "deferred") == Decision(What.NEXT_ATTEMPT, 3, 3)
+    assert ask(waits._replace(waits=(2, lost))) == Decision(What.NEXT_ATTEMPT, 3, 3)
+    # The validator's record comes to the sender as a first attempt, which is over.
+    assert ask(waits._replace(waits=(2, lost)), "deferred", sends=False).what is What.WAITS
+
+
+@pytest.mark.parametrize(
+    ("status", "task_epoch", "due_ms", "what"),
+    [
+        ("processing", 3, 10, What.AGAIN),
+        ("processing", 3, 11, What.WAITS),
+        ("processing", 4, 10, What.REOPENED_SINCE),
+        ("failed", 3, 10, What.SETTLED),
+        ("failed", 2, 10, What.AGAIN),
+        ("completed", 3, 10, What.ALREADY_SENT),
+        ("completed", 0, 11, What.ALREADY_SENT),
+    ],
+)
+def test_what_becomes_of_a_delayed_record(status: str, task_epoch: int, due_ms: int, what: What) -> None:
+    assert delayed(3, Standing(status, "", task_epoch), due_ms=due_ms, now_ms=10) == Decision(what, 3)
+
+
+# --- how a task stands ---
+
+
+def sending(state: str, epoch: int = 0, attempt: int = 1, reason: str = "") -> Sending:
+    return Sending(state, epoch, attempt, 55 if state == "deferred" else 0, reason)
+
+
+@pytest.mark.parametrize(
+    ("row", "memory", "stands"),
+    [
+        (("pending", "", 0), None, ("pending", "", 0)),
+        (("processing", "", 0), sending("sent"), ("completed", "", 0)),
+        (("failed", "rejected", 0), sending("sent"), ("completed", "", 0)),
+        (("completed", "", 0), sending("sending", 5), ("completed", "", 0)),
+        (("processing", "", 0), sending("failed", reason="rejected"), ("failed", "rejected", 0)),
+        (("processing", "", 0), sending("uncertain", reason=IN_DOUBT), ("uncertain", IN_DOUBT, 0)),
+        (("pending", "", 0), sending("cancelled"), ("cancelled", "", 0)),
+        (("failed", "rejected", 0), sending("sending", 5), ("processing", "", 5)),
+        (("pending", "", 5), sending("failed", 0, reason="rejected"), ("pending", "", 5)),
+        (("failed", "null_mx", 0), None, ("failed", "null_mx", 0)),
+    ],
+)
+def test_the_sender_s_memory_knows_more_than_a_row_that_lags(
+    row: tuple[str, str, int], memory: Sending | None, stands: tuple[str, str, int]
+) -> None:
+    assert known(Standing(*row), memory)[:3] == stands
+
+
+def test_a_task_without_a_row_is_pending() -> None:
+    task = mail_task(1)
+    seen = first_seen(pb.TaskCreated(task=task, epoch=4))
+    assert (seen.status, seen.epoch, seen.recipient) == ("pending", 4, task.email)
+    assert seen.labels == dict(task.labels)
+    assert first_seen(pb.MailSent(id=ID, epoch=4)) == Standing("pending", "", 4)
+
+
+# --- against the sender ---
+
+
+def claim(epoch: int, attempt: int, number: int) -> Claim:
+    return Claim(ID, epoch, attempt, number.to_bytes(16, "big"), "<m@x>")
+
+
+class Task:
+    """One task: its delivery by the claims' own rules, its row in `tasks`, the records about it.
+
+    Policy `hold`. `row` follows what a cancel and a retry write at once, and what the sender settles when
+    the fold comes to it. Records are never gone: each may be handled again at any time.
+    """
+
+    def __init__(self) -> None:
+        self.delivery: Delivery | None = None
+        self.row = Standing("pending", "", 0)
+        self.records = [(0, 1)]
+        self.number = 0
+        self.clock = NOW
+        self.went = self.asked = 0
+        # Whether it was asked for again since it was settled.
+        self.wanted = True
+        self.taken_unasked = 0
+        self.dead = b""
+
+    def handle(self, record: tuple[int, int]) -> None:
+        self.number += 1
+        before = self.delivery
+        verdict, row = decide(before, claim(*record, self.number), self.clock, LEASE, True)
+        if isinstance(verdict, Taken):
+            over = before is not None and before.state in ("failed", "uncertain", "cancelled", "sent")
+            self.taken_unasked += over and not self.wanted
+        elif isinstance(verdict, Stored) and row is not None:
+            self._over()
+        self.delivery = row or self.delivery
+
+    def end(self, state: str) -> None:
+        row = self.delivery
+        if row is None or row.state != "sending" or row.owner == self.dead:
+            return
+        # What may have gone out counts as gone.
+        self.went += state in ("sent", "uncertain", "dead")
+        if state == "dead":
+            self.dead = row.owner
+            self.clock += LEASE * 2
+            return
+        reason = IN_DOUBT if state == "uncertain" else ""
+        self.delivery = row._replace(state=state, reason=reason, next_attempt_at=NOW_US)  # type: ignore[arg-type]
+        if state == "deferred":
+            self.records.append((row.epoch, row.attempt + 1))
+        else:
+            self._over()
+
+    def fold(self) -> None:
+        self.row = self.stands()
+
+    def stands(self) -> Standing:
+        row = self.delivery
+        memory = (
+            None
+            if row is None
+            else Sending(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
+        )
+        return known(self.row, memory)
+
+    def cancel(self) -> None:
+        self.number += 1
+        request = Cancel(ID, self.row.epoch, self.number.to_bytes(16, "big"))
+        verdict, row = decide(self.delivery, request, self.clock, LEASE, True)
+        if isinstance(verdict, Wait):
+            return
+        self.delivery = row or self.delivery
+        if row is not None:
+            self._over()
+        self.fold()
+
+    def retry(self) -> None:
+        self.fold()
+        if self.row.status in ("failed", "uncertain", "cancelled"):
+            epoch = FRESH + 1_000_000 + self.number
+            self.row = Standing("pending", "", max(epoch, self.row.epoch + 1))
+            self.records.append((self.row.epoch, 1))
+            self._ask()
+
+    def look(self, record: tuple[int, int], reopen: set[str], lags: bool) -> tuple[int, int] | None:
+        """What a replay makes of a record; `lags`: it sees the row alone."""
+        task = self.row if lags else self.stands()
+        decision = working(
+            record[0], task, reopen=reopen, fresh=FRESH + self.number, now_us=NOW_US, sends=True
+        )
+        if decision.what is What.REOPENED:
+            self._ask()
+        return (decision.epoch, decision.attempt or 1) if decision.what.produced else None
+
+    def _over(self) -> None:
+        self.wanted = False
+
+    def _ask(self) -> None:
+        self.asked += 1
+        self.wanted = True
+
+
+WHAT = ["handle", "sent", "failed", "deferred", "uncertain", "dead", "fold", "cancel", "retry"]
+WHAT += ["handle", "look", "look", "lag", "produce", "produce"]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(WHAT),
+        st.integers(0, 9),
+    ),
+    max_size=40,
+)
+
+
+def walk(steps: list[tuple[str, int]], reopen: set[str]) -> Task:
+    task = Task()
+    # What a replay has decided about and not yet produced.
+    held: list[tuple[int, int]] = []
+    for step, n in steps:
+        record = task.records[n % len(task.records)]
+        match step:
+            case "handle":
+                task.handle(record)
+            case "fold":
+                task.fold()
+            case "cancel":
+                task.cancel()
+            case "retry":
+                task.retry()
+            case "look" | "lag":
+                if made := task.look(record, reopen, step == "lag"):
+                    held.append(made)
+            case "produce":
+                if held:
+                    task.records.append(held.pop(n % len(held)))
+            case _:
+                task.end(step)
+    return task
+
+
+@settings(max_examples=2000, deadline=None)
+@given(STEPS)
+def test_a_replay_never_wakes_a_task_that_ended_before_or_after_it_looked(
+    steps: list[tuple[str, int]],
+) -> None:
+    task = walk(steps, set())
+    assert task.taken_unasked == 0
+    assert task.went <= 1 + task.asked
+
+
+@settings(max_examples=2000, deadline=None)
+@given(STEPS, st.sets(st.sampled_from(["failed", "cancelled", "uncertain", "deferred"])))
+def test_each_further_mail_was_asked_for(steps: list[tuple[str, int]], reopen: set[str]) -> None:
+    task = walk(steps, reopen)
+    assert task.went <= 1 + task.asked
+
+
+def test_a_fresh_epoch_for_a_task_that_works_would_send_what_was_cancelled() -> None:
+    task = Task()
+    looked = (FRESH, 1)
+    assert task.look((0, 1), set(), False) == (0, 1)
+    task.cancel()
+    task.handle(looked)
+    assert task.taken_unasked == 1, "the reason why such a task keeps its epoch"
+
+
+@pytest.mark.parametrize("state", [None, "released", "lease over", "deferred 1", "deferred 4"])
+def test_what_is_stuck_goes_again(state: str | None) -> None:
+    row = None
+    if state is not None:
+        name, _, attempt = state.partition(" ")
+        tries = int(attempt) if attempt.isdigit() else 1
+        due = NOW_US - 2 * OVERDUE_US
+        row = Delivery(ID, "sending", 5, tries, 0, b"x" * 16, NOW, 0, due, "", "", "", "<m@x>")
+        row = row if name == "lease" else row._replace(state=name)  # type: ignore[arg-type]
+    memory = row and Sending(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
+    decision = ask(known(Standing("processing", "", 5), memory), epoch=0)
+    verdict, _ = decide(row, claim(decision.epoch, decision.attempt or 1, 1), NOW + LEASE, LEASE, False)
+    assert isinstance(verdict, Taken)
+
+
+# --- the records ---
+
+
+def record(event: Any, topic: str, *headers: tuple[str, bytes]) -> Read:
+    out = encode(event, "api", b"00-1-2-01")
+    return Read(topic, 3, 17, out.key, out.value, [*out.headers, *headers])
+
+
+def test_a_record_goes_again_as_it_is_and_says_which_replay_it_is_of() -> None:
+    read = record(pb.MxOk(task=mail_task(1), attempt=2, at_us=9), "mx.ok", ("replay-id", b"an earlier one"))
+    out = again(read, see(read), Decision(What.AGAIN, 0), "r2", "sender.delay.60")
+    assert (out.topic, out.key, out.value) == ("mx.ok", read.key, read.value)
+    assert [h for h in out.headers if h[0] == "replay-id"] == [("replay-id", b"r2")]
+    assert [h for h in out.headers if h[0] != "replay-id"] == (read.headers or [])[:-1]
+
+
+def test_a_reopened_task_is_the_same_event_whoever_produces_it_in_that_epoch() -> None:
+    events = [
+        pb.TaskCreated(task=mail_task(1), at_us=9, send_at_us=4),
+        pb.TaskCreated(task=mail_task(1), epoch=8),
+    ]
+    made = []
+    for event in events:
+        read = record(event, "task.created")
+        made.append(again(read, see(read), Decision(What.REOPENED, FRESH), "r", "sender.delay.60"))
+    assert made[0] == made[1]
+    assert DECODERS["task.created"](made[0].value) == pb.TaskCreated(
+        task=mail_task(1), epoch=FRESH, at_us=FRESH * 1000
+    )
+    assert ("traceparent", b"00-1-2-01") in made[0].headers
+
+
+def test_a_next_attempt_is_a_delayed_record_that_is_due() -> None:
+    read = record(pb.MxOk(task=mail_task(1), epoch=5, at_us=9), "mx.ok")
+    out = again(read, see(read), Decision(What.NEXT_ATTEMPT, 5, 3), "r", "sender.delay.60")
+    assert (out.topic, out.value) == ("sender.delay.60", read.value)
+    back = parse_return(out.headers)
+    assert (back.due_at_ms, back.attempt, back.origin) == (0, 3, Origin("mx.ok", 3, 17))
+
+
+def test_delayed_records_are_told_by_their_origin() -> None:
+    origin = Origin("mx.ok", 1, 2)
+    headers = delayed_headers([], origin=origin, attempt=4, cause="c", due_at_ms=77)
+    read = record(pb.MxOk(task=mail_task(1)), "sender.delay.60", *headers)
+    seen = see(read)
+    assert isinstance(seen.event, pb.MxOk)
+    assert seen.back is not None
+    assert (seen.back.attempt, seen.back.due_at_ms) == (4, 77)
+    with pytest.raises(Undecodable, match="not read by validator"):
+        see(read._replace(topic="validator.delay.5"))
+    with pytest.raises(Undecodable):
+        see(read._replace(headers=[]))
+
+
+@given(st.binary(max_size=60), st.sampled_from(sorted(DECODERS)))
+def test_what_does_not_decode_is_said_to_be_so(value: bytes, topic: str) -> None:
+    with contextlib.suppress(Undecodable):
+        assert see(Read(topic, 0, 0, b"", value, None)).event is not None
+
+
+# --- what is asked for ---
+
+
+def test_a_selection_takes_what_fits_in_every_respect() -> None:
+    task = Standing("failed", "rejected", 0, "Ada@Good.test", "good.test", {"team": "blue", "n": "1"})
+    asked = Asked(
+        "mx.ok",
+        status=("failed", "pending"),
+        reason=("rejected",),
+        recipient=("ada@good.TEST",),
+        domain=("GOOD.test",),
+        id=(str(uuid.UUID(bytes=ID)),),
+        label=("team=blue", "n=1"),
+    )
+    assert asked.selection().takes(ID, task)
+    assert Selection().takes(ID, task)
+    assert not asked.selection().takes(bytes(16), task)
+    for other in (
+        task._replace(status="cancelled"),
+        task._replace(reason=""),
+        task._replace(recipient="eve@good.test"),
+        task._replace(domain="bad.test"),
+        task._replace(labels={"team": "blue"}),
+        task._replace(labels={"team": "red", "n": "1"}),
+    ):
+        assert not asked.selection().takes(ID, other)
+
+
+def test_what_was_asked_for_is_kept_whole() -> None:
+    asked = Asked("mx.ok", "5", "-2h", ("failed",), label=("a=b",), reopen=("failed",), rate=7.5)
+    assert asked_from(asked.arguments()) == asked
+    assert asked_from({**asked.arguments(), "status": ["failed"], "a later version's": 1}) == asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (Asked("mail.lost"), "TOPIC"),
+        (Asked("sender.delay.61"), "TOPIC"),
+        (Asked("sender.dead"), "TOPIC"),
+        (Asked("mx.ok", status=("done",)), "--status"),
+        (Asked("mx.ok", reopen=("completed",)), "--reopen"),
+        (Asked("mail.failed", reopen=("failed",)), "--reopen"),
+        (Asked("sender.delay.60", reopen=("deferred",)), "--reopen"),
+        (Asked("mx.ok", id=("17",)), "--id"),
+        (Asked("mx.ok", label=("team",)), "--label"),
+        (Asked("mx.ok", rate=0), "--rate"),
+        (Asked("mx.ok", rate=math.nan), "--rate"),
+        (Asked("mx.ok", rate=math.inf), "--rate"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_name(asked: Asked, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}"):
+        check(asked, DELAYS)
+
+
+@pytest.mark.parametrize("topic", ["task.created", "task.cancelled", "sender.delay.300", "validator.delay.5"])
+def test_event_topics_and_delay_topics_can_be_replayed(topic: str) -> None:
+    check(Asked(topic), DELAYS)
+
+
+def test_points() -> None:
+    now = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    assert [parse_point("--from", text, now) for text in ("start", "end", "0", "17")] == [
+        "start",
+        "end",
+        0,
+        17,
+    ]
+    assert parse_point("--from", "2026-01-31T10:00:00Z", now) == now - timedelta(hours=2)
+    assert parse_point("--from", "-2h", now) == now - timedelta(hours=2)
+    for text in ("", "begin", "1e3", "²", "9" * 30):
+        with pytest.raises(Failure, match=r"^--to"):
+            parse_point("--to", text, now)
+
+
+# --- the rate ---
+
+
+@given(
+    st.floats(0.5, 5000),
+    st.integers(1, 50),
+    st.lists(st.floats(0, 2), min_size=1, max_size=200),
+)
+def test_no_stretch_of_time_has_more_than_the_rate_and_a_burst(
+    rate: float, burst: int, gaps: list[float]
+) -> None:
+    pace, now, went = Pace(rate, burst), 1000.0, []
+    for gap in gaps:
+        now += gap / rate
+        now += pace.wait(now)
+        pace.took(now)
+        went.append(now)
+    for first in range(len(went)):
+        for last in range(first, len(went)):
+            assert last - first + 1 <= burst + rate * (went[last] - went[first]) + 1e-3
+
+
+def test_a_pace_waits_no_longer_than_it_must() -> None:
+    pace, now = Pace(10, 1), 0.0
+    for _ in range(21):
+        now += pace.wait(now)
+        pace.took(now)
+    assert now == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="never end"):
+        Pace(0)
