@@ -10,7 +10,7 @@ from confluent_kafka import Message
 
 from services.cli.dead.letter import Letter, Place, letter_of
 from services.cli.dead.marker import resolved
-from services.cli.rebuild.log import At, Log
+from services.cli.topic_log import At, Log
 from services.common.config import Settings
 from services.common.stage.headers import Headers
 from services.common.topics import READ_BY, Names

@@ -1,0 +1,120 @@
+"""What the topics tell of a task's delivery: enough of its row in `deliveries` that no mail goes twice. Pure.
+
+The sender settles a row before it publishes, so the latest of its events says what the row was then. What a
+sender has taken and not settled, or settled and not published, stands nowhere but in the row itself.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from postroad.v1 import events_pb2 as pb
+from services.common.deliveries.decide import IN_DOUBT, Delivery, State
+from services.common.deliveries.outcome import STAGE
+from services.common.events import Event
+from services.common.schema import INT_MAX, deliveries, widths
+
+__all__ = ["NOBODY", "Told", "merge", "restored", "told"]
+
+NOBODY = bytes(16)
+"""The owner of a restored row; no claim has it."""
+
+
+_WIDTHS = widths(deliveries)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class Told(NamedTuple):
+    """What is known of a delivery. `version` is the fold's; `doubts`: so often, at least, it was in doubt."""
+
+    task_id: bytes
+    version: int
+    state: State
+    epoch: int
+    attempt: int
+    doubts: int
+    settled_at: int
+    next_attempt_at: int
+    reason: str
+    reply: str
+    relay: str
+    message_id: str
+
+
+def told(event: Event, version: int) -> Told | None:
+    """Return what an event, of this version in the fold, tells; None where it is not about the delivery.
+
+    Texts are cut to their columns' widths.
+    """
+    match event:
+        case pb.MailSent():
+            return _told(event, version, "sent")
+        case pb.MailFailed():
+            row = _told(event, version, "uncertain" if event.uncertain else "failed")
+            # How often it was in doubt before is not said; that it was, is what counts.
+            return row._replace(doubts=int(event.uncertain))
+        case pb.MailDeferred() if event.stage == STAGE:
+            row = _told(event, version, "deferred")
+            if event.in_doubt:
+                row = row._replace(doubts=min(event.takeover, INT_MAX - 1) + 1)
+            if event.in_doubt and not event.next_attempt_at_us:
+                # Published by who took it over, before the mail went out again.
+                return row._replace(state="sending", settled_at=0, reason="", reply="", relay="")
+            return row._replace(next_attempt_at=event.next_attempt_at_us)
+        case pb.TaskCancelled():
+            attempts = min(event.attempts, INT_MAX)
+            return Told(event.id, version, "cancelled", event.epoch, attempts, 0, 0, 0, "", "", "", "")
+    return None
+
+
+def _told(event: pb.MailSent | pb.MailFailed | pb.MailDeferred, version: int, state: State) -> Told:
+    return Told(
+        event.id,
+        version,
+        state,
+        event.epoch,
+        min(event.attempt, INT_MAX),
+        0,
+        event.at_us,
+        0,
+        getattr(event, "reason", "")[: _WIDTHS["reason"]],
+        event.reply[: _WIDTHS["reply"]],
+        event.relay[: _WIDTHS["relay"]],
+        event.message_id[: _WIDTHS["message_id"]],
+    )
+
+
+def merge(a: Told, b: Told) -> Told:
+    """Return what two of a task's tell together: the later one, all doubts, and a Message-ID once known."""
+    late, early = (b, a) if b.version > a.version else (a, b)
+    return late._replace(doubts=max(a.doubts, b.doubts), message_id=late.message_id or early.message_id)
+
+
+def restored(known: Told, now: datetime) -> Delivery:
+    """Return the row. `now`: the database's time, naive UTC; a claim that was under way is over since then.
+
+    A cancelled one that was ever in doubt is uncertain, as `decide` has it.
+    """
+    state, reason, settled_at, doubts = known.state, known.reason, known.settled_at, known.doubts
+    if state == "deferred" and reason == IN_DOUBT:
+        # Its own doubt is not among those that it was taken with.
+        doubts -= 1
+    elif state == "cancelled" and doubts:
+        state, reason = "uncertain", IN_DOUBT
+        settled_at = (now - datetime(1970, 1, 1)) // _MICROSECOND
+    return Delivery(
+        known.task_id,
+        state,
+        known.epoch,
+        known.attempt,
+        doubts,
+        NOBODY,
+        now,
+        settled_at,
+        known.next_attempt_at,
+        reason,
+        known.reply,
+        known.relay,
+        known.message_id,
+    )

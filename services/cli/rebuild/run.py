@@ -1,0 +1,357 @@
+"""A rebuild from beginning to end. Blocks."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, TypeVar
+
+from confluent_kafka import Message
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from services.cli.rebuild.carrying import carry_found, carry_older, carry_recorded
+from services.cli.rebuild.comparing import Difference, Kind, count, note, samples, strike_off
+from services.cli.rebuild.folding import Folded
+from services.cli.rebuild.pairs import (
+    BODIES,
+    DELIVERIES,
+    EVENTS,
+    PAIRS,
+    STEP,
+    TASKS,
+    Pair,
+    Range,
+    create,
+    drop,
+    ranges,
+)
+from services.cli.rebuild.swapping import swap
+from services.cli.rebuild.writing import (
+    body_rows,
+    delivery_rows,
+    missing_bodies,
+    missing_deliveries,
+    write,
+    write_lines,
+    write_rows,
+)
+from services.cli.topic_log import At, Log
+from services.common.config import Settings
+from services.common.database import at_fault, engine_of, transaction
+from services.common.events import DECODERS, Undecodable
+from services.common.schema import from_micros
+from services.common.topics import EVENT_TOPICS, Names
+
+__all__ = ["Report", "Steps", "Underway", "rebuild"]
+
+R = TypeVar("R")
+
+# Events a transaction, and the bytes of their records at most: both are in memory three times over.
+_BATCH, _BATCH_BYTES = 5000, 4 << 20
+_QUERY_SECONDS = 120
+# So many events may be left to be folded while everybody waits; so often it is tried to get there.
+_FEW, _ROUNDS = 500, 20
+# A row that differs may be on its way through a stage's batches; how long it is watched without any
+# of them becoming equal, and how often (seconds).
+_SETTLE, _LOOK_AGAIN = 3.0, 0.25
+# The clocks of those who make ids and records may be so far apart.
+_SKEW_MS = 60_000
+_SAMPLES = 10
+
+
+class Underway(RuntimeError):
+    """Another rebuild of the same tables runs."""
+
+
+class Steps(Protocol):
+    """Who is told how far it is."""
+
+    def total(self, events: int) -> None: ...
+
+    def advance(self, events: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Report:
+    """What a rebuild found, and what it did. Rows of `tasks` where nothing else is said.
+
+    `missing`: in the topics and not in the table; `differing`: not equal in some column; `extra`: in the
+    table, and the topics know nothing of them though they hold their time. `recorded`: not published yet
+    (scheduled, say); `older`: than what the topics hold; both, like the extra ones, are carried over as
+    they are. `lines_*` are the same for timelines. `bodies` and `deliveries` were missing.
+    """
+
+    events: int = 0
+    undecodable: int = 0
+    refused: int = 0
+    tasks: int = 0
+    missing: int = 0
+    differing: int = 0
+    extra: int = 0
+    recorded: int = 0
+    older: int = 0
+    lines_missing: int = 0
+    lines_differing: int = 0
+    lines_extra: int = 0
+    bodies: int = 0
+    deliveries: int = 0
+    swapped: bool = False
+    locked_ms: int = 0
+    seconds: float = 0.0
+    samples: list[Difference] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        """Whether the tables are what the topics make of them, and nothing is missing."""
+        return not (
+            self.missing
+            or self.differing
+            or self.lines_missing
+            or self.lines_differing
+            or self.bodies
+            or self.deliveries
+        )
+
+
+def rebuild(settings: Settings, swap_in: bool, steps: Steps) -> Report:
+    """Fold all event topics into tables beside the originals, compare, and with `swap_in` exchange them.
+
+    The services may run. Without `swap_in` the originals, the bodies and the deliveries stay as they are.
+    What is made beside them is dropped in the end; a rebuild that was killed leaves it to the next one.
+    Raises Underway, `swapping.Busy`, `sqlalchemy.exc.DBAPIError` and `confluent_kafka.KafkaException`.
+    """
+    started = time.monotonic()
+    engine = engine_of(settings.database_url, pool_size=6, read_seconds=_QUERY_SECONDS)
+    try:
+        with _alone(engine), _Rebuild(settings, engine, steps) as run:
+            report = run.report
+            run.fold()
+            run.carry()
+            run.compare()
+            run.complete(swap_in)
+            if swap_in and (
+                report.missing or report.differing or report.lines_missing or report.lines_differing
+            ):
+                run.swap()
+            report.seconds = time.monotonic() - started
+            return report
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _alone(engine: Engine) -> Iterator[None]:
+    """Hold a lock that goes with its session."""
+    with engine.connect() as connection:
+        name = "CONCAT('postroad.rebuild.', LEFT(SHA2(DATABASE(), 256), 32))"
+        if connection.exec_driver_sql(f"SELECT GET_LOCK({name}, 0)").scalar() != 1:
+            raise Underway("another rebuild of these tables is under way")
+        try:
+            yield
+        finally:
+            with suppress(DBAPIError):
+                connection.exec_driver_sql(f"SELECT RELEASE_LOCK({name})")
+
+
+class _Rebuild:
+    def __init__(self, settings: Settings, engine: Engine, steps: Steps) -> None:
+        self._engine, self._steps = engine, steps
+        self._retention_us = settings.body_retention * 1_000_000
+        names = Names(settings.topic_prefix)
+        self._decoders = {names.topic(topic): DECODERS[topic] for topic in EVENT_TOPICS}
+        self._log = Log(settings, list(self._decoders))
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self.report = Report()
+
+    def __enter__(self) -> _Rebuild:
+        self._now(create)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown(cancel_futures=True)
+        self._log.close()
+        self._now(drop)
+
+    # --- fold ------------------------------------------------------------------------------------
+
+    def fold(self) -> None:
+        """Fold what is on the topics now, and then what came meanwhile."""
+        ends = self._log.ends()
+        self._steps.total(self._log.left(ends))
+        self._steps.note("folding the topics")
+        self._fold(ends)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        for _ in range(_ROUNDS):
+            ends = self._log.ends()
+            left = self._log.left(ends)
+            if left:
+                self._fold(ends)
+            if left < _FEW:
+                return
+
+    def _fold(self, ends: dict[At, int]) -> None:
+        """Fold up to `ends`: one thread reads and folds in memory, another one writes."""
+        before: Future[None] | None = None
+        for folded, events in self._batches(ends):
+            if before is not None:
+                before.result()
+            before = self._writer.submit(self._write, folded)
+            self._steps.advance(events)
+        if before is not None:
+            before.result()
+
+    def _batches(self, ends: dict[At, int]) -> Iterator[tuple[Folded, int]]:
+        folded, events, size = Folded(), 0, 0
+        for messages in self._log.read(ends, 1000):
+            for message in messages:
+                self._add(folded, message)
+                size += len(message.value() or b"")
+            events += len(messages)
+            if events >= _BATCH or size >= _BATCH_BYTES:
+                yield folded, events
+                folded, events, size = Folded(), 0, 0
+        if events:
+            yield folded, events
+
+    def _add(self, folded: Folded, message: Message) -> None:
+        try:
+            folded.add(self._decoders[message.topic() or ""](message.value()))
+            self.report.events += 1
+        except Undecodable:
+            self.report.undecodable += 1
+
+    def _write(self, folded: Folded) -> None:
+        try:
+            transaction(self._engine, lambda connection: write(connection, folded))
+        except DBAPIError as error:
+            # As the status stage has it: the database says of one task's data that it cannot be stored.
+            if at_fault(error):
+                raise
+            if len(folded.rows) < 2:
+                self.report.refused += 1
+                return
+            for half in folded.halves():
+                self._write(half)
+
+    # --- carry over, compare ---------------------------------------------------------------------
+
+    def carry(self) -> None:
+        """Carry over what no topic holds."""
+        self._steps.note("carrying over")
+        self.report.recorded = self._carry_recorded()
+        oldest = self._oldest()
+        if oldest is None:
+            return
+        for range_ in self._ranges(TASKS.name, TASKS.id):
+            bound = range_.high is not None and range_.high <= oldest
+            rows, _ = self._now(partial(carry_older, range_=range_ if bound else Range(range_.low, oldest)))
+            self.report.older += rows
+            if not bound:
+                return
+
+    def _carry_recorded(self) -> int:
+        self._now(partial(carry_recorded, pair=EVENTS))
+        return self._now(partial(carry_recorded, pair=TASKS))
+
+    def _oldest(self) -> bytes | None:
+        """Return the id below which a task may have had events that the topics hold no more, if any."""
+        shortened = [at for at, offset in self._log.start.items() if offset > 0]
+        if not shortened:
+            return None
+        now = time.time_ns() // 1_000_000
+        since = max(self._log.first_ms.get(at, now) for at in shortened) + _SKEW_MS
+        return (since << 80).to_bytes(16)  # a UUIDv7 begins with 48 bits of milliseconds
+
+    def compare(self) -> None:
+        """Compare every row, until those that differ do so for good."""
+        self._steps.note("comparing")
+        for pair in PAIRS:
+            for table in (pair.shadow, pair.name):
+                for range_ in self._ranges(table, pair.id):
+                    self._now(partial(note, pair=pair, range_=range_))
+        self._await_settled()
+        tasks, lines = (self._now(partial(count, pair=pair)) for pair in PAIRS)
+        report = self.report
+        report.missing, report.differing, report.extra = _three(tasks)
+        report.lines_missing, report.lines_differing, report.lines_extra = _three(lines)
+        for pair in PAIRS:
+            report.samples += self._now(partial(samples, pair=pair, most=_SAMPLES))
+        for pair in PAIRS:
+            for range_ in self._ranges(pair.found, pair.id):
+                self._now(partial(carry_found, pair=pair, range_=range_))
+        report.tasks = int(
+            self._now(lambda c: c.exec_driver_sql(f"SELECT COUNT(*) FROM {TASKS.shadow}").scalar_one())
+        )
+
+    def _await_settled(self) -> None:
+        least, deadline = 1 << 62, time.monotonic() + _SETTLE
+        while True:
+            self._catch_up()
+            self._carry_recorded()
+            left = sum(self._now(partial(strike_off, pair=pair)) for pair in PAIRS)
+            if left < least:
+                least, deadline = left, time.monotonic() + _SETTLE
+            if not left or time.monotonic() > deadline:
+                return
+            self._steps.note(f"{left} rows differ, watching them")
+            time.sleep(_LOOK_AGAIN)
+
+    # --- change ----------------------------------------------------------------------------------
+
+    def complete(self, restore: bool) -> None:
+        """Count the missing deliveries and bodies, or restore them."""
+        self._steps.note("deliveries and bodies")
+        purged = from_micros(time.time_ns() // 1000 - self._retention_us) if self._retention_us else None
+        deliveries = delivery_rows if restore else missing_deliveries
+        for range_ in self._ranges(DELIVERIES, "task_id"):
+            self.report.deliveries += self._now(partial(deliveries, range_=range_))
+        bodies = body_rows if restore else missing_bodies
+        for range_ in self._ranges(BODIES, "task_id", 200):
+            self.report.bodies += self._now(partial(bodies, range_=range_, purged_before=purged))
+
+    def swap(self) -> None:
+        """Put the rebuilt tables in the originals' place, one after the other."""
+        self._steps.note("swapping")
+        self._catch_up()
+        here = dict(self._log.next)
+        for pair in PAIRS:
+            # What comes from here on is read anew for each.
+            self._log.next = dict(here)
+            swap(self._engine, pair, partial(self._bring_up, pair))
+        self.report.swapped = True
+
+    def _bring_up(self, pair: Pair, connection: Connection) -> None:
+        """Fold and carry over what came last: the original does not move now, and then nothing is lacking.
+
+        An event that was published has left the outbox only after it was on its topic; so the outbox, as it
+        is locked, and the topics, as they end after that, together hold all.
+        """
+        started = time.monotonic()
+        for folded, _ in self._batches(self._log.ends()):
+            if pair is TASKS:
+                write_rows(connection, folded.rows)
+            else:
+                write_lines(connection, folded.entries.values())
+        carry_recorded(connection, pair)
+        self.report.locked_ms += round((time.monotonic() - started) * 1000)
+
+    def _now(self, work: Callable[[Connection], R]) -> R:
+        return transaction(self._engine, work)
+
+    def _ranges(self, table: str, column: str, step: int = STEP) -> Iterator[Range]:
+        with self._engine.connect() as connection:
+            yield from ranges(connection, table, column, step)
+
+
+def _three(counted: Counter[Kind]) -> tuple[int, int, int]:
+    return counted["missing"], counted["differs"], counted["extra"]

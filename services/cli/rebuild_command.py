@@ -1,0 +1,107 @@
+"""`postroad rebuild`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from services.cli.errors import FAILED, UNAVAILABLE, Failure
+from services.cli.frame import DATABASE, KAFKA, Frame, command
+from services.cli.output import Column, Row
+from services.cli.terminal import progress, say
+
+if TYPE_CHECKING:
+    from services.cli.rebuild.run import Report
+
+__all__ = ["register"]
+
+_SAMPLES = (
+    Column("table"),
+    Column("task"),
+    Column("kind"),
+    Column("line", least=12, rank=2),
+    Column("columns", least=12, rank=1),
+)
+_TITLES = {
+    "events": "events folded",
+    "undecodable": "records that do not decode",
+    "refused": "tasks that the database refuses",
+    "tasks": "tasks",
+    "missing": "  missing from the table",
+    "differing": "  differing",
+    "extra": "  unknown to the topics, kept",
+    "recorded": "  recorded and not published yet",
+    "older": "  older than the topics, kept",
+    "lines_missing": "timeline lines missing",
+    "lines_differing": "timeline lines differing",
+    "lines_extra": "timeline lines unknown to the topics, kept",
+    "bodies": "bodies missing",
+    "deliveries": "deliveries missing",
+    "swapped": "swapped in",
+    "seconds": "seconds",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+
+    @command(
+        app,
+        "rebuild",
+        uses=(KAFKA, DATABASE),
+        examples="""
+            postroad rebuild
+            postroad rebuild --yes
+            postroad rebuild -o json
+        """,
+    )
+    def rebuild(
+        frame: Frame,
+        yes: Annotated[
+            bool, typer.Option("--yes", "-y", help="Put what was rebuilt in the tables' place.")
+        ] = False,
+    ) -> None:
+        """Make the task table anew from the topics, and compare it with the one that is there.
+
+        Every row and every column of tasks and timelines is compared. Nothing is changed without --yes;
+        with it the rebuilt tables take the place of the others in one moment, and bodies and deliveries
+        that are missing are restored. The services may go on running. What the topics do not hold any more
+        stays as it is.
+
+        Exit code 1: something differs, and was left so.
+        """
+        from services.cli.rebuild.run import Underway  # noqa: PLC0415
+        from services.cli.rebuild.run import rebuild as run  # noqa: PLC0415
+        from services.cli.rebuild.swapping import Busy  # noqa: PLC0415
+
+        try:
+            with progress("rebuild") as bar:
+                report = run(frame.settings(), yes, bar)
+        except Underway as error:
+            raise Failure(error, FAILED) from None
+        except Busy as error:
+            raise Failure(f"{error}; run it again", UNAVAILABLE) from None
+        frame.out.one(_row(report), lambda row: _show(frame, row))
+        if not report.equal and not yes:
+            say("The tables are not what the topics make of them; --yes exchanges them.")
+            raise typer.Exit(FAILED)
+
+
+def _row(report: Report) -> dict[str, Any]:
+    row = asdict(report)
+    row["samples"] = [
+        asdict(sample) | {"task": str(sample.task), "columns": list(sample.columns)}
+        for sample in report.samples
+    ]
+    row["seconds"] = round(report.seconds, 3)
+    return row
+
+
+def _show(frame: Frame, row: Row) -> None:
+    always = ("events", "tasks", "missing", "differing", "swapped", "seconds")
+    frame.out.values(row, {key: title for key, title in _TITLES.items() if key in always or row[key]})
+    if row["samples"]:
+        print()
+        frame.out.table(row["samples"], _SAMPLES)

@@ -1,0 +1,137 @@
+"""How long a rebuild takes: `python -m tests.bench.rebuild [--tasks N]`.
+
+The topics are filled directly, with about four events a task; then the tables are made from nothing, as after
+a total loss, and after that compared with what the topics say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import Producer
+
+from postroad.v1 import events_pb2 as pb
+from services.api.uuid7 import Clock
+from services.cli.rebuild.run import Report, rebuild
+from services.common import kafka_admin
+from services.common.config import Settings
+from services.common.events import Event, encode
+from services.common.migrations import migrate
+from tests.stack import Infra
+
+__all__ = ["events", "fill"]
+
+
+class _Silent:
+    def total(self, events: int) -> None: ...
+
+    def advance(self, events: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def events(tasks: int) -> Iterator[Event]:
+    """Yield what `tasks` tasks give rise to: 7 of 10 are sent, 2 of them after a delay, 3 fail."""
+    clock = Clock()
+    for number in range(tasks):
+        id_, at = clock.draw()
+        task = pb.MailTask(
+            id=id_,
+            tenant="default",
+            email=f"user{number}@example.test",
+            domain="example.test",
+            subject=f"Subject {number}",
+            body="b" * 500,
+            idempotency_key=f"key {number}",
+            request_hash=bytes(32),
+            created_at_us=at,
+        )
+        yield pb.TaskCreated(task=task, at_us=at)
+        yield pb.MxOk(task=task, attempt=1, at_us=at + 1)
+        mail: dict[str, Any] = {"id": id_, "relay": "relay:25", "message_id": f"<{id_.hex()}@postroad>"}
+        if number % 5 == 0:
+            for attempt in (1, 2, 3, 4):
+                yield pb.MailDeferred(
+                    stage="sender",
+                    attempt=attempt,
+                    reason="deferred",
+                    reply="451 later",
+                    at_us=at + 9,
+                    **mail,
+                )
+        if number % 10 < 7:
+            yield pb.MailSent(attempt=5, reply="250 2.0.0 ok", at_us=at + 99, **mail)
+        else:
+            yield pb.MailFailed(attempt=5, reason="rejected", reply="550 no", at_us=at + 99, **mail)
+
+
+def fill(settings: Settings, tasks: int) -> int:
+    """Put the events of `tasks` tasks on the topics; return how many."""
+    producer = Producer(
+        {"bootstrap.servers": settings.kafka_bootstrap, "linger.ms": 20, "compression.type": "lz4"}
+    )
+    count = 0
+    for event in events(tasks):
+        record = encode(event, "bench")
+        while True:
+            try:
+                producer.produce(
+                    settings.topic_prefix + record.topic,
+                    record.value,
+                    record.key,
+                    headers=record.headers,  # type: ignore[arg-type]
+                )
+                break
+            except BufferError:
+                producer.poll(0.1)
+        count += 1
+    assert producer.flush(60) == 0
+    return count
+
+
+def _run(name: str, settings: Settings, swap_in: bool) -> Report:
+    used = time.process_time()
+    report = rebuild(settings, swap_in, _Silent())
+    used = time.process_time() - used
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(
+        f"{name}: {report.seconds:.1f} s, {report.events / report.seconds:,.0f} events/s, {used:.1f} s of CPU"
+    )
+    print(
+        f"  {report.missing} missing, {report.differing} differing, locked {report.locked_ms} ms, {peak} MB"
+    )
+    return report
+
+
+def main() -> None:
+    """Run the measurement on servers of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", type=int, default=100_000)
+    tasks = parser.parse_args().tasks
+    infra = Infra(Path(tempfile.mkdtemp(prefix="postroad-")))
+    try:
+        infra.up("--infra-only")
+        url = infra.new_database()
+        migrate(url)
+        settings = Settings(
+            kafka_bootstrap=infra.bootstrap, database_url=url, topic_prefix=infra.topic_prefix()
+        )
+        kafka_admin.apply(settings)
+        started = time.monotonic()
+        print(
+            f"{tasks} tasks, {fill(settings, tasks)} events, put there in {time.monotonic() - started:.0f} s"
+        )
+        assert _run("after a total loss", settings, True).missing == tasks
+        assert _run("nothing differs", settings, False).equal
+    finally:
+        infra.down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,559 @@
+"""`postroad rebuild` on real servers: what is lost comes back, and nothing else is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from itertools import count
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+from sqlalchemy import Connection, Engine
+
+from postroad.v1 import events_pb2 as pb
+from services.api import outbox
+from services.api.uuid7 import Clock
+from services.cli.rebuild import run, swapping
+from services.cli.rebuild.pairs import TASKS, create
+from services.cli.rebuild.run import Report, Underway, rebuild
+from services.cli.rebuild.swapping import swap
+from services.common import kafka_admin
+from services.common.config import Settings
+from services.common.database import execute_rows, transaction
+from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery
+from services.common.deliveries.rows import COLUMNS, store
+from services.common.events import Event, encode
+from services.common.fold import delta
+from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
+from services.common.timeline import timeline
+from services.common.topics import EVENT_TOPICS
+from services.sender.claims import Claims
+from tests.stack import Infra
+
+NOW_US = time.time_ns() // 1000
+
+
+class Silent:
+    """Nobody is told how far it is."""
+
+    def total(self, events: int) -> None: ...
+
+    def advance(self, events: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Road:
+    """One installation: events go to the topics and into the tables, as the services would have it."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        self.settings, self.engine = settings, engine
+        self.clock = Clock()
+        self._number = count()
+        self._producer = Producer({"bootstrap.servers": settings.kafka_bootstrap, "linger.ms": 20})
+
+    def task(self, number: int) -> pb.MailTask:
+        id_, at = self.clock.draw()
+        task = pb.MailTask(
+            id=id_,
+            tenant="default",
+            email=f"user{number}@example.test",
+            domain="example.test",
+            subject=f"Ünïcode {number} ",
+            body=f"body {number}",
+            created_at_us=at,
+        )
+        if number % 2:
+            task.idempotency_key, task.request_hash = f"key {next(self._number)} ", bytes(32)
+            task.labels.update({"team": "blue", "a": "é"})
+        return task
+
+    def record(self, tasks: Sequence[pb.MailTask], then: Callable[[Connection], None] | None = None) -> None:
+        """What the api does when it records."""
+
+        def work(connection: Connection) -> None:
+            upsert(connection, [delta(created(task)) for task in tasks])
+            insert_bodies(connection, [body_of(task) for task in tasks])
+            outbox.put(connection, [outbox.created(task.id) for task in tasks])
+            if then is not None:
+                then(connection)
+
+        transaction(self.engine, work)
+
+    def publish(self, events: Sequence[Event]) -> None:
+        for event in events:
+            record = encode(event, "test")
+            name = self.settings.topic_prefix + record.topic
+            self._producer.produce(name, key=record.key, value=record.value)
+        assert self._producer.flush(20) == 0
+
+    def unlist(self, tasks: Sequence[pb.MailTask]) -> None:
+        transaction(self.engine, lambda c: outbox.delete(c, [outbox.created(task.id) for task in tasks]))
+
+    def fold(self, events: Sequence[Event]) -> None:
+        """What the status stage does."""
+
+        def work(connection: Connection) -> None:
+            upsert(connection, [delta(event) for event in events])
+            insert_events(connection, [timeline(event) for event in events])
+
+        transaction(self.engine, work)
+
+    def travel(self, many: int) -> list[list[Event]]:
+        """Have so many tasks come to their ends, of every kind."""
+        tasks = [self.task(number) for number in range(many)]
+        self.record(tasks)
+        histories = [history(number, task) for number, task in enumerate(tasks)]
+        events = [event for one in histories for event in one]
+        self.publish(events)
+        self.unlist(tasks)
+        self.fold(events)
+        settled = [row for one in histories if (row := delivery(one)) is not None]
+        transaction(self.engine, lambda connection: store(connection, settled))
+        return histories
+
+    def rebuild(self, swap_in: bool = True) -> Report:
+        return rebuild(self.settings, swap_in, Silent())
+
+    def rows(self, query: str) -> list[Any]:
+        with self.engine.connect() as connection:
+            return [tuple(row) for row in connection.exec_driver_sql(query)]
+
+    def do(self, *statements: str) -> None:
+        with self.engine.begin() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
+    def dump(self) -> dict[str, list[Any]]:
+        return {
+            table: self.rows(f"SELECT * FROM {table} ORDER BY 1, 2") for table in ("tasks", "task_events")
+        }
+
+    def tables(self) -> set[str]:
+        return {name for (name,) in self.rows("SHOW TABLES")}
+
+
+def created(task: pb.MailTask, epoch: int = 0) -> pb.TaskCreated:
+    return pb.TaskCreated(task=task, epoch=epoch, at_us=epoch * 1000 or task.created_at_us)
+
+
+def first(events: Sequence[Event]) -> pb.MailTask:
+    assert isinstance(events[0], pb.TaskCreated)
+    return events[0].task
+
+
+def history(number: int, task: pb.MailTask) -> list[Event]:
+    at = task.created_at_us
+    mail: dict[str, Any] = {"id": task.id, "message_id": f"<{task.id.hex()}@x>", "relay": "relay:25"}
+    events: list[Event] = [created(task)]
+    if number % 8 == 0:
+        return events
+    if number % 8 == 1:
+        return [*events, pb.MxFailed(id=task.id, attempt=1, reason="null_mx", at_us=at + 1)]
+    events.append(pb.MxOk(task=task, attempt=1, at_us=at + 2))
+    sent = pb.MailSent(attempt=2, reply="250 ok ", at_us=at + 9, **mail)
+    deferred = pb.MailDeferred(
+        stage="sender", attempt=1, reason="deferred", reply="451 later", at_us=at + 3,
+        next_attempt_at_us=at + 8, **mail,
+    )  # fmt: skip
+    match number % 8:
+        case 2:
+            events.append(sent)
+        case 3:
+            events += [deferred, sent]
+        case 4:
+            events.append(pb.MailFailed(attempt=1, reason="rejected", reply="550 no", at_us=at + 4, **mail))
+        case 5:
+            events += [deferred, pb.TaskCancelled(id=task.id, epoch=at // 1000, attempts=1, at_us=at + 5)]
+        case 6:
+            deferred.reason, deferred.in_doubt = IN_DOUBT, True
+            events.append(deferred)
+        case 7:
+            epoch = at // 1000 + 5
+            failed = pb.MailFailed(attempt=1, reason="rejected", at_us=at + 4, **mail)
+            events += [
+                failed,
+                created(task, epoch),
+                pb.MxOk(task=task, epoch=epoch, attempt=1, at_us=at + 9000),
+            ]
+    return events
+
+
+def delivery(events: Sequence[Event]) -> Delivery | None:
+    """What the sender's row says when the last of these has been published."""
+    row = None
+    for event in events:
+        state = {
+            pb.MailSent: "sent",
+            pb.MailFailed: "failed",
+            pb.MailDeferred: "deferred",
+            pb.TaskCancelled: "cancelled",
+        }.get(type(event))
+        if state is not None:
+            row = Delivery(
+                event.id,  # type: ignore[union-attr]
+                state,  # type: ignore[arg-type]
+                event.epoch,
+                getattr(event, "attempt", 1),
+                0,
+                b"o" * 16,
+                datetime(2026, 1, 1),
+                event.at_us,
+                getattr(event, "next_attempt_at_us", 0),
+                getattr(event, "reason", ""),
+                getattr(event, "reply", ""),
+                getattr(event, "relay", ""),
+                getattr(event, "message_id", ""),
+            )
+    return row
+
+
+@pytest.fixture
+def road(infra: Infra, database_url: str, engine: Engine) -> Road:
+    settings = Settings(
+        kafka_bootstrap=infra.bootstrap,
+        database_url=database_url,
+        topic_prefix=infra.topic_prefix(),
+        partitions=3,
+    )
+    kafka_admin.apply(settings)
+    return Road(settings, engine)
+
+
+def test_what_was_emptied_comes_back_row_for_row(road: Road) -> None:
+    road.travel(800)
+    before, bodies = road.dump(), road.rows("SELECT * FROM task_bodies ORDER BY 1")
+    assert len(before["tasks"]) == len(bodies) == 800
+    road.do("TRUNCATE tasks", "DELETE FROM task_events", "TRUNCATE task_bodies")
+    report = road.rebuild()
+    assert report.swapped
+    assert not report.undecodable
+    assert not report.refused
+    assert (report.tasks, report.missing, report.lines_missing) == (800, 800, len(before["task_events"]))
+    assert (report.differing, report.extra, report.recorded, report.older) == (0, 0, 0, 0)
+    assert road.dump() == before
+    assert road.rows("SELECT * FROM task_bodies ORDER BY 1") == bodies
+    again = road.rebuild()
+    assert again.equal
+    assert not again.swapped
+    assert again.tasks == 800
+    assert not [name for name in road.tables() if "rebuild" in name]
+    indexes = (
+        "SELECT index_name, column_name FROM information_schema.statistics WHERE table_schema = DATABASE()"
+    )
+    assert len(road.rows(indexes + " AND table_name = 'tasks'")) > 4
+
+
+def test_a_corrupted_row_is_found_and_with_leave_mended(road: Road) -> None:
+    histories = road.travel(80)
+    before = road.dump()
+    victim = first(histories[2]).id.hex()
+    road.do(
+        f"UPDATE tasks SET subject = CONCAT(subject, ' '), status = 'failed' WHERE id = 0x{victim}",
+        f"UPDATE task_events SET reply = '250 OK ' WHERE task_id = 0x{victim} AND kind = 'sent'",
+        f"DELETE FROM tasks WHERE id = 0x{first(histories[3]).id.hex()}",
+    )
+    corrupted = road.dump()
+    found = road.rebuild(swap_in=False)
+    assert (found.swapped, found.equal) == (False, False)
+    assert (found.differing, found.missing, found.lines_differing) == (1, 1, 1)
+    told = {(s.table, s.task.hex, s.kind): set(s.columns) for s in found.samples}
+    assert told["tasks", victim, "differs"] == {"subject", "status"}
+    assert told["task_events", victim, "differs"] == {"reply"}
+    assert road.dump() == corrupted
+    mended = road.rebuild()
+    assert (mended.differing, mended.missing, mended.swapped) == (1, 1, True)
+    assert road.dump() == before
+
+
+def test_what_is_not_on_the_topics_yet_stays(road: Road) -> None:
+    histories = road.travel(40)
+    waiting = [road.task(number) for number in range(100, 120)]
+    road.record(waiting)
+    # One of those that failed is reopened, and that is not published.
+    reopened = first(histories[4])
+    again = created(reopened, reopened.created_at_us // 1000 + 9)
+    with road.engine.begin() as connection:
+        upsert(connection, [delta(again)])
+        insert_events(connection, [timeline(again)])
+        outbox.put(connection, [outbox.created(reopened.id, again.epoch)])
+    before = road.dump()
+    assert road.rebuild(swap_in=False).equal
+    road.do(f"UPDATE tasks SET recipient = 'x' WHERE id = 0x{first(histories[2]).id.hex()}")
+    report = road.rebuild()
+    assert (report.recorded, report.differing, report.missing, report.extra) == (21, 1, 0, 0)
+    assert report.swapped
+    assert road.dump() == before
+
+
+def test_what_the_topics_hold_no_more_stays_as_it_is(road: Road) -> None:
+    histories = road.travel(120)
+    cut = 60
+    before = road.dump()
+    admin = AdminClient({"bootstrap.servers": road.settings.kafka_bootstrap})
+    deleted = [
+        TopicPartition(f"{road.settings.topic_prefix}{topic}", number, 10)
+        for topic in ("task.created", "mx.ok")
+        for number in range(3)
+    ]
+    for answer in admin.delete_records(deleted).values():
+        answer.result(10)
+    report = road.rebuild(swap_in=False)
+    assert report.equal
+    assert report.older > 0
+    assert report.extra == 0
+    # Among the old ones a row is mended where the topics know better.
+    old, lost = first(histories[2]).id.hex(), first(histories[cut]).id.hex()
+    road.do(
+        f"UPDATE tasks SET status = 'failed' WHERE id = 0x{old}", f"DELETE FROM tasks WHERE id = 0x{lost}"
+    )
+    report = road.rebuild()
+    assert (report.differing, report.missing, report.swapped) == (1, 1, True)
+    assert road.dump() == before
+
+
+def test_a_row_that_no_topic_explains_is_counted_and_kept(road: Road) -> None:
+    road.travel(16)
+    alone = road.task(99)
+    road.fold([created(alone)])
+    road.do("UPDATE tasks SET subject = 'wrong' LIMIT 1")
+    report = road.rebuild()
+    assert (report.extra, report.lines_extra, report.differing, report.swapped) == (1, 1, 1, True)
+    assert road.rows(f"SELECT status FROM tasks WHERE id = 0x{alone.id.hex()}") == [("pending",)]
+    assert len(road.rows(f"SELECT 1 FROM task_events WHERE task_id = 0x{alone.id.hex()}")) == 1
+
+
+def test_two_tasks_under_one_key_both_have_a_row(road: Road) -> None:
+    one, other = road.task(1), road.task(1)
+    other.idempotency_key = one.idempotency_key
+    road.publish([created(one), created(other), pb.MailSent(id=other.id, attempt=1, at_us=NOW_US)])
+    road.fold([created(one), created(other), pb.MailSent(id=other.id, attempt=1, at_us=NOW_US)])
+    assert road.rebuild().swapped
+    rows = road.rows("SELECT recipient, idempotency_key IS NULL FROM tasks")
+    assert [row[0] for row in rows] == [one.email] * 2
+    assert sorted(row[1] for row in rows) == [0, 1]
+    assert road.rebuild().equal
+
+
+def test_bodies_that_were_purged_stay_so(road: Road) -> None:
+    histories = road.travel(16)
+    road.do("TRUNCATE task_bodies")
+    settings = road.settings.model_copy(update={"body_retention": 1})
+    # All of them are older than that, but only what is settled is purged.
+    time.sleep(1.1)
+    assert rebuild(settings, False, Silent()).bodies == 6
+    assert rebuild(settings, True, Silent()).bodies == 6
+    kept = {bytes(id_) for (id_,) in road.rows("SELECT task_id FROM task_bodies")}
+    assert kept == {first(events).id for number, events in enumerate(histories) if number % 8 in (0, 6, 7)}
+
+
+# --- deliveries ------------------------------------------------------------------------------------
+
+
+def test_after_a_total_loss_no_mail_goes_again(road: Road) -> None:
+    histories = road.travel(80)
+    before = road.dump()
+    road.do(
+        *(f"TRUNCATE {table}" for table in ("tasks", "task_events", "task_bodies", "outbox", "deliveries"))
+    )
+    report = road.rebuild()
+    assert road.dump() == before
+    states = dict(road.rows("SELECT task_id, state FROM deliveries"))
+    expected = ["", "", "sent", "sent", "failed", "cancelled", "deferred", "failed"]
+    for number, events in enumerate(histories):
+        assert states.get(first(events).id, "") == expected[number % 8]
+    assert report.deliveries == len(states) == 60
+    claims = Claims(road.engine, 20, hold=False)
+    sent = [first(events).id for number, events in enumerate(histories) if number % 8 in (2, 3)]
+    requests = [Claim(id_, NOW_US // 1000, 9, os.urandom(16), "<again@x>") for id_ in sent]
+    assert {type(verdict).__name__ for verdict in claims.claim(requests)} == {"Stored"}
+
+
+def test_a_delivery_that_is_there_stays_unless_the_mail_was_sent(road: Road) -> None:
+    histories = road.travel(8)
+    ids = [first(events).id for events in histories]
+
+    def row(id_: bytes, state: Any) -> Delivery:
+        lease = road.rows("SELECT UTC_TIMESTAMP(6)")[0][0]
+        return Delivery(id_, state, 0, 1, 0, b"o" * 16, lease, 5, 0, "mine", "", "", "<mine@x>")
+
+    # From a backup: the second one has been sent since.
+    there = [row(ids[4], "deferred"), row(ids[2], "deferred")]
+    road.do("TRUNCATE deliveries")
+    with road.engine.begin() as connection:
+        execute_rows(connection, f"INSERT INTO deliveries ({COLUMNS}) VALUES", there)
+    query = "SELECT task_id, state, owner FROM deliveries"
+    assert road.rebuild(swap_in=False).deliveries == 5
+    assert len(road.rows(query)) == 2
+    assert road.rebuild().deliveries == 5
+    found = {bytes(id_): (state, bytes(owner)) for id_, state, owner in road.rows(query)}
+    assert found[ids[4]] == ("deferred", b"o" * 16)
+    assert found[ids[2]] == ("sent", bytes(16))
+    assert len(found) == 6
+    assert road.rebuild().equal
+
+
+# --- while the services run ------------------------------------------------------------------------
+
+
+def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
+    """Each task must be in `tasks` from the moment that it is recorded, whatever is swapped meanwhile."""
+    stop = threading.Event()
+    trouble: list[object] = []
+    told: list[pb.MailTask] = []
+    late: list[tuple[list[pb.MailTask], list[Event]]] = []
+
+    def api() -> None:
+        number = 0
+        while not stop.is_set():
+            tasks = [road.task(number + more) for more in range(5)]
+            number += 5
+            road.record(tasks)
+            told.extend(tasks)
+            events = [event for n, task in enumerate(tasks) for event in history(n + 2, task)]
+            if number % 20:
+                road.publish(events)
+                road.unlist(tasks)
+                late.append((tasks, events))
+            time.sleep(0.005)
+
+    def status() -> None:
+        done = 0
+        while not stop.is_set() or done < len(late):
+            if done < len(late):
+                road.fold(late[done][1])
+                done += 1
+            else:
+                time.sleep(0.002)
+
+    def reader() -> None:
+        while not stop.is_set():
+            if told:
+                id_ = told[-1].id
+                if not road.rows(f"SELECT 1 FROM tasks WHERE id = 0x{id_.hex()}"):
+                    trouble.append(id_)
+
+    def guarded(work: Callable[[], None]) -> threading.Thread:
+        def go() -> None:
+            try:
+                work()
+            except BaseException as error:
+                trouble.append(error)
+                raise
+
+        thread = threading.Thread(target=go)
+        thread.start()
+        return thread
+
+    threads = [guarded(work) for work in (api, status, reader)]
+    try:
+        for _ in range(4):
+            road.do("UPDATE tasks SET subject = 'wrong' ORDER BY id LIMIT 1")
+            road.rebuild()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert trouble == []
+    assert len(told) > 50
+    assert road.rows("SELECT COUNT(*) FROM tasks") == [(len(told),)]
+    report = road.rebuild(swap_in=False)
+    assert (report.missing, report.differing, report.extra) == (0, 0, 0), report
+    assert (report.lines_missing, report.lines_differing, report.lines_extra) == (0, 0, 0), report
+
+
+def test_a_swap_that_cannot_be_finished_changes_nothing(road: Road) -> None:
+    road.travel(16)
+    before = road.dump()
+    transaction(road.engine, create)
+
+    def fail(connection: Connection) -> None:
+        connection.exec_driver_sql("DELETE FROM tasks_rebuild")
+        raise RuntimeError("Kafka is away")
+
+    with pytest.raises(RuntimeError, match="Kafka is away"):
+        swap(road.engine, TASKS, fail)
+    assert road.dump() == before
+    road.travel(8)
+    assert road.rebuild(swap_in=False).equal
+
+
+def test_a_swap_waits_for_a_long_reader_and_gives_up(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    road.travel(8)
+    monkeypatch.setattr(swapping, "_TRIES", 2)
+    monkeypatch.setattr(swapping, "_LOCK_WAIT", 1)
+    transaction(road.engine, create)
+    with road.engine.begin() as reader:
+        reader.exec_driver_sql("SELECT COUNT(*) FROM tasks")
+        with pytest.raises(swapping.Busy):
+            swap(road.engine, TASKS, lambda connection: None)
+        # Nobody is held up by what was given up.
+        assert len(road.rows("SELECT 1 FROM tasks")) == 8
+
+
+def test_there_is_one_at_a_time(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    fold = run._Rebuild.fold
+
+    def slow(self: Any) -> None:
+        entered.set()
+        assert leave.wait(30)
+        fold(self)
+
+    monkeypatch.setattr(run._Rebuild, "fold", slow)
+    first = threading.Thread(target=road.rebuild)
+    first.start()
+    try:
+        assert entered.wait(30)
+        with pytest.raises(Underway):
+            road.rebuild()
+    finally:
+        leave.set()
+        first.join()
+
+
+def test_one_that_is_killed_leaves_the_tables_and_can_be_run_again(road: Road) -> None:
+    road.travel(4000)
+    before = road.dump()
+    road.do("DELETE FROM tasks LIMIT 100")
+    less = road.dump()
+    environment = os.environ | {
+        "POSTROAD_KAFKA_BOOTSTRAP": road.settings.kafka_bootstrap,
+        "POSTROAD_DATABASE_URL": road.settings.database_url,
+        "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
+    }
+    command = [sys.executable, "-m", "services.cli", "rebuild", "--yes", "-o", "json"]
+    killed = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while "tasks_rebuild" not in road.tables() or not road.rows("SELECT 1 FROM tasks_rebuild LIMIT 1"):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert road.dump() == less
+    assert "tasks_rebuild" in road.tables()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '"missing": 100' in done.stdout
+    assert road.dump() == before
+    assert not [name for name in road.tables() if "rebuild" in name]
+
+
+def test_garbage_on_the_topics_is_counted(road: Road) -> None:
+    road.travel(8)
+    producer = Producer({"bootstrap.servers": road.settings.kafka_bootstrap})
+    for topic in EVENT_TOPICS:
+        producer.produce(road.settings.topic_prefix + topic, b"\xff\xff\xff", b"garbage")
+        producer.produce(road.settings.topic_prefix + topic, None, None)
+    assert producer.flush(20) == 0
+    report = road.rebuild(swap_in=False)
+    assert report.equal
+    assert report.undecodable == 2 * len(EVENT_TOPICS)

@@ -1,0 +1,204 @@
+"""The rebuild's pure parts: what a delivery's events tell of its row, and batches in any cut."""
+
+from __future__ import annotations
+
+import random
+from datetime import datetime, timedelta
+from functools import reduce
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postroad.v1 import events_pb2 as pb
+from services.cli.rebuild.deliveries import NOBODY, Told, merge, restored, told
+from services.cli.rebuild.folding import Folded
+from services.common.deliveries.decide import (
+    IN_DOUBT,
+    Cancel,
+    Claim,
+    Delivery,
+    Settlement,
+    Stored,
+    Taken,
+    decide,
+    settlement,
+)
+from services.common.deliveries.outcome import event_of
+from services.common.events import Event, event_key
+from services.common.fold import delta, fold
+from services.sender.answers import found_in_doubt
+from tests.event_strategies import events_of, mail_task
+
+ID = bytes(range(16))
+LEASE = timedelta(seconds=20)
+START = datetime(2026, 3, 1)
+
+
+def known(events: list[Event]) -> Told | None:
+    each = [one for event in events if (one := told(event, delta(event).version)) is not None]
+    return reduce(merge, each) if each else None
+
+
+class Deliveries:
+    """One task's row under the real rules, and what a sender publishes of it."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng, self.now, self.owners = rng, START, 0
+        self.row: Delivery | None = None
+        self.events: list[Event] = []
+        self.epoch, self.attempt = 0, 1
+        self.hold = rng.random() < 0.3
+
+    def owner(self) -> bytes:
+        self.owners += 1
+        return self.owners.to_bytes(16)
+
+    def now_us(self) -> int:
+        return (self.now - datetime(1970, 1, 1)) // timedelta(microseconds=1)
+
+    def step(self) -> None:
+        self.now += timedelta(seconds=self.rng.choice([1, 30]))
+        roll = self.rng.random()
+        if roll < 0.12:
+            self.epoch += 1
+            self.events.append(pb.TaskCancelled(id=ID, epoch=self.epoch, at_us=self.now_us()))
+            self.take(Cancel(ID, self.epoch, self.owner()))
+        elif roll < 0.2:
+            self.epoch, self.attempt = self.epoch + 1, 1
+        else:
+            self.take(Claim(ID, self.epoch, self.attempt, self.owner(), "<id@a.test>"))
+
+    def take(self, request: Claim | Cancel) -> None:
+        verdict, new = decide(self.row, request, self.now, LEASE, self.hold)
+        self.row = new or self.row
+        if isinstance(verdict, Stored) and verdict.row.state != "cancelled":
+            self.events.append(event_of(verdict.row))
+        if not isinstance(verdict, Taken):
+            return
+        if verdict.earlier is not None:
+            self.events.append(event_of(verdict.earlier))
+        if verdict.doubtful:
+            self.events.append(found_in_doubt(verdict.row, self.now_us()))
+        self.send(verdict.row)
+
+    def send(self, row: Delivery) -> None:
+        how = self.rng.choice(["sent", "failed", "deferred", "deferred", "doubt", "died"])
+        if how == "died":
+            self.now += 2 * LEASE
+            return
+        row = row._replace(state=how, settled_at=self.now_us(), relay="relay")  # type: ignore[arg-type]
+        if how in ("deferred", "doubt"):
+            row = row._replace(state="deferred", reason=how, next_attempt_at=self.now_us() + 60_000_000)
+        if how == "doubt":
+            row = row._replace(reason=IN_DOUBT)
+            if self.hold:
+                row = row._replace(state="uncertain", next_attempt_at=0)
+        became, new = settlement(self.row, row)
+        assert became is Settlement.STORED
+        self.row = new
+        self.events.append(event_of(row))
+        self.attempt = row.attempt + 1
+
+
+@settings(max_examples=1000)
+@given(st.integers(0, 1 << 32))
+def test_the_topics_tell_a_settled_row(seed: int) -> None:
+    rng = random.Random(seed)
+    deliveries = Deliveries(rng)
+    for _ in range(rng.randrange(1, 12)):
+        deliveries.step()
+    row, events = deliveries.row, deliveries.events
+    rng.shuffle(events)
+    tells = known(events + events[: len(events) // 2])
+    if row is None or tells is None:
+        return
+    made = restored(tells, START)
+    # Whatever the row is, none that is restored lets a mail go out again that the row would hold back.
+    if row.state == "sending" or made.state == "sending":
+        assert (made.state == "sent") <= (row.state == "sent")
+        return
+    assert (made.state, made.epoch) == (row.state, row.epoch)
+    # A mail that may have gone out is never taken for one that did not.
+    assert bool(made.takeovers or made.reason == IN_DOUBT) == bool(row.takeovers or row.reason == IN_DOUBT)
+    if row.state not in ("cancelled", "uncertain"):
+        assert made[7:] == row[7:]
+        if not any(isinstance(event, pb.MailFailed) and event.uncertain for event in events):
+            assert made.takeovers == row.takeovers
+
+
+def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
+    event = pb.MailDeferred(
+        id=ID,
+        epoch=3,
+        attempt=2,
+        stage="sender",
+        reason=IN_DOUBT,
+        in_doubt=True,
+        takeover=1,
+        message_id="<m>",
+    )
+    tells = known([event])
+    assert tells is not None
+    row = restored(tells, START)
+    assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NOBODY, 2, START)
+    verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False)
+    assert isinstance(verdict, Taken)
+    assert verdict.doubtful
+    verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=True)
+    assert isinstance(verdict, Stored)
+    assert verdict.row.state == "uncertain"
+
+
+def test_what_is_not_about_the_delivery_tells_nothing() -> None:
+    task = mail_task(0)
+    for event in (
+        pb.TaskCreated(task=task),
+        pb.MxOk(task=task),
+        pb.MxFailed(id=task.id),
+        pb.MailDeferred(id=task.id, stage="validator"),
+    ):
+        assert told(event, 1) is None
+
+
+@given(st.lists(events_of(mail_task(0)), min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_what_is_told_does_not_depend_on_the_order(events: list[Event], rng: random.Random) -> None:
+    # Of two events of one version the first one stays; here no two are.
+    distinct = list({delta(event).version: event for event in events}.values())
+    for event in distinct:
+        # A mail has one Message-ID, whatever attempt it is.
+        if getattr(event, "message_id", ""):
+            event.message_id = "<m>"  # type: ignore[union-attr]
+    shuffled = [*distinct, *distinct[:3]]
+    rng.shuffle(shuffled)
+    assert known(distinct) == known(shuffled)
+
+
+@given(st.lists(events_of(mail_task(0)) | events_of(mail_task(1)) | events_of(mail_task(2)), max_size=20))
+def test_a_batch_is_the_fold_of_its_events(events: list[Event]) -> None:
+    folded = Folded()
+    for event in events:
+        folded.add(event)
+    for number in range(3):
+        id_ = mail_task(number).id
+        row = None
+        mine = [event for event in events if delta(event).id == id_]
+        for event in mine:
+            row = fold(row, event)
+        assert folded.rows.get(id_) == row
+        assert {key for owner, key in folded.entries if owner == id_} == {event_key(e)[:96] for e in mine}
+    first, second = folded.halves()
+    assert {**first.rows, **second.rows} == folded.rows
+    assert {**first.entries, **second.entries} == folded.entries
+    assert {**first.bodies, **second.bodies} == folded.bodies
+    assert {**first.told, **second.told} == folded.told
+    assert not first.rows.keys() & second.rows.keys()
+
+
+def test_a_body_that_was_purged_does_not_stand_in_the_way_of_one_that_was_not() -> None:
+    without = mail_task(0)
+    without.ClearField("body")
+    without.ClearField("html")
+    folded = Folded()
+    folded.add(pb.TaskCreated(task=without, epoch=1))
+    folded.add(pb.TaskCreated(task=mail_task(0)))
+    assert folded.bodies[without.id].body == "body"
