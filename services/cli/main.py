@@ -16,9 +16,11 @@ import typer
 from services.cli import (
     change_commands,
     create_command,
+    dead_commands,
     get_command,
     lag_command,
     list_command,
+    rebuild_command,
     replay_command,
     setup_commands,
     watch_command,
@@ -47,6 +49,8 @@ for module in (
     change_commands,
     lag_command,
     replay_command,
+    rebuild_command,
+    dead_commands,
 ):
     module.register(app)
 setup_commands.register(app, topics)
