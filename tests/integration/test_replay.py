@@ -1,0 +1,556 @@
+"""`postroad replay` on a real broker and a real database, no services: what it produces, and what not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from sqlalchemy import Engine
+
+from postroad.v1 import events_pb2 as pb
+from services.cli.replay.run import Superseded, run
+from services.cli.replay.source import Span, spans
+from services.cli.replay.standings import standings
+from services.cli.replay.store import Replay, create, load, save, unfinished
+from services.common import kafka_admin
+from services.common.config import Settings
+from services.common.database import engine_of
+from services.common.deliveries.decide import Delivery
+from services.common.deliveries.rows import store
+from services.common.events import DECODERS, Event, Outgoing, encode
+from services.common.fold import delta
+from services.common.migrations import migrate
+from services.common.stage.clients import producer_config
+from services.common.stage.headers import Origin, delayed, parse_return
+from services.common.taskstore import upsert
+from services.common.topics import MAIL_SENT, MX_OK, TASK_CREATED
+from tests.stack import Infra
+
+pytestmark = pytest.mark.timeout(120)
+NOW_US = time.time_ns() // 1000
+
+
+def task(number: int, domain: str = "good.test", **labels: str) -> pb.MailTask:
+    return pb.MailTask(
+        id=uuid.uuid5(uuid.NAMESPACE_OID, str(number)).bytes,
+        email=f"u{number}@{domain}",
+        domain=domain,
+        subject="s",
+        body="b",
+        labels=labels,
+        created_at_us=NOW_US,
+    )
+
+
+def delivery(id_: bytes, state: Any, epoch: int = 0, attempt: int = 1, next_at: int = 0) -> Delivery:
+    reason = "rejected" if state == "failed" else ""
+    return Delivery(
+        id_, state, epoch, attempt, 0, b"o" * 16, datetime(2026, 1, 1), 1, next_at, reason, "", "", "<m@x>"
+    )
+
+
+class Site:
+    """One installation: topics under a prefix, a database, and the command."""
+
+    def __init__(self, infra: Infra) -> None:
+        self.prefix = infra.topic_prefix()
+        self.url = infra.new_database()
+        migrate(self.url)
+        self.engine = engine_of(self.url)
+        self.settings = Settings(
+            kafka_bootstrap=infra.bootstrap,
+            topic_prefix=self.prefix,
+            database_url=self.url,
+            partitions=3,
+            sender_delays=(60,),
+            validator_delays=(5,),
+        )
+        kafka_admin.apply(self.settings)
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("POSTROAD_")},
+            "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
+            "POSTROAD_TOPIC_PREFIX": self.prefix,
+            "POSTROAD_DATABASE_URL": self.url,
+            "POSTROAD_SENDER_DELAYS": "60",
+            "POSTROAD_VALIDATOR_DELAYS": "5",
+        }
+
+    def publish(self, *records: Outgoing | Event) -> None:
+        """Produce, acked, in this order within a partition."""
+        producer = Producer(producer_config(self.settings, "test"))
+        for record in records:
+            out = record if isinstance(record, Outgoing) else encode(record, "api")
+            producer.produce(self.prefix + out.topic, out.value, out.key, headers=out.headers)  # type: ignore[arg-type]
+        assert producer.flush(20) == 0
+
+    def fold(self, *events: Event) -> None:
+        """Have the rows that these events make."""
+        with self.engine.begin() as connection:
+            upsert(connection, map(delta, events))
+
+    def settle(self, *rows: Delivery) -> None:
+        """Have these rows in `deliveries`."""
+        with self.engine.begin() as connection:
+            store(connection, rows)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `postroad replay ... -o json`."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "services.cli", "replay", *arguments, "-o", "json"],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def replay(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+        """Run it to its end; returns its result."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        return json.loads(out) if out else {"said": err}
+
+    def records(self, topic: str) -> list[Any]:
+        """All records of a topic, each partition in order."""
+        name = self.prefix + topic
+        consumer = Consumer({"bootstrap.servers": self.settings.kafka_bootstrap, "group.id": "none"})
+        found: list[Any] = []
+        try:
+            left = {n: s for n, s in spans(self.settings, topic, "start", "end").items() if s.left}
+            consumer.assign([TopicPartition(name, number, 0) for number in left])
+            deadline = time.monotonic() + 20
+            while left:
+                assert time.monotonic() < deadline, f"{topic} cannot be read"
+                message: Any
+                for message in consumer.consume(500, 0.1):
+                    found.append(message)
+                    if message.offset() + 1 >= left[message.partition()].end:
+                        del left[message.partition()]
+        finally:
+            consumer.close()
+        return found
+
+    def replayed(self, topic: str) -> list[Any]:
+        """Those of them that a replay has produced."""
+        return [r for r in self.records(topic) if any(name == "replay-id" for name, _ in r.headers() or ())]
+
+
+@pytest.fixture(scope="module")
+def site(infra: Infra) -> Iterator[Callable[[], Site]]:
+    """A new installation for whoever asks."""
+    made: list[Site] = []
+
+    def make() -> Site:
+        made.append(Site(infra))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.engine.dispose()
+
+
+def ids(records: Sequence[Any]) -> list[bytes]:
+    return [record.key() for record in records]
+
+
+def counts(result: dict[str, Any]) -> dict[tuple[str, str, str], int]:
+    return {(row["status"], row["reason"], row["what"]): row["records"] for row in result["counts"]}
+
+
+def one_of_each(site: Site) -> dict[str, bytes]:
+    """Have a task in every situation that matters, its `mx.ok` on the topic; their ids by name."""
+    names = ["no row", "pending", "processing", "sent", "sent, row lags", "failed", "failed, row lags"]
+    names += ["cancelled", "uncertain", "waits", "overdue", "retried"]
+    tasks = {name: task(number) for number, name in enumerate(names)}
+    site.publish(*(pb.MxOk(task=t, attempt=1, at_us=NOW_US) for t in tasks.values()))
+    site.publish(Outgoing(MX_OK, b"k" * 16, b"\xff\xff", []), Outgoing(MX_OK, b"", b"", []))
+    at: dict[str, Any] = {"attempt": 1, "at_us": NOW_US + 5}
+    known = {name: t for name, t in tasks.items() if name != "no row"}
+    site.fold(
+        *(pb.TaskCreated(task=t, at_us=NOW_US) for t in known.values()),
+        *(pb.MxOk(task=t, attempt=1, at_us=NOW_US) for name, t in known.items() if name != "pending"),
+        pb.MailSent(id=tasks["sent"].id, **at),
+        pb.MailFailed(id=tasks["failed"].id, reason="rejected", **at),
+        pb.MailFailed(id=tasks["uncertain"].id, reason="in_doubt", uncertain=True, **at),
+        pb.TaskCancelled(id=tasks["cancelled"].id, at_us=NOW_US),
+        pb.TaskCreated(task=tasks["retried"], epoch=NOW_US // 1000, at_us=NOW_US),
+    )
+    site.settle(
+        delivery(tasks["sent"].id, "sent"),
+        delivery(tasks["sent, row lags"].id, "sent"),
+        delivery(tasks["failed"].id, "failed"),
+        delivery(tasks["failed, row lags"].id, "failed"),
+        delivery(tasks["cancelled"].id, "cancelled"),
+        delivery(tasks["uncertain"].id, "uncertain"),
+        delivery(tasks["waits"].id, "deferred", 0, 2, NOW_US + 10**10),
+        delivery(tasks["overdue"].id, "deferred", 0, 2, NOW_US - 10**10),
+        delivery(tasks["retried"].id, "cancelled"),
+    )
+    return {name: t.id for name, t in tasks.items()}
+
+
+FOUND = {
+    ("", "", "undecodable"): 2,
+    ("pending", "", "again"): 3,
+    ("processing", "", "again"): 1,
+    ("processing", "", "waits"): 1,
+    ("processing", "", "next attempt"): 1,
+    ("completed", "", "already sent"): 2,
+    ("failed", "rejected", "settled"): 2,
+    ("cancelled", "", "settled"): 1,
+    ("uncertain", "in_doubt", "settled"): 1,
+}
+
+
+def test_a_dry_run_shows_what_would_become_of_each_record_and_changes_nothing(
+    site: Callable[[], Site],
+) -> None:
+    here = site()
+    one_of_each(here)
+    before = {topic: ids(here.records(topic)) for topic in (MX_OK, "sender.delay.60")}
+    with here.engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all()
+    result = here.replay(MX_OK, "--dry-run")
+    assert counts(result) == FOUND
+    assert (result["records"], result["produced"], result["id"]) == (14, 5, None)
+    asked = counts(here.replay(MX_OK, "--dry-run", "--reopen", "failed", "--reopen", "deferred"))
+    assert asked[("failed", "rejected", "reopened")] == 2
+    assert asked[("processing", "", "next attempt")] == 2
+    assert {topic: ids(here.records(topic)) for topic in before} == before
+    assert unfinished(here.engine) == []
+    with here.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all() == rows
+
+
+def test_without_a_terminal_and_without_yes_it_shows_and_does_nothing(site: Callable[[], Site]) -> None:
+    here = site()
+    one_of_each(here)
+    said = here.replay(MX_OK, code=2)["said"]
+    assert "already sent" in said
+    assert said.splitlines()[-1].startswith("postroad: ")
+    assert here.replayed(MX_OK) == []
+    assert unfinished(here.engine) == []
+
+
+def test_what_works_goes_again_in_its_epoch_and_nothing_else_does(site: Callable[[], Site]) -> None:
+    here = site()
+    who = one_of_each(here)
+    result = here.replay(MX_OK, "--yes")
+    assert counts(result) == FOUND
+    assert (result["state"], result["produced"]) == ("finished", 5)
+    again = {r.key(): DECODERS[MX_OK](r.value()) for r in here.replayed(MX_OK)}
+    assert set(again) == {who[name] for name in ("no row", "pending", "processing", "retried")}
+    assert {event.epoch for id_, event in again.items() if id_ != who["retried"]} == {0}
+    assert again[who["retried"]].epoch == NOW_US // 1000
+    [next_one] = here.records("sender.delay.60")
+    back = parse_return(next_one.headers())
+    assert (next_one.key(), back.attempt, back.origin.topic) == (who["overdue"], 3, MX_OK)
+    assert {dict(r.headers())["replay-id"] for r in here.replayed(MX_OK)} == {result["id"].encode()}
+
+
+def test_only_the_status_that_is_named_is_reopened_all_in_one_epoch(site: Callable[[], Site]) -> None:
+    here = site()
+    who = one_of_each(here)
+    began = time.time_ns() // 1_000_000
+    result = here.replay(MX_OK, "--yes", "--reopen", "failed", "--reopen", "cancelled", "--status", "failed")
+    assert counts(result)[("failed", "rejected", "reopened")] == 2
+    events = {r.key(): DECODERS[MX_OK](r.value()) for r in here.replayed(MX_OK)}
+    assert set(events) == {who["failed"], who["failed, row lags"]}
+    [epoch] = {event.epoch for event in events.values()}
+    assert began <= epoch <= time.time_ns() // 1_000_000
+
+
+def test_what_only_folds_goes_as_it_is(site: Callable[[], Site]) -> None:
+    here = site()
+    events: list[Event] = [pb.MailSent(id=task(n).id, attempt=n, at_us=NOW_US) for n in range(5)]
+    here.publish(*events)
+    here.fold(*events)
+    assert counts(here.replay(MAIL_SENT, "--yes")) == {("completed", "", "again"): 5}
+    records = here.records(MAIL_SENT)
+    assert Counter(r.value() for r in records) == dict.fromkeys((e.SerializeToString() for e in events), 2)
+
+
+def test_a_delay_topic_goes_as_it_is_where_its_task_still_works(site: Callable[[], Site]) -> None:
+    here = site()
+    tasks = [task(n) for n in range(4)]
+    now_ms = NOW_US // 1000
+    due = [now_ms - 5000, now_ms - 5000, now_ms + 10**6, now_ms - 5000]
+    outs = [encode(pb.MxOk(task=t, attempt=1, at_us=NOW_US), "validator") for t in tasks]
+    here.publish(
+        *(
+            Outgoing(
+                "sender.delay.60",
+                out.key,
+                out.value,
+                delayed(out.headers, origin=Origin(MX_OK, 0, n), attempt=2, cause="c", due_at_ms=due[n]),
+            )
+            for n, out in enumerate(outs)
+        ),
+        Outgoing("sender.delay.60", b"k" * 16, outs[0].value, outs[0].headers),
+    )
+    here.fold(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks))
+    here.settle(delivery(tasks[1].id, "sent"), delivery(tasks[0].id, "deferred", 0, 1, NOW_US))
+    result = counts(here.replay("sender.delay.60", "--yes"))
+    assert result == {
+        ("processing", "", "again"): 1,
+        ("completed", "", "already sent"): 1,
+        ("pending", "", "waits"): 1,
+        ("pending", "", "again"): 1,
+        ("", "", "undecodable"): 1,
+    }
+    again = here.replayed("sender.delay.60")
+    assert set(ids(again)) == {tasks[0].id, tasks[3].id}
+    assert {parse_return(r.headers()).attempt for r in again} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--status", "failed"], {3, 4}),
+        (["--status", "failed", "--status", "pending"], {0, 1, 2, 3, 4}),
+        (["--reason", "null_mx"], {3}),
+        (["--recipient", "U1@GOOD.test"], {1}),
+        (["--domain", "Other.test"], {2, 4}),
+        (["--domain", "other.test", "--status", "failed"], {4}),
+        (["--label", "team=blue"], {1, 4}),
+        (["--label", "team=blue", "--label", "n=4"], {4}),
+        (["--id", str(uuid.UUID(bytes=task(2).id)), "--id", str(uuid.UUID(bytes=task(3).id))], {2, 3}),
+        (["--label", "team=red"], set()),
+    ],
+)
+def test_filters(filtered: Site, arguments: list[str], wanted: set[int]) -> None:
+    result = filtered.replay(TASK_CREATED, "--dry-run", "--reopen", "failed", *arguments)
+    assert result["produced"] == len(wanted)
+    before = len(filtered.replayed(TASK_CREATED))
+    filtered.replay(TASK_CREATED, "--to", "5", "--yes", "--reopen", "failed", *arguments)
+    found = filtered.replayed(TASK_CREATED)
+    latest = max((dict(r.headers())["replay-id"] for r in found), default=b"")
+    newest = [r for r in found if dict(r.headers())["replay-id"] == latest] if len(found) > before else []
+    assert set(ids(newest)) == {task(n).id for n in wanted}
+
+
+@pytest.fixture
+def filtered(site: Callable[[], Site]) -> Site:
+    """Five tasks: three pending, one failed for its domain, one rejected; one of them without a row."""
+    here = site()
+    tasks = [
+        task(0),
+        task(1, team="blue"),
+        task(2, "other.test"),
+        task(3),
+        task(4, "other.test", team="blue", n="4"),
+    ]
+    here.publish(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks))
+    here.fold(
+        *(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks[1:]),
+        pb.MxFailed(id=tasks[3].id, attempt=1, reason="null_mx", at_us=NOW_US),
+        pb.MailFailed(id=tasks[4].id, attempt=1, reason="rejected", at_us=NOW_US),
+    )
+    return here
+
+
+def test_it_begins_and_ends_where_it_is_told(site: Callable[[], Site]) -> None:
+    here = site()
+    early, late = [task(n) for n in range(6)], [task(n) for n in range(6, 18)]
+    here.publish(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in early))
+    time.sleep(0.05)  # Kafka's timestamps are milliseconds: the two halves must not share one
+    middle = datetime.now(UTC)
+    time.sleep(0.05)
+    here.publish(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in late))
+    everything = spans(here.settings, TASK_CREATED, "start", "end")
+    assert sum(span.left for span in everything.values()) == 18
+    after = spans(here.settings, TASK_CREATED, middle, "end")
+    before = spans(here.settings, TASK_CREATED, "start", middle)
+    assert sum(span.left for span in after.values()) == 12
+    assert {n: span.end for n, span in before.items()} == {n: span.next for n, span in after.items()}
+    future = spans(here.settings, TASK_CREATED, middle + timedelta(days=1), "end")
+    assert sum(span.left for span in future.values()) == 0
+    from_two = spans(here.settings, TASK_CREATED, 2, 10**15)
+    assert all(span.next == min(2, everything[n].end) for n, span in from_two.items())
+    backwards = spans(here.settings, TASK_CREATED, "end", "start")
+    assert sum(span.left for span in backwards.values()) == 0
+    text = middle.isoformat()
+    assert here.replay(TASK_CREATED, "--yes", "--from", text)["produced"] == 12
+    assert set(ids(here.replayed(TASK_CREATED))) == {t.id for t in late}
+
+
+def many(here: Site, count: int) -> list[bytes]:
+    tasks = [task(n) for n in range(count)]
+    here.publish(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks))
+    here.fold(
+        *(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks),
+        *(pb.MailFailed(id=t.id, attempt=1, reason="rejected", at_us=NOW_US) for t in tasks),
+    )
+    return [t.id for t in tasks]
+
+
+def underway(here: Site, *arguments: str, seconds: float = 30) -> subprocess.Popen[str]:
+    """Start a replay and return once it has stored a position in the midst of its work."""
+    process = here.start(*arguments)
+    deadline = time.monotonic() + seconds
+    while True:
+        assert time.monotonic() < deadline, "it stored no position"
+        assert process.poll() is None, process.communicate()[1]
+        for id_ in unfinished(here.engine):
+            replay = load(here.engine, id_)
+            if replay is not None and replay.counts.total():
+                return process
+        time.sleep(0.02)
+
+
+def test_interrupted_it_says_how_to_go_on_and_then_repeats_nothing(site: Callable[[], Site]) -> None:
+    here = site()
+    everyone = many(here, 600)
+    process = underway(here, TASK_CREATED, "--yes", "--rate", "150", "--reopen", "failed")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    result = json.loads(out)
+    assert result["state"] == "stopped"
+    assert 0 < result["produced"] < 600
+    [id_] = re.findall(r"postroad replay --resume (\S+)", err)
+    assert id_ == result["id"]
+    first = here.replayed(TASK_CREATED)
+    assert len(first) == result["produced"], "what is counted is on the topic, and nothing else"
+    done = here.replay("--resume", id_, "--rate", "5000")
+    assert (done["state"], done["produced"]) == ("finished", 600)
+    records = here.replayed(TASK_CREATED)
+    assert Counter(ids(records)) == dict.fromkeys(everyone, 1)
+    assert len({DECODERS[TASK_CREATED](r.value()).epoch for r in records}) == 1
+    assert here.replay("--resume", id_)["produced"] == 600, "one that is at its end says so"
+    assert len(here.replayed(TASK_CREATED)) == 600
+
+
+def test_killed_it_goes_on_from_where_it_was_stored_and_what_it_repeats_is_the_same(
+    site: Callable[[], Site],
+) -> None:
+    here = site()
+    everyone = many(here, 600)
+    process = underway(here, TASK_CREATED, "--yes", "--rate", "150", "--reopen", "failed")
+    process.kill()
+    process.wait(10)
+    [id_] = unfinished(here.engine)
+    assert len(here.replayed(TASK_CREATED)) < 600
+    assert here.replay("--resume", id_, "--rate", "5000")["state"] == "finished"
+    records = here.replayed(TASK_CREATED)
+    assert set(ids(records)) == set(everyone)
+    # Two seconds' worth at most: a batch, and what came since the last position was stored.
+    assert len(records) - 600 <= 2 * 150 + 10
+    assert len({r.value() for r in records}) == 600, "a repeated record is the same record"
+    assert unfinished(here.engine) == []
+
+
+def test_it_keeps_to_its_rate(site: Callable[[], Site]) -> None:
+    here = site()
+    many(here, 200)
+    before = {n: span.end for n, span in spans(here.settings, TASK_CREATED, "start", "end").items()}
+    assert here.replay(TASK_CREATED, "--yes", "--rate", "100", "--reopen", "failed")["produced"] == 200
+    times = sorted(
+        r.timestamp()[1] for r in here.records(TASK_CREATED) if r.offset() >= before[r.partition()]
+    )
+    # 200 at 100/s with five at once.
+    assert 1.85 <= (times[-1] - times[0]) / 1000 <= 4
+    for at in times:
+        assert sum(at <= other < at + 1000 for other in times) <= 112, "in one second"
+
+
+def test_what_it_produces_is_not_read_again_and_what_comes_meanwhile_neither(
+    site: Callable[[], Site],
+) -> None:
+    here = site()
+    many(here, 50)
+    process = here.start(TASK_CREATED, "--yes", "--rate", "50", "--reopen", "failed")
+    deadline = time.monotonic() + 20
+    while not unfinished(here.engine):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    here.publish(*(pb.TaskCreated(task=task(n), at_us=NOW_US) for n in range(100, 150)))
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert json.loads(out)["records"] == 50
+
+
+def test_two_cannot_go_on_with_one_replay(site: Callable[[], Site]) -> None:
+    here = site()
+    many(here, 20)
+    todo = spans(here.settings, TASK_CREATED, "start", "end")
+    create(here.engine, Replay("r", TASK_CREATED, {"topic": TASK_CREATED, "rate": 100.0}, 1, todo))
+    mine, theirs = load(here.engine, "r"), load(here.engine, "r")
+    assert mine is not None
+    assert theirs is not None
+    assert save(here.engine, theirs)
+    with pytest.raises(Superseded):
+        run(here.settings, here.engine, mine, threading.Event(), lambda left: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["mail.lost"], 2, "TOPIC: 'mail.lost'"),
+        (["mx.ok", "--from", "yesterday"], 2, "--from: 'yesterday'"),
+        (["mx.ok", "--reopen", "completed"], 2, "--reopen: 'completed'"),
+        (["mail.sent", "--reopen", "failed"], 2, "--reopen: "),
+        (["mx.ok", "--rate", "0"], 2, "--rate"),
+        (["--resume", "nothing"], 3, "there is no replay nothing"),
+        (["mx.ok", "--resume", "x"], 2, "--resume"),
+        ([], 2, "TOPIC"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_the_right_code(
+    filtered: Site, arguments: list[str], code: int, line: str
+) -> None:
+    said = filtered.replay(*arguments, code=code)["said"].splitlines()
+    assert len(said) == 1
+    assert line in said[0]
+
+
+def test_servers_that_are_away_are_told_by_the_exit_code(filtered: Site) -> None:
+    filtered.environment["POSTROAD_KAFKA_BOOTSTRAP"] = "127.0.0.1:1"
+    assert "Kafka" in filtered.replay(MX_OK, "--dry-run", code=5)["said"]
+
+
+# --- on both databases ---
+
+
+def test_a_replay_is_kept_whole(engine: Engine) -> None:
+    replay = Replay("20260101T000000-aa", MX_OK, {"topic": MX_OK, "label": ["a=é"]}, 1 << 41, {0: Span(1, 5)})
+    create(engine, replay)
+    kept = load(engine, replay.id)
+    assert kept == replay
+    replay.positions[0], replay.positions[11] = Span(5, 5), Span(7, 9)
+    replay.counts["failed", "rejected", "settled"] += 3
+    assert save(engine, replay)
+    assert load(engine, replay.id) == replay
+    assert unfinished(engine) == [replay.id]
+    replay.finished = True
+    assert save(engine, replay)
+    assert load(engine, replay.id) == replay
+    assert unfinished(engine) == []
+    assert load(engine, "another") is None
+
+
+def test_how_many_tasks_stand(engine: Engine) -> None:
+    tasks = [task(n, team="blue") for n in range(1100)]
+    with engine.begin() as connection:
+        upsert(connection, (delta(pb.TaskCreated(task=t, at_us=NOW_US)) for t in tasks))
+        store(connection, [delivery(tasks[0].id, "sent"), delivery(tasks[1].id, "deferred", 0, 3, 77)])
+    found = standings(engine, [*(t.id for t in tasks), b"unknown" * 2 + b"??"])
+    assert len(found) == 1100
+    assert found[tasks[0].id].status == "completed"
+    assert (found[tasks[1].id].status, found[tasks[1].id].waits) == ("processing", (3, 77))
+    assert (found[tasks[2].id].status, found[tasks[2].id].labels) == ("pending", {"team": "blue"})
+    assert standings(engine, []) == {}
