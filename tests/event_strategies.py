@@ -49,7 +49,7 @@ def events_of(draw: Any, task: pb.MailTask) -> Event:
     kind = draw(st.sampled_from(["created", "ok", "no", "sent", "deferred", "failed", "cancelled"]))
     id_, epoch, at = task.id, draw(_EPOCHS), draw(_TIMES)
     if kind == "created":
-        return pb.TaskCreated(task=task, epoch=epoch, at_us=at)
+        return pb.TaskCreated(task=task, epoch=epoch, at_us=at, send_at_us=draw(_TIMES))
     attempt = draw(_ATTEMPTS)
     if kind == "cancelled":
         return pb.TaskCancelled(id=id_, epoch=epoch, attempts=attempt, at_us=at)

@@ -1,4 +1,4 @@
-"""What a List may ask for: pure, the request's typed fields and its `_filters` made one Filter.
+"""What a List, a Count or a Watch may ask for: pure, typed fields and `_filters` made one Filter.
 
 `_filters` is a Struct. Clients write it in two ways: plainly, `{"status": "pending"}`, or as a
 Struct's own message spelled out in JSON, `{"fields": {"status": {"string_value": "pending"}}}`.
@@ -6,7 +6,7 @@ Struct's own message spelled out in JSON, `{"fields": {"status": {"string_value"
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import TypeAlias
@@ -17,10 +17,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from postroad.v1 import task_service_pb2
 from services.api.addresses import ascii_domain, normalise
 from services.api.errors import Refused, Violation
+from services.api.times import micros
 from services.common.schema import STATUSES
 
-__all__ = ["Filter", "parse"]
+__all__ = ["Filter", "Request", "parse"]
 
+Request: TypeAlias = (
+    task_service_pb2.ListRequest | task_service_pb2.CountRequest | task_service_pb2.WatchRequest
+)
 Json: TypeAlias = "str | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
 _MAX_REASON = 64
@@ -43,13 +47,18 @@ class Filter:
         return blake2b(repr((1, tenant, self)).encode(), digest_size=16).digest()
 
 
-def parse(request: task_service_pb2.ListRequest) -> Filter:
-    """Return what a request asks for; raise Refused naming each field that cannot be."""
+def parse(request: Request) -> Filter:
+    """Return what a request asks for; raise Refused naming each field that cannot be.
+
+    Of a Filter's fields a request may ask for those that it has itself, typed.
+    """
     found: list[Violation] = []
     asked = _Asked(found)
-    _typed(request, asked)
+    there = request.DESCRIPTOR.fields_by_name
+    names = frozenset(field.name for field in fields(Filter) if field.name in there)
+    _typed(request, names, asked)
     if request.HasField("_filters"):
-        _struct(request._filters, asked)
+        _struct(request._filters, names, asked)
     if found:
         raise Refused(found)
     return Filter(**asked.values)  # type: ignore[arg-type]
@@ -90,18 +99,17 @@ class _Asked:
             self.put("status", path, tuple(sorted(set(values))))
 
     def time(self, name: str, path: str, value: Timestamp) -> None:
-        # RFC 3339's years, as google.protobuf.Timestamp demands.
-        if not (-62135596800 <= value.seconds < 253402300800 and 0 <= value.nanos < 10**9):
-            self.refuse(path, "is no point in time between the years 1 and 9999")
-        else:
-            # Rounded up: what was created at or after a point between two microseconds came at the next.
-            self.put(name, path, value.seconds * 10**6 - (-value.nanos // 1000))
+        # Rounded up: what was created at or after a point between two microseconds came at the next.
+        try:
+            self.put(name, path, micros(value))
+        except ValueError as error:
+            self.refuse(path, str(error))
 
     def labels(self, path: str, values: Mapping[str, str]) -> None:
         self.put("labels", path, tuple(sorted(values.items())))
 
 
-def _typed(request: task_service_pb2.ListRequest, asked: _Asked) -> None:
+def _typed(request: Request, names: Set[str], asked: _Asked) -> None:
     if request.status:
         asked.statuses("status", request.status)
     for name in ("email", "domain", "reason"):
@@ -109,20 +117,18 @@ def _typed(request: task_service_pb2.ListRequest, asked: _Asked) -> None:
             asked.text(name, name, value)
     if request.labels:
         asked.labels("labels", request.labels)
-    if request.HasField("created_from"):
-        asked.time("created_from", "created_from", request.created_from)
-    if request.HasField("created_to"):
-        asked.time("created_to", "created_to", request.created_to)
+    for name in ("created_from", "created_to"):
+        if name in names and request.HasField(name):  # type: ignore[arg-type]
+            asked.time(name, name, getattr(request, name))
 
 
-def _struct(struct: Struct, asked: _Asked) -> None:
+def _struct(struct: Struct, known: Set[str], asked: _Asked) -> None:
     members = {key: _json(value) for key, value in struct.fields.items()}
     path = "_filters"
     inner = members.get("fields")
     if len(members) == 1 and isinstance(inner, Mapping):
         path = "_filters.fields"
         members = {key: _plain(value) for key, value in inner.items()}
-    known = {field.name for field in fields(Filter)}
     for name, value in sorted(members.items()):
         where = f"{path}.{name[:60].encode('unicode_escape').decode()}"
         if name not in known:

@@ -11,8 +11,8 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from postroad.v1 import events_pb2, task_service_pb2
-from services.api import filters, pages, queries, uuid7
+from postroad.v1 import task_service_pb2
+from services.api import batch, filters, pages, queries, uuid7
 from services.api.auth import Tenants
 from services.api.errors import (
     Problem,
@@ -26,9 +26,9 @@ from services.api.errors import (
 )
 from services.api.reader import Reader
 from services.api.recorder import Recorder
-from services.api.relay import Recording
+from services.api.relay import Creation, Recording
 from services.api.trace import traceparent
-from services.api.validation import mail_task
+from services.api.validation import creation
 from services.api.views import recorded
 from services.common.telemetry import API_REQUESTS, API_SECONDS
 
@@ -58,7 +58,13 @@ class TaskService:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a grpc.aio server takes."""
-        rpcs = {"Create": self.create, "Get": self.get, "List": self.list}
+        rpcs = {
+            "Create": self.create,
+            "BatchCreate": self.batch_create,
+            "Get": self.get,
+            "List": self.list,
+            "Count": self.count,
+        }
         methods: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(self._rpc(name, rpc)) for name, rpc in rpcs.items()
         }
@@ -69,13 +75,26 @@ class TaskService:
         tenant = self._tenants.tenant(metadata)
         request = _decode(raw, task_service_pb2.CreateRequest)
         key = str(metadata.get("idempotency-key", ""))
-        mail = mail_task(request, tenant, key, self._max_body)
-        mail.id, mail.created_at_us = self._clock.draw()
-        event = events_pb2.TaskCreated(task=mail, at_us=mail.created_at_us)
-        original = await self._recorder.record(
-            Recording(event, traceparent(metadata.get("traceparent"), mail.id), len(raw))
-        )
-        return (original or recorded(mail)).SerializeToString()
+        recording = self._asked(request, tenant, key, len(raw), metadata)
+        original = await self._recorder.record(recording)
+        return (original or recorded(recording.event)).SerializeToString()
+
+    async def batch_create(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized BatchCreateResponse for a serialized BatchCreateRequest; raise Problem."""
+        tenant = self._tenants.tenant(metadata)
+        request = _decode(raw, task_service_pb2.BatchCreateRequest)
+        batch.check_size(len(request.requests))
+        items: list[Creation | Problem] = []
+        for asked in request.requests:
+            try:
+                items.append(self._asked(asked, tenant, "", asked.ByteSize(), metadata))
+            except Refused as refusal:
+                items.append(refusal)
+        good = [item for item in items if not isinstance(item, Problem)]
+        outcomes = iter(await self._recorder.record_batch(good) if good else ())
+        return batch.response(
+            item if isinstance(item, Problem) else next(outcomes) or recorded(item.event) for item in items
+        ).SerializeToString()
 
     async def get(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized Task for a serialized GetRequest; raise Problem."""
@@ -107,6 +126,22 @@ class TaskService:
         return task_service_pb2.ListResponse(
             results=tasks, next_page_token="" if last is None else pages.token(last, bound_to)
         ).SerializeToString()
+
+    async def count(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized CountResponse for a serialized CountRequest; raise Problem."""
+        tenant = self._tenants.tenant(metadata)
+        asked = filters.parse(_decode(raw, task_service_pb2.CountRequest))
+        counts = await self._reader.read(lambda connection: queries.count(connection, tenant, asked))
+        return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values())).SerializeToString()
+
+    def _asked(
+        self, request: task_service_pb2.CreateRequest, tenant: str, key: str, size: int, metadata: Metadata
+    ) -> Creation:
+        """Return what is to be recorded, with the next id; raise Refused."""
+        event = creation(request, tenant, key, self._max_body, time.time_ns() // 1000)
+        event.task.id, event.task.created_at_us = self._clock.draw()
+        event.at_us = event.task.created_at_us
+        return Recording(event, traceparent(metadata.get("traceparent"), event.task.id), size)
 
     def _rpc(
         self, name: str, answer: Callable[[bytes, Metadata], Awaitable[bytes]]

@@ -24,7 +24,9 @@ __all__ = [
     "created",
     "defer",
     "delete",
+    "hasten",
     "item_of",
+    "next_due",
     "put",
     "schedule",
     "take",
@@ -44,6 +46,10 @@ _PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at) VALUES"
 _DUE = (
     "SELECT task_id, kind, epoch FROM outbox WHERE available_at <= UTC_TIMESTAMP(6)"
     " ORDER BY available_at LIMIT {limit} FOR UPDATE SKIP LOCKED"
+)
+_NEXT = (
+    "SELECT TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), MIN(available_at)) FROM outbox"
+    " WHERE available_at <= UTC_TIMESTAMP(6) + INTERVAL {us} MICROSECOND"
 )
 
 
@@ -105,6 +111,15 @@ def take(connection: Connection, limit: int) -> list[Item]:
     return items
 
 
+def next_due(connection: Connection, within: float) -> float:
+    """Return the seconds until an item is due, `within` where none is before that.
+
+    To follow a `take` that took all: what is due still, another sweeper has in hand, and less than 0 is said.
+    """
+    us = connection.exec_driver_sql(_NEXT.format(us=int(within * 1e6))).scalar()
+    return within if us is None else us / 1e6
+
+
 def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
     """Make items due `seconds` from now."""
     for (kind, epoch), ids in _by_event(items):
@@ -113,6 +128,15 @@ def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
             f" WHERE task_id IN ({marks(len(ids))}) AND kind = %s AND epoch = %s",
             (*ids, kind, epoch),
         )
+
+
+def hasten(connection: Connection, task_id: bytes) -> None:
+    """Make due now what of the task was scheduled; what a relay or a sweeper has in hand stays as it is."""
+    connection.exec_driver_sql(
+        "UPDATE outbox SET available_at = UTC_TIMESTAMP(6) WHERE task_id = %s"
+        f" AND available_at > UTC_TIMESTAMP(6) + INTERVAL {LEASE} SECOND",
+        (task_id,),
+    )
 
 
 def _by_event(items: Sequence[Item]) -> Iterator[tuple[tuple[str, int], list[bytes]]]:

@@ -1,4 +1,4 @@
-"""What Get and List read. Every List is a walk down one index, from the newest id to older ones.
+"""What Get, List and Count read. Every List is a walk down one index, from the newest id to older ones.
 
 The index is named in the statement: asked for ORDER BY id and a small LIMIT, the optimisers here
 would often rather walk the primary key and drop most of what they see.
@@ -15,11 +15,14 @@ from postroad.v1 import task_pb2
 from services.api import uuid7, views
 from services.api.filters import Filter
 from services.common.database import marks
+from services.common.schema import STATUSES
 
-__all__ = ["get", "page", "statement", "tasks_of"]
+__all__ = ["count", "count_statement", "get", "page", "statement", "tasks_of"]
 
 # A page ends early rather than pass this, so that it stays below the 4 MiB that clients take by default.
 _MOST_PAGE_BYTES = 2 << 20
+
+_BY_STATUS = "tasks_by_status"
 
 _TASK = f"SELECT {views.COLUMNS} FROM tasks WHERE id = %s AND tenant = %s"
 _TASKS = f"SELECT {views.COLUMNS} FROM tasks WHERE id IN "
@@ -74,8 +77,47 @@ def statement(tenant: str, asked: Filter, after: bytes | None, limit: int) -> tu
     A recipient or a domain picks its index, else a status, else the primary key; what is asked beyond
     that is compared row by row. Several statuses are one walk each, merged.
     """
+    index, fixed = _conditions(tenant, asked)
+    if after is not None:
+        fixed.append(("id < %s", after))
+    if not asked.status:
+        return _walk(index or "PRIMARY", fixed, limit)
+    if index is not None:
+        return _walk(index, [*fixed, _any_of(asked.status)], limit)
+    walks = [_walk(_BY_STATUS, [("status = %s", status), *fixed], limit) for status in asked.status]
+    if len(walks) == 1:
+        return walks[0]
+    union = " UNION ALL ".join(f"({sql})" for sql, _ in walks)
+    return f"{union} ORDER BY id DESC LIMIT {limit}", tuple(p for _, part in walks for p in part)
+
+
+def count(connection: Connection, tenant: str, asked: Filter) -> dict[str, int]:
+    """Return how many tasks there are of each status asked for, of every one where none is; blocks."""
+    sql, parameters = count_statement(tenant, asked)
+    counts = dict.fromkeys(asked.status or STATUSES, 0)
+    counts.update((status, number) for status, number in connection.exec_driver_sql(sql, parameters))
+    return counts
+
+
+def count_statement(tenant: str, asked: Filter) -> tuple[str, tuple[Any, ...]]:
+    """Return a Count's SQL and its parameters.
+
+    Statuses and times are counted within their index. A reason or labels are compared row by row: those of
+    a recipient, of a domain or of the statuses asked for, else those of all tasks.
+    """
+    index, conditions = _conditions(tenant, asked)
+    if asked.status or not (asked.reason is not None or asked.labels):
+        index = index or _BY_STATUS
+        conditions.append(_any_of(asked.status or STATUSES))
+    source = f"SELECT status, COUNT(*) FROM tasks FORCE INDEX ({index or 'PRIMARY'})"
+    where, parameters = _where(conditions)
+    return f"{source} WHERE {where} GROUP BY status", parameters
+
+
+def _conditions(tenant: str, asked: Filter) -> tuple[str | None, list[tuple[str, Any]]]:
+    """Return what is asked for but the status, and the index that a recipient or a domain picks."""
+    index = None
     fixed: list[tuple[str, Any]] = [("tenant = %s", tenant)]
-    index = "PRIMARY"
     if asked.domain is not None:
         fixed.append(("domain = %s", asked.domain))
         index = "tasks_by_domain"
@@ -87,30 +129,25 @@ def statement(tenant: str, asked: Filter, after: bytes | None, limit: int) -> tu
     for key, value in asked.labels:
         fixed.append(("JSON_CONTAINS(labels, JSON_OBJECT(%s, %s))", (key, value)))
     # Ids are in the order of their creation times, so times are bounds of the same walk.
-    upper = [bound for bound in (after, _id_at(asked.created_to)) if bound is not None]
-    if upper:
-        fixed.append(("id < %s", min(upper)))
+    if asked.created_to is not None:
+        fixed.append(("id < %s", uuid7.lowest(asked.created_to)))
     if asked.created_from is not None:
-        fixed.append(("id >= %s", _id_at(asked.created_from)))
-    if not asked.status:
-        return _walk(index, fixed, limit)
-    if index != "PRIMARY":
-        return _walk(index, [*fixed, (f"status IN ({marks(len(asked.status))})", asked.status)], limit)
-    walks = [_walk("tasks_by_status", [("status = %s", status), *fixed], limit) for status in asked.status]
-    if len(walks) == 1:
-        return walks[0]
-    union = " UNION ALL ".join(f"({sql})" for sql, _ in walks)
-    return f"{union} ORDER BY id DESC LIMIT {limit}", tuple(p for _, part in walks for p in part)
+        fixed.append(("id >= %s", uuid7.lowest(asked.created_from)))
+    return index, fixed
+
+
+def _any_of(statuses: Sequence[str]) -> tuple[str, Any]:
+    return f"status IN ({marks(len(statuses))})", tuple(statuses)
 
 
 def _walk(index: str, conditions: Sequence[tuple[str, Any]], limit: int) -> tuple[str, tuple[Any, ...]]:
-    where = " AND ".join(sql for sql, _ in conditions)
+    where, parameters = _where(conditions)
+    source = f"SELECT {views.COLUMNS} FROM tasks FORCE INDEX ({index})"
+    return f"{source} WHERE {where} ORDER BY id DESC LIMIT {limit}", parameters
+
+
+def _where(conditions: Sequence[tuple[str, Any]]) -> tuple[str, tuple[Any, ...]]:
     parameters: list[Any] = []
     for _, value in conditions:
         parameters.extend(value if isinstance(value, tuple) else (value,))
-    source = f"SELECT {views.COLUMNS} FROM tasks FORCE INDEX ({index})"
-    return f"{source} WHERE {where} ORDER BY id DESC LIMIT {limit}", tuple(parameters)
-
-
-def _id_at(us: int | None) -> bytes | None:
-    return None if us is None else uuid7.lowest(us)
+    return " AND ".join(sql for sql, _ in conditions), tuple(parameters)

@@ -1,9 +1,13 @@
-"""Recording: task, body and outbox row in one transaction, which concurrent Creates share."""
+"""Recording: task, body and outbox row in one transaction, which concurrent Creates share.
+
+A batch has a transaction of its own, and a thread of its own: single Creates do not wait behind it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias, TypeVar
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -19,20 +23,29 @@ from services.common import taskstore
 from services.common.batching import Batcher
 from services.common.database import said, transaction, transient
 from services.common.fold import delta
+from services.common.schema import from_micros
+from services.common.timeline import timeline
 
-__all__ = ["Recorder"]
+__all__ = ["Recorded", "Recorder"]
+
+Recorded: TypeAlias = task_pb2.Task | Problem | None
+"""None for a task that was recorded, the task that its idempotency key stands for, or the conflict."""
 
 log = structlog.get_logger(__name__)
 
+R = TypeVar("R")
+
 _LIMIT = 500
 _LIMIT_BYTES = 4 << 20
+_BATCH_PATIENCE = 20.0
+"""Seconds: a batch may bring megabytes to each of several disks."""
 
 
 class Recorder:
-    """Records tasks through one Batcher.
+    """Records tasks through two Batchers.
 
-    `committed` is told, on a worker thread, what each transaction has newly recorded. At most `most`
-    Creates and `most_bytes` of theirs wait; more are refused at once.
+    `committed` is told, on a worker thread, what of each transaction is to be published at once. At most
+    `most` Creates and `most_bytes` of theirs wait; more are refused at once.
     """
 
     def __init__(
@@ -43,29 +56,53 @@ class Recorder:
         most_bytes: int,
     ) -> None:
         self._engine, self._committed = engine, committed
-        self._most, self._most_bytes, self._bytes = most, most_bytes, 0
-        self._batcher: Batcher[Creation, task_pb2.Task | None] = Batcher(
+        self._most, self._most_bytes = most, most_bytes
+        self._waiting = self._bytes = 0
+        self._singles: Batcher[Creation, Recorded] = Batcher(
             self._record,
             _LIMIT,
             shared=transient,
-            weigh=lambda recording: recording.size,
+            weigh=lambda creation: creation.size,
             weight_limit=_LIMIT_BYTES,
             name="recorder",
         )
+        self._batches: Batcher[Sequence[Creation], list[Recorded]] = Batcher(
+            lambda batches: [self._record(batch) for batch in batches], 1, name="batches"
+        )
 
-    async def record(self, recording: Creation) -> task_pb2.Task | None:
+    async def record(self, creation: Creation) -> task_pb2.Task | None:
         """Return None once the task is recorded, or the task that its idempotency key stands for already.
 
         Raises Problem: ALREADY_EXISTS where the key stands for another request, RESOURCE_EXHAUSTED
         where too many wait, UNAVAILABLE where the database does not answer; whether the task was
         recorded is then unknown, and a client with an idempotency key may just ask again.
         """
-        if self._batcher.pending >= self._most or self._bytes > self._most_bytes:
+        result = await self._admit((creation,), lambda: self._singles(creation), PATIENCE)
+        if isinstance(result, Problem):
+            raise result
+        return result
+
+    async def record_batch(self, batch: Sequence[Creation]) -> list[Recorded]:
+        """Return what became of each, in their order, once all of them are recorded in one transaction.
+
+        Raises Problem as `record` does, but for the conflicts; then none was recorded, or it is unknown.
+        """
+        return await self._admit(batch, lambda: self._batches(batch), _BATCH_PATIENCE)
+
+    async def close(self) -> None:
+        """Refuse what comes from now on; return once all that waited is settled."""
+        await self._singles.close()
+        await self._batches.close()
+
+    async def _admit(self, batch: Sequence[Creation], call: Callable[[], Awaitable[R]], patience: float) -> R:
+        if self._waiting >= self._most or self._bytes > self._most_bytes:
             raise overloaded()
-        self._bytes += recording.size
+        size = sum(creation.size for creation in batch)
+        self._waiting += len(batch)
+        self._bytes += size
         try:
-            async with asyncio.timeout(PATIENCE):
-                return await self._batcher(recording)
+            async with asyncio.timeout(patience):
+                return await call()
         except TimeoutError:
             raise unavailable() from None
         except SQLAlchemyError as error:
@@ -74,25 +111,21 @@ class Recorder:
             log.warning("not recorded", error=said(error))
             raise unavailable() from None
         finally:
-            self._bytes -= recording.size
+            self._waiting -= len(batch)
+            self._bytes -= size
 
-    async def close(self) -> None:
-        """Refuse what comes from now on; return once all that waited is settled."""
-        await self._batcher.close()
-
-    def _record(self, batch: Sequence[Creation]) -> list[task_pb2.Task | Problem | None]:
+    def _record(self, batch: Sequence[Creation]) -> list[Recorded]:
         # The same ids each time that it is done again, so a connection lost while it commits is no harm.
         results, recorded = transaction(self._engine, lambda connection: _write(connection, batch))
-        if recorded:
-            self._committed(recorded)
+        now = [creation for creation in recorded if not creation.event.send_at_us]
+        if now:
+            self._committed(now)
         return results
 
 
-def _write(
-    connection: Connection, batch: Sequence[Creation]
-) -> tuple[list[task_pb2.Task | Problem | None], list[Creation]]:
-    tasks = [recording.event.task for recording in batch]
-    taskstore.upsert(connection, [delta(recording.event) for recording in batch])
+def _write(connection: Connection, batch: Sequence[Creation]) -> tuple[list[Recorded], list[Creation]]:
+    tasks = [creation.event.task for creation in batch]
+    taskstore.upsert(connection, [delta(creation.event) for creation in batch])
     keys = [(task.tenant, task.idempotency_key) for task in tasks if task.idempotency_key]
     owners = taskstore.owners_of_keys(connection, sorted(set(keys)))
     # A task whose key is another's was not stored by the upsert; what its key stands for is answered.
@@ -101,11 +134,19 @@ def _write(
         for task in tasks
         if task.idempotency_key and (owner := owners[task.tenant, task.idempotency_key])[0] != task.id
     }
-    recorded = [recording for recording in batch if recording.event.task.id not in others]
-    taskstore.insert_bodies(connection, [taskstore.body_of(recording.event.task) for recording in recorded])
-    outbox.put(connection, [outbox.created(recording.event.task.id) for recording in recorded])
+    recorded = [creation for creation in batch if creation.event.task.id not in others]
+    taskstore.insert_bodies(connection, [taskstore.body_of(creation.event.task) for creation in recorded])
+    scheduled = [creation.event for creation in recorded if creation.event.send_at_us]
+    outbox.put(
+        connection, [outbox.item_of(creation.event) for creation in recorded if not creation.event.send_at_us]
+    )
+    outbox.schedule(
+        connection, [(outbox.item_of(event), from_micros(event.send_at_us)) for event in scheduled]
+    )
+    # Of the others the status service tells a moment later.
+    taskstore.insert_events(connection, map(timeline, scheduled))
     originals = tasks_of(connection, sorted({id_ for id_, _ in others.values()}))
-    results: list[task_pb2.Task | Problem | None] = []
+    results: list[Recorded] = []
     for task in tasks:
         if task.id not in others:
             results.append(None)

@@ -30,8 +30,8 @@ log = structlog.get_logger(__name__)
 
 _SENDING_AWAY = 0.2
 _MOST_SWEPT = 500
-# The recorder, the settling of the outbox, the sweeper, readiness, and the readers.
-_CONNECTIONS = 4 + THREADS
+# The recorder's two, the settling of the outbox, the sweeper, readiness, and the readers.
+_CONNECTIONS = 5 + THREADS
 
 
 class ApiService:
@@ -47,8 +47,7 @@ class ApiService:
         most, most_bytes = settings.max_in_flight, settings.max_in_flight_bytes
         self._relay = Relay(self._publisher, self._settle, most, most_bytes)
         self._recorder = Recorder(self._engine, self._committed, settings.max_pending_creates, most_bytes)
-        swept = max(1, min(_MOST_SWEPT, most_bytes // settings.max_body))
-        self._sweeper = Sweeper(self._engine, self._publisher, self._relay, swept)
+        self._sweeper = Sweeper(self._engine, self._publisher, self._relay, _MOST_SWEPT)
         self._reader = Reader(self._engine)
         self._health = health.aio.HealthServicer()
         self._readiness = Readiness(self._engine, self._health, ("", SERVICE))

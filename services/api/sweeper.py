@@ -1,10 +1,13 @@
-"""The slow path out: what a crash or an outage left in the outbox is published from there."""
+"""The slow path out: what was scheduled is published when its time comes, and what a crash or an outage left
+in the outbox is published from there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -23,20 +26,24 @@ from services.common.schema import to_micros
 from services.common.stage.publisher import Publisher
 from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
 
-__all__ = ["Sweeper", "rebuilt"]
+__all__ = ["Sweeper", "chunks", "rebuilt"]
 
 log = structlog.get_logger(__name__)
 
 R = TypeVar("R")
 
-_EVERY = 1.0
+_EVERY = 0.5
+"""Seconds between two looks at most: another replica may have scheduled something meanwhile."""
+_AT_LEAST = 0.01
 _AFTER_FAILURE = 2
+_CHUNK = 4 << 20
+"""Bytes of bodies that are in hand at a time; one that is larger is alone."""
 
 
 class Sweeper:
     """Takes what is due, publishes it, and removes what was acked; any number of replicas may sweep at once.
 
-    `most` items are in hand at a time; their bodies are in memory.
+    It takes up to `most` items at a time, and wakes when the next one is due by the database's clock.
     """
 
     def __init__(self, engine: Engine, publisher: Publisher, relay: Relay, most: int) -> None:
@@ -51,33 +58,50 @@ class Sweeper:
         """Sweep until stopped. While the database or Kafka is away it goes on trying."""
         while not self._stopping.is_set():
             try:
-                more = await self._sweep()
+                wait = await self._sweep()
             except Exception as error:
                 if not transient(error):
                     log.exception("a sweep failed")
-                more = False
-            if not more:
-                await self._pause(_EVERY)
+                wait = _EVERY
+            if wait > 0:
+                await self._pause(wait)
 
-    async def _sweep(self) -> bool:
-        """Return whether there may be more to do at once."""
-        taken = await self._transact(lambda connection: outbox.take(connection, self._most))
+    async def _sweep(self) -> float:
+        """Return the seconds until there may be more to do."""
+        taken, wait = await self._transact(self._take)
+        due = self._now() + wait
         items = [item for item in taken if not self._relay.holds(item)]
-        if not items:
-            return False
+        if items:
+            left = await self._empty(items)
+            log.info("swept", published=len(items) - len(left), left=len(left))
+            if left:
+                return _EVERY
+        return max(0.0, due - self._now())
+
+    def _take(self, connection: Connection) -> tuple[list[Item], float]:
+        taken = outbox.take(connection, self._most)
+        if len(taken) == self._most:
+            return taken, 0.0
+        return taken, max(_AT_LEAST, outbox.next_due(connection, _EVERY))
+
+    async def _empty(self, items: list[Item]) -> list[Item]:
+        """Publish the items and remove them; return those that were not acked, due again a little later."""
+        left = items
         try:
-            acked = await self._publish(items)
-            await self._transact(lambda connection: outbox.delete(connection, acked))
+            for chunk in await self._transact(lambda connection: chunks(connection, items)):
+                acked = await self._publish(chunk)
+                await self._transact(partial(outbox.delete, items=acked))
+                left = sorted(set(left).difference(acked))
+                if len(acked) < len(chunk):
+                    break
         except Exception:
             # Their lease would keep them for longer than the trouble may last.
             with suppress(SQLAlchemyError):
-                await self._transact(lambda connection: outbox.defer(connection, items, _AFTER_FAILURE))
+                await self._transact(lambda connection: outbox.defer(connection, left, _AFTER_FAILURE))
             raise
-        left = sorted(set(items).difference(acked))
         if left:
             await self._transact(lambda connection: outbox.defer(connection, left, _AFTER_FAILURE))
-        log.info("swept", published=len(acked), left=len(left))
-        return len(taken) == self._most and not left
+        return left
 
     async def _publish(self, items: Sequence[Item]) -> list[Item]:
         """Return the items that were acked."""
@@ -92,6 +116,9 @@ class Sweeper:
             STAGE_PUBLISH_FAILURES.labels("api").inc(len(failed))
         return [item for index, item in enumerate(there) if index not in failed]
 
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
     async def _transact(self, work: Callable[[Connection], R]) -> R:
         return await asyncio.to_thread(transaction, self._engine, work)
 
@@ -103,6 +130,21 @@ class Sweeper:
             pass
 
 
+def chunks(connection: Connection, items: Sequence[Item]) -> list[list[Item]]:
+    """Return the items in parts whose bodies are in memory together."""
+    sizes = taskstore.sizes_of_bodies(connection, [item.task_id for item in items if item.kind == CREATED])
+    parts: list[list[Item]] = []
+    room = 0
+    for item in items:
+        size = sizes.get(item.task_id, 0) if item.kind == CREATED else 0
+        if not parts or size > room:
+            parts.append([])
+            room = _CHUNK
+        parts[-1].append(item)
+        room -= size
+    return parts
+
+
 def rebuilt(
     connection: Connection, items: Sequence[Item]
 ) -> Mapping[Item, pb.TaskCreated | pb.TaskCancelled]:
@@ -112,6 +154,7 @@ def rebuilt(
     """
     ids = sorted({item.task_id for item in items if item.kind == CREATED})
     tasks = taskstore.load_tasks(connection, ids)
+    send_times = taskstore.send_times(connection, ids)
     cancellations = {
         (item.task_id, event_key(event)): (item, event)
         for item in items
@@ -123,7 +166,8 @@ def rebuilt(
     for item in items:
         if item.kind == CREATED and (task := tasks.get(item.task_id)) is not None:
             at_us = item.epoch * 1000 or task.created_at_us
-            events[item] = pb.TaskCreated(task=task, epoch=item.epoch, at_us=at_us)
+            send_at_us = 0 if item.epoch else send_times.get(item.task_id, 0)
+            events[item] = pb.TaskCreated(task=task, epoch=item.epoch, at_us=at_us, send_at_us=send_at_us)
     for key, (item, event) in cancellations.items():
         if (line := lines.get(key)) is not None:
             event.at_us, event.attempts = to_micros(line.at), line.attempt

@@ -9,9 +9,12 @@ from hashlib import sha256
 from postroad.v1 import events_pb2, task_service_pb2
 from services.api.addresses import normalise
 from services.api.errors import Refused, Violation
+from services.api.times import micros
 
-__all__ = ["MAX_HEADERS", "MAX_KEY", "MAX_LABELS", "MAX_SUBJECT", "encoded_length", "mail_task"]
+__all__ = ["MAX_AHEAD", "MAX_HEADERS", "MAX_KEY", "MAX_LABELS", "MAX_SUBJECT", "creation", "encoded_length"]
 
+MAX_AHEAD = 365 * 86400
+"""Seconds from now that a mail may be scheduled for."""
 MAX_SUBJECT = 998
 MAX_KEY = 255
 MAX_HEADERS = 50
@@ -36,13 +39,14 @@ _RESERVED = frozenset(
 _RESERVED_FAMILIES = ("content-", "resent-")
 
 
-def mail_task(
-    request: task_service_pb2.CreateRequest, tenant: str, key_in_metadata: str, max_body: int
-) -> events_pb2.MailTask:
-    """Return the task that this request asks for, without the id and the time that it is yet to get.
+def creation(
+    request: task_service_pb2.CreateRequest, tenant: str, key_in_metadata: str, max_body: int, now_us: int
+) -> events_pb2.TaskCreated:
+    """Return the event that this request asks for, without the id and the times that it is yet to get.
 
     The idempotency key may stand in the request, in the metadata, or the same in both. `max_body` is
-    the bytes that text and HTML have together at most. Raises Refused naming every field that cannot be.
+    the bytes that text and HTML have together at most, `now_us` the time in microseconds since the Unix
+    epoch. Raises Refused naming every field that cannot be.
     """
     data = request.data
     found: list[Violation] = []
@@ -56,6 +60,7 @@ def mail_task(
     key = request.idempotency_key or key_in_metadata
     if key:
         _key(key, key_in_metadata, found)
+    send_at_us = _send_at(request, now_us, found)
     if found:
         raise Refused(found)
     task = events_pb2.MailTask(
@@ -70,8 +75,9 @@ def mail_task(
     )
     if key:
         task.idempotency_key = key
-        task.request_hash = _request_hash(task)
-    return task
+        task.request_hash = _request_hash(task, send_at_us)
+    # What has passed means at once, as none given does; as a request it is another one.
+    return events_pb2.TaskCreated(task=task, send_at_us=send_at_us if send_at_us > now_us else 0)
 
 
 def encoded_length(subject: str) -> int:
@@ -92,6 +98,20 @@ def _key(key: str, in_metadata: str, found: list[Violation]) -> None:
         found.append(Violation("idempotency_key", f"has {MAX_KEY} bytes at most"))
     elif _CONTROL.search(key):
         found.append(Violation("idempotency_key", "has control characters"))
+
+
+def _send_at(request: task_service_pb2.CreateRequest, now_us: int, found: list[Violation]) -> int:
+    """Return the time asked for in microseconds since the Unix epoch, rounded up, 0 where none is."""
+    if not request.HasField("send_at"):
+        return 0
+    try:
+        us = micros(request.send_at)
+    except ValueError as error:
+        found.append(Violation("send_at", str(error)))
+        return 0
+    if us > now_us + MAX_AHEAD * 10**6:
+        found.append(Violation("send_at", f"is more than {MAX_AHEAD // 86400} days ahead"))
+    return us
 
 
 def _address(email: str, found: list[Violation]) -> tuple[str, str]:
@@ -173,7 +193,7 @@ def _member(field: str, key: str) -> str:
     return f'{field}["{shown}{"…" if len(key) > 40 else ""}"]'
 
 
-def _request_hash(task: events_pb2.MailTask) -> bytes:
+def _request_hash(task: events_pb2.MailTask, send_at_us: int) -> bytes:
     """Return SHA-256 over what was asked for, normalised; each part stands with its length."""
     digest = sha256(b"1")
     bodies = [getattr(task, name) if task.HasField(name) else None for name in ("body", "html")]
@@ -182,6 +202,8 @@ def _request_hash(task: events_pb2.MailTask) -> bytes:
         raw = b"" if part is None else part.encode()
         digest.update(b"-" if part is None else b"%d:" % len(raw))
         digest.update(raw)
+    if send_at_us:
+        digest.update(b"@%d" % send_at_us)
     return digest.digest()
 
 

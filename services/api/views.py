@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from postroad.v1 import events_pb2, task_pb2
 from services.api.uuid7 import text
 
@@ -18,7 +20,7 @@ COLUMNS = (
     " updated_at, labels"
 )
 # What `timeline` takes, in its order.
-EVENT_COLUMNS = "at, stage, kind, attempt, relay, reply, detail"
+EVENT_COLUMNS = "at, stage, kind, attempt, relay, reply, detail, next_attempt_at"
 
 # Which of several things that carry the same microsecond came first.
 _ORDER = ("created", "retried", "mx_ok", "mx_failed", "in_doubt", "deferred", "sent", "failed", "cancelled")
@@ -46,25 +48,34 @@ def task(row: Sequence[Any]) -> task_pb2.Task:
     return view
 
 
-def recorded(mail: events_pb2.MailTask) -> task_pb2.Task:
+def recorded(event: events_pb2.TaskCreated) -> task_pb2.Task:
     """Return a task as it stands right after it was recorded; the same as its row would give."""
+    mail = event.task
     view = task_pb2.Task(
         id=text(mail.id), email=mail.email, subject=mail.subject, status="pending", labels=mail.labels
     )
-    seconds, us = divmod(mail.created_at_us, 10**6)
-    for field in (view.created_at, view.updated_at):
-        field.seconds, field.nanos = seconds, us * 1000
+    _set(view.created_at, mail.created_at_us)
+    _set(view.updated_at, event.at_us)
+    if event.send_at_us:
+        _set(view.next_attempt_at, event.send_at_us)
     return view
+
+
+def _set(field: Timestamp, us: int) -> None:
+    field.seconds, rest = divmod(us, 10**6)
+    field.nanos = rest * 1000
 
 
 def timeline(rows: Sequence[Sequence[Any]]) -> list[task_pb2.TimelineEntry]:
     """Return what happened to a task, from rows of EVENT_COLUMNS, oldest first."""
     entries = []
-    for at, stage, kind, attempt, relay, reply, detail in sorted(rows, key=_age):
+    for at, stage, kind, attempt, relay, reply, detail, next_at in sorted(rows, key=_age):
         entry = task_pb2.TimelineEntry(
             stage=stage, kind=kind, attempt=attempt, relay=relay, reply=reply, detail=detail
         )
         entry.at.FromDatetime(at.replace(tzinfo=UTC))
+        if next_at is not None:
+            entry.next_attempt_at.FromDatetime(next_at)
         entries.append(entry)
     return entries
 

@@ -30,7 +30,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.events import Event, task_id
 from services.common.schema import INT_MAX, from_micros, tasks, widths
 
-__all__ = ["EPOCH_SHIFT", "Row", "delta", "fold", "merge"]
+__all__ = ["CREATED_VERSION", "EPOCH_SHIFT", "Row", "delta", "fold", "merge"]
 
 EPOCH_SHIFT = 21
 _TIER_SHIFT, _ATTEMPT_SHIFT = 18, 4
@@ -70,6 +70,10 @@ _WIDTHS = widths(tasks)
 def _version(epoch: int, tier: int, attempt: int = 0, within: int = _OVER) -> int:
     rank = tier << _TIER_SHIFT | min(attempt, _ATTEMPT_MAX) << _ATTEMPT_SHIFT | within
     return min(epoch, _EPOCH_MAX) << EPOCH_SHIFT | rank
+
+
+CREATED_VERSION = _version(0, _CREATED)
+"""The version of a task of which only its first event is known: its next_attempt_at is its send_at."""
 
 
 _Mail = tuple[
@@ -120,7 +124,10 @@ def _row(
 
 
 def _created(event: pb.TaskCreated) -> Row:
-    return _row(event, "pending", _version(event.epoch, _CREATED), mail=_mail(event.task))
+    # A reopened task goes at once.
+    send_at_us = 0 if event.epoch else event.send_at_us
+    version = _version(event.epoch, _CREATED)
+    return _row(event, "pending", version, mail=_mail(event.task), next_at_us=send_at_us)
 
 
 def _mx_ok(event: pb.MxOk) -> Row:

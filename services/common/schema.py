@@ -92,7 +92,7 @@ tasks = Table(
     Column("message_id", String(255), nullable=False),
     _time("updated_at", nullable=False),
     Index("tasks_by_key", "tenant", "idempotency_key", unique=True),
-    Index("tasks_by_status", "status", "id"),
+    Index("tasks_by_status", "tenant", "status", "id"),
     Index("tasks_by_recipient", "recipient", "id"),
     Index("tasks_by_domain", "domain", "id"),
     **_OPTIONS,
@@ -120,6 +120,7 @@ task_events = Table(
     Column("relay", String(255), nullable=False),
     Column("reply", String(1024), nullable=False),
     Column("detail", String(1024), nullable=False),
+    _time("next_attempt_at"),
     **_OPTIONS,
 )
 

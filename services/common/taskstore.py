@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from services.common.database import execute_rows, marks
-from services.common.fold import EPOCH_SHIFT, Row, merge
+from services.common.fold import CREATED_VERSION, EPOCH_SHIFT, Row, merge
 from services.common.schema import to_micros
 from services.common.timeline import Entry
 
@@ -28,6 +28,8 @@ __all__ = [
     "load_tasks",
     "owners_of_keys",
     "purge_bodies",
+    "send_times",
+    "sizes_of_bodies",
     "upsert",
 ]
 
@@ -169,6 +171,33 @@ def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.M
             created_at_us=to_micros(created_at),
         )
     return tasks
+
+
+def send_times(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, int]:
+    """Return the time of each task that waits for it (`TaskCreated.send_at_us`), by id.
+
+    Of a task of which more is known than its first event the time is gone, as it has no meaning any more.
+    """
+    if not ids:
+        return {}
+    found = connection.exec_driver_sql(
+        f"SELECT id, next_attempt_at FROM tasks WHERE id IN ({marks(len(ids))})"
+        " AND version = %s AND next_attempt_at IS NOT NULL",
+        (*ids, CREATED_VERSION),
+    )
+    return {bytes(id_): to_micros(at) for id_, at in found}
+
+
+def sizes_of_bodies(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, int]:
+    """Return the bytes of text, HTML and headers of each task that has any, by id."""
+    if not ids:
+        return {}
+    parts = [f"COALESCE(OCTET_LENGTH({column}), 0)" for column in ("body", "html", "headers")]
+    found = connection.exec_driver_sql(
+        f"SELECT task_id, {' + '.join(parts)} FROM task_bodies WHERE task_id IN ({marks(len(ids))})",
+        tuple(ids),
+    )
+    return {bytes(id_): int(size) for id_, size in found}
 
 
 def load_events(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], Entry]:

@@ -26,10 +26,19 @@ class Entry(NamedTuple):
     relay: str
     reply: str
     detail: str
+    next_attempt_at: datetime | None
 
 
 def _entry(
-    event: Any, stage: str, kind: str, attempt: int = 0, detail: str = "", *, relay: str = "", reply: str = ""
+    event: Any,
+    stage: str,
+    kind: str,
+    attempt: int = 0,
+    detail: str = "",
+    *,
+    relay: str = "",
+    reply: str = "",
+    next_at_us: int = 0,
 ) -> Entry:
     return Entry(
         task_id(event),
@@ -41,6 +50,7 @@ def _entry(
         relay[: _WIDTHS["relay"]],
         reply[: _WIDTHS["reply"]],
         detail[: _WIDTHS["detail"]],
+        from_micros(next_at_us) if next_at_us > 0 else None,
     )
 
 
@@ -55,7 +65,9 @@ def timeline(event: Event) -> Entry:
     """
     match event:
         case pb.TaskCreated():
-            return _entry(event, "api", "retried" if event.epoch else "created")
+            if event.epoch:
+                return _entry(event, "api", "retried")
+            return _entry(event, "api", "created", next_at_us=event.send_at_us)
         case pb.MxOk():
             hosts = ", ".join(host.name for host in event.hosts)
             return _entry(event, "validator", "mx_ok", event.attempt, hosts)
@@ -69,7 +81,14 @@ def timeline(event: Event) -> Entry:
         case pb.MailDeferred():
             kind, detail = ("in_doubt", _doubt(event)) if event.in_doubt else ("deferred", event.reason)
             return _entry(
-                event, event.stage, kind, event.attempt, detail, relay=event.relay, reply=event.reply
+                event,
+                event.stage,
+                kind,
+                event.attempt,
+                detail,
+                relay=event.relay,
+                reply=event.reply,
+                next_at_us=event.next_attempt_at_us,
             )
         case pb.MailFailed():
             kind, detail = ("in_doubt", _doubt(event)) if event.uncertain else ("failed", event.reason)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import Connection, Engine
@@ -11,25 +13,30 @@ from sqlalchemy.exc import DBAPIError
 
 from postroad.v1 import events_pb2, task_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
-from services.api import outbox, sweeper, uuid7, views
+from services.api import outbox, queries, sweeper, uuid7, views
 from services.api.errors import Problem
 from services.api.recorder import Recorder
-from services.api.relay import Creation
-from services.api.validation import mail_task
+from services.api.relay import Creation, Recording
+from services.api.validation import creation
 from services.common import taskstore
 from services.common.database import transaction
 from services.common.events import encode
 from services.common.fold import delta
+from services.common.schema import from_micros
 from services.common.timeline import timeline
 
 CLOCK = uuid7.Clock()
 
 
-def recording(key: str = "", **data: object) -> Creation:
+def recording(key: str = "", send_at_us: int = 0, **data: object) -> Creation:
     mail = {"email": "a@shop.test", "subject": "Hello", "body": "text"} | data
-    task = mail_task(CreateRequest(data=TaskData(**mail)), "default", key, 1000)  # type: ignore[arg-type]
-    task.id, task.created_at_us = CLOCK.draw()
-    return Creation(events_pb2.TaskCreated(task=task, at_us=task.created_at_us), b"trace", 100)
+    asked = CreateRequest(data=TaskData(**mail))  # type: ignore[arg-type]
+    if send_at_us:
+        asked.send_at.FromMicroseconds(send_at_us)
+    event = creation(asked, "default", key, 1000, time.time_ns() // 1000)
+    event.task.id, event.task.created_at_us = CLOCK.draw()
+    event.at_us = event.task.created_at_us
+    return Recording(event, b"trace", 100)
 
 
 def ids_in(engine: Engine, table: str, column: str = "task_id") -> list[bytes]:
@@ -72,7 +79,7 @@ async def test_a_recorded_task_stands_in_three_tables_and_is_rebuilt_as_it_was(e
             f"SELECT {views.COLUMNS} FROM tasks WHERE id = %s", (rich.event.task.id,)
         ).one(),
     )
-    assert views.task(row) == views.recorded(rich.event.task)
+    assert views.task(row) == views.recorded(rich.event)
 
 
 async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Engine) -> None:
@@ -109,12 +116,82 @@ async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Eng
     assert transaction(engine, lambda c: sweeper.rebuilt(c, unknown)) == {}
 
 
+async def test_a_scheduled_task_is_left_to_the_sweeper_and_rebuilt_with_its_time(engine: Engine) -> None:
+    send_at_us = time.time_ns() // 1000 + 3600 * 1_000_000 + 7
+    later, now = recording(send_at_us=send_at_us, labels={"b": "1", "a": "2"}), recording()
+    answers, committed = await record(engine, later, now)
+    assert answers == [None, None]
+    assert committed == [now]
+    item = outbox.item_of(later.event)
+    due = "SELECT available_at FROM outbox WHERE task_id = %s"
+    [row] = transaction(engine, lambda c: c.exec_driver_sql(due, (item.task_id,)).all())
+    assert row.available_at == from_micros(send_at_us)
+    assert transaction(engine, lambda c: sweeper.rebuilt(c, [item])) == {item: later.event}
+    view = transaction(engine, lambda c: queries.get(c, "default", later.event.task.id))
+    assert view is not None
+    assert (view.status, view.next_attempt_at.ToMicroseconds()) == ("pending", send_at_us)
+    [line] = view.timeline
+    assert (line.kind, line.next_attempt_at.ToMicroseconds()) == ("created", send_at_us)
+    view.ClearField("timeline")
+    view.body = ""
+    assert view == views.recorded(later.event)
+    # Cancelled, it has no time any more, and its first event waits no longer.
+    cancelled = events_pb2.TaskCancelled(id=later.event.task.id, epoch=5, at_us=send_at_us)
+    transaction(engine, lambda c: taskstore.upsert(c, [delta(cancelled)]))
+    later.event.send_at_us = 0
+    assert transaction(engine, lambda c: sweeper.rebuilt(c, [item])) == {item: later.event}
+    transaction(engine, lambda c: outbox.hasten(c, later.event.task.id))
+    transaction(engine, lambda c: outbox.hasten(c, now.event.task.id))
+    assert taken(engine, 9) == [item]
+
+
+async def batch_of(engine: Engine, *recordings: Creation) -> list[object]:
+    recorder = Recorder(engine, lambda _: None, 1000, 1 << 20)
+    try:
+        return list(await recorder.record_batch(recordings))
+    finally:
+        await recorder.close()
+
+
+async def test_a_batch_is_one_transaction_in_which_each_has_its_own_answer(engine: Engine) -> None:
+    known = recording("known")
+    await record(engine, known)
+    first, twice, other, free = (
+        recording("k"),
+        recording("k"),
+        recording("k", subject="x"),
+        recording(),
+    )
+    again, clash = recording("known"), recording("known", body="x")
+    answers = await batch_of(engine, first, clash, twice, again, other, free)
+    assert answers[0] is answers[5] is None
+    assert answers[2] == views.recorded(first.event)
+    assert answers[3] == views.recorded(known.event)
+    for place, original in ((1, known), (4, first)):
+        problem = answers[place]
+        assert isinstance(problem, Problem)
+        assert uuid7.text(original.event.task.id) in problem.message
+    kept = sorted(r.event.task.id for r in (known, first, free))
+    assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == kept
+
+
+async def test_of_a_batch_that_fails_nothing_is_left(engine: Engine) -> None:
+    poison = recording()
+    poison.event.task.tenant = "é" * 3
+    transaction(
+        engine, lambda c: c.exec_driver_sql("ALTER TABLE tasks MODIFY tenant VARCHAR(64) CHARACTER SET ascii")
+    )
+    with pytest.raises(DBAPIError):
+        await batch_of(engine, *(recording() for _ in range(600)), poison)
+    assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == []
+
+
 async def test_a_key_asked_for_twice_in_one_transaction_is_one_task(engine: Engine) -> None:
     first, same, other, free = recording("k"), recording("k"), recording("k", subject="x"), recording()
     answers, committed = await record(engine, first, same, other, free)
     assert committed == [first, free]
     assert answers[0] is None
-    assert answers[1] == views.recorded(first.event.task)
+    assert answers[1] == views.recorded(first.event)
     assert isinstance(answers[2], Problem)
     assert answers[3] is None
     kept = sorted(r.event.task.id for r in (first, free))
@@ -210,3 +287,43 @@ def test_any_number_of_items_fits(engine: Engine, size: int) -> None:
     assert len(ids_in(engine, "outbox")) == size
     transaction(engine, lambda c: outbox.delete(c, items))
     assert ids_in(engine, "outbox") == []
+
+
+def test_a_sweep_among_many_scheduled_looks_at_what_is_due_only(engine: Engine) -> None:
+    items = [outbox.created(CLOCK.draw()[0]) for _ in range(50_000)]
+    [now] = transaction(engine, lambda c: c.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").one())
+    times = [now + timedelta(seconds=3600 + n / 10) for n in range(len(items))]
+    transaction(engine, lambda c: outbox.schedule(c, list(zip(items, times, strict=True))))
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ANALYZE TABLE outbox").all()
+        assert outbox.next_due(connection, 0.5) == 0.5
+        connection.exec_driver_sql("FLUSH STATUS")
+        assert outbox.take(connection, 500) == []
+        outbox.next_due(connection, 0.5)
+        status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
+        assert sum(int(count) for _, count in status) < 20, status
+    # The next one due is told to the moment, and is not taken before.
+    soon = outbox.created(CLOCK.draw()[0])
+    with engine.begin() as connection:
+        [due] = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6) + INTERVAL 0.3 SECOND").one()
+        outbox.schedule(connection, [(soon, due)])
+        assert 0 < outbox.next_due(connection, 0.5) <= 0.3
+    taken_at = None
+    while not taken_at:
+        with engine.begin() as connection:
+            if found := outbox.take(connection, 500):
+                assert found == [soon]
+                [taken_at] = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").one()
+    assert taken_at >= due
+
+
+async def test_bodies_are_in_hand_a_few_mebibytes_at_a_time(engine: Engine) -> None:
+    batch = [recording(body="x" * 900) for _ in range(40)]
+    await record(engine, *batch)
+    items = [outbox.item_of(r.event) for r in batch]
+    transaction(
+        engine, lambda c: c.exec_driver_sql("UPDATE task_bodies SET body = REPEAT('x', 1000000), html = 'é'")
+    )
+    chunks = transaction(engine, lambda c: sweeper.chunks(c, [*items, outbox.cancelled(bytes(16), 0)]))
+    assert [item for chunk in chunks for item in chunk] == [*items, outbox.cancelled(bytes(16), 0)]
+    assert [len(chunk) for chunk in chunks] == [4] * 9 + [5]

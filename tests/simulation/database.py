@@ -17,7 +17,7 @@ from postroad.v1 import events_pb2 as pb
 from services.api.outbox import GRACE, LEASE, Item
 from services.common.deliveries import decide as rules
 from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Taken, Verdict
-from services.common.fold import Row, merge
+from services.common.fold import CREATED_VERSION, Row, merge
 from services.common.schema import to_micros
 from services.common.taskstore import Body
 from services.common.timeline import Entry
@@ -129,6 +129,19 @@ class Database:
             )
         return tasks
 
+    def send_times(self, ids: Sequence[bytes]) -> dict[bytes, int]:
+        """Return the time of each task that waits for it."""
+        rows = [self.tasks[id_] for id_ in ids if id_ in self.tasks]
+        return {
+            row.id: to_micros(row.next_attempt_at)
+            for row in rows
+            if row.version == CREATED_VERSION and row.next_attempt_at is not None
+        }
+
+    def sizes_of_bodies(self, ids: Sequence[bytes]) -> dict[bytes, int]:
+        """Return the bytes of each task's body."""
+        return {id_: len((self.bodies[id_].body or "").encode()) for id_ in ids if id_ in self.bodies}
+
     def load_events(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], Entry]:
         """Return the lines of timelines with these keys."""
         return {key: self.entries[key] for key in keys if key in self.entries}
@@ -157,6 +170,17 @@ class Database:
         due = [item for item, at in self.outbox.items() if at <= self.world.now][:limit]
         self.defer(due, LEASE)
         return due
+
+    def next_due(self, within: float) -> float:
+        """Return the seconds until an item is due."""
+        return min(within, *(at - self.world.now for at in self.outbox.values()), within)
+
+    def hasten(self, task_id: bytes) -> None:
+        """Make due what of the task was scheduled."""
+        for item, at in self.outbox.items():
+            if item.task_id == task_id and at > self.world.now + LEASE:
+                self.outbox[item] = self.world.now
+        self._told()
 
     def defer(self, items: Sequence[Item], seconds: int) -> None:
         """Make items due in `seconds`."""

@@ -64,7 +64,10 @@ def _transaction(engine: Database, work: Any) -> Any:
     return engine.transact(work)
 
 
-_STATEMENTS = ("upsert", "insert_events", "insert_bodies", "owners_of_keys", "load_tasks", "load_events")
+_STATEMENTS = (
+    *("upsert", "insert_events", "insert_bodies", "owners_of_keys"),
+    *("load_tasks", "send_times", "sizes_of_bodies", "load_events"),
+)
 _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "time", VirtualTime),
     (poller, "threading", VirtualTime),
@@ -84,7 +87,10 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (status_stage, "insert_events", Database.insert_events),
     (recorder, "tasks_of", _originals),
     *((taskstore, name, getattr(Database, name)) for name in _STATEMENTS),
-    *((outbox, name, getattr(Database, name)) for name in ("put", "schedule", "delete", "take", "defer")),
+    *(
+        (outbox, name, getattr(Database, name))
+        for name in ("put", "schedule", "delete", "take", "next_due", "defer", "hasten")
+    ),
 ]
 _LOGGING = (
     *(

@@ -5,12 +5,21 @@ from email_validator import EmailNotValidError, validate_email
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postroad.v1.events_pb2 import MailTask, TaskCreated
 from postroad.v1.task_service_pb2 import CreateRequest
 from services.api.addresses import ascii_domain, normalise
 from services.api.errors import Refused
-from services.api.validation import encoded_length, mail_task
+from services.api.validation import MAX_AHEAD, creation, encoded_length
 
 MAX_BODY = 1000
+
+
+NOW = 1_800_000_000_000_000
+SECOND = 1_000_000
+
+
+def mail_task(asked: CreateRequest, tenant: str, key_in_metadata: str, max_body: int) -> MailTask:
+    return creation(asked, tenant, key_in_metadata, max_body, NOW).task
 
 
 def request(**data: object) -> CreateRequest:
@@ -280,3 +289,52 @@ def test_the_request_hash_tells_requests_apart_by_what_they_ask_for() -> None:
     hashes = [hash_of(**variant) for variant in variants]
     assert len({*hashes}) == len(variants)
     assert {len(value) for value in hashes} == {32}
+
+
+def scheduled(seconds: int, nanos: int = 0, key: str = "") -> TaskCreated:
+    asked = request()
+    asked.send_at.seconds, asked.send_at.nanos = seconds, nanos
+    return creation(asked, "t", key, MAX_BODY, NOW)
+
+
+def test_a_time_to_send_at_is_never_taken_for_an_earlier_one() -> None:
+    assert creation(request(), "t", "", MAX_BODY, NOW).send_at_us == 0
+    now = NOW // SECOND
+    assert scheduled(now + 1).send_at_us == NOW + SECOND
+    assert scheduled(now, 1).send_at_us == NOW + 1
+    assert scheduled(now, 1001).send_at_us == NOW + 2
+    assert scheduled(now + MAX_AHEAD).send_at_us == NOW + MAX_AHEAD * SECOND
+    # What has passed means at once, as no time does.
+    for past in (now, now - 1, 0, -62135596800):
+        assert scheduled(past).send_at_us == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "nanos"),
+    [
+        (NOW // SECOND + MAX_AHEAD, 1),
+        (253402300799, 0),
+        (253402300800, 0),
+        (-62135596801, 0),
+        (NOW // SECOND, -1),
+        (NOW // SECOND, 10**9),
+    ],
+)
+def test_a_time_that_is_none_or_too_far_ahead_is_named_beside_all_else(seconds: int, nanos: int) -> None:
+    asked = request(email="x")
+    asked.send_at.seconds, asked.send_at.nanos = seconds, nanos
+    with pytest.raises(Refused) as caught:
+        creation(asked, "t", "", MAX_BODY, NOW)
+    assert [v.field for v in caught.value.violations] == ["data.email", "send_at"]
+
+
+def test_the_request_hash_tells_times_apart_and_the_same_request_stays_the_same_when_its_time_has_come() -> (
+    None
+):
+    hashes = [scheduled(NOW // SECOND + n, key="k").task.request_hash for n in (-1, 0, 1, 2)]
+    assert len({*hashes, hash_of()}) == 5
+    asked = request()
+    asked.send_at.FromSeconds(NOW // SECOND + 5)
+    before, after = (creation(asked, "t", "k", MAX_BODY, NOW + n * SECOND) for n in (0, 9))
+    assert (before.send_at_us, after.send_at_us) == (NOW + 5 * SECOND, 0)
+    assert before.task.request_hash == after.task.request_hash

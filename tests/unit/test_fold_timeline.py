@@ -98,9 +98,25 @@ def test_a_line_carries_time_relay_and_reply() -> None:
     assert entry.at == from_micros(1_763_976_543_123_456)
 
 
+@pytest.mark.parametrize(
+    ("event", "next_at_us"),
+    [
+        (pb.TaskCreated(task=TASK, send_at_us=7), 7),
+        (pb.TaskCreated(task=TASK), 0),
+        (pb.TaskCreated(task=TASK, epoch=5, send_at_us=7), 0),
+        (pb.MailDeferred(id=ID, attempt=1, stage="validator", next_attempt_at_us=8), 8),
+        (pb.MailDeferred(id=ID, attempt=1, stage="sender", next_attempt_at_us=9), 9),
+        (pb.MailDeferred(id=ID, attempt=1, stage="sender", in_doubt=True), 0),
+        (pb.MailFailed(id=ID, attempt=1), 0),
+    ],
+)
+def test_a_line_says_when_the_next_attempt_was_to_follow(event: Event, next_at_us: int) -> None:
+    assert timeline(event).next_attempt_at == (from_micros(next_at_us) if next_at_us else None)
+
+
 @settings(deadline=None)
 @given(events_of(TASK))
 def test_texts_fit_their_columns(event: Event) -> None:
     for column, value in zip(task_events.columns, timeline(event), strict=True):
         length = getattr(column.type, "length", None)
-        assert length is None or len(value) <= length
+        assert value is None or length is None or len(value) <= length

@@ -133,6 +133,7 @@ class TimelineEntry(_message.Message):
     RELAY_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    NEXT_ATTEMPT_AT_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """The service that did it: api, validator or sender."""
     kind: _builtins.str
@@ -146,6 +147,10 @@ class TimelineEntry(_message.Message):
     """The cause in words, or the mail hosts found."""
     @_builtins.property
     def at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def next_attempt_at(self) -> _timestamp_pb2.Timestamp:
+        """When the task was to be tried again, or a scheduled one to be sent; unset otherwise."""
+
     def __init__(
         self,
         *,
@@ -156,10 +161,11 @@ class TimelineEntry(_message.Message):
         relay: _builtins.str = ...,
         reply: _builtins.str = ...,
         detail: _builtins.str = ...,
+        next_attempt_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "next_attempt_at", b"next_attempt_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "attempt", b"attempt", "detail", b"detail", "kind", b"kind", "relay", b"relay", "reply", b"reply", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "attempt", b"attempt", "detail", b"detail", "kind", b"kind", "next_attempt_at", b"next_attempt_at", "relay", b"relay", "reply", b"reply", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

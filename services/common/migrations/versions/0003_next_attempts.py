@@ -1,0 +1,22 @@
+"""When each attempt was to be followed by another; statuses are walked and counted within their tenant.
+
+The column is added at the end (no row is written anew); the index is made beside the one that it replaces.
+"""
+
+from alembic import op
+from sqlalchemy import inspect
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add what is not there yet."""
+    found = inspect(op.get_bind())
+    if "next_attempt_at" not in {column["name"] for column in found.get_columns("task_events")}:
+        op.execute("ALTER TABLE task_events ADD COLUMN next_attempt_at DATETIME(6)")
+    [by_status] = [index for index in found.get_indexes("tasks") if index["name"] == "tasks_by_status"]
+    if by_status["column_names"][0] != "tenant":
+        op.execute("ALTER TABLE tasks DROP KEY tasks_by_status, ADD KEY tasks_by_status (tenant, status, id)")
