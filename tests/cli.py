@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Command", "Done"]
+__all__ = ["Command", "Done", "Following"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGV = [sys.executable, "-m", "services.cli"]
@@ -45,6 +48,36 @@ class Done:
     def objects(self) -> list[Any]:
         """Its result, an object a line."""
         return [json.loads(line) for line in self.lines]
+
+
+class Following:
+    """A command that goes on: `objects` are what it wrote so far."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process, self.objects, self._errors = process, list[Any](), list[str]()
+        self.code: int | None = None
+        self._threads = [threading.Thread(target=self._read_out), threading.Thread(target=self._read_errors)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read_out(self) -> None:
+        assert self._process.stdout is not None
+        self.objects.extend(map(json.loads, self._process.stdout))
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr is not None
+        self._errors.extend(line.rstrip("\n") for line in self._process.stderr)
+
+    @property
+    def errors(self) -> list[str]:
+        """Its lines on stderr so far."""
+        return list(self._errors)
+
+    def end(self) -> None:
+        """Return once it has ended and all it wrote is here."""
+        self.code = self._process.wait(30)
+        for thread in self._threads:
+            thread.join(30)
 
 
 class Command:
@@ -76,6 +109,17 @@ class Command:
         """Start it with pipes and leave it running."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen([*ARGV, *arguments], env=self.environment, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+    @contextlib.contextmanager
+    def following(self, *arguments: str) -> Iterator[Following]:
+        """Start it with pipes; at the end of the block it gets Ctrl-C, and is waited for."""
+        process = self.start(*arguments)
+        following = Following(process)
+        try:
+            yield following
+        finally:
+            process.send_signal(signal.SIGINT)
+            following.end()
 
     def on_terminal(
         self,

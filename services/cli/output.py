@@ -11,11 +11,12 @@ out first; ids are never cut. Into a pipe nothing is cut, left out or coloured.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from services.cli.layout import GAP, Shape, widths
 
@@ -209,7 +210,9 @@ class Output:
     def _console(self) -> Any:
         from rich.console import Console  # noqa: PLC0415
 
-        return Console(highlight=False, width=self._width)
+        # Rich leaves out the colours alone; whoever asks for none wants no escape sequences either.
+        colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+        return Console(highlight=False, width=self._width, color_system=colours)
 
 
 def _cells(text: str) -> int:

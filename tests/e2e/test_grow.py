@@ -1,0 +1,69 @@
+"""Topics get more partitions while tasks are under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from tests.cli import Command
+from tests.e2e.road import Road, until
+from tests.stack import Stack
+
+
+def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., Stack]) -> None:
+    """Keys move to other partitions with tasks in every state, deferred ones among them."""
+    stack = new_stack(POSTROAD_PARTITIONS="3", POSTROAD_SENDER_DELAYS="1,3", POSTROAD_VALIDATOR_DELAYS="1,3")
+    stack.up("--sender", "2", "--status", "2")
+    postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": "6"})
+    refused = postroad("topics", "apply")
+    assert (refused.code, refused.out) == (1, "")
+    assert "differs mx.ok: 3 partitions, wanted 6" in refused.err.splitlines()
+    asked = postroad("topics", "apply", "--grow")
+    assert (asked.code, asked.out) == (2, "")
+    assert "use --yes" in asked.err
+    no = postroad.on_terminal("topics", "apply", "--grow", typed="n\n")
+    assert (no.code, no.out) == (1, "")
+    assert no.err == "Grow 14 topics from 3 to 6 partitions, for good? [y/N] postroad: nothing was done\n"
+
+    with Road(stack) as road:
+        ids: list[str] = []
+        enough = threading.Event()
+
+        def load() -> None:
+            number = 0
+            while not enough.is_set() or number % 100:
+                kind = "tempfail-1.x" if number % 10 == 0 else "x"
+                ids.append(road.create_surely(f"{kind}-{number}@good.test", f"grow-{number}"))
+                number += 1
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        until(lambda: len(ids) > 200, "under load")
+        grown = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
+        assert grown.code == 0, grown.err
+        assert {row["state"] for row in grown.json} == {"grown"}
+        assert {row["topic"] for row in grown.json} >= {
+            "task.created",
+            "mx.ok",
+            "sender.delay.1",
+            "sender.dead",
+        }
+        before = len(ids)
+        # The stages' producers learn of the new partitions within five minutes; a restart is sooner.
+        for name in ("validator-1", "sender-1", "sender-2", "status-1", "status-2", "api-1"):
+            stack.stop(name)
+            stack.start(name)
+        until(lambda: len(ids) > before + 300, "more tasks")
+        enough.set()
+        thread.join(60)
+        road.settled(ids, 120)
+        road.sent_once(ids)
+
+        def rows() -> list[dict[str, object]]:
+            found = postroad("lag", "--partitions", "--interval", "0", "-o", "json").json
+            return [*found["stages"], *found["partitions"]]
+
+        until(lambda: sum(int(str(row["lag"])) for row in rows()) == 0, "no lag", 30)
+        used = {row["partition"] for row in rows() if row.get("topic") == "mx.ok" and row["end"]}
+        assert used == set(range(6))
+    assert postroad("topics", "apply").code == 0

@@ -1,0 +1,78 @@
+"""The runbook says what is so: its commands, its metrics and its links are real."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from prometheus_client import REGISTRY
+
+from services.cli.main import app
+from services.common import telemetry
+
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "operations.md").read_text()
+
+
+def _commands() -> list[str]:
+    """Each `postroad ...` of the text, in code blocks and in the prose, without what is around it."""
+    blocks = [line.strip() for line in re.findall(r"^ {4,}(.+)$", TEXT, re.MULTILINE)]
+    inline = re.findall(r"`([^`\n]+)`", TEXT)
+    found = []
+    for line in [*blocks, *inline]:
+        for part in re.split(r"\s\|\s?|\s#\s", line):
+            bare = re.sub(r"^(?:[A-Z_]+=\S+ |xargs )*", "", part.strip())
+            # Reading --install-completion already does it, to the shell of whoever runs the tests.
+            if bare.startswith("postroad ") and not {"COMMAND", "--install-completion"} & set(bare.split()):
+                found.append(bare.removesuffix("...").strip())
+    return sorted(set(found))
+
+
+COMMANDS = _commands()
+
+
+def test_there_are_many() -> None:
+    assert len(COMMANDS) > 35
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_one(line: str) -> None:
+    """It is read as the command line would read it, down to its last flag; nothing runs."""
+    command: Any = typer.main.get_command(app)
+    context, arguments = None, shlex.split(line)[1:]
+    while True:
+        if line.endswith(("retry", "cancel")):  # the ids come from xargs
+            arguments.append("ID")
+        context = command.make_context(command.name, list(arguments), parent=context)
+        if not hasattr(command, "resolve_command"):
+            return
+        rest = [*context._protected_args, *context.args]
+        _, command, arguments = command.resolve_command(context, rest)
+
+
+def test_every_metric_is_one() -> None:
+    assert telemetry
+    known = {name for name in REGISTRY._names_to_collectors if name.startswith("postroad_")}
+    named = set(re.findall(r"\bpostroad_\w+", TEXT))
+    assert named
+    assert named <= known
+
+
+def test_every_setting_is_one() -> None:
+    from services.cli.settings import VARIABLES
+    from services.common.config import Settings
+
+    known = {str(f.validation_alias or f"POSTROAD_{n.upper()}") for n, f in Settings.model_fields.items()}
+    named = set(re.findall(r"\b(?:POSTROAD|EMAIL)_[A-Z_]+\b", TEXT))
+    assert named <= known | set(VARIABLES.values())
+
+
+def test_every_link_leads_somewhere() -> None:
+    headings = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert target[1:] in anchors if target.startswith("#") else (DOCS / target).exists(), target
