@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 
@@ -58,7 +59,10 @@ setup_commands.register(app, topics)
 
 def main() -> None:
     """Run the command that the process's arguments name, and exit."""
-    sys.exit(_run())
+    code = _run()
+    # What still runs at the exit of an interrupted command is ended by a second Ctrl-C, without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def _run() -> int:
