@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -26,15 +27,17 @@ class Sent:
     errors: list[str] = field(default_factory=list)
 
 
-def _request(number: int) -> pb.CreateRequest:
-    data = pb.TaskData(email=f"user{number}@d{number % 50}.ok.test", subject=f"Parcel {number}", body=BODY)
-    return pb.CreateRequest(data=data)
+def _anyone(number: int) -> str:
+    return f"user{number}@d{number % 50}.ok.test"
 
 
-async def _call(stub: rpc.TaskServiceAsyncStub, number: int, sent: Sent) -> None:
+async def _call(
+    stub: rpc.TaskServiceAsyncStub, number: int, sent: Sent, recipient: Callable[[int], str] = _anyone
+) -> None:
+    data = pb.TaskData(email=recipient(number), subject=f"Parcel {number}", body=BODY)
     wall, start = time.time(), time.perf_counter()
     try:
-        task = await stub.Create(_request(number), timeout=30)
+        task = await stub.Create(pb.CreateRequest(data=data), timeout=30)
     except grpc.aio.AioRpcError as error:
         sent.errors.append(f"{error.code().name}: {error.details()}")
         return
@@ -62,15 +65,25 @@ async def by_callers(targets: list[str], tasks: int, callers: int) -> Sent:
     return sent
 
 
-async def at_rate(targets: list[str], rate: float, seconds: float) -> Sent:
-    """Create `rate` tasks a second for `seconds`, whether or not earlier ones were answered."""
+async def at_rate(
+    targets: list[str],
+    rate: float,
+    seconds: float,
+    recipient: Callable[[int], str] = _anyone,
+    first: int = 0,
+) -> Sent:
+    """Create `rate` tasks a second for `seconds`, whether or not earlier ones were answered.
+
+    They are numbered from `first`; `recipient` gives the address for a number.
+    """
     sent = Sent()
     channels = _channels(targets, 2)
     stubs = [rpc.TaskServiceStub(channel) for channel in channels]
     calls, start = [], time.perf_counter()
     for number in range(int(rate * seconds)):
         await asyncio.sleep(max(0.0, start + number / rate - time.perf_counter()))
-        calls.append(asyncio.create_task(_call(stubs[number % len(stubs)], number, sent)))
+        stub = stubs[number % len(stubs)]
+        calls.append(asyncio.create_task(_call(stub, first + number, sent, recipient)))
     await asyncio.gather(*calls)
     await asyncio.gather(*(channel.close() for channel in channels))
     return sent
