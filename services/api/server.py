@@ -10,7 +10,8 @@ from services.api.handlers import SERVICE, TaskService
 
 __all__ = ["serve_on"]
 
-# Far above any body, so that one that is too large gets an answer that says so.
+# Far above any body, so that one that is too large gets an answer that says so; a batch of 1,000 may have
+# 32 KiB an item. What is larger is refused by gRPC itself, with RESOURCE_EXHAUSTED.
 _MAX_MESSAGE = 32 << 20
 
 _OPTIONS = [

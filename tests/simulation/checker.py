@@ -56,6 +56,11 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
         violation(f"{name} rebuilt from the topics is another than in the table: {columns}")
 
     copies = [copy for copy in schedule.mail.journal if copy.task == id_]
+    wanted = schedule.plan.tasks[id_[-2]].send_in
+    if row.created_at is not None and any(
+        schedule.database.at(row.created_at) + wanted > copy.at for copy in copies
+    ):
+        violation(f"{name} was sent before its time")
     sent_by = schedule.database.sent_by
     # What a sender was told of and could store needs no explanation, once a task.
     plain = [copy for copy in copies if sent_by.get(copy.owner) is Settlement.STORED]

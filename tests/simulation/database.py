@@ -17,6 +17,7 @@ from postroad.v1 import events_pb2 as pb
 from services.api.outbox import GRACE, LEASE, Item
 from services.common.deliveries import decide as rules
 from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Taken, Verdict
+from services.common.deliveries.refusals import refusal, refused
 from services.common.fold import CREATED_VERSION, Row, merge
 from services.common.schema import to_micros
 from services.common.taskstore import Body
@@ -59,6 +60,10 @@ class Database:
         """Return the database's clock."""
         return _BEGIN + timedelta(seconds=self.world.now)
 
+    def at(self, time: datetime) -> float:
+        """Return when in the schedule the database's clock shows this."""
+        return (time - _BEGIN).total_seconds()
+
     def transact(self, work: Callable[[Database], R], operation: str | None = None) -> R:
         """Take the place of `transaction`: all of it, or OperationalError."""
         if not self.world.up("database"):
@@ -91,6 +96,11 @@ class Database:
         """Insert timeline lines; those that are there stay."""
         for entry in entries:
             self.entries.setdefault((entry.task_id, entry.event_id), entry)
+
+    def refuse(self, events: Iterable[pb.MxFailed]) -> None:
+        """Have the deliveries of these tasks failed as refusals.refuse does."""
+        for row in map(refused, events):
+            self.deliveries[row.task_id] = refusal(self.deliveries.get(row.task_id), row)
 
     def insert_bodies(self, bodies: Iterable[Body]) -> None:
         """Insert bodies; those that are there stay."""
@@ -157,7 +167,7 @@ class Database:
     def schedule(self, items: Sequence[tuple[Item, datetime]]) -> None:
         """Add items, each due at its time."""
         for item, due in items:
-            self.outbox.setdefault(item, (due - _BEGIN).total_seconds())
+            self.outbox.setdefault(item, self.at(due))
         self._told()
 
     def delete(self, items: Sequence[Item]) -> None:

@@ -183,7 +183,7 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
 
 def _simpler(task: TaskPlan) -> Iterator[TaskPlan]:
     plain = TaskPlan(0.0)
-    for name in ("at", "dns", "smtp", "key", "twice"):
+    for name in ("at", "dns", "smtp", "key", "twice", "send_in"):
         if getattr(task, name) != getattr(plain, name):
             yield replace(task, **{name: getattr(plain, name)})
     if len(task.smtp) > 1:

@@ -9,7 +9,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from services.api.outbox import created
+from services.api import outbox
+from services.api.outbox import Item, created
 from services.api.relay import Creation, Relay
 from services.common import fold
 from services.common.deliveries import decide
@@ -19,6 +20,7 @@ from services.common.stage.offsets import Offsets
 from services.common.stage.types import Dead
 from services.common.stage.work import Work
 from services.sender.async_claims import AsyncClaims
+from tests.simulation.database import Database
 from tests.simulation.patches import replaced
 from tests.simulation.threads import VirtualTime
 
@@ -105,6 +107,15 @@ def _outbox_before_ack() -> Patches:
     return [(Relay, "publish", publish)]
 
 
+def _scheduled_at_once() -> Patches:
+    """What is scheduled goes with the next sweep."""
+
+    def schedule(connection: Database, items: Sequence[tuple[Item, datetime]]) -> None:
+        connection.put([item for item, _ in items], 0)
+
+    return [(outbox, "schedule", schedule)]
+
+
 def _dead_letter_failure_ignored() -> Patches:
     """A record is finished though its dead letter could not be published."""
 
@@ -134,6 +145,7 @@ MUTANTS: dict[str, Callable[[], Patches]] = {
     "stale-completion-counts": _stale_completion_counts,
     "counts-offsets": _counts_offsets,
     "outbox-before-ack": _outbox_before_ack,
+    "scheduled-at-once": _scheduled_at_once,
     "dead-letter-failure-ignored": _dead_letter_failure_ignored,
     "fold-ignores-epochs": _fold_ignores_epochs,
 }

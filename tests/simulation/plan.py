@@ -21,7 +21,8 @@ class TaskPlan:
 
     `dns`: what each lookup of its domain finds, `ok`, `soft` (SERVFAIL) or `none` (no such domain).
     `smtp`: how each delivery ends, see mail.py. The last one of either stays. `key`: the client has an
-    idempotency key, so asks again until it hears; `twice`: it asks on two connections at once.
+    idempotency key, so asks again until it hears; `twice`: it asks on two connections at once. `send_in`:
+    it is not to be sent for so many seconds.
     """
 
     at: float
@@ -29,6 +30,7 @@ class TaskPlan:
     smtp: tuple[str, ...] = ("ok",)
     key: bool = True
     twice: bool = False
+    send_in: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ def _task(rng: random.Random) -> TaskPlan:
         smtp=(*trouble, rng.choice(_SMTP_ENDS)),
         key=rng.random() < 0.8,
         twice=rng.random() < 0.1,
+        send_in=round(rng.choice((0, 0, 0, 0, 0, 0, 0, rng.random(), 30 * rng.random())), 3),
     )
 
 

@@ -225,7 +225,8 @@ class Schedule:
             body="text",
             created_at_us=now_us,
         )
-        recording = Recording(pb.TaskCreated(task=task, at_us=now_us), b"", 100)
+        send_at_us = now_us + int(plan.send_in * 1e6) if plan.send_in else 0
+        recording = Recording(pb.TaskCreated(task=task, at_us=now_us, send_at_us=send_at_us), b"", 100)
         self.unknown.add(id_)
         answered = False
 

@@ -5,7 +5,7 @@ from google.protobuf.json_format import ParseDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postroad.v1.task_service_pb2 import ListRequest
+from postroad.v1.task_service_pb2 import CountRequest, ListRequest, WatchRequest
 from services.api.errors import Refused
 from services.api.filters import Filter, parse
 from services.common.schema import STATUSES
@@ -171,3 +171,18 @@ def test_a_filters_digest_is_its_own() -> None:
     digests = {f.digest(tenant) for f in filters for tenant in ("a", "b")}
     assert len(digests) == 8
     assert Filter(email="a@b.test").digest("a") == Filter(email="a@b.test").digest("a")
+
+
+def test_a_count_and_a_watch_ask_with_the_fields_that_they_have() -> None:
+    times = {"created_from": "2026-01-02T03:04:05Z", "created_to": "2026-01-02T03:04:06Z"}
+    common = {"status": ["failed"], "email": "a@b.test", "reason": "null_mx", "labels": {"a": "1"}}
+    count = ParseDict(common | times, CountRequest())
+    assert parse(count) == asked(common | times)
+    assert parse(ParseDict({"_filters": common | times}, CountRequest())) == asked(common | times)
+    assert parse(ParseDict(common, WatchRequest())) == asked(common)
+    with pytest.raises(Refused) as caught:
+        parse(ParseDict({"_filters": common | times}, WatchRequest()))
+    assert [violation.field for violation in caught.value.violations] == [
+        "_filters.created_from",
+        "_filters.created_to",
+    ]

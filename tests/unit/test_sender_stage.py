@@ -229,17 +229,25 @@ async def test_a_task_from_which_no_mail_can_be_built_fails(build: Callable[...,
 
 
 @pytest.mark.parametrize(
-    ("created_s", "epoch_s", "state"),
-    [(86000, 0, "deferred"), (86500, 0, "failed"), (10**6, 86000, "deferred"), (10**6, 86500, "failed")],
+    ("created_s", "epoch_s", "due_s", "state"),
+    [
+        (86000, 0, None, "deferred"),
+        (86500, 0, None, "failed"),
+        (10**6, 86000, None, "deferred"),
+        (10**6, 86500, None, "failed"),
+        (10**6, 0, 86000, "deferred"),
+        (10**6, 0, 86500, "failed"),
+    ],
 )
-async def test_a_tasks_age_is_counted_from_when_it_was_recorded_or_reopened(
-    build: Callable[..., World], created_s: int, epoch_s: int, state: str
+async def test_a_tasks_age_is_counted_from_when_it_was_recorded_or_reopened_or_due(
+    build: Callable[..., World], created_s: int, epoch_s: int, due_s: int | None, state: str
 ) -> None:
+    """A scheduled task's domain is looked at when its time has come, whenever it was recorded."""
     world = build(GREYLISTED)
     record = mx_ok(
         epoch=NOW_US // 1000 - epoch_s * 1000 if epoch_s else 0, created_at_us=NOW_US - created_s * 1_000_000
     )
-    record.event.at_us = 0
+    record.event.at_us = 0 if due_s is None else NOW_US - due_s * 1_000_000
     await world.handle(record)
     assert world.row.state == state
 

@@ -158,7 +158,7 @@ class BatchCreateRequest(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateRequest]:
-        """1 to 1,000; the metadata key `idempotency-key` does not apply to them."""
+        """1 to 1,000, 32 MiB in all; the metadata key `idempotency-key` does not apply to them."""
 
     def __init__(
         self,
@@ -180,7 +180,9 @@ class BatchCreateResponse(_message.Message):
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchCreateResult]:
-        """One for each request, in their order."""
+        """One for each request, in their order. So that they stay below the 4 MiB that clients take by
+        default, tasks are without their labels and errors without violations from where they pass 2 MiB.
+        """
 
     def __init__(
         self,
