@@ -10,7 +10,14 @@ from collections.abc import Mapping
 
 from deploy.local.state import State
 
-__all__ = ["REPLACED_BY", "given_variables", "replaced", "service_environment", "stack_environment"]
+__all__ = [
+    "OPERATORS",
+    "REPLACED_BY",
+    "given_variables",
+    "replaced",
+    "service_environment",
+    "stack_environment",
+]
 
 # Which process is not started when one of these is set.
 REPLACED_BY = {
@@ -22,6 +29,8 @@ REPLACED_BY = {
 }
 # Each process' own, or this package's: never taken over from outside.
 PRIVATE = {"POSTROAD_LISTEN", "POSTROAD_REPLICA"}
+# Where the `postroad` command of the user's own finds an installation: not what this stack is made of.
+OPERATORS = {"POSTROAD_CONFIG", "POSTROAD_PROFILE", "POSTROAD_ENV_FILE", "POSTROAD_TOKEN", "POSTROAD_TLS"}
 PRIVATE_PREFIXES = ("POSTROAD_HTTP_", "POSTROAD_LOCAL_")
 LOOPBACK = "127.0.0.1"
 # On a desk nobody waits four hours for a second attempt.
@@ -71,7 +80,7 @@ def given_variables(state: State, environ: Mapping[str, str]) -> dict[str, str]:
         name: value
         for name, value in environ.items()
         if name.startswith(("POSTROAD_", "EMAIL_"))
-        and name not in PRIVATE
+        and name not in PRIVATE | OPERATORS
         and not name.startswith(PRIVATE_PREFIXES)
         and value
         and own.get(name) != value

@@ -16,7 +16,7 @@ from deploy.local import process
 from deploy.local.component import Component
 from deploy.local.database import database_component
 from deploy.local.database_tree import wanted_kind
-from deploy.local.environment import given_variables, replaced, stack_environment
+from deploy.local.environment import OPERATORS, given_variables, replaced, stack_environment
 from deploy.local.files import write_whole
 from deploy.local.kafka_node import kafka_component
 from deploy.local.layout import ROOT, Layout
@@ -232,7 +232,8 @@ class Stack:
         """Run `postroad command` once what it needs is ready."""
         self._results(after)
         argv = [sys.executable, "-m", "services.cli", *command.split()]
-        env = {**os.environ, **stack_environment(self.state)}
+        own = {name: value for name, value in os.environ.items() if name not in OPERATORS}
+        env = {**own, **stack_environment(self.state), "POSTROAD_CONFIG": os.devnull}
         done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")

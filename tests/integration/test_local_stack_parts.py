@@ -21,6 +21,8 @@ def test_nothing_given_is_the_stack_itself() -> None:
     own = stack_environment(state)
     assert given_variables(state, own) == {}
     assert given_variables(state, {**own, "EMAIL_HOST": "", "HOME": "/root"}) == {}
+    operators = {"POSTROAD_PROFILE": "production", "POSTROAD_ENV_FILE": "x.env", "POSTROAD_TOKEN": "secret"}
+    assert given_variables(state, {**own, **operators}) == {}
     assert not any(replaced(state, process) for process in ("kafka", "mysql", "dns", "catcher", "api"))
 
 
