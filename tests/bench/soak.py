@@ -1,4 +1,4 @@
-"""An hour at a steady rate, one task in a hundred amiss: `python -m tests.bench.soak [--minutes M] [--rate R]`.
+"""An hour at a steady rate, one task in a hundred amiss: `python -m tests.bench.soak`.
 
 It brings up a local stack of its own and prints each minute what the services hold in memory. It fails where
 one of them grows by more than a fifth after its first ten minutes, where a task is lost or one too many is
@@ -13,7 +13,6 @@ import itertools
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import grpc
 import uvloop
@@ -82,18 +81,18 @@ async def soak(minutes: int, rate: float) -> bool:
             print(f"{minute:6}  {cells}  {created:7}  {len(journal.accepted):6}", flush=True)
         counts = await _settled(target)
         journal.read()
-        return report(resident, counts, created, errors, journal, folder)
+        flat = _grown(resident)
+        print(f"created {created}, refused {errors}, mails {len(journal.accepted)}, copies {journal.copies}; "
+              + ", ".join(f"{status} {n}" for status, n in counts.items() if n))  # fmt: skip
+        whole = sum(counts.values()) == created and len(journal.accepted) >= counts["completed"]
+        whole = whole and not counts["pending"] and not errors and not journal.copies
+        if not (flat and whole):
+            print(f"not as promised; the stack's folder: {folder}")
+        return flat and whole
 
 
-def report(
-    resident: list[dict[str, float]],
-    counts: Mapping[str, int],
-    created: int,
-    errors: int,
-    journal: Journal,
-    folder: Path,
-) -> bool:
-    """Print what came of it; return whether all held."""
+def _grown(resident: list[dict[str, float]]) -> bool:
+    """Print how the services grew after their warm-up; return whether that was little enough."""
     warm = min(_WARM_UP, len(resident)) - 1
     flat = True
     for name in SERVICES:
@@ -102,13 +101,7 @@ def report(
         flat = flat and growth <= GROWTH
         print(f"{name:12} {start:6.1f} MB after {warm + 1} min, {most:6.1f} at most, {end:6.1f} at the end:"
               f" {growth:+.1%}")  # fmt: skip
-    print(f"created {created}, refused {errors}, mails {len(journal.accepted)}, copies {journal.copies}; "
-          + ", ".join(f"{status} {n}" for status, n in counts.items() if n))  # fmt: skip
-    whole = sum(counts.values()) == created and len(journal.accepted) >= counts["completed"]
-    whole = whole and not counts["pending"] and not errors and not journal.copies
-    if not (flat and whole):
-        print(f"not as promised; the stack's folder: {folder}")
-    return flat and whole
+    return flat
 
 
 def main() -> int:

@@ -67,7 +67,8 @@ class _Link:
                 asyncio.ensure_future(self._pump(back, writer)),
             ]
             await asyncio.wait(ways)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
+            # Cancelled when all is over; raised from here it would be reported once a connection.
             _reset(writer)
         finally:
             for one in filter(None, (writer, upstream)):
@@ -90,7 +91,8 @@ class _Link:
 
 def _reset(writer: asyncio.StreamWriter) -> None:
     """End a connection at once, with a RST."""
-    with contextlib.suppress(OSError, AttributeError):
+    # ValueError: it is closed already.
+    with contextlib.suppress(OSError, AttributeError, ValueError):
         writer.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
         )
