@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import structlog
 from sqlalchemy import Connection, Engine
 
+from postroad.v1 import events_pb2 as pb
 from services.common import topics
 from services.common.batching import Batcher
 from services.common.database import at_fault, said, transaction, transient, until_back
+from services.common.deliveries.refusals import refuse
 from services.common.events import DECODERS, Event
 from services.common.fold import delta
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
@@ -67,10 +69,12 @@ class Status:
     def _store(self, events: Sequence[Event]) -> list[None]:
         rows = [delta(event) for event in events]
         entries = [timeline(event) for event in events]
+        refused = [event for event in events if isinstance(event, pb.MxFailed)]
 
         def write(connection: Connection) -> None:
             upsert(connection, rows)
             insert_events(connection, entries)
+            refuse(connection, refused)
 
         transaction(self._engine, write)
         return [None] * len(events)

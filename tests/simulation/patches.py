@@ -85,6 +85,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (status_stage, "transaction", _transaction),
     (status_stage, "upsert", Database.upsert),
     (status_stage, "insert_events", Database.insert_events),
+    (status_stage, "refuse", Database.refuse),
     (recorder, "tasks_of", _originals),
     *((taskstore, name, getattr(Database, name)) for name in _STATEMENTS),
     *(

@@ -10,9 +10,14 @@ from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, Delivery
 from services.common.events import Event
 
-__all__ = ["STAGE", "event_of"]
+__all__ = ["STAGE", "event_of", "refused_before"]
 
 STAGE = "sender"
+
+
+def refused_before(row: Delivery) -> bool:
+    """Whether the task ended before the sender saw it (refusals.py): `mx.failed` tells of it, no other."""
+    return row.state == "failed" and row.attempt == 0
 
 
 def event_of(row: Delivery) -> Event:

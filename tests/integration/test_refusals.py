@@ -1,0 +1,104 @@
+"""A task that the validator ended is known to the claims: the rule and its SQL, on each database server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from itertools import product
+from typing import get_args
+
+import pytest
+from sqlalchemy import Engine
+
+from postroad.v1 import events_pb2 as pb
+from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, State, Stored, Taken, decide
+from services.common.deliveries.outcome import event_of, refused_before
+from services.common.deliveries.refusals import refusal, refuse, refused
+from services.common.deliveries.rows import locked, store
+from services.common.stage.types import Done
+from services.sender.answers import answer
+from services.sender.claims import Claims
+
+NOW = datetime(2026, 3, 1, 12)
+EPOCH = 5
+
+
+def failed(id_: bytes, epoch: int = EPOCH, reason: str = "null_mx") -> pb.MxFailed:
+    return pb.MxFailed(id=id_, epoch=epoch, attempt=3, reason=reason, detail="d", at_us=77)
+
+
+def known() -> Iterator[Delivery]:
+    """A row of every state, epoch and reason that the rule looks at."""
+    cases = product(get_args(State), (EPOCH - 1, EPOCH, EPOCH + 1), ("", IN_DOUBT, "rejected"))
+    for number, (state, epoch, reason) in enumerate(cases):
+        yield Delivery(
+            number.to_bytes(16, "big"),
+            state,
+            epoch,
+            2,
+            1,
+            b"o" * 16,
+            NOW,
+            9,
+            8,
+            reason,
+            "r",
+            "relay",
+            "<m@x>",
+        )
+
+
+def test_the_sql_is_the_rule(engine: Engine) -> None:
+    rows = list(known())
+    new = b"new" + bytes(13)
+    with engine.begin() as connection:
+        store(connection, rows)
+        for _ in range(2):
+            refuse(connection, [failed(new), *(failed(row.task_id) for row in reversed(rows))])
+        found, _ = locked(connection, [new, *(row.task_id for row in rows)])
+    assert found[new] == refused(failed(new))
+    for row in rows:
+        assert found[row.task_id] == refusal(row, refused(failed(row.task_id))), row
+    assert sum(found[row.task_id] != row for row in rows) == 9, "settled ones of an earlier epoch, no others"
+
+
+def test_of_several_the_latest_epoch_counts_and_none_is_nothing(engine: Engine) -> None:
+    id_ = b"x" * 16
+    with engine.begin() as connection:
+        refuse(connection, [])
+        refuse(connection, [failed(id_, 1), failed(id_, 9, "x" * 99), failed(id_, 4)])
+        found, _ = locked(connection, [id_])
+    assert (found[id_].epoch, found[id_].reason) == (9, "x" * 64)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_claim_of_its_epoch_is_told_and_one_of_a_later_epoch_may_send(hold: bool) -> None:
+    row = refused(failed(b"x" * 16))
+
+    def ask(epoch: int) -> object:
+        return decide(row, Claim(row.task_id, epoch, 1, b"c" * 16, "<m@x>"), NOW, timedelta(20), hold)[0]
+
+    assert ask(EPOCH) == Stored(row)
+    later = ask(EPOCH + 1)
+    assert isinstance(later, Taken)
+    assert later.row.message_id == "<m@x>"
+    assert later.row.takeovers == 0
+
+
+def test_a_mail_that_was_ever_in_doubt_stays_known_as_such() -> None:
+    row = next(row for row in known() if (row.state, row.epoch, row.reason) == ("uncertain", 4, IN_DOUBT))
+    over = refusal(row, refused(failed(row.task_id)))
+    assert (over.state, over.takeovers, over.message_id) == ("failed", 2, "<m@x>")
+
+
+def test_the_sender_tells_nothing_of_what_it_never_saw(engine: Engine) -> None:
+    event = failed(b"x" * 16)
+    with engine.begin() as connection:
+        refuse(connection, [event])
+    [verdict] = Claims(engine, 20, hold=False).claim([Claim(event.id, EPOCH, 1, b"c" * 16, "<m@x>")])
+    assert isinstance(verdict, Stored)
+    assert answer(verdict.row, [60], 0) == Done()
+    # What the sender refused itself is told again, as ever.
+    told = verdict.row._replace(attempt=1, reason="rejected")
+    assert not refused_before(told)
+    assert answer(told, [60], 0) == Done([event_of(told)])
