@@ -24,6 +24,7 @@ from services.common.deliveries.decide import (
     settlement,
 )
 from services.common.deliveries.outcome import event_of
+from services.common.deliveries.refusals import refused
 from services.common.events import Event, event_key
 from services.common.fold import delta, fold
 from services.sender.answers import found_in_doubt
@@ -149,12 +150,18 @@ def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
     assert verdict.row.state == "uncertain"
 
 
+def test_a_task_that_failed_before_the_sender_saw_it_is_restored_as_status_has_it() -> None:
+    event = pb.MxFailed(id=mail_task(0).id, epoch=3, attempt=2, reason="null_mx" * 20, detail="d", at_us=7)
+    tells = told(event, 1)
+    assert tells is not None
+    assert restored(tells, START)._replace(lease_until=refused(event).lease_until) == refused(event)
+
+
 def test_what_is_not_about_the_delivery_tells_nothing() -> None:
     task = mail_task(0)
     for event in (
         pb.TaskCreated(task=task),
         pb.MxOk(task=task),
-        pb.MxFailed(id=task.id),
         pb.MailDeferred(id=task.id, stage="validator"),
     ):
         assert told(event, 1) is None

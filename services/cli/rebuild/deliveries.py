@@ -65,6 +65,10 @@ def told(event: Event, version: int) -> Told | None:
         case pb.TaskCancelled():
             attempts = min(event.attempts, INT_MAX)
             return Told(event.id, version, "cancelled", event.epoch, attempts, 0, 0, 0, "", "", "", "")
+        case pb.MxFailed():
+            # As services/common/deliveries/refusals.py has it.
+            reason = event.reason[: _WIDTHS["reason"]]
+            return Told(event.id, version, "failed", event.epoch, 0, 0, event.at_us, 0, reason, "", "", "")
     return None
 
 
