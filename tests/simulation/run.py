@@ -279,7 +279,7 @@ class Schedule:
                 self.broker.append(act.topic, b"%16d" % len(self.poison), b"\xff\xff", [])
 
     def replay(self, topic: str) -> None:
-        """Produce all records of a topic again, each task reopened: the worst that a replay can be asked for."""
+        """Produce all records of a topic again, every task reopened: more than a replay may be asked for."""
         epoch = EPOCH * 1000 + int(self.scheduler.now * 1000)
         for message in self.broker.records(topic):
             if message.value() == b"\xff\xff":
