@@ -66,9 +66,8 @@ def register(app: typer.Typer) -> None:
         """Make the task table anew from the topics, and compare it with the one that is there.
 
         Every row and every column of tasks and timelines is compared. Nothing is changed without --yes;
-        with it the rebuilt tables take the place of the others in one moment, and bodies and deliveries
-        that are missing are restored. The services may go on running. What the topics do not hold any more
-        stays as it is.
+        with it the rebuilt tables take the place of the others, and bodies and deliveries that are missing
+        come back. The services may go on running. What the topics hold no more stays as it is.
 
         Exit code 1: something differs, and was left so.
         """
@@ -86,6 +85,7 @@ def register(app: typer.Typer) -> None:
         frame.out.one(_row(report), lambda row: _show(frame, row))
         if not report.equal and not yes:
             say("The tables are not what the topics make of them; --yes exchanges them.")
+            say("What the status stage has not folded yet differs as well: see postroad lag.")
             raise typer.Exit(FAILED)
 
 

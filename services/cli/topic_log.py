@@ -16,8 +16,6 @@ from services.common.topics import MAX_RECORD_BYTES
 
 __all__ = ["At", "Log"]
 
-# Nothing at all for so long means that the cluster does not answer (seconds).
-_SILENCE = 30.0
 
 _LEADERLESS = frozenset(
     {
@@ -40,8 +38,9 @@ class At(NamedTuple):
 class Log:
     """Reads `topics` (full names) without a group. `next` is how far it has come, by partition.
 
-    `start` is where each partition began when it was first looked at. Raises
-    `confluent_kafka.KafkaException`; a topic that is not there is one.
+    `start` is where each partition began when it was first looked at. Where nothing comes for `silence`
+    seconds, the cluster does not answer. Raises `confluent_kafka.KafkaException`; a topic that is not there
+    is one.
     """
 
     def __init__(self, settings: Settings, topics: Sequence[str]) -> None:
@@ -51,12 +50,15 @@ class Log:
             enable_partition_eof=True,
             queued_max_messages_kbytes=16 << 10,
             fetch_wait_max_ms=20,
+            # Small portions: topics of large records and of small ones are read at about one pace.
+            max_partition_fetch_bytes=64 << 10,
             receive_message_max_bytes=MAX_RECORD_BYTES + (64 << 20),
         )
         self._partitions = [TopicPartition(name, number) for name in topics for number in self._numbers(name)]
         self.start = self._offsets(OffsetSpec.earliest())  # type: ignore[no-untyped-call]
         self.next = dict(self.start)
         self.first_ms: dict[At, int] = {}
+        self.silence = 30.0
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -65,6 +67,12 @@ class Log:
     def ends(self) -> dict[At, int]:
         """Return where each partition ends now: the offset that its next record will have."""
         return self._offsets(OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def since(self, time_ms: int) -> dict[At, int]:
+        """Return each partition's first record of that time (Unix ms) or later, its end where none is."""
+        found = self._offsets(OffsetSpec.for_timestamp(time_ms))
+        ends = self.ends()
+        return {at: offset if offset >= 0 else ends[at] for at, offset in found.items()}
 
     def left(self, ends: Mapping[At, int]) -> int:
         """Return how many offsets there are between `next` and `ends`."""
@@ -100,7 +108,7 @@ class Log:
                 yield batch
                 # What was done with it may have taken as long as it liked.
                 heard = time.monotonic()
-            if time.monotonic() - heard > _SILENCE:
+            if time.monotonic() - heard > self.silence:
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "nothing came of the topics"))
         self._consumer.unassign()
 

@@ -188,11 +188,12 @@ def history(number: int, task: pb.MailTask) -> list[Event]:
 
 
 def delivery(events: Sequence[Event]) -> Delivery | None:
-    """What the sender's row says when the last of these has been published."""
+    """What the row in `deliveries` says when the last of these has been published."""
     row = None
     for event in events:
         state = {
             pb.MailSent: "sent",
+            pb.MxFailed: "failed",
             pb.MailFailed: "failed",
             pb.MailDeferred: "deferred",
             pb.TaskCancelled: "cancelled",
@@ -281,15 +282,20 @@ def test_what_is_not_on_the_topics_yet_stays(road: Road) -> None:
     # One of those that failed is reopened, and that is not published.
     reopened = first(histories[4])
     again = created(reopened, reopened.created_at_us // 1000 + 9)
+    # One waits for its time.
+    later = road.task(200)
+    scheduled = created(later)
+    scheduled.send_at_us = later.created_at_us + 3_600_000_000
     with road.engine.begin() as connection:
-        upsert(connection, [delta(again)])
+        upsert(connection, [delta(again), delta(scheduled)])
+        outbox.put(connection, [outbox.created(later.id)])
         insert_events(connection, [timeline(again)])
         outbox.put(connection, [outbox.created(reopened.id, again.epoch)])
     before = road.dump()
     assert road.rebuild(swap_in=False).equal
     road.do(f"UPDATE tasks SET recipient = 'x' WHERE id = 0x{first(histories[2]).id.hex()}")
     report = road.rebuild()
-    assert (report.recorded, report.differing, report.missing, report.extra) == (21, 1, 0, 0)
+    assert (report.recorded, report.differing, report.missing, report.extra) == (22, 1, 0, 0)
     assert report.swapped
     assert road.dump() == before
 
@@ -367,10 +373,10 @@ def test_after_a_total_loss_no_mail_goes_again(road: Road) -> None:
     report = road.rebuild()
     assert road.dump() == before
     states = dict(road.rows("SELECT task_id, state FROM deliveries"))
-    expected = ["", "", "sent", "sent", "failed", "cancelled", "deferred", "failed"]
+    expected = ["", "failed", "sent", "sent", "failed", "cancelled", "deferred", "failed"]
     for number, events in enumerate(histories):
         assert states.get(first(events).id, "") == expected[number % 8]
-    assert report.deliveries == len(states) == 60
+    assert report.deliveries == len(states) == 70
     claims = Claims(road.engine, 20, hold=False)
     sent = [first(events).id for number, events in enumerate(histories) if number % 8 in (2, 3)]
     requests = [Claim(id_, NOW_US // 1000, 9, os.urandom(16), "<again@x>") for id_ in sent]
@@ -391,13 +397,13 @@ def test_a_delivery_that_is_there_stays_unless_the_mail_was_sent(road: Road) -> 
     with road.engine.begin() as connection:
         execute_rows(connection, f"INSERT INTO deliveries ({COLUMNS}) VALUES", there)
     query = "SELECT task_id, state, owner FROM deliveries"
-    assert road.rebuild(swap_in=False).deliveries == 5
+    assert road.rebuild(swap_in=False).deliveries == 6
     assert len(road.rows(query)) == 2
-    assert road.rebuild().deliveries == 5
+    assert road.rebuild().deliveries == 6
     found = {bytes(id_): (state, bytes(owner)) for id_, state, owner in road.rows(query)}
     assert found[ids[4]] == ("deferred", b"o" * 16)
     assert found[ids[2]] == ("sent", bytes(16))
-    assert len(found) == 6
+    assert len(found) == 7
     assert road.rebuild().equal
 
 
@@ -427,7 +433,7 @@ def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
 
     def status() -> None:
         done = 0
-        while not stop.is_set() or done < len(late):
+        while api_thread.is_alive() or done < len(late):
             if done < len(late):
                 road.fold(late[done][1])
                 done += 1
@@ -453,7 +459,8 @@ def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
         thread.start()
         return thread
 
-    threads = [guarded(work) for work in (api, status, reader)]
+    api_thread = guarded(api)
+    threads = [api_thread, guarded(status), guarded(reader)]
     try:
         for _ in range(4):
             road.do("UPDATE tasks SET subject = 'wrong' ORDER BY id LIMIT 1")

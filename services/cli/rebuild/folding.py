@@ -42,9 +42,26 @@ class Folded:
             before = self.told.get(id_)
             self.told[id_] = told if before is None else deliveries.merge(before, told)
 
+    def tasks(self) -> set[bytes]:
+        """Return the ids of the tasks that anything here is of."""
+        return {*self.rows, *(id_ for id_, _ in self.entries), *self.bodies, *self.told}
+
+    def without_rows(self) -> Folded:
+        """Return all but the rows."""
+        rest = Folded()
+        rest.entries, rest.bodies, rest.told = self.entries, self.bodies, self.told
+        return rest
+
+    def rows_alone(self) -> Folded:
+        """Return the rows, to be gone on with."""
+        rest = Folded()
+        rest.rows = self.rows
+        return rest
+
     def halves(self) -> tuple[Folded, Folded]:
         """Return this in two parts of about as many tasks each."""
-        first = frozenset(islice(self.rows, len(self.rows) // 2))
+        tasks = self.tasks()
+        first = frozenset(islice(tasks, len(tasks) // 2))
         return self._part(lambda id_: id_ in first), self._part(lambda id_: id_ not in first)
 
     def _part(self, meant: Callable[[bytes], bool]) -> Folded:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
-from confluent_kafka import Message
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from services.cli.rebuild.carrying import carry_found, carry_older, carry_recorded
 from services.cli.rebuild.comparing import Difference, Kind, count, note, samples, strike_off
-from services.cli.rebuild.folding import Folded
+from services.cli.rebuild.feeding import Feed
 from services.cli.rebuild.pairs import (
     BODIES,
     DELIVERIES,
@@ -27,6 +25,7 @@ from services.cli.rebuild.pairs import (
     TASKS,
     Pair,
     Range,
+    analyse,
     create,
     drop,
     ranges,
@@ -37,29 +36,23 @@ from services.cli.rebuild.writing import (
     delivery_rows,
     missing_bodies,
     missing_deliveries,
-    write,
     write_lines,
     write_rows,
 )
-from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.database import at_fault, engine_of, transaction
-from services.common.events import DECODERS, Undecodable
+from services.common.database import engine_of, transaction
 from services.common.schema import from_micros
-from services.common.topics import EVENT_TOPICS, Names
 
 __all__ = ["Report", "Steps", "Underway", "rebuild"]
 
 R = TypeVar("R")
 
-# Events a transaction, and the bytes of their records at most: both are in memory three times over.
-_BATCH, _BATCH_BYTES = 5000, 4 << 20
 _QUERY_SECONDS = 120
-# So many events may be left to be folded while everybody waits; so often it is tried to get there.
-_FEW, _ROUNDS = 500, 20
 # A row that differs may be on its way through a stage's batches; how long it is watched without any
 # of them becoming equal, and how often (seconds).
 _SETTLE, _LOOK_AGAIN = 3.0, 0.25
+# How long Kafka may keep everybody waiting (seconds).
+_SILENCE = 5.0
 # The clocks of those who make ids and records may be so far apart.
 _SKEW_MS = 60_000
 _SAMPLES = 10
@@ -134,13 +127,15 @@ def rebuild(settings: Settings, swap_in: bool, steps: Steps) -> Report:
         with _alone(engine), _Rebuild(settings, engine, steps) as run:
             report = run.report
             run.fold()
+            run.deliveries(swap_in)
             run.carry()
             run.compare()
-            run.complete(swap_in)
+            run.bodies(swap_in)
             if swap_in and (
                 report.missing or report.differing or report.lines_missing or report.lines_differing
             ):
                 run.swap()
+            run.count()
             report.seconds = time.monotonic() - started
             return report
     finally:
@@ -165,10 +160,7 @@ class _Rebuild:
     def __init__(self, settings: Settings, engine: Engine, steps: Steps) -> None:
         self._engine, self._steps = engine, steps
         self._retention_us = settings.body_retention * 1_000_000
-        names = Names(settings.topic_prefix)
-        self._decoders = {names.topic(topic): DECODERS[topic] for topic in EVENT_TOPICS}
-        self._log = Log(settings, list(self._decoders))
-        self._writer = ThreadPoolExecutor(1, "writer")
+        self._feed = Feed(settings, engine, steps.advance)
         self.report = Report()
 
     def __enter__(self) -> _Rebuild:
@@ -176,72 +168,16 @@ class _Rebuild:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.shutdown(cancel_futures=True)
-        self._log.close()
+        self._feed.close()
         self._now(drop)
-
-    # --- fold ------------------------------------------------------------------------------------
 
     def fold(self) -> None:
         """Fold what is on the topics now, and then what came meanwhile."""
-        ends = self._log.ends()
-        self._steps.total(self._log.left(ends))
+        ends = self._feed.log.ends()
+        self._steps.total(self._feed.log.left(ends))
         self._steps.note("folding the topics")
-        self._fold(ends)
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        for _ in range(_ROUNDS):
-            ends = self._log.ends()
-            left = self._log.left(ends)
-            if left:
-                self._fold(ends)
-            if left < _FEW:
-                return
-
-    def _fold(self, ends: dict[At, int]) -> None:
-        """Fold up to `ends`: one thread reads and folds in memory, another one writes."""
-        before: Future[None] | None = None
-        for folded, events in self._batches(ends):
-            if before is not None:
-                before.result()
-            before = self._writer.submit(self._write, folded)
-            self._steps.advance(events)
-        if before is not None:
-            before.result()
-
-    def _batches(self, ends: dict[At, int]) -> Iterator[tuple[Folded, int]]:
-        folded, events, size = Folded(), 0, 0
-        for messages in self._log.read(ends, 1000):
-            for message in messages:
-                self._add(folded, message)
-                size += len(message.value() or b"")
-            events += len(messages)
-            if events >= _BATCH or size >= _BATCH_BYTES:
-                yield folded, events
-                folded, events, size = Folded(), 0, 0
-        if events:
-            yield folded, events
-
-    def _add(self, folded: Folded, message: Message) -> None:
-        try:
-            folded.add(self._decoders[message.topic() or ""](message.value()))
-            self.report.events += 1
-        except Undecodable:
-            self.report.undecodable += 1
-
-    def _write(self, folded: Folded) -> None:
-        try:
-            transaction(self._engine, lambda connection: write(connection, folded))
-        except DBAPIError as error:
-            # As the status stage has it: the database says of one task's data that it cannot be stored.
-            if at_fault(error):
-                raise
-            if len(folded.rows) < 2:
-                self.report.refused += 1
-                return
-            for half in folded.halves():
-                self._write(half)
+        self._feed.fold(ends)
+        self._feed.catch_up()
 
     # --- carry over, compare ---------------------------------------------------------------------
 
@@ -265,11 +201,11 @@ class _Rebuild:
 
     def _oldest(self) -> bytes | None:
         """Return the id below which a task may have had events that the topics hold no more, if any."""
-        shortened = [at for at, offset in self._log.start.items() if offset > 0]
+        shortened = [at for at, offset in self._feed.log.start.items() if offset > 0]
         if not shortened:
             return None
         now = time.time_ns() // 1_000_000
-        since = max(self._log.first_ms.get(at, now) for at in shortened) + _SKEW_MS
+        since = max(self._feed.log.first_ms.get(at, now) for at in shortened) + _SKEW_MS
         return (since << 80).to_bytes(16)  # a UUIDv7 begins with 48 bits of milliseconds
 
     def compare(self) -> None:
@@ -296,7 +232,7 @@ class _Rebuild:
     def _await_settled(self) -> None:
         least, deadline = 1 << 62, time.monotonic() + _SETTLE
         while True:
-            self._catch_up()
+            self._feed.catch_up()
             self._carry_recorded()
             left = sum(self._now(partial(strike_off, pair=pair)) for pair in PAIRS)
             if left < least:
@@ -308,27 +244,41 @@ class _Rebuild:
 
     # --- change ----------------------------------------------------------------------------------
 
-    def complete(self, restore: bool) -> None:
-        """Count the missing deliveries and bodies, or restore them."""
-        self._steps.note("deliveries and bodies")
-        purged = from_micros(time.time_ns() // 1000 - self._retention_us) if self._retention_us else None
-        deliveries = delivery_rows if restore else missing_deliveries
+    def deliveries(self, restore: bool) -> None:
+        """Count the deliveries that are missing, or restore them: early, since senders ask for them."""
+        self._steps.note("deliveries")
+        act = delivery_rows if restore else missing_deliveries
         for range_ in self._ranges(DELIVERIES, "task_id"):
-            self.report.deliveries += self._now(partial(deliveries, range_=range_))
-        bodies = body_rows if restore else missing_bodies
+            self.report.deliveries += self._now(partial(act, range_=range_))
+
+    def bodies(self, restore: bool) -> None:
+        """Count the bodies that are missing, or restore them."""
+        self._steps.note("bodies")
+        purged = from_micros(time.time_ns() // 1000 - self._retention_us) if self._retention_us else None
+        act = body_rows if restore else missing_bodies
         for range_ in self._ranges(BODIES, "task_id", 200):
-            self.report.bodies += self._now(partial(bodies, range_=range_, purged_before=purged))
+            self.report.bodies += self._now(partial(act, range_=range_, purged_before=purged))
 
     def swap(self) -> None:
         """Put the rebuilt tables in the originals' place, one after the other."""
         self._steps.note("swapping")
-        self._catch_up()
-        here = dict(self._log.next)
+        for pair in PAIRS:
+            # Whoever plans a query on the new table knows what is in it.
+            self._now(partial(analyse, pair=pair))
+        self._feed.catch_up()
+        self._feed.log.silence = _SILENCE
+        here = dict(self._feed.log.next)
         for pair in PAIRS:
             # What comes from here on is read anew for each.
-            self._log.next = dict(here)
+            self._feed.log.next = dict(here)
             swap(self._engine, pair, partial(self._bring_up, pair))
         self.report.swapped = True
+
+    def count(self) -> None:
+        """Note what was read."""
+        self.report.events = self._feed.events
+        self.report.undecodable = self._feed.undecodable
+        self.report.refused = len(self._feed.refused)
 
     def _bring_up(self, pair: Pair, connection: Connection) -> None:
         """Fold and carry over what came last: the original does not move now, and then nothing is lacking.
@@ -337,7 +287,7 @@ class _Rebuild:
         is locked, and the topics, as they end after that, together hold all.
         """
         started = time.monotonic()
-        for folded, _ in self._batches(self._log.ends()):
+        for folded in self._feed.batches(self._feed.log.ends()):
             if pair is TASKS:
                 write_rows(connection, folded.rows)
             else:
