@@ -1,0 +1,147 @@
+"""What is scheduled: published when its time comes, not before, with tens of thousands waiting beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from itertools import islice
+
+import grpc
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from sqlalchemy import Connection, Engine
+
+from postroad.v1 import events_pb2, task_pb2
+from postroad.v1.task_service_pb2 import CreateRequest, GetRequest, TaskData
+from postroad.v1.task_service_pb2_grpc import TaskServiceStub
+from services.api import outbox, uuid7
+from services.common import taskstore
+from services.common.database import engine_of, transaction
+from services.common.fold import delta
+from services.common.schema import from_micros
+from services.common.topics import TASK_CREATED
+from tests.api_process import ApiProcess, Road, eventually
+from tests.stack import Infra
+
+SECOND = 1_000_000
+STANDING = 50_000
+
+
+@pytest.fixture
+def road(infra: Infra) -> Road:
+    return Road(infra)
+
+
+@pytest.fixture
+def engine(road: Road) -> Iterator[Engine]:
+    engine = engine_of(road.database_url)
+    yield engine
+    engine.dispose()
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def create(api: ApiProcess, send_at_us: int, key: str = "") -> task_pb2.Task:
+    asked = CreateRequest(data=TaskData(email="a@shop.test", subject="s", body="text"), idempotency_key=key)
+    asked.send_at.FromMicroseconds(send_at_us)
+    with grpc.insecure_channel(api.target) as channel:
+        task: task_pb2.Task = TaskServiceStub(channel).Create(asked, timeout=20)
+    return task
+
+
+def stand(engine: Engine, count: int) -> None:
+    """Have tasks wait that are due in an hour and later, as a Create would have left them."""
+    clock = uuid7.Clock()
+
+    def events() -> Iterator[events_pb2.TaskCreated]:
+        for number in range(count):
+            id_, us = clock.draw()
+            mail = events_pb2.MailTask(
+                id=id_, tenant="default", email=f"u{number}@shop.test", domain="shop.test", subject="s"
+            )
+            mail.body, mail.created_at_us = "text", us
+            send_at_us = us + (3600 + number % 3600) * SECOND
+            yield events_pb2.TaskCreated(task=mail, at_us=us, send_at_us=send_at_us)
+
+    def write(part: list[events_pb2.TaskCreated], connection: Connection) -> None:
+        taskstore.upsert(connection, map(delta, part))
+        taskstore.insert_bodies(connection, [taskstore.body_of(event.task) for event in part])
+        due = [(outbox.item_of(event), from_micros(event.send_at_us)) for event in part]
+        outbox.schedule(connection, due)
+
+    source = events()
+    while part := list(islice(source, 2000)):
+        transaction(engine, partial(write, part))
+
+
+def published_at(road: Road) -> list[tuple[str, float]]:
+    """Return the id of each task that was published, and when that was."""
+    consumer = Consumer({"bootstrap.servers": road.infra.bootstrap, "group.id": "reader"})
+    found = []
+    for partition in range(3):
+        place = TopicPartition(road.prefix + TASK_CREATED, partition, 0)
+        _, end = consumer.get_watermark_offsets(place, timeout=20)
+        consumer.assign([place])
+        for _ in range(end):
+            message = consumer.poll(20)
+            assert message is not None
+            assert not message.error(), message.error()
+            event = events_pb2.TaskCreated.FromString(message.value() or b"")
+            found.append((uuid7.text(event.task.id), message.timestamp()[1] / 1000))
+    consumer.close()
+    return found
+
+
+def test_each_goes_at_its_time_though_tens_of_thousands_wait_and_api_and_database_die(
+    infra: Infra, road: Road, engine: Engine
+) -> None:
+    stand(engine, STANDING)
+    with ApiProcess(road) as first, ApiProcess(road) as second:
+        start = now_us() + 2 * SECOND
+        times = {create(first, start + n * 150_000).id: start + n * 150_000 for n in range(10)}
+        late = now_us() + 15 * SECOND
+        times |= {create(second, late + n * 150_000).id: late + n * 150_000 for n in range(10)}
+        eventually(lambda: len(published_at(road)) >= 10)
+        # Two replicas, one record each.
+        assert sorted(id_ for id_, _ in published_at(road)) == sorted(list(times)[:10])
+        first.kill()
+        second.kill()
+    infra.stop("mysql")
+    infra.start("mysql")
+    with ApiProcess(road):
+        ready = now_us()
+        eventually(lambda: len(published_at(road)) >= 20, 40)
+        lateness = {id_: at - max(times[id_], ready) / SECOND for id_, at in published_at(road)}
+        early = [id_ for id_, at in published_at(road) if at < times[id_] / SECOND - 0.001]
+    assert len(published_at(road)) == 20
+    assert lateness.keys() == times.keys()
+    assert not early
+    assert max(lateness.values()) < 1, sorted(lateness.values())
+
+
+def test_what_is_scheduled_says_so_and_its_key_stands_for_it(road: Road) -> None:
+    with ApiProcess(road) as api:
+        send_at_us = now_us() + 3600 * SECOND
+        task = create(api, send_at_us, "k")
+        assert (task.status, task.next_attempt_at.ToMicroseconds()) == ("pending", send_at_us)
+        assert create(api, send_at_us, "k") == task
+        with pytest.raises(grpc.RpcError) as caught:
+            create(api, send_at_us + 1, "k")
+        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+        with grpc.insecure_channel(api.target) as channel:
+            found = TaskServiceStub(channel).Get(GetRequest(id=task.id))
+        assert [(line.kind, line.next_attempt_at) for line in found.timeline] == [
+            ("created", task.next_attempt_at)
+        ]
+        with pytest.raises(grpc.RpcError) as caught:
+            create(api, send_at_us + timedelta(days=366) // timedelta(microseconds=1))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "send_at" in (caught.value.details() or "")
+        past = create(api, 1)
+        assert not past.HasField("next_attempt_at")
+        eventually(lambda: [id_ for id_, _ in published_at(road)] == [past.id])
+        assert api.metric('postroad_api_published_total{way="relay"}') == 1
