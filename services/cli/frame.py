@@ -195,5 +195,5 @@ def _help(function: Callable[..., object], examples: str) -> str:
     lines = textwrap.dedent(examples).strip("\n").rstrip()
     if not lines:
         return text
-    # Square brackets are Rich's markup.
-    return f"{text}\n\nExamples:\n\n" + textwrap.indent(lines, "  ").replace("[", r"\[")
+    # Square brackets are Rich's markup; an indentation of all lines it would take away from some commands.
+    return f"{text}\n\nExamples:\n\n" + lines.replace("[", r"\[")
