@@ -53,6 +53,14 @@ def answer_next(producer: Producer, *errors: int) -> None:
     )
 
 
+def silence(producer: Producer) -> None:
+    """Have the library's own broker answer nothing for a long time."""
+    api = library()
+    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
+    cluster = ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(producer)))
+    assert api.rd_kafka_mock_broker_set_rtt(cluster, ctypes.c_int32(1), 100_000) == 0
+
+
 @asynccontextmanager
 async def running(**overrides: Any) -> AsyncIterator[Publisher]:
     publisher = Publisher(Settings(kafka_bootstrap="127.0.0.1:1"), "test", **overrides)
@@ -94,3 +102,15 @@ async def test_what_is_acked_only_because_a_later_batch_was_is_not_delivered() -
         failures = await asyncio.wait_for(publisher.attempt([item(1), item(2)]), 20)
         assert [index for index, _ in failures] == [0]
         assert await asyncio.wait_for(publisher.attempt([item(1)]), 20) == []
+
+
+async def test_a_producer_that_delivers_nothing_is_replaced() -> None:
+    mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
+    async with running(**mock, **{"delivery.timeout.ms": 1000, "linger.ms": 0}) as publisher:
+        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+        deaf = publisher._producer
+        silence(deaf)
+        deadline = asyncio.get_running_loop().time() + 20
+        while await asyncio.wait_for(publisher.attempt([item(1)]), 20):
+            assert asyncio.get_running_loop().time() < deadline
+        assert publisher._producer is not deaf

@@ -111,6 +111,6 @@ def producer_config(settings: Settings, client_id: str) -> dict[str, Any]:
         "partitioner": "murmur2_random",
         "message.max.bytes": MAX_RECORD_BYTES,
         # After this a delivery has failed and the caller hears of it; it may try again.
-        "delivery.timeout.ms": 30_000,
+        "delivery.timeout.ms": 20_000,
         "queue.buffering.max.kbytes": 64 << 10,
     }

@@ -32,12 +32,12 @@ _UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps ne
 class _Batch:
     """What is still to be acked of one batch. Only the poll thread changes it once it is sent."""
 
-    __slots__ = ("_finished", "done", "failures", "left")
+    __slots__ = ("_finished", "count", "done", "failures", "left")
 
     def __init__(
         self, count: int, done: Callable[[list[Failure]], None], finished: Callable[[_Batch], None]
     ) -> None:
-        self.left = count
+        self.count = self.left = count
         self.done = done
         self.failures: list[Failure] = []
         self._finished = finished
@@ -62,7 +62,9 @@ class Publisher:
     one that is published again after a failure may be there twice: readers tell events by `ce_id`. What is
     being published is bounded by the callers. When there is much of it, batches are gathered for a moment:
     librdkafka makes one request for every partition, whatever it holds. A producer that fails for good (it
-    lost count of its batches in a long outage, say) is replaced.
+    lost count of its batches in a long outage, say) is replaced, and so is one that has let deliveries time
+    out without a single ack meanwhile: after brokers were killed and frozen in turn librdkafka was seen to
+    deliver nothing more, to brokers that took others' records.
     """
 
     def __init__(self, settings: Settings, client_id: str, **overrides: Any) -> None:
@@ -77,6 +79,8 @@ class Publisher:
         self._closed = False
         self._deadline = 0.0
         self._gave_up: KafkaError | None = None
+        self._patience = self._config["delivery.timeout.ms"] / 1000
+        self._acked_at = time.monotonic()
 
     def start(self) -> None:
         """Start producing. Call on the loop's thread; does not block, nor wait for a broker."""
@@ -169,6 +173,7 @@ class Publisher:
         spent.purge()
         self._heed(lambda: spent.flush(_TURN))
         self._gave_up = None
+        self._acked_at = time.monotonic()
         # It may give up at once again.
         time.sleep(_TURN)
 
@@ -194,6 +199,13 @@ class Publisher:
 
     def _finished_one(self, batch: _Batch) -> None:
         self._finished.append(batch)
+        if len(batch.failures) < batch.count:
+            self._acked_at = time.monotonic()
+            return
+        _, error = batch.failures[0]
+        deaf = error.code() == KafkaError._MSG_TIMED_OUT
+        if deaf and time.monotonic() - self._acked_at > self._patience:
+            self._gave_up = error
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() == KafkaError._FATAL or error.fatal():
