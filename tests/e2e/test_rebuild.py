@@ -1,0 +1,101 @@
+"""The task table is lost while the services run: it is rebuilt, and no mail goes twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from services.common.database import engine_of
+from tests.e2e.road import Road, until
+from tests.e2e.test_kills import Load
+from tests.stack import ROOT, Stack
+
+ENDS = ("user@d{}.ok.test", "reject5+{}@good.test", "user{}@nullmx.test", "greylist+{}@good.test")
+
+
+def rebuilt(stack: Stack, *arguments: str, code: int = 0) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "rebuild", "-o", "json", *arguments],
+        env={"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "PATH": "/usr/bin:/bin"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def rows(engine: Engine, query: str) -> dict[Any, Any]:
+    """Rows by their first two columns."""
+    with engine.connect() as connection:
+        return {tuple(row[:2]): tuple(row) for row in connection.exec_driver_sql(query)}
+
+
+def dump(engine: Engine) -> dict[str, dict[Any, Any]]:
+    return {table: rows(engine, f"SELECT * FROM {table}") for table in ("tasks", "task_events", "deliveries")}
+
+
+def one(engine: Engine, query: str) -> Any:
+    with engine.connect() as connection:
+        return connection.exec_driver_sql(query).scalar()
+
+
+@pytest.mark.timeout(600)
+def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) -> None:
+    stack = new_stack(POSTROAD_SENDER_DELAYS="1,2", POSTROAD_VALIDATOR_DELAYS="1,2")
+    stack.up()
+    engine = engine_of(stack.env()["POSTROAD_DATABASE_URL"])
+    with Road(stack) as road:
+        emails = [ENDS[n % 4].format(n) for n in range(400)]
+        ids = road.create_many(emails, "before")
+        road.settled(ids, 90)
+        until(lambda: not any(road.lag().values()), "all committed", 30)
+        until(lambda: not one(engine, "SELECT COUNT(*) FROM outbox"), "all published", 30)
+        before = dump(engine)
+        assert len(before["tasks"]) == 400
+        assert rebuilt(stack)["differing"] == 0
+
+        with engine.begin() as connection:
+            for table in ("tasks", "task_events", "task_bodies", "deliveries"):
+                connection.exec_driver_sql(f"TRUNCATE {table}")
+        with Load(road, "meanwhile") as load:
+            until(lambda: len(load.ids) > 50, "tasks arrive")
+            count = len(load.ids)
+            report = rebuilt(stack, "--yes")
+            assert report["swapped"]
+            assert report["missing"] >= 400
+            until(lambda: len(load.ids) > count + 200, "tasks go on arriving")
+        tasks = road.settled(load.ids, 90)
+        assert {task.status for task in tasks.values()} == {"completed"}
+        road.sent_once(load.ids)
+        after = dump(engine)
+        for table in ("tasks", "task_events"):
+            assert {key: after[table].get(key) for key in before[table]} == before[table]
+        lost = before["deliveries"].keys() - after["deliveries"].keys()
+        assert not lost, Counter(state for _, state in lost)
+        assert len(after["tasks"]) == 400 + len(load.ids)
+        assert rebuilt(stack)["differing"] == 0
+
+        # The senders meet every record again, and know each mail for sent.
+        sent = road.copies(ids)
+        victim = ids[0].replace("-", "")
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                f"UPDATE tasks SET status = 'failed', reply = 'x' WHERE id = 0x{victim}"
+            )
+        found = rebuilt(stack, code=1)
+        assert (found["differing"], found["missing"], found["swapped"]) == (1, 0, False)
+        assert {(s["task"], tuple(s["columns"])) for s in found["samples"]} == {(ids[0], ("status", "reply"))}
+        assert rebuilt(stack, "--yes")["swapped"]
+        assert road.get(ids[0]).status == "completed"
+        assert road.copies(ids) == sent
+    engine.dispose()
