@@ -106,7 +106,7 @@ async def test_what_is_acked_only_because_a_later_batch_was_is_not_delivered() -
 
 async def test_a_producer_that_delivers_nothing_is_replaced() -> None:
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
-    async with running(**mock, **{"delivery.timeout.ms": 1000, "linger.ms": 0}) as publisher:
+    async with running(**mock, **{"delivery.timeout.ms": 4000, "linger.ms": 0}) as publisher:
         assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
         deaf = publisher._producer
         silence(deaf)
