@@ -1,0 +1,237 @@
+"""Replays and plain group resets of a system at work: nothing is sent again, and nothing stands otherwise.
+
+The full form has 5,000 sent and 300 failed tasks: POSTROAD_E2E_TASKS=5000 make e2e.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+
+from postroad.v1 import events_pb2 as events
+from services.common.events import encode
+from services.common.topics import EVENT_TOPICS, TASK_CREATED
+from tests.e2e.road import Road, until
+from tests.e2e.test_kills import Load
+from tests.stack import Stack
+
+SENT = int(os.environ.get("POSTROAD_E2E_TASKS", "500"))
+REJECTED = max(30, SENT * 6 // 100)
+UNANSWERED, WAITING, CANCELLED = 5, 5, 5
+STAGES = ("validator", "sender", "status")
+SETTINGS = {
+    # Out of attempts soon; and what is deferred stays so.
+    "POSTROAD_VALIDATOR_DELAYS": "1",
+    "POSTROAD_SENDER_DELAYS": "3600",
+}
+
+
+def replay(stack: Stack, *arguments: str) -> dict[str, Any]:
+    """Run `postroad replay` to its end and return its result."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "replay", *arguments, "--yes", "-o", "json"],
+        env={**clean, **stack.env(), **SETTINGS},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    print(*arguments, *(f"{c['status']}/{c['reason']} {c['what']} {c['records']};" for c in result["counts"]))
+    return result
+
+
+def became(result: dict[str, Any], what: str) -> int:
+    return sum(row["records"] for row in result["counts"] if row["what"] == what)
+
+
+def reset_to_earliest(stack: Stack, stage: str) -> None:
+    """As `kafka-consumer-groups --reset-offsets --all-topics --to-earliest --execute` on a stage's group."""
+    admin = AdminClient({"bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
+    group = f"postroad.{stage}"
+
+    def empty() -> bool:
+        return not admin.describe_consumer_groups([group])[group].result(10).members
+
+    until(empty, f"{group} without members", 30)
+    asked = [ConsumerGroupTopicPartitions(group)]
+    committed = admin.list_consumer_group_offsets(asked)[group].result(10).topic_partitions
+    assert committed
+    partitions = [TopicPartition(p.topic, p.partition) for p in committed]
+    found = admin.list_offsets({p: OffsetSpec.earliest() for p in partitions})
+    earliest = [TopicPartition(p.topic, p.partition, f.result(10).offset) for p, f in found.items()]
+    answer = admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(group, earliest)])
+    altered = answer[group].result(10).topic_partitions
+    assert len(altered) == len(partitions)
+    assert all(p.error is None for p in altered)
+
+
+def caught_up(stack: Stack) -> None:
+    """Wait until each stage has committed all that is on its topics now; more may come meanwhile."""
+    admin = AdminClient({"bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
+    for stage in STAGES:
+        asked = [ConsumerGroupTopicPartitions(f"postroad.{stage}")]
+
+        def committed(asked: Any = asked) -> dict[TopicPartition, int]:
+            found = admin.list_consumer_group_offsets(asked)[asked[0].group_id].result(10).topic_partitions
+            return {TopicPartition(p.topic, p.partition): p.offset for p in found if ".delay." not in p.topic}
+
+        latest = admin.list_offsets({p: OffsetSpec.latest() for p in committed()})
+        ends = {p: future.result(10).offset for p, future in latest.items()}
+        until(
+            lambda ends=ends, committed=committed: all(committed()[p] >= end for p, end in ends.items()),  # type: ignore[misc]
+            f"{stage} at the end that its topics had",
+            120,
+        )
+
+
+class Before:
+    """A system with tasks that ended in every way, and the record of it."""
+
+    def __init__(self, stack: Stack, road: Road) -> None:
+        self.stack, self.road = stack, road
+        stack.control_mail(rules=[{"rcpt": "*@broken.ok.test", "fault": "reject5"}])
+        stack.control_dns(**{"mute.ok.test": "servfail"})
+        emails = [f"u{n}@d{n % 50}.ok.test" for n in range(SENT)]
+        self.sent = road.create_many(emails, "sent", 32)
+        self.rejected = road.create_many([f"u{n}@broken.ok.test" for n in range(REJECTED)], "rejected")
+        self.unanswered = road.create_many([f"u{n}@mute.ok.test" for n in range(UNANSWERED)], "mute")
+        self.waiting = road.create_many([f"reject4+{n}@good.test" for n in range(WAITING)], "waiting")
+        self.cancelled = road.create_many([f"reject4+c{n}@good.test" for n in range(CANCELLED)], "cancelled")
+        for id_ in [*self.waiting, *self.cancelled]:
+            until(lambda i=id_: road.get(i).attempts, f"an attempt of {id_}")  # type: ignore[misc]
+        self._cancel()
+        road.settled([*self.sent, *self.failed, *self.cancelled], 120)
+        until(lambda: not any(road.lag().values()), "all committed", 60)
+        self.ids = [*self.sent, *self.failed, *self.cancelled, *self.waiting]
+        self.statuses = self.now()
+        self.copies = road.copies(self.ids)
+        assert {self.copies[id_] for id_ in self.sent} == {1}
+        assert {self.statuses[id_] for id_ in self.failed} == {"failed"}
+        assert {self.statuses[id_] for id_ in self.waiting} == {"processing"}
+        # What made them fail is mended: what goes again would be sent.
+        stack.control_mail()
+        stack.control_dns()
+
+    @property
+    def failed(self) -> list[str]:
+        return [*self.rejected, *self.unanswered]
+
+    def now(self) -> dict[str, str]:
+        """How these tasks stand."""
+        wanted = set(self.ids)
+        return {row.id: row.status for row in self.road.list_all() if row.id in wanted}
+
+    def stand(self, ids: list[str]) -> set[str]:
+        """The statuses that these have."""
+        now = self.now()
+        return {now[id_] for id_ in ids}
+
+    def same(self) -> None:
+        """Fail unless all stand as they did and no mail was sent again."""
+        # What a stage has committed is on the next one's topics.
+        caught_up(self.stack)
+        copies = self.road.copies(self.ids)
+        again = {id_ for id_ in self.ids if copies[id_] != self.copies[id_]}
+        assert not again, f"{len(again)} mails were sent again"
+        now = self.now()
+        assert now == self.statuses, {
+            i: (self.statuses[i], s) for i, s in now.items() if s != self.statuses[i]
+        }
+
+    def _cancel(self) -> None:
+        producer = Producer({"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
+        for id_ in self.cancelled:
+            out = encode(events.TaskCancelled(id=bytes.fromhex(id_.replace("-", "")), at_us=1), "api")
+            producer.produce(out.topic, out.value, out.key, headers=out.headers)  # type: ignore[arg-type]
+        assert producer.flush(20) == 0
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Before]:
+    stack = Stack(tmp_path_factory.mktemp("replayed"), SETTINGS)
+    try:
+        stack.up()
+        with Road(stack) as road:
+            yield Before(stack, road)
+    finally:
+        stack.down()
+
+
+def nothing_is_left(before: Before, load: Load) -> None:
+    """Fail unless what came meanwhile went out once, and all else is as it was."""
+    before.road.settled(load.ids, 60)
+    before.road.sent_once(load.ids)
+    until(lambda: not any(before.road.lag().values()), "the lag is 0 again", 60)
+    before.same()
+    print(f"{len(load.ids)} tasks came meanwhile")
+
+
+@pytest.mark.timeout(900)
+def test_replays_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
+    road, stack = before.road, before.stack
+    with Load(road, "meanwhile", callers=2) as load:
+        result = replay(stack, TASK_CREATED)
+        assert became(result, "already sent") >= SENT
+        assert became(result, "settled") == len(before.failed) + CANCELLED
+        result = replay(stack, "mx.ok", "--rate", "2000")
+        assert became(result, "already sent") >= SENT
+        assert became(result, "waits") == WAITING
+        for topic in EVENT_TOPICS:
+            replay(stack, topic, "--rate", "2000")
+        before.same()
+        load.end()
+    nothing_is_left(before, load)
+
+
+@pytest.mark.timeout(900)
+def test_groups_reset_to_earliest_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
+    road, stack = before.road, before.stack
+    with Load(road, "resets", callers=2) as load:
+        for stage in STAGES:
+            stack.stop(f"{stage}-1")
+        for stage in STAGES:
+            reset_to_earliest(stack, stage)
+        lag = road.lag()
+        assert all(lag[stage] >= SENT for stage in STAGES), lag
+        for stage in STAGES:
+            stack.start(f"{stage}-1")
+        before.same()
+        load.end()
+    nothing_is_left(before, load)
+
+
+@pytest.mark.timeout(900)
+def test_reopened_exactly_the_failed_ones_are_sent_and_only_once(before: Before) -> None:
+    road, stack = before.road, before.stack
+    until(lambda: not any(road.lag().values()), "all committed", 60)
+    mails = len(stack.journal())
+    result = replay(stack, TASK_CREATED, "--reopen", "failed", "--status", "failed")
+    assert became(result, "reopened") == result["produced"] == len(before.failed)
+    started = time.monotonic()
+    until(lambda: before.stand(before.failed) == {"completed"}, "all sent", 120)
+    print(f"{len(before.failed)} sent {time.monotonic() - started:.1f} s after the replay")
+    until(lambda: not any(road.lag().values()), "all committed", 60)
+    copies = road.copies(before.ids)
+    assert {copies[id_] for id_ in before.failed} == {1}
+    assert len(stack.journal()) == mails + len(before.failed), "nothing else was sent"
+    rest = set(before.ids) - set(before.failed)
+    assert {id_: copies[id_] for id_ in rest} == {id_: before.copies[id_] for id_ in rest}
+    now = before.now()
+    assert {id_: now[id_] for id_ in rest} == {id_: before.statuses[id_] for id_ in rest}
+    # However often.
+    assert replay(stack, TASK_CREATED, "--reopen", "failed")["produced"] == 0
+    assert became(replay(stack, "mx.ok", "--reopen", "failed"), "reopened") == 0
+    until(lambda: not any(road.lag().values()), "all committed", 60)
+    assert len(stack.journal()) == mails + len(before.failed)
