@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -118,6 +119,24 @@ FILTERS = [
     Filter(created_from=MIDDLE, created_to=MIDDLE),
     Filter(created_from=MIDDLE, created_to=MIDDLE + 50_000_000, status=("completed",)),
     Filter(created_from=-(10**18), created_to=10**18),
+    Filter(
+        status=("failed", "cancelled"),
+        email="user7@d7.test",
+        domain="d7.test",
+        reason="null_mx",
+        labels=(("campaign", "c7"),),
+        created_from=FIRST_US,
+        created_to=MIDDLE,
+    ),
+    Filter(
+        status=("completed", "failed"),
+        email="user2507@d7.test",
+        domain="d7.test",
+        reason="",
+        labels=(("campaign", "c7"), ("x", 'a"b')),
+        created_from=MIDDLE,
+        created_to=MIDDLE + 40_000_000,
+    ),
 ]
 
 
@@ -137,6 +156,39 @@ def test_pages_show_all_that_is_asked_for_newest_first(large: Table, asked: Filt
         if after is None:
             break
     assert found == expected[: len(found)]
+
+
+@pytest.mark.parametrize("asked", FILTERS, ids=name)
+def test_a_count_is_what_pages_would_show(large: Table, asked: Filter) -> None:
+    engine, rows = large
+    expected = Counter(row.status for row in rows if asked_of(row, asked))
+    found = transaction(engine, lambda c: queries.count(c, "default", asked))
+    assert found == {status: expected[status] for status in asked.status or STATUSES}
+
+
+COUNTS = [
+    (Filter(), "tasks_by_status", ROWS),
+    (Filter(status=("failed", "uncertain")), "tasks_by_status", 300),
+    (Filter(status=("failed",), reason="null_mx"), "tasks_by_status", 300),
+    (Filter(created_from=MIDDLE, created_to=MIDDLE + 1_000_000), "tasks_by_status", 1100),
+    (Filter(email="user7@d7.test"), "tasks_by_recipient", 100),
+    (Filter(domain="rare.test", labels=(("campaign", "c7"),)), "tasks_by_domain", 100),
+    (Filter(domain="d3.test", status=("failed",)), "tasks_by_domain", ROWS // 50 + 100),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "index", "most"), COUNTS, ids=lambda value: name(value) if isinstance(value, Filter) else ""
+)
+def test_a_count_reads_what_it_counts(large: Table, asked: Filter, index: str, most: int) -> None:
+    engine, _ = large
+    sql, parameters = queries.count_statement("default", asked)
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters).mappings().one()
+        assert plan["key"] == index
+        if index == "tasks_by_status" and asked.reason is None:
+            assert "Using index" in plan["Extra"], plan
+        assert reads(connection, sql, parameters) <= most
 
 
 def reads(connection: Connection, sql: str, parameters: Sequence[Any]) -> int:
