@@ -132,6 +132,8 @@ def sending(state: str, epoch: int = 0, attempt: int = 1, reason: str = "") -> S
         (("processing", "", 0), sending("failed", reason="rejected"), ("failed", "rejected", 0)),
         (("processing", "", 0), sending("uncertain", reason=IN_DOUBT), ("uncertain", IN_DOUBT, 0)),
         (("pending", "", 0), sending("cancelled"), ("cancelled", "", 0)),
+        (("processing", "deferred", 0), sending("cancelled", reason="deferred"), ("cancelled", "", 0)),
+        (("failed", "null_mx", 0), sending("failed", attempt=0, reason="null_mx"), ("failed", "null_mx", 0)),
         (("failed", "rejected", 0), sending("sending", 5), ("processing", "", 5)),
         (("pending", "", 5), sending("failed", 0, reason="rejected"), ("pending", "", 5)),
         (("failed", "null_mx", 0), None, ("failed", "null_mx", 0)),

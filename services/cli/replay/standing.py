@@ -10,7 +10,7 @@ from services.common.events import Event
 
 __all__ = ["Sending", "Standing", "first_seen", "known"]
 
-_SETTLED = {"failed": "failed", "uncertain": "uncertain", "cancelled": "cancelled"}
+_SETTLED = frozenset({"failed", "uncertain", "cancelled"})
 
 
 class Sending(NamedTuple):
@@ -46,8 +46,12 @@ def known(row: Standing, sending: Sending | None) -> Standing:
         return row._replace(status="completed", reason="")
     if sending.epoch < row.epoch:
         return row
-    if status := _SETTLED.get(sending.state):
-        return row._replace(status=status, reason=sending.reason or row.reason, epoch=sending.epoch)
+    if sending.state in _SETTLED:
+        if (row.status, row.epoch) == (sending.state, sending.epoch):
+            return row
+        # A cancelled one keeps the reason of what was cancelled.
+        reason = "" if sending.state == "cancelled" else sending.reason
+        return row._replace(status=sending.state, reason=reason, epoch=sending.epoch)
     waits = (sending.attempt, sending.next_attempt_at) if sending.state == "deferred" else None
     reason = sending.reason if waits else ""
     return row._replace(status="processing", reason=reason, epoch=sending.epoch, waits=waits)
