@@ -72,6 +72,7 @@ _PARTITIONS = (
 _DELAYS = (
     Column("topic"),
     Column("waiting", right=True, cell=_count),
+    Column("read"),
     Column("next_due_in_seconds", "next due in", right=True, cell=ago),
     Column("next_due_at", "at", rank=1, cell=short),
 )
@@ -103,9 +104,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show how far each stage is behind: who owns its partitions, what waits, how long, how fast it goes.
 
-        Lag is what a stage has not committed, oldest how long its first record has waited. What lies on delay
-        topics waits on purpose and is shown apart; a due time that has passed is not. Stages commit twice a
-        second: an interval below 2 makes rates jump.
+        Lag is what a stage has not committed, oldest how long its first record has waited. What lies on
+        delay topics waits on purpose and is shown apart; one whose due time is long past, or that nobody
+        reads, is a fault. Stages commit twice a second: an interval below 2 makes rates jump.
         """
         from services.cli.lag.read import Reader  # noqa: PLC0415
         from services.cli.lag.report import report  # noqa: PLC0415

@@ -17,7 +17,7 @@ SETTLED: Final = frozenset({"completed", "failed", "uncertain", "cancelled"})
 TASKS: Final = (
     Column("id"),
     Column("status", width=10),
-    Column("email", least=12, rank=1, width=30),
+    Column("email", least=20, rank=1, width=30),
     Column("reason", least=8, rank=2, width=14),
     Column("attempts", "tries", rank=3, right=True),
     Column("created_at", "created", rank=4, cell=short),

@@ -41,10 +41,12 @@ def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
         "topic": "sender.delay.60",
         "delay_seconds": 60,
         "waiting": 2,
+        "read": True,
         "next_due_at": "1970-01-01T00:16:52.500Z",
         "next_due_in_seconds": 12.5,
     }
-    assert (found["delays"][1]["waiting"], found["delays"][1]["next_due_at"]) == (0, None)
+    other = found["delays"][1]
+    assert (other["waiting"], other["read"], other["next_due_at"]) == (0, False, None)
     assert "partitions" not in found
 
 

@@ -45,7 +45,6 @@ class Reader:
             for name, topic in known.items()
             if name.startswith(prefix)
         }
-        # Delay topics of earlier settings are asked for too: what waits there waits for ever.
         self.reads: dict[str, list[str]] = {
             stage: [*READ_BY[stage], *sorted(t for t in bare if delay_of(t) and t.startswith(f"{stage}."))]
             for stage in stages
@@ -55,6 +54,25 @@ class Reader:
         if missing:
             raise Failure(f"no topic {prefix}{missing[0]}: 'postroad topics apply' creates it", NOT_FOUND)
         self._places = [Place(topic, number) for topic in wanted for number in range(bare[topic])]
+        self._leave_out_idle(settings)
+
+    def _leave_out_idle(self, settings: Settings) -> None:
+        """Leave out delay topics of earlier settings, but not where something waits: it waits for ever."""
+        delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
+        earlier = {
+            (stage, topic)
+            for stage, topics in self.reads.items()
+            for topic in topics
+            if (delay := delay_of(topic)) and delay not in delays.get(stage, ())
+        }
+        if not earlier:
+            return
+        sample = self.sample(heads=False)
+        for stage, topic in earlier:
+            places = [place for place in self._places if place.topic == topic]
+            if not any(sample.waiting(stage, place) for place in places):
+                self.reads[stage].remove(topic)
+                self._places = [place for place in self._places if place.topic != topic]
 
     def __enter__(self) -> Reader:
         return self

@@ -81,6 +81,7 @@ def _delays(stage: str, topics: Sequence[str], now: Sample) -> list[dict[str, An
                 "topic": topic,
                 "delay_seconds": seconds,
                 "waiting": sum(now.waiting(stage, place) for place in places),
+                "read": any(member.owns & {*places} for member in now.groups[stage].members),
                 "next_due_at": None if due is None else _iso(due),
                 "next_due_in_seconds": None if due is None else round(due - now.at, 3),
             }
