@@ -55,6 +55,16 @@ API_PUBLISHED = Counter(
     ["way"],
 )
 API_RELAY_HELD = Gauge("postroad_api_relay_held_tasks", "Recorded tasks that are being published")
+WATCHERS = Gauge("postroad_api_watchers", "Watch streams that are open")
+WATCH_MESSAGES = Counter("postroad_api_watch_messages_total", "Messages written to Watch streams")
+WATCH_HELD = Gauge(
+    "postroad_api_watch_held_changes", "Changes read that wait for what happened to their task before"
+)
+WATCH_SECONDS = Histogram(
+    "postroad_api_watch_seconds",
+    "Time from a change's record to its being told to those who watch",
+    buckets=_LATENCY,
+)
 
 # --- what the others add stands below, under a line that names the service ----------------------
 

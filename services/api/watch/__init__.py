@@ -1,0 +1,1 @@
+"""Watch: the changes of tasks, from the topics to whoever watches."""

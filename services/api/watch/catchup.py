@@ -1,0 +1,196 @@
+"""The way from a resume token's positions to the live feed's: what a watcher missed, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from typing import TypeVar
+
+from confluent_kafka import KafkaError, KafkaException, Message
+
+from services.api.watch import messages, tokens
+from services.api.watch.book import Book
+from services.api.watch.changes import Change, Place
+from services.api.watch.lookup import Known
+from services.api.watch.merge import Merge
+from services.api.watch.problems import gone, silent
+from services.api.watch.topics import Topics
+from services.api.watch.watchers import Told, Wanted
+from services.common.config import Settings
+
+__all__ = ["CatchUp"]
+
+R = TypeVar("R")
+
+_MOST = 500
+_TURN = 0.2
+_SILENCE = 15.0
+_KBYTES = 1 << 10
+
+
+class CatchUp:
+    """Reads what one watcher wants of the topics, from `positions` on. Raises Problem.
+
+    What blocks runs on `executor`. A context manager; the consumer is made when it is needed.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        executor: Executor,
+        wanted: Wanted,
+        positions: Mapping[Place, int],
+        lookup: Callable[[Sequence[Change]], Awaitable[Known]],
+    ) -> None:
+        self._settings, self._executor, self._wanted, self._lookup = settings, executor, wanted, lookup
+        self._next = dict(positions)
+        # What is behind the last message that was handed on.
+        self._sure = tokens.written(positions)
+        self._topics: Topics | None = None
+        self._book: Book | None = None
+        # A call that was cancelled still runs on its thread; the consumer is for one at a time.
+        self._lock = threading.Lock()
+
+    async def __aenter__(self) -> CatchUp:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._executor.submit(self._locked, self._close)
+
+    def left(self, ends: Mapping[Place, int]) -> int:
+        """Return how many offsets there are up to these positions."""
+        return sum(max(0, end - self._next.get(place, 0)) for place, end in ends.items())
+
+    async def check(self, here: Mapping[Place, int]) -> None:
+        """Raise OUT_OF_RANGE where records are gone, or the topics are not those of the token.
+
+        `here` is where the feed is; it may be a little behind another replica's, which gave the token.
+        """
+        behind = [place for place, end in here.items() if self._next.get(place, 0) < end]
+        ahead = [place for place, offset in self._next.items() if offset > here.get(place, 0)]
+        if not behind and not ahead:
+            return
+        topics = await self._asked(self._opened)
+        if not set(ahead) <= set(await self._asked(topics.places)):
+            raise gone()
+        starts = await self._asked(lambda: topics.starts(behind))
+        ends = await self._asked(lambda: topics.ends(ahead))
+        lost = any(self._next.get(place, 0) < start for place, start in starts.items())
+        if lost or any(self._next[place] > end for place, end in ends.items()):
+            raise gone()
+
+    async def read(self, ends: Mapping[Place, int]) -> AsyncIterator[Told]:
+        """Yield the messages of what lies before these positions."""
+        todo = {place for place, end in ends.items() if self._next.get(place, 0) < end}
+        if not todo:
+            return
+        topics = await self._asked(self._opened)
+        merge, open_, paused = Merge(todo), set(todo), set[Place]()
+        start = [topics.at(place, self._next.get(place, 0)) for place in todo]
+        await self._asked(lambda: topics.consumer.assign(start))
+        heard = time.monotonic()
+        while open_:
+            fetched = await self._asked(lambda: topics.fetch(_MOST, _TURN))
+            if fetched:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _SILENCE:
+                raise silent()
+            for message in fetched:
+                self._take(topics, message, ends, open_, merge)
+            ready = merge.take()
+            async for told in self._told(ready, ready[-1].at_ms / 1000 if ready else None, merge):
+                yield told
+            ahead = merge.ahead() & open_
+            if stop := [topics.at(place) for place in ahead - paused]:
+                await self._asked(partial(topics.consumer.pause, stop))
+            if go := [topics.at(place) for place in paused - ahead]:
+                await self._asked(partial(topics.consumer.resume, go))
+            paused = ahead
+
+    async def rest(self, held: Collection[tuple[Place, int]]) -> AsyncIterator[Told]:
+        """Yield what was held to the end, without what the feed holds itself and will tell."""
+        if self._book is not None:
+            async for told in self._told([], float("inf"), None, held):
+                yield told
+
+    def _take(
+        self, topics: Topics, message: Message, ends: Mapping[Place, int], open_: set[Place], merge: Merge
+    ) -> None:
+        error = message.error()
+        if error is not None and error.code() != KafkaError._PARTITION_EOF:
+            if error.code() == KafkaError._AUTO_OFFSET_RESET:
+                raise gone()
+            return
+        place, offset = topics.place(message), message.offset() or 0
+        if error is None and place in open_ and offset < ends[place]:
+            self._next[place] = offset + 1
+            mine = self._wanted.task in (None, message.key())
+            if mine and (change := topics.change(message)) is not None:
+                merge.put(change)
+        # A partition may end before its last offsets: such as are missing.
+        if place in open_ and (error is not None or offset + 1 >= ends[place]):
+            self._next[place] = max(self._next.get(place, 0), ends[place])
+            open_.discard(place)
+            merge.end(place)
+
+    async def _told(
+        self,
+        changes: list[Change],
+        now: float | None,
+        merge: Merge | None,
+        besides: Collection[tuple[Place, int]] = (),
+    ) -> AsyncIterator[Told]:
+        if now is None:
+            return
+        if self._book is None:
+            self._book = Book(int(now * 1000))
+        ready = self._book.read(changes, now)
+        strangers = [change for change in ready if self._book.stranger(change)]
+        known = await self._lookup(strangers) if strangers else Known({}, set())
+        waiting: Told | None = None
+        for change in ready:
+            if (change.place, change.offset) in besides:
+                continue
+            if (change.row.id, change.entry.event_id) in known.repeats:
+                continue
+            row = self._book.after(change, known.mails.get(change.row.id))
+            if row is None or not self._wanted.takes(row):
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting = Told(messages.body(row, change.entry), self._sure, change.entry.event_id)
+        self._sure = self._written(merge)
+        if waiting is not None:
+            yield waiting._replace(positions=self._sure)
+
+    def _written(self, merge: Merge | None) -> str:
+        sure = dict(self._next)
+        kept = [*(merge.first().items() if merge else ()), *(self._book.held() if self._book else ())]
+        for place, offset in kept:
+            sure[place] = min(sure[place], offset)
+        return tokens.written(sure)
+
+    # --- what blocks -------------------------------------------------------------------------
+
+    async def _asked(self, function: Callable[[], R]) -> R:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._locked, function)
+        except (KafkaException, TimeoutError):
+            raise silent() from None
+
+    def _locked(self, function: Callable[[], R]) -> R:
+        with self._lock:
+            return function()
+
+    def _opened(self) -> Topics:
+        if self._topics is None:
+            self._topics = Topics(self._settings, lambda _: None, _KBYTES, ends=True)
+        return self._topics
+
+    def _close(self) -> None:
+        if self._topics is not None:
+            self._topics.close()

@@ -1,0 +1,208 @@
+"""The Watch RPC: from its request to its stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from postroad.v1 import task_service_pb2 as pb
+from services.api import filters, uuid7
+from services.api.errors import Problem, Refused, Violation, collect, draining, invalid, not_found
+from services.api.filters import Filter
+from services.api.reader import Reader
+from services.api.watch import lookup, messages, tokens
+from services.api.watch.catchup import CatchUp
+from services.api.watch.changes import Change
+from services.api.watch.feed import Feed, Joined
+from services.api.watch.lookup import Known
+from services.api.watch.problems import crowded, lagging
+from services.api.watch.watchers import Told, Wanted, Watcher
+from services.common.config import Settings
+from services.common.telemetry import WATCH_MESSAGES, WATCHERS
+
+__all__ = ["MOST_WATCHERS", "Watches"]
+
+log = structlog.get_logger(__name__)
+
+MOST_WATCHERS = 1000
+"""Streams of one replica; more are refused with RESOURCE_EXHAUSTED."""
+
+_MOST_CATCHING_UP = 8
+# A watcher that is nearer than this many records joins the live feed; what comes meanwhile fits its queue.
+_NEAR = 1000
+_LONGEST_PAUSE = 2.0
+_PATIENCE = 20.0
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+class Watches:
+    """All streams of a replica, and the feed that they share while there are any."""
+
+    def __init__(self, settings: Settings, reader: Reader) -> None:
+        self._settings, self._reader = settings, reader
+        self._feed: Feed | None = None
+        self._old: set[Feed] = set()
+        self._watchers: set[Watcher] = set()
+        self._catching_up = asyncio.Semaphore(_MOST_CATCHING_UP)
+        # A consumer that is closed takes a thread beside those that read.
+        self._executor = ThreadPoolExecutor(2 * _MOST_CATCHING_UP, thread_name_prefix="catchup")
+
+    async def watch(self, tenant: str, request: pb.WatchRequest, write: Write) -> None:
+        """Write the stream's messages until it is ended. Raises Problem."""
+        wanted = _wanted(tenant, request)
+        token = request.resume_token
+        positions = tokens.parse(token, wanted.digest()) if token else None
+        if len(self._watchers) >= MOST_WATCHERS:
+            raise crowded()
+        try:
+            async with asyncio.timeout(None) as scope:
+                watcher = Watcher(wanted, scope)
+                stream = _Stream(wanted, write)
+                self._watchers.add(watcher)
+                WATCHERS.set(len(self._watchers))
+                feed = self._used()
+                try:
+                    await feed.stand()
+                    if positions is not None:
+                        await self._resume(feed, watcher, stream, positions)
+                    elif wanted.task is not None:
+                        await self._show(feed, watcher, stream, request.id)
+                    else:
+                        await stream.send(feed.join(watcher))
+                    while True:
+                        await stream.send_all(await watcher.take())
+                finally:
+                    feed.leave(watcher)
+                    self._unused(feed)
+                    self._watchers.discard(watcher)
+                    WATCHERS.set(len(self._watchers))
+        except TimeoutError:
+            assert watcher.problem is not None
+            raise watcher.problem from None
+
+    def drain(self) -> None:
+        """End every stream; a client goes on at another replica from its last token."""
+        for watcher in list(self._watchers):
+            watcher.end(draining())
+
+    async def close(self) -> None:
+        """Wait until nothing reads any more; after `drain`."""
+        if self._feed is not None:
+            self._feed.stop()
+            self._old.add(self._feed)
+        for feed in self._old:
+            await asyncio.to_thread(feed.join_thread)
+        self._executor.shutdown(wait=False)
+
+    async def _show(self, feed: Feed, watcher: Watcher, stream: _Stream, id_: str) -> None:
+        """Send the task as it stands. What it says already is not told again."""
+        joined = feed.join(watcher)
+        tenant, task = watcher.wanted.tenant, watcher.wanted.task
+        assert task is not None
+        found = await self._reader.read(lambda connection: lookup.snapshot(connection, tenant, task))
+        if found is None:
+            raise not_found(id_)
+        view, stream.said = found
+        await stream.send(joined, messages.found(view))
+
+    async def _resume(
+        self, feed: Feed, watcher: Watcher, stream: _Stream, positions: dict[tuple[str, int], int]
+    ) -> None:
+        """Send what was missed, then join the feed without a gap."""
+        async with (
+            self._catching_up,
+            CatchUp(self._settings, self._executor, watcher.wanted, positions, self._known) as missed,
+        ):
+            await missed.check(feed.here())
+            while missed.left(here := feed.here()) > _NEAR:
+                async for told in missed.read(here):
+                    await stream.send_soon(told)
+            joined = feed.join(watcher)
+            async for told in missed.read(joined.positions):
+                await stream.send_soon(told)
+            async for told in missed.rest(joined.held):
+                await stream.send_soon(told)
+            await stream.send(joined)
+
+    # --- the feed ----------------------------------------------------------------------------
+
+    def _used(self) -> Feed:
+        if self._feed is None:
+            self._feed = Feed(self._settings, self._known_at_last, self._lost)
+        self._feed.users += 1
+        return self._feed
+
+    def _unused(self, feed: Feed) -> None:
+        feed.users -= 1
+        if not feed.users:
+            feed.stop()
+            self._lost(feed)
+
+    def _lost(self, feed: Feed) -> None:
+        """Let the next watcher begin a new feed."""
+        if self._feed is feed:
+            self._feed = None
+        self._old = {old for old in self._old if old.alive()} | {feed}
+
+    async def _known(self, strangers: Sequence[Change]) -> Known:
+        return await self._reader.read(lambda connection: lookup.known(connection, strangers))
+
+    async def _known_at_last(self, strangers: Sequence[Change]) -> Known:
+        """The same, as long as it takes: the streams wait while the database is away."""
+        pause = 0.1
+        while True:
+            try:
+                return await self._known(strangers)
+            except Problem as problem:
+                log.warning("watchers wait", cause=problem.message)
+            await asyncio.sleep(pause)
+            pause = min(_LONGEST_PAUSE, 2 * pause)
+
+
+class _Stream:
+    """What is written to one client. `said` are keys of changes that it knows of from the task's state."""
+
+    def __init__(self, wanted: Wanted, write: Write) -> None:
+        self._bound, self._write = tokens.bound(wanted.digest()), write
+        self.said: Collection[str] = ()
+
+    async def send(self, joined: Joined, body: bytes = b"") -> None:
+        """Send where the client stands."""
+        await self.send_all((Told(body, joined.text, ""),))
+
+    async def send_soon(self, told: Told) -> None:
+        """Send what was missed. Where it is not taken in time, another may catch up instead."""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await self.send_all((told,))
+        except TimeoutError:
+            raise lagging() from None
+
+    async def send_all(self, several: Sequence[Told]) -> None:
+        """Send messages."""
+        for told in several:
+            if told.key not in self.said:
+                await self._write(told.body + messages.token(self._bound + told.positions))
+                WATCH_MESSAGES.inc()
+
+
+def _wanted(tenant: str, request: pb.WatchRequest) -> Wanted:
+    refused: list[Violation] = []
+    asked = collect(refused, filters.parse, request)
+    task = collect(refused, _id, request.id) if request.id else None
+    if request.id and asked not in (None, Filter()):
+        refused.append(Violation("id", "is not for use together with a filter"))
+    if refused or asked is None:
+        raise Refused(refused)
+    return Wanted(tenant, task, asked)
+
+
+def _id(text: str) -> bytes:
+    try:
+        return uuid7.parse(text)
+    except ValueError as error:
+        raise invalid("id", str(error)) from None

@@ -1,0 +1,324 @@
+"""The pure parts of Watch: what is told when, in which order, to whom, and from where a client goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postroad.v1 import events_pb2 as ev
+from services.api.errors import Refused
+from services.api.filters import Filter
+from services.api.watch import tokens
+from services.api.watch.book import MAYBE, SURE, Book
+from services.api.watch.changes import Change, age, change
+from services.api.watch.merge import Merge
+from services.api.watch.watchers import Index, Wanted, Watcher
+from services.common.events import Event, encode, task_id
+from services.common.fold import Row, delta, fold
+from services.common.topics import EVENT_TOPICS
+
+MADE_MS = 1_790_000_000_000
+RETRIED = MADE_MS + 500
+
+
+def mail(number: int = 0) -> ev.MailTask:
+    id_ = MADE_MS.to_bytes(6, "big") + number.to_bytes(10, "big")
+    return ev.MailTask(
+        id=id_, tenant="default", email=f"a{number}@x.test", domain="x.test", subject="s", body="b",
+        labels={"list": "news", "n": str(number)}, created_at_us=MADE_MS * 1000,
+    )  # fmt: skip
+
+
+def life(task: ev.MailTask) -> list[Event]:
+    """A task's life in the order in which it happened: deferred at each stage, failed, retried, sent."""
+    id_, at = task.id, MADE_MS * 1000
+    return [
+        ev.TaskCreated(task=task, at_us=at),
+        ev.MailDeferred(id=id_, attempt=1, stage="validator", at_us=at + 1),
+        ev.MxOk(task=task, attempt=2, at_us=at + 2),
+        ev.MailDeferred(id=id_, attempt=1, stage="sender", in_doubt=True, at_us=at + 3),
+        ev.MailDeferred(id=id_, attempt=1, stage="sender", at_us=at + 4),
+        ev.MailDeferred(id=id_, attempt=2, stage="sender", at_us=at + 5),
+        ev.MailFailed(id=id_, attempt=3, at_us=at + 6),
+        ev.TaskCreated(task=task, epoch=RETRIED, at_us=RETRIED * 1000),
+        ev.MxOk(task=task, epoch=RETRIED, attempt=1, at_us=RETRIED * 1000 + 1),
+        ev.MailSent(id=id_, epoch=RETRIED, attempt=1, at_us=RETRIED * 1000 + 2),
+    ]
+
+
+def read(event: Event, offset: int = 0, at_ms: int = 0, replayed: bool = False) -> Change:
+    record = encode(event, "test")
+    return change(record.value, replayed, (record.topic, task_id(event)[-1] % 2), offset, at_ms)
+
+
+def named(changes: list[Change]) -> list[str]:
+    return [c.entry.event_id for c in changes]
+
+
+def split(chance: random.Random, items: list[Change]) -> list[list[Change]]:
+    batches: list[list[Change]] = [[]]
+    for item in items:
+        if chance.random() < 0.4:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 3))
+def test_whatever_the_topics_order_each_task_is_told_in_the_order_of_its_life(
+    chance: random.Random, tasks: int
+) -> None:
+    lives = [[read(event) for event in life(mail(number))] for number in range(tasks)]
+    # Each topic in order and perhaps twice, all of them in any order.
+    topics: dict[str, list[Change]] = {}
+    for place in range(10):
+        for one in lives:
+            topics.setdefault(one[place].place[0], []).append(one[place])
+    queue: list[Change] = []
+    left = {name: list(changes) * chance.randint(1, 2) for name, changes in topics.items()}
+    while left:
+        name = chance.choice(sorted(left))
+        queue.append(left[name].pop(0))
+        if not left[name]:
+            del left[name]
+    book = Book(MADE_MS - 1)
+    told = []
+    for number, batch in enumerate(split(chance, queue)):
+        told += book.read(batch, number * 0.001)
+    assert book.due() is None
+    assert not book.held()
+    for one in lives:
+        mine = [c for c in told if c.row.id == one[0].row.id]
+        in_epochs = sorted(mine, key=lambda c: c.row.epoch)
+        assert named(in_epochs) == named(one)
+        first = [c for c in mine if not c.row.epoch]
+        assert named(first) == named(one[:7])
+
+
+@given(st.randoms(use_true_random=False))
+def test_whatever_is_lost_the_rest_is_told_in_order_and_in_time(chance: random.Random) -> None:
+    whole = [read(event, offset) for offset, event in enumerate(life(mail()))]
+    kept = [c for c in whole if chance.random() < 0.6]
+    chance.shuffle(kept)
+    book = Book(MADE_MS - 1)
+    told = book.read(kept, 0.0)
+    while (due := book.due()) is not None:
+        assert due <= SURE
+        told += book.read([], due)
+    assert named(told) == named(sorted(kept, key=age))
+
+
+def test_what_may_have_been_before_is_waited_for_shortly() -> None:
+    sent = read(life(mail())[-1])
+    old, new = Book(RETRIED), Book(RETRIED - 1)
+    assert old.read([sent], 5.0) == new.read([sent], 5.0) == []
+    assert old.due() == 5.0 + MAYBE
+    assert new.due() == 5.0 + SURE
+    assert old.read([], 5.0 + MAYBE) == [sent]
+    assert old.held() == []
+    assert new.held() == [(sent.place, sent.offset)]
+
+
+def test_of_what_is_forgotten_nothing_is_sure() -> None:
+    book = Book(0, most=1)
+    events = life(mail())
+    book.read([read(events[0])], 0.0)
+    book.read([read(events[0]) for events in (life(mail(1)),)], 0.0)
+    assert book.read([read(events[2])], 0.0) == []
+    assert book.due() == MAYBE
+
+
+@pytest.mark.parametrize("start", range(10))
+def test_a_task_told_in_order_looks_as_the_fold_says(start: int) -> None:
+    events = life(mail())
+    row: Row | None = None
+    for event in events[:start]:
+        row = fold(row, event)
+    book, mails = Book(RETRIED + 1), delta(events[0])[1:9]
+    for number, event in enumerate(events[start:]):
+        row = fold(row, event)
+        [ready] = [*book.read([read(event)], number), *book.read([], number + MAYBE)]
+        known: Any = (mails[0], None, None, *mails[3:]) if book.stranger(ready) else None
+        assert (known is None) == (number > 0 or start == 0)
+        assert book.after(ready, known) == row._replace(idempotency_key=None, request_hash=None)
+
+
+def test_a_change_told_late_shows_the_task_as_it_was_then() -> None:
+    book = Book(0)
+    created = read(life(mail())[0])
+    ok = read(ev.MxOk(task=mail(), attempt=1, at_us=0))
+    failed = read(ev.MailFailed(id=mail().id, attempt=1, reason="rejected", at_us=1))
+    for ready in book.read([created, failed], 0.0) + book.read([], SURE):
+        book.after(ready, None)
+    [late] = book.read([ok], SURE)
+    row = book.after(late, None)
+    assert row is not None
+    assert (row.status, row.reason, row.recipient) == ("processing", "", "a0@x.test")
+
+
+def test_nobody_hears_of_a_task_whose_tenant_is_unknown() -> None:
+    book = Book(MADE_MS + 10**6)
+    sent = read(life(mail())[-1])
+    [ready] = [*book.read([sent], 0.0), *book.read([], 1.0)]
+    assert book.stranger(ready)
+    assert book.after(ready, None) is None
+    assert book.stranger(ready)
+
+
+def test_a_replay_that_reopens_a_task_is_news() -> None:
+    created, reopened = life(mail())[0], life(mail())[7]
+    assert read(created, replayed=True).replayed
+    assert not read(reopened, replayed=True).replayed
+
+
+# --- tokens ------------------------------------------------------------------------------------
+
+PLACES = st.dictionaries(
+    st.tuples(st.sampled_from(EVENT_TOPICS), st.integers(0, 40)), st.integers(0, (1 << 63) - 1), max_size=40
+)
+
+
+@given(PLACES, st.binary(min_size=16, max_size=16))
+def test_a_token_says_where_to_go_on(positions: dict[tuple[str, int], int], bound_to: bytes) -> None:
+    found = tokens.parse(tokens.bound(bound_to) + tokens.written(positions), bound_to)
+    assert {place: offset for place, offset in found.items() if offset} == {
+        place: offset for place, offset in positions.items() if offset
+    }
+    assert found.keys() >= positions.keys()
+
+
+@given(PLACES, st.data())
+def test_a_token_that_was_touched_is_refused(
+    positions: dict[tuple[str, int], int], data: st.DataObject
+) -> None:
+    good = tokens.bound(b"me") + tokens.written(positions)
+    assert tokens.parse(good, b"me") is not None
+    at = data.draw(st.integers(0, len(good) - 1))
+    character = data.draw(st.sampled_from([c for c in "AZaz09-_~é\0" if c != good[at]]))
+    for bad in (good[:at], good[:at] + character + good[at + 1 :], good + character):
+        with pytest.raises(Refused):
+            tokens.parse(bad, b"me")
+    with pytest.raises(Refused):
+        tokens.parse(good, b"you")
+
+
+@given(st.text(max_size=200))
+def test_no_text_breaks_the_reading_of_tokens(text: str) -> None:
+    for bad in (text, tokens.bound(b"me") + text):
+        with pytest.raises(Refused):
+            tokens.parse(bad, b"me")
+
+
+# --- merging partitions ------------------------------------------------------------------------
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 5))
+def test_partitions_are_merged_by_time_whatever_their_pace(chance: random.Random, count: int) -> None:
+    places = [(EVENT_TOPICS[0], number) for number in range(count)]
+    event = life(mail())[0]
+    left = {
+        place: [read(event)._replace(place=place, offset=o, at_ms=at) for o, at in enumerate(times)]
+        for place in places
+        if (times := sorted(chance.randint(0, 9) for _ in range(chance.randint(0, 8)))) is not None
+    }
+    everything = [c for changes in left.values() for c in changes]
+    merge, taken = Merge(places, most=3), []
+    for place in [place for place in places if not left[place]]:
+        merge.end(place)
+        del left[place]
+    while left:
+        open_ = [place for place in sorted(left) if place not in merge.ahead()]
+        assert open_, "somebody must be read"
+        place = chance.choice(open_)
+        merge.put(left[place].pop(0))
+        if not left[place]:
+            merge.end(place)
+            del left[place]
+        taken += merge.take()
+        assert len(everything) - len(taken) - sum(map(len, left.values())) <= 3 * count
+        waiting = [c for c in everything if c not in taken]
+        for place, offset in merge.first().items():
+            assert offset == min(c.offset for c in waiting if c.place == place)
+    assert [c.at_ms for c in taken] == sorted(c.at_ms for c in everything)
+    for place in places:
+        assert [c.offset for c in taken if c.place == place] == list(
+            range(sum(c.place == place for c in taken))
+        )
+
+
+def test_a_partition_whose_times_step_back_keeps_its_order() -> None:
+    one, other = (EVENT_TOPICS[0], 0), (EVENT_TOPICS[0], 1)
+    blank = read(life(mail())[0])
+    merge = Merge([one, other])
+    for place, offset, at in ((one, 0, 5), (one, 1, 3), (other, 0, 4)):
+        merge.put(blank._replace(place=place, offset=offset, at_ms=at))
+    merge.end(one)
+    merge.end(other)
+    assert [(c.place[1], c.offset) for c in merge.take()] == [(1, 0), (0, 0), (0, 1)]
+
+
+# --- who wants it ------------------------------------------------------------------------------
+
+
+def row_of(number: int, status: str = "pending", reason: str = "") -> Row:
+    return delta(ev.TaskCreated(task=mail(number)))._replace(status=status, reason=reason)
+
+
+WANTED = st.builds(
+    Wanted,
+    st.sampled_from(["default", "other"]),
+    st.sampled_from([None, None, mail(0).id, mail(1).id]),
+    st.builds(
+        Filter,
+        st.sampled_from([(), ("failed",), ("failed", "pending")]),
+        st.sampled_from([None, None, "a0@x.test", "a1@x.test"]),
+        st.sampled_from([None, None, "x.test", "y.test"]),
+        st.sampled_from([None, None, "rejected"]),
+        st.sampled_from([(), (("list", "news"),), (("list", "news"), ("n", "1")), (("list", "bills"),)]),
+    ),
+)
+
+
+@given(st.lists(WANTED, max_size=12), st.integers(0, 1), st.sampled_from(["pending", "failed"]))
+def test_the_index_finds_who_wants_it_once(several: list[Wanted], number: int, status: str) -> None:
+    async def found() -> None:
+        index = Index()
+        watchers = [Watcher(wanted, asyncio.timeout(None)) for wanted in several]
+        for watcher in watchers:
+            index.add(watcher)
+        row = row_of(number, status, "rejected" if status == "failed" else "")
+        hits = index.find(row)
+        assert len(hits) == len(set(hits))
+        assert set(hits) == {watcher for watcher in watchers if watcher.wanted.takes(row)}
+        assert set(index) == set(watchers)
+        for watcher in watchers:
+            index.remove(watcher)
+        assert not index.find(row)
+
+    asyncio.run(found())
+
+
+@pytest.mark.parametrize(
+    ("asked", "takes"),
+    [
+        (Filter(), True),
+        (Filter(status=("failed",)), True),
+        (Filter(status=("pending", "completed")), False),
+        (Filter(email="a1@x.test"), True),
+        (Filter(email="A1@x.test"), False),
+        (Filter(domain="x.test", reason="rejected"), True),
+        (Filter(reason="expired"), False),
+        (Filter(labels=(("list", "news"), ("n", "1"))), True),
+        (Filter(labels=(("list", "news"), ("n", "2"))), False),
+        (Filter(labels=(("lost", ""),)), False),
+    ],
+)
+def test_a_filter_takes_what_list_would(asked: Filter, takes: bool) -> None:
+    row = row_of(1, "failed", "rejected")
+    assert Wanted("default", None, asked).takes(row) is takes
+    assert not Wanted("other", None, asked).takes(row)
