@@ -13,7 +13,7 @@ from typing import TypeVar
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from services.api.watch import messages, tokens
-from services.api.watch.book import Book
+from services.api.watch.book import SURE, Book
 from services.api.watch.changes import Change, Place
 from services.api.watch.lookup import Known
 from services.api.watch.merge import Merge
@@ -101,9 +101,9 @@ class CatchUp:
                 raise silent()
             for message in fetched:
                 self._take(topics, message, ends, open_, merge)
-            ready = merge.take()
-            async for told in self._told(ready, ready[-1].at_ms / 1000 if ready else None, merge):
-                yield told
+            if ready := merge.take():
+                async for told in self._told(ready, ready[-1].at_ms / 1000, merge):
+                    yield told
             ahead = merge.ahead() & open_
             if stop := [topics.at(place) for place in ahead - paused]:
                 await self._asked(partial(topics.consumer.pause, stop))
@@ -140,14 +140,13 @@ class CatchUp:
     async def _told(
         self,
         changes: list[Change],
-        now: float | None,
+        now: float,
         merge: Merge | None,
         besides: Collection[tuple[Place, int]] = (),
     ) -> AsyncIterator[Told]:
-        if now is None:
-            return
         if self._book is None:
-            self._book = Book(int(now * 1000))
+            # Here time is the records' own: patience costs nothing.
+            self._book = Book(changes[0].at_ms, maybe=SURE)
         ready = self._book.read(changes, now)
         strangers = [change for change in ready if self._book.stranger(change)]
         known = await self._lookup(strangers) if strangers else Known({}, set())

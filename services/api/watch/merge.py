@@ -16,10 +16,14 @@ __all__ = ["Merge"]
 
 
 class Merge:
-    """Merges these partitions; `most` changes of each are kept at a time, and what was on its way."""
+    """Merges these partitions. About `most` changes are kept at a time, and what was on its way.
 
-    def __init__(self, places: Iterable[Place], most: int = 100) -> None:
-        self._most = most
+    A partition that is not read for a while loses what was fetched ahead; so it happens to all at once, and
+    seldom.
+    """
+
+    def __init__(self, places: Iterable[Place], most: int = 20_000) -> None:
+        self._most, self._kept, self._full = most, 0, False
         self._waiting: dict[Place, deque[tuple[int, Change]]] = {place: deque() for place in places}
         self._silent = set(self._waiting)
         self._heads: list[tuple[int, Place]] = []
@@ -33,6 +37,7 @@ class Merge:
         at = self._latest[place] = max(self._latest[place], change.at_ms)
         waiting = self._waiting[place]
         waiting.append((at, change))
+        self._kept += 1
         if len(waiting) == 1:
             self._silent.discard(place)
             heappush(self._heads, (at, place))
@@ -49,6 +54,7 @@ class Merge:
             _, place = heappop(self._heads)
             waiting = self._waiting[place]
             taken.append(waiting.popleft()[1])
+            self._kept -= 1
             if waiting:
                 heappush(self._heads, (waiting[0][0], place))
             elif place not in self._ended:
@@ -56,8 +62,12 @@ class Merge:
         return taken
 
     def ahead(self) -> set[Place]:
-        """Return the partitions of which enough is kept."""
-        return {place for place, waiting in self._waiting.items() if len(waiting) >= self._most}
+        """Return the partitions that are not to be read now: the others must come up to them."""
+        self._full = self._kept >= self._most or (self._full and self._kept > self._most // 2)
+        if not self._full:
+            return set()
+        enough = max(1, self._most // 200)
+        return {place for place, waiting in self._waiting.items() if len(waiting) >= enough}
 
     def first(self) -> dict[Place, int]:
         """Return the offset of the first change that is kept of each partition, where there is one."""
