@@ -23,12 +23,15 @@ __all__ = [
     "Problem",
     "Refused",
     "Violation",
+    "being_sent",
+    "body_purged",
     "collect",
     "conflict",
     "draining",
     "internal",
     "invalid",
     "not_found",
+    "not_open_to_retry",
     "overloaded",
     "unauthenticated",
     "unavailable",
@@ -123,6 +126,34 @@ def conflict(original: str) -> Problem:
         grpc.StatusCode.ALREADY_EXISTS,
         f"the idempotency key was used for another request, task {original}",
         (_info("IDEMPOTENCY_KEY_REUSED", {"id": original}),),
+    )
+
+
+def being_sent(id_: str, retry_seconds: float = 1.0) -> Problem:
+    """Return UNAVAILABLE: the mail is being handed over, and nobody knows yet whether it goes out."""
+    return Problem(
+        grpc.StatusCode.UNAVAILABLE,
+        f"task {id_} is being sent; nothing was cancelled",
+        (_info("BEING_SENT", {"id": id_}), _retry(retry_seconds)),
+    )
+
+
+def not_open_to_retry(id_: str, status: str) -> Problem:
+    """Return FAILED_PRECONDITION: the task is completed or still under way."""
+    reason = "ALREADY_SENT" if status == "completed" else "NOT_OVER"
+    return Problem(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"task {id_} is {status}; only failed, uncertain and cancelled ones are opened again",
+        (_info(reason, {"id": id_, "status": status}),),
+    )
+
+
+def body_purged(id_: str, status: str) -> Problem:
+    """Return FAILED_PRECONDITION: the task's text is gone by POSTROAD_BODY_RETENTION."""
+    return Problem(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"task {id_} cannot be sent again: its body is no longer kept",
+        (_info("BODY_PURGED", {"id": id_, "status": status}),),
     )
 
 

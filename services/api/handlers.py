@@ -11,9 +11,10 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from postroad.v1 import task_service_pb2
+from postroad.v1 import task_pb2, task_service_pb2
 from services.api import batch, filters, pages, queries, uuid7
 from services.api.auth import Tenants
+from services.api.decider import Decider
 from services.api.errors import (
     Problem,
     Refused,
@@ -48,8 +49,10 @@ M = TypeVar("M", bound=Message)
 class TaskService:
     """postroad.v1.TaskService."""
 
-    def __init__(self, tenants: Tenants, recorder: Recorder, reader: Reader, max_body: int) -> None:
-        self._tenants, self._recorder, self._reader = tenants, recorder, reader
+    def __init__(
+        self, tenants: Tenants, recorder: Recorder, reader: Reader, decider: Decider, max_body: int
+    ) -> None:
+        self._tenants, self._recorder, self._reader, self._decider = tenants, recorder, reader, decider
         self._max_body = max_body
         self._clock = uuid7.Clock()
         self._draining = False
@@ -66,6 +69,8 @@ class TaskService:
             "Get": self.get,
             "List": self.list,
             "Count": self.count,
+            "Retry": self.retry,
+            "Cancel": self.cancel,
         }
         methods: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(self._rpc(name, rpc)) for name, rpc in rpcs.items()
@@ -104,10 +109,7 @@ class TaskService:
         """Answer a serialized Task for a serialized GetRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
         request = _decode(raw, task_service_pb2.GetRequest)
-        try:
-            id_ = uuid7.parse(request.id)
-        except ValueError as error:
-            raise invalid("id", str(error)) from None
+        id_ = _task_id(request.id)
         task = await self._reader.read(lambda connection: queries.get(connection, tenant, id_))
         if task is None:
             raise not_found(request.id)
@@ -137,6 +139,26 @@ class TaskService:
         asked = filters.parse(_decode(raw, task_service_pb2.CountRequest))
         counts = await self._reader.read(lambda connection: queries.count(connection, tenant, asked))
         return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values())).SerializeToString()
+
+    async def retry(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized Task for a serialized RetryRequest; raise Problem."""
+        return await self._decide(self._decider.retry, task_service_pb2.RetryRequest, raw, metadata)
+
+    async def cancel(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized Task for a serialized CancelRequest; raise Problem."""
+        return await self._decide(self._decider.cancel, task_service_pb2.CancelRequest, raw, metadata)
+
+    async def _decide(
+        self,
+        decide: Callable[[str, bytes, bytes], Awaitable[task_pb2.Task]],
+        kind: type[task_service_pb2.RetryRequest | task_service_pb2.CancelRequest],
+        raw: bytes,
+        metadata: Metadata,
+    ) -> bytes:
+        tenant = self._tenants.tenant(metadata)
+        id_ = _task_id(_decode(raw, kind).id)
+        task = await decide(tenant, id_, traceparent(metadata.get("traceparent"), id_))
+        return task.SerializeToString()
 
     def _asked(
         self, request: task_service_pb2.CreateRequest, tenant: str, key: str, size: int, metadata: Metadata
@@ -176,6 +198,13 @@ class TaskService:
             return await problem.abort(context)
 
         return handle
+
+
+def _task_id(text: str) -> bytes:
+    try:
+        return uuid7.parse(text)
+    except ValueError as error:
+        raise invalid("id", str(error)) from None
 
 
 def _decode(raw: bytes, kind: type[M]) -> M:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health
 
 from services.api import outbox
 from services.api.auth import Tenants
+from services.api.decider import Decider
 from services.api.handlers import SERVICE, TaskService
 from services.api.outbox import Item
 from services.api.reader import THREADS, Reader
@@ -30,8 +31,8 @@ log = structlog.get_logger(__name__)
 
 _SENDING_AWAY = 0.2
 _MOST_SWEPT = 500
-# The recorder's two, the settling of the outbox, the sweeper, readiness, and the readers.
-_CONNECTIONS = 5 + THREADS
+# The recorder's two, the settling of the outbox, the sweeper, readiness, the readers, and the deciders.
+_CONNECTIONS = 5 + 2 * THREADS
 
 
 class ApiService:
@@ -49,10 +50,12 @@ class ApiService:
         self._recorder = Recorder(self._engine, self._committed, settings.max_pending_creates, most_bytes)
         self._sweeper = Sweeper(self._engine, self._publisher, self._relay, _MOST_SWEPT)
         self._reader = Reader(self._engine)
+        self._deciding = Reader(self._engine)
+        decider = Decider(self._deciding, self._relay.publish)
         self._health = health.aio.HealthServicer()
         self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
         tenants = Tenants(settings.api_tokens.get_secret_value())
-        self._tasks = tasks = TaskService(tenants, self._recorder, self._reader, settings.max_body)
+        self._tasks = tasks = TaskService(tenants, self._recorder, self._reader, decider, settings.max_body)
         self._server, self.port = serve_on(settings.listen, tasks, self._health)
 
     async def run(self) -> None:
@@ -98,6 +101,7 @@ class ApiService:
         await self._publisher.close(max(0.1, deadline - time.monotonic()))
         await self._settle.close()
         self._reader.close()
+        self._deciding.close()
         self._engine.dispose()
 
     def _committed(self, recorded: Sequence[Creation]) -> None:

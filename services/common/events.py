@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from postroad.v1 import events_pb2 as pb
 from services.common import topics
 
-__all__ = ["DECODERS", "Event", "Outgoing", "Undecodable", "encode", "event_key", "task_id"]
+__all__ = ["CREATED_KEY", "DECODERS", "Event", "Outgoing", "Undecodable", "encode", "event_key", "task_id"]
 
 Event = (
     pb.TaskCreated | pb.MxOk | pb.MxFailed | pb.MailSent | pb.MailDeferred | pb.MailFailed | pb.TaskCancelled
@@ -61,6 +61,10 @@ def event_key(event: Event) -> str:
         doubt = f":in_doubt.{event.takeover}" if event.in_doubt else ""
         return f"{topic}:{event.epoch}:{event.stage}.{attempt}{doubt}"
     return f"{topic}:{event.epoch}:{attempt}"
+
+
+CREATED_KEY = event_key(pb.TaskCreated())
+"""The key of every task's first event."""
 
 
 def encode(event: Event, source: str, traceparent: bytes | None = None) -> Outgoing:

@@ -30,7 +30,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.events import Event, task_id
 from services.common.schema import INT_MAX, from_micros, tasks, widths
 
-__all__ = ["CREATED_VERSION", "EPOCH_SHIFT", "Row", "delta", "fold", "merge"]
+__all__ = ["EPOCH_SHIFT", "Row", "delta", "fold", "merge"]
 
 EPOCH_SHIFT = 21
 _TIER_SHIFT, _ATTEMPT_SHIFT = 18, 4
@@ -70,10 +70,6 @@ _WIDTHS = widths(tasks)
 def _version(epoch: int, tier: int, attempt: int = 0, within: int = _OVER) -> int:
     rank = tier << _TIER_SHIFT | min(attempt, _ATTEMPT_MAX) << _ATTEMPT_SHIFT | within
     return min(epoch, _EPOCH_MAX) << EPOCH_SHIFT | rank
-
-
-CREATED_VERSION = _version(0, _CREATED)
-"""The version of a task of which only its first event is known: its next_attempt_at is its send_at."""
 
 
 _Mail = tuple[

@@ -15,7 +15,8 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from services.common.database import execute_rows, marks
-from services.common.fold import CREATED_VERSION, EPOCH_SHIFT, Row, merge
+from services.common.events import CREATED_KEY
+from services.common.fold import EPOCH_SHIFT, Row, merge
 from services.common.schema import to_micros
 from services.common.timeline import Entry
 
@@ -174,16 +175,16 @@ def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.M
 
 
 def send_times(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, int]:
-    """Return the time of each task that waits for it (`TaskCreated.send_at_us`), by id.
+    """Return the time of each task that was scheduled (`TaskCreated.send_at_us`), by id.
 
-    Of a task of which more is known than its first event the time is gone, as it has no meaning any more.
+    It is the timeline that keeps it, whatever becomes of the task.
     """
     if not ids:
         return {}
     found = connection.exec_driver_sql(
-        f"SELECT id, next_attempt_at FROM tasks WHERE id IN ({marks(len(ids))})"
-        " AND version = %s AND next_attempt_at IS NOT NULL",
-        (*ids, CREATED_VERSION),
+        f"SELECT task_id, next_attempt_at FROM task_events WHERE task_id IN ({marks(len(ids))})"
+        " AND event_id = %s AND next_attempt_at IS NOT NULL",
+        (*ids, CREATED_KEY),
     )
     return {bytes(id_): to_micros(at) for id_, at in found}
 

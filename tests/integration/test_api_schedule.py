@@ -21,6 +21,7 @@ from services.common import taskstore
 from services.common.database import engine_of, transaction
 from services.common.fold import delta
 from services.common.schema import from_micros
+from services.common.timeline import timeline
 from services.common.topics import TASK_CREATED
 from tests.api_process import ApiProcess, Road, eventually
 from tests.stack import Infra
@@ -69,6 +70,7 @@ def stand(engine: Engine, count: int) -> None:
 
     def write(part: list[events_pb2.TaskCreated], connection: Connection) -> None:
         taskstore.upsert(connection, map(delta, part))
+        taskstore.insert_events(connection, map(timeline, part))
         taskstore.insert_bodies(connection, [taskstore.body_of(event.task) for event in part])
         due = [(outbox.item_of(event), from_micros(event.send_at_us)) for event in part]
         outbox.schedule(connection, due)

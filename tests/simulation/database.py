@@ -18,7 +18,8 @@ from services.api.outbox import GRACE, LEASE, Item
 from services.common.deliveries import decide as rules
 from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Taken, Verdict
 from services.common.deliveries.refusals import refusal, refused
-from services.common.fold import CREATED_VERSION, Row, merge
+from services.common.events import CREATED_KEY
+from services.common.fold import Row, merge
 from services.common.schema import to_micros
 from services.common.taskstore import Body
 from services.common.timeline import Entry
@@ -140,13 +141,9 @@ class Database:
         return tasks
 
     def send_times(self, ids: Sequence[bytes]) -> dict[bytes, int]:
-        """Return the time of each task that waits for it."""
-        rows = [self.tasks[id_] for id_ in ids if id_ in self.tasks]
-        return {
-            row.id: to_micros(row.next_attempt_at)
-            for row in rows
-            if row.version == CREATED_VERSION and row.next_attempt_at is not None
-        }
+        """Return the time of each task that was scheduled."""
+        lines = [self.entries[id_, CREATED_KEY] for id_ in ids if (id_, CREATED_KEY) in self.entries]
+        return {line.task_id: to_micros(line.next_attempt_at) for line in lines if line.next_attempt_at}
 
     def sizes_of_bodies(self, ids: Sequence[bytes]) -> dict[bytes, int]:
         """Return the bytes of each task's body."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
 from services.common.events import Event
-from services.common.fold import CREATED_VERSION, Row, delta, fold, merge
+from services.common.fold import Row, delta, fold, merge
 from services.common.schema import from_micros, tasks, to_micros
 from tests.event_strategies import distinct, events_of, histories, mail_task
 
@@ -157,29 +157,11 @@ def test_times_out_of_range_are_held_within_it() -> None:
 def test_a_scheduled_task_waits_for_its_time_until_more_is_known_of_it() -> None:
     first = pb.TaskCreated(task=TASK, at_us=AT, send_at_us=AT + 7)
     row = delta(first)
-    assert (row.status, row.version) == ("pending", CREATED_VERSION)
-    assert row.next_attempt_at == from_micros(AT + 7)
+    assert (row.status, row.next_attempt_at) == ("pending", from_micros(AT + 7))
     for event, _ in LIFE[1:]:
-        after = fold(row, event)
-        assert after.next_attempt_at is None
-        assert after.version != CREATED_VERSION
+        assert fold(row, event).next_attempt_at is None
     # Reopened, it goes at once.
     assert delta(pb.TaskCreated(task=TASK, epoch=LATER, at_us=AT, send_at_us=AT + 7)).next_attempt_at is None
-
-
-@unhurried
-@given(st.integers(1, (1 << 63) - 1), histories(1, 8), st.integers(0, 8))
-def test_a_time_to_send_at_is_told_by_a_row_as_long_as_only_its_first_event_is_known(
-    send_at_us: int, events: list[Event], place: int
-) -> None:
-    """So what the sweeper makes of a waiting task's row is the event that was recorded."""
-    first = pb.TaskCreated(task=mail_task(0), at_us=AT, send_at_us=send_at_us)
-    others = [event for event in events if delta(event).version != CREATED_VERSION]
-    row = folded([*others[:place], first, *others[place:]])
-    late = [event for event in others if delta(event).version > CREATED_VERSION]
-    assert (row.version == CREATED_VERSION) == (not late)
-    if not late:
-        assert row.next_attempt_at == from_micros(send_at_us)
 
 
 @unhurried

@@ -1,0 +1,179 @@
+"""Cancel against the sender, and Retry: what was answered is what the mail server's journal says."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from postroad.v1 import task_pb2
+from postroad.v1 import task_service_pb2 as pb
+from tests.e2e.road import Road, until
+from tests.stack import Stack
+
+# 2,000 is the long form: POSTROAD_E2E_RACES=2000 make e2e.
+RACES = int(os.environ.get("POSTROAD_E2E_RACES", "400"))
+CALLERS = 32
+# What the mail server does to them, and so how long the sender has them in hand.
+KINDS = ("a", "a", "slow-20", "slow-80", "slow-300", "greylist", "reject5", "drop-before")
+
+
+def cancel(road: Road, id_: str) -> task_pb2.Task:
+    """Cancel a task; again where its mail was under way for longer than a call waits."""
+    while True:
+        try:
+            task: task_pb2.Task = road.stub.Cancel(pb.CancelRequest(id=id_), timeout=20)
+            return task
+        except grpc.RpcError as error:
+            if reason(error) != "BEING_SENT":
+                raise
+
+
+def reason(error: grpc.RpcError) -> str:
+    """Return the ErrorInfo's reason."""
+    [raw] = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]  # type: ignore[attr-defined]
+    [packed] = [
+        d for d in status_pb2.Status.FromString(raw).details if d.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)
+    ]
+    return str(error_details_pb2.ErrorInfo.FromString(packed.value).reason)
+
+
+def retry(road: Road, id_: str) -> task_pb2.Task:
+    """Open a task again."""
+    task: task_pb2.Task = road.stub.Retry(pb.RetryRequest(id=id_), timeout=20)
+    return task
+
+
+def quiet(road: Road) -> None:
+    """Wait until the stages have handled all that there is."""
+    until(lambda: not any(road.lag().values()), "all committed", 60)
+
+
+@pytest.mark.timeout(600)
+def test_each_race_ends_as_it_was_answered(stack: Stack) -> None:
+    seed = time.time_ns()
+
+    def race(number: int) -> tuple[str, task_pb2.Task]:
+        rng = random.Random(seed + number)
+        id_ = road.create(f"{rng.choice(KINDS)}+{number}@c{number % 40}.ok.test")
+        # From before its first event is published to long after its mail is gone.
+        time.sleep(rng.choice((0.0, 0.02, 0.06, 0.2, 1.0)) * rng.random())
+        return id_, cancel(road, id_)
+
+    with Road(stack) as road, ThreadPoolExecutor(CALLERS) as callers:
+        answered = dict(callers.map(race, range(RACES)))
+        quiet(road)
+        copies = road.copies(answered)
+        counted: Counter[str] = Counter()
+        for id_, answer in answered.items():
+            counted[answer.status] += 1
+            now = road.get(id_)
+            assert now.status == answer.status, f"{id_}: seed {seed}"
+            assert copies[id_] == (answer.status == "completed"), f"{id_} is {answer.status}: seed {seed}"
+            kinds = [entry.kind for entry in now.timeline]
+            assert kinds.count("cancelled") == (answer.status == "cancelled")
+        assert set(counted) == {"cancelled", "completed", "failed"}, counted
+        assert min(counted["cancelled"], counted["completed"]) > RACES / 20, counted
+        # A delayed attempt of what was cancelled may still come: it sends nothing.
+        deferred = [
+            id_ for id_, answer in answered.items() if answer.status == "cancelled" and answer.attempts
+        ]
+        assert deferred, "none was cancelled between two attempts"
+        print(f"{RACES} races: {dict(counted)}, {len(deferred)} between two attempts")
+
+
+@pytest.mark.timeout(300)
+def test_what_was_cancelled_while_it_waited_or_was_scheduled_is_sent_only_when_opened_again(
+    stack: Stack,
+) -> None:
+    with Road(stack) as road:
+        waiting = road.create("reject4@good.test")
+        until(lambda: road.get(waiting).attempts, "an attempt")
+        data = pb.TaskData(email="ada@good.test", subject="Later", body="text")
+        asked = pb.CreateRequest(data=data)
+        asked.send_at.FromNanoseconds(time.time_ns() + 3600 * 10**9)
+        scheduled = road.stub.Create(asked, timeout=20).id
+        for id_ in (waiting, scheduled):
+            assert cancel(road, id_).status == "cancelled"
+        # The events reach the topics all the same.
+        for topic in ("task.created", "task.cancelled"):
+            until(lambda topic=topic: scheduled in _keys(road, topic), f"it is on {topic}")  # type: ignore[misc]
+        quiet(road)
+        assert road.copies([waiting, scheduled]) == {waiting: 0, scheduled: 0}
+        assert cancel(road, scheduled).status == "cancelled"
+
+        assert retry(road, scheduled).status == "pending"
+        assert road.settled([scheduled])[scheduled].status == "completed"
+        assert [entry.kind for entry in road.get(scheduled).timeline] == [
+            "created",
+            "cancelled",
+            "retried",
+            "mx_ok",
+            "sent",
+        ]
+        road.sent_once([scheduled])
+
+
+def _keys(road: Road, topic: str) -> set[str]:
+    from services.api.uuid7 import text
+
+    return {text(record.key()) for record in road.records(topic)}
+
+
+@pytest.mark.timeout(300)
+def test_failed_and_uncertain_tasks_are_sent_when_opened_again_and_sent_ones_never(
+    new_stack: Callable[..., Stack],
+) -> None:
+    stack = new_stack(POSTROAD_ON_UNCERTAIN="hold")
+    stack.up()
+    with Road(stack) as road:
+        stack.control_mail(
+            rules=[
+                {"rcpt": "no*@*", "fault": "reject5"},
+                {"rcpt": "lost*@*", "fault": "drop-lost-always"},
+            ]
+        )
+        refused = [road.create(f"no{n}@d{n}.ok.test") for n in range(20)]
+        lost = [road.create(f"lost{n}@d{n}.ok.test") for n in range(20)]
+        sent = [road.create(f"yes{n}@d{n}.ok.test") for n in range(20)]
+        tasks = road.settled([*refused, *lost, *sent])
+        for ids, status in ((refused, "failed"), (lost, "uncertain"), (sent, "completed")):
+            assert {tasks[id_].status for id_ in ids} == {status}
+            # A Cancel answers what has really happened.
+            assert {cancel(road, id_).status for id_ in ids} == {status}
+        assert {_refused(road, id_) for id_ in sent} == {
+            (grpc.StatusCode.FAILED_PRECONDITION, "ALREADY_SENT")
+        }
+        stack.control_mail(rules=[])
+        with ThreadPoolExecutor(8) as callers:
+            opened = list(callers.map(lambda id_: _opened(road, id_), [*refused, *lost] * 3))
+        # Asked for thrice at once, each is opened once, or anew where it had ended meanwhile.
+        assert Counter(id_ for id_, done in opened if done).keys() == {*refused, *lost}
+        done = road.settled([*refused, *lost])
+        assert {task.status for task in done.values()} == {"completed"}
+        quiet(road)
+        assert set(road.copies([*refused, *lost, *sent]).values()) == {1}
+        assert {_refused(road, id_)[1] for id_ in [*refused, *lost]} == {"ALREADY_SENT"}
+
+
+def _opened(road: Road, id_: str) -> tuple[str, bool]:
+    try:
+        retry(road, id_)
+    except grpc.RpcError as error:
+        if reason(error) not in ("NOT_OVER", "ALREADY_SENT"):
+            raise
+        return id_, False
+    return id_, True
+
+
+def _refused(road: Road, id_: str) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        retry(road, id_)
+    return caught.value.code(), reason(caught.value)  # type: ignore[attr-defined]
