@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -31,6 +32,7 @@ from services.api.relay import Creation, Recording
 from services.api.trace import traceparent
 from services.api.validation import creation
 from services.api.views import recorded
+from services.api.watch.watching import Watches
 from services.common.telemetry import API_REQUESTS, API_SECONDS
 
 __all__ = ["SERVICE", "TaskService"]
@@ -50,16 +52,33 @@ class TaskService:
     """postroad.v1.TaskService."""
 
     def __init__(
-        self, tenants: Tenants, recorder: Recorder, reader: Reader, decider: Decider, max_body: int
+        self,
+        tenants: Tenants,
+        recorder: Recorder,
+        reader: Reader,
+        decider: Decider,
+        *,
+        watches: Watches,
+        max_body: int,
     ) -> None:
         self._tenants, self._recorder, self._reader, self._decider = tenants, recorder, reader, decider
+        self._watches = watches
         self._max_body = max_body
         self._clock = uuid7.Clock()
         self._draining = False
+        self._in_flight, self._idle = 0, asyncio.Event()
 
     def drain(self) -> None:
         """Answer what is in flight, and UNAVAILABLE to all that comes from now on."""
         self._draining = True
+        self._watches.drain()
+
+    async def answered(self, seconds: float) -> None:
+        """Wait until what is in flight is answered, streams apart, at most so long; after `drain`."""
+        if self._in_flight:
+            self._idle.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a grpc.aio server takes."""
@@ -75,6 +94,7 @@ class TaskService:
         methods: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(self._rpc(name, rpc)) for name, rpc in rpcs.items()
         }
+        methods["Watch"] = grpc.unary_stream_rpc_method_handler(self._watch)
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def create(self, raw: bytes, metadata: Metadata) -> bytes:
@@ -148,6 +168,11 @@ class TaskService:
         """Answer a serialized Task for a serialized CancelRequest; raise Problem."""
         return await self._decide(self._decider.cancel, task_service_pb2.CancelRequest, raw, metadata)
 
+    async def watch(self, raw: bytes, metadata: Metadata, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Write serialized WatchResponses for a serialized WatchRequest, until it is ended; raise Problem."""
+        tenant = self._tenants.tenant(metadata)
+        await self._watches.watch(tenant, _decode(raw, task_service_pb2.WatchRequest), write)
+
     async def _decide(
         self,
         decide: Callable[[str, bytes, bytes], Awaitable[task_pb2.Task]],
@@ -178,6 +203,7 @@ class TaskService:
 
         async def handle(raw: bytes, context: Context) -> bytes:
             start = time.perf_counter()
+            self._in_flight += 1
             try:
                 if self._draining:
                     raise draining()
@@ -194,10 +220,31 @@ class TaskService:
                 problem = internal()
             finally:
                 seconds.observe(time.perf_counter() - start)
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._idle.set()
             API_REQUESTS.labels(name, problem.code.name).inc()
             return await problem.abort(context)
 
         return handle
+
+    async def _watch(self, raw: bytes, context: Context) -> None:
+        """Answer as `_rpc` does. A stream's time means nothing; it is counted when it ends."""
+        try:
+            if self._draining:
+                raise draining()
+            await self.watch(raw, dict(context.invocation_metadata() or ()), context.write)
+            return
+        except Problem as refusal:
+            problem = refusal
+        except asyncio.CancelledError:
+            API_REQUESTS.labels("Watch", "CANCELLED").inc()
+            raise
+        except Exception:
+            log.exception("unexpected", rpc="Watch")
+            problem = internal()
+        API_REQUESTS.labels("Watch", problem.code.name).inc()
+        await problem.abort(context)
 
 
 def _task_id(text: str) -> bytes:

@@ -22,6 +22,9 @@ _OPTIONS = [
     # Clients behind load balancers ping to keep their connections.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A watcher that vanished without a word is noticed, and forgotten.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 ]
 
 

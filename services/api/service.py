@@ -20,6 +20,7 @@ from services.api.recorder import Recorder
 from services.api.relay import Creation, Relay
 from services.api.server import serve_on
 from services.api.sweeper import Sweeper
+from services.api.watch.watching import Watches
 from services.common.batching import Batcher
 from services.common.config import Settings
 from services.common.database import engine_of, transaction, transient
@@ -30,6 +31,7 @@ __all__ = ["ApiService", "build"]
 log = structlog.get_logger(__name__)
 
 _SENDING_AWAY = 0.2
+_LAST_WORDS = 1.0
 _MOST_SWEPT = 500
 # The recorder's two, the settling of the outbox, the sweeper, readiness, the readers, and the deciders.
 _CONNECTIONS = 5 + 2 * THREADS
@@ -55,7 +57,10 @@ class ApiService:
         self._health = health.aio.HealthServicer()
         self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
         tenants = Tenants(settings.api_tokens.get_secret_value())
-        self._tasks = tasks = TaskService(tenants, self._recorder, self._reader, decider, settings.max_body)
+        self._watches = watches = Watches(settings, self._reader)
+        self._tasks = tasks = TaskService(
+            tenants, self._recorder, self._reader, decider, watches=watches, max_body=settings.max_body
+        )
         self._server, self.port = serve_on(settings.listen, tasks, self._health)
 
     async def run(self) -> None:
@@ -91,7 +96,10 @@ class ApiService:
         self._tasks.drain()
         # Closing, gRPC cancels what it has not handed on yet; so clients are sent away before that.
         await asyncio.sleep(_SENDING_AWAY)
-        await self._server.stop(self._seconds)
+        await self._tasks.answered(self._seconds)
+        # A watcher that takes no messages does not hear of the end either.
+        await self._server.stop(_LAST_WORDS)
+        await self._watches.close()
         await self._recorder.close()
         self._sweeper.stop()
         await self._relay.drain(max(0.1, deadline - time.monotonic()))

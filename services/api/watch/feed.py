@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -26,11 +26,13 @@ __all__ = ["Feed", "Joined"]
 
 log = structlog.get_logger(__name__)
 
-_MOST = 1000
+_MOST = 200
 _TURN = 0.25
 # Batches on their way to the loop; while there are so many the thread fetches no more.
 _AHEAD = 4
 _PACE = 0.02
+# For a watcher for whom more messages wait, and who takes them, the feed rests so long between two batches.
+_MANY, _REST = 500, 0.05
 _LOOK_EVERY = 15.0
 _REMIND_EVERY = 60.0
 _KBYTES = 8 << 10
@@ -190,6 +192,15 @@ class Feed:
             watcher.put(told._replace(positions=after.text))
         self._told.update(last)
         self._remind()
+        await self._rest(last)
+
+    async def _rest(self, told: Iterable[Watcher]) -> None:
+        """Let those come up who can: a burst is read faster than it can be written."""
+        end = time.monotonic() + _REST
+        behind = {watcher: watcher.waiting for watcher in told if watcher.waiting > _MANY}
+        while behind and time.monotonic() < end:
+            await asyncio.sleep(_REST / 10)
+            behind = {w: w.waiting for w, before in behind.items() if _MANY < w.waiting < before}
 
     def _mark(self) -> Joined:
         held = frozenset(self._book.held())

@@ -16,7 +16,7 @@ from services.common.fold import Row
 
 __all__ = ["MOST_QUEUED", "Index", "Told", "Wanted", "Watcher"]
 
-MOST_QUEUED = 5000
+MOST_QUEUED = 20_000
 """Messages that may wait for one watcher. They are shared: a change weighs the same for one and for all."""
 
 
@@ -89,13 +89,17 @@ class Watcher:
         self._queue.append(told)
         self._filled.set()
 
-    async def take(self) -> list[Told]:
-        """Return what waits, once there is anything."""
-        await self._filled.wait()
-        self._filled.clear()
-        taken = list(self._queue)
-        self._queue.clear()
-        return taken
+    async def next(self) -> Told:
+        """Return what waits first, once there is anything."""
+        while not self._queue:
+            self._filled.clear()
+            await self._filled.wait()
+        return self._queue.popleft()
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait."""
+        return len(self._queue)
 
     def end(self, problem: Problem) -> None:
         """End the stream with this; what waits for it is dropped."""

@@ -72,9 +72,9 @@ class Watches:
                     elif wanted.task is not None:
                         await self._show(feed, watcher, stream, request.id)
                     else:
-                        await stream.send(feed.join(watcher))
+                        await stream.stand(feed.join(watcher))
                     while True:
-                        await stream.send_all(await watcher.take())
+                        await stream.send(await watcher.next())
                 finally:
                     feed.leave(watcher)
                     self._unused(feed)
@@ -107,7 +107,7 @@ class Watches:
         if found is None:
             raise not_found(id_)
         view, stream.said = found
-        await stream.send(joined, messages.found(view))
+        await stream.stand(joined, messages.found(view))
 
     async def _resume(
         self, feed: Feed, watcher: Watcher, stream: _Stream, positions: dict[tuple[str, int], int]
@@ -126,7 +126,7 @@ class Watches:
                 await stream.send_soon(told)
             async for told in missed.rest(joined.held):
                 await stream.send_soon(told)
-            await stream.send(joined)
+            await stream.stand(joined)
 
     # --- the feed ----------------------------------------------------------------------------
 
@@ -170,24 +170,23 @@ class _Stream:
         self._bound, self._write = tokens.bound(wanted.digest()), write
         self.said: Collection[str] = ()
 
-    async def send(self, joined: Joined, body: bytes = b"") -> None:
+    async def stand(self, joined: Joined, body: bytes = b"") -> None:
         """Send where the client stands."""
-        await self.send_all((Told(body, joined.text, ""),))
+        await self.send(Told(body, joined.text, ""))
 
     async def send_soon(self, told: Told) -> None:
         """Send what was missed. Where it is not taken in time, another may catch up instead."""
         try:
             async with asyncio.timeout(_PATIENCE):
-                await self.send_all((told,))
+                await self.send(told)
         except TimeoutError:
             raise lagging() from None
 
-    async def send_all(self, several: Sequence[Told]) -> None:
-        """Send messages."""
-        for told in several:
-            if told.key not in self.said:
-                await self._write(told.body + messages.token(self._bound + told.positions))
-                WATCH_MESSAGES.inc()
+    async def send(self, told: Told) -> None:
+        """Send a message."""
+        if told.key not in self.said:
+            await self._write(told.body + messages.token(self._bound + told.positions))
+            WATCH_MESSAGES.inc()
 
 
 def _wanted(tenant: str, request: pb.WatchRequest) -> Wanted:
