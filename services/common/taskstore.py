@@ -128,17 +128,22 @@ def owners_of_keys(
 
     Under READ COMMITTED this sees what others have committed by now, so it may follow an upsert.
     """
-    if not keys:
-        return {}
-    pairs = ",".join(["(%s,%s)"] * len(keys))
-    found = connection.exec_driver_sql(
-        "SELECT tenant, idempotency_key, id, request_hash FROM tasks"
-        f" WHERE (tenant, idempotency_key) IN ({pairs})",
-        tuple(part for tenant, key in keys for part in (tenant, key.encode())),
-    )
-    return {
-        (tenant, bytes(key).decode()): (bytes(id_), bytes(hash_ or b"")) for tenant, key, id_, hash_ in found
-    }
+    by_tenant: dict[str, list[bytes]] = {}
+    for tenant, key in keys:
+        by_tenant.setdefault(tenant, []).append(key.encode())
+    owners = {}
+    for tenant, of_tenant in by_tenant.items():
+        for start in range(0, len(of_tenant), 500):
+            part = of_tenant[start : start + 500]
+            # Given many pairs, or left the choice, an optimiser would read the whole table.
+            found = connection.exec_driver_sql(
+                "SELECT idempotency_key, id, request_hash FROM tasks FORCE INDEX (tasks_by_key)"
+                f" WHERE tenant = %s AND idempotency_key IN ({marks(len(part))})",
+                (tenant, *part),
+            )
+            for key, id_, hash_ in found:
+                owners[tenant, bytes(key).decode()] = bytes(id_), bytes(hash_ or b"")
+    return owners
 
 
 def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.MailTask]:

@@ -101,6 +101,18 @@ def test_keys_are_owned_by_the_first_and_told_apart_to_the_byte(engine: Engine) 
     assert owners == wanted | {("other", "k"): (other.id, other.request_hash)}
 
 
+def test_the_owners_of_a_batchs_keys_are_found_by_their_index(engine: Engine) -> None:
+    tasks = [mail_task(number) for number in range(6000)]
+    record(engine, *tasks)
+    asked = sorted((task.tenant, task.idempotency_key) for task in tasks[:1000])
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ANALYZE TABLE tasks").all()
+        connection.exec_driver_sql("FLUSH STATUS")
+        assert len(taskstore.owners_of_keys(connection, asked)) == 1000
+        status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
+    assert sum(int(count) for _, count in status) <= 3000, status
+
+
 def test_a_second_task_of_one_key_leaves_the_first_as_it_is(engine: Engine) -> None:
     first = mail_task(1, full=False)
     first.idempotency_key = "k"
