@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import resource
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -130,6 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=100_000)
     tasks = parser.parse_args().tasks
+    # What ends this program ends its servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     infra = Infra(Path(tempfile.mkdtemp(prefix="postroad-")))
     try:
         infra.up("--infra-only")
