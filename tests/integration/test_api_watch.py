@@ -501,3 +501,21 @@ def test_kafka_away(road: Road) -> None:
     with ApiProcess(road, POSTROAD_KAFKA_BOOTSTRAP="127.0.0.1:1") as api:
         assert refusal(api) == (Code.UNAVAILABLE, [])
         assert refusal(api, id=create(api).id) == (Code.UNAVAILABLE, [])
+
+
+@pytest.mark.parametrize("others_watch", [True, False])
+def test_one_task_while_the_fold_is_behind(road: Road, stages: Telling, others_watch: bool) -> None:
+    with ApiProcess(road) as api, Stream(api) as other:
+        task = create(api)
+        judged, mailed = ok(task), sent(task)
+        stages.tell(judged, mailed, fold=False)
+        # All is on the topics and was read, nothing is folded.
+        other.has(3)
+        if not others_watch:
+            other.cut()
+        with Stream(api, id=task.id) as watch:
+            assert watch.messages[0].task.status == "pending"
+            assert watch.has(2) == LIFE[1:]
+            stages.fold(judged, mailed)
+        with Stream(api, id=task.id) as watch:
+            assert watch.messages[0].task.status == "completed"

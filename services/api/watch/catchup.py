@@ -35,7 +35,8 @@ _KBYTES = 1 << 10
 class CatchUp:
     """Reads what one watcher wants of the topics, from `positions` on. Raises Problem.
 
-    What blocks runs on `executor`. A context manager; the consumer is made when it is needed.
+    What blocks runs on `executor`. `sure` are the positions, written, of what was handed on so far. A context
+    manager; the consumer is made when it is needed.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class CatchUp:
     ) -> None:
         self._settings, self._executor, self._wanted, self._lookup = settings, executor, wanted, lookup
         self._next = dict(positions)
-        # What is behind the last message that was handed on.
-        self._sure = tokens.written(positions)
+        self.sure = tokens.written(positions)
         self._topics: Topics | None = None
         self._book: Book | None = None
         # A call that was cancelled still runs on its thread; the consumer is for one at a time.
@@ -60,6 +60,12 @@ class CatchUp:
 
     async def __aexit__(self, *_: object) -> None:
         self._executor.submit(self._locked, self._close)
+
+    async def begin_at_the_fold(self) -> None:
+        """Begin where the status service is, in place of `positions`."""
+        topics = await self._asked(self._opened)
+        self._next = await self._asked(lambda: topics.folded(topics.places()))
+        self.sure = tokens.written(self._next)
 
     def left(self, ends: Mapping[Place, int]) -> int:
         """Return how many offsets there are up to these positions."""
@@ -161,10 +167,10 @@ class CatchUp:
                 continue
             if waiting is not None:
                 yield waiting
-            waiting = Told(messages.body(row, change.entry), self._sure, change.entry.event_id)
-        self._sure = self._written(merge)
+            waiting = Told(messages.body(row, change.entry), self.sure, change.entry.event_id)
+        self.sure = self._written(merge)
         if waiting is not None:
-            yield waiting._replace(positions=self._sure)
+            yield waiting._replace(positions=self.sure)
 
     def _written(self, merge: Merge | None) -> str:
         sure = dict(self._next)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from services.api.watch.changes import Change, Place, change
@@ -43,6 +43,7 @@ class Topics:
         }
         self._config = config
         self.consumer = Consumer(config)
+        self._admin: AdminClient | None = None
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -61,6 +62,20 @@ class Topics:
     def ends(self, places: Iterable[Place]) -> dict[Place, int]:
         """Return the offset that each partition's next record will have."""
         return self._offsets(places, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def folded(self, places: Iterable[Place]) -> dict[Place, int]:
+        """Return how far the status service is: what stands before these offsets is in the database."""
+        group = Names(self._prefix).group("status")
+        asked = [ConsumerGroupTopicPartitions(group)]
+        answer = self._asking().list_consumer_group_offsets(asked, request_timeout=TIMEOUT)[group]
+        committed = {
+            (at.topic, at.partition): at.offset for at in answer.result(2 * TIMEOUT).topic_partitions
+        }
+        # A partition of which nothing was committed is folded from its start.
+        return {
+            (name, number): max(start, committed.get((self._prefix + name, number), 0))
+            for (name, number), start in self.starts(places).items()
+        }
 
     def at(self, place: Place, offset: int = -1001) -> TopicPartition:
         """Return what the consumer calls this place."""
@@ -86,13 +101,17 @@ class Topics:
         except Undecodable:
             return None
 
+    def _asking(self) -> AdminClient:
+        if self._admin is None:
+            kept = ("bootstrap.servers", "client.id", "logger", "socket.connection.setup.timeout.ms")
+            self._admin = AdminClient({name: self._config[name] for name in kept})
+        return self._admin
+
     def _offsets(self, places: Iterable[Place], spec: OffsetSpec) -> dict[Place, int]:
         asked = {self.at(place): spec for place in places}
         if not asked:
             return {}
-        kept = ("bootstrap.servers", "client.id", "logger", "socket.connection.setup.timeout.ms")
-        admin = AdminClient({name: self._config[name] for name in kept})
-        answers = admin.list_offsets(asked, request_timeout=TIMEOUT)
+        answers = self._asking().list_offsets(asked, request_timeout=TIMEOUT)
         return {
             (self._names[at.topic], at.partition): answer.result(2 * TIMEOUT).offset
             for at, answer in answers.items()

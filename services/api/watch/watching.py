@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
@@ -15,7 +15,7 @@ from services.api.filters import Filter
 from services.api.reader import Reader
 from services.api.watch import lookup, messages, tokens
 from services.api.watch.catchup import CatchUp
-from services.api.watch.changes import Change
+from services.api.watch.changes import Change, Place
 from services.api.watch.feed import Feed, Joined
 from services.api.watch.lookup import Known
 from services.api.watch.problems import crowded, lagging
@@ -99,34 +99,41 @@ class Watches:
         self._executor.shutdown(wait=False)
 
     async def _show(self, feed: Feed, watcher: Watcher, stream: _Stream, id_: str) -> None:
-        """Send the task as it stands. What it says already is not told again."""
-        joined = feed.join(watcher)
+        """Send the task as it stands in the database, then what is not in there yet and what comes."""
         tenant, task = watcher.wanted.tenant, watcher.wanted.task
         assert task is not None
-        found = await self._reader.read(lambda connection: lookup.snapshot(connection, tenant, task))
-        if found is None:
-            raise not_found(id_)
-        view, stream.said = found
-        await stream.stand(joined, messages.found(view))
+        async with self._catching_up, self._catch_up(watcher, {}) as missed:
+            # Asked before the database is: what stands before these positions is in it by then.
+            await missed.begin_at_the_fold()
+            found = await self._reader.read(lambda connection: lookup.snapshot(connection, tenant, task))
+            if found is None:
+                raise not_found(id_)
+            view, stream.said = found
+            await stream.send(Told(messages.found(view), missed.sure, ""))
+            await self._join(feed, watcher, stream, missed)
 
     async def _resume(
-        self, feed: Feed, watcher: Watcher, stream: _Stream, positions: dict[tuple[str, int], int]
+        self, feed: Feed, watcher: Watcher, stream: _Stream, positions: Mapping[Place, int]
     ) -> None:
-        """Send what was missed, then join the feed without a gap."""
-        async with (
-            self._catching_up,
-            CatchUp(self._settings, self._executor, watcher.wanted, positions, self._known) as missed,
-        ):
+        """Send what was missed, and what comes."""
+        async with self._catching_up, self._catch_up(watcher, positions) as missed:
             await missed.check(feed.here())
-            while missed.left(here := feed.here()) > _NEAR:
-                async for told in missed.read(here):
-                    await stream.send_soon(told)
-            joined = feed.join(watcher)
-            async for told in missed.read(joined.positions):
+            await stream.stand(await self._join(feed, watcher, stream, missed))
+
+    async def _join(self, feed: Feed, watcher: Watcher, stream: _Stream, missed: CatchUp) -> Joined:
+        """Go the way to the live feed, and join it without a gap; return where it was joined."""
+        while missed.left(here := feed.here()) > _NEAR:
+            async for told in missed.read(here):
                 await stream.send_soon(told)
-            async for told in missed.rest(joined.held):
-                await stream.send_soon(told)
-            await stream.stand(joined)
+        joined = feed.join(watcher)
+        async for told in missed.read(joined.positions):
+            await stream.send_soon(told)
+        async for told in missed.rest(joined.held):
+            await stream.send_soon(told)
+        return joined
+
+    def _catch_up(self, watcher: Watcher, positions: Mapping[Place, int]) -> CatchUp:
+        return CatchUp(self._settings, self._executor, watcher.wanted, positions, self._known)
 
     # --- the feed ----------------------------------------------------------------------------
 
@@ -170,9 +177,9 @@ class _Stream:
         self._bound, self._write = tokens.bound(wanted.digest()), write
         self.said: Collection[str] = ()
 
-    async def stand(self, joined: Joined, body: bytes = b"") -> None:
+    async def stand(self, joined: Joined) -> None:
         """Send where the client stands."""
-        await self.send(Told(body, joined.text, ""))
+        await self.send(Told(b"", joined.text, ""))
 
     async def send_soon(self, told: Told) -> None:
         """Send what was missed. Where it is not taken in time, another may catch up instead."""
