@@ -19,7 +19,7 @@ __all__ = ["MAYBE", "SURE", "Book", "Mail"]
 Mail = tuple[str, None, None, str, str, str, str | None, datetime]
 """What a Row says of the mail, in its order, without idempotency key and hash."""
 
-SURE, MAYBE = 2.0, 0.1
+SURE, MAYBE = 2.0, 0.08
 _MOST = 20_000
 
 

@@ -1,0 +1,110 @@
+"""Watch on the whole system: what was seen, cut after cut, is every task's timeline, in its order."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from postroad.v1 import task_pb2
+from postroad.v1 import task_service_pb2 as pb
+from postroad.v1 import task_service_pb2_grpc as rpc
+from tests.e2e.road import SETTLED, Road, until
+from tests.stack import Stack
+
+# Every way to an end that needs no long wait.
+RECIPIENTS = [
+    "ada@good.test", "greylist@good.test", "drop-before@good.test", "drop-after@good.test",
+    "drop-lost@good.test", "reject5@good.test", "ada@nowhere.test", "ada@bücher.test",
+]  # fmt: skip
+LABELS = {"watched": "yes"}
+ROUNDS = 25
+
+Story = list[task_pb2.TimelineEntry]
+
+
+@pytest.fixture(scope="module")
+def road(stack: Stack) -> Iterator[Road]:
+    with Road(stack) as road:
+        yield road
+
+
+class Seen:
+    """What a client has seen over all its streams, and the token that it goes on from."""
+
+    def __init__(self) -> None:
+        self.stories: dict[str, Story] = {}
+        self.token = ""
+        self.streams = 0
+
+    def take(self, message: pb.WatchResponse) -> None:
+        self.token = message.resume_token
+        if message.HasField("change"):
+            story = self.stories.setdefault(message.task.id, [])
+            if message.change not in story:
+                story.append(message.change)
+
+    def read(self, stub: rpc.TaskServiceStub, most: int, over: threading.Event) -> None:
+        """Open a stream and read up to so many messages, until it ends or all is over."""
+        call = stub.Watch(pb.WatchRequest(labels=LABELS, resume_token=self.token))
+        threading.Thread(target=lambda: over.wait() and call.cancel(), daemon=True).start()
+        self.streams += 1
+        try:
+            for number, message in enumerate(call, start=1):
+                self.take(message)
+                if number >= most:
+                    call.cancel()
+        except grpc.RpcError as error:
+            # A cut of our own, or the api is away for a restart.
+            if error.code() not in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE):
+                raise
+
+
+def test_cut_at_any_moment_the_union_is_every_timeline(road: Road, stack: Stack) -> None:
+    chance = random.Random(3)
+    seen, over = Seen(), threading.Event()
+    seen.read(road.stub, 1, threading.Event())
+    assert seen.token
+
+    def watch() -> None:
+        while not over.is_set():
+            seen.read(road.stub, chance.randint(1, 40), over)
+            time.sleep(chance.random() / 20)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ids = []
+    for number in range(ROUNDS):
+        ids += [road.create(email, labels=LABELS) for email in RECIPIENTS]
+        if number == ROUNDS // 2:
+            stack.stop("api-1")
+            stack.start("api-1")
+    tasks = road.settled(ids, 120)
+    stories = {id_: list(road.get(id_).timeline) for id_ in ids}
+    try:
+        until(lambda: all(len(seen.stories.get(i, ())) >= len(stories[i]) for i in ids), "all is seen", 60)
+    finally:
+        over.set()
+        watcher.join()
+    assert {task.status for task in tasks.values()} <= SETTLED
+    assert seen.streams > 20
+    assert seen.stories == stories
+
+
+def test_a_restart_is_not_held_up_by_who_watches(road: Road, stack: Stack) -> None:
+    calls = [road.stub.Watch(pb.WatchRequest()) for _ in range(20)]
+    for call in calls:
+        next(call)
+    started = time.monotonic()
+    stack.stop("api-1")
+    took = time.monotonic() - started
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as error:
+            list(call)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    stack.start("api-1")
+    assert took < 5
