@@ -1,0 +1,330 @@
+"""`postroad` for tasks, on the whole system: each command by its structured output, and as a user sees it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli import Command, Done
+from tests.e2e.road import Road, until
+from tests.stack import Stack
+
+FAILED, USAGE, NOT_FOUND, DENIED = 1, 2, 3, 4
+UNKNOWN = "019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071"
+
+
+@pytest.fixture
+def postroad(stack: Stack) -> Command:
+    return Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env")})
+
+
+@pytest.fixture
+def road(stack: Stack) -> Iterator[Road]:
+    with Road(stack) as road:
+        yield road
+
+
+def created(done: Done) -> str:
+    assert done.code == 0, done.err
+    id_: str = done.json["id"]
+    return id_
+
+
+def test_one_mail_from_flags_goes_out_whole(postroad: Command, road: Road, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p>Hello")
+    flags = ["--subject", "Grüße", "--body", "-", "--html-file", str(tmp_path / "page.html")]
+    flags += ["--label", "cli=one", "--header", "Reply-To: desk@good.test", "--idempotency-key", "cli-one"]
+    first = postroad("create", "ada@good.test", *flags, "-o", "json", given="From stdin.\n")
+    id_ = created(first)
+    assert created(postroad("create", "ada@good.test", *flags, "-o", "json", given="From stdin.\n")) == id_
+    road.settled([id_])
+    row = postroad("get", id_, "-o", "json").json
+    assert (row["status"], row["subject"], row["labels"]) == ("completed", "Grüße", {"cli": "one"})
+    assert (row["body"], row["html"]) == ("From stdin.\n", "<p>Hello")
+    assert [step["kind"] for step in row["timeline"]] == ["created", "mx_ok", "sent"]
+    assert row["timeline"][2]["reply"].startswith("250 ")
+    (mail,) = [entry for entry in road.stack.journal() if id_ in entry["message_id"]]
+    text = (road.stack.mail / mail["path"]).read_text()
+    assert "Reply-To: desk@good.test" in text
+
+
+def test_a_refused_mail_names_its_fields(postroad: Command) -> None:
+    done = postroad("create", "nobody", "-S", "", "-b", "b")
+    assert (done.code, done.out) == (USAGE, "")
+    assert done.err.startswith("postroad: data.email: ")
+    assert "data.subject" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_another_mail_under_the_same_key_fails(postroad: Command) -> None:
+    created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "-k", "cli-key", "-o", "json"))
+    done = postroad("create", "a@good.test", "-S", "other", "-b", "b", "-k", "cli-key")
+    assert done.code == FAILED
+    assert "the idempotency key was used for another request" in done.err
+
+
+def test_several_recipients_succeed_and_fail_by_themselves(postroad: Command) -> None:
+    to = ["a@good.test", "nobody", "b@good.test"]
+    done = postroad("create", *to, "-S", "s", "-b", "b", "-k", "many", "-o", "jsonl")
+    assert done.code == USAGE
+    good, bad, other = done.objects
+    assert (good["email"], other["email"], bad["email"]) == ("a@good.test", "b@good.test", "nobody")
+    assert (bad["number"], bad["error"]["code"]) == (2, "INVALID_ARGUMENT")
+    assert done.err.startswith("postroad: nobody (mail 2): ")
+    again = postroad("create", to[0], to[2], "-S", "s", "-b", "b", "-k", "many", "-o", "jsonl")
+    assert (again.code, [row["id"] for row in again.objects]) == (0, [good["id"], other["id"]])
+
+
+def test_a_batch_file_of_more_than_one_batch(postroad: Command, tmp_path: Path) -> None:
+    path = tmp_path / "mails.jsonl"
+    mails = (
+        {"email": f"batch-{n}@good.test", "subject": "s", "body": "b", "labels": {"batch": "1"}}
+        for n in range(1203)
+    )
+    path.write_text("\n".join(map(json.dumps, mails)))
+    done = postroad("create", "--batch", str(path), "-o", "jsonl")
+    assert (done.code, len({row["id"] for row in done.objects})) == (0, 1203), done.err
+    assert [row["number"] for row in done.objects] == list(range(1, 1204))
+    listed = postroad("list", "--label", "batch=1", "--all", "-o", "json").json
+    assert {row["id"] for row in listed} == {row["id"] for row in done.objects}
+    counted = postroad("list", "--label", "batch=1", "--count", "-o", "json").json
+    assert counted["total"] == sum(counted["counts"].values()) == 1203
+    assert list(counted["counts"]) == [
+        "pending",
+        "processing",
+        "completed",
+        "failed",
+        "uncertain",
+        "cancelled",
+    ]
+
+
+def test_list_takes_all_filters_together(postroad: Command, road: Road) -> None:
+    label = "list-1"
+    ids = [road.create(f"filter-{n}@good.test", labels={"t": label, "n": str(n % 2)}) for n in range(4)]
+    gone = road.create("x@nxdomain.test", labels={"t": label})
+    road.settled([*ids, gone])
+
+    def found(*flags: str) -> list[str]:
+        done = postroad("list", "--label", f"t={label}", *flags, "-o", "jsonl")
+        assert done.code == 0, done.err
+        return [row["id"] for row in done.objects]
+
+    assert found() == [gone, *reversed(ids)]
+    assert found("--status", "completed", "--label", "n=1") == [ids[3], ids[1]]
+    assert found("-s", "failed", "-s", "completed", "--from", "-10m", "--to", "now") == [gone, *reversed(ids)]
+    assert found("--email", "filter-2@good.test") == [ids[2]]
+    assert found("--domain", "nxdomain.test", "--reason", "no_such_domain") == [gone]
+    assert found("--to", "-10m") == []
+    done = postroad("list", "--label", f"t={label}", "--limit", "2", "-o", "json")
+    assert [row["id"] for row in done.json] == [gone, ids[3]]
+    assert done.err == "There are more than 2: use --limit or --all.\n"
+    none = postroad("list", "--label", "t=nothing")
+    assert (none.code, none.out, none.err) == (0, "", "No such task.\n")
+
+
+def test_unknown_ids_are_a_line_and_exit_code_3(postroad: Command) -> None:
+    for command in ("get", "watch", "retry", "cancel"):
+        done = postroad(command, UNKNOWN)
+        assert (done.code, done.out) == (NOT_FOUND, ""), command
+        (line,) = done.err.splitlines()
+        assert f"no task {UNKNOWN}" in line
+    assert postroad("get", "nonsense").code == USAGE
+
+
+def test_retry_and_cancel_say_the_worst(postroad: Command, road: Road) -> None:
+    sent, failed = road.create("a@good.test"), road.create("x@nxdomain.test")
+    road.settled([sent, failed])
+    done = postroad("retry", failed, UNKNOWN, failed, "-o", "jsonl")
+    assert done.code == NOT_FOUND
+    again, missing = done.objects
+    assert (again["id"], missing["id"], missing["error"]["code"]) == (failed, UNKNOWN, "NOT_FOUND")
+    assert done.err == f"postroad: {UNKNOWN}: no task {UNKNOWN}\n"
+    until(lambda: [s.kind for s in road.get(failed).timeline].count("mx_failed") == 2, "a second verdict")
+
+    held = created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "--send-at", "+1h", "-o", "json"))
+    done = postroad("cancel", held, "-o", "json")
+    assert (done.code, [row["status"] for row in done.json]) == (0, ["cancelled"])
+    done = postroad("cancel", sent, held, "-o", "json")
+    assert (done.code, [row["status"] for row in done.json]) == (FAILED, ["completed", "cancelled"])
+
+
+def test_watch_ends_when_its_task_is_settled(postroad: Command, road: Road) -> None:
+    id_ = created(postroad("create", "x@flaky-1.test", "-S", "s", "-b", "b", "-o", "json"))
+    done = postroad("watch", id_, "-o", "jsonl", "--timeout", "60")
+    assert done.code == 0, done.err
+    rows = done.objects
+    assert {row["task"]["id"] for row in rows} == {id_}
+    assert rows[-1]["task"]["status"] == "completed"
+    told = [row["change"]["kind"] for row in rows if row["change"]]
+    timeline = [step.kind for step in road.get(id_).timeline]
+    assert told == timeline[len(timeline) - len(told) :]
+    settled = postroad("watch", id_, "--exit-status")
+    assert (settled.code, settled.out.count(id_)) == (0, 1)
+    bad = road.create("x@nxdomain.test")
+    road.settled([bad])
+    assert postroad("watch", bad).code == 0
+    assert postroad("watch", bad, "--exit-status").code == FAILED
+
+
+def test_watch_gives_up_in_time(postroad: Command) -> None:
+    held = created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "--send-at", "+1h", "-o", "json"))
+    done = postroad("watch", held, "--timeout", "1")
+    assert (done.code, done.err) == (FAILED, "postroad: not settled in time\n")
+
+
+def test_a_watch_outlives_the_api(postroad: Command, road: Road, stack: Stack) -> None:
+    """What happens while the api is away is told when it is back; Ctrl-C then ends it."""
+    with postroad.following("watch", "--label", "t=outlive", "-o", "jsonl") as watch:
+
+        def stands() -> bool:
+            road.create("a@good.test", labels={"t": "outlive"})
+            return bool(watch.objects)
+
+        def told(id_: str) -> list[str]:
+            return [
+                row["change"]["kind"] for row in watch.objects if row["change"] and row["task"]["id"] == id_
+            ]
+
+        until(stands, "the watch tells of a task", 30)
+        stack.stop("sender-1")
+        try:
+            waiting = road.create("a@good.test", labels={"t": "outlive"})
+            until(lambda: road.get(waiting).status == "processing", "validated")
+            stack.stop("api-1")
+            stack.start("sender-1")
+            until(lambda: any(waiting in mail["message_id"] for mail in stack.journal()), "sent")
+        finally:
+            stack.start("sender-1")
+            stack.start("api-1")
+        until(lambda: told(waiting) == ["created", "mx_ok", "sent"], "all is told, each once", 30)
+    assert watch.code == 130
+    assert watch.errors[-1] == "postroad: interrupted"
+    assert [line for line in watch.errors if line.endswith("going on when it is back")]
+
+
+def test_tables_fit_80_and_160_columns(postroad: Command, road: Road) -> None:
+    subject = "A subject that is far too long for any terminal, again and again, " * 3
+    id_ = road.create("somebody-with-a-long-name@refused-for-this-very-long-name.ok.test", subject)
+    road.settled([id_])
+    commands = (
+        ["list", "-n", "5"],
+        ["get", id_],
+        ["watch", id_],
+        ["lag", "--interval", "0"],
+        ["list", "--count"],
+    )
+    for columns in (80, 160):
+        for arguments in commands:
+            done = postroad.on_terminal(*arguments, columns=columns)
+            assert done.code == 0, done.err
+            plain = _uncoloured(done.out)
+            wide = [line for line in plain.splitlines() if len(line) > columns]
+            assert wide == [] or arguments[0] == "get", wide
+            if arguments[0] in ("list", "get", "watch") and "--count" not in arguments:
+                assert id_ in plain
+    listed = _uncoloured(postroad.on_terminal("list", columns=160).out)
+    assert "SUBJECT" in listed.splitlines()[0]
+    assert "…" in listed
+
+
+def _uncoloured(text: str) -> str:
+    import re
+
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_colour_is_for_terminals_that_want_it(postroad: Command, road: Road) -> None:
+    id_ = road.create("a@good.test", "x" * 200)
+    road.settled([id_])
+    assert "\x1b[" in postroad.on_terminal("list", "-n", "1").out
+    assert "\x1b[" not in postroad.on_terminal("list", "-n", "1", NO_COLOR="1").out
+    piped = postroad("list", "-n", "1")
+    assert "\x1b[" not in piped.out
+    assert "x" * 200 in piped.out
+    assert json.loads(postroad.on_terminal("list", "-n", "1", "-o", "json").out)[0]["id"] == id_
+
+
+def test_flags_beat_the_environment(postroad: Command, stack: Stack) -> None:
+    good = stack.env()["POSTROAD_API"]
+    assert postroad("list", "-n", "1", "--api", good, POSTROAD_API="127.0.0.1:1").code == 0
+    assert postroad("--api", good, "list", "-n", "1", POSTROAD_API="127.0.0.1:1").code == 0
+    assert postroad("list", "-n", "1", POSTROAD_API="127.0.0.1:1").code == 5
+
+
+def test_a_token_opens_what_it_may(new_stack: Callable[..., Stack], tmp_path: Path) -> None:
+    stack = new_stack(POSTROAD_API_TOKENS="blue:blue-token-1,red:red-token-22")
+    stack.up()
+    api = stack.env()["POSTROAD_API"]
+    config = tmp_path / "config.toml"
+    config.write_text(f'[profiles.blue]\napi = "{api}"\ntoken = "blue-token-1"\n')
+    postroad = Command({"POSTROAD_CONFIG": str(config)})
+    for flags in ([], ["--token", "wrong-token"]):
+        done = postroad("list", "--api", api, *flags)
+        assert (done.code, done.out) == (DENIED, "")
+        assert done.err == "postroad: a known bearer token is needed\n"
+    id_ = created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "--profile", "blue", "-o", "json"))
+    assert postroad("get", id_, POSTROAD_PROFILE="blue").code == 0
+    assert postroad("get", id_, "--profile", "blue", "--token", "red-token-22").code == NOT_FOUND
+    assert postroad("watch", id_, "--profile", "blue", "--timeout", "30").code == 0
+
+
+def test_lag_tells_who_is_behind(postroad: Command, road: Road, stack: Stack) -> None:
+    until(lambda: postroad("lag", "--interval", "0", "-o", "json").json["stages"][1]["lag"] == 0, "no lag")
+    stack.stop("sender-1")
+    try:
+        ids = [road.create(f"lag-{n}@good.test") for n in range(30)]
+        until(lambda: all(road.get(id_).status == "processing" for id_ in ids), "all validated")
+        time.sleep(1.1)  # what waits has an age
+        found = postroad("lag", "--partitions", "--interval", "0.2", "-o", "json").json
+        stages = {row["stage"]: row for row in found["stages"]}
+        assert [(s, len(r["members"])) for s, r in stages.items()] == [
+            *(("validator", 1), ("sender", 0), ("status", 1))
+        ]
+        assert [m["client"] for m in stages["validator"]["members"]] == ["validator-1"]
+        assert (stages["sender"]["lag"], stages["sender"]["unowned"]) == (30, stages["sender"]["partitions"])
+        assert stages["sender"]["oldest_waiting_seconds"] > 1
+        assert stages["validator"]["oldest_waiting_seconds"] is None
+        rows = [row for row in found["partitions"] if row["stage"] == "sender" and row["lag"]]
+        assert sum(row["lag"] for row in rows) == 30
+        assert {row["topic"] for row in rows} == {"mx.ok"}
+        assert max(r["oldest_waiting_seconds"] for r in rows) == stages["sender"]["oldest_waiting_seconds"]
+        only = postroad("lag", "--stage", "sender", "--interval", "0", "-o", "json").json
+        assert [row["stage"] for row in only["stages"]] == ["sender"]
+    finally:
+        stack.start("sender-1")
+    road.settled(ids)
+    with postroad.following("lag", "--watch", "--interval", "0.5", "-o", "jsonl") as watch:
+        until(lambda: watch.objects and watch.objects[-1]["stages"][1]["lag"] == 0, "lag is gone")
+        count = len(watch.objects)
+        until(lambda: len(watch.objects) > count, "it goes on")
+    assert (watch.code, watch.errors) == (130, ["postroad: interrupted"])
+
+
+def test_what_waits_on_purpose_is_no_lag(postroad: Command, road: Road) -> None:
+    id_ = road.create("x@servfail.test")
+
+    def waits() -> list[dict[str, object]]:
+        found = postroad("lag", "--stage", "validator", "--interval", "0", "-o", "json").json
+        rows = [row for row in found["delays"] if row["waiting"]]
+        return rows if found["stages"][0]["lag"] == 0 else []
+
+    assert until(waits, "on a delay topic, and no lag")[0]["next_due_at"]
+    road.settled([id_])
+
+
+def test_tables_that_are_watched_are_drawn_anew(postroad: Command) -> None:
+    def stop(process: subprocess.Popen[bytes], text: str) -> None:
+        if not stopped and text.count("\x1b[H\x1b[2J") >= 2 and text.count("STAGE") >= 3:
+            stopped.append(True)
+            process.send_signal(signal.SIGINT)
+
+    stopped: list[bool] = []
+    done = postroad.on_terminal("lag", "--watch", "--interval", "0.2", act=stop)
+    assert (done.code, done.err) == (130, "postroad: interrupted\n")
