@@ -7,12 +7,14 @@ from typing import NamedTuple, cast
 
 from sqlalchemy import Connection
 
+from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
 from services.api import views
 from services.api.watch.book import Mail
 from services.api.watch.changes import Change
 from services.common import taskstore
 from services.common.database import marks
+from services.common.events import event_key
 
 __all__ = ["Known", "known", "snapshot"]
 
@@ -53,6 +55,9 @@ def known(connection: Connection, strangers: Sequence[Change]) -> Known:
 
 
 def snapshot(connection: Connection, tenant: str, id_: bytes) -> tuple[task_pb2.Task, set[str]] | None:
-    """Return a task and the keys of its events so far; None where this tenant has no such task."""
+    """Return a task and the keys of what that tells of it; None where this tenant has no such task."""
     rows = connection.exec_driver_sql(_SNAPSHOT, (id_, tenant)).all()
-    return (views.task(rows[0][1:]), {row[0] for row in rows}) if rows else None
+    if not rows:
+        return None
+    # The api records a task before its first event is folded.
+    return views.task(rows[0][1:]), {event_key(pb.TaskCreated()), *(row[0] for row in rows if row[0])}
