@@ -79,7 +79,12 @@ class Feed:
         await asyncio.shield(self._stands)
 
     def join(self, watcher: Watcher) -> Joined:
-        """Put everything that is told from now on into the watcher's queue, where it is wanted."""
+        """Put everything that is told from now on into the watcher's queue, where it is wanted.
+
+        Raises Problem where it has ended meanwhile.
+        """
+        if self._stopping:
+            raise silent()
         assert self._joining is not None, "it must stand"
         self._index.add(watcher)
         return self._joining
