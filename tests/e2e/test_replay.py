@@ -81,6 +81,7 @@ def caught_up(stack: Stack) -> None:
     """Wait until each stage has committed all that is on its topics now; more may come meanwhile."""
     admin = AdminClient({"bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
     for stage in STAGES:
+        started = time.monotonic()
         asked = [ConsumerGroupTopicPartitions(f"postroad.{stage}")]
 
         def committed(asked: Any = asked) -> dict[TopicPartition, int]:
@@ -94,6 +95,7 @@ def caught_up(stack: Stack) -> None:
             f"{stage} at the end that its topics had",
             120,
         )
+        print(f"{stage} caught up in {time.monotonic() - started:.1f} s")
 
 
 class Before:
@@ -171,11 +173,20 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Before]:
 
 def nothing_is_left(before: Before, load: Load) -> None:
     """Fail unless what came meanwhile went out once, and all else is as it was."""
-    before.road.settled(load.ids, 60)
+    started = time.monotonic()
+    lag: dict[str, int] = {}
+
+    def none_left() -> bool:
+        lag.update(before.road.lag())
+        return not any(lag.values())
+
+    try:
+        until(none_left, "the lag is 0 again", 180)
+    finally:
+        print(f"{len(load.ids)} tasks came meanwhile; lag {lag} after {time.monotonic() - started:.1f} s")
+    before.road.settled(load.ids, 30)
     before.road.sent_once(load.ids)
-    until(lambda: not any(before.road.lag().values()), "the lag is 0 again", 60)
     before.same()
-    print(f"{len(load.ids)} tasks came meanwhile")
 
 
 @pytest.mark.timeout(900)

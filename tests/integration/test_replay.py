@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -244,6 +246,36 @@ def test_without_a_terminal_and_without_yes_it_shows_and_does_nothing(site: Call
     assert said.splitlines()[-1].startswith("postroad: ")
     assert here.replayed(MX_OK) == []
     assert unfinished(here.engine) == []
+
+
+@pytest.mark.parametrize(("answer", "code", "produced"), [("n", 1, 0), ("y", 0, 4)])
+def test_at_a_terminal_it_shows_and_asks(
+    site: Callable[[], Site], answer: str, code: int, produced: int
+) -> None:
+    here = site()
+    one_of_each(here)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.cli", "replay", MX_OK],
+        env=here.environment | {"TERM": "dumb", "COLUMNS": "80"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    said = b""
+    while b"[y/N]" not in said:
+        said += os.read(ours, 4096)
+    assert b"already sent" in said
+    assert b"Produce 5 records to mx.ok at 500/s?" in said
+    os.write(ours, f"{answer}\n".encode())
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while more := os.read(ours, 4096):
+            said += more
+    os.close(ours)
+    assert process.wait(30) == code
+    assert len(here.replayed(MX_OK)) == produced
+    print(said.decode())
 
 
 def test_what_works_goes_again_in_its_epoch_and_nothing_else_does(site: Callable[[], Site]) -> None:
