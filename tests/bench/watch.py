@@ -52,8 +52,10 @@ class Watcher:
 
     async def listen(self) -> None:
         try:
-            async for message in self._call:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
                 now = time.time()
+                if not message.HasField("change"):
+                    continue
                 self.kinds[message.task.id].append(message.change.kind)
                 self.after_event.append(now - message.change.at.ToNanoseconds() / 1e9)
                 if self._sample is not None:
