@@ -1,4 +1,4 @@
-"""The topics into the rebuilt tables: one thread reads and folds in memory, another one writes. Blocks."""
+"""The topics into the rebuilt tables: one thread reads and folds in memory, two others write. Blocks."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ class Feed:
         self._decoders = {names.topic(topic): DECODERS[topic] for topic in EVENT_TOPICS}
         self._engine, self._advance = engine, advance
         self.log = Log(settings, list(self._decoders))
-        self._writer = ThreadPoolExecutor(1, "writer")
+        # Rows and all else go to different tables, so neither waits for the other.
+        self._rows, self._rest = _Lane(self._write), _Lane(self._write)
         self.events = 0
         self.undecodable = 0
         self.refused: set[bytes] = set()
 
     def close(self) -> None:
         """Wait for what is being written; let go of the connections."""
-        self._writer.shutdown(cancel_futures=True)
+        self._rows.close()
+        self._rest.close()
         self.log.close()
 
     def fold(self, ends: Mapping[At, int]) -> None:
         """Fold up to `ends`."""
-        before: Future[None] | None = None
         for folded in self.batches(ends, _ROWS):
-            if before is not None:
-                before.result()
-            before = self._writer.submit(self._write, folded)
-        if before is not None:
-            before.result()
+            self._rows.put(folded.rows_alone())
+            self._rest.put(folded.without_rows())
+        self._rows.join()
+        self._rest.join()
 
     def catch_up(self) -> None:
         """Fold what is there by now, until little is left."""
@@ -101,7 +101,30 @@ class Feed:
                 raise
             tasks = folded.tasks()
             if len(tasks) < 2:
-                self.refused |= tasks
+                self.refused.update(tasks)
                 return
             for half in folded.halves():
                 self._write(half)
+
+
+class _Lane:
+    """Writes one batch after the other, as the first of two events in one version stays."""
+
+    def __init__(self, write: Callable[[Folded], None]) -> None:
+        self._write, self._thread = write, ThreadPoolExecutor(1, "lane")
+        self._before: Future[None] | None = None
+
+    def put(self, folded: Folded) -> None:
+        """Have this written too. Blocks while another one is; raises what became of that."""
+        if folded.tasks():
+            self.join()
+            self._before = self._thread.submit(self._write, folded)
+
+    def join(self) -> None:
+        """Return once all is written; raises what became of it."""
+        if self._before is not None:
+            self._before.result()
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._thread.shutdown(cancel_futures=True)
