@@ -51,6 +51,7 @@ class Watcher:
         await self._call.read()
 
     async def listen(self) -> None:
+        message: Any
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
                 now = time.time()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import Any
 
 import pytest
@@ -124,6 +125,16 @@ def test_what_may_have_been_before_is_waited_for_shortly() -> None:
     assert new.held() == [(sent.place, sent.offset)]
 
 
+def test_a_task_with_very_many_events_is_held_and_told_in_no_time() -> None:
+    id_ = mail().id
+    several = [read(ev.MailDeferred(id=id_, attempt=n, stage="sender", at_us=n)) for n in range(2, 20_002)]
+    book = Book(0)
+    started = time.process_time()
+    assert book.read(several, 0.0) == []
+    assert book.read([], SURE) == several
+    assert time.process_time() - started < 5
+
+
 def test_of_what_is_forgotten_nothing_is_sure() -> None:
     book = Book(0, most=1)
     events = life(mail())
@@ -143,7 +154,7 @@ def test_a_task_told_in_order_looks_as_the_fold_says(start: int) -> None:
     for number, event in enumerate(events[start:]):
         row = fold(row, event)
         [ready] = [*book.read([read(event)], number), *book.read([], number + MAYBE)]
-        known: Any = (mails[0], None, None, *mails[3:]) if book.stranger(ready) else None
+        known: Any = (mails[0], None, None, *mails[3:]) if book.strangers([ready]) else None
         assert (known is None) == (number > 0 or start == 0)
         assert book.after(ready, known) == row._replace(idempotency_key=None, request_hash=None)
 
@@ -165,9 +176,17 @@ def test_nobody_hears_of_a_task_whose_tenant_is_unknown() -> None:
     book = Book(MADE_MS + 10**6)
     sent = read(life(mail())[-1])
     [ready] = [*book.read([sent], 0.0), *book.read([], 1.0)]
-    assert book.stranger(ready)
+    assert book.strangers([ready]) == [ready]
     assert book.after(ready, None) is None
-    assert book.stranger(ready)
+    assert book.strangers([ready]) == [ready]
+
+
+def test_the_database_is_asked_only_of_tasks_that_did_not_begin_here() -> None:
+    book = Book(MADE_MS + 10**6)
+    one, other = ([read(event) for event in life(mail(number))[:3]] for number in range(2))
+    assert book.strangers([*one, *other[1:]]) == other[1:]
+    replayed = one[0]._replace(replayed=True)
+    assert book.strangers([replayed, one[1]]) == [replayed, one[1]]
 
 
 def test_a_replay_that_reopens_a_task_is_news() -> None:
@@ -239,11 +258,12 @@ def test_partitions_are_merged_by_time_whatever_their_pace(chance: random.Random
         if not left[place]:
             merge.end(place)
             del left[place]
-        taken += merge.take()
+        while more := merge.take(chance.randint(1, 4)):
+            taken += more
+            waiting = [c for c in everything if c not in taken]
+            for place, offset in merge.first().items():
+                assert offset == min(c.offset for c in waiting if c.place == place)
         assert len(everything) - len(taken) - sum(map(len, left.values())) <= 6 + count
-        waiting = [c for c in everything if c not in taken]
-        for place, offset in merge.first().items():
-            assert offset == min(c.offset for c in waiting if c.place == place)
     assert [c.at_ms for c in taken] == sorted(c.at_ms for c in everything)
     for place in places:
         assert [c.offset for c in taken if c.place == place] == list(
@@ -259,7 +279,7 @@ def test_a_partition_whose_times_step_back_keeps_its_order() -> None:
         merge.put(blank._replace(place=place, offset=offset, at_ms=at))
     merge.end(one)
     merge.end(other)
-    assert [(c.place[1], c.offset) for c in merge.take()] == [(1, 0), (0, 0), (0, 1)]
+    assert [(c.place[1], c.offset) for c in merge.take(9)] == [(1, 0), (0, 0), (0, 1)]
 
 
 # --- who wants it ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ remembered; of those that are not, an event may be told again.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable
 from datetime import datetime
@@ -61,7 +62,8 @@ class Book:
                 life.steps.add(change.step)
                 told.append(change)
             else:
-                self._held.setdefault(id_, []).append((change, now + self._patience(change, life)))
+                held = self._held.setdefault(id_, [])
+                insort(held, (change, now + self._patience(change, life)), key=_oldest)
                 told += self._release(id_, now)
         for id_ in [id_ for id_, held in self._held.items() if held[0][1] <= now]:
             told += self._release(id_, now)
@@ -76,11 +78,19 @@ class Book:
         """Return where the changes stand that are held: partition and offset."""
         return [(change.place, change.offset) for held in self._held.values() for change, _ in held]
 
-    def stranger(self, change: Change) -> bool:
-        """Whether the database is to be asked about the task: this is all that is known, not its first."""
-        life = self._lives.get(change.row.id)
-        known = life is not None and life.row is not None and life.row.created_at is not None
-        return not known and (change.replayed or change.entry.kind != "created")
+    def strangers(self, changes: Iterable[Change]) -> list[Change]:
+        """Return those of tasks of which nothing else is known, and that do not begin here."""
+        strange: dict[bytes, bool] = {}
+        found = []
+        for change in changes:
+            id_ = change.row.id
+            if id_ not in strange:
+                life = self._lives.get(id_)
+                known = life is not None and life.row is not None and life.row.created_at is not None
+                strange[id_] = not known and (change.replayed or change.entry.kind != "created")
+            if strange[id_]:
+                found.append(change)
+        return found
 
     def after(self, change: Change, mail: Mail | None) -> Row | None:
         """Return the task as it is after the change, None where nobody knows whose it is.
@@ -115,15 +125,14 @@ class Book:
 
     def _release(self, id_: bytes, now: float) -> list[Change]:
         """Return what may be told of a task; never one before an older one that is held."""
-        life, held, told = self._life(id_), self._held[id_], []
-        held.sort(key=_oldest)
-        while held:
-            change, due = held[0]
+        life, held = self._life(id_), self._held[id_]
+        told: list[Change] = []
+        for change, due in held:
             if due > now and not life.steps.issuperset(change.needs):
                 break
             life.steps.add(change.step)
             told.append(change)
-            del held[0]
+        del held[: len(told)]
         if not held:
             del self._held[id_]
         return told

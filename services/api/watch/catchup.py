@@ -15,6 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, Message
 from services.api.watch import messages, tokens
 from services.api.watch.book import SURE, Book
 from services.api.watch.changes import Change, Place
+from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
 from services.api.watch.merge import Merge
 from services.api.watch.problems import gone, silent
@@ -30,6 +31,8 @@ _MOST = 500
 _TURN = 0.2
 _SILENCE = 15.0
 _KBYTES = 1 << 10
+# Messages from one token to the next: who is cut off sooner gets no farther.
+_STRIDE = 32
 
 
 class CatchUp:
@@ -61,10 +64,12 @@ class CatchUp:
     async def __aexit__(self, *_: object) -> None:
         self._executor.submit(self._locked, self._close)
 
-    async def begin_at_the_fold(self) -> None:
+    async def begin_at_the_fold(self, folded: Folded) -> None:
         """Begin where the status service is, in place of `positions`."""
         topics = await self._asked(self._opened)
-        self._next = await self._asked(lambda: topics.folded(topics.places()))
+        starts = await self._asked(lambda: topics.starts(topics.places()))
+        done = await self._asked(folded.positions)
+        self._next = {place: max(start, done.get(place, 0)) for place, start in starts.items()}
         self.sure = tokens.written(self._next)
 
     def left(self, ends: Mapping[Place, int]) -> int:
@@ -107,7 +112,7 @@ class CatchUp:
                 raise silent()
             for message in fetched:
                 self._take(topics, message, ends, open_, merge)
-            if ready := merge.take():
+            while ready := merge.take(_STRIDE):
                 async for told in self._told(ready, ready[-1].at_ms / 1000, merge):
                     yield told
             ahead = merge.ahead() & open_
@@ -154,7 +159,7 @@ class CatchUp:
             # Here time is the records' own: patience costs nothing.
             self._book = Book(changes[0].at_ms, maybe=SURE)
         ready = self._book.read(changes, now)
-        strangers = [change for change in ready if self._book.stranger(change)]
+        strangers = self._book.strangers(ready)
         known = await self._lookup(strangers) if strangers else Known({}, set())
         waiting: Told | None = None
         for change in ready:

@@ -173,7 +173,7 @@ class Feed:
             if (change := self._topics.change(message)) is not None:
                 changes.append(change)
         ready = self._book.read(changes, time.monotonic())
-        strangers = [change for change in ready if self._book.stranger(change)]
+        strangers = self._book.strangers(ready)
         known = await self._lookup(strangers) if strangers else Known({}, set())
         before = self._joining
         assert before is not None

@@ -12,7 +12,6 @@ from postroad.v1 import task_pb2
 from services.api import views
 from services.api.watch.book import Mail
 from services.api.watch.changes import Change
-from services.common import taskstore
 from services.common.database import marks
 from services.common.events import event_key
 
@@ -27,7 +26,8 @@ _SNAPSHOT = (
     f"SELECT event_id, {', '.join(f'tasks.{name}' for name in views.COLUMNS.split(', '))} FROM tasks"
     " LEFT JOIN task_events ON task_id = id WHERE id = %s AND tenant = %s"
 )
-_PART = 500
+_LINES = "SELECT task_id, event_id, at FROM task_events WHERE task_id IN "
+_PART = 200
 
 
 class Known(NamedTuple):
@@ -45,11 +45,14 @@ def known(connection: Connection, strangers: Sequence[Change]) -> Known:
         ids = sorted({change.row.id for change in part})
         rows = connection.exec_driver_sql(f"{_MAILS}({marks(len(ids))})", tuple(ids))
         found.mails.update((bytes(row[0]), cast(Mail, tuple(row[1:]))) for row in rows)
-        lines = taskstore.load_events(connection, [(c.row.id, c.entry.event_id) for c in part])
+        keys = sorted({change.entry.event_id for change in part})
+        sql = f"{_LINES}({marks(len(ids))}) AND event_id IN ({marks(len(keys))})"
+        lines = connection.exec_driver_sql(sql, (*ids, *keys))
+        times = {(bytes(id_), key): at for id_, key, at in lines}
         for change in part:
-            line = lines.get((change.row.id, change.entry.event_id))
+            at = times.get((change.row.id, change.entry.event_id))
             # The first of an event's copies stays in the timeline.
-            if line is not None and (change.replayed or line.at != change.entry.at):
+            if at is not None and (change.replayed or at != change.entry.at):
                 found.repeats.add((change.row.id, change.entry.event_id))
     return found
 

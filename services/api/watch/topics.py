@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from services.api.watch.changes import Change, Place, change
 from services.common.config import Settings
@@ -18,6 +27,15 @@ __all__ = ["TIMEOUT", "Topics"]
 TIMEOUT = 5.0
 """Seconds that the cluster may take for an answer."""
 _REPLAY_ID = "replay-id"
+_LEADERLESS = frozenset(
+    {
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+    }
+)
 
 
 class Topics:
@@ -43,10 +61,9 @@ class Topics:
         }
         self._config = config
         self.consumer = Consumer(config)
-        self._admin: AdminClient | None = None
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Let go of the connections; it may take a moment."""
         self.consumer.close()
 
     def places(self) -> list[Place]:
@@ -57,27 +74,13 @@ class Topics:
 
     def starts(self, places: Iterable[Place]) -> dict[Place, int]:
         """Return the first offset of each partition that is still kept."""
-        return self._offsets(places, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        return self._offsets(places, OFFSET_BEGINNING)
 
     def ends(self, places: Iterable[Place]) -> dict[Place, int]:
         """Return the offset that each partition's next record will have."""
-        return self._offsets(places, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        return self._offsets(places, OFFSET_END)
 
-    def folded(self, places: Iterable[Place]) -> dict[Place, int]:
-        """Return how far the status service is: what stands before these offsets is in the database."""
-        group = Names(self._prefix).group("status")
-        asked = [ConsumerGroupTopicPartitions(group)]
-        answer = self._asking().list_consumer_group_offsets(asked, request_timeout=TIMEOUT)[group]
-        committed = {
-            (at.topic, at.partition): at.offset for at in answer.result(2 * TIMEOUT).topic_partitions
-        }
-        # A partition of which nothing was committed is folded from its start.
-        return {
-            (name, number): max(start, committed.get((self._prefix + name, number), 0))
-            for (name, number), start in self.starts(places).items()
-        }
-
-    def at(self, place: Place, offset: int = -1001) -> TopicPartition:
+    def at(self, place: Place, offset: int = OFFSET_INVALID) -> TopicPartition:
         """Return what the consumer calls this place."""
         return TopicPartition(self._prefix + place[0], place[1], offset)
 
@@ -101,18 +104,28 @@ class Topics:
         except Undecodable:
             return None
 
-    def _asking(self) -> AdminClient:
-        if self._admin is None:
-            kept = ("bootstrap.servers", "client.id", "logger", "socket.connection.setup.timeout.ms")
-            self._admin = AdminClient({name: self._config[name] for name in kept})
-        return self._admin
-
-    def _offsets(self, places: Iterable[Place], spec: OffsetSpec) -> dict[Place, int]:
-        asked = {self.at(place): spec for place in places}
+    def _offsets(self, places: Iterable[Place], which: int) -> dict[Place, int]:
+        asked = [self.at(place, which) for place in places]
         if not asked:
             return {}
-        answers = self._asking().list_offsets(asked, request_timeout=TIMEOUT)
-        return {
-            (self._names[at.topic], at.partition): answer.result(2 * TIMEOUT).offset
-            for at, answer in answers.items()
-        }
+        # A leader that changes, or of a topic that was just made, has no answer for a moment.
+        again = Retrying(
+            retry=retry_if_exception(_passes),
+            wait=wait_fixed(0.1),
+            stop=stop_after_delay(TIMEOUT),
+            reraise=True,
+        )
+        return again(self._answered, asked)
+
+    def _answered(self, asked: list[TopicPartition]) -> dict[Place, int]:
+        # To Kafka its first and its last offset are times too. An AdminClient that was just made took up to
+        # three seconds for this.
+        answers = self.consumer.offsets_for_times(asked, timeout=TIMEOUT)
+        for answer in answers:
+            if answer.error is not None:
+                raise KafkaException(answer.error)
+        return {(self._names[answer.topic], answer.partition): answer.offset for answer in answers}
+
+
+def _passes(error: BaseException) -> bool:
+    return isinstance(error, KafkaException) and error.args[0].code() in _LEADERLESS

@@ -17,6 +17,7 @@ from services.api.watch import lookup, messages, tokens
 from services.api.watch.catchup import CatchUp
 from services.api.watch.changes import Change, Place
 from services.api.watch.feed import Feed, Joined
+from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
 from services.api.watch.problems import crowded, lagging
 from services.api.watch.watchers import Told, Wanted, Watcher
@@ -46,6 +47,7 @@ class Watches:
         self._settings, self._reader = settings, reader
         self._feed: Feed | None = None
         self._old: set[Feed] = set()
+        self._folded = Folded(settings)
         self._watchers: set[Watcher] = set()
         self._catching_up = asyncio.Semaphore(_MOST_CATCHING_UP)
         # A consumer that is closed takes a thread beside those that read.
@@ -104,7 +106,7 @@ class Watches:
         assert task is not None
         async with self._catching_up, self._catch_up(watcher, {}) as missed:
             # Asked before the database is: what stands before these positions is in it by then.
-            await missed.begin_at_the_fold()
+            await missed.begin_at_the_fold(self._folded)
             found = await self._reader.read(lambda connection: lookup.snapshot(connection, tenant, task))
             if found is None:
                 raise not_found(id_)
