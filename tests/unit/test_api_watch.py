@@ -16,6 +16,7 @@ from services.api.errors import Refused
 from services.api.filters import Filter
 from services.api.watch import tokens
 from services.api.watch.book import MAYBE, SURE, Book
+from services.api.watch.catchup import STRIDE, strides
 from services.api.watch.changes import Change, age, change
 from services.api.watch.merge import Merge
 from services.api.watch.watchers import Index, Wanted, Watcher
@@ -258,11 +259,10 @@ def test_partitions_are_merged_by_time_whatever_their_pace(chance: random.Random
         if not left[place]:
             merge.end(place)
             del left[place]
-        while more := merge.take(chance.randint(1, 4)):
-            taken += more
-            waiting = [c for c in everything if c not in taken]
-            for place, offset in merge.first().items():
-                assert offset == min(c.offset for c in waiting if c.place == place)
+        taken += merge.take()
+        waiting = [c for c in everything if c not in taken]
+        for place, offset in merge.first().items():
+            assert offset == min(c.offset for c in waiting if c.place == place)
         assert len(everything) - len(taken) - sum(map(len, left.values())) <= 6 + count
     assert [c.at_ms for c in taken] == sorted(c.at_ms for c in everything)
     for place in places:
@@ -279,7 +279,21 @@ def test_a_partition_whose_times_step_back_keeps_its_order() -> None:
         merge.put(blank._replace(place=place, offset=offset, at_ms=at))
     merge.end(one)
     merge.end(other)
-    assert [(c.place[1], c.offset) for c in merge.take(9)] == [(1, 0), (0, 0), (0, 1)]
+    assert [(c.place[1], c.offset) for c in merge.take()] == [(1, 0), (0, 0), (0, 1)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 99)), max_size=150))
+def test_a_token_within_a_batch_leads_past_nothing_that_follows(places: list[tuple[int, int]]) -> None:
+    blank = read(life(mail())[0])
+    ready = [blank._replace(place=(EVENT_TOPICS[0], number), offset=offset) for number, offset in places]
+    told = 0
+    for stride, left in strides(ready):
+        assert 0 < len(stride) <= STRIDE
+        assert stride == ready[told : told + len(stride)]
+        told += len(stride)
+        rest = ready[told:]
+        assert left == {c.place: min(d.offset for d in rest if d.place == c.place) for c in rest}
+    assert told == len(ready)
 
 
 # --- who wants it ------------------------------------------------------------------------------

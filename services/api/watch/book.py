@@ -36,13 +36,10 @@ class _Life:
 
 
 class Book:
-    """The `most` tasks last read of. Those made after `began_ms` (Unix) are read of from their start.
+    """The `most` tasks last read of. Those made after `began_ms` (Unix) are read of from their start."""
 
-    `maybe` is how long to wait, in seconds, for what may not come.
-    """
-
-    def __init__(self, began_ms: int, maybe: float = MAYBE, most: int = _MOST) -> None:
-        self._began, self._maybe, self._most = began_ms, maybe, most
+    def __init__(self, began_ms: int, most: int = _MOST) -> None:
+        self._began, self._most = began_ms, most
         self._lives: OrderedDict[bytes, _Life] = OrderedDict()
         self._held: dict[bytes, list[tuple[Change, float]]] = {}
 
@@ -121,7 +118,7 @@ class Book:
     def _patience(self, change: Change, life: _Life) -> float:
         missing = [step for step in change.needs if step not in life.steps]
         sure = any(self._made(change.row.id, epoch) > self._began for _, epoch, _ in missing)
-        return SURE if sure else self._maybe
+        return SURE if sure else MAYBE
 
     def _release(self, id_: bytes, now: float) -> list[Change]:
         """Return what may be told of a task; never one before an older one that is held."""

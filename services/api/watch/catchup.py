@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import TypeVar
@@ -13,7 +13,7 @@ from typing import TypeVar
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from services.api.watch import messages, tokens
-from services.api.watch.book import SURE, Book
+from services.api.watch.book import Book
 from services.api.watch.changes import Change, Place
 from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
@@ -23,16 +23,17 @@ from services.api.watch.topics import Topics
 from services.api.watch.watchers import Told, Wanted
 from services.common.config import Settings
 
-__all__ = ["CatchUp"]
+__all__ = ["STRIDE", "CatchUp", "strides"]
 
 R = TypeVar("R")
+
+STRIDE = 32
+"""Messages from one token to the next: who is cut off sooner gets no farther."""
 
 _MOST = 500
 _TURN = 0.2
 _SILENCE = 15.0
 _KBYTES = 1 << 10
-# Messages from one token to the next: who is cut off sooner gets no farther.
-_STRIDE = 32
 
 
 class CatchUp:
@@ -55,6 +56,8 @@ class CatchUp:
         self.sure = tokens.written(positions)
         self._topics: Topics | None = None
         self._book: Book | None = None
+        self._begun: set[Place] = set()
+        self._began = 0
         # A call that was cancelled still runs on its thread; the consumer is for one at a time.
         self._lock = threading.Lock()
 
@@ -112,7 +115,7 @@ class CatchUp:
                 raise silent()
             for message in fetched:
                 self._take(topics, message, ends, open_, merge)
-            while ready := merge.take(_STRIDE):
+            if ready := merge.take():
                 async for told in self._told(ready, ready[-1].at_ms / 1000, merge):
                     yield told
             ahead = merge.ahead() & open_
@@ -138,6 +141,10 @@ class CatchUp:
             return
         place, offset = topics.place(message), message.offset() or 0
         if error is None and place in open_ and offset < ends[place]:
+            if place not in self._begun:
+                # The positions are of no one moment. After the latest of them all is read.
+                self._begun.add(place)
+                self._began = max(self._began, message.timestamp()[1])
             self._next[place] = offset + 1
             mine = self._wanted.task in (None, message.key())
             if mine and (change := topics.change(message)) is not None:
@@ -156,31 +163,32 @@ class CatchUp:
         besides: Collection[tuple[Place, int]] = (),
     ) -> AsyncIterator[Told]:
         if self._book is None:
-            # Here time is the records' own: patience costs nothing.
-            self._book = Book(changes[0].at_ms, maybe=SURE)
+            # Time is the records' own here.
+            self._book = Book(self._began)
         ready = self._book.read(changes, now)
         strangers = self._book.strangers(ready)
         known = await self._lookup(strangers) if strangers else Known({}, set())
-        waiting: Told | None = None
-        for change in ready:
-            if (change.place, change.offset) in besides:
-                continue
-            if (change.row.id, change.entry.event_id) in known.repeats:
-                continue
-            row = self._book.after(change, known.mails.get(change.row.id))
-            if row is None or not self._wanted.takes(row):
-                continue
+        for stride, left in strides(ready):
+            waiting: Told | None = None
+            for change in stride:
+                if (change.place, change.offset) in besides:
+                    continue
+                if (change.row.id, change.entry.event_id) in known.repeats:
+                    continue
+                row = self._book.after(change, known.mails.get(change.row.id))
+                if row is None or not self._wanted.takes(row):
+                    continue
+                if waiting is not None:
+                    yield waiting
+                waiting = Told(messages.body(row, change.entry), self.sure, change.entry.event_id)
+            self.sure = self._written([*left.items(), *(merge.first().items() if merge else ()), *besides])
             if waiting is not None:
-                yield waiting
-            waiting = Told(messages.body(row, change.entry), self.sure, change.entry.event_id)
-        self.sure = self._written(merge)
-        if waiting is not None:
-            yield waiting._replace(positions=self.sure)
+                yield waiting._replace(positions=self.sure)
 
-    def _written(self, merge: Merge | None) -> str:
+    def _written(self, untold: Iterable[tuple[Place, int]]) -> str:
+        """Return the positions up to which everything was told, but for these and what is held."""
         sure = dict(self._next)
-        kept = [*(merge.first().items() if merge else ()), *(self._book.held() if self._book else ())]
-        for place, offset in kept:
+        for place, offset in (*untold, *(self._book.held() if self._book is not None else ())):
             sure[place] = min(sure[place], offset)
         return tokens.written(sure)
 
@@ -204,3 +212,15 @@ class CatchUp:
     def _close(self) -> None:
         if self._topics is not None:
             self._topics.close()
+
+
+def strides(ready: Sequence[Change]) -> list[tuple[Sequence[Change], dict[Place, int]]]:
+    """Return the changes in strides, each with the lowest offsets of what follows it."""
+    left: dict[Place, int] = {}
+    found: list[tuple[Sequence[Change], dict[Place, int]]] = []
+    for start in reversed(range(0, len(ready), STRIDE)):
+        stride = ready[start : start + STRIDE]
+        found.append((stride, dict(left)))
+        for change in stride:
+            left[change.place] = min(change.offset, left.get(change.place, change.offset))
+    return found[::-1]

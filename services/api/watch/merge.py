@@ -47,10 +47,10 @@ class Merge:
         self._ended.add(place)
         self._silent.discard(place)
 
-    def take(self, most: int) -> list[Change]:
-        """Return what comes next, at most so many, as far as that is certain."""
+    def take(self) -> list[Change]:
+        """Return what comes next, as far as that is certain."""
         taken: list[Change] = []
-        while self._heads and not self._silent and len(taken) < most:
+        while self._heads and not self._silent:
             _, place = heappop(self._heads)
             waiting = self._waiting[place]
             taken.append(waiting.popleft()[1])
