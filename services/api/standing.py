@@ -23,7 +23,7 @@ from services.common.events import Event
 from services.common.fold import delta
 from services.common.timeline import timeline
 
-__all__ = ["OVER", "Standing", "find", "record", "view"]
+__all__ = ["OVER", "Standing", "find", "record", "told", "view"]
 
 OVER = frozenset({"completed", "failed", "uncertain", "cancelled"})
 """The statuses of a task with which nothing more happens by itself."""
@@ -49,16 +49,21 @@ class Standing(NamedTuple):
 
 def find(connection: Connection, tenant: str, id_: bytes) -> Standing | None:
     """Return where the task stands, None where this tenant has no such task."""
-    task = connection.exec_driver_sql(_TASK, (id_, tenant)).first()
+    task = told(connection, tenant, id_)
     if task is None:
         return None
     rows, now = locked(connection, [id_])
     row = rows.get(id_)
     if row is not None and row.state in _TOLD and not refused_before(row):
         record(connection, event_of(row))
-        task = connection.exec_driver_sql(_TASK, (id_, tenant)).one()
-    status, epoch, attempts = task
-    return Standing(status, epoch, attempts, row, now)
+        task = told(connection, tenant, id_) or task
+    return Standing(*task, row, now)
+
+
+def told(connection: Connection, tenant: str, id_: bytes) -> tuple[str, int, int] | None:
+    """Return the status, epoch and attempts of a task's row, and lock it."""
+    row = connection.exec_driver_sql(_TASK, (id_, tenant)).first()
+    return None if row is None else (row[0], row[1], row[2])
 
 
 def record(connection: Connection, *events: Event) -> None:

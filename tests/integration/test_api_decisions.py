@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
 from datetime import datetime
 
+import grpc
 import pytest
 from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
 from services.api import outbox, sweeper, uuid7
 from services.api.cancelling import Cancelled, cancel
+from services.api.decider import Decider
+from services.api.errors import Problem
+from services.api.reader import Reader
 from services.api.reopening import Refusal, Reopened, reopen
 from services.common import taskstore
-from services.common.database import transaction
+from services.common.database import engine_of, transaction
 from services.common.deliveries.decide import IN_DOUBT, Cancel, Claim, Delivery, Stale, Stored, Taken, Wait
 from services.common.deliveries.outcome import event_of
 from services.common.deliveries.refusals import refuse
@@ -27,6 +32,7 @@ from services.common.stage.types import Done
 from services.common.timeline import timeline
 from services.sender.answers import answer
 from services.sender.claims import Claims
+from tests.api_process import free_port
 from tests.claimers import everyone
 
 TENANT = "blue"
@@ -486,3 +492,73 @@ def test_cancels_and_claims_that_race_agree(book: Book) -> None:
         assert delivery is not None
         assert delivery.state == ("sent" if id_ in taken else "cancelled")
     assert 0 < len(taken) < len(ids), "one side won every race"
+
+
+# --- as the handlers ask --------------------------------------------------------------------------
+
+
+class Asking:
+    """A Decider on the book's database, and what it published."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.published: list[Event] = []
+        self._threads = Reader(engine)
+        self.decider = Decider(self._threads, lambda batch: self.published.extend(r.event for r in batch))
+
+    def __enter__(self) -> Asking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.close()
+
+
+async def test_a_cancel_waits_for_a_mail_under_way_and_then_says_what_came_of_it(book: Book) -> None:
+    done, stuck = book.create(), book.create()
+    row = book.taken(done)
+    book.taken(stuck)
+    with Asking(book.engine) as asking:
+        asked = asyncio.ensure_future(asking.decider.cancel(TENANT, done, b""))
+        await asyncio.sleep(0.2)
+        assert not asked.done()
+        await asyncio.to_thread(book.settle, row, "sent", reply="250 ok", told=False)
+        assert (await asked).status == "completed"
+        began = time.monotonic()
+        with pytest.raises(Problem) as caught:
+            await asking.decider.cancel(TENANT, stuck, b"")
+        assert 3 < time.monotonic() - began < 8
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        info, again = caught.value.details
+        assert info.reason == "BEING_SENT"  # type: ignore[attr-defined]
+        assert again.retry_delay.ToMilliseconds() > 0  # type: ignore[attr-defined]
+        assert asking.published == []
+        assert book.outbox(stuck) == [outbox.created(stuck)]
+
+
+async def test_what_is_decided_is_published_at_once(book: Book) -> None:
+    id_ = book.create()
+    with Asking(book.engine) as asking:
+        assert (await asking.decider.cancel(TENANT, id_, b"")).status == "cancelled"
+        assert (await asking.decider.cancel(TENANT, id_, b"")).status == "cancelled"
+        assert (await asking.decider.retry(TENANT, id_, b"")).status == "pending"
+        with pytest.raises(Problem) as caught:
+            await asking.decider.retry(TENANT, id_, b"")
+        assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert [type(event) for event in asking.published] == [pb.TaskCancelled, pb.TaskCreated]
+        assert {outbox.item_of(event) for event in asking.published} < set(book.outbox(id_))  # type: ignore[arg-type]
+        for ask in (asking.decider.cancel, asking.decider.retry):
+            with pytest.raises(Problem) as caught:
+                await ask("red", id_, b"")
+            assert caught.value.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_without_the_database_the_answer_is_unavailable(book: Book) -> None:
+    id_ = book.create()
+    engine = engine_of(book.engine.url.set(port=free_port()))
+    with Asking(engine) as asking:
+        for ask in (asking.decider.cancel, asking.decider.retry):
+            began = time.monotonic()
+            with pytest.raises(Problem) as caught:
+                await ask(TENANT, id_, b"")
+            assert time.monotonic() - began < 6
+            assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+            assert any(hasattr(detail, "retry_delay") for detail in caught.value.details)

@@ -35,7 +35,22 @@ def check(schedule: Schedule, settled: bool) -> None:
         violation("two tasks under one idempotency key")
     for id_ in sorted(rows):
         _check_task(schedule, id_, events.get(id_, []))
+    for id_, asked, status in schedule.answers:
+        _check_answer(schedule, id_, asked, status)
     _check_dead(schedule)
+
+
+def _check_answer(schedule: Schedule, id_: bytes, asked: float, status: str) -> None:
+    """What a Cancel was answered is so, and stays so unless the task is opened again."""
+    now = schedule.database.tasks[id_].status
+    copies = [copy for copy in schedule.mail.journal if copy.task == id_]
+    name = f"task {id_[-2]}"
+    if status == "completed" and (now != "completed" or not copies):
+        schedule.world.violation(f"{name} was said to be completed and is {now}, sent {len(copies)} times")
+    if status == "cancelled" and schedule.reopened.get(id_, -1.0) < asked and (now != "cancelled" or copies):
+        schedule.world.violation(f"{name} was said to be cancelled and is {now}, sent {len(copies)} times")
+    if status not in TERMINAL:
+        schedule.world.violation(f"a cancel of {name} was answered that it is {status}")
 
 
 def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
@@ -57,9 +72,9 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
 
     copies = [copy for copy in schedule.mail.journal if copy.task == id_]
     wanted = schedule.plan.tasks[id_[-2]].send_in
-    if row.created_at is not None and any(
-        schedule.database.at(row.created_at) + wanted > copy.at for copy in copies
-    ):
+    # Opened again, it goes at once.
+    due = 0.0 if row.created_at is None else schedule.database.at(row.created_at) + wanted
+    if id_ not in schedule.reopened and any(copy.at < due for copy in copies):
         violation(f"{name} was sent before its time")
     sent_by = schedule.database.sent_by
     # What a sender was told of and could store needs no explanation, once a task.

@@ -153,6 +153,26 @@ class Database:
         """Return the lines of timelines with these keys."""
         return {key: self.entries[key] for key in keys if key in self.entries}
 
+    # --- deciding ---
+
+    def told(self, tenant: str, id_: bytes) -> tuple[str, int, int] | None:
+        """Return the status, epoch and attempts of a tenant's task."""
+        row = self.tasks.get(id_)
+        return None if row is None or row.tenant != tenant else (row.status, row.epoch, row.attempts)
+
+    def locked(self, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
+        """Return the deliveries that there are, and the clock."""
+        return {id_: self.deliveries[id_] for id_ in ids if id_ in self.deliveries}, self.now()
+
+    def store(self, rows: Iterable[Delivery]) -> None:
+        """Write deliveries, over those that are there."""
+        for row in rows:
+            self.deliveries[row.task_id] = row
+
+    def add(self, row: Delivery) -> bool:
+        """Insert a delivery unless its task has one."""
+        return self.deliveries.setdefault(row.task_id, row) is row
+
     # --- outbox ---
 
     def put(self, items: Sequence[Item], seconds: int = GRACE) -> None:

@@ -164,7 +164,7 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
     for index in reversed(range(len(plan.tasks) if len(plan.tasks) > 1 else 0)):
         # Tasks are told by their numbers.
         if index == len(plan.tasks) - 1 and all(
-            act.what != "cancel" or act.task < index for act in plan.acts
+            act.what not in ("cancel", "retry") or act.task < index for act in plan.acts
         ):
             yield replace(plan, tasks=plan.tasks[:index])
     for index, count in enumerate(plan.replicas):

@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from services.api import outbox
+from services.api import cancelling, outbox
 from services.api.outbox import Item, created
 from services.api.relay import Creation, Relay
 from services.common import fold
@@ -116,6 +116,12 @@ def _scheduled_at_once() -> Patches:
     return [(outbox, "schedule", schedule)]
 
 
+def _cancel_without_claim() -> Patches:
+    """A Cancel is recorded and published, and the delivery's row knows nothing of it."""
+
+    return [(cancelling, "add", lambda *_: True), (cancelling, "store", lambda *_: None)]
+
+
 def _dead_letter_failure_ignored() -> Patches:
     """A record is finished though its dead letter could not be published."""
 
@@ -146,6 +152,7 @@ MUTANTS: dict[str, Callable[[], Patches]] = {
     "counts-offsets": _counts_offsets,
     "outbox-before-ack": _outbox_before_ack,
     "scheduled-at-once": _scheduled_at_once,
+    "cancel-without-claim": _cancel_without_claim,
     "dead-letter-failure-ignored": _dead_letter_failure_ignored,
     "fold-ignores-epochs": _fold_ignores_epochs,
 }

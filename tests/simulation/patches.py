@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from postroad.v1 import task_pb2
-from services.api import outbox, recorder, relay, sweeper
+from services.api import cancelling, decider, outbox, reader, recorder, relay, standing, sweeper
 from services.api.uuid7 import text
 from services.common import batching, taskstore
 from services.common.stage import commits, intake, poller, runtime
@@ -60,6 +60,10 @@ def _originals(connection: Database, ids: Any) -> dict[bytes, task_pb2.Task]:
     return {id_: task_pb2.Task(id=text(id_)) for id_ in ids}
 
 
+def _view(connection: Database, id_: bytes) -> task_pb2.Task:
+    return task_pb2.Task(id=text(id_), status=connection.tasks[id_].status)
+
+
 def _transaction(engine: Database, work: Any) -> Any:
     return engine.transact(work)
 
@@ -80,6 +84,9 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "_PAUSED_TURN", 1.0),
     (runtime, "Poller", Poller),
     (runtime, "Publisher", Publisher),
+    (decider, "time", VirtualTime),
+    (reader, "ThreadPoolExecutor", Executor),
+    (reader, "transaction", _transaction),
     (recorder, "transaction", _transaction),
     (sweeper, "transaction", _transaction),
     (status_stage, "transaction", _transaction),
@@ -87,6 +94,11 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (status_stage, "insert_events", Database.insert_events),
     (status_stage, "refuse", Database.refuse),
     (recorder, "tasks_of", _originals),
+    (standing, "told", Database.told),
+    (standing, "locked", Database.locked),
+    (standing, "view", _view),
+    (cancelling, "store", Database.store),
+    (cancelling, "add", Database.add),
     *((taskstore, name, getattr(Database, name)) for name in _STATEMENTS),
     *(
         (outbox, name, getattr(Database, name))
@@ -98,7 +110,10 @@ _LOGGING = (
         "services.common.stage." + name
         for name in ("batches", "commits", "poller", "republish", "runtime", "work")
     ),
-    *(module.__name__ for module in (recorder, relay, sweeper, sender_stage, status_stage, async_claims)),
+    *(
+        module.__name__
+        for module in (reader, recorder, relay, sweeper, sender_stage, status_stage, async_claims)
+    ),
     "services.sender.leases",
     "services.validator.stage",
 )

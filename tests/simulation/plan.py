@@ -35,8 +35,8 @@ class TaskPlan:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What somebody does: `cancel` a task (by its number), `replay` a topic with a fresh epoch, `poison` a
-    topic with what does not decode."""
+    """What somebody does: `cancel` or `retry` a task (by its number), `replay` a topic with a fresh epoch,
+    `poison` a topic with what does not decode."""
 
     at: float
     what: str
@@ -145,7 +145,7 @@ def _task(rng: random.Random) -> TaskPlan:
 
 
 def _act(rng: random.Random, tasks: int, last: float) -> Act:
-    what = rng.choice(("cancel", "cancel", "replay", "replay", "poison"))
+    what = rng.choice(("cancel", "cancel", "cancel", "retry", "replay", "replay", "poison"))
     return Act(
         at=round(last + rng.choice((rng.random() * 0.2, rng.random() * 5, rng.random() * 100)), 4),
         what=what,

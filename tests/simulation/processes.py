@@ -9,7 +9,9 @@ from itertools import count
 from typing import Any
 
 from services.api import outbox
+from services.api.decider import Decider
 from services.api.outbox import Item
+from services.api.reader import Reader
 from services.api.recorder import Recorder
 from services.api.relay import Creation, Relay
 from services.api.sweeper import Sweeper
@@ -170,7 +172,7 @@ class _Sweeper(Sweeper):
 
 
 class Api:
-    """The api without its gRPC: recorder, relay and sweeper."""
+    """The api without its gRPC: recorder, decider, relay and sweeper."""
 
     def __init__(self, servers: Servers) -> None:
         self._loop = asyncio.get_running_loop()
@@ -180,6 +182,7 @@ class Api:
         self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
         self._relay = Relay(publisher, self._settle, 100, 1 << 20)
         self.recorder = Recorder(database, self._committed, 100, 1 << 20)
+        self.decider = Decider(Reader(database), self._relay.publish)
         self._sweeper = _Sweeper(database, publisher, self._relay, 10)
 
     async def run(self) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import grpc
 
 from postroad.v1 import events_pb2 as pb
 from services.api.errors import Problem
 from services.api.relay import Recording
 from services.api.uuid7 import parse
-from services.common.events import DECODERS, encode
-from services.common.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CANCELLED, TASK_CREATED, Names
+from services.common.events import DECODERS, encode, task_id
+from services.common.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names
 from tests.simulation import checker
 from tests.simulation.broker import SESSION, Broker
 from tests.simulation.database import Database
@@ -27,6 +29,7 @@ from tests.simulation.world import World
 
 __all__ = ["Result", "run"]
 
+DECISIONS = ("cancel", "retry")
 _ENOUGH = 1500.0
 """Virtual seconds within which everything settles once the last fault is over."""
 
@@ -42,6 +45,14 @@ class Result:
     steps: int
     copies: int = 0
     statuses: list[str] = field(default_factory=list)
+
+
+class Answer(NamedTuple):
+    """What a Cancel was answered, and when it was asked for."""
+
+    task: bytes
+    asked: float
+    status: str
 
 
 class _Replica:
@@ -79,7 +90,9 @@ class Schedule:
         self.replicas: list[_Replica] = []
         self.accepted: set[bytes] = set()
         self.unknown: set[bytes] = set()
-        self.cancelled: set[bytes] = set()
+        self.answers: list[Answer] = []
+        self.reopened: dict[bytes, float] = {}
+        """When each task was last opened again, or asked to be."""
         self.poison: list[str] = []
         self.clients = 0
         self._names = dict.fromkeys(SERVICES, 0)
@@ -261,22 +274,58 @@ class Schedule:
             self.scheduler.after(seconds, None, again)
 
     def _act(self, act: Act) -> None:
-        self.world.trace("operator", f"{act.what} {act.task if act.what == 'cancel' else act.topic}")
+        self.world.trace("operator", f"{act.what} {act.task if act.what in DECISIONS else act.topic}")
         match act.what:
-            case "cancel":
+            case "cancel" | "retry":
                 for id_ in [id_ for id_ in self.database.tasks if id_[-2] == act.task]:
-                    row = self.database.tasks[id_]
-                    event = pb.TaskCancelled(
-                        id=id_, epoch=row.epoch, at_us=EPOCH * 1_000_000 + int(self.scheduler.now * 1e6)
-                    )
-                    out = encode(event, "api")
-                    self.cancelled.add(id_)
-                    self.broker.append(TASK_CANCELLED, out.key, out.value, out.headers)
+                    self.clients += 1
+                    self._decide(act.what, id_, 20)
             case "replay":
                 self.replay(act.topic)
             case "poison":
                 self.poison.append(act.topic)
                 self.broker.append(act.topic, b"%16d" % len(self.poison), b"\xff\xff", [])
+
+    def _decide(self, what: str, id_: bytes, tries: int) -> None:
+        """One attempt of a client that cancels or reopens a task."""
+        again: Callable[[], None] | None = None
+        if tries:
+            again = lambda: self._decide(what, id_, tries - 1)  # noqa: E731
+        live = [r for r in self.live("api") if isinstance(r.service, Api)]
+        if not live:
+            self._later(again, 0.5)
+            return
+        api, process = live[-1].service, live[-1].process
+        assert isinstance(api, Api)
+        asked = self.scheduler.now
+        if what == "retry":
+            self.reopened[id_] = asked
+        decide = api.decider.cancel if what == "cancel" else api.decider.retry
+        answered = False
+
+        def hear(status: str) -> None:
+            nonlocal answered
+            if answered:
+                return
+            answered = True
+            if status == "unknown":
+                self._later(again, 0.5)
+                return
+            self.clients -= 1
+            self.world.trace("client", f"{what} of task {id_[-2]}: {status}")
+            if what == "cancel":
+                self.answers.append(Answer(id_, asked, status))
+
+        async def ask() -> None:
+            try:
+                status = (await decide("t", id_, b"")).status
+            except Problem as problem:
+                refused = problem.code is grpc.StatusCode.FAILED_PRECONDITION
+                status = "refused" if refused else "unknown"
+            self.scheduler.after(self.scheduler.latency(), None, hear, status)
+
+        self.scheduler.after(self.scheduler.latency(), process, lambda: process.loop.create_task(ask()))
+        self.scheduler.after(10.0, None, hear, "unknown")
 
     def replay(self, topic: str) -> None:
         """Produce all records of a topic again, every task reopened: more than a replay may be asked for."""
@@ -288,6 +337,7 @@ class Schedule:
             assert isinstance(event, pb.TaskCreated | pb.MxOk)
             event.epoch = epoch
             event.at_us = epoch * 1000
+            self.reopened[task_id(event)] = self.scheduler.now
             out = encode(event, "replay")
             self.broker.append(topic, out.key, out.value, out.headers)
 

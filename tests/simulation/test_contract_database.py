@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from postroad.v1 import events_pb2 as pb
-from services.api import outbox
+from services.api import outbox, standing
 from services.api.outbox import created
 from services.common import taskstore
 from services.common.database import engine_of, transaction
+from services.common.deliveries import rows
 from services.common.deliveries.decide import (
     Cancel,
     Claim,
@@ -79,6 +80,10 @@ class _Statements:
     take = staticmethod(outbox.take)
     delete = staticmethod(outbox.delete)
     defer = staticmethod(outbox.defer)
+    told = staticmethod(standing.told)
+    locked = staticmethod(rows.locked)
+    store = staticmethod(rows.store)
+    add = staticmethod(rows.add)
 
 
 class Real:
@@ -345,3 +350,24 @@ def test_the_outbox_hands_out_what_is_due_to_one_taker_at_a_time(one: Side) -> N
     one.transact(lambda c: one.store.defer(c, items, 0))
     one.transact(lambda c: one.store.delete(c, items[:2]))
     assert one.transact(lambda c: one.store.take(c, 10)) == items[2:]
+
+
+@both
+def test_whoever_decides_finds_what_was_told_and_what_was_claimed(one: Side) -> None:
+    event = mail(4)
+    id_ = event.task.id
+    one.transact(lambda c: one.store.upsert(c, [delta(event)]))
+    tenant = event.task.tenant
+    assert one.transact(lambda c: one.store.told(c, tenant, id_)) == ("pending", 0, 0)
+    assert one.transact(lambda c: one.store.told(c, "another", id_)) is None
+    assert one.transact(lambda c: one.store.locked(c, [id_]))[0] == {}
+    row = taken(one, claim(id_, attempt=2))
+    assert one.transact(lambda c: one.store.add(c, row._replace(state="cancelled"))) is False
+    [found] = one.transact(lambda c: one.store.locked(c, [id_]))[0].values()
+    assert (found.state, found.attempt, found.owner) == ("sending", 2, row.owner)
+    changed = found._replace(state="cancelled", epoch=7)
+    one.transact(lambda c: one.store.store(c, [changed]))
+    assert one.row(id_) == changed
+    free = changed._replace(task_id=new_id())
+    assert one.transact(lambda c: one.store.add(c, free)) is True
+    assert one.row(free.task_id) == free

@@ -256,6 +256,8 @@ def test_that_a_mail_was_accepted_is_stored_whoever_owns_the_claim(found_state: 
     assert became is Settlement.LATE
     assert write is not None
     assert (write.state, write.epoch, write.attempt, write.reply) == ("sent", 6, 4, "250 ok")
+    # Told again, since the answer was lost: whoever tells it must ask what it amounts to.
+    assert settlement(write, settled("sent")) == (Settlement.LATE, None)
 
 
 def test_what_is_sent_stays_as_it_was_first_told() -> None:

@@ -264,7 +264,9 @@ def settlement(row: Delivery | None, settled: Delivery) -> tuple[Settlement, Del
         if row.state == "sending":
             return Settlement.STORED, settled
         if row.state == settled.state:
-            return Settlement.STORED, None
+            # Told twice, and late the first time: the row stands for another event than the caller's.
+            same = (row.epoch, row.attempt) == (settled.epoch, settled.attempt)
+            return Settlement.STORED if same else Settlement.LATE, None
     if settled.state != "sent" or (row is not None and row.state == "sent"):
         return Settlement.FENCED, None
     if row is None or (row.epoch, row.attempt) < (settled.epoch, settled.attempt):

@@ -1,0 +1,62 @@
+"""What a Cancel and a Retry make of where a task stands: the pure parts."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.api.cancelling import alive, attempts
+from services.api.standing import OVER, Standing
+from services.common.deliveries.decide import Delivery, State
+from services.common.schema import STATUSES
+
+NOW = datetime(2026, 3, 1)
+
+
+def delivery(state: State, epoch: int = 0, attempt: int = 1) -> Delivery:
+    return Delivery(bytes(16), state, epoch, attempt, 0, bytes(16), NOW, 0, 0, "", "", "", "")
+
+
+def standing(status: str, row: Delivery | None = None, epoch: int = 0, made: int = 0) -> Standing:
+    return Standing(status, epoch, made, row, NOW)
+
+
+@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize("state", [None, *get_args(State)])
+def test_a_task_lives_while_it_is_under_way_or_a_sender_may_still_send_it(
+    status: str, state: State | None
+) -> None:
+    row = None if state is None else delivery(state)
+    expected = status in ("pending", "processing") or state in ("sending", "released", "deferred")
+    assert alive(standing(status, row)) is expected
+    assert (status in OVER) is (status not in ("pending", "processing"))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (None, 1),
+        (delivery("deferred", epoch=5, attempt=3), 3),
+        (delivery("deferred", epoch=6, attempt=2), 2),
+        # Attempts of an epoch before this one are not this one's.
+        (delivery("deferred", epoch=4, attempt=3), 1),
+        # This one was claimed and given back, or is another's business.
+        (delivery("released", epoch=5, attempt=3), 1),
+        (delivery("sending", epoch=5, attempt=3), 1),
+    ],
+)
+def test_the_attempts_of_a_cancelled_task_are_those_of_its_epoch(row: Delivery | None, expected: int) -> None:
+    assert attempts(standing("processing", row, epoch=5, made=1)) == expected
+
+
+@given(st.integers(0, 1 << 42), st.integers(0, 1 << 42), st.none() | st.integers(0, 1 << 42))
+def test_a_new_epoch_is_later_than_all_that_is_known(now_ms: int, epoch: int, claimed: int | None) -> None:
+    row = None if claimed is None else delivery("failed", epoch=claimed)
+    new = standing("failed", row, epoch).next_epoch(now_ms)
+    assert new > max(epoch, claimed or 0) or (new == now_ms > epoch)
+    assert new >= now_ms
+    assert new in (now_ms, epoch + 1, (claimed or 0) + 1)
