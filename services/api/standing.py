@@ -2,8 +2,8 @@
 
 The row in `tasks` follows the events, and these come after the facts: a mail that went out is settled in
 `deliveries` first. So what a settled delivery says is folded in before anything is decided, as the status
-service will do with the event once it comes. The locks are taken in the order task, delivery; everybody
-else takes but one of the two.
+service will do with the event once it comes. The locks are taken in the order task, delivery, by everybody
+who takes both.
 """
 
 from __future__ import annotations
