@@ -8,24 +8,12 @@ from typing import NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-from services.cli.kafka import TIMEOUT, admin, reader
+from services.cli.kafka import TIMEOUT, admin, offsets, reader
 from services.common.config import Settings
 from services.common.topics import MAX_RECORD_BYTES
 
 __all__ = ["At", "Log"]
-
-
-_LEADERLESS = frozenset(
-    {
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-        KafkaError.LEADER_NOT_AVAILABLE,
-        KafkaError.FENCED_LEADER_EPOCH,
-        KafkaError.UNKNOWN_LEADER_EPOCH,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-    }
-)
 
 
 class At(NamedTuple):
@@ -119,20 +107,5 @@ class Log:
         return sorted(found.partitions)
 
     def _offsets(self, which: OffsetSpec) -> dict[At, int]:
-        # A topic that was just made, or whose leader changes, has no answer for a moment.
-        again = Retrying(
-            retry=retry_if_exception(_passes),
-            wait=wait_fixed(0.1),
-            stop=stop_after_delay(TIMEOUT),
-            reraise=True,
-        )
-        return again(self._asked, which)
-
-    def _asked(self, which: OffsetSpec) -> dict[At, int]:
         asked = {TopicPartition(p.topic, p.partition): which for p in self._partitions}
-        answers = self._admin.list_offsets(asked, request_timeout=TIMEOUT)
-        return {At(p.topic, p.partition): answer.result().offset for p, answer in answers.items()}
-
-
-def _passes(error: BaseException) -> bool:
-    return isinstance(error, KafkaException) and error.args[0].code() in _LEADERLESS
+        return {At(p.topic, p.partition): offset for p, offset in offsets(self._admin, asked)}

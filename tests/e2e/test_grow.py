@@ -29,9 +29,9 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
     with Road(stack) as road:
 
         def lag() -> dict[str, list[dict[str, Any]]]:
-            found: dict[str, list[dict[str, Any]]] = postroad(
-                *["lag", "--partitions", "--interval", "0", "-o", "json"]
-            ).json
+            done = postroad("lag", "--partitions", "--interval", "0", "-o", "json")
+            assert done.code == 0, done.err
+            found: dict[str, list[dict[str, Any]]] = done.json
             return found
 
         ids: list[str] = []

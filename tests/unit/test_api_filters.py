@@ -2,7 +2,7 @@
 
 import pytest
 from google.protobuf.json_format import ParseDict
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from postroad.v1.task_service_pb2 import CountRequest, ListRequest, WatchRequest
@@ -155,6 +155,7 @@ json = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(["fields", "status", "email", "labels", "x"]), json, max_size=3))
 def test_any_struct_is_a_filter_or_a_refusal(filters: object) -> None:
     try:

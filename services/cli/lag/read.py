@@ -117,8 +117,7 @@ class Reader:
 
     def _offsets(self, spec: OffsetSpec) -> dict[Place, int]:
         asked = {self._full(place): spec for place in self._places}
-        answers = self._admin.list_offsets(asked, request_timeout=kafka.TIMEOUT)
-        return {self._place(partition): answer.result().offset for partition, answer in answers.items()}
+        return {self._place(partition): offset for partition, offset in kafka.offsets(self._admin, asked)}
 
     def _group(self, stage: str) -> Group:
         name = self._names.group(stage)
