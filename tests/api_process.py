@@ -12,19 +12,23 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from postroad.v1 import events_pb2
+from postroad.v1.task_service_pb2 import CreateRequest, TaskData
+from services.api import uuid7
 from services.common.config import Settings
 from services.common.migrations import migrate
 from services.common.topics import EVENT_TOPICS, TASK_CREATED
 from tests.stack import Infra
 
-__all__ = ["ApiProcess", "Road", "eventually"]
+__all__ = ["ApiProcess", "Road", "eventually", "request"]
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20) -> object:
@@ -78,6 +82,19 @@ class Road:
 
     def published(self) -> list[tuple[events_pb2.TaskCreated, dict[str, bytes]]]:
         """Return what stands on task.created by now, with its headers, partition by partition."""
+        found = []
+        for message in self.records():
+            event = events_pb2.TaskCreated.FromString(message.value() or b"")
+            assert message.key() == event.task.id
+            found.append((event, dict(message.headers() or ())))
+        return found  # type: ignore[return-value]
+
+    def published_ids(self) -> Counter[str]:
+        """Return how often each task, by its id, stands on task.created by now."""
+        return Counter(uuid7.text(event.task.id) for event, _ in self.published())
+
+    def records(self) -> list[Message]:
+        """Return the records of task.created by now, partition by partition."""
         consumer = Consumer({"bootstrap.servers": self.infra.bootstrap, "group.id": "reader"})
         found = []
         for partition in range(3):
@@ -88,11 +105,15 @@ class Road:
                 message = consumer.poll(20)
                 assert message is not None
                 assert not message.error(), message.error()
-                event = events_pb2.TaskCreated.FromString(message.value())
-                assert message.key() == event.task.id
-                found.append((event, dict(message.headers())))
+                found.append(message)
         consumer.close()
         return found
+
+
+def request(number: int = 0, key: str = "", **data: Any) -> CreateRequest:
+    """Return a Create that is fine, but for what `data` changes."""
+    mail = {"email": f"u{number}@shop.test", "subject": f"Parcel {number}", "body": "text"} | data
+    return CreateRequest(data=TaskData(**mail), idempotency_key=key)
 
 
 class ApiProcess:

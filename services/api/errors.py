@@ -28,11 +28,13 @@ __all__ = [
     "collect",
     "conflict",
     "draining",
+    "error_info",
     "internal",
     "invalid",
     "not_found",
     "not_open_to_retry",
     "overloaded",
+    "retry_info",
     "unauthenticated",
     "unavailable",
 ]
@@ -97,7 +99,7 @@ class Refused(Problem):
             bad.field_violations.add(field=field, description=description)
         named = "; ".join(f"{v.field}: {v.description}" for v in violations[:3])
         more = f"; and {len(violations) - 3} more" if len(violations) > 3 else ""
-        super().__init__(grpc.StatusCode.INVALID_ARGUMENT, named + more, (bad, _info("INVALID_REQUEST")))
+        super().__init__(grpc.StatusCode.INVALID_ARGUMENT, named + more, (bad, error_info("INVALID_REQUEST")))
         self.violations = tuple(violations)
 
 
@@ -117,7 +119,7 @@ def invalid(field: str, description: str) -> Refused:
 
 def not_found(id_: str) -> Problem:
     """Return NOT_FOUND for a task id in its text form."""
-    return Problem(grpc.StatusCode.NOT_FOUND, f"no task {id_}", (_info("TASK_NOT_FOUND", {"id": id_}),))
+    return Problem(grpc.StatusCode.NOT_FOUND, f"no task {id_}", (error_info("TASK_NOT_FOUND", {"id": id_}),))
 
 
 def conflict(original: str) -> Problem:
@@ -125,7 +127,7 @@ def conflict(original: str) -> Problem:
     return Problem(
         grpc.StatusCode.ALREADY_EXISTS,
         f"the idempotency key was used for another request, task {original}",
-        (_info("IDEMPOTENCY_KEY_REUSED", {"id": original}),),
+        (error_info("IDEMPOTENCY_KEY_REUSED", {"id": original}),),
     )
 
 
@@ -134,7 +136,7 @@ def being_sent(id_: str, retry_seconds: float = 1.0) -> Problem:
     return Problem(
         grpc.StatusCode.UNAVAILABLE,
         f"task {id_} is being sent; nothing was cancelled",
-        (_info("BEING_SENT", {"id": id_}), _retry(retry_seconds)),
+        (error_info("BEING_SENT", {"id": id_}), retry_info(retry_seconds)),
     )
 
 
@@ -144,7 +146,7 @@ def not_open_to_retry(id_: str, status: str) -> Problem:
     return Problem(
         grpc.StatusCode.FAILED_PRECONDITION,
         f"task {id_} is {status}; only failed, uncertain and cancelled ones are opened again",
-        (_info(reason, {"id": id_, "status": status}),),
+        (error_info(reason, {"id": id_, "status": status}),),
     )
 
 
@@ -153,7 +155,7 @@ def body_purged(id_: str, status: str) -> Problem:
     return Problem(
         grpc.StatusCode.FAILED_PRECONDITION,
         f"task {id_} cannot be sent again: its body is no longer kept",
-        (_info("BODY_PURGED", {"id": id_, "status": status}),),
+        (error_info("BODY_PURGED", {"id": id_, "status": status}),),
     )
 
 
@@ -162,7 +164,7 @@ def overloaded(retry_seconds: float = 1.0) -> Problem:
     return Problem(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "too many requests are waiting",
-        (_info("OVERLOADED"), _retry(retry_seconds)),
+        (error_info("OVERLOADED"), retry_info(retry_seconds)),
     )
 
 
@@ -171,36 +173,38 @@ def unavailable(retry_seconds: float = 2.0) -> Problem:
     return Problem(
         grpc.StatusCode.UNAVAILABLE,
         "the database does not answer",
-        (_info("DATABASE_UNAVAILABLE"), _retry(retry_seconds)),
+        (error_info("DATABASE_UNAVAILABLE"), retry_info(retry_seconds)),
     )
 
 
 def draining() -> Problem:
     """Return UNAVAILABLE: this replica is about to end; another one, or its successor, will answer."""
-    return Problem(grpc.StatusCode.UNAVAILABLE, "shutting down", (_info("DRAINING"), _retry(1.0)))
+    return Problem(grpc.StatusCode.UNAVAILABLE, "shutting down", (error_info("DRAINING"), retry_info(1.0)))
 
 
 def unauthenticated() -> Problem:
     """Return UNAUTHENTICATED: no bearer token, or none that is known."""
     return Problem(
-        grpc.StatusCode.UNAUTHENTICATED, "a known bearer token is needed", (_info("TOKEN_UNKNOWN"),)
+        grpc.StatusCode.UNAUTHENTICATED, "a known bearer token is needed", (error_info("TOKEN_UNKNOWN"),)
     )
 
 
 def internal() -> Problem:
     """Return INTERNAL for what should not happen; the log has the cause, the client does not."""
-    return Problem(grpc.StatusCode.INTERNAL, "internal error", (_info("INTERNAL"),))
+    return Problem(grpc.StatusCode.INTERNAL, "internal error", (error_info("INTERNAL"),))
 
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _info(reason: str, metadata: Mapping[str, str] | None = None) -> error_details_pb2.ErrorInfo:
+def error_info(reason: str, metadata: Mapping[str, str] | None = None) -> error_details_pb2.ErrorInfo:
+    """Return the detail that tells programs why."""
     return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
 
 
-def _retry(seconds: float) -> error_details_pb2.RetryInfo:
+def retry_info(seconds: float) -> error_details_pb2.RetryInfo:
+    """Return the detail that tells programs when to come back."""
     delay = Duration()
     delay.FromMilliseconds(int(seconds * 1000))
     return error_details_pb2.RetryInfo(retry_delay=delay)

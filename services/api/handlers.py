@@ -30,7 +30,7 @@ from services.api.reader import Reader
 from services.api.recorder import Recorder
 from services.api.relay import Creation, Recording
 from services.api.trace import traceparent
-from services.api.validation import creation
+from services.api.validation import creation, task_id
 from services.api.views import recorded
 from services.api.watch.watching import Watches
 from services.common.telemetry import API_REQUESTS, API_SECONDS
@@ -129,7 +129,7 @@ class TaskService:
         """Answer a serialized Task for a serialized GetRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
         request = _decode(raw, task_service_pb2.GetRequest)
-        id_ = _task_id(request.id)
+        id_ = task_id(request.id)
         task = await self._reader.read(lambda connection: queries.get(connection, tenant, id_))
         if task is None:
             raise not_found(request.id)
@@ -181,7 +181,7 @@ class TaskService:
         metadata: Metadata,
     ) -> bytes:
         tenant = self._tenants.tenant(metadata)
-        id_ = _task_id(_decode(raw, kind).id)
+        id_ = task_id(_decode(raw, kind).id)
         task = await decide(tenant, id_, traceparent(metadata.get("traceparent"), id_))
         return task.SerializeToString()
 
@@ -210,14 +210,8 @@ class TaskService:
                 result = await answer(raw, dict(context.invocation_metadata() or ()))
                 answered.inc()
                 return result
-            except Problem as refusal:
-                problem = refusal
-            except asyncio.CancelledError:
-                API_REQUESTS.labels(name, "CANCELLED").inc()
-                raise
-            except Exception:
-                log.exception("unexpected", rpc=name)
-                problem = internal()
+            except BaseException as error:
+                problem = _problem(name, error)
             finally:
                 seconds.observe(time.perf_counter() - start)
                 self._in_flight -= 1
@@ -235,23 +229,22 @@ class TaskService:
                 raise draining()
             await self.watch(raw, dict(context.invocation_metadata() or ()), context.write)
             return
-        except Problem as refusal:
-            problem = refusal
-        except asyncio.CancelledError:
-            API_REQUESTS.labels("Watch", "CANCELLED").inc()
-            raise
-        except Exception:
-            log.exception("unexpected", rpc="Watch")
-            problem = internal()
+        except BaseException as error:
+            problem = _problem("Watch", error)
         API_REQUESTS.labels("Watch", problem.code.name).inc()
         await problem.abort(context)
 
 
-def _task_id(text: str) -> bytes:
-    try:
-        return uuid7.parse(text)
-    except ValueError as error:
-        raise invalid("id", str(error)) from None
+def _problem(rpc: str, error: BaseException) -> Problem:
+    """Return what is answered where an RPC raised `error`; raises what ends more than the RPC."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        API_REQUESTS.labels(rpc, "CANCELLED").inc()
+    if not isinstance(error, Exception):
+        raise error
+    log.error("unexpected", rpc=rpc, exc_info=error)
+    return internal()
 
 
 def _decode(raw: bytes, kind: type[M]) -> M:

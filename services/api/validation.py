@@ -7,11 +7,21 @@ from collections.abc import Mapping
 from hashlib import sha256
 
 from postroad.v1 import events_pb2, task_service_pb2
+from services.api import uuid7
 from services.api.addresses import normalise
-from services.api.errors import Refused, Violation
+from services.api.errors import Refused, Violation, invalid
 from services.api.times import micros
 
-__all__ = ["MAX_AHEAD", "MAX_HEADERS", "MAX_KEY", "MAX_LABELS", "MAX_SUBJECT", "creation", "encoded_length"]
+__all__ = [
+    "MAX_AHEAD",
+    "MAX_HEADERS",
+    "MAX_KEY",
+    "MAX_LABELS",
+    "MAX_SUBJECT",
+    "creation",
+    "encoded_length",
+    "task_id",
+]
 
 MAX_AHEAD = 365 * 86400
 """Seconds from now that a mail may be scheduled for."""
@@ -78,6 +88,14 @@ def creation(
         task.request_hash = _request_hash(task, send_at_us)
     # What has passed means at once, as none given does; as a request it is another one.
     return events_pb2.TaskCreated(task=task, send_at_us=send_at_us if send_at_us > now_us else 0)
+
+
+def task_id(text: str) -> bytes:
+    """Return the 16 bytes of a task id in its text form; raise Refused naming the field `id`."""
+    try:
+        return uuid7.parse(text)
+    except ValueError as error:
+        raise invalid("id", str(error)) from None
 
 
 def encoded_length(subject: str) -> int:

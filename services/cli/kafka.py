@@ -6,11 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
-from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
 from services.common.config import Settings
+from services.common.leaders import until_led
 
 __all__ = ["SILENT", "TIMEOUT", "admin", "offsets", "reader"]
 
@@ -43,26 +43,13 @@ def reader(settings: Settings, **more: Any) -> Consumer:
     return Consumer(config | {name.replace("_", "."): value for name, value in more.items()}, logger=SILENT)
 
 
-# A partition that was just made, or whose leader changes, has no answer for a moment.
-_LEADERLESS = frozenset(
-    {
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-        KafkaError.LEADER_NOT_AVAILABLE,
-        KafkaError.FENCED_LEADER_EPOCH,
-        KafkaError.UNKNOWN_LEADER_EPOCH,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-    }
-)
-
-
-def _passes(error: BaseException) -> bool:
-    return isinstance(error, KafkaException) and error.args[0].code() in _LEADERLESS
-
-
-@retry(retry=retry_if_exception(_passes), stop=stop_after_delay(TIMEOUT), wait=wait_fixed(0.1), reraise=True)
 def offsets(
     client: AdminClient, asked: Mapping[TopicPartition, OffsetSpec]
 ) -> list[tuple[TopicPartition, int]]:
     """Return the offset asked for in each partition. Blocks; waits a while for those between two leaders."""
-    answers = client.list_offsets(dict(asked), request_timeout=TIMEOUT)
-    return [(partition, answer.result().offset) for partition, answer in answers.items()]
+
+    def ask() -> list[tuple[TopicPartition, int]]:
+        answers = client.list_offsets(dict(asked), request_timeout=TIMEOUT)
+        return [(partition, answer.result().offset) for partition, answer in answers.items()]
+
+    return until_led(TIMEOUT)(ask)

@@ -40,7 +40,7 @@ def apply(settings: Settings) -> Applied:
 
     Raises `confluent_kafka.KafkaException` where the cluster cannot be asked or refuses.
     """
-    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
+    admin = _client(settings)
     topics = wanted(settings)
     known = admin.list_topics(timeout=5).topics
     missing = [topic for topic in topics if topic.name not in known]
@@ -59,10 +59,8 @@ def too_small(settings: Settings) -> dict[str, int]:
 
     Raises `confluent_kafka.KafkaException`, as `grow` does.
     """
-    known = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent).list_topics(
-        timeout=5
-    )
-    has = {name: len(topic.partitions) for name, topic in known.topics.items()}
+    known = _client(settings).list_topics(timeout=5).topics
+    has = {name: len(topic.partitions) for name, topic in known.items()}
     return {t.name: has[t.name] for t in wanted(settings) if has.get(t.name, t.partitions) < t.partitions}
 
 
@@ -74,11 +72,15 @@ def grow(settings: Settings) -> Sequence[str]:
     """
     small = too_small(settings)
     if small:
-        admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
+        admin = _client(settings)
         new = [NewPartitions(name, settings.partitions) for name in small]
         for done in admin.create_partitions(new, operation_timeout=TIMEOUT, request_timeout=TIMEOUT).values():
             done.result()
     return list(small)
+
+
+def _client(settings: Settings) -> AdminClient:
+    return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
 
 
 def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:

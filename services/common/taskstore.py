@@ -92,9 +92,9 @@ def body_of(task: pb.MailTask) -> Body:
     )
 
 
-def insert_bodies(connection: Connection, bodies: Iterable[Body]) -> None:
+def insert_bodies(connection: Connection, bodies: Iterable[Body], table: str = "task_bodies") -> None:
     """Insert bodies; one that is there already stays."""
-    head = f"INSERT IGNORE INTO task_bodies ({', '.join(Body._fields)}) VALUES"
+    head = f"INSERT IGNORE INTO {table} ({', '.join(Body._fields)}) VALUES"
     for part in _parts(bodies):
         execute_rows(connection, head, part)
 

@@ -7,12 +7,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from services.common.rate import Rate
+
 __all__ = ["Crowded", "Slots"]
 
 # How long (seconds) the first of a queue waits before that is a reason to leave: one that moves, however
 # long, is worked off sooner than it could come back.
 PATIENCE = 5.0
 _LOOK = 1.0
+# Domains whose rates are remembered, before those that are at rest are forgotten.
+_MOST_RATES = 10_000
 
 
 class Crowded(Exception):
@@ -40,7 +44,7 @@ class Slots:
         per_domain: int,
         *,
         rate: float = 0.0,
-        crowded: Callable[[], bool] = lambda: False,
+        crowded: Callable[[], bool] | None = None,
     ) -> None:
         self._free = total
         self._per_domain = per_domain or total
@@ -48,7 +52,8 @@ class Slots:
         # The domains that have callers waiting, in the order of their turns.
         self._waiting: dict[str, deque[_Waiter]] = {}
         self._crowded = crowded
-        self._rates = _Rates(rate)
+        self._rate = rate
+        self._rates: dict[str, Rate] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
 
@@ -63,7 +68,7 @@ class Slots:
         self._waiting.setdefault(domain, deque()).append(waiter)
         if self._free and self._timer is None:
             self._wake_for_rates(loop, now)
-        if self._watch is None:
+        if self._crowded is not None and self._watch is None:
             self._watch = loop.call_later(_LOOK, self._thin_out)
         try:
             await waiter.turn
@@ -85,12 +90,25 @@ class Slots:
         self._serve()
 
     def _may(self, domain: str, now: float) -> bool:
-        return self._used.get(domain, 0) < self._per_domain and self._rates.wait(domain, now) <= 0
+        return self._used.get(domain, 0) < self._per_domain and self._wait(domain, now) <= 0
 
     def _take(self, domain: str, now: float) -> None:
         self._free -= 1
         self._used[domain] = self._used.get(domain, 0) + 1
-        self._rates.took(domain, now)
+        if self._rate:
+            self._count(domain, now)
+
+    def _wait(self, domain: str, now: float) -> float:
+        """Return in how many seconds the domain's rate allows a slot; 0: at once."""
+        rate = self._rates.get(domain)
+        return rate.wait(now) if rate is not None else 0.0
+
+    def _count(self, domain: str, now: float) -> None:
+        if domain not in self._rates:
+            if len(self._rates) >= _MOST_RATES:
+                self._rates = {name: rate for name, rate in self._rates.items() if not rate.rested(now)}
+            self._rates[domain] = Rate(self._rate, burst=self._rate)
+        self._rates[domain].took(now)
 
     def _leave(self, domain: str, waiter: _Waiter) -> None:
         queue = self._waiting.get(domain)
@@ -118,12 +136,12 @@ class Slots:
 
     def _wake_for_rates(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         """Come back when the first domain that only its rate holds may go on."""
-        if not self._rates.gap:
+        if not self._rate:
             return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        waits = [w for domain in self._waiting if (w := self._rates.wait(domain, now)) > 0]
+        waits = [w for domain in self._waiting if (w := self._wait(domain, now)) > 0]
         if waits:
             self._timer = loop.call_later(min(waits), self._go_on)
 
@@ -134,7 +152,7 @@ class Slots:
     def _thin_out(self) -> None:
         loop = asyncio.get_running_loop()
         self._watch = loop.call_later(_LOOK, self._thin_out) if self._waiting else None
-        if not self._waiting or not self._crowded():
+        if not self._waiting or self._crowded is None or not self._crowded():
             return
         long_ago = loop.time() - PATIENCE
         share = sum(map(len, self._waiting.values())) / len(self._waiting)
@@ -144,30 +162,3 @@ class Slots:
                     turn = queue.pop().turn
                     if not turn.done():
                         turn.set_exception(Crowded())
-
-
-class _Rates:
-    """When each domain may have its next slot: the generic cell rate algorithm (ITU-T I.371, annex A)."""
-
-    _PRUNE = 10_000
-
-    def __init__(self, rate: float) -> None:
-        self.gap = 1 / rate if rate else 0.0
-        # A second's worth at once, one at least.
-        self._burst = max(0.0, 1.0 - self.gap)
-        # When each domain's last slot was due, had they been taken evenly.
-        self._due: dict[str, float] = {}
-
-    def wait(self, domain: str, now: float) -> float:
-        """Return in how many seconds the domain may have a slot; 0 or less: at once."""
-        if not self.gap:
-            return 0.0
-        return self._due.get(domain, 0.0) - self._burst - now
-
-    def took(self, domain: str, now: float) -> None:
-        """Count a slot."""
-        if not self.gap:
-            return
-        if len(self._due) >= self._PRUNE:
-            self._due = {name: due for name, due in self._due.items() if due > now}
-        self._due[domain] = max(now, self._due.get(domain, 0.0)) + self.gap

@@ -10,76 +10,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import statistics
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from tests.bench.load import Sent, at_rate, by_callers
+from tests.bench.road import Journal, quantiles, stack
 from tests.bench.usage import usage
-from tests.stack import Stack
-
-DEADLINE = 120.0
-
-
-@contextmanager
-def stack() -> Iterator[tuple[Path, dict[str, str]]]:
-    """A local stack of its own in a temporary folder: its folder and its stack.env."""
-    given = {k: v for k, v in os.environ.items() if k.startswith(("POSTROAD_", "EMAIL_"))}
-    system = Stack(Path(tempfile.mkdtemp(prefix="postroad-bench-")), given)
-    try:
-        system.up()
-        yield system.directory, system.env()
-    finally:
-        system.down()
-
-
-class Journal:
-    """The catcher's journal, read on from where it was."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-        self.accepted: dict[str, float] = {}
-        self.copies = 0
-
-    def read(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            task = entry["message_id"].strip("<>").partition("@")[0]
-            self.copies += task in self.accepted
-            self.accepted.setdefault(task, float(entry["at"]))
-
-    async def holds(self, tasks: set[str]) -> None:
-        """Wait until every one of `tasks` was accepted; raises TimeoutError after the deadline."""
-        end = time.monotonic() + DEADLINE
-        while True:
-            self.read()
-            missing = tasks - self.accepted.keys()
-            if not missing:
-                return
-            if time.monotonic() > end:
-                raise TimeoutError(
-                    f"{len(missing)} of {len(tasks)} tasks were not accepted in {DEADLINE:.0f} s"
-                )
-            await asyncio.sleep(0.02)
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=1000, method="inclusive")
-    return {name: round(cuts[at] * 1000, 1) for name, at in (("p50", 499), ("p95", 949), ("p99", 989))}
 
 
 async def measured(folder: Path, journal: Journal, load: Any) -> dict[str, Any]:

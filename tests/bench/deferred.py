@@ -20,8 +20,8 @@ from services.common.config import Settings
 from services.common.events import encode
 from services.common.stage.headers import Origin, delayed
 from services.common.topics import Names
-from tests.bench.__main__ import stack
 from tests.bench.load import BODY
+from tests.bench.road import stack
 from tests.bench.usage import Usage, usage
 
 _CORE, _MEGABYTES = 0.01, 10.0

@@ -19,8 +19,8 @@ import uvloop
 
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
-from tests.bench.__main__ import Journal, stack
 from tests.bench.load import at_rate
+from tests.bench.road import Journal, stack
 from tests.bench.usage import usage
 
 SERVICES = ("api-1", "validator-1", "sender-1", "status-1")

@@ -26,8 +26,8 @@ import uvloop
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from services.common.database import engine_of, marks, transaction
-from tests.bench.__main__ import quantiles, stack
 from tests.bench.load import BODY
+from tests.bench.road import quantiles, stack
 from tests.bench.usage import usage
 
 _LABEL = "watcher"

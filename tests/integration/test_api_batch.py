@@ -9,11 +9,10 @@ from typing import Any
 import grpc
 import pytest
 
-from postroad.v1.task_service_pb2 import BatchCreateRequest, CountRequest, CreateRequest, TaskData
+from postroad.v1.task_service_pb2 import BatchCreateRequest, CountRequest
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
-from services.api import uuid7
 from services.common.schema import STATUSES
-from tests.api_process import ApiProcess, Road, eventually
+from tests.api_process import ApiProcess, Road, eventually, request
 from tests.stack import Infra
 
 
@@ -35,22 +34,13 @@ def tasks(api: ApiProcess) -> Iterator[Any]:
         yield TaskServiceStub(channel)
 
 
-def item(number: int = 0, key: str = "", **data: Any) -> CreateRequest:
-    mail = {"email": f"u{number}@shop.test", "subject": f"Parcel {number}", "body": "text"} | data
-    return CreateRequest(data=TaskData(**mail), idempotency_key=key)
-
-
-def published(road: Road) -> Counter[str]:
-    return Counter(uuid7.text(event.task.id) for event, _ in road.published())
-
-
 def test_a_thousand_are_recorded_in_their_order_and_published(road: Road, tasks: Any) -> None:
-    batch = BatchCreateRequest(requests=[item(n) for n in range(1000)])
+    batch = BatchCreateRequest(requests=[request(n) for n in range(1000)])
     results = tasks.BatchCreate(batch, timeout=20).results
     assert [result.task.email for result in results] == [f"u{n}@shop.test" for n in range(1000)]
     ids = [result.task.id for result in results]
     assert ids == sorted(set(ids))
-    eventually(lambda: published(road) == Counter(ids))
+    eventually(lambda: road.published_ids() == Counter(ids))
     counts = tasks.Count(CountRequest())
     assert counts.total == 1000
     assert counts.counts == {status: 1000 if status == "pending" else 0 for status in STATUSES}
@@ -64,24 +54,24 @@ def test_a_thousand_are_recorded_in_their_order_and_published(road: Road, tasks:
 @pytest.mark.parametrize("count", [0, 1001])
 def test_no_item_or_too_many_are_refused(tasks: Any, count: int) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        tasks.BatchCreate(BatchCreateRequest(requests=[item(n) for n in range(count)]))
+        tasks.BatchCreate(BatchCreateRequest(requests=[request(n) for n in range(count)]))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (caught.value.details() or "").startswith("requests: ")
 
 
 def test_each_item_has_its_own_answer(road: Road, tasks: Any) -> None:
-    known = tasks.Create(item(1, "known"))
-    later = item(9)
+    known = tasks.Create(request(1, "known"))
+    later = request(9)
     later.send_at.FromJsonString("9999-01-01T00:00:00Z")
     batch = [
-        item(1, "known"),
-        item(2, "known"),
-        item(3, email="", subject=""),
-        item(4, "twice"),
-        item(4, "twice"),
-        item(5, "twice"),
+        request(1, "known"),
+        request(2, "known"),
+        request(3, email="", subject=""),
+        request(4, "twice"),
+        request(4, "twice"),
+        request(5, "twice"),
         later,
-        item(6),
+        request(6),
     ]
     metadata = [("idempotency-key", "of no item")]
     results = tasks.BatchCreate(BatchCreateRequest(requests=batch), metadata=metadata).results
@@ -100,22 +90,24 @@ def test_each_item_has_its_own_answer(road: Road, tasks: Any) -> None:
         assert [violation.field for violation in error.violations] == fields
         assert error.message
     expected = [known.id, first.id, results[7].task.id]
-    eventually(lambda: published(road) == Counter(expected))
+    eventually(lambda: road.published_ids() == Counter(expected))
     # All refused: still an answer for each.
-    refused = tasks.BatchCreate(BatchCreateRequest(requests=[item(n, body=None) for n in range(3)])).results
+    refused = tasks.BatchCreate(
+        BatchCreateRequest(requests=[request(n, body=None) for n in range(3)])
+    ).results
     assert [result.error.index for result in refused] == [0, 1, 2]
 
 
 def test_an_answer_is_never_larger_than_what_clients_take(tasks: Any) -> None:
     """The limit is 4 MiB by default; an answer past it would be lost, with all that was recorded."""
     labels = {f"{n:060}": "v" * 250 for n in range(64)}
-    batch = [item(n, subject="s" * 998, labels=labels) for n in range(1000)]
+    batch = [request(n, subject="s" * 998, labels=labels) for n in range(1000)]
     results = tasks.BatchCreate(BatchCreateRequest(requests=batch), timeout=30).results
     assert all(result.task.id for result in results)
     assert results[0].task.labels == labels
     assert not results[-1].task.labels
     bad = {f"X-{n:060}\t": "v" for n in range(50)}
-    refused = [item(n, headers=bad, email="x" * 300) for n in range(1000)]
+    refused = [request(n, headers=bad, email="x" * 300) for n in range(1000)]
     results = tasks.BatchCreate(BatchCreateRequest(requests=refused), timeout=30).results
     assert results[0].error.violations
     assert not results[-1].error.violations
@@ -126,10 +118,10 @@ def test_a_batch_has_what_single_creates_have_beside_it(tasks: Any) -> None:
     """A batch as large as the server takes is recorded; one beyond is refused by gRPC, not half taken."""
     body = "x" * 60_000
     results = tasks.BatchCreate(
-        BatchCreateRequest(requests=[item(n, body=body) for n in range(500)]), timeout=60
+        BatchCreateRequest(requests=[request(n, body=body) for n in range(500)]), timeout=60
     ).results
     assert len({result.task.id for result in results}) == 500
     with pytest.raises(grpc.RpcError) as caught:
-        tasks.BatchCreate(BatchCreateRequest(requests=[item(n, body=body) for n in range(600)]))
+        tasks.BatchCreate(BatchCreateRequest(requests=[request(n, body=body) for n in range(600)]))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert tasks.Count(CountRequest()).total == 500

@@ -25,7 +25,7 @@ from services.api import outbox, sweeper, uuid7
 from services.common import taskstore
 from services.common.database import engine_of, transaction
 from services.common.fold import delta
-from tests.api_process import ApiProcess, Road, eventually
+from tests.api_process import ApiProcess, Road, eventually, request
 from tests.stack import Infra
 
 
@@ -65,15 +65,6 @@ def stub(api: ApiProcess) -> Iterator[Any]:
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100)]
     with grpc.insecure_channel(api.target, options) as channel:
         yield TaskServiceStub(channel)
-
-
-def request(number: int = 0, key: str = "", **data: Any) -> CreateRequest:
-    mail = {"email": f"u{number}@shop.test", "subject": f"Parcel {number}", "body": "text"} | data
-    return CreateRequest(data=TaskData(**mail), idempotency_key=key)
-
-
-def published_ids(road: Road) -> Counter[str]:
-    return Counter(uuid7.text(event.task.id) for event, _ in road.published())
 
 
 def detail(error: grpc.RpcError, kind: Any) -> Any:
@@ -169,7 +160,7 @@ def test_one_key_is_one_task_however_often_and_wherever_it_is_asked_for_at_once(
         assert set(answers) == set(by_key.items())
         assert db.ids() == db.ids("task_bodies", "task_id") == set(by_key.values())
         eventually(db.outbox_empty)
-        assert published_ids(road) == Counter(by_key.values())
+        assert road.published_ids() == Counter(by_key.values())
 
 
 def test_the_same_key_for_another_request_is_a_conflict_that_names_the_original(road: Road, db: Db) -> None:
@@ -225,7 +216,7 @@ def test_while_kafka_is_away_creates_go_on_and_all_is_published_afterwards(
             infra.start("kafka-1")
         assert not load.refused
         eventually(db.outbox_empty, 90)
-        assert set(published_ids(road)) == set(load.accepted) == db.ids()
+        assert set(road.published_ids()) == set(load.accepted) == db.ids()
 
 
 def test_what_a_killed_api_left_behind_another_one_publishes(infra: Infra, road: Road, db: Db) -> None:
@@ -243,7 +234,7 @@ def test_what_a_killed_api_left_behind_another_one_publishes(infra: Infra, road:
         swept = sum(api.metric('postroad_api_published_total{way="sweeper"}') for api in (first, second))
         # Each was taken by one of the two.
         assert swept == len(load.accepted)
-    assert published_ids(road) == Counter(load.accepted)
+    assert road.published_ids() == Counter(load.accepted)
 
 
 def test_sigterm_answers_and_publishes_what_was_accepted(road: Road, db: Db) -> None:
@@ -256,7 +247,7 @@ def test_sigterm_answers_and_publishes_what_was_accepted(road: Road, db: Db) -> 
     assert codes[grpc.StatusCode.CANCELLED] <= 2
     assert db.outbox_empty()
     assert set(load.accepted) <= db.ids()
-    assert set(published_ids(road)) == db.ids()
+    assert set(road.published_ids()) == db.ids()
 
 
 def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(road: Road, db: Db) -> None:
@@ -271,7 +262,7 @@ def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(road: Roa
         assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
         assert tasks.Create(request()).status == "pending"
         eventually(db.outbox_empty)
-        assert set(published_ids(road)) == db.ids()
+        assert set(road.published_ids()) == db.ids()
 
 
 # --- MySQL away, hanging, cutting connections ----------------------------------------------------
@@ -307,7 +298,7 @@ def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
     assert load.slowest < 8
     assert {error.code() for error in load.refused} == {grpc.StatusCode.UNAVAILABLE}
     assert set(load.accepted) <= db.ids()
-    assert db.ids() == set(published_ids(road))
+    assert db.ids() == set(road.published_ids())
 
 
 def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(infra: Infra, road: Road, db: Db) -> None:
@@ -337,7 +328,7 @@ def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(infra: Infra, r
         eventually(lambda: accepts(tasks))
         eventually(db.outbox_empty, 40)
     assert first in db.ids()
-    assert set(published_ids(road)) == db.ids()
+    assert set(road.published_ids()) == db.ids()
 
 
 def accepts(tasks: Any) -> bool:
@@ -373,4 +364,4 @@ def test_connections_cut_at_any_moment_lose_and_double_nothing(road: Road, db: D
     assert len(db.ids()) <= len(load.accepted) + len(load.refused)
     with ApiProcess(road):
         eventually(db.outbox_empty, 60)
-    assert set(published_ids(road)) == db.ids()
+    assert set(road.published_ids()) == db.ids()

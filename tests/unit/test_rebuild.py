@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
-from services.cli.rebuild.deliveries import NOBODY, Told, merge, restored, told
+from services.cli.rebuild.deliveries import Told, merge, restored, told
 from services.cli.rebuild.folding import Folded
 from services.common.deliveries.decide import (
     IN_DOUBT,
+    NOBODY,
     Cancel,
     Claim,
     Delivery,

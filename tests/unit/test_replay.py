@@ -16,7 +16,6 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.errors import Failure
 from services.cli.replay.asked import Asked, asked_from, check
 from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, working
-from services.cli.replay.pace import Pace
 from services.cli.replay.records import Read, again, see
 from services.cli.replay.selection import Selection
 from services.cli.replay.span import parse_point
@@ -32,6 +31,7 @@ from services.common.deliveries.decide import (
     decide,
 )
 from services.common.events import DECODERS, Undecodable, encode
+from services.common.rate import Rate
 from services.common.stage.headers import Origin, parse_return
 from services.common.stage.headers import delayed as delayed_headers
 from tests.event_strategies import mail_task
@@ -481,7 +481,7 @@ def test_points() -> None:
 def test_no_stretch_of_time_has_more_than_the_rate_and_a_burst(
     rate: float, burst: int, gaps: list[float]
 ) -> None:
-    pace, now, went = Pace(rate, burst), 1000.0, []
+    pace, now, went = Rate(rate, burst), 1000.0, []
     for gap in gaps:
         now += gap / rate
         now += pace.wait(now)
@@ -493,10 +493,10 @@ def test_no_stretch_of_time_has_more_than_the_rate_and_a_burst(
 
 
 def test_a_pace_waits_no_longer_than_it_must() -> None:
-    pace, now = Pace(10, 1), 0.0
+    pace, now = Rate(10, 1), 0.0
     for _ in range(21):
         now += pace.wait(now)
         pace.took(now)
     assert now == pytest.approx(2.0)
     with pytest.raises(ValueError, match="never end"):
-        Pace(0)
+        Rate(0)

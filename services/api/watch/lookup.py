@@ -7,13 +7,12 @@ from typing import NamedTuple, cast
 
 from sqlalchemy import Connection
 
-from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
 from services.api import views
 from services.api.watch.book import Mail
 from services.api.watch.changes import Change
 from services.common.database import marks
-from services.common.events import event_key
+from services.common.events import CREATED_KEY
 
 __all__ = ["Known", "known", "snapshot"]
 
@@ -63,4 +62,4 @@ def snapshot(connection: Connection, tenant: str, id_: bytes) -> tuple[task_pb2.
     if not rows:
         return None
     # The api records a task before its first event is folded.
-    return views.task(rows[0][1:]), {event_key(pb.TaskCreated()), *(row[0] for row in rows if row[0])}
+    return views.task(rows[0][1:]), {CREATED_KEY, *(row[0] for row in rows if row[0])}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2
 
-from services.api.errors import DOMAIN, Problem
+from services.api.errors import Problem, error_info, retry_info
 
 __all__ = ["crowded", "gone", "lagging", "silent"]
 
@@ -31,13 +29,8 @@ def silent() -> Problem:
 def gone() -> Problem:
     """Return OUT_OF_RANGE: what follows a resume token is not on the topics any more."""
     text = "changes after this resume_token are no longer kept; List what there is, and watch without it"
-    return Problem(grpc.StatusCode.OUT_OF_RANGE, text, (_info("RESUME_TOKEN_EXPIRED"),))
+    return Problem(grpc.StatusCode.OUT_OF_RANGE, text, (error_info("RESUME_TOKEN_EXPIRED"),))
 
 
 def _passing(code: grpc.StatusCode, text: str, reason: str, seconds: int) -> Problem:
-    retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=seconds))
-    return Problem(code, text, (_info(reason), retry))
-
-
-def _info(reason: str) -> error_details_pb2.ErrorInfo:
-    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
+    return Problem(code, text, (error_info(reason), retry_info(seconds)))

@@ -14,28 +14,19 @@ from confluent_kafka import (
     Message,
     TopicPartition,
 )
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from services.api.watch.changes import Change, Place, change
 from services.common.config import Settings
 from services.common.events import Undecodable
+from services.common.leaders import until_led
 from services.common.stage.clients import consumer_config
+from services.common.stage.headers import REPLAY_ID
 from services.common.topics import EVENT_TOPICS, Names
 
 __all__ = ["TIMEOUT", "Topics"]
 
 TIMEOUT = 5.0
 """Seconds that the cluster may take for an answer."""
-_REPLAY_ID = "replay-id"
-_LEADERLESS = frozenset(
-    {
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-        KafkaError.LEADER_NOT_AVAILABLE,
-        KafkaError.FENCED_LEADER_EPOCH,
-        KafkaError.UNKNOWN_LEADER_EPOCH,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-    }
-)
 
 
 class Topics:
@@ -96,7 +87,7 @@ class Topics:
 
     def change(self, message: Message) -> Change | None:
         """Return what a record says; None where it is no event: a stage puts it to its dead letters."""
-        replayed = any(header[0] == _REPLAY_ID for header in message.headers() or ())
+        replayed = any(header[0] == REPLAY_ID for header in message.headers() or ())
         try:
             return change(
                 message.value(), replayed, self.place(message), message.offset() or 0, message.timestamp()[1]
@@ -108,14 +99,7 @@ class Topics:
         asked = [self.at(place, which) for place in places]
         if not asked:
             return {}
-        # A leader that changes, or of a topic that was just made, has no answer for a moment.
-        again = Retrying(
-            retry=retry_if_exception(_passes),
-            wait=wait_fixed(0.1),
-            stop=stop_after_delay(TIMEOUT),
-            reraise=True,
-        )
-        return again(self._answered, asked)
+        return until_led(TIMEOUT)(self._answered, asked)
 
     def _answered(self, asked: list[TopicPartition]) -> dict[Place, int]:
         # To Kafka its first and its last offset are times too. An AdminClient that was just made took up to
@@ -125,7 +109,3 @@ class Topics:
             if answer.error is not None:
                 raise KafkaException(answer.error)
         return {(self._names[answer.topic], answer.partition): answer.offset for answer in answers}
-
-
-def _passes(error: BaseException) -> bool:
-    return isinstance(error, KafkaException) and error.args[0].code() in _LEADERLESS

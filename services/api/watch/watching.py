@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from postroad.v1 import task_service_pb2 as pb
-from services.api import filters, uuid7
-from services.api.errors import Problem, Refused, Violation, collect, draining, invalid, not_found
+from services.api import filters
+from services.api.errors import Problem, Refused, Violation, collect, draining, not_found
 from services.api.filters import Filter
 from services.api.reader import Reader
+from services.api.validation import task_id
 from services.api.watch import lookup, messages, tokens
 from services.api.watch.catchup import CatchUp
 from services.api.watch.changes import Change, Place
@@ -201,16 +202,9 @@ class _Stream:
 def _wanted(tenant: str, request: pb.WatchRequest) -> Wanted:
     refused: list[Violation] = []
     asked = collect(refused, filters.parse, request)
-    task = collect(refused, _id, request.id) if request.id else None
+    task = collect(refused, task_id, request.id) if request.id else None
     if request.id and asked not in (None, Filter()):
         refused.append(Violation("id", "is not for use together with a filter"))
     if refused or asked is None:
         raise Refused(refused)
     return Wanted(tenant, task, asked)
-
-
-def _id(text: str) -> bytes:
-    try:
-        return uuid7.parse(text)
-    except ValueError as error:
-        raise invalid("id", str(error)) from None

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import TopicPartition
 
 from services.cli.dead.board import read_board, records
 from services.cli.dead.letter import Letter, Place
 from services.cli.dead.marker import MOST, Resolution, headers_of
-from services.cli.kafka import SILENT, TIMEOUT, admin
+from services.cli.kafka import TIMEOUT, admin
+from services.cli.sink import Sink
 from services.common.config import Settings
-from services.common.stage.clients import producer_config
 from services.common.stage.headers import original
 from services.common.topics import EVENT_TOPICS, Names
 
@@ -27,8 +26,6 @@ __all__ = ["purge", "replay", "replayable"]
 
 # Letters that are sent back before they are marked.
 _BATCH = 200
-# Longer than the producer tries (seconds).
-_FLUSH = 40.0
 
 
 def replayable(letter: Letter) -> bool:
@@ -42,7 +39,7 @@ def replay(settings: Settings, letters: Sequence[Letter], advance: Callable[[int
     They must be `replayable`. `advance` is told how many more are done. Returns how many are; a letter that
     somebody else has resolved and that is deleted meanwhile is not.
     """
-    names, sink = Names(settings.topic_prefix), _Sink(settings)
+    names, sink = Names(settings.topic_prefix), Sink(settings)
     done, batch = 0, []
     for record in records(settings, [letter.place for letter in letters]):
         assert record.letter.origin is not None
@@ -59,21 +56,21 @@ def replay(settings: Settings, letters: Sequence[Letter], advance: Callable[[int
 
 def purge(settings: Settings, letters: Sequence[Letter], advance: Callable[[int], None]) -> int:
     """Resolve these letters without their records; return how many."""
-    sink = _Sink(settings)
+    sink = Sink(settings)
     _mark(sink, Names(settings.topic_prefix), [letter.place for letter in letters], "purged")
     advance(len(letters))
     _delete(settings, {(letter.place.stage, letter.place.partition) for letter in letters})
     return len(letters)
 
 
-def _replayed(sink: _Sink, names: Names, places: Sequence[Place], advance: Callable[[int], None]) -> int:
+def _replayed(sink: Sink, names: Names, places: Sequence[Place], advance: Callable[[int], None]) -> int:
     sink.flush()
     _mark(sink, names, places, "replayed")
     advance(len(places))
     return len(places)
 
 
-def _mark(sink: _Sink, names: Names, places: Sequence[Place], resolution: Resolution) -> None:
+def _mark(sink: Sink, names: Names, places: Sequence[Place], resolution: Resolution) -> None:
     offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
     for place in places:
         offsets[place.stage, place.partition].append(place.offset)
@@ -103,37 +100,3 @@ def _delete(settings: Settings, partitions: Collection[tuple[str, int]]) -> None
         client = admin(settings)  # the answers come as long as it is there
         for answer in client.delete_records(asked, request_timeout=TIMEOUT).values():
             answer.result()
-
-
-class _Sink:
-    """Produces, and knows after `flush` that all of it is there."""
-
-    def __init__(self, settings: Settings) -> None:
-        config = producer_config(settings, "postroad.cli") | {"logger": SILENT}
-        self._producer = Producer(config)
-        self._error: KafkaError | None = None
-
-    def put(
-        self, topic: str, key: bytes | None, value: bytes | None, headers: Any, partition: int = -1
-    ) -> None:
-        while True:
-            try:
-                self._producer.produce(
-                    topic, value, key, partition=partition, headers=headers, on_delivery=self._delivered
-                )
-                return
-            except BufferError:
-                self._producer.poll(0.1)
-
-    def flush(self) -> None:
-        left = self._producer.flush(_FLUSH)
-        if self._error is not None:
-            raise KafkaException(self._error)
-        if left:
-            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"{left} records were not acked"))
-
-    def _delivered(self, error: KafkaError | None, message: Message) -> None:
-        # What has no offset may not have been written (services/common/stage/publisher.py).
-        if error is None and message.offset() is None:
-            error = KafkaError(KafkaError._BAD_MSG, "acked without an offset")
-        self._error = self._error or error

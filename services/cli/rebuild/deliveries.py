@@ -6,23 +6,18 @@ sender has taken and not settled, or settled and not published, stands nowhere b
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import NamedTuple
 
 from postroad.v1 import events_pb2 as pb
-from services.common.deliveries.decide import IN_DOUBT, Delivery, State
+from services.common.deliveries.decide import IN_DOUBT, NOBODY, Delivery, State
 from services.common.deliveries.outcome import STAGE
 from services.common.events import Event
-from services.common.schema import INT_MAX, deliveries, widths
+from services.common.schema import INT_MAX, deliveries, to_micros, widths
 
-__all__ = ["NOBODY", "Told", "merge", "restored", "told"]
-
-NOBODY = bytes(16)
-"""The owner of a restored row; no claim has it."""
-
+__all__ = ["Told", "merge", "restored", "told"]
 
 _WIDTHS = widths(deliveries)
-_MICROSECOND = timedelta(microseconds=1)
 
 
 class Told(NamedTuple):
@@ -106,7 +101,7 @@ def restored(known: Told, now: datetime) -> Delivery:
         doubts -= 1
     elif state == "cancelled" and doubts:
         state, reason = "uncertain", IN_DOUBT
-        settled_at = (now - datetime(1970, 1, 1)) // _MICROSECOND
+        settled_at = to_micros(now)
     return Delivery(
         known.task_id,
         state,

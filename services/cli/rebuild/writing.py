@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
-from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection
@@ -20,7 +19,7 @@ from services.common.deliveries.decide import settlement
 from services.common.deliveries.rows import INSERT_NEW, locked, store
 from services.common.fold import Row
 from services.common.schema import from_micros
-from services.common.taskstore import Body, insert_events, upsert
+from services.common.taskstore import Body, insert_bodies, insert_events, upsert
 from services.common.timeline import Entry
 
 __all__ = [
@@ -34,10 +33,8 @@ __all__ = [
 ]
 
 _PART = 500
-_BODY_BYTES = 4 << 20
 _SETTLED = ("completed", "failed", "cancelled")
 
-_INSERT_BODIES = f"INSERT IGNORE INTO {BODIES} ({', '.join(Body._fields)}) VALUES"
 _INSERT_TOLD = f"INSERT INTO {DELIVERIES} ({', '.join(Told._fields)}) VALUES"
 # As deliveries.merge has it. Assignments see what those before them have written: the version comes last.
 _MERGE_TOLD = "ON DUPLICATE KEY UPDATE " + ", ".join(
@@ -60,8 +57,7 @@ def write(connection: Connection, folded: Folded) -> None:
     write_rows(connection, folded.rows)
     write_lines(connection, folded.entries.values())
     bodies = _absent(connection, "task_bodies", folded.bodies)
-    for part in _parts([folded.bodies[id_] for id_ in bodies]):
-        execute_rows(connection, _INSERT_BODIES, part)
+    insert_bodies(connection, [folded.bodies[id_] for id_ in bodies], BODIES)
     execute_rows(connection, _INSERT_TOLD, sorted(_news(connection, folded.told)), _MERGE_TOLD)
 
 
@@ -160,20 +156,6 @@ def _news(connection: Connection, told: dict[bytes, Told]) -> Iterable[Told]:
 
 def _cut(ids: Sequence[bytes]) -> Iterable[Sequence[bytes]]:
     return (ids[start : start + _PART] for start in range(0, len(ids), _PART))
-
-
-def _parts(bodies: Sequence[Body]) -> Iterable[list[Body]]:
-    part: list[Body] = []
-    size = 0
-    for body in sorted(bodies, key=itemgetter(0)):
-        weight = sum(4 * len(text or "") for text in body[1:])
-        if part and size + weight > _BODY_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(body)
-        size += weight
-    if part:
-        yield part
 
 
 def _wanted(range_: Range, purged_before: datetime | None) -> tuple[str, tuple[Any, ...]]:

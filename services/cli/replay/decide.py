@@ -25,12 +25,11 @@ from collections.abc import Set
 from enum import StrEnum
 from typing import NamedTuple
 
-from services.cli.replay.standing import Standing
+from services.cli.replay.standing import ENDED, Standing
 
 __all__ = ["REOPENABLE", "Decision", "What", "delayed", "working"]
 
 REOPENABLE = ("failed", "cancelled", "uncertain", "deferred")
-_SETTLED = frozenset({"failed", "cancelled", "uncertain"})
 # An attempt that is due waits its turn in the stage; later than this it has probably been lost.
 OVERDUE_US = 60_000_000
 
@@ -74,7 +73,7 @@ def working(
     if epoch > task.epoch:
         # It was reopened, and the fold does not know of it yet.
         return Decision(What.AGAIN, epoch)
-    if task.status in _SETTLED:
+    if task.status in ENDED:
         if task.status not in reopen:
             return Decision(What.SETTLED, epoch)
         if task.epoch >= fresh:
@@ -94,6 +93,6 @@ def delayed(epoch: int, task: Standing, *, due_ms: int, now_ms: int) -> Decision
         return Decision(What.ALREADY_SENT, epoch)
     if epoch < task.epoch:
         return Decision(What.REOPENED_SINCE, epoch)
-    if task.status in _SETTLED and epoch == task.epoch:
+    if task.status in ENDED and epoch == task.epoch:
         return Decision(What.SETTLED, epoch)
     return Decision(What.WAITS if due_ms > now_ms else What.AGAIN, epoch)

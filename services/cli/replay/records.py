@@ -14,6 +14,7 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.replay.decide import Decision, What
 from services.common.events import DECODERS, Event, Outgoing, Undecodable, encode
 from services.common.stage.headers import (
+    REPLAY_ID,
     Headers,
     Malformed,
     Origin,
@@ -24,9 +25,8 @@ from services.common.stage.headers import (
 )
 from services.common.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names
 
-__all__ = ["REPLAY_ID", "WORK", "Read", "Seen", "again", "replayable", "see"]
+__all__ = ["WORK", "Read", "Seen", "again", "replayable", "see"]
 
-REPLAY_ID = "replay-id"
 WORK = (TASK_CREATED, MX_OK)
 """The topics whose records make a stage work."""
 

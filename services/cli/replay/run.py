@@ -13,15 +13,15 @@ from sqlalchemy import Engine
 from services.cli.replay import store
 from services.cli.replay.asked import Asked, asked_from
 from services.cli.replay.decide import Decision, What, delayed, working
-from services.cli.replay.pace import Pace
 from services.cli.replay.records import WORK, Read, Seen, again, see
-from services.cli.replay.sink import Sink
 from services.cli.replay.source import Span, batches
 from services.cli.replay.standing import first_seen
 from services.cli.replay.standings import standings
 from services.cli.replay.store import Counts, Replay
+from services.cli.sink import Sink
 from services.common.config import Settings
 from services.common.events import Undecodable, task_id
+from services.common.rate import Rate
 from services.common.topics import MX_OK, Names
 
 __all__ = ["Superseded", "judge", "run", "survey"]
@@ -95,8 +95,9 @@ def run(settings: Settings, engine: Engine, replay: Replay, stop: threading.Even
     and Superseded.
     """
     asked = asked_from(replay.arguments)
-    pace = Pace(asked.rate, burst=int(asked.rate / 20))
+    pace = Rate(asked.rate, burst=int(asked.rate / 20))
     delay_topic = Names().delay("sender", settings.sender_delays[0])
+    names = Names(settings.topic_prefix)
     sink = Sink(settings, f"replay-{replay.id}")
     saved = time.monotonic()
     # A second's worth at most, so that a batch is never long under way.
@@ -108,7 +109,8 @@ def run(settings: Settings, engine: Engine, replay: Replay, stop: threading.Even
             if one.decision.what.produced and one.seen is not None:
                 if not _wait(pace, stop):
                     break
-                sink.put(again(one.record, one.seen, one.decision, replay.id, delay_topic))
+                record = again(one.record, one.seen, one.decision, replay.id, delay_topic)
+                sink.put(names.topic(record.topic), record.key, record.value, record.headers)
             done.append(one)
         sink.flush()
         _advance(replay, done)
@@ -138,7 +140,7 @@ def _key(one: Judged) -> tuple[str, str, str]:
     return (one.status, one.reason, one.decision.what.value)
 
 
-def _wait(pace: Pace, stop: threading.Event) -> bool:
+def _wait(pace: Rate, stop: threading.Event) -> bool:
     """Wait for the next one's turn; False where the replay is to stop instead."""
     wait = pace.wait(time.monotonic())
     if stop.wait(wait) if wait > 0 else stop.is_set():

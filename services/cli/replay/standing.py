@@ -8,9 +8,10 @@ from typing import NamedTuple
 from postroad.v1 import events_pb2 as pb
 from services.common.events import Event
 
-__all__ = ["Sending", "Standing", "first_seen", "known"]
+__all__ = ["ENDED", "Sending", "Standing", "first_seen", "known"]
 
-_SETTLED = frozenset({"failed", "uncertain", "cancelled"})
+ENDED = frozenset({"failed", "uncertain", "cancelled"})
+"""The statuses of tasks that ended without their mails; deliveries have states of the same names."""
 
 
 class Sending(NamedTuple):
@@ -46,7 +47,7 @@ def known(row: Standing, sending: Sending | None) -> Standing:
         return row._replace(status="completed", reason="")
     if sending.epoch < row.epoch:
         return row
-    if sending.state in _SETTLED:
+    if sending.state in ENDED:
         if (row.status, row.epoch) == (sending.state, sending.epoch):
             return row
         # A cancelled one keeps the reason of what was cancelled.

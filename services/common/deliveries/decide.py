@@ -43,8 +43,11 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Literal, NamedTuple
 
+from services.common.schema import to_micros
+
 __all__ = [
     "IN_DOUBT",
+    "NOBODY",
     "Cancel",
     "Claim",
     "Delivery",
@@ -64,6 +67,8 @@ State = Literal["sending", "released", "deferred", "failed", "sent", "uncertain"
 
 # The reason of every outcome that leaves open whether the mail was delivered.
 IN_DOUBT = "in_doubt"
+NOBODY = bytes(16)
+"""The owner of a row that no claim made."""
 
 
 class Delivery(NamedTuple):
@@ -231,13 +236,12 @@ def _taken(row: Delivery, claim: Claim, until: datetime, doubtful: bool) -> Deli
 
 
 def _uncertain(row: Delivery, epoch: int, attempt: int, owner: bytes, now: datetime) -> Delivery:
-    at = (now - datetime(1970, 1, 1)) // timedelta(microseconds=1)
     return row._replace(
         state="uncertain",
         epoch=epoch,
         attempt=attempt,
         owner=owner,
-        settled_at=at,
+        settled_at=to_micros(now),
         next_attempt_at=0,
         reason=IN_DOUBT,
         reply="",

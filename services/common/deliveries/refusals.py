@@ -14,14 +14,12 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from services.common.database import execute_rows
-from services.common.deliveries.decide import IN_DOUBT, Delivery
+from services.common.deliveries.decide import IN_DOUBT, NOBODY, Delivery
 from services.common.deliveries.rows import INSERT
 from services.common.schema import deliveries, widths
 
 __all__ = ["refusal", "refuse", "refused"]
 
-# No claim has it.
-_NOBODY = bytes(16)
 _NEVER = datetime(1970, 1, 1)
 _REASON = widths(deliveries)["reason"]
 
@@ -49,7 +47,7 @@ def refused(event: pb.MxFailed) -> Delivery:
         event.epoch,
         0,
         0,
-        _NOBODY,
+        NOBODY,
         _NEVER,
         event.at_us,
         0,

@@ -8,7 +8,7 @@ Both carry the original's key, value and headers (CloudEvents' `ce_*`, `tracepar
 - `due-at`   delayed only: not to be handled before, Unix milliseconds
 
 A record on a dead-letter topic with a header RESOLVES is no letter: it says which of those before it in its
-partition are done with (services/cli/dead).
+partition are done with (services/cli/dead). A record that a replay produced says which one in REPLAY_ID.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = [
+    "REPLAY_ID",
     "RESOLVES",
     "Headers",
     "Malformed",
@@ -33,6 +34,7 @@ __all__ = [
 Headers = list[tuple[str, bytes]]
 
 RESOLVES = "resolves"
+REPLAY_ID = "replay-id"
 
 _OWN = frozenset({"due-at", "attempt", "origin", "cause"})
 _MAX_CAUSE = 2000

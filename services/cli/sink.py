@@ -1,4 +1,4 @@
-"""Producing the records of a replay. Blocks."""
+"""Producing records of a command. Blocks."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.cli.kafka import SILENT
 from services.common.config import Settings
-from services.common.events import Outgoing
 from services.common.stage.clients import producer_config
+from services.common.stage.headers import Headers
 
 __all__ = ["Sink"]
+
+# Longer than the producer tries (seconds).
+_FLUSH = 40.0
 
 
 class Sink:
     """One idempotent producer. `put`, then `flush`: only then is anything on the topic for sure."""
 
-    def __init__(self, settings: Settings, client_id: str) -> None:
-        self._prefix = settings.topic_prefix
+    def __init__(self, settings: Settings, client_id: str = "postroad.cli") -> None:
         # Records that are read one by one and produced at a rate need no batches of their own making.
         self._producer = Producer(producer_config(settings, client_id) | {"logger": SILENT, "linger.ms": 5})
         self._failed: KafkaError | None = None
 
-    def put(self, record: Outgoing) -> None:
-        """Produce a record. Waits while the client's queue is full."""
+    def put(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers, partition: int = -1
+    ) -> None:
+        """Produce a record to a topic (full name), to the key's partition unless one is named.
+
+        Waits while the client's queue is full.
+        """
         while True:
             try:
                 self._producer.produce(
-                    self._prefix + record.topic,
-                    record.value,
-                    record.key,
-                    headers=record.headers,  # type: ignore[arg-type]
+                    topic,
+                    value,
+                    key,
+                    partition=partition,
+                    headers=headers,  # type: ignore[arg-type]
                     on_delivery=self._delivered,
                 )
             except BufferError:
@@ -40,10 +48,12 @@ class Sink:
 
     def flush(self) -> None:
         """Return once all is acked; raises `confluent_kafka.KafkaException` where it cannot be."""
-        self._producer.flush()
+        left = self._producer.flush(_FLUSH)
         if self._failed is not None:
             failed, self._failed = self._failed, None
             raise KafkaException(failed)
+        if left:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"{left} records were not acked"))
 
     def _delivered(self, error: KafkaError | None, message: Message) -> None:
         # Only what a broker has written has an offset; see Publisher.

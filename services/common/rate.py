@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["Pace"]
+__all__ = ["Rate"]
 
 
-class Pace:
+class Rate:
     """At most `rate` a second, `burst` of them at once after a rest. Raises ValueError for a rate of 0."""
 
-    def __init__(self, rate: float, burst: int = 1) -> None:
+    __slots__ = ("_due", "_gap", "_rest")
+
+    def __init__(self, rate: float, burst: float = 1) -> None:
         if rate <= 0:
             raise ValueError(f"a rate of {rate:g} a second would never end")
         self._gap = 1 / rate
@@ -23,3 +25,7 @@ class Pace:
     def took(self, now: float) -> None:
         """Count one that went at `now`, after its wait."""
         self._due = max(now, self._due) + self._gap
+
+    def rested(self, now: float) -> bool:
+        """Return whether it has forgotten all that went: a new one would say the same."""
+        return self._due <= now
