@@ -119,9 +119,11 @@ def test_ctrl_c_is_a_line_and_exit_code_130(postroad: Command) -> None:
     """A server that takes the connection and says nothing keeps the command waiting."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = postroad.start("list", "--api", f"127.0.0.1:{silent.getsockname()[1]}")
-        silent.accept()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        # Held: a connection that is let go of is closed, and that is an answer.
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "postroad: interrupted\n")
 
 
