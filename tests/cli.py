@@ -24,6 +24,13 @@ __all__ = ["Command", "Done", "Following"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGV = [sys.executable, "-m", "services.cli"]
+# A shell without job control has what it runs in the background ignore Ctrl-C, and all its children too.
+LISTENING = [
+    sys.executable,
+    "-c",
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " runpy.run_module('services.cli', run_name='__main__', alter_sys=True)",
+]
 
 
 @dataclass(frozen=True)
@@ -106,9 +113,9 @@ class Command:
         return Done(done.returncode, done.stdout, done.stderr)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start it with pipes and leave it running."""
+        """Start it with pipes and leave it running; it heeds Ctrl-C however the tests were started."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([*ARGV, *arguments], env=self.environment, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen([*LISTENING, *arguments], env=self.environment, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
     @contextlib.contextmanager
     def following(self, *arguments: str) -> Iterator[Following]:
