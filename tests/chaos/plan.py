@@ -76,11 +76,15 @@ def _cards(targets: Sequence[str]) -> list[Card]:
 
 
 def _dealt(cards: Sequence[Card], rng: random.Random) -> Iterator[Card]:
-    """Cards for ever: each comes once before any comes again."""
+    """Cards for ever: each comes once before any comes again, one of every kind before the others.
+
+    A run of ten minutes is shorter than the deck, and yet has to see every kind.
+    """
     while cards:
         deck = list(cards)
         rng.shuffle(deck)
-        yield from deck
+        first = {card[0]: card for card in reversed(deck)}.values()
+        yield from sorted(deck, key=lambda card: card not in first)
 
 
 def _seconds(card: Card, rng: random.Random) -> float:

@@ -28,6 +28,24 @@ def test_five_runs_of_ten_minutes_hold_every_kind_of_fault() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_a_run_of_ten_minutes_does_each_kind_at_least_once(seed: int) -> None:
+    done = {fault.kind for fault in plan(seed, 600)}
+    assert done >= {
+        "kill",
+        "freeze",
+        "restart",
+        "reset",
+        "blackhole",
+        "slow",
+        "mail",
+        "servfail",
+        "full",
+        "roll",
+        "scale",
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_all_is_over_before_the_end_and_what_is_alone_is_alone(seed: int) -> None:
     faults = plan(seed, 300)
     assert faults
