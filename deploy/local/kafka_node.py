@@ -59,8 +59,9 @@ def _properties(layout: Layout, state: State, name: str) -> dict[str, object]:
         "log.cleaner.dedupe.buffer.size": 16 << 20,
         # A node that comes back after a kill is refused until its old session is over. Where it led the
         # controllers too, its partitions get new leaders only this long after a new controller is elected,
-        # which takes 3 s: with the default of 9 s no leader was there after 12.
-        "broker.session.timeout.ms": 3000 if replicas == 1 else 6000,
+        # which takes 3 s: with the default of 9 s no leader was there after 12, and with 6 s a replica that
+        # was being stopped at that moment had 2 s left to hand its partitions on.
+        "broker.session.timeout.ms": 3000 if replicas == 1 else 4000,
         "broker.heartbeat.interval.ms": 1000,
     }
 

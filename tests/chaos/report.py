@@ -37,12 +37,6 @@ def show(seed: int, verdict: Verdict, evidence: Evidence, folder: Path) -> None:
         console.print(f"... and {len(verdict.breaches) - _MOST} more", style="red")
 
 
-def _count(console: Console, what: str, names: Sequence[str]) -> None:
-    if names:
-        counted = ", ".join(f"{name} {count}" for name, count in sorted(Counter(names).items()))
-        console.print(f"{what} ({len(names)}): {counted}")
-
-
 def table(runs: Sequence[tuple[int, Verdict]]) -> Table:
     """Return the figures of these runs, by seed."""
     found = Table(box=None, pad_edge=False)
