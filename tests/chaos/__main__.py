@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mutant", default="", help="run a broken variant (tests/chaos/mutants)")
     parser.add_argument("--keep", action="store_true", help="keep the histories of a good run too")
     parser.add_argument("--folder", type=Path, help="where the histories go (a new temporary folder)")
-    parser.add_argument("--check", type=Path, metavar="FOLDER", help="judge a kept run again")
+    parser.add_argument("--check", type=Path, nargs="+", metavar="FOLDER", help="judge kept runs again")
     return parser
 
 
@@ -37,9 +37,9 @@ def main() -> int:
     """Run; 0 when every rule held, 1 when one did not, 2 for a wrong command line."""
     arguments = _parser().parse_args()
     if arguments.check:
-        verdict, evidence = judge(arguments.check, arguments.slack)
-        show(arguments.seed, verdict, evidence, arguments.check)
-        return 0 if verdict.ok else 1
+        runs = [(*judge(folder, arguments.slack), folder) for folder in arguments.check]
+        show(runs)
+        return 0 if all(verdict.ok for verdict, *_ in runs) else 1
     targets = [target for target in arguments.targets.split(",") if target]
     if "disk" in targets and not can_mount():
         print("disk: left out, mounting small disks takes root", file=sys.stderr)
@@ -62,7 +62,7 @@ def main() -> int:
     print(f"seed {spec.seed}, {arguments.minutes:g} min, {spec.rate:g} tasks/s, load average"
           f" {os.getloadavg()[0]:.1f}; histories in {folder}", flush=True)  # fmt: skip
     verdict, evidence = run(spec, folder, lambda line: print(line, flush=True))
-    show(arguments.seed, verdict, evidence, folder)
+    show([(verdict, evidence, folder)])
     if verdict.ok and not (arguments.keep or arguments.folder):
         discard(folder)
     else:

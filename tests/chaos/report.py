@@ -1,4 +1,4 @@
-"""A run as a table."""
+"""Runs as a table."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ __all__ = ["show", "table"]
 _MOST = 25
 
 
-def show(seed: int, verdict: Verdict, evidence: Evidence, folder: Path) -> None:
-    """Print the run's table, its recoveries and its breaches."""
-    history = load(folder / "history.jsonl")
+def show(runs: Sequence[tuple[Verdict, Evidence, Path]]) -> None:
+    """Print a table of runs, with what was done, the recoveries and the breaches of them all."""
     console = Console(width=150, highlight=False)
-    console.print(table([(seed, verdict)]))
-    faults = Counter(f"{e['kind']} {e['target']}" for e in history if e["what"] == "begins")
-    console.print(
-        f"faults ({sum(faults.values())}): " + ", ".join(f"{k} {n}" for k, n in sorted(faults.items()))
+    history = [entry for _, _, folder in runs for entry in load(folder / "history.jsonl")]
+    seeds = [entry["seed"] for entry in history if entry["what"] == "run"]
+    console.print(table([(seed, verdict) for seed, (verdict, *_) in zip(seeds, runs, strict=True)]))
+    _count(console, "faults", [f"{e['kind']} {e['target']}" for e in history if e["what"] == "begins"])
+    _count(
+        console, "ended by themselves", [f"{e['name']} ({e['code']})" for e in history if e["what"] == "exit"]
     )
-    if exits := Counter(f"{e['name']} ({e['code']})" for e in history if e["what"] == "exit"):
-        console.print("ended by themselves: " + ", ".join(f"{k} {n}" for k, n in sorted(exits.items())))
-    if unclean := Counter(e["name"] for e in history if e["what"] == "unclean"):
-        console.print("had to be killed: " + ", ".join(f"{k} {n}" for k, n in sorted(unclean.items())))
-    console.print(_recovery(evidence.recoveries))
-    for rule, what in verdict.breaches[:_MOST]:
+    _count(console, "had to be killed", [e["name"] for e in history if e["what"] == "unclean"])
+    console.print(_recovery([recovery for _, evidence, _ in runs for recovery in evidence.recoveries]))
+    breaches = [breach for verdict, *_ in runs for breach in verdict.breaches]
+    for rule, what in breaches[:_MOST]:
         console.print(f"{rule}: {what}", style="red", markup=False)
-    if len(verdict.breaches) > _MOST:
-        console.print(f"... and {len(verdict.breaches) - _MOST} more", style="red")
+    if len(breaches) > _MOST:
+        console.print(f"... and {len(breaches) - _MOST} more", style="red")
+
+
+def _count(console: Console, what: str, names: Sequence[str]) -> None:
+    if names:
+        counted = ", ".join(f"{name} {count}" for name, count in sorted(Counter(names).items()))
+        console.print(f"{what} ({len(names)}): {counted}")
 
 
 def table(runs: Sequence[tuple[int, Verdict]]) -> Table:

@@ -48,6 +48,7 @@ class Run:
 def run(spec: Run, folder: Path, say: Callable[[str], None] = print) -> tuple[Verdict, Evidence]:
     """Do it; `folder` then holds the histories, and the logs of all processes. Blocks for minutes."""
     history = History(folder / "history.jsonl")
+    history.write("run", seed=spec.seed, seconds=spec.seconds, rate=spec.rate)
     save(folder / "plan.jsonl", (asdict(fault) for fault in spec.faults))
     system = System(
         folder / "stack", history, disks=spec.disks, mutant=spec.mutant, kafka_nodes=spec.kafka_nodes
