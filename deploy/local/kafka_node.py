@@ -52,15 +52,15 @@ def _properties(layout: Layout, state: State, name: str) -> dict[str, object]:
         "group.consumer.min.session.timeout.ms": 6000,
         "group.consumer.session.timeout.ms": 10000,
         "group.consumer.min.heartbeat.interval.ms": 1000,
-        "group.consumer.heartbeat.interval.ms": 2000,
+        "group.consumer.heartbeat.interval.ms": 1000,
+        "group.consumer.assignment.interval.ms": 100,
         "group.min.session.timeout.ms": 6000,
         "num.network.threads": 2,
         "num.io.threads": 4,
         "log.cleaner.dedupe.buffer.size": 16 << 20,
         # A node that comes back after a kill is refused until its old session is over. Where it led the
         # controllers too, its partitions get new leaders only this long after a new controller is elected,
-        # which takes 3 s: with the default of 9 s no leader was there after 12, and with 6 s a replica that
-        # was being stopped at that moment had 2 s left to hand its partitions on.
+        # which takes 3 s: with the default of 9 s no leader was there after 12.
         "broker.session.timeout.ms": 3000 if replicas == 1 else 4000,
         "broker.heartbeat.interval.ms": 1000,
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import random
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -20,6 +23,9 @@ from postroad.v1 import task_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData, WatchRequest, WatchResponse
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import uuid7
+from services.api.reader import Reader
+from services.api.watch.feed import Feed
+from services.api.watch.watching import Watches
 from services.common import taskstore
 from services.common.database import engine_of, transaction
 from services.common.events import Event, encode
@@ -495,6 +501,27 @@ def test_a_drain_ends_the_streams_at_once(road: Road, stages: Telling, slow: boo
         assert took < 5
         api.start()
         eventually(api.ready, 30)
+
+
+async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(road: Road) -> None:
+    watches = Watches(road.settings(), Reader(engine_of(road.database_url)))
+    written = asyncio.Event()
+
+    async def write(message: bytes) -> None:
+        written.set()
+
+    stream = asyncio.create_task(watches.watch("", WatchRequest(), write))
+    await asyncio.wait_for(written.wait(), 20)
+    [feed] = [weakref.ref(found) for found in gc.get_objects() if isinstance(found, Feed)]
+    stream.cancel()
+    await asyncio.wait([stream])
+    del stream
+    end = time.monotonic() + 20
+    while feed() is not None and time.monotonic() < end:
+        gc.collect()
+        await asyncio.sleep(0.1)
+    assert feed() is None
+    await watches.close()
 
 
 def test_kafka_away(road: Road) -> None:

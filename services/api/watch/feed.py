@@ -16,7 +16,7 @@ from services.api.watch.book import Book
 from services.api.watch.changes import Change, Place
 from services.api.watch.lookup import Known
 from services.api.watch.problems import silent
-from services.api.watch.topics import TIMEOUT, Topics
+from services.api.watch.topics import Topics
 from services.api.watch.watchers import Index, Told, Watcher
 from services.common.config import Settings
 from services.common.stage.pace import Pace
@@ -49,7 +49,7 @@ class Joined(NamedTuple):
 class Feed:
     """Reads from where the topics end now. `lookup` asks the database; `lost` is called when it cannot go on.
 
-    All but the thread itself is on the event loop.
+    All but `thread` itself is on the event loop; it ends soon after `stop`.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Feed:
         self._stopping = False
         self._pump: asyncio.Task[None] | None = None
         self._reminded = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread.start()
 
     async def stand(self) -> None:
         """Wait until it reads. Raises Problem: Kafka does not answer."""
@@ -108,14 +108,6 @@ class Feed:
             self._stands.set_exception(silent())
             self._stands.exception()
         WATCH_HELD.set(0)
-
-    def alive(self) -> bool:
-        """Whether its thread still runs."""
-        return self._thread.is_alive()
-
-    def join_thread(self) -> None:
-        """Wait until the thread has ended; blocks."""
-        self._thread.join(3 * TIMEOUT)
 
     # --- on the loop -------------------------------------------------------------------------
 

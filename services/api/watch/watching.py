@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import structlog
 
@@ -21,6 +22,7 @@ from services.api.watch.feed import Feed, Joined
 from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
 from services.api.watch.problems import crowded, lagging
+from services.api.watch.topics import TIMEOUT
 from services.api.watch.watchers import Told, Wanted, Watcher
 from services.common.config import Settings
 from services.common.telemetry import WATCH_MESSAGES, WATCHERS
@@ -47,7 +49,8 @@ class Watches:
     def __init__(self, settings: Settings, reader: Reader) -> None:
         self._settings, self._reader = settings, reader
         self._feed: Feed | None = None
-        self._old: set[Feed] = set()
+        # Not the feeds themselves: what one remembers of the last tasks goes when nobody watches.
+        self._old: set[Thread] = set()
         self._folded = Folded(settings)
         self._watchers: set[Watcher] = set()
         self._catching_up = asyncio.Semaphore(_MOST_CATCHING_UP)
@@ -96,9 +99,9 @@ class Watches:
         """Wait until nothing reads any more; after `drain`."""
         if self._feed is not None:
             self._feed.stop()
-            self._old.add(self._feed)
-        for feed in self._old:
-            await asyncio.to_thread(feed.join_thread)
+            self._old.add(self._feed.thread)
+        for thread in self._old:
+            await asyncio.to_thread(thread.join, 3 * TIMEOUT)
         self._executor.shutdown(wait=False)
 
     async def _show(self, feed: Feed, watcher: Watcher, stream: _Stream, id_: str) -> None:
@@ -156,7 +159,7 @@ class Watches:
         """Let the next watcher begin a new feed."""
         if self._feed is feed:
             self._feed = None
-        self._old = {old for old in self._old if old.alive()} | {feed}
+        self._old = {old for old in self._old if old.is_alive()} | {feed.thread}
 
     async def _known(self, strangers: Sequence[Change]) -> Known:
         return await self._reader.read(lambda connection: lookup.known(connection, strangers))
