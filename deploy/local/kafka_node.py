@@ -52,8 +52,8 @@ def _properties(layout: Layout, state: State, name: str) -> dict[str, object]:
         "group.consumer.min.session.timeout.ms": 6000,
         "group.consumer.session.timeout.ms": 10000,
         "group.consumer.min.heartbeat.interval.ms": 1000,
-        # librdkafka gives a heartbeat up after one interval. At 1 s a slow broker's answer that brought partitions
-        # was lost so, and nobody read them until the group changed again.
+        # librdkafka gives a heartbeat up after one interval. At 1 s a slow broker's answer that brought
+        # partitions was lost so, and nobody read them until the group changed again.
         "group.consumer.heartbeat.interval.ms": 2000,
         "group.consumer.assignment.interval.ms": 100,
         "group.min.session.timeout.ms": 6000,
