@@ -13,7 +13,7 @@ from confluent_kafka import Consumer
 from postroad.v1 import events_pb2 as pb
 from services.common import telemetry
 from services.common.events import Outgoing
-from services.common.stage import poller
+from services.common.stage import membership
 from services.common.stage.types import Dead, Done, Outcome, Record, Retry
 from services.common.topics import MX_OK, TASK_CREATED
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
@@ -262,9 +262,9 @@ async def test_stopping_while_the_broker_is_away_takes_no_longer_than_the_drain(
 async def test_a_consumer_that_never_reaches_its_coordinator_is_replaced(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "_UNHEARD", 3.0)
-    monkeypatch.setattr(poller, "_IDLE_MEMBER", 0.5)
-    monkeypatch.setattr(poller, "_QUIET", 0.5)
+    monkeypatch.setattr(membership, "_UNHEARD", 3.0)
+    monkeypatch.setattr(membership, "_IDLE_MEMBER", 0.5)
+    monkeypatch.setattr(membership, "_QUIET", 0.5)
     made: list[Consumer] = []
 
     def make(config: dict[str, Any]) -> Consumer:

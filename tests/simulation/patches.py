@@ -16,7 +16,7 @@ from postroad.v1 import task_pb2
 from services.api import cancelling, decider, outbox, reader, recorder, relay, standing, sweeper
 from services.api.uuid7 import text
 from services.common import batching, taskstore
-from services.common.stage import commits, intake, poller, runtime
+from services.common.stage import commits, intake, membership, poller, runtime
 from services.common.stage.ledger import Fetched, Ledger
 from services.sender import async_claims
 from services.sender import stage as sender_stage
@@ -74,6 +74,7 @@ _STATEMENTS = (
 )
 _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "time", VirtualTime),
+    (membership, "time", VirtualTime),
     (poller, "threading", VirtualTime),
     (commits, "time", VirtualTime),
     (intake, "time", VirtualTime),

@@ -6,6 +6,7 @@ from typing import Any
 
 from services.common.stage import poller
 from services.common.stage.ledger import Fetched
+from services.common.stage.membership import Membership
 from tests.simulation.consumer import Consumer
 from tests.simulation.scheduler import here
 from tests.simulation.threads import VirtualTime
@@ -26,6 +27,7 @@ class Poller(poller.Poller):
             return made
 
         super().__init__(config, *arguments, consumer=make, **named)
+        self._membership.silence = self._silence  # type: ignore[method-assign]
 
     def give_back(self, records: list[Fetched]) -> None:
         super().give_back(records)
@@ -42,8 +44,8 @@ class Poller(poller.Poller):
         # Whoever idles asks every few seconds whether it is heard; that it would have been, while the
         # broker is there, is not played.
         if self._consumer is None or self._consumer.reachable:
-            self._heard = VirtualTime.monotonic()
-        return super()._silence()
+            self._membership._heard = VirtualTime.monotonic()
+        return Membership.silence(self._membership)
 
     def _behind(self) -> bool:
         """Whether there is more to commit than what is being committed."""

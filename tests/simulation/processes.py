@@ -83,7 +83,13 @@ class Service:
             self.consumers.append(Consumer(self.servers.broker, loop.process, config))
             return self.consumers[-1]
 
-        return StageRuntime(stage, self.servers.settings, source=stage.name, consumer=make)  # type: ignore[arg-type]
+        return StageRuntime(
+            stage,
+            self.servers.settings,
+            source=stage.name,
+            consumer=make,  # type: ignore[arg-type]
+            view=None,
+        )
 
     async def run(self) -> None:
         """Serve until stopped."""

@@ -10,7 +10,7 @@ from services.common.config import Settings
 from services.common.stage.pace import LINGER_MS
 from services.common.topics import MAX_RECORD_BYTES, Names
 
-__all__ = ["consumer_config", "producer_config"]
+__all__ = ["admin_config", "consumer_config", "producer_config"]
 
 # librdkafka's own lines go where all logs go.
 _kafka_log = logging.getLogger("postroad.kafka")
@@ -56,6 +56,11 @@ def _client(settings: Settings, client_id: str) -> dict[str, Any]:
         # Bounds every request, so also a synchronous commit while a coordinator is away.
         "socket.timeout.ms": 10_000,
     }
+
+
+def admin_config(settings: Settings, client_id: str) -> dict[str, Any]:
+    """Return the settings of a client that only asks."""
+    return _client(settings, client_id)
 
 
 def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from services.common import telemetry
 from services.common.stage.commits import Commits
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
+from services.common.stage.membership import Membership, View
 from services.common.stage.pace import FETCH, Pace
 from services.common.stage.pauses import Pauses
 
@@ -29,13 +30,6 @@ _PAUSED_TURN = 0.05
 _CANCEL_GRACE = 2.0
 # How long a client's error counts as a problem, unless it is repeated.
 _ERROR_LASTS = 5.0
-# A member that got no partition in this time asks the coordinator whether it is heard at all.
-_IDLE_MEMBER = 5.0
-# A member that has nothing to commit asks this often.
-_QUIET = 15.0
-# A Consumer that reaches no coordinator for so long is replaced: after two outages in a row librdkafka was
-# seen to leave its coordinator's connection closed for good.
-_UNHEARD = 60.0
 
 
 class Poller:
@@ -59,9 +53,11 @@ class Poller:
         hand_on: Callable[[list[Fetched]], None],
         cancel: Callable[[Collection[Assignment] | None, float], None],
         ended: Callable[[BaseException | None], None],
+        view: View | None = None,
         consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
     ) -> None:
         self._commits, self._pauses = Commits(ledger, stage), Pauses(ledger, intake, stage)
+        self._membership = Membership(topics[0], ledger, self._commits, view, self._on_error)
         self._config = config | {"error_cb": self._on_error, "on_commit": self._commits.answered}
         self._topics, self._intake, self._ledger, self._stage = topics, intake, ledger, stage
         self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
@@ -73,7 +69,6 @@ class Poller:
         self._stopping = False
         self._fatal: KafkaError | None = None
         self._errors: dict[int, tuple[str, float]] = {}
-        self._joined = False
         self._turned = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
         self._owned_gauge = telemetry.STAGE_PARTITIONS.labels(stage)
@@ -101,7 +96,7 @@ class Poller:
         problems = [text for text, until in list(self._errors.values()) if now < until]
         if now - self._turned > self._revoke_seconds + 5:
             problems.append(f"the poller has not turned for {now - self._turned:.0f} s")
-        if not self._joined:
+        if not self._membership.joined:
             problems.append("not yet in the consumer group")
         return problems
 
@@ -121,19 +116,18 @@ class Poller:
         self._consumer = self._make(self._config)
         self._commits.use(self._consumer)
         self._pauses.consumer = self._consumer
+        self._membership.use(self._consumer)
         self._consumer.subscribe(
             list(self._topics),
             on_assign=self._on_assign,
             on_revoke=self._on_revoke,
             on_lost=self._on_lost,
         )
-        self._joined = False
-        self._heard = self._asked = time.monotonic()
         try:
             while not self._stopping:
                 self._turn()
-                if self._silence() > _UNHEARD:
-                    log.error("the group's coordinator is not reached, beginning anew", stage=self._stage)
+                if why := self._membership.check(self._turned):
+                    log.error("leaving the group to join it anew", stage=self._stage, why=why)
                     break
             else:
                 self._drain()
@@ -158,9 +152,6 @@ class Poller:
             messages = self._fetch(now)
         if messages:
             self._receive(messages)
-        patience = _QUIET if self._joined else _IDLE_MEMBER
-        if self._silence() > patience and now - self._asked > _IDLE_MEMBER:
-            self._ask_coordinator()
 
     def _fetch(self, now: float) -> list[Message]:
         wait = self._pace.wait(now)
@@ -217,8 +208,7 @@ class Poller:
         self._ledger.assign((p.topic, p.partition) for p in partitions)
         consumer.incremental_assign(partitions)
         self._pauses.assigned(partitions)
-        self._joined = True
-        self._heard = time.monotonic()
+        self._membership.assigned()
         self._owned_gauge.set(len(self._ledger.owned()))
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -237,7 +227,7 @@ class Poller:
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._count("lost", partitions)
         leaving = self._ledger.select((p.topic, p.partition) for p in partitions)
-        self._joined = False
+        self._membership.lost()
         self._leave(leaving)
         # Another replica may have them by now. What is under way may still come to its end, as it may when
         # partitions are revoked: to be cut off in the middle is what leaves a mail in doubt.
@@ -299,16 +289,3 @@ class Poller:
         if now >= self._errors.get(error.code(), ("", 0.0))[1]:
             log.warning("consumer", stage=self._stage, error=error.str())
         self._errors[error.code()] = (error.str(), now + _ERROR_LASTS)
-
-    def _silence(self) -> float:
-        """Return the seconds since the group's coordinator was last heard of."""
-        return time.monotonic() - max(self._heard, self._commits.acked_at)
-
-    def _ask_coordinator(self) -> None:
-        self._asked = time.monotonic()
-        try:
-            self._consumer.committed([TopicPartition(self._topics[0], 0)], timeout=1)
-            self._joined = True
-            self._heard = time.monotonic()
-        except KafkaException as error:
-            self._on_error(error.args[0])

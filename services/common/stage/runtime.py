@@ -12,10 +12,12 @@ from confluent_kafka import Consumer
 from services.common import telemetry
 from services.common.config import Settings
 from services.common.events import Event, encode
+from services.common.stage.broker_view import BrokerView
 from services.common.stage.clients import consumer_config
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
+from services.common.stage.membership import View
 from services.common.stage.outgoing import Render
 from services.common.stage.poller import Poller
 from services.common.stage.publisher import Publisher
@@ -44,9 +46,12 @@ class StageRuntime:
         *,
         source: str,
         consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
+        view: Callable[[Settings, str], View] | None = BrokerView,
     ) -> None:
         self._stage, self._settings, self._source = stage, settings, source
         self._make_consumer = consumer
+        # Under the classic protocols every assignment is answered for by the member.
+        self._view = view(settings, stage.name) if view and settings.group_protocol == "consumer" else None
         self._stop = asyncio.Event()
         self._poller: Poller | None = None
         self._work: Work | None = None
@@ -106,6 +111,7 @@ class StageRuntime:
             hand_on=hand_on,
             cancel=cancel,
             ended=lambda error: post(on_end, error),
+            view=self._view,
             consumer=self._make_consumer,
         )
         work = self._work = Work(

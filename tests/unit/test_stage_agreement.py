@@ -1,0 +1,35 @@
+"""When a member and its coordinator are found to disagree for good."""
+
+from __future__ import annotations
+
+from services.common.stage.membership import Agreement
+
+A, B, C = ("task.created", 0), ("task.created", 1), ("task.created", 2)
+
+
+def test_what_both_see_alike_is_never_broken() -> None:
+    agreement = Agreement(10)
+    assert not any(agreement.broken([A, B], [B, A], now) for now in range(0, 100, 5))
+
+
+def test_a_difference_that_stays_breaks_it_in_either_direction() -> None:
+    for owned, told in (([A], [A, B]), ([A, B], [A]), ([], [A])):
+        agreement = Agreement(10)
+        assert [agreement.broken(owned, told, now) for now in (0, 5, 9.9, 10)] == [False, False, False, True]
+
+
+def test_a_difference_that_changes_is_a_change_of_the_group_under_way() -> None:
+    agreement = Agreement(10)
+    assert not agreement.broken([A], [A, B], 0)
+    assert not agreement.broken([A], [A, C], 9)
+    assert not agreement.broken([A], [A, C], 18)
+    assert agreement.broken([A], [A, C], 19)
+
+
+def test_agreeing_once_ends_it() -> None:
+    agreement = Agreement(10)
+    assert not agreement.broken([A], [A, B], 0)
+    assert not agreement.broken([A, B], [A, B], 9)
+    assert not agreement.broken([A], [A, B], 18)
+    assert not agreement.broken([A], [A, B], 27)
+    assert agreement.broken([A], [A, B], 28)
