@@ -1,6 +1,6 @@
 """The speed of the whole road: `python -m tests.bench [--tasks N] [--rate R] [--json]`.
 
-It brings up a local stack of its own, loads it with unary Creates and takes the catcher's journal,
+It brings up a local stack of its own, loads it with Creates and BatchCreates and takes the catcher's journal,
 not the services' word, for when each mail was accepted. CPU is that of every process of the stack
 (Kafka, MySQL, DNS and the mail server included) and not of the load itself.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import uvloop
 
-from tests.bench.load import Sent, at_rate, by_callers
+from tests.bench.load import Sent, at_rate, by_batches, by_callers
 from tests.bench.road import Journal, quantiles, stack
 from tests.bench.usage import usage
 
@@ -59,7 +59,9 @@ def table(name: str, row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-async def bench(tasks: int, callers: int, rate: float, seconds: float) -> dict[str, Any]:
+async def bench(
+    *, tasks: int, callers: int, batches: int, size: int, rate: float, seconds: float
+) -> dict[str, Any]:
     with stack() as (folder, env):
         targets = [env["POSTROAD_API"]]
         journal = Journal(folder / "mail" / "journal.jsonl")
@@ -67,19 +69,35 @@ async def bench(tasks: int, callers: int, rate: float, seconds: float) -> dict[s
         warm = await by_callers(targets, 3000, callers)
         await journal.holds(set(warm.called_at))
         full = await measured(folder, journal, by_callers(targets, tasks, callers))
+        bulk = await measured(folder, journal, by_batches(targets, tasks, batches, size))
         steady = await measured(folder, journal, at_rate(targets, rate, seconds))
-    return {f"as fast as {callers} callers can": full, f"steady {rate:g}/s": steady}
+    return {
+        f"as fast as {callers} callers can": full,
+        f"as fast as {batches} callers can, {size} at a time": bulk,
+        f"steady {rate:g}/s": steady,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--tasks", type=int, default=15000)
     parser.add_argument("--callers", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=4, help="callers of BatchCreate")
+    parser.add_argument("--size", type=int, default=250, help="tasks in a BatchCreate")
     parser.add_argument("--rate", type=float, default=200)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    result = uvloop.run(bench(given.tasks, given.callers, given.rate, given.seconds))
+    result = uvloop.run(
+        bench(
+            tasks=given.tasks,
+            callers=given.callers,
+            batches=given.batches,
+            size=given.size,
+            rate=given.rate,
+            seconds=given.seconds,
+        )
+    )
     print(json.dumps(result, indent=1) if given.json else "\n".join(table(n, r) for n, r in result.items()))
 
 

@@ -1,4 +1,4 @@
-"""The load: unary Creates over gRPC, as fast as so many callers get their answers or at a steady rate."""
+"""The load: Creates or BatchCreates as fast as their callers get answers, or Creates at a steady rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 
-__all__ = ["Sent", "at_rate", "by_callers"]
+__all__ = ["Sent", "at_rate", "by_batches", "by_callers"]
 
 # 500 bytes, the size of a short notice.
 BODY = ("Your parcel has left the depot and is on its way to you. \n" * 9)[:500]
@@ -31,10 +31,14 @@ def _anyone(number: int) -> str:
     return f"user{number}@d{number % 50}.ok.test"
 
 
+def _mail(number: int, recipient: Callable[[int], str] = _anyone) -> pb.TaskData:
+    return pb.TaskData(email=recipient(number), subject=f"Parcel {number}", body=BODY)
+
+
 async def _call(
     stub: rpc.TaskServiceAsyncStub, number: int, sent: Sent, recipient: Callable[[int], str] = _anyone
 ) -> None:
-    data = pb.TaskData(email=recipient(number), subject=f"Parcel {number}", body=BODY)
+    data = _mail(number, recipient)
     wall, start = time.time(), time.perf_counter()
     try:
         task = await stub.Create(pb.CreateRequest(data=data), timeout=30)
@@ -61,6 +65,30 @@ async def by_callers(targets: list[str], tasks: int, callers: int) -> Sent:
             await _call(stubs[index % len(stubs)], number, sent)
 
     await asyncio.gather(*(caller(index) for index in range(callers)))
+    await asyncio.gather(*(channel.close() for channel in channels))
+    return sent
+
+
+async def by_batches(targets: list[str], tasks: int, callers: int, size: int) -> Sent:
+    """Create `tasks` tasks by BatchCreate, `size` in each, from `callers` concurrent callers."""
+    sent, starts = Sent(), iter(range(0, tasks, size))
+    channels = _channels(targets, callers)
+
+    async def caller(stub: rpc.TaskServiceAsyncStub) -> None:
+        for first in starts:
+            numbers = range(first, min(first + size, tasks))
+            requests = [pb.CreateRequest(data=_mail(number)) for number in numbers]
+            wall, start = time.time(), time.perf_counter()
+            try:
+                answer = await stub.BatchCreate(pb.BatchCreateRequest(requests=requests), timeout=30)
+            except grpc.aio.AioRpcError as error:
+                sent.errors.append(f"{error.code().name}: {error.details()}")
+                continue
+            sent.seconds.append(time.perf_counter() - start)
+            sent.errors += [result.error.message for result in answer.results if result.HasField("error")]
+            sent.called_at |= {r.task.id: wall for r in answer.results if r.HasField("task")}
+
+    await asyncio.gather(*(caller(rpc.TaskServiceStub(channel)) for channel in channels))
     await asyncio.gather(*(channel.close() for channel in channels))
     return sent
 
