@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from services.common.config import Settings
 from services.common.stage import membership
+from services.common.stage.broker_view import BrokerView
 from services.common.topics import MX_OK
-from tests.integration.stage_kit import Kit, created, passed_on, until
+from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
 
 
 class _HardOfHearing(Consumer):
@@ -34,6 +39,35 @@ class _HardOfHearing(Consumer):
         super().subscribe(topics, on_assign=assigned, on_revoke=on_revoke, on_lost=on_lost)
 
 
+def test_a_broker_that_cannot_be_asked_says_nothing() -> None:
+    view = BrokerView(Settings(kafka_bootstrap="127.0.0.1:9"), "validator")
+    view.ask("someone")
+    deadline = time.monotonic() + 30
+    while view._asking is not None:
+        assert time.monotonic() < deadline
+        assert view.answer() is None
+        time.sleep(0.05)
+
+
+async def test_the_broker_says_what_a_member_owns_and_nothing_of_strangers(newest: Kit) -> None:
+    kit = newest
+    async with kit.running(handle=passed_on):
+        view, told = BrokerView(kit.settings, "validator"), list[Any]()
+
+        def answered() -> bool:
+            told.append(view.answer())
+            return view._asking is None
+
+        [member] = kit.admin.describe_consumer_groups([kit.group])[kit.group].result().members
+        view.ask(member.member_id)
+        await until(answered)
+        topics = ("task.created", "validator.delay.1", "validator.delay.2")
+        assert told[-1] == {(kit.prefix + topic, n) for topic in topics for n in range(PARTITIONS)}
+        view.ask("a stranger")
+        await until(answered)
+        assert told[-1] is None
+
+
 async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
     newest: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +88,12 @@ async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
             made[0].deaf = True
             await others.aclose()
             await until(lambda: made[0].missed, 30)
+            # Heartbeats are not answered in time only while a broker is in trouble.
+            os.kill(kit.infra.pid("kafka-1"), signal.SIGSTOP)
+            try:
+                await until(lambda: remaining._poller._membership._doubted_at is not None, 30)
+            finally:
+                os.kill(kit.infra.pid("kafka-1"), signal.SIGCONT)
             await kit.publish(created(n) for n in range(100))
             await until(lambda: sum(kit.committed().values()) == 200, 30)
             assert not remaining.problems()

@@ -15,14 +15,15 @@ def test_what_both_see_alike_is_never_broken() -> None:
 def test_a_difference_that_stays_breaks_it_in_either_direction() -> None:
     for owned, told in (([A], [A, B]), ([A, B], [A]), ([], [A])):
         agreement = Agreement(10)
-        assert [agreement.broken(owned, told, now) for now in (0, 5, 9.9, 10)] == [False, False, False, True]
+        looks = [agreement.broken(owned, told, now) for now in (100, 105, 109.9, 110)]
+        assert looks == [False, False, False, True]
 
 
 def test_a_difference_that_changes_is_a_change_of_the_group_under_way() -> None:
     agreement = Agreement(10)
     assert not agreement.broken([A], [A, B], 0)
     assert not agreement.broken([A], [A, C], 9)
-    assert not agreement.broken([A], [A, C], 18)
+    assert not agreement.broken([A], [A, C], 14)
     assert agreement.broken([A], [A, C], 19)
 
 
@@ -30,6 +31,14 @@ def test_agreeing_once_ends_it() -> None:
     agreement = Agreement(10)
     assert not agreement.broken([A], [A, B], 0)
     assert not agreement.broken([A, B], [A, B], 9)
-    assert not agreement.broken([A], [A, B], 18)
-    assert not agreement.broken([A], [A, B], 27)
-    assert agreement.broken([A], [A, B], 28)
+    assert not agreement.broken([A], [A, B], 12)
+    assert not agreement.broken([A], [A, B], 21)
+    assert agreement.broken([A], [A, B], 22)
+
+
+def test_two_looks_far_apart_are_not_one_long_look() -> None:
+    agreement = Agreement(10)
+    assert not agreement.broken([A], [A, B], 0)
+    assert not agreement.broken([A], [A, B], 60)
+    assert not agreement.broken([A], [A, B], 65)
+    assert agreement.broken([A], [A, B], 70)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from confluent_kafka import Message
 from hypothesis import given
@@ -137,3 +139,30 @@ def test_a_delayed_record_that_is_not_ours_is_a_fault_and_holds_nothing(headers:
     assert record.fault is not None
     assert cause in record.fault
     assert intake.held == 0
+
+
+class _WithABadName:
+    """A message with a header whose name is not UTF-8, as confluent_kafka has it. Ask it once."""
+
+    def __init__(self, plain: Message) -> None:
+        self._plain, self.asked = plain, 0
+
+    def headers(self) -> Headers:
+        self.asked += 1
+        raise SystemError("<method 'headers'> returned a result with an exception set")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+
+@pytest.mark.parametrize("topic", ["task.created", "sender.delay.60"])
+def test_headers_that_cannot_be_read_are_a_fault_of_that_record_alone(topic: str) -> None:
+    intake, ledger = build(Clock())
+    bad = _WithABadName(message(7, "p." + topic))
+    record = intake.read(bad)
+    assert record is not None
+    assert (record.offset, record.topic, record.value, record.headers) == (7, topic, TASK.value, None)
+    assert record.fault == "headers that cannot be read: SystemError"
+    assert bad.asked == 1
+    ledger.take(record)
+    assert isinstance(intake.read(message(8)), Fetched)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import confluent_kafka
-from confluent_kafka import Producer
+import pytest
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from services.common.config import Settings
 from services.common.events import Outgoing
@@ -114,3 +116,55 @@ async def test_a_producer_that_delivers_nothing_is_replaced() -> None:
         while await asyncio.wait_for(publisher.attempt([item(1)]), 20):
             assert asyncio.get_running_loop().time() < deadline
         assert publisher._producer is not deaf
+
+
+class _GivesUpAmidst:
+    """A producer that gives up while a batch is being handed to it, and leaves time to replace it."""
+
+    def __init__(self, publisher: Publisher, amidst: int) -> None:
+        self._publisher, self._producer, self._left = publisher, publisher._producer, amidst
+
+    def produce(self, *arguments: Any, **named: Any) -> None:
+        self._producer.produce(*arguments, **named)
+        self._left -= 1
+        if not self._left:
+            self._publisher._gave_up = KafkaError(KafkaError._MSG_TIMED_OUT)
+            time.sleep(1)
+
+    def __len__(self) -> int:
+        return len(self._producer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+
+async def test_what_is_being_produced_while_the_producer_is_replaced_is_answered_for() -> None:
+    mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
+    async with running(**mock, **{"delivery.timeout.ms": 3000}) as publisher:
+        silence(publisher._producer)
+        publisher._producer = _GivesUpAmidst(publisher, 20)  # type: ignore[assignment]
+        failures = await asyncio.wait_for(publisher.attempt([item(n) for n in range(40)]), 20)
+        assert len(failures) == 40
+        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+
+
+async def test_a_producer_that_cannot_be_replaced_yet_is_replaced_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
+    async with running(**mock) as publisher:
+        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+        refused: list[None] = []
+
+        def make(config: dict[str, Any]) -> Producer:
+            if len(refused) < 3:
+                refused.append(None)
+                raise KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE))
+            return Producer(config)
+
+        monkeypatch.setattr("services.common.stage.publisher.Producer", make)
+        break_down(publisher._producer)
+        deadline = time.monotonic() + 20
+        while await asyncio.wait_for(publisher.attempt([item(0)]), 20):
+            assert time.monotonic() < deadline
+        assert len(refused) == 3

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from services.common.config import Settings
 from services.common.stage.pace import LINGER_MS
 from services.common.topics import MAX_RECORD_BYTES, Names
 
-__all__ = ["admin_config", "consumer_config", "producer_config"]
+__all__ = ["Overheard", "consumer_config", "plain_config", "producer_config"]
 
 # librdkafka's own lines go where all logs go.
 _kafka_log = logging.getLogger("postroad.kafka")
@@ -41,11 +42,31 @@ class _Seldom(logging.Filter):
 _kafka_log.addFilter(_Seldom())
 
 
+class Overheard:
+    """A client's `logger` that also calls `timed_out` when requests were not answered in their time.
+
+    Of that librdkafka tells its log alone. The call comes on the thread that polls the client.
+    """
+
+    def __init__(self, timed_out: Callable[[], None]) -> None:
+        self._timed_out = timed_out
+
+    def log(self, level: int, text: str, *arguments: object) -> None:
+        """Take a line of librdkafka's; what kind it is comes first."""
+        if (str(arguments[0]) if arguments else text).startswith("REQTMOUT"):
+            self._timed_out()
+        _kafka_log.log(level, text, *arguments)
+
+
 def _client(settings: Settings, client_id: str) -> dict[str, Any]:
+    return plain_config(settings, client_id) | {"logger": _kafka_log}
+
+
+def plain_config(settings: Settings, client_id: str) -> dict[str, Any]:
+    """Return what all clients are set to, as text, numbers and truth values."""
     return {
         "bootstrap.servers": settings.kafka_bootstrap,
         "client.id": client_id,
-        "logger": _kafka_log,
         "allow.auto.create.topics": False,
         # A broker that comes back is found again within a second.
         "reconnect.backoff.max.ms": 1000,
@@ -56,11 +77,6 @@ def _client(settings: Settings, client_id: str) -> dict[str, Any]:
         # Bounds every request, so also a synchronous commit while a coordinator is away.
         "socket.timeout.ms": 10_000,
     }
-
-
-def admin_config(settings: Settings, client_id: str) -> dict[str, Any]:
-    """Return the settings of a client that only asks."""
-    return _client(settings, client_id)
 
 
 def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 __all__ = [
     "REPLAY_ID",
@@ -28,6 +29,7 @@ __all__ = [
     "original",
     "parse_origin",
     "parse_return",
+    "read_headers",
     "traceparent",
 ]
 
@@ -41,7 +43,7 @@ _MAX_CAUSE = 2000
 
 
 class Malformed(ValueError):
-    """A delayed record whose headers are not ours; the text says what is wrong."""
+    """A record whose headers are not ours, or none at all; the text says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,22 @@ class Return:
     due_at_ms: int
     attempt: int
     origin: Origin
+
+
+class _Message(Protocol):
+    def headers(self) -> Any: ...
+
+
+def read_headers(message: _Message) -> Headers:
+    """Return a Kafka message's headers. Raises Malformed where the client cannot read them.
+
+    Any producer may write a name that is not UTF-8. The client then raises SystemError and has half a list in
+    hand: the message must not be asked again.
+    """
+    try:
+        return message.headers() or []
+    except Exception as error:
+        raise Malformed(f"headers that cannot be read: {type(error).__name__}") from error
 
 
 def traceparent(headers: Headers | None) -> bytes | None:

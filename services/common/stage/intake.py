@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from services.common.config import Settings
 from services.common.events import Event, Undecodable
 from services.common.stage.delays import credible, look_again
-from services.common.stage.headers import Malformed, parse_return, traceparent
+from services.common.stage.headers import Headers, Malformed, parse_return, read_headers, traceparent
 from services.common.stage.ledger import Assignment, Fetched, Ledger
 from services.common.stage.types import Stage
 from services.common.topics import Names
@@ -63,11 +63,16 @@ class Intake:
         assignment = self._ledger.find(topic, message.partition())
         if assignment is None or assignment.held_until_ms is not None:
             return None
+        try:
+            headers = read_headers(message)
+        except Malformed as error:
+            name = self._events[topic][0] if topic in self._events else self._delays[topic][0]
+            return _unreadable(message, assignment, name, str(error))
         found = self._events.get(topic)
         if found is None:
-            return self._delayed(message, assignment, *self._delays[topic])
+            return self._delayed(message, assignment, headers, *self._delays[topic])
         name, decode = found
-        value, headers = message.value(), message.headers()
+        value = message.value()
         event, fault = _decoded(decode, value)
         return Fetched(
             assignment=assignment,
@@ -111,8 +116,10 @@ class Intake:
         first = min(a.held_until_ms or 0 for a in self._held)
         return min(most, max(0.0, (first - self._now_ms()) / 1000))
 
-    def _delayed(self, message: RawMessage, assignment: Assignment, name: str, delay: int) -> Fetched | None:
-        headers, offset, now = message.headers(), message.offset(), self._now_ms()
+    def _delayed(
+        self, message: RawMessage, assignment: Assignment, headers: Headers, name: str, delay: int
+    ) -> Fetched | None:
+        offset, now = message.offset(), self._now_ms()
         record = Fetched(
             assignment=assignment,
             offset=offset,
@@ -144,6 +151,18 @@ class Intake:
         assignment.held_until_ms = until_ms
         self._held.add(assignment)
         self._to_hold.append((assignment, offset))
+
+
+def _unreadable(message: RawMessage, assignment: Assignment, name: str, fault: str) -> Fetched:
+    return Fetched(
+        assignment=assignment,
+        offset=message.offset(),
+        topic=name,
+        key=message.key(),
+        value=message.value(),
+        headers=None,
+        fault=fault,
+    )
 
 
 def _decoded(decode: Decoder, value: bytes | None) -> tuple[Event | None, str | None]:

@@ -23,10 +23,12 @@ _QUIET = 15.0
 # A Consumer that reaches no coordinator for so long is replaced: after two outages in a row librdkafka was
 # seen to leave its coordinator's connection closed for good.
 _UNHEARD = 60.0
-# How often the coordinator is asked what this member owns, and how long both may see it differently. A
-# change of the group passes within a few heartbeats; what a revocation waits for holds up the poller itself.
+# Once the broker has been in trouble and then quiet for so long, it is asked what this member owns, and again
+# until both see it alike; how long they may differ. A change of the group passes within a few heartbeats;
+# what a revocation waits for holds up the poller itself.
 _COMPARE = 5.0
 _DIFFER = 10.0
+_DIFFER_MOST = 300.0
 
 
 class View(Protocol):
@@ -45,13 +47,17 @@ class Agreement:
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._difference: frozenset[Partition] = frozenset()
-        self._since = 0.0
+        self._since = self._seen = 0.0
 
     def broken(self, owned: Collection[Partition], told: Collection[Partition], now: float) -> bool:
-        """Return whether these have differed in the same partitions for `patience` seconds by `now`."""
+        """Return whether these have differed in the same partitions for `patience` seconds by `now`.
+
+        What was not looked at for as long begins anew.
+        """
         difference = frozenset(owned) ^ frozenset(told)
-        if difference != self._difference:
+        if difference != self._difference or now - self._seen >= self._patience:
             self._difference, self._since = difference, now
+        self._seen = now
         return bool(difference) and now - self._since >= self._patience
 
 
@@ -68,6 +74,8 @@ class Membership:
     ) -> None:
         self._topic, self._ledger, self._commits = topic, ledger, commits
         self._view, self._trouble = view, trouble
+        self._doubted_at: float | None = None
+        self._patience = _DIFFER
         self.joined = False
         """Whether the group counts this member in."""
 
@@ -76,7 +84,7 @@ class Membership:
         self._consumer = consumer
         self.joined = False
         self._heard = self._asked = self._compared = time.monotonic()
-        self._agreement = Agreement(_DIFFER)
+        self._agreement = Agreement(self._patience)
 
     def assigned(self) -> None:
         """Note that the coordinator has given this member partitions, or none."""
@@ -86,6 +94,10 @@ class Membership:
     def lost(self) -> None:
         """Note that the coordinator counts this member out."""
         self.joined = False
+
+    def doubt(self, now: float) -> None:
+        """Note trouble with a broker (`now`: monotonic seconds): a heartbeat's answer may be lost with it."""
+        self._doubted_at = now
 
     def check(self, now: float) -> str | None:
         """Return why another Consumer must take this one's place, None while none must.
@@ -114,10 +126,19 @@ class Membership:
             self._trouble(error.args[0])
 
     def _differs(self, view: View, now: float) -> bool:
-        told = view.answer()
-        if self.joined and now - self._compared > _COMPARE:
+        told, asked_at = view.answer(), self._compared
+        if self._doubted_at is None or not self.joined:
+            return False
+        if now - max(self._doubted_at, self._compared) > _COMPARE:
             self._compared = now
             view.ask(self._consumer.memberid())
         if told is None:
             return False
-        return self._agreement.broken([(a.topic, a.partition) for a in self._ledger.owned()], told, now)
+        owned = {(a.topic, a.partition) for a in self._ledger.owned()}
+        if owned == set(told) and asked_at > self._doubted_at:
+            self._doubted_at, self._patience = None, _DIFFER
+        if not self._agreement.broken(owned, told, now):
+            return False
+        # Where joining anew does not help, it is done ever more seldom.
+        self._patience = min(2 * self._patience, _DIFFER_MOST)
+        return True

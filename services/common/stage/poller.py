@@ -12,6 +12,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from services.common import telemetry
+from services.common.stage.clients import Overheard
 from services.common.stage.commits import Commits
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
@@ -58,7 +59,11 @@ class Poller:
     ) -> None:
         self._commits, self._pauses = Commits(ledger, stage), Pauses(ledger, intake, stage)
         self._membership = Membership(topics[0], ledger, self._commits, view, self._on_error)
-        self._config = config | {"error_cb": self._on_error, "on_commit": self._commits.answered}
+        self._config = config | {
+            "error_cb": self._on_error,
+            "on_commit": self._commits.answered,
+            "logger": Overheard(self._on_timeout),
+        }
         self._topics, self._intake, self._ledger, self._stage = topics, intake, ledger, stage
         self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
         self._hand_on, self._cancel, self._ended, self._make = hand_on, cancel, ended, consumer
@@ -281,11 +286,15 @@ class Poller:
 
     # --- trouble -----------------------------------------------------------------------------
 
+    def _on_timeout(self) -> None:
+        self._membership.doubt(time.monotonic())
+
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():
             self._fatal = error
         # librdkafka repeats an error for as long as it lasts.
         now = time.monotonic()
+        self._membership.doubt(now)
         if now >= self._errors.get(error.code(), ("", 0.0))[1]:
             log.warning("consumer", stage=self._stage, error=error.str())
         self._errors[error.code()] = (error.str(), now + _ERROR_LASTS)

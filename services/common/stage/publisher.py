@@ -26,6 +26,8 @@ Failure = tuple[int, KafkaError]
 """An item's index in its batch, and why it was not delivered."""
 
 _TURN = 0.1
+# Turns that a purged producer has to answer for what it held: it does so at once.
+_FLUSHES = 50
 _UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
 
 
@@ -77,6 +79,8 @@ class Publisher:
         self._refused: deque[Callable[[], None]] = deque()
         self._finished: list[_Batch] = []
         self._closed = False
+        # What is produced to a producer that was purged is never answered for.
+        self._changing = threading.Lock()
         self._deadline = 0.0
         self._gave_up: KafkaError | None = None
         self._patience = self._config["delivery.timeout.ms"] / 1000
@@ -129,24 +133,26 @@ class Publisher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        produce, prefix, waiting = self._producer.produce, self._prefix, self._waiting
+        prefix, waiting = self._prefix, self._waiting
         count = len(waiting)
-        while waiting:
-            item, delivered = waiting[0]
-            try:
-                produce(
-                    prefix + item.topic,
-                    item.value,
-                    item.key,
-                    on_delivery=delivered,
-                    headers=item.headers,  # type: ignore[arg-type]
-                )
-            except BufferError:
-                # The producer's own queue is full: the next answers make room.
-                break
-            except KafkaException as error:
-                self._refused.append(partial(delivered, error.args[0], None))
-            waiting.popleft()
+        with self._changing:
+            produce = self._producer.produce
+            while waiting:
+                item, delivered = waiting[0]
+                try:
+                    produce(
+                        prefix + item.topic,
+                        item.value,
+                        item.key,
+                        on_delivery=delivered,
+                        headers=item.headers,  # type: ignore[arg-type]
+                    )
+                except BufferError:
+                    # The producer's own queue is full: the next answers make room.
+                    break
+                except KafkaException as error:
+                    self._refused.append(partial(delivered, error.args[0], None))
+                waiting.popleft()
         self._pace.took(count - len(waiting), time.monotonic())
 
     def _poll(self) -> None:
@@ -167,11 +173,22 @@ class Publisher:
 
     def _renew(self, error: KafkaError) -> None:
         """Put a new producer in the place of one that gave up; what that one held has failed."""
+        try:
+            fresh = Producer(self._config)
+        except KafkaException as problem:
+            # No threads, no memory: the spent one stays, and refuses what it is given, until there is.
+            log.error("no new producer can be made", error=str(problem))
+            time.sleep(_TURN)
+            return
         log.error("the producer gave up, a new one takes its place", error=str(error))
         self._gave_up = None
-        spent, self._producer = self._producer, Producer(self._config)
+        with self._changing:
+            spent, self._producer = self._producer, fresh
         spent.purge()
-        self._heed(lambda: spent.flush(_TURN))
+        for _ in range(_FLUSHES):
+            self._heed(lambda: spent.flush(_TURN))
+            if not len(spent):
+                break
         self._gave_up = None
         self._acked_at = time.monotonic()
         # It may give up at once again.
