@@ -23,9 +23,9 @@ _QUIET = 15.0
 # A Consumer that reaches no coordinator for so long is replaced: after two outages in a row librdkafka was
 # seen to leave its coordinator's connection closed for good.
 _UNHEARD = 60.0
-# Once the broker has been in trouble and then quiet for so long, it is asked what this member owns, and again
-# until both see it alike; how long they may differ. A change of the group passes within a few heartbeats;
-# what a revocation waits for holds up the poller itself.
+# From the first trouble with a broker on, this often it is asked what this member owns, until both see it
+# alike after the last; how long they may differ. A change of the group passes within a few heartbeats; what a
+# revocation waits for holds up the poller itself.
 _COMPARE = 5.0
 _DIFFER = 10.0
 _DIFFER_MOST = 300.0
@@ -97,6 +97,8 @@ class Membership:
 
     def doubt(self, now: float) -> None:
         """Note trouble with a broker (`now`: monotonic seconds): a heartbeat's answer may be lost with it."""
+        if self._doubted_at is None:
+            self._compared = now
         self._doubted_at = now
 
     def check(self, now: float) -> str | None:
@@ -129,7 +131,7 @@ class Membership:
         told, asked_at = view.answer(), self._compared
         if self._doubted_at is None or not self.joined:
             return False
-        if now - max(self._doubted_at, self._compared) > _COMPARE:
+        if now - self._compared > _COMPARE:
             self._compared = now
             view.ask(self._consumer.memberid())
         if told is None:
