@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, Producer
 
 from postroad.v1 import events_pb2 as pb
 from services.common import telemetry
@@ -17,6 +17,7 @@ from services.common.stage import membership
 from services.common.stage.types import Dead, Done, Outcome, Record, Retry
 from services.common.topics import MX_OK, TASK_CREATED
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
+from tests.librdkafka import produce_with_header
 
 
 async def test_a_plain_handler_passes_every_task_on_with_its_trace(kit: Kit) -> None:
@@ -132,6 +133,27 @@ async def test_what_cannot_be_decoded_becomes_a_dead_letter_and_the_stage_goes_o
     for expected in bad:
         assert any(expected in cause for cause in causes), (expected, causes)
     assert sorted(m.value() or b"" for m in letters) == sorted(o.value for o in bad.values())
+    assert len(kit.read(MX_OK)) == 100
+
+
+async def test_headers_that_cannot_be_read_make_a_dead_letter_and_the_stage_goes_on(kit: Kit) -> None:
+    good = created(1)
+    producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
+    places = [*((TASK_CREATED, partition) for partition in range(PARTITIONS)), ("validator.delay.1", 0)]
+    for topic, partition in places:
+        produce_with_header(
+            producer, kit.prefix + topic, partition, key=good.key, value=good.value, name=b"\xff"
+        )
+    assert producer.flush(20) == 0
+    async with kit.running(handle=passed_on):
+        await kit.publish(created(n) for n in range(100))
+        await until(lambda: sum(kit.committed().values()) == 100 + PARTITIONS)
+        await until(lambda: sum(kit.committed("validator.delay.1").values()) == 1)
+    letters = kit.read("validator.dead")
+    assert len(letters) == PARTITIONS + 1
+    assert {m.value() for m in letters} == {good.value}
+    causes = {dict(m.headers() or [])["cause"] for m in letters}
+    assert causes == {b"headers that cannot be read: SystemError"}
     assert len(kit.read(MX_OK)) == 100
 
 

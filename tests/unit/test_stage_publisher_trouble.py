@@ -7,16 +7,15 @@ import ctypes
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-import confluent_kafka
 import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from services.common.config import Settings
 from services.common.events import Outgoing
 from services.common.stage.publisher import Publisher
+from tests.librdkafka import handle, library
 
 INCONSISTENT = -149
 PRODUCE, NO_ERROR, NOT_ENOUGH_REPLICAS = 0, 0, 19
@@ -24,16 +23,6 @@ PRODUCE, NO_ERROR, NOT_ENOUGH_REPLICAS = 0, 0, 19
 
 def item(number: int) -> Outgoing:
     return Outgoing("task.created", b"k" * 16, b"%d" % number, [])
-
-
-def library() -> ctypes.CDLL:
-    (path,) = (Path(confluent_kafka.__file__).parents[1] / "confluent_kafka.libs").glob("librdkafka*")
-    return ctypes.CDLL(str(path))
-
-
-def handle(producer: Producer) -> ctypes.c_void_p:
-    # The first field after the head of every Python object, which is a count and a type.
-    return ctypes.c_void_p.from_address(id(producer) + 2 * ctypes.sizeof(ctypes.c_void_p))
 
 
 def break_down(producer: Producer) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, Protocol
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "parse_origin",
     "parse_return",
     "read_headers",
+    "readable_headers",
     "traceparent",
 ]
 
@@ -40,6 +42,7 @@ REPLAY_ID = "replay-id"
 
 _OWN = frozenset({"due-at", "attempt", "origin", "cause"})
 _MAX_CAUSE = 2000
+_asked = methodcaller("headers")
 
 
 class Malformed(ValueError):
@@ -74,13 +77,22 @@ class _Message(Protocol):
 def read_headers(message: _Message) -> Headers:
     """Return a Kafka message's headers. Raises Malformed where the client cannot read them.
 
-    Any producer may write a name that is not UTF-8. The client then raises SystemError and has half a list in
-    hand: the message must not be asked again.
+    Any producer may write a name that is not UTF-8. The client then has half a list in hand and an error set.
+    Python tells of that where it looks at a call's result; where it has made the call faster it does not, and
+    whatever is called next raises. So it is not called like any other, nor a second time.
     """
     try:
-        return message.headers() or []
+        return _asked(message) or []
     except Exception as error:
         raise Malformed(f"headers that cannot be read: {type(error).__name__}") from error
+
+
+def readable_headers(message: _Message) -> Headers:
+    """Return a Kafka message's headers, none where the client cannot read them."""
+    try:
+        return read_headers(message)
+    except Malformed:
+        return []
 
 
 def traceparent(headers: Headers | None) -> bytes | None:

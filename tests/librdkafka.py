@@ -1,0 +1,45 @@
+"""What the client library can do and its Python face does not show: for tests that need it in trouble."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import confluent_kafka
+from confluent_kafka import Consumer, Producer
+
+__all__ = ["handle", "library", "produce_with_header"]
+
+# rd_kafka_vtype_t, and the flag by which the library copies what it is given.
+_END, _TOPIC, _PARTITION, _VALUE, _KEY, _FLAGS, _HEADER = 0, 1, 3, 4, 5, 7, 9
+_COPY = 2
+
+
+def library() -> ctypes.CDLL:
+    """Return the library that confluent_kafka has loaded."""
+    (path,) = (Path(confluent_kafka.__file__).parents[1] / "confluent_kafka.libs").glob("librdkafka*")
+    return ctypes.CDLL(str(path))
+
+
+def handle(client: Producer | Consumer) -> ctypes.c_void_p:
+    """Return the library's own handle of a client."""
+    # The first field after the head of every Python object, which is a count and a type.
+    return ctypes.c_void_p.from_address(id(client) + 2 * ctypes.sizeof(ctypes.c_void_p))
+
+
+def produce_with_header(
+    producer: Producer, topic: str, partition: int, *, key: bytes, value: bytes, name: bytes
+) -> None:
+    """Produce a record with a header of any name, as another make of client can."""
+    size = ctypes.c_size_t
+    error = library().rd_kafka_producev(
+        handle(producer),
+        *(_TOPIC, topic.encode()),
+        *(_PARTITION, ctypes.c_int32(partition)),
+        *(_VALUE, value, size(len(value))),
+        *(_KEY, key, size(len(key))),
+        *(_FLAGS, _COPY),
+        *(_HEADER, name, b"", size(0)),
+        _END,
+    )
+    assert error == 0
