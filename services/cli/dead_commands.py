@@ -113,12 +113,14 @@ def _replay(dead: typer.Typer) -> None:
     ) -> None:
         """Send dead letters back to the topics that they came from, once what was wrong is mended.
 
-        Every stage that reads the topic sees the record again; a mail that went out is not sent again.
+        Every stage that reads the topic sees the record again; a mail that went out is not sent again. What
+        died on a retry comes back to its stage alone, as that attempt.
         """
         from services.cli.dead import resolve  # noqa: PLC0415
+        from services.cli.dead.back import replayable  # noqa: PLC0415
 
         meant, settings = _meant(frame, letters, stage, cause, all_)
-        there = [letter for letter in meant if resolve.replayable(letter)]
+        there = [letter for letter in meant if replayable(letter)]
         if len(there) < len(meant):
             say(f"{len(meant) - len(there)} letters do not say which event topic they came from; they stay.")
         if not there:

@@ -18,8 +18,8 @@ from services.cli.dead.letter import Letter
 from services.common import kafka_admin
 from services.common.events import DECODERS, encode
 from services.common.stage import headers
-from services.common.stage.headers import Origin
-from services.common.stage.types import Done, Record
+from services.common.stage.headers import Origin, parse_return
+from services.common.stage.types import Done, Record, Retry
 from services.common.topics import TASK_CREATED
 from tests.event_strategies import mail_task
 from tests.integration.stage_kit import Kit, created, passed_on, until
@@ -27,9 +27,11 @@ from tests.integration.stage_kit import Kit, created, passed_on, until
 
 def postroad(kit: Kit, *arguments: str) -> subprocess.CompletedProcess[str]:
     connection = ["--kafka", kit.infra.bootstrap, "--topic-prefix", kit.prefix]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")}
+    delays = {"POSTROAD_VALIDATOR_DELAYS": "1,2", "POSTROAD_SENDER_DELAYS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "services.cli", "dead", *arguments, *connection],
-        env={name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")},
+        env=environment | delays,
         capture_output=True,
         text=True,
         check=False,
@@ -123,6 +125,58 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
     gone = postroad(kit, "show", rows[1]["sample"])
     assert (gone.returncode, gone.stdout) == (3, "")
     assert len(gone.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("attempt", [2, 3])
+async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, attempt: int) -> None:
+    kit = newest
+    kafka_admin.apply(kit.settings)
+    await kit.publish([created()])
+
+    def dies_later(record: Record) -> Done | Retry:
+        return dies(record) if record.attempt == attempt else Retry(1, 0, "not yet")
+
+    async with kit.running(handle=dies_later):
+        await until(lambda: letters(kit))
+    (letter,) = letters(kit)
+    assert letter.attempt == attempt
+    before = kit.end()
+    assert answer(kit, "replay", "--all", "--yes") == {"replayed": 1, "kept": 0}
+    assert kit.end() == before, "only its own stage sees it again"
+    seen: list[tuple[str, int]] = []
+
+    def mended(record: Record) -> Done:
+        seen.append((record.topic, record.attempt))
+        return passed_on(record)
+
+    async with kit.running(handle=mended):
+        await until(lambda: seen)
+        await until(lambda: kit.committed("validator.delay.1") == kit.end("validator.delay.1"))
+    assert seen == [(TASK_CREATED, attempt)]
+    (passed,) = kit.read("mx.ok")
+    assert DECODERS["mx.ok"](passed.value()).attempt == attempt
+    assert letters(kit) == []
+
+
+async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(newest: Kit) -> None:
+    kit = newest
+    kafka_admin.apply(kit.settings)
+    event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
+    producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
+    for attempt in (1, 2, 3):
+        carried = headers.dead(event.headers, origin=Origin("mx.ok", 2, 40), attempt=attempt, cause="OSError")
+        producer.produce(kit.names.dead("sender"), event.value, event.key, headers=carried)  # type: ignore[arg-type]
+    assert producer.flush(10) == 0
+    assert answer(kit, "replay", "--stage", "sender", "--yes") == {"replayed": 3, "kept": 0}
+    (first,) = kit.read("mx.ok")
+    assert (first.value(), first.headers()) == (event.value, event.headers)
+    delayed = kit.read("sender.delay.1")
+    came = [parse_return(message.headers()) for message in delayed]  # type: ignore[arg-type]
+    assert [(back.attempt, back.due_at_ms, back.origin.topic) for back in came] == [
+        (2, 0, "mx.ok"),
+        (3, 0, "mx.ok"),
+    ]
+    assert {(message.key(), message.value()) for message in delayed} == {(event.key, event.value)}
 
 
 async def test_what_is_resolved_before_an_open_letter_is_deleted_and_the_rest_is_marked(newest: Kit) -> None:

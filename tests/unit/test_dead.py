@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
 from services.cli.dead import marker
+from services.cli.dead.back import Back, back, replayable
 from services.cli.dead.letter import Letter, Place, letter_of, parse_place, shown
 from services.cli.dead.pick import groups, missing, picked
-from services.cli.dead.resolve import replayable
+from services.common.deliveries.decide import Claim, Delivery, Stale, State, Stored, Taken, decide
 from services.common.events import encode
 from services.common.stage import headers
-from services.common.stage.headers import Headers, Origin
+from services.common.stage.delays import credible
+from services.common.stage.headers import Headers, Origin, parse_return
 from tests.event_strategies import mail_task
 
 PLACE = Place("validator", 3, 17)
@@ -114,3 +117,63 @@ def test_letters_are_grouped_by_stage_and_cause() -> None:
     there, gone = letters[3].place, Place("status", 0, 5)
     assert picked(letters, {there, gone}, "") == [letters[3]]
     assert missing(letters, {there, gone}) == [gone]
+
+
+DELAYS = {"validator": (5, 30), "sender": (60, 300)}
+
+
+def died(stage: str, topic: str, attempt: int) -> tuple[Letter, Headers]:
+    """A letter of a record that came with these headers of its own, and the letter's headers."""
+    carried = headers.dead([("ce_id", b"1")], origin=Origin(topic, 2, 40), attempt=attempt, cause="OSError")
+    return letter_of(Place(stage, 0, 0), 1000, b"k" * 16, carried), carried
+
+
+def test_what_died_at_first_goes_back_as_it_was() -> None:
+    for stage, topic in (("validator", "task.created"), ("sender", "mx.ok"), ("status", "mail.sent")):
+        assert back(*died(stage, topic, 1), DELAYS) == Back(topic, [("ce_id", b"1")])
+
+
+def test_a_stage_that_has_no_delays_or_does_not_read_the_topic_gets_no_delayed_record() -> None:
+    assert back(*died("status", "mail.sent", 2), DELAYS) == Back("mail.sent", [("ce_id", b"1")])
+    assert back(*died("sender", "mail.sent", 2), DELAYS) == Back("mail.sent", [("ce_id", b"1")])
+    assert back(*died("validator", "task.created", 2), {"validator": ()}).topic == "task.created"
+
+
+@pytest.mark.parametrize(
+    ("stage", "topic", "delay"), [("validator", "task.created", 5), ("sender", "mx.ok", 60)]
+)
+def test_what_died_on_a_retry_comes_back_as_that_attempt_and_is_due(
+    stage: str, topic: str, delay: int
+) -> None:
+    for attempt in (2, 3):
+        went = back(*died(stage, topic, attempt), DELAYS)
+        assert went.topic == f"{stage}.delay.{delay}"
+        came = parse_return(went.headers)
+        assert (came.attempt, came.due_at_ms, came.origin) == (attempt, 0, Origin(topic, 2, 40))
+        assert credible(came.due_at_ms, delay, 1_763_976_543_123)
+        assert headers.original(went.headers) == [("ce_id", b"1")]
+
+
+@pytest.mark.parametrize("attempt", [2, 3])
+@pytest.mark.parametrize(
+    ("state", "before", "verdict"),
+    [
+        ("released", 0, Taken),
+        ("sending", 0, Taken),
+        # The attempt before is the one that was put off: this one died before its claim.
+        ("deferred", 1, Taken),
+        # It was put off again and died before that was told.
+        ("deferred", 0, Stored),
+    ],
+)
+def test_the_sender_takes_up_what_died_on_a_retry(
+    state: State, before: int, verdict: type, attempt: int
+) -> None:
+    now, lease = datetime(2026, 3, 1, 12), timedelta(seconds=20)
+    id_ = bytes(range(16))
+    row = Delivery(id_, state, 7, attempt - before, 0, b"o" * 16, now, 1, 1, "", "", "", "<m@x>")
+    went = back(*died("sender", "mx.ok", attempt), DELAYS)
+    claim = Claim(id_, 7, parse_return(went.headers).attempt, b"n" * 16, "<m@x>")
+    assert isinstance(decide(row, claim, now + lease, lease, False)[0], verdict)
+    first = decide(row, claim._replace(attempt=1), now + lease, lease, False)[0]
+    assert isinstance(first, Stale) == (row.attempt > 1), "why it does not go as a first attempt"

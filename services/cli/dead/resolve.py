@@ -13,38 +13,33 @@ from collections.abc import Callable, Collection, Sequence
 
 from confluent_kafka import TopicPartition
 
+from services.cli.dead.back import back
 from services.cli.dead.board import read_board, records
 from services.cli.dead.letter import Letter, Place
 from services.cli.dead.marker import MOST, Resolution, headers_of
 from services.cli.kafka import TIMEOUT, admin
 from services.cli.sink import Sink
 from services.common.config import Settings
-from services.common.stage.headers import original
-from services.common.topics import EVENT_TOPICS, Names
+from services.common.topics import Names
 
-__all__ = ["purge", "replay", "replayable"]
+__all__ = ["purge", "replay"]
 
 # Letters that are sent back before they are marked.
 _BATCH = 200
 
 
-def replayable(letter: Letter) -> bool:
-    """Whether it is known which event topic the letter's record came from."""
-    return letter.origin is not None and letter.origin.topic in EVENT_TOPICS
-
-
 def replay(settings: Settings, letters: Sequence[Letter], advance: Callable[[int], None]) -> int:
-    """Produce the record of each of these letters to its origin's topic again, as it was there at first.
+    """Produce the record of each of these letters again, where `back` says and as it says.
 
     They must be `replayable`. `advance` is told how many more are done. Returns how many are; a letter that
     somebody else has resolved and that is deleted meanwhile is not.
     """
     names, sink = Names(settings.topic_prefix), Sink(settings)
+    delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
     done, batch = 0, []
     for record in records(settings, [letter.place for letter in letters]):
-        assert record.letter.origin is not None
-        topic = names.topic(record.letter.origin.topic)
-        sink.put(topic, record.letter.key, record.value, original(record.headers))
+        topic, headers = back(record.letter, record.headers, delays)
+        sink.put(names.topic(topic), record.letter.key, record.value, headers)
         batch.append(record.letter.place)
         if len(batch) == _BATCH:
             done += _replayed(sink, names, batch, advance)
