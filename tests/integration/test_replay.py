@@ -306,6 +306,28 @@ def test_only_the_status_that_is_named_is_reopened_all_in_one_epoch(site: Callab
     assert began <= epoch <= time.time_ns() // 1_000_000
 
 
+def test_what_the_sender_has_at_a_later_attempt_goes_to_it_as_that_attempt(site: Callable[[], Site]) -> None:
+    """As after a delay record was lost whose attempt was given back, or whose sender died."""
+    here = site()
+    states = [("released", 1), ("released", 2), ("sending", 2), ("sending", 3)]
+    tasks = [task(number) for number in range(len(states))]
+    here.publish(*(pb.MxOk(task=t, attempt=1, at_us=NOW_US) for t in tasks))
+    here.fold(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks))
+    here.settle(
+        *(delivery(t.id, state, 0, attempt) for t, (state, attempt) in zip(tasks, states, strict=True))
+    )
+    named = [argument for t in tasks for argument in ("--id", str(uuid.UUID(bytes=t.id)))]
+    assert counts(here.replay(MX_OK, *named, "--yes")) == {("processing", "", "again"): 4}
+    assert ids(here.replayed(MX_OK)) == [tasks[0].id]
+    came = {r.key(): parse_return(r.headers()) for r in here.replayed("sender.delay.60")}
+    assert {id_: back.attempt for id_, back in came.items()} == {
+        tasks[1].id: 2,
+        tasks[2].id: 2,
+        tasks[3].id: 3,
+    }
+    assert {(back.due_at_ms, back.origin.topic) for back in came.values()} == {(0, MX_OK)}
+
+
 def test_what_only_folds_goes_as_it_is(site: Callable[[], Site]) -> None:
     here = site()
     events: list[Event] = [pb.MailSent(id=task(n).id, attempt=n, at_us=NOW_US) for n in range(5)]

@@ -99,6 +99,15 @@ def test_a_deferred_mail_waits_for_its_next_attempt_unless_that_is_lost_or_asked
     assert ask(waits._replace(waits=(2, lost)), "deferred", sends=False).what is What.WAITS
 
 
+@pytest.mark.parametrize(("attempt", "goes_as"), [(0, 0), (1, 0), (2, 2), (5, 5)])
+def test_what_the_sender_has_at_a_later_attempt_goes_as_that_attempt(attempt: int, goes_as: int) -> None:
+    works = Standing("processing", "", 3, attempt=attempt)
+    assert ask(works, epoch=3) == ask(works, epoch=0) == Decision(What.AGAIN, 3, goes_as)
+    assert ask(works, "deferred", epoch=3) == Decision(What.AGAIN, 3, goes_as)
+    # The validator's attempts are its own.
+    assert ask(works, sends=False) == Decision(What.AGAIN, 3)
+
+
 @pytest.mark.parametrize(
     ("status", "task_epoch", "due_ms", "what"),
     [
@@ -143,6 +152,24 @@ def test_the_sender_s_memory_knows_more_than_a_row_that_lags(
     row: tuple[str, str, int], memory: Sending | None, stands: tuple[str, str, int]
 ) -> None:
     assert known(Standing(*row), memory)[:3] == stands
+
+
+@pytest.mark.parametrize(
+    ("memory", "attempt", "waits"),
+    [
+        (sending("released", 5, 2), 2, None),
+        (sending("sending", 6, 3), 3, None),
+        (sending("deferred", 5, 2), 0, (2, 55)),
+        (sending("failed", 5, 2), 0, None),
+        # Of an earlier epoch: the task was reopened since.
+        (sending("released", 4, 2), 0, None),
+    ],
+)
+def test_the_sender_s_memory_tells_at_which_attempt_it_is(
+    memory: Sending, attempt: int, waits: tuple[int, int] | None
+) -> None:
+    stands = known(Standing("processing", "", 5), memory)
+    assert (stands.attempt, stands.waits) == (attempt, waits)
 
 
 def test_a_task_without_a_row_is_pending() -> None:
@@ -310,6 +337,24 @@ def test_each_further_mail_was_asked_for(steps: list[tuple[str, int]], reopen: s
     assert task.went <= 1 + task.asked
 
 
+@settings(max_examples=2000, deadline=None)
+@given(STEPS)
+def test_whatever_happened_a_replay_finds_an_open_task_again(steps: list[tuple[str, int]]) -> None:
+    """With `--reopen deferred`, once nobody has it in hand: as when all of its records were lost."""
+    task = walk(steps, set())
+    if task.delivery is not None and task.delivery.state == "sending":
+        task.end("dead")
+    task.row = task.stands()
+    record = task.look((0, 1), {"deferred"}, False)
+    if task.row.status in ("pending", "processing"):
+        assert record is not None
+        before = task.delivery
+        task.handle(record)
+        assert task.delivery != before
+    else:
+        assert record is None
+
+
 def test_a_fresh_epoch_for_a_task_that_works_would_send_what_was_cancelled() -> None:
     task = Task()
     looked = (FRESH, 1)
@@ -319,15 +364,14 @@ def test_a_fresh_epoch_for_a_task_that_works_would_send_what_was_cancelled() -> 
     assert task.taken_unasked == 1, "the reason why such a task keeps its epoch"
 
 
-@pytest.mark.parametrize("state", [None, "released", "lease over", "deferred 1", "deferred 4"])
-def test_what_is_stuck_goes_again(state: str | None) -> None:
+@pytest.mark.parametrize("attempt", [1, 2, 4])
+@pytest.mark.parametrize("state", [None, "released", "sending", "deferred"])
+def test_what_is_stuck_goes_again(state: Any, attempt: int) -> None:
+    """What is `sending` has a lease that is over."""
     row = None
     if state is not None:
-        name, _, attempt = state.partition(" ")
-        tries = int(attempt) if attempt.isdigit() else 1
         due = NOW_US - 2 * OVERDUE_US
-        row = Delivery(ID, "sending", 5, tries, 0, b"x" * 16, NOW, 0, due, "", "", "", "<m@x>")
-        row = row if name == "lease" else row._replace(state=name)  # type: ignore[arg-type]
+        row = Delivery(ID, state, 5, attempt, 0, b"x" * 16, NOW, 0, due, "", "", "", "<m@x>")
     memory = row and Sending(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
     decision = ask(known(Standing("processing", "", 5), memory), epoch=0)
     verdict, _ = decide(row, claim(decision.epoch, decision.attempt or 1, 1), NOW + LEASE, LEASE, False)
@@ -372,6 +416,15 @@ def test_a_next_attempt_is_a_delayed_record_that_is_due() -> None:
     assert (out.topic, out.value) == ("sender.delay.60", read.value)
     back = parse_return(out.headers)
     assert (back.due_at_ms, back.attempt, back.origin) == (0, 3, Origin("mx.ok", 3, 17))
+
+
+def test_what_goes_again_as_a_later_attempt_is_a_delayed_record_in_the_task_s_epoch() -> None:
+    read = record(pb.MxOk(task=mail_task(1), at_us=9), "mx.ok")
+    out = again(read, see(read), Decision(What.AGAIN, 5, 2), "r", "sender.delay.60")
+    assert out.topic == "sender.delay.60"
+    back = parse_return(out.headers)
+    assert (back.due_at_ms, back.attempt, back.origin) == (0, 2, Origin("mx.ok", 3, 17))
+    assert DECODERS["mx.ok"](out.value) == pb.MxOk(task=mail_task(1), epoch=5, at_us=5000)
 
 
 def test_delayed_records_are_told_by_their_origin() -> None:

@@ -9,11 +9,13 @@ Records that make a stage work (`task.created`, `mx.ok`):
 | ... in this replay's epoch or later | REOPENED_SINCE, left out: by this replay or by somebody else       |
 | deferred by the sender            | WAITS, left out, until its next attempt is overdue (or `--reopen     |
 |                                   | deferred`): then `mx.ok` goes as that attempt, NEXT_ATTEMPT          |
-| pending or processing             | AGAIN, in the epoch that the task has now                            |
+| pending or processing             | AGAIN, in the epoch that the task has now; where the sender is at a  |
+|                                   | later attempt than the first, `mx.ok` goes as that attempt           |
 
 Only REOPENED has a fresh epoch. A task that works keeps its own, so that whatever is decided about it between
 this look and the sender's claim (it is cancelled, it is held as uncertain) is of the same epoch, and the
-claim answers with it. A fresh one would be taken for a wish to send it all the same.
+claim answers with it. A fresh one would be taken for a wish to send it all the same. An earlier attempt than
+the claim's would be taken for a record that was overtaken, and nothing would become of it.
 
 The records of the other topics are folded, nothing more: all AGAIN, as they are. Records of the delay topics
 go AGAIN as they are where their task still works, in their epoch, and they are due.
@@ -54,7 +56,10 @@ class What(StrEnum):
 
 
 class Decision(NamedTuple):
-    """What becomes of a record, and the epoch and (for NEXT_ATTEMPT) the attempt that it goes in."""
+    """What becomes of a record, the epoch that it goes in, and the attempt that it goes as.
+
+    `attempt` 0: as what it is on its topic. Otherwise it goes to a delay topic, which is where attempts stand.
+    """
 
     what: What
     epoch: int
@@ -84,7 +89,7 @@ def working(
         if sends and (due_us + OVERDUE_US < now_us or "deferred" in reopen):
             return Decision(What.NEXT_ATTEMPT, task.epoch, attempt + 1)
         return Decision(What.WAITS, epoch)
-    return Decision(What.AGAIN, task.epoch)
+    return Decision(What.AGAIN, task.epoch, task.attempt if sends and task.attempt > 1 else 0)
 
 
 def delayed(epoch: int, task: Standing, *, due_ms: int, now_ms: int) -> Decision:

@@ -11,7 +11,7 @@ from copy import copy
 from typing import NamedTuple
 
 from postroad.v1 import events_pb2 as pb
-from services.cli.replay.decide import Decision, What
+from services.cli.replay.decide import Decision
 from services.common.events import DECODERS, Event, Outgoing, Undecodable, encode
 from services.common.stage.headers import (
     REPLAY_ID,
@@ -72,14 +72,14 @@ def see(record: Read) -> Seen:
 
 
 def again(record: Read, seen: Seen, decision: Decision, replay_id: str, delay_topic: str) -> Outgoing:
-    """Return the record to be produced. A next attempt goes to `delay_topic`, where it is due at once."""
+    """Return the record to be produced. What goes as an attempt goes to `delay_topic`, and is due at once."""
     event, headers = seen.event, list(record.headers or ())
     key, value = record.key, record.value
     if event.epoch != decision.epoch and isinstance(event, pb.TaskCreated | pb.MxOk):
         fresh = encode(_moved(event, decision.epoch), "replay", traceparent(record.headers))
         key, value, headers = fresh.key, fresh.value, fresh.headers
     topic = record.topic
-    if decision.what is What.NEXT_ATTEMPT:
+    if decision.attempt:
         topic = delay_topic
         origin = Origin(record.topic, record.partition, record.offset)
         headers = delayed(headers, origin=origin, attempt=decision.attempt, cause="replayed", due_at_ms=0)

@@ -25,7 +25,10 @@ class Sending(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How a task stands. `waits`: the sender's attempt that was put off, and when the next one is due."""
+    """How a task stands. `waits`: the sender's attempt that was put off, and when the next one is due.
+
+    `attempt`: the one that a sender has in hand, had when it died, or gave back; 0 where there is none.
+    """
 
     status: str
     reason: str
@@ -34,6 +37,7 @@ class Standing(NamedTuple):
     domain: str = ""
     labels: Mapping[str, str] = {}
     waits: tuple[int, int] | None = None
+    attempt: int = 0
 
 
 def known(row: Standing, sending: Sending | None) -> Standing:
@@ -55,7 +59,8 @@ def known(row: Standing, sending: Sending | None) -> Standing:
         return row._replace(status=sending.state, reason=reason, epoch=sending.epoch)
     waits = (sending.attempt, sending.next_attempt_at) if sending.state == "deferred" else None
     reason = sending.reason if waits else ""
-    return row._replace(status="processing", reason=reason, epoch=sending.epoch, waits=waits)
+    attempt = 0 if waits else sending.attempt
+    return row._replace(status="processing", reason=reason, epoch=sending.epoch, waits=waits, attempt=attempt)
 
 
 def first_seen(event: Event) -> Standing:
