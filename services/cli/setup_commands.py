@@ -21,11 +21,15 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
 
     @command(app, "migrate", uses=(DATABASE,), examples="postroad migrate --env-file .local/stack.env")
     def migrate(frame: Frame) -> None:
-        """Bring the database to this version's tables. Run it before the services of a new version start."""
+        """Bring the database to this version's tables. Run it before the services of a new version start.
+
+        A database that a later version has migrated serves this one too: nothing is done then.
+        """
         from services.common.migrations import migrate as run  # noqa: PLC0415
 
-        run(frame.settings().database_url)
-        frame.out.one({"migrated": True}, lambda _: print("The database is up to date."))
+        migrated = run(frame.settings().database_url)
+        line = "up to date" if migrated else "newer than this version, which goes on with it as it is"
+        frame.out.one({"migrated": migrated}, lambda _: print(f"The database is {line}."))
 
     @command(
         topics,

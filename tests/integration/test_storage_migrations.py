@@ -41,9 +41,9 @@ def execute(url: str, *statements: str) -> None:
 def test_migrate_makes_the_tables_of_the_schema(server: Infra) -> None:
     url = server.new_database()
     assert differences(url)
-    migrate(url)
+    assert migrate(url) is True
     assert differences(url) == []
-    migrate(url)
+    assert migrate(url) is True
     assert differences(url) == []
 
 
@@ -58,6 +58,21 @@ def test_a_migration_that_died_halfway_is_finished(database_url: str) -> None:
     execute(database_url, "DROP TABLE outbox, deliveries", "DELETE FROM postroad_version")
     migrate(database_url)
     assert differences(database_url) == []
+
+
+def test_a_database_that_a_later_version_has_migrated_is_left_alone(database_url: str) -> None:
+    execute(
+        database_url,
+        "UPDATE postroad_version SET version_num = '9999'",
+        "ALTER TABLE tasks ADD COLUMN later INT NULL",
+    )
+    before = str(differences(database_url))
+    assert "later" in before
+    assert migrate(database_url) is False
+    assert str(differences(database_url)) == before
+    done = postroad(database_url, "migrate")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("The database is newer than this version")
 
 
 def test_a_column_that_differs_would_be_noticed(database_url: str) -> None:

@@ -2,12 +2,13 @@
 
 from alembic import context
 
+from services.common.migrations import VERSION_TABLE
 from services.common.schema import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=metadata,
-    version_table="postroad_version",
+    version_table=VERSION_TABLE,
     transaction_per_migration=True,
 )
 with context.begin_transaction():
