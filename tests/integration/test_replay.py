@@ -328,6 +328,21 @@ def test_what_the_sender_has_at_a_later_attempt_goes_to_it_as_that_attempt(site:
     assert {(back.due_at_ms, back.origin.topic) for back in came.values()} == {(0, MX_OK)}
 
 
+def test_a_task_that_the_validator_deferred_goes_to_it_at_once(site: Callable[[], Site]) -> None:
+    """As a first attempt, whatever its delay record waits for; it has no `mx.ok` that could be replayed."""
+    here = site()
+    one = task(0)
+    created = pb.TaskCreated(task=one, at_us=NOW_US)
+    waits = pb.MailDeferred(id=one.id, attempt=2, stage="validator", reason="dns_unavailable", at_us=NOW_US)
+    waits.next_attempt_at_us = NOW_US + 10**9
+    here.publish(created)
+    here.fold(created, waits)
+    result = here.replay(TASK_CREATED, "--id", str(uuid.UUID(bytes=one.id)), "--yes")
+    assert counts(result) == {("pending", "dns_unavailable", "again"): 1}
+    [again] = here.replayed(TASK_CREATED)
+    assert DECODERS[TASK_CREATED](again.value()) == created
+
+
 def test_what_only_folds_goes_as_it_is(site: Callable[[], Site]) -> None:
     here = site()
     events: list[Event] = [pb.MailSent(id=task(n).id, attempt=n, at_us=NOW_US) for n in range(5)]
