@@ -52,9 +52,9 @@ _STAGES = (
 )
 _MEMBERS = (
     Column("stage"),
-    Column("client", "replica", least=12),
-    Column("host", rank=1),
-    Column("partitions", right=True, rank=2),
+    Column("client", "replica", least=12, tail=True),
+    Column("host", rank=2),
+    Column("partitions", right=True, rank=1),
     Column("lag", right=True, cell=_count),
     Column("member", least=12, rank=3),
 )
@@ -64,10 +64,10 @@ _PARTITIONS = (
     Column("partition", "part", right=True),
     Column("lag", right=True, cell=_count),
     Column("oldest_waiting_seconds", "oldest", right=True, cell=ago),
-    Column("client", "replica", least=12, rank=1),
+    Column("client", "replica", least=12, rank=1, tail=True),
     Column("committed", right=True, rank=3),
-    Column("end", right=True, rank=3),
-    Column("host", rank=2),
+    Column("end", right=True, rank=2),
+    Column("host", rank=4),
 )
 _DELAYS = (
     Column("topic"),

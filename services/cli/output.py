@@ -67,6 +67,7 @@ class Column:
 
     `least` 0: never cut; otherwise cut to that width at least. `rank` 0: always there; otherwise the highest
     goes first. `cell` makes the text from the value. `width` is its usual width, for rows that come in time.
+    `tail`: what is cut loses its beginning, since the end tells one from another.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Column:
     right: bool = False
     cell: Callable[[Any], str] = plain
     width: int = 0
+    tail: bool = False
 
     @property
     def heading(self) -> str:
@@ -100,7 +102,7 @@ class Output:
         return self.form is Form.TABLE
 
     def rows(self, rows: Iterable[Row], columns: Sequence[Column], empty: str = "") -> None:
-        """Write rows; those that came before the iterable raised an error too.
+        """Write rows; those that came before the iterable raised an error too, where there were any.
 
         `empty` goes to stderr where a table would have none.
         """
@@ -109,11 +111,14 @@ class Output:
                 _line(row)
             return
         gathered: list[Row] = []
+        whole = False
         try:
             for row in rows:
                 gathered.append(row)
+            whole = True
         finally:
-            if self.form is Form.JSON:
+            # An empty array would say that there are none, where nothing was found out.
+            if self.form is Form.JSON and (gathered or whole):
                 _document(gathered)
             elif gathered:
                 self.table(gathered, columns)
@@ -187,7 +192,8 @@ class Output:
             for i in shown:
                 # Nothing is filled up behind the last column, and what is never cut is not cut here either.
                 last = i == shown[-1]
-                cell = Text(texts[i], style=style or _STYLES.get(texts[i], ""))
+                text = _tail(texts[i], given[i]) if columns[i].tail else texts[i]
+                cell = Text(text, style=style or _STYLES.get(texts[i], ""))
                 if columns[i].least:
                     cell.truncate(given[i], overflow="ellipsis")
                 missing = max(0, given[i] - cell.cell_len)
@@ -219,6 +225,15 @@ def _cells(text: str) -> int:
     from rich.cells import cell_len  # noqa: PLC0415
 
     return cell_len(text)
+
+
+def _tail(text: str, width: int) -> str:
+    """Return the text, or so much of its end behind an ellipsis as fits."""
+    if _cells(text) <= width:
+        return text
+    while _cells(text) >= width:
+        text = text[1:]
+    return "…" + text
 
 
 def _document(value: object) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from services.cli.lag.report import delay_of, report
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
+from services.cli.lag_command import _MEMBERS, _PARTITIONS
+from services.cli.output import Form, Output
 
 READS = {"sender": ["mx.ok", "sender.delay.60", "sender.delay.300"]}
 MX0, MX1 = Place("mx.ok", 0), Place("mx.ok", 1)
@@ -91,3 +95,25 @@ def test_delay_topics_are_told_by_their_names() -> None:
         None,
         None,
     ]
+
+
+def test_80_columns_show_where_each_partition_ends_and_whose_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"stage": "validator", "topic": "validator.delay.600", "partition": 23, "lag": 12_345}
+    row |= {"oldest_waiting_seconds": 187_200, "committed": 123_456, "end": 135_801, "host": "10.244.117.213"}
+    clients = [f"postroad-validator-6d4f5b7c9d-{name}-1" for name in ("x2x4z", "k9q7w")]
+    Output(Form.TABLE, 80).table([row | {"client": client} for client in clients], _PARTITIONS)
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["STAGE", "TOPIC", "PART", "LAG", "OLDEST", "REPLICA", "END"]
+    assert max(map(len, lines)) <= 80
+    for line, name in zip(lines, ("x2x4z", "k9q7w"), strict=True):
+        assert line.split()[-2].endswith(f"-{name}-1")
+        assert line.split()[-1] == "135801"
+
+    member = {"stage": "validator", "host": "10.244.117.213", "partitions": 60, "lag": 12_345}
+    member |= {"client": clients[0], "member": "Ab3-Xy9_QmKkNn8xZq2w1A"}
+    Output(Form.TABLE, 45).table([member], _MEMBERS)
+    heading, line = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["STAGE", "REPLICA", "PARTITIONS", "LAG"]
+    assert line.split()[1].endswith("x2x4z-1")

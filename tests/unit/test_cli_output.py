@@ -74,6 +74,29 @@ def test_rows_that_came_before_an_error_are_written(capsys: pytest.CaptureFixtur
         assert "01a2-0001" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", Form)
+def test_an_error_before_the_first_row_leaves_no_result(
+    form: Form, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows() -> Iterator[dict[str, object]]:
+        raise RuntimeError
+        yield {}
+
+    with pytest.raises(RuntimeError):
+        Output(form).rows(rows(), COLUMNS, empty="There are none.")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(20, "sender-6d4f-x2x4z-1"), (12, "…d4f-x2x4z-1"), (9, "…-x2x4z-1")]
+)
+def test_a_column_may_be_cut_at_its_front(width: int, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = (Column("replica", least=7, tail=True),)
+    Output(Form.TABLE, width).rows([{"replica": "sender-6d4f-x2x4z-1"}], columns)
+    assert len(shown) <= width
+    assert capsys.readouterr().out.splitlines()[1] == shown
+
+
 def test_no_cell_steers_the_terminal() -> None:
     assert plain("a\x1b[31mb\nc\u202ed") == r"a\x1b[31mb\nc\u202ed"
     assert plain({"a": "1", "b": "2"}) == "a=1,b=2"

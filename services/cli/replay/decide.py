@@ -58,7 +58,7 @@ class What(StrEnum):
 class Decision(NamedTuple):
     """What becomes of a record, the epoch that it goes in, and the attempt that it goes as.
 
-    `attempt` 0: as what it is on its topic. Otherwise it goes to a delay topic, which is where attempts stand.
+    `attempt` 0: as what it is on its topic; otherwise it goes to a delay topic, where attempts stand.
     """
 
     what: What
