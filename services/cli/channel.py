@@ -31,6 +31,9 @@ def open_channel(values: Mapping[str, str]) -> grpc.Channel:
     wanted = values.get("POSTROAD_TLS", "").lower()
     if wanted not in _TRUE | _FALSE:
         raise Failure(f"POSTROAD_TLS is {wanted!r}, neither true nor false", USAGE)
+    token = values.get("POSTROAD_TOKEN")
+    if token and not all("!" <= character <= "~" for character in token):
+        raise Failure("the token has other characters than visible ASCII", USAGE)
     options = [("grpc.max_receive_message_length", _MOST_BYTES), ("grpc.max_reconnect_backoff_ms", 1000)]
     # A watch may be silent for hours: its connection is asked after, so that a dead one is noticed.
     options += [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000)]
@@ -40,7 +43,6 @@ def open_channel(values: Mapping[str, str]) -> grpc.Channel:
         channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options)
     else:
         channel = grpc.insecure_channel(target, options)
-    token = values.get("POSTROAD_TOKEN")
     return grpc.intercept_channel(channel, _Bearer(token)) if token else channel
 
 

@@ -89,6 +89,9 @@ def explain(error: BaseException) -> Failure | None:
         return Failure(f"the database URL: {error}", USAGE)
     if _is(error, "sqlalchemy.exc", "DBAPIError") or _is(error, "sqlalchemy.exc", "TimeoutError"):
         return _database(error)
+    if isinstance(error, UnicodeEncodeError) and any("\ud800" <= c <= "\udfff" for c in error.object):
+        # A byte of the command line or the environment that is not UTF-8 becomes half of a surrogate pair.
+        return Failure(f"{error.object!a} is not in UTF-8", USAGE)
     if isinstance(error, OSError):
         named = f"{error.filename}: " if error.filename else ""
         return Failure(f"{named}{error.strerror or error}", UNAVAILABLE if _is_network(error) else FAILED)

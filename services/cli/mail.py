@@ -49,7 +49,7 @@ def from_flags(
         yield request
 
 
-def from_lines(lines: Iterable[str], name: str) -> Iterator[pb.CreateRequest]:
+def from_lines(lines: Iterable[bytes], name: str) -> Iterator[pb.CreateRequest]:
     """Yield the request of each line, an object: a CreateRequest in JSON, or its `data` put flat.
 
     Blank lines are skipped. Raises Failure naming the line.
@@ -58,23 +58,25 @@ def from_lines(lines: Iterable[str], name: str) -> Iterator[pb.CreateRequest]:
         if not line.strip():
             continue
         try:
-            asked = json.loads(line)
+            asked = json.loads(line.decode())
             if not isinstance(asked, dict):
                 raise TypeError("no object")
             if "data" not in asked:
                 data = {key: asked.pop(key) for key in list(asked) if key in _DATA}
                 asked["data"] = data
             yield json_format.ParseDict(asked, pb.CreateRequest())
+        except UnicodeDecodeError:
+            raise Failure(f"{name}, line {number}: it is not in UTF-8", USAGE) from None
         except (ValueError, TypeError, json_format.ParseError) as error:
             raise Failure(f"{name}, line {number}: {error}", USAGE) from None
 
 
-def opened(path: str) -> IO[str]:
+def opened(path: str) -> IO[bytes]:
     """Return the file of --batch, `-` for stdin."""
     if path == "-":
-        return sys.stdin
+        return sys.stdin.buffer
     try:
-        return Path(path).open(encoding="utf-8")
+        return Path(path).open("rb")
     except OSError as error:
         raise Failure(f"--batch {path}: {error.strerror}", USAGE) from None
 

@@ -180,6 +180,7 @@ def _begin(
 
 
 def _go_on(frame: Frame, settings: Settings, engine: Engine, id_: str, rate: float | None) -> None:
+    from services.cli.replay.asked import check_rate  # noqa: PLC0415
     from services.cli.replay.store import load, unfinished  # noqa: PLC0415
 
     replay = load(engine, id_)
@@ -191,8 +192,10 @@ def _go_on(frame: Frame, settings: Settings, engine: Engine, id_: str, rate: flo
         _result(frame, replay.id, replay.counts, "finished")
         return
     if rate is not None:
-        if rate <= 0:
-            raise Failure("--rate: records a second, more than 0", USAGE)
+        try:
+            check_rate(rate)
+        except ValueError as error:
+            raise Failure(error, USAGE) from None
         replay.arguments = {**replay.arguments, "rate": rate}
     _run(frame, settings, engine, replay)
 
@@ -219,9 +222,10 @@ def _run(frame: Frame, settings: Settings, engine: Engine, replay: Replay) -> No
 
 @contextmanager
 def _engine(settings: Settings) -> Iterator[Engine]:
+    from services.cli.database import url_of  # noqa: PLC0415
     from services.common.database import engine_of  # noqa: PLC0415
 
-    engine = engine_of(settings.database_url, pool_size=1)
+    engine = engine_of(url_of(settings), pool_size=1)
     try:
         yield engine
     finally:

@@ -59,15 +59,17 @@ def config_file(given: str | None, environment: Mapping[str, str]) -> dict[str, 
     """Return the config file's content; empty where none is there and none was asked for."""
     asked = given or environment.get("POSTROAD_CONFIG")
     home = Path(environment.get("XDG_CONFIG_HOME") or "~/.config")
-    path = (Path(asked) if asked else home / "postroad/config.toml").expanduser()
+    path = Path(asked) if asked else home / "postroad/config.toml"
     try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        if asked:
-            raise Failure(f"{path}: no such config file", USAGE) from None
-        return {}
+        return tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, PermissionError, RuntimeError) as error:
+        # RuntimeError: this user has no home. Who asked for no file need not be able to read one.
+        if not asked:
+            return {}
+        said = "no such config file" if isinstance(error, FileNotFoundError) else _said(error)
+        raise Failure(f"{path}: {said}", USAGE) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise Failure(f"{path}: {error}", USAGE) from None
+        raise Failure(f"{path}: {_said(error)}", USAGE) from None
 
 
 def profile(config: Mapping[str, Any], name: str | None) -> dict[str, str]:
@@ -76,6 +78,8 @@ def profile(config: Mapping[str, Any], name: str | None) -> dict[str, str]:
     wanted = name or config.get("default-profile")
     if wanted is None:
         return {}
+    if not isinstance(wanted, str):
+        raise Failure(f"default-profile in the config file is {wanted!r}, no profile's name", USAGE)
     if not isinstance(profiles, dict) or not isinstance(profiles.get(wanted), dict):
         known = ", ".join(profiles) if isinstance(profiles, dict) and profiles else "none"
         raise Failure(f"no profile {wanted!r} in the config file; it has: {known}", USAGE)
@@ -91,7 +95,7 @@ def env_file(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"{path}: {getattr(error, 'strerror', None) or error}", USAGE) from None
+        raise Failure(f"{path}: {_said(error)}", USAGE) from None
     found = {}
     for number, raw in enumerate(lines, start=1):
         line = raw.strip().removeprefix("export ")
@@ -114,6 +118,10 @@ def settings_of(effective: Mapping[str, str]) -> Settings:
         if variable in effective:
             given[name] = effective[variable]
     return Settings(**given)  # type: ignore[arg-type]
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _setting(name: str, key: str) -> str:

@@ -25,9 +25,10 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
 
         A database that a later version has migrated serves this one too: nothing is done then.
         """
+        from services.cli.database import url_of  # noqa: PLC0415
         from services.common.migrations import migrate as run  # noqa: PLC0415
 
-        migrated = run(frame.settings().database_url)
+        migrated = run(url_of(frame.settings()))
         line = "up to date" if migrated else "newer than this version, which goes on with it as it is"
         frame.out.one({"migrated": migrated}, lambda _: print(f"The database is {line}."))
 

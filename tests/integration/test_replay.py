@@ -23,6 +23,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from sqlalchemy import Engine
 
 from postroad.v1 import events_pb2 as pb
+from services.cli.replay.asked import Asked
 from services.cli.replay.run import Superseded, run
 from services.cli.replay.source import Span, spans
 from services.cli.replay.standings import standings
@@ -575,6 +576,8 @@ def test_two_cannot_go_on_with_one_replay(site: Callable[[], Site]) -> None:
         (["mail.sent", "--reopen", "failed"], 2, "--reopen: "),
         (["mx.ok", "--rate", "0"], 2, "--rate"),
         (["--resume", "nothing"], 3, "there is no replay nothing"),
+        (["--resume", "open", "--rate", "inf"], 2, "--rate"),
+        (["--resume", "open", "--rate", "nan"], 2, "--rate"),
         (["mx.ok", "--resume", "x"], 2, "--resume"),
         ([], 2, "TOPIC"),
     ],
@@ -582,6 +585,8 @@ def test_two_cannot_go_on_with_one_replay(site: Callable[[], Site]) -> None:
 def test_what_cannot_be_is_one_line_and_the_right_code(
     filtered: Site, arguments: list[str], code: int, line: str
 ) -> None:
+    if "open" in arguments:
+        create(filtered.engine, Replay("open", TASK_CREATED, Asked(TASK_CREATED).arguments(), 1, {}))
     said = filtered.replay(*arguments, code=code)["said"].splitlines()
     assert len(said) == 1
     assert line in said[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli import Command
+from tests.cli import ARGV, Command
 
 AWAY = "127.0.0.1:1"
 URL = "mysql+mysqlconnector://postroad@127.0.0.1:1/postroad"
@@ -55,6 +58,11 @@ def postroad() -> Command:
         ("list --config nowhere.toml", "nowhere.toml: no such config file"),
         ("list --env-file nowhere.env", "nowhere.env: No such file or directory"),
         ("migrate --database nonsense", "the database URL: Could not parse SQLAlchemy URL"),
+        ("migrate --database mysql://u:p@h:abc/x", "the database URL: its port is no number"),
+        ("migrate --database postgresql://", "postgresql:// is neither mysql:// nor mariadb://"),
+        ("replay mx.ok --database sqlite:///x", "sqlite:// is neither mysql:// nor mariadb://"),
+        ("rebuild --database mysql+pymysql://u@h/x", "mysql+pymysql:// is neither mysql:// nor mariadb://"),
+        ("list --token aé", "the token has other characters than visible ASCII"),
     ],
 )
 def test_a_bad_flag_is_a_line_and_exit_code_2(postroad: Command, arguments: str, says: str) -> None:
@@ -106,6 +114,45 @@ def test_a_bad_line_of_a_batch_is_named(postroad: Command) -> None:
     assert "0 mails before it are done" in done.err
 
 
+@pytest.mark.parametrize("name", ["mails", "-"])
+def test_a_line_of_a_batch_that_is_not_utf8_is_named(postroad: Command, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "mails"
+    path.write_bytes(b'{"email": "a@x.example", "subject": "s", "body": ""}\n{"email": "\xff"}\n')
+    given = str(path) if name == "mails" else name
+    with path.open("rb") as file:
+        process = subprocess.run(
+            [*ARGV, "create", "--batch", given, "--api", AWAY],
+            env=postroad.environment,
+            stdin=file,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert (process.returncode, process.stdout) == (USAGE, "")
+    said = f"postroad: {given}, line 2: it is not in UTF-8; 0 mails before it are done\n"
+    assert process.stderr == said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["create", "a\udcff@x.example", "-S", "s", "-b", "b"], ["list", "--email", "\udcff"], ["get", "\udcff"]],
+)
+def test_an_argument_that_is_not_utf8_is_a_line(postroad: Command, arguments: list[str]) -> None:
+    done = postroad(*arguments, "--api", AWAY)
+    assert (done.code, done.out) == (USAGE, "")
+    assert re.fullmatch(r"postroad: '.*\\udcff.*' is not in UTF-8\n", done.err)
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/1/root"])
+def test_who_asked_for_no_config_file_need_not_have_one(postroad: Command, home: str) -> None:
+    """The one is no directory, the other may not be looked into."""
+    done = postroad("list", "--api", AWAY, HOME=home, POSTROAD_CONFIG="")
+    assert done.code == UNAVAILABLE, done
+    asked = postroad("list", "--api", AWAY, "--config", "/dev/null/config.toml")
+    assert (asked.code, asked.err) == (USAGE, "postroad: /dev/null/config.toml: Not a directory\n")
+
+
 def test_a_body_that_is_not_utf8_is_refused(postroad: Command, tmp_path: Path) -> None:
     (tmp_path / "body").write_bytes(b"\xff\xfe")
     done = postroad("create", "a@x.example", "-S", "s", "--body-file", str(tmp_path / "body"))
@@ -144,9 +191,6 @@ def test_help_has_examples_and_loads_nothing_heavy(postroad: Command) -> None:
         assert f"postroad {name} " in done.out.partition("Examples:")[2] + " ", name
         assert max(map(len, done.lines)) <= 80
     code = "import sys, services.cli.main; print([m for m in HEAVY if m in sys.modules])"
-    import subprocess
-    import sys
-
     heavy = ["grpc", "confluent_kafka", "sqlalchemy", "pydantic", "google.protobuf", "rich.table"]
     script = code.replace("HEAVY", repr(heavy))
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

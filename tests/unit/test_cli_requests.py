@@ -75,7 +75,7 @@ def test_lines_are_flat_or_whole_requests() -> None:
         '{"data": {"email": "a@x.example", "subject": "s", "body": "b", "labels": {"k": "v"}},'
         '"idempotencyKey": "1"}'
     )
-    first, second = from_lines([flat, "\n", whole], "x")
+    first, second = from_lines([flat.encode(), b"\n", whole.encode()], "x")
     assert first == second
     assert first.data.body == "b"
 
@@ -85,7 +85,7 @@ def test_lines_are_flat_or_whole_requests() -> None:
 )
 def test_a_bad_line_is_named(line: str) -> None:
     with pytest.raises(Failure, match="mails, line 2") as failed:
-        list(from_lines(["{}", line], "mails"))
+        list(from_lines([b"{}", line.encode()], "mails"))
     assert failed.value.code == USAGE
 
 

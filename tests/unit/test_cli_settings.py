@@ -96,6 +96,15 @@ def test_what_is_wrong_in_the_config_file_is_told(tmp_path: Path, text: str, say
     assert failed.value.code == USAGE
 
 
+@pytest.mark.parametrize("value", ['["near"]', "3", "{}"])
+def test_a_default_profile_is_a_name(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f"default-profile = {value}\n[profiles.near]\n")
+    with pytest.raises(Failure, match="no profile's name") as failed:
+        values({"config": str(path)}, {})
+    assert failed.value.code == USAGE
+
+
 @pytest.mark.parametrize("name", ["config", "env-file"])
 def test_a_file_that_was_named_must_be_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(Failure, match="nowhere"):

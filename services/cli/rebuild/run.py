@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from services.cli.database import url_of
 from services.cli.rebuild.carrying import carry_found, carry_older, carry_recorded
 from services.cli.rebuild.comparing import Difference, Kind, count, note, samples, strike_off
 from services.cli.rebuild.feeding import Feed
@@ -122,7 +123,7 @@ def rebuild(settings: Settings, swap_in: bool, steps: Steps) -> Report:
     Raises Underway, `swapping.Busy`, `sqlalchemy.exc.DBAPIError` and `confluent_kafka.KafkaException`.
     """
     started = time.monotonic()
-    engine = engine_of(settings.database_url, pool_size=6, read_seconds=_QUERY_SECONDS)
+    engine = engine_of(url_of(settings), pool_size=6, read_seconds=_QUERY_SECONDS)
     try:
         with _alone(engine), _Rebuild(settings, engine, steps) as run:
             report = run.report

@@ -13,7 +13,7 @@ from services.cli.replay.selection import Selection
 from services.common.schema import STATUSES
 from services.common.topics import EVENT_TOPICS
 
-__all__ = ["Asked", "asked_from", "check"]
+__all__ = ["Asked", "asked_from", "check", "check_rate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,13 @@ def check(asked: Asked, delays: Mapping[str, tuple[int, ...]]) -> None:
     for text in asked.label:
         if not text.partition("=")[1]:
             raise ValueError(f"--label: {text!r} is no NAME=VALUE")
-    if not 0 < asked.rate <= 1_000_000:
-        raise ValueError("--rate: records a second, more than 0")
+    check_rate(asked.rate)
+
+
+def check_rate(rate: float) -> None:
+    """Raise ValueError, naming the argument, where records cannot go at this rate."""
+    if not 0 < rate <= 1_000_000:
+        raise ValueError("--rate: records a second, more than 0 and at most 1000000")
 
 
 def _about(flag: str, parse: Any, text: str) -> None:
