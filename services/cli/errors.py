@@ -22,6 +22,7 @@ __all__ = [
     "Failure",
     "explain",
     "grpc_exit",
+    "is_kafkas",
 ]
 
 OK: Final = 0
@@ -70,8 +71,11 @@ class Failure(Exception):
         self.code = code
 
 
-def explain(error: BaseException) -> Failure | None:
-    """Return what an error of a library means to the user; None where it is a fault of this program."""
+def explain(error: BaseException, brokers: str = "") -> Failure | None:
+    """Return what an error of a library means to the user; None where it is a fault of this program.
+
+    `brokers`: the addresses that Kafka was sought at, where that is known.
+    """
     if isinstance(error, Failure):
         return error
     if isinstance(error, KeyboardInterrupt | Abort):
@@ -81,8 +85,8 @@ def explain(error: BaseException) -> Failure | None:
     # Only a library that was imported can have raised it, and importing them costs more than most commands.
     if _is(error, "grpc", "RpcError"):
         return _grpc(error)
-    if _is(error, "confluent_kafka", "KafkaException"):
-        return _kafka(error)
+    if is_kafkas(error):
+        return _kafka(error, brokers)
     if _is(error, "pydantic", "ValidationError"):
         return _settings(error)
     if _is(error, "sqlalchemy.exc", "ArgumentError"):
@@ -101,6 +105,11 @@ def explain(error: BaseException) -> Failure | None:
 def grpc_exit(code: str) -> int:
     """Return the exit code for the name of a gRPC status code."""
     return OK if code == "OK" else _GRPC.get(code, FAILED)
+
+
+def is_kafkas(error: BaseException) -> bool:
+    """Whether it is an error of Kafka's client."""
+    return _is(error, "confluent_kafka", "KafkaException")
 
 
 def _is(error: BaseException, module: str, name: str) -> bool:
@@ -135,12 +144,13 @@ def _grpc(error: Any) -> Failure:
     return Failure(said, grpc_exit(code))
 
 
-def _kafka(error: Any) -> Failure:
+def _kafka(error: Any, brokers: str) -> Failure:
     cause = error.args[0]
+    kafka = f"Kafka at {brokers}" if brokers else "Kafka"
     name = cause.name() if hasattr(cause, "name") else ""
     if _KAFKA.get(name) == UNAVAILABLE:
-        return Failure(f"Kafka does not answer: {cause.str()}", UNAVAILABLE)
-    return Failure(f"Kafka: {cause.str() if name else cause}", _KAFKA.get(name, FAILED))
+        return Failure(f"{kafka} does not answer: {cause.str()}", UNAVAILABLE)
+    return Failure(f"{kafka}: {cause.str() if name else cause}", _KAFKA.get(name, FAILED))
 
 
 def _settings(error: Any) -> Failure:

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeAl
 
 import typer
 
+from services.cli.errors import explain, is_kafkas
 from services.cli.output import Form, Output
 from services.cli.settings import settings_of, values
 
@@ -142,7 +143,14 @@ def command(
             given = {name: arguments.pop(_python(name)) for name in shared}
             before = _context.find_root().obj or {}
             merged = before | {key: value for key, value in given.items() if value is not None}
-            function(Frame(merged), **arguments)  # type: ignore[call-arg]
+            frame = Frame(merged)
+            try:
+                function(frame, **arguments)  # type: ignore[call-arg]
+            except Exception as error:
+                # Kafka's errors do not say whom they are about, and main does not know it.
+                if KAFKA not in uses or not is_kafkas(error):
+                    raise
+                raise explain(error, frame.settings().kafka_bootstrap) or error from None
 
         context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]

@@ -9,10 +9,11 @@ from typing import Any
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
+from services.cli.errors import NOT_FOUND, Failure
 from services.common.config import Settings
 from services.common.leaders import until_led
 
-__all__ = ["SILENT", "TIMEOUT", "admin", "offsets", "reader"]
+__all__ = ["SILENT", "TIMEOUT", "admin", "missing", "offsets", "reader"]
 
 TIMEOUT = 5.0
 """Seconds that one question to the cluster may take."""
@@ -41,6 +42,11 @@ def reader(settings: Settings, **more: Any) -> Consumer:
         "auto.offset.reset": "earliest",
     }
     return Consumer(config | {name.replace("_", "."): value for name, value in more.items()}, logger=SILENT)
+
+
+def missing(topic: str) -> Failure:
+    """Return what is to be raised where this topic (full name) is not there."""
+    return Failure(f"no topic {topic}: 'postroad topics apply' creates it", NOT_FOUND)
 
 
 def offsets(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from services.cli.kafka import SILENT
+from services.cli.kafka import SILENT, TIMEOUT, missing
 from services.common.config import Settings
 from services.common.stage.clients import producer_config
 from services.common.stage.headers import Headers
@@ -22,14 +22,18 @@ class Sink:
         # Records that are read one by one and produced at a rate need no batches of their own making.
         self._producer = Producer(producer_config(settings, client_id) | {"logger": SILENT, "linger.ms": 5})
         self._failed: KafkaError | None = None
+        self._there: set[str] = set()
 
     def put(
         self, topic: str, key: bytes | None, value: bytes | None, headers: Headers, partition: int = -1
     ) -> None:
         """Produce a record to a topic (full name), to the key's partition unless one is named.
 
-        Waits while the client's queue is full.
+        Waits while the client's queue is full. Raises Failure where the topic is not there, and
+        `confluent_kafka.KafkaException` where the cluster cannot be asked.
         """
+        if topic not in self._there:
+            self._look(topic)
         while True:
             try:
                 self._producer.produce(
@@ -54,6 +58,15 @@ class Sink:
             raise KafkaException(failed)
         if left:
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"{left} records were not acked"))
+
+    def _look(self, topic: str) -> None:
+        # The producer would look for it until it gives the record up, and then speak of time alone.
+        error = self._producer.list_topics(topic, timeout=TIMEOUT).topics[topic].error
+        if error is not None:
+            if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise missing(topic)
+            raise KafkaException(error)
+        self._there.add(topic)
 
     def _delivered(self, error: KafkaError | None, message: Message) -> None:
         # Only what a broker has written has an offset; see Publisher.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
-from services.cli.kafka import TIMEOUT, admin, offsets, reader
+from services.cli.kafka import TIMEOUT, admin, missing, offsets, reader
 from services.common.config import Settings
 from services.common.topics import MAX_RECORD_BYTES
 
@@ -27,8 +27,8 @@ class Log:
     """Reads `topics` (full names) without a group. `next` is how far it has come, by partition.
 
     `start` is where each partition began when it was first looked at. Where nothing comes for `silence`
-    seconds, the cluster does not answer. Raises `confluent_kafka.KafkaException`; a topic that is not there
-    is one.
+    seconds, the cluster does not answer. Raises `confluent_kafka.KafkaException`, and Failure where a topic
+    is not there.
     """
 
     def __init__(self, settings: Settings, topics: Sequence[str]) -> None:
@@ -103,6 +103,8 @@ class Log:
     def _numbers(self, name: str) -> list[int]:
         found = self._consumer.list_topics(name, timeout=TIMEOUT).topics[name]
         if found.error is not None:
+            if found.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise missing(name)
             raise KafkaException(found.error)
         return sorted(found.partitions)
 

@@ -15,6 +15,8 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.dead import resolve
 from services.cli.dead.board import Board, read_board
 from services.cli.dead.letter import Letter
+from services.cli.errors import NOT_FOUND, Failure
+from services.cli.sink import Sink
 from services.common import kafka_admin
 from services.common.events import DECODERS, encode
 from services.common.stage import headers
@@ -154,7 +156,7 @@ async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, atte
         await until(lambda: kit.committed("validator.delay.1") == kit.end("validator.delay.1"))
     assert seen == [(TASK_CREATED, attempt)]
     (passed,) = kit.read("mx.ok")
-    assert DECODERS["mx.ok"](passed.value()).attempt == attempt
+    assert pb.MxOk.FromString(passed.value() or b"").attempt == attempt
     assert letters(kit) == []
 
 
@@ -279,3 +281,14 @@ def test_a_cluster_that_is_away_is_told_by_the_exit_code() -> None:
         timeout=60,
     )
     assert (away.returncode, len(away.stderr.splitlines())) == (5, 1), away.stderr
+
+
+def test_a_topic_that_is_not_there_is_named(newest: Kit) -> None:
+    kit = newest
+    done = postroad(kit, "list", "--stage", "sender")
+    line = f"postroad: no topic {kit.prefix}sender.dead: 'postroad topics apply' creates it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", line)
+    sink = Sink(kit.settings)
+    with pytest.raises(Failure, match=r"no topic .*sender\.delay\.60: ") as failed:
+        sink.put(kit.names.delay("sender", 60), b"k", b"v", [])
+    assert failed.value.code == NOT_FOUND

@@ -594,7 +594,16 @@ def test_what_cannot_be_is_one_line_and_the_right_code(
 
 def test_servers_that_are_away_are_told_by_the_exit_code(filtered: Site) -> None:
     filtered.environment["POSTROAD_KAFKA_BOOTSTRAP"] = "127.0.0.1:1"
-    assert "Kafka" in filtered.replay(MX_OK, "--dry-run", code=5)["said"]
+    said = filtered.replay(MX_OK, "--dry-run", code=5)["said"]
+    assert said.startswith("postroad: Kafka at 127.0.0.1:1 does not answer: ")
+
+
+def test_a_topic_that_is_not_there_is_named(filtered: Site) -> None:
+    filtered.environment["POSTROAD_SENDER_DELAYS"] = "61"
+    said = filtered.replay("sender.delay.61", "--dry-run", code=3)["said"]
+    assert (
+        said == f"postroad: no topic {filtered.prefix}sender.delay.61: 'postroad topics apply' creates it\n"
+    )
 
 
 # --- on both databases ---

@@ -17,7 +17,6 @@ from confluent_kafka import (
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.cli import kafka
-from services.cli.errors import NOT_FOUND, Failure
 from services.cli.lag.report import delay_of
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.common.config import Settings
@@ -52,7 +51,7 @@ class Reader:
         wanted = dict.fromkeys(topic for topics in self.reads.values() for topic in topics)
         missing = [topic for topic in wanted if topic not in bare]
         if missing:
-            raise Failure(f"no topic {prefix}{missing[0]}: 'postroad topics apply' creates it", NOT_FOUND)
+            raise kafka.missing(prefix + missing[0])
         self._places = [Place(topic, number) for topic in wanted for number in range(bare[topic])]
         self._leave_out_idle(settings)
 

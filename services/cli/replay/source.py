@@ -29,7 +29,7 @@ class Span(NamedTuple):
 def spans(settings: Settings, topic: str, start: Point, end: Point) -> dict[int, Span]:
     """Return what lies between two points of a topic (bare name) as it stands now, by partition.
 
-    Raises `confluent_kafka.KafkaException`; the topic not being there is one.
+    Raises `confluent_kafka.KafkaException`, and Failure where the topic is not there.
     """
     log = Log(settings, [Names(settings.topic_prefix).topic(topic)])
     try:
