@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from services.cli.completion import among, stages
 from services.cli.errors import FAILED, NOT_FOUND, USAGE, Failure
 from services.cli.frame import KAFKA, Frame, Yes, command
-from services.cli.output import Column, Row
+from services.cli.output import Column, Row, plain, safe_text
 from services.cli.terminal import confirm, progress, say
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ _LETTERS = (
 )
 
 Places = Annotated[list[str] | None, typer.Argument(metavar="STAGE/PARTITION/OFFSET", help="Letters.")]
-OneStage = Annotated[str | None, typer.Option("--stage", help="Those of this stage.", metavar="STAGE")]
+OneStage = Annotated[
+    str | None,
+    typer.Option("--stage", help="Those of this stage.", metavar="STAGE", autocompletion=among(stages)),
+]
 Cause = Annotated[str, typer.Option("--cause", help="Those whose cause contains this text.", metavar="TEXT")]
 All = Annotated[bool, typer.Option("--all", help="All letters of all stages.")]
 
@@ -199,7 +203,7 @@ def _ask(what: str, letters: list[Letter], yes: bool) -> None:
 
     if not yes:
         for row in groups(letters):
-            say(f"{row['count']:>8} of {row['stage']}: {row['cause'][:80]}")
+            say(f"{row['count']:>8} of {row['stage']}: {plain(row['cause'])[:80]}")
     confirm(f"{what} {len(letters)} dead letter{'s' if len(letters) > 1 else ''}?", yes)
 
 
@@ -220,6 +224,7 @@ def _letter(frame: Frame, row: Row) -> None:
     frame.out.values({key: value for key, value in row.items() if key not in ("headers", "event", "value")})
     for title, value in (("headers", row["headers"]), ("event", row["event"])):
         if value:
-            print(f"\n{title}\n{json.dumps(value, ensure_ascii=False, indent=2)}")
+            # JSON escapes some control characters, not those from 0x7f on.
+            print(f"\n{title}\n{safe_text(json.dumps(value, ensure_ascii=False, indent=2))}")
     if row["value"] is not None:
         print(f"\nvalue\n{row['value']}")

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from services.cli.completion import among, reopenable, statuses, topics
 from services.cli.errors import FAILED, INTERRUPTED, NOT_FOUND, USAGE, Failure
 from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
-from services.cli.output import Column, Form, Output, Row
+from services.cli.replay_results import produced, result, show
 from services.cli.terminal import Bar, confirm, progress, say
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from services.cli.replay.asked import Asked
-    from services.cli.replay.store import Counts, Replay
+    from services.cli.replay.store import Replay
     from services.common.config import Settings
 
 __all__ = ["register"]
 
-_COLUMNS = (
-    Column("status"),
-    Column("reason", least=8),
-    Column("records", right=True),
-    Column("what", "becomes"),
-)
 _PANEL = "Which tasks"
 _MARK = "(try 'postroad replay --help')"
 
 
-def _many(flag: str, text: str, metavar: str, panel: str | None = _PANEL) -> Any:
-    return typer.Option(flag, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+def _many(flag: str, text: str, metavar: str, panel: str | None = _PANEL, words: Any = None) -> Any:
+    return typer.Option(
+        flag,
+        help=text,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=False,
+        autocompletion=words and among(words),
+    )
 
 
 Many: TypeAlias = list[str] | None
@@ -62,13 +63,20 @@ def register(app: typer.Typer) -> None:
         frame: Frame,
         *,
         topic: Annotated[
-            str, typer.Argument(help="task.created, mx.ok, ..., or a delay topic.", show_default=False)
+            str,
+            typer.Argument(
+                help="task.created, mx.ok, ..., or a delay topic.",
+                show_default=False,
+                autocompletion=among(topics),
+            ),
         ] = "",
         from_: Annotated[
             str, typer.Option("--from", help="start, an offset, or a time.", metavar="POINT")
         ] = "start",
         to: Annotated[str, typer.Option("--to", help="end, an offset, or a time.", metavar="POINT")] = "end",
-        status: Annotated[Many, _many("--status", "Tasks of this status; several: of any.", "STATUS")] = None,
+        status: Annotated[
+            Many, _many("--status", "Tasks of this status; several: of any.", "STATUS", words=statuses)
+        ] = None,
         reason: Annotated[Many, _many("--reason", "Tasks of this reason.", "CODE")] = None,
         recipient: Annotated[Many, _many("--recipient", "Tasks to this recipient.", "ADDRESS")] = None,
         domain: Annotated[Many, _many("--domain", "Tasks to recipients of this domain.", "NAME")] = None,
@@ -83,6 +91,7 @@ def register(app: typer.Typer) -> None:
                 "Send again what is failed, cancelled or uncertain; deferred: what waits goes now.",
                 "STATUS",
                 None,
+                reopenable,
             ),
         ] = None,
         rate: Annotated[
@@ -165,14 +174,16 @@ def _begin(
         with progress("looking", total) as bar:
             counts = survey(settings, engine, asked, todo, _ticks(bar, total))
         if dry_run:
-            _result(frame, None, counts, "dry run")
+            result(frame.out, None, counts, "dry run")
             return
-        _show(counts)
-        produced = _produced(counts)
-        if not produced:
+        show(counts)
+        number = produced(counts)
+        if not number:
             say("None of these records would be produced.")
+            if not frame.out.is_table:
+                result(frame.out, None, counts, "nothing to do")
             return
-        confirm(f"Produce {produced} records to {asked.topic} at {asked.rate:g}/s?", yes)
+        confirm(f"Produce {number} records to {asked.topic} at {asked.rate:g}/s?", yes)
     replay = Replay(new_id(now), asked.topic, asked.arguments(), time.time_ns() // 1_000_000, todo)
     create(engine, replay)
     say(f"Replay {replay.id} begins.")
@@ -189,7 +200,7 @@ def _go_on(frame: Frame, settings: Settings, engine: Engine, id_: str, rate: flo
         raise Failure(f"there is no replay {id_}; those that are not at their end: {open_}", NOT_FOUND)
     if replay.finished:
         say(f"Replay {id_} is at its end.")
-        _result(frame, replay.id, replay.counts, "finished")
+        result(frame.out, replay.id, replay.counts, "finished")
         return
     if rate is not None:
         try:
@@ -212,7 +223,7 @@ def _run(frame: Frame, settings: Settings, engine: Engine, replay: Replay) -> No
     except BaseException:
         say(f"Replay {replay.id} was cut off. Go on with: postroad replay --resume {replay.id}")
         raise
-    _result(frame, replay.id, replay.counts, "finished" if finished else "stopped")
+    result(frame.out, replay.id, replay.counts, "finished" if finished else "stopped")
     if not finished:
         line = (
             f"interrupted with {replay.left} records left; go on with: postroad replay --resume {replay.id}"
@@ -263,40 +274,3 @@ def _ticks(bar: Bar, total: int) -> Any:
         left = now_left
 
     return tick
-
-
-def _produced(counts: Counts) -> int:
-    from services.cli.replay.decide import What  # noqa: PLC0415
-
-    return sum(number for (_, _, what), number in counts.items() if What(what).produced)
-
-
-def _rows(counts: Counts) -> list[dict[str, Any]]:
-    return [
-        {"status": status, "reason": reason, "what": what, "records": number}
-        for (status, reason, what), number in sorted(counts.items())
-    ]
-
-
-def _show(counts: Counts) -> None:
-    # What is shown before the question is no result: it goes where the question goes.
-    with redirect_stdout(sys.stderr):
-        Output(Form.TABLE).rows(_rows(counts), _COLUMNS, "There are no records.")
-
-
-def _result(frame: Frame, id_: str | None, counts: Counts, state: str) -> None:
-    rows = _rows(counts)
-    row: dict[str, Any] = {
-        "id": id_,
-        "state": state,
-        "records": sum(counts.values()),
-        "produced": _produced(counts),
-        "counts": rows,
-    }
-
-    def show(_: Row) -> None:
-        frame.out.rows(rows, _COLUMNS, "There are no records.")
-        verb = "would be" if state == "dry run" else "were"
-        say(f"{row['records']} records, of which {row['produced']} {verb} produced.")
-
-    frame.out.one(row, show)

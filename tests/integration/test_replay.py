@@ -249,6 +249,14 @@ def test_without_a_terminal_and_without_yes_it_shows_and_does_nothing(site: Call
     assert unfinished(here.engine) == []
 
 
+@pytest.mark.parametrize("arguments", [["--yes"], []])
+def test_what_has_nothing_to_produce_has_a_result_too(filtered: Site, arguments: list[str]) -> None:
+    result = filtered.replay(TASK_CREATED, "--status", "completed", *arguments)
+    assert (result["records"], result["produced"]) == (5, 0)
+    assert result["state"] == ("finished" if arguments else "nothing to do")
+    assert (result["id"] is None) == (not arguments)
+
+
 @pytest.mark.parametrize(("answer", "code", "produced"), [("n", 1, 0), ("y", 0, 4)])
 def test_at_a_terminal_it_shows_and_asks(
     site: Callable[[], Site], answer: str, code: int, produced: int

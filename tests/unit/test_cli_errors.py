@@ -175,6 +175,22 @@ def test_ctrl_c_is_a_line_and_exit_code_130(postroad: Command) -> None:
     assert (process.returncode, out, err) == (130, "", "postroad: interrupted\n")
 
 
+def test_ctrl_c_while_it_is_loaded_is_a_line_too() -> None:
+    script = """if True:
+        import runpy, sys
+
+        class Interrupted:
+            def find_spec(self, name, path, target=None):
+                if name == "services.cli.errors":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Interrupted())
+        runpy.run_module("services.cli", run_name="__main__", alter_sys=True)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "postroad: interrupted\n")
+
+
 def test_a_reader_that_has_enough_ends_it_in_silence(postroad: Command) -> None:
     process = postroad.start("--help")
     assert process.stdout is not None
@@ -204,3 +220,21 @@ def test_completion_knows_commands_and_statuses(postroad: Command) -> None:
     assert done.out.split() == ["cancel"]
     done = postroad(**asked, COMP_WORDS="postroad list --status unc", COMP_CWORD="3")
     assert done.out.split() == ["uncertain"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("replay mail.", ["mail.sent", "mail.deferred", "mail.failed"]),
+        ("replay sender.delay.", ["sender.delay.60", "sender.delay.300"]),
+        ("replay mx.ok --status c", ["completed", "cancelled"]),
+        ("replay mx.ok --reopen de", ["deferred"]),
+        ("dead list --stage s", ["sender", "status"]),
+        ("dead purge --stage v", ["validator"]),
+        ("lag --stage v", ["validator"]),
+    ],
+)
+def test_completion_knows_what_an_argument_may_be(postroad: Command, typed: str, words: list[str]) -> None:
+    asked = {"_POSTROAD_COMPLETE": "complete_bash", "POSTROAD_SENDER_DELAYS": "60,300"}
+    done = postroad(**asked, COMP_WORDS=f"postroad {typed}", COMP_CWORD=str(len(typed.split())))
+    assert (done.out.split(), done.err) == (words, "")

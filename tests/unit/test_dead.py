@@ -14,6 +14,9 @@ from services.cli.dead import marker
 from services.cli.dead.back import Back, back, replayable
 from services.cli.dead.letter import Letter, Place, letter_of, parse_place, shown
 from services.cli.dead.pick import groups, missing, picked
+from services.cli.dead_commands import _ask, _letter
+from services.cli.errors import Failure
+from services.cli.frame import Frame
 from services.common.deliveries.decide import Claim, Delivery, Stale, State, Stored, Taken, decide
 from services.common.events import encode
 from services.common.stage import headers
@@ -97,6 +100,20 @@ def test_a_letter_that_no_stage_wrote_can_only_be_purged() -> None:
     assert not replayable(letter(delayed))
     known = headers.dead(None, origin=Origin("mx.ok", 0, 1), attempt=1, cause="")
     assert replayable(letter(known))
+
+
+def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    steering = "\x1b[2J\x9b31m"
+    record = encode(pb.TaskCreated(task=pb.MailTask(id=b"k" * 16, subject=steering), at_us=5), "api")
+    origin = Origin("task.created", 3, 9)
+    carried = headers.dead([("x", steering.encode())], origin=origin, attempt=1, cause=steering)
+    one = letter(carried, record.key)
+    with pytest.raises(Failure, match="--yes"):
+        _ask("Purge", [one], False)
+    _letter(Frame({}), shown(one, record.value, carried))
+    said = capsys.readouterr()
+    assert r"\x1b[2J\x9b31m" in said.err
+    assert not {"\x1b", "\x9b"} & {*said.out, *said.err}
 
 
 def test_letters_are_grouped_by_stage_and_cause() -> None:

@@ -1,0 +1,55 @@
+"""What the shell completes arguments with. What takes long to import is imported when it asks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+
+__all__ = ["among", "reopenable", "stages", "statuses", "topics"]
+
+Words = Callable[[], Iterable[str]]
+
+
+def among(words: Words) -> Callable[[str], list[str]]:
+    """Return Typer's `autocompletion` for an argument that is one of these words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words() if word.startswith(incomplete)]
+
+    return complete
+
+
+def statuses() -> Iterable[str]:
+    """Return the statuses of tasks."""
+    from services.common.schema import STATUSES  # noqa: PLC0415
+
+    return STATUSES
+
+
+def reopenable() -> Iterable[str]:
+    """Return what a replay may reopen."""
+    from services.cli.replay.decide import REOPENABLE  # noqa: PLC0415
+
+    return REOPENABLE
+
+
+def stages() -> Iterable[str]:
+    """Return the stages of the road."""
+    from services.common.topics import READ_BY  # noqa: PLC0415
+
+    return READ_BY
+
+
+def topics() -> Iterable[str]:
+    """Return the topics that can be replayed; the delay topics are those of the environment's settings."""
+    from services.cli.settings import settings_of, values  # noqa: PLC0415
+    from services.common.topics import EVENT_TOPICS, Names  # noqa: PLC0415
+
+    found = list(EVENT_TOPICS)
+    # A shell that completes shows no errors; the command itself will.
+    with contextlib.suppress(Exception):
+        settings = settings_of(values({}, os.environ))
+        delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
+        found += [Names().delay(stage, seconds) for stage, all_ in delays.items() for seconds in all_]
+    return found
