@@ -25,6 +25,7 @@ from services.common.stage.types import Done, Record, Retry
 from services.common.topics import TASK_CREATED
 from tests.event_strategies import mail_task
 from tests.integration.stage_kit import Kit, created, passed_on, until
+from tests.librdkafka import produce_with_header
 
 
 def postroad(kit: Kit, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -292,3 +293,15 @@ def test_a_topic_that_is_not_there_is_named(newest: Kit) -> None:
     with pytest.raises(Failure, match=r"no topic .*sender\.delay\.60: ") as failed:
         sink.put(kit.names.delay("sender", 60), b"k", b"v", [])
     assert failed.value.code == NOT_FOUND
+
+
+async def test_what_has_headers_that_cannot_be_read_is_shown_and_done_away_with(newest: Kit) -> None:
+    kit = newest
+    kafka_admin.apply(kit.settings)
+    producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
+    produce_with_header(producer, kit.names.dead("validator"), 0, key=b"key", value=b"value", name=b"\xff")
+    assert producer.flush(10) == 0
+    [row] = answer(kit, "list", "--each", "--stage", "validator")
+    assert answer(kit, "show", row["letter"])["key"] == "key"
+    assert postroad(kit, "purge", "--stage", "validator", "--yes").returncode == 0
+    assert letters(kit) == []

@@ -12,7 +12,7 @@ from services.cli.dead.letter import Letter, Place, letter_of
 from services.cli.dead.marker import resolved
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.stage.headers import Headers
+from services.common.stage.headers import Headers, readable_headers
 from services.common.topics import READ_BY, Names
 
 __all__ = ["STAGES", "Board", "Record", "read_board", "records"]
@@ -73,8 +73,9 @@ def records(settings: Settings, places: Sequence[Place]) -> Iterator[Record]:
         for messages in log.read({at: min(end, present[at]) for at, end in ends.items()}, 100):
             for message in messages:
                 stage, partition = names[message.topic() or ""], message.partition() or 0
-                if message.offset() in wanted[stage, partition] and resolved(_headers(message)) is None:
-                    yield Record(_letter(stage, message), message.value(), _headers(message))
+                headers = readable_headers(message)
+                if message.offset() in wanted[stage, partition] and resolved(headers) is None:
+                    yield Record(_letter(stage, message, headers), message.value(), headers)
     finally:
         log.close()
 
@@ -86,9 +87,10 @@ def _open(settings: Settings, stages: Sequence[str]) -> tuple[Log, dict[str, str
 
 
 def _put(board: Board, stage: str, message: Message) -> None:
-    done = resolved(_headers(message))
+    headers = readable_headers(message)
+    done = resolved(headers)
     if done is None:
-        letter = _letter(stage, message)
+        letter = _letter(stage, message, headers)
         board.letters[letter.place] = letter
         return
     partition = message.partition() or 0
@@ -98,10 +100,6 @@ def _put(board: Board, stage: str, message: Message) -> None:
             board.letters.pop(Place(stage, partition, offset), None)
 
 
-def _letter(stage: str, message: Message) -> Letter:
+def _letter(stage: str, message: Message, headers: Headers) -> Letter:
     place = Place(stage, message.partition() or 0, message.offset() or 0)
-    return letter_of(place, message.timestamp()[1], message.key(), _headers(message))
-
-
-def _headers(message: Message) -> Headers:
-    return list(message.headers() or ())  # type: ignore[arg-type]
+    return letter_of(place, message.timestamp()[1], message.key(), headers)

@@ -20,6 +20,7 @@ from services.cli import kafka
 from services.cli.lag.report import delay_of
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.common.config import Settings
+from services.common.stage.headers import Headers, readable_headers
 from services.common.topics import READ_BY, Names
 
 __all__ = ["Reader"]
@@ -170,7 +171,7 @@ class Reader:
                     continue
                 error = message.error()
                 if error is None:
-                    found[place] = Head(message.timestamp()[1] / 1000, _due(message.headers()))
+                    found[place] = Head(message.timestamp()[1] / 1000, _due(readable_headers(message)))
                 elif error.code() != KafkaError._PARTITION_EOF:
                     continue
                 left.discard(place)
@@ -185,8 +186,8 @@ class Reader:
         return Place(partition.topic[len(self._names.prefix) :], partition.partition)
 
 
-def _due(headers: Any) -> float | None:
-    for name, value in headers or ():
+def _due(headers: Headers) -> float | None:
+    for name, value in headers:
         if name == "due-at" and value and value.isdigit():
             return int(value) / 1000
     return None

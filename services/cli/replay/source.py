@@ -9,6 +9,7 @@ from services.cli.replay.records import Read
 from services.cli.replay.span import Point
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
+from services.common.stage.headers import readable_headers
 from services.common.topics import Names
 
 __all__ = ["Span", "batches", "spans"]
@@ -69,6 +70,5 @@ def batches(settings: Settings, topic: str, todo: Mapping[int, Span], limit: int
 
 
 def _read(topic: str, message: Any) -> Read:
-    return Read(
-        topic, message.partition(), message.offset(), message.key(), message.value(), message.headers()
-    )
+    headers = readable_headers(message)
+    return Read(topic, message.partition(), message.offset(), message.key(), message.value(), headers)
