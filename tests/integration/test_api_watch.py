@@ -10,11 +10,12 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import grpc
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions  # type: ignore[attr-defined]
 from google.rpc import error_details_pb2, status_pb2
 
@@ -24,12 +25,15 @@ from postroad.v1.task_service_pb2 import CreateRequest, TaskData, WatchRequest, 
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import uuid7
 from services.api.reader import Reader
+from services.api.watch.changes import Place
 from services.api.watch.feed import Feed
+from services.api.watch.folded import Folded
 from services.api.watch.watching import Watches
 from services.common import taskstore
 from services.common.database import engine_of, transaction
 from services.common.events import Event, encode
 from services.common.fold import delta
+from services.common.stage.clients import consumer_config
 from services.common.timeline import timeline
 from services.common.topics import EVENT_TOPICS
 from tests.api_process import ApiProcess, Road, eventually
@@ -522,6 +526,50 @@ async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(road: Road
         await asyncio.sleep(0.1)
     assert feed() is None
     await watches.close()
+
+
+def test_the_folds_positions_are_asked_for_without_joining_its_group(road: Road) -> None:
+    settings = road.settings()
+    member = Consumer(consumer_config(settings, "status", "member", gather=False))
+    admin = AdminClient({"bootstrap.servers": road.infra.bootstrap})
+    topics = [road.prefix + name for name in EVENT_TOPICS]
+    member.subscribe(topics)
+
+    def assigned() -> list[TopicPartition]:
+        member.poll(0.05)
+        return member.assignment()
+
+    def group() -> object:
+        asked = admin.describe_consumer_groups([f"{road.prefix}postroad.status"])
+        [found] = [future.result(20) for future in asked.values()]
+        return found.state, [member.member_id for member in found.members]
+
+    eventually(lambda: len(assigned()) == 3 * len(topics), 40)
+    before = group()
+    member.commit(
+        offsets=[TopicPartition(topics[0], 1, 7), TopicPartition(topics[2], 0, 0)], asynchronous=False
+    )
+    places = [(name, number) for name in EVENT_TOPICS for number in range(3)]
+    folded = Folded(settings)
+    took = []
+    with ThreadPoolExecutor(4) as threads:
+
+        def ask(_: int) -> dict[Place, int]:
+            started = time.monotonic()
+            found = folded.positions(places)
+            took.append(time.monotonic() - started)
+            return found
+
+        for found in threads.map(ask, range(20)):
+            assert found == {(EVENT_TOPICS[0], 1): 7, (EVENT_TOPICS[2], 0): 0}
+    assert max(took) < 1.5
+    assert group() == before
+    folded.close()
+    with pytest.raises(KafkaException):
+        folded.positions(places)
+    assert group() == before
+    assert len(assigned()) == 3 * len(topics)
+    member.close()
 
 
 def test_kafka_away(road: Road) -> None:

@@ -71,7 +71,7 @@ class CatchUp:
         """Begin where the status service is, in place of `positions`."""
         topics = await self._asked(self._opened)
         starts = await self._asked(lambda: topics.starts(topics.places()))
-        done = await self._asked(folded.positions)
+        done = await self._asked(lambda: folded.positions(starts))
         self._next = {place: max(start, done.get(place, 0)) for place, start in starts.items()}
         self.sure = tokens.written(self._next)
 

@@ -2,51 +2,64 @@
 
 from __future__ import annotations
 
-import logging
 import threading
+from collections.abc import Iterable
 
-from confluent_kafka import ConsumerGroupTopicPartitions
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from services.api.watch.changes import Place
 from services.api.watch.topics import TIMEOUT
 from services.common.config import Settings
+from services.common.stage.clients import admin_config
 from services.common.topics import EVENT_TOPICS, Names
 
 __all__ = ["Folded"]
 
 
 class Folded:
-    """Asks for the positions that the status service has committed. May be used on several threads."""
+    """Asks for the positions that the status service has committed. May be used on several threads.
+
+    The one consumer of the group's name never subscribes and is assigned nothing: to the broker it is no
+    member, and the group does not hear of it. An AdminClient would ask the same, but librdkafka 2.16 aborts
+    the process where the coordinator's connection is lost while such a request of its waits (its issue 4605).
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, names = settings, Names(settings.topic_prefix)
-        self._group = names.group("status")
-        self._names = {names.topic(name): name for name in EVENT_TOPICS}
-        self._admin: AdminClient | None = None
+        names = Names(settings.topic_prefix)
+        self._config = admin_config(settings, f"folded-{settings.replica_name}")
+        # The classic protocol's question names no member.
+        self._config |= {"group.id": names.group("status"), "group.protocol": "classic"}
+        self._config |= {"enable.auto.commit": False}
+        self._topics = {name: names.topic(name) for name in EVENT_TOPICS}
+        self._names = {full: name for name, full in self._topics.items()}
+        self._consumer: Consumer | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
-    def positions(self) -> dict[Place, int]:
+    def positions(self, places: Iterable[Place]) -> dict[Place, int]:
         """Return each partition's next offset to be folded; partitions of which none was yet are left out.
 
-        Raises KafkaException and TimeoutError.
+        One thread asks at a time. Raises KafkaException, also after `close`.
         """
-        asked = [ConsumerGroupTopicPartitions(self._group)]
-        answer = self._asking().list_consumer_group_offsets(asked, request_timeout=TIMEOUT)[self._group]
-        return {
-            (self._names[at.topic], at.partition): at.offset
-            for at in answer.result(2 * TIMEOUT).topic_partitions
-            if at.topic in self._names and at.offset >= 0
-        }
-
-    def _asking(self) -> AdminClient:
+        asked = [TopicPartition(self._topics[name], number) for name, number in places]
         with self._lock:
-            if self._admin is None:
-                bootstrap = self._settings.kafka_bootstrap
-                admin = AdminClient(
-                    {"bootstrap.servers": bootstrap}, logger=logging.getLogger("postroad.kafka")
-                )
-                # Asked before it is connected, it may take seconds.
-                admin.list_topics(timeout=TIMEOUT)
-                self._admin = admin
-            return self._admin
+            answers = self._asking().committed(asked, timeout=TIMEOUT)
+        for answer in answers:
+            if answer.error is not None:
+                raise KafkaException(answer.error)
+        return {(self._names[at.topic], at.partition): at.offset for at in answers if at.offset >= 0}
+
+    def close(self) -> None:
+        """Let go of the connections, after whoever asks now; nobody may ask any more."""
+        with self._lock:
+            self._closed = True
+            if self._consumer is not None:
+                self._consumer.close()
+                self._consumer = None
+
+    def _asking(self) -> Consumer:
+        if self._closed:
+            raise KafkaException(KafkaError(KafkaError._DESTROY, "closed"))
+        if self._consumer is None:
+            self._consumer = Consumer(self._config)
+        return self._consumer

@@ -102,6 +102,7 @@ class Watches:
             self._old.add(self._feed.thread)
         for thread in self._old:
             await asyncio.to_thread(thread.join, 3 * TIMEOUT)
+        await asyncio.to_thread(self._folded.close)
         self._executor.shutdown(wait=False)
 
     async def _show(self, feed: Feed, watcher: Watcher, stream: _Stream, id_: str) -> None:
