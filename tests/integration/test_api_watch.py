@@ -21,7 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from postroad.v1 import events_pb2 as ev
 from postroad.v1 import task_pb2
-from postroad.v1.task_service_pb2 import CreateRequest, TaskData, WatchRequest, WatchResponse
+from postroad.v1.task_service_pb2 import CancelRequest, CreateRequest, TaskData, WatchRequest, WatchResponse
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import uuid7
 from services.api.reader import Reader
@@ -398,6 +398,26 @@ def test_bad_requests(road: Road) -> None:
         assert refusal(api, id=task.id, reason="x") == (Code.INVALID_ARGUMENT, ["id"])
         assert refusal(api, id=task.id, domain="-") == (Code.INVALID_ARGUMENT, ["domain"])
         assert refusal(api, id=uuid7.text(bytes(16))) == (Code.NOT_FOUND, [])
+
+
+def test_a_scheduled_task_that_was_cancelled_stays_cancelled(road: Road, stages: Telling) -> None:
+    with ApiProcess(road) as api, grpc.insecure_channel(api.target) as channel:
+        stub = TaskServiceStub(channel)
+        with Stream(api) as watch, Stream(api, status=["pending", "processing"]) as going:
+            asked = CreateRequest(data=TaskData(email="ada@shop.test", subject="s", body="text"))
+            asked.send_at.FromNanoseconds(time.time_ns() + 4 * 10**9)
+            task = stub.Create(asked, timeout=20)
+            assert stub.Cancel(CancelRequest(id=task.id), timeout=20).status == "cancelled"
+            assert watch.has(1) == [("cancelled", "cancelled")]
+            # It is published when its time has come, and judged.
+            assert watch.has(2)[1:] == [("created", "cancelled")]
+            stages.tell(ok(task), fold=False)
+            assert watch.has(3)[2:] == [("mx_ok", "cancelled")]
+            assert not going.told()
+            with Stream(api, watch.messages[0].resume_token) as again:
+                told = again.has(3)
+                assert {kind for kind, _ in told} == {"cancelled", "created", "mx_ok"}
+                assert told[-1][1] == "cancelled"
 
 
 def test_tenants_hear_of_their_own(road: Road, stages: Telling) -> None:

@@ -173,6 +173,20 @@ def test_a_change_told_late_shows_the_task_as_it_was_then() -> None:
     assert (row.status, row.reason, row.recipient) == ("processing", "", "a0@x.test")
 
 
+def test_an_event_of_an_epoch_that_is_over_changes_nothing() -> None:
+    # Scheduled and cancelled: the cancellation is published at once, the rest when the time has come.
+    cancelled = read(ev.TaskCancelled(id=mail().id, epoch=RETRIED, at_us=RETRIED * 1000))
+    created, ok = read(life(mail())[0]), read(ev.MxOk(task=mail(), attempt=1, at_us=MADE_MS * 1000))
+    book = Book(0)
+    told = [*book.read([cancelled], 0.0), *book.read([], SURE), *book.read([created, ok], 60.0)]
+    assert named(told) == named([cancelled, created, ok])
+    known: Any = delta(life(mail())[0])[1:9]
+    states = [book.after(c, known if c is cancelled else None) for c in told]
+    assert [row and (row.status, row.epoch, row.recipient) for row in states] == [
+        ("cancelled", RETRIED, "a0@x.test")
+    ] * 3
+
+
 def test_nobody_hears_of_a_task_whose_tenant_is_unknown() -> None:
     book = Book(MADE_MS + 10**6)
     sent = read(life(mail())[-1])

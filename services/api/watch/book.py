@@ -101,9 +101,10 @@ class Book:
         if life.row is None:
             life.row = row
         else:
-            later = row.version >= life.row.version
+            # What an epoch that is over still tells changes nothing: the task is shown as it stands.
+            later = row.version >= life.row.version or row.epoch < life.row.epoch
             life.row = merge(life.row, row)
-            # Told late, it is told as it was then.
+            # Told late within its epoch, it is told as it was then.
             row = life.row if later else Row._make((row.id, *life.row[1:9], *row[9:]))
         return row if row.tenant is not None else None
 
