@@ -93,8 +93,8 @@ tasks = Table(
     _time("updated_at", nullable=False),
     Index("tasks_by_key", "tenant", "idempotency_key", unique=True),
     Index("tasks_by_status", "tenant", "status", "id"),
-    Index("tasks_by_recipient", "recipient", "id"),
-    Index("tasks_by_domain", "domain", "id"),
+    Index("tasks_by_recipient", "tenant", "recipient", "id"),
+    Index("tasks_by_domain", "tenant", "domain", "id"),
     **_OPTIONS,
 )
 
