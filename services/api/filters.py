@@ -18,6 +18,7 @@ from postroad.v1 import task_service_pb2
 from services.api.addresses import ascii_domain, normalise
 from services.api.errors import Refused, Violation
 from services.api.times import micros
+from services.api.validation import label_problems
 from services.common.schema import STATUSES
 
 __all__ = ["Filter", "Request", "parse"]
@@ -28,6 +29,8 @@ Request: TypeAlias = (
 Json: TypeAlias = "str | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
 _MAX_REASON = 64
+_MOST_VALUES = 500
+"""Values that `_filters` may have in all: more than the most labels spelled out take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,9 @@ class _Asked:
             self.put(name, path, value)
 
     def statuses(self, path: str, values: Sequence[str]) -> None:
+        if len(values) > _MOST_VALUES:
+            self.refuse(path, f"{_MOST_VALUES} at most")
+            return
         unknown = [value for value in values if value not in STATUSES]
         if unknown:
             self.refuse(path, f"is none of {', '.join(STATUSES)}")
@@ -106,7 +112,11 @@ class _Asked:
             self.refuse(path, str(error))
 
     def labels(self, path: str, values: Mapping[str, str]) -> None:
-        self.put("labels", path, tuple(sorted(values.items())))
+        # What no task can have is not asked for.
+        if problems := label_problems(path, values):
+            self.found += problems
+        else:
+            self.put("labels", path, tuple(sorted(values.items())))
 
 
 def _typed(request: Request, names: Set[str], asked: _Asked) -> None:
@@ -123,8 +133,12 @@ def _typed(request: Request, names: Set[str], asked: _Asked) -> None:
 
 
 def _struct(struct: Struct, known: Set[str], asked: _Asked) -> None:
-    members = {key: _json(value) for key, value in struct.fields.items()}
     path = "_filters"
+    try:
+        members = _Walk().members(struct)
+    except OverflowError as error:
+        asked.refuse(path, str(error))
+        return
     inner = members.get("fields")
     if len(members) == 1 and isinstance(inner, Mapping):
         path = "_filters.fields"
@@ -164,20 +178,36 @@ def _member(name: str, where: str, value: Json, asked: _Asked) -> None:
         asked.text(name, where, value)
 
 
-def _json(value: Value) -> Json:
-    match value.WhichOneof("kind"):
-        case "struct_value":
-            return {key: _json(member) for key, member in value.struct_value.fields.items()}
-        case "list_value":
-            return [_json(member) for member in value.list_value.values]
-        case "string_value":
-            return value.string_value
-        case "number_value":
-            return value.number_value
-        case "bool_value":
-            return value.bool_value
-        case _:
-            return None
+class _Walk:
+    """Makes plain values of a Struct's. Raises OverflowError before it walks more than may be."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_VALUES
+
+    def members(self, struct: Struct) -> dict[str, Json]:
+        self._take(len(struct.fields))
+        return {key: self._value(member) for key, member in struct.fields.items()}
+
+    def _take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise OverflowError(f"has {_MOST_VALUES} values at most")
+
+    def _value(self, value: Value) -> Json:
+        match value.WhichOneof("kind"):
+            case "struct_value":
+                return self.members(value.struct_value)
+            case "list_value":
+                self._take(len(value.list_value.values))
+                return [self._value(member) for member in value.list_value.values]
+            case "string_value":
+                return value.string_value
+            case "number_value":
+                return value.number_value
+            case "bool_value":
+                return value.bool_value
+            case _:
+                return None
 
 
 def _plain(value: Json) -> Json:

@@ -6,16 +6,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError, Message
 
 from postroad.v1 import task_pb2, task_service_pb2
 from services.api import batch, filters, pages, queries, uuid7
 from services.api.auth import Tenants
 from services.api.decider import Decider
+from services.api.decoding import decode, question
 from services.api.errors import (
     Problem,
     Refused,
@@ -23,7 +23,6 @@ from services.api.errors import (
     collect,
     draining,
     internal,
-    invalid,
     not_found,
 )
 from services.api.reader import Reader
@@ -45,7 +44,6 @@ _AT_A_TIME = 50
 
 Metadata: TypeAlias = dict[str, str | bytes]
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-M = TypeVar("M", bound=Message)
 
 
 class TaskService:
@@ -100,7 +98,7 @@ class TaskService:
     async def create(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized Task for a serialized CreateRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
-        request = _decode(raw, task_service_pb2.CreateRequest)
+        request = decode(raw, task_service_pb2.CreateRequest)
         key = str(metadata.get("idempotency-key", ""))
         recording = self._asked(request, tenant, key, len(raw), metadata)
         original = await self._recorder.record(recording)
@@ -109,7 +107,7 @@ class TaskService:
     async def batch_create(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized BatchCreateResponse for a serialized BatchCreateRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
-        request = _decode(raw, task_service_pb2.BatchCreateRequest)
+        request = decode(raw, task_service_pb2.BatchCreateRequest)
         batch.check_size(len(request.requests))
         items: list[Creation | Problem] = []
         for number, asked in enumerate(request.requests):
@@ -128,7 +126,7 @@ class TaskService:
     async def get(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized Task for a serialized GetRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
-        request = _decode(raw, task_service_pb2.GetRequest)
+        request = question(raw, task_service_pb2.GetRequest)
         id_ = task_id(request.id)
         task = await self._reader.read(lambda connection: queries.get(connection, tenant, id_))
         if task is None:
@@ -138,7 +136,7 @@ class TaskService:
     async def list(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized ListResponse for a serialized ListRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
-        request = _decode(raw, task_service_pb2.ListRequest)
+        request = question(raw, task_service_pb2.ListRequest)
         refused: list[Violation] = []
         size = collect(refused, pages.page_size, request.page_size)
         asked = collect(refused, filters.parse, request)
@@ -156,7 +154,7 @@ class TaskService:
     async def count(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized CountResponse for a serialized CountRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
-        asked = filters.parse(_decode(raw, task_service_pb2.CountRequest))
+        asked = filters.parse(question(raw, task_service_pb2.CountRequest))
         counts = await self._reader.read(lambda connection: queries.count(connection, tenant, asked))
         return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values())).SerializeToString()
 
@@ -171,7 +169,7 @@ class TaskService:
     async def watch(self, raw: bytes, metadata: Metadata, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Write serialized WatchResponses for a serialized WatchRequest, until it is ended; raise Problem."""
         tenant = self._tenants.tenant(metadata)
-        await self._watches.watch(tenant, _decode(raw, task_service_pb2.WatchRequest), write)
+        await self._watches.watch(tenant, question(raw, task_service_pb2.WatchRequest), write)
 
     async def _decide(
         self,
@@ -181,7 +179,7 @@ class TaskService:
         metadata: Metadata,
     ) -> bytes:
         tenant = self._tenants.tenant(metadata)
-        id_ = task_id(_decode(raw, kind).id)
+        id_ = task_id(question(raw, kind).id)
         task = await decide(tenant, id_, traceparent(metadata.get("traceparent"), id_))
         return task.SerializeToString()
 
@@ -245,12 +243,3 @@ def _problem(rpc: str, error: BaseException) -> Problem:
         raise error
     log.error("unexpected", rpc=rpc, exc_info=error)
     return internal()
-
-
-def _decode(raw: bytes, kind: type[M]) -> M:
-    request = kind()
-    try:
-        request.ParseFromString(raw)
-    except DecodeError:
-        raise invalid("request", f"the bytes are no {kind.DESCRIPTOR.full_name}") from None
-    return request

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_SUBJECT",
     "creation",
     "encoded_length",
+    "label_problems",
     "task_id",
 ]
 
@@ -66,7 +67,7 @@ def creation(
     if data.headers:
         _headers(data.headers, found)
     if data.labels:
-        _labels(data.labels, found)
+        found += label_problems("data.labels", data.labels)
     key = request.idempotency_key or key_in_metadata
     if key:
         _key(key, key_in_metadata, found)
@@ -96,6 +97,22 @@ def task_id(text: str) -> bytes:
         return uuid7.parse(text)
     except ValueError as error:
         raise invalid("id", str(error)) from None
+
+
+def label_problems(field: str, labels: Mapping[str, str]) -> list[Violation]:
+    """Return why these cannot be a task's labels, under the field's path; empty where they can."""
+    if len(labels) > MAX_LABELS:
+        return [Violation(field, f"{MAX_LABELS} at most")]
+    found = []
+    for key, value in sorted(labels.items()):
+        if not key or len(key.encode()) > _MAX_LABEL_KEY or _CONTROL.search(key):
+            problem = f"is no label key (1 to {_MAX_LABEL_KEY} bytes, no control characters)"
+        elif len(value.encode()) > _MAX_LABEL_VALUE or _CONTROL.search(value):
+            problem = f"is no label value ({_MAX_LABEL_VALUE} bytes at most, no control characters)"
+        else:
+            continue
+        found.append(Violation(_member(field, key), problem))
+    return found
 
 
 def encoded_length(subject: str) -> int:
@@ -189,20 +206,6 @@ def _headers(headers: Mapping[str, str], found: list[Violation]) -> None:
             seen.add(lower)
             continue
         found.append(Violation(_member("data.headers", name), problem))
-
-
-def _labels(labels: Mapping[str, str], found: list[Violation]) -> None:
-    if len(labels) > MAX_LABELS:
-        found.append(Violation("data.labels", f"{MAX_LABELS} at most"))
-        return
-    for key, value in sorted(labels.items()):
-        if not key or len(key.encode()) > _MAX_LABEL_KEY or _CONTROL.search(key):
-            problem = f"is no label key (1 to {_MAX_LABEL_KEY} bytes, no control characters)"
-        elif len(value.encode()) > _MAX_LABEL_VALUE or _CONTROL.search(value):
-            problem = f"is no label value ({_MAX_LABEL_VALUE} bytes at most, no control characters)"
-        else:
-            continue
-        found.append(Violation(_member("data.labels", key), problem))
 
 
 def _member(field: str, key: str) -> str:

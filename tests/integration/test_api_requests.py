@@ -262,6 +262,17 @@ def test_an_unknown_id_is_not_found(client: ReflectionClient) -> None:
     assert details(caught.value)["ErrorInfo"].reason == "TASK_NOT_FOUND"
 
 
+@pytest.mark.parametrize("rpc", ["Get", "List", "Count", "Retry", "Cancel"])
+def test_a_question_as_large_as_a_mail_is_refused_unread(client: ReflectionClient, rpc: str) -> None:
+    # What would be skipped: a field that nobody knows.
+    with pytest.raises(grpc.RpcError) as caught:
+        client.raw(f"{TASKS}/{rpc}", field(500, b"x" * (256 << 10)))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in details(caught.value)["BadRequest"].field_violations] == [
+        "request"
+    ]
+
+
 def test_reflection_and_health(client: ReflectionClient) -> None:
     assert {TASKS, "grpc.health.v1.Health"} <= set(client.services())
     assert client.call("grpc.health.v1.Health/Check", {}) == {"status": "SERVING"}

@@ -394,6 +394,7 @@ def test_bad_requests(road: Road) -> None:
         assert refusal(api, id=create(api).id, resume_token=good) == bad
         for broken in (good[:-1], good + "A", good[:20] + "~" + good[21:], good[:12], "x", "é"):
             assert refusal(api, id=task.id, resume_token=broken) == bad
+        assert refusal(api, reason="x" * (256 << 10)) == (Code.INVALID_ARGUMENT, ["request"])
         assert refusal(api, id="nonsense") == (Code.INVALID_ARGUMENT, ["id"])
         assert refusal(api, id=task.id, reason="x") == (Code.INVALID_ARGUMENT, ["id"])
         assert refusal(api, id=task.id, domain="-") == (Code.INVALID_ARGUMENT, ["domain"])

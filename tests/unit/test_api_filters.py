@@ -167,6 +167,49 @@ def test_any_struct_is_a_filter_or_a_refusal(filters: object) -> None:
     assert all(field.startswith("_filters.") for field in named)
 
 
+LABELS = {f"{n:063}": "v" * 255 for n in range(64)}
+
+
+def test_as_many_labels_as_a_task_may_have() -> None:
+    expected = Filter(labels=tuple(LABELS.items()))
+    literal = {key: {"string_value": value} for key, value in LABELS.items()}
+    assert asked({"labels": LABELS}) == asked({"_filters": {"labels": LABELS}}) == expected
+    spelled = {"fields": {"labels": {"struct_value": {"fields": literal}}}}
+    assert asked({"_filters": spelled}) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "field"),
+    [
+        (LABELS | {"one": "more"}, ""),
+        ({"": "v"}, '[""]'),
+        ({"k" * 64: "v"}, f'["{"k" * 40}…"]'),
+        ({"k": "é" * 128}, '["k"]'),
+        ({"k": "a\nb"}, '["k"]'),
+    ],
+)
+def test_labels_that_no_task_can_have_are_refused(labels: dict[str, str], field: str) -> None:
+    assert refused({"labels": labels}) == [f"labels{field}"]
+    assert refused({"_filters": {"labels": labels}}) == [f"_filters.labels{field}"]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {f"x{n}": None for n in range(501)},
+        {"fields": {f"x{n}": {"string_value": ""} for n in range(300)}},
+        {"status": ["pending"] * 501},
+        {"labels": {"a": [[[None] * 50] * 50]}},
+    ],
+)
+def test_more_than_a_filter_can_need_is_refused_unread(filters: object) -> None:
+    assert refused({"_filters": filters}) == ["_filters"]
+
+
+def test_more_statuses_than_a_filter_can_need_are_refused() -> None:
+    assert refused({"status": ["pending"] * 501}) == ["status"]
+
+
 def test_a_filters_digest_is_its_own() -> None:
     filters = [Filter(), Filter(status=("failed",)), Filter(email="failed"), Filter(domain="failed")]
     digests = {f.digest(tenant) for f in filters for tenant in ("a", "b")}
