@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as ev
 from services.api.errors import Refused
 from services.api.filters import Filter
-from services.api.watch import tokens
+from services.api.watch import catchup, tokens
 from services.api.watch.book import MAYBE, SURE, Book
 from services.api.watch.catchup import STRIDE, strides
 from services.api.watch.changes import Change, age, change
+from services.api.watch.lookup import Known
 from services.api.watch.merge import Merge
 from services.api.watch.watchers import Index, Wanted, Watcher
 from services.common.events import Event, encode, task_id
@@ -308,6 +311,74 @@ def test_a_token_within_a_batch_leads_past_nothing_that_follows(places: list[tup
         rest = ready[told:]
         assert left == {c.place: min(d.offset for d in rest if d.place == c.place) for c in rest}
     assert told == len(ready)
+
+
+class Record:
+    """A record of a task.created partition as the client hands it on, or the end of the partition."""
+
+    def __init__(self, number: int, offset: int, end: bool = False) -> None:
+        self.at, self._end = offset, end
+        self.where = (EVENT_TOPICS[0], number)
+
+    def error(self) -> KafkaError | None:
+        return KafkaError(KafkaError._PARTITION_EOF) if self._end else None
+
+    def offset(self) -> int:
+        return self.at
+
+    def key(self) -> bytes:
+        return mail(self.at).id
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, MADE_MS
+
+
+class Topics:
+    """Hands on what is on these partitions, one list a turn."""
+
+    def __init__(self, turns: list[list[Record]]) -> None:
+        self._turns = turns
+        self.consumer = self
+
+    def fetch(self, most: int, wait: float) -> list[Record]:
+        return self._turns.pop(0)
+
+    def place(self, record: Record) -> tuple[str, int]:
+        return record.where
+
+    def change(self, record: Record) -> Change:
+        created = ev.TaskCreated(task=mail(record.at), at_us=MADE_MS * 1000)
+        return read(created, record.at)._replace(place=record.where)
+
+    def at(self, place: tuple[str, int], offset: int = 0) -> object:
+        return place
+
+    def assign(self, places: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+async def test_an_end_that_comes_too_soon_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A new leader does not know for a moment how far all is kept, and says that there is no more.
+    turns = [
+        [Record(0, 0), Record(0, 1, end=True), Record(1, 3, end=True)],
+        [Record(0, 1), Record(0, 2), Record(0, 3, end=True)],
+    ]
+    monkeypatch.setattr(catchup, "Topics", lambda *_, **__: Topics(turns))
+
+    async def nothing(_: object) -> Known:
+        return Known({}, set())
+
+    ends = {(EVENT_TOPICS[0], 0): 3, (EVENT_TOPICS[0], 1): 2}
+    settings: Any = None
+    with ThreadPoolExecutor(1) as executor:
+        wanted = Wanted("default", None, Filter())
+        async with catchup.CatchUp(settings, executor, wanted, {}, nothing) as missed:
+            told = [told async for told in missed.read(ends)]
+    assert len(told) == 3
+    assert not turns
 
 
 # --- who wants it ------------------------------------------------------------------------------

@@ -149,8 +149,10 @@ class CatchUp:
             mine = self._wanted.task in (None, message.key())
             if mine and (change := topics.change(message)) is not None:
                 merge.put(change)
-        # A partition may end before its last offsets: such as are missing.
-        if place in open_ and (error is not None or offset + 1 >= ends[place]):
+        # An end stands behind what is missing of the last offsets. One that comes sooner is a new leader's,
+        # which has not heard yet how far all is kept; more follows.
+        after = offset + 1 if error is None else offset
+        if place in open_ and after >= ends[place]:
             self._next[place] = max(self._next.get(place, 0), ends[place])
             open_.discard(place)
             merge.end(place)
