@@ -129,6 +129,36 @@ def test_what_may_have_been_before_is_waited_for_shortly() -> None:
     assert new.held() == [(sent.place, sent.offset)]
 
 
+def test_a_scheduled_tasks_first_events_are_sure_to_come_though_it_was_made_before() -> None:
+    id_, start = mail().id, MADE_MS + 3_600_000
+    now_ms = start + 30_001
+    sent = read(ev.MailSent(id=id_, attempt=1, at_us=now_ms * 1000), at_ms=now_ms)
+    created = read(life(mail())[0], at_ms=now_ms)
+    ok = read(ev.MxOk(task=mail(), attempt=1, at_us=now_ms * 1000), at_ms=now_ms)
+    book = Book(start)
+    assert book.read([sent], 0.0) == []
+    assert book.due() == SURE
+    assert book.read([ok, created], 1.0) == [created, ok, sent]
+    # What came soon after the start, or is no first attempt, may follow what was before.
+    early = sent._replace(at_ms=start + 30_000)
+    again = read(ev.MailSent(id=id_, attempt=2, at_us=now_ms * 1000), at_ms=now_ms)
+    cancelled = read(ev.TaskCancelled(id=id_, epoch=now_ms, at_us=now_ms * 1000), at_ms=now_ms)
+    for change_ in (early, again, cancelled):
+        book = Book(start)
+        assert book.read([change_], 0.0) == []
+        assert book.due() == MAYBE
+
+
+def test_what_was_waited_for_in_vain_is_not_waited_for_again() -> None:
+    book = Book(MADE_MS + 1)
+    first, second = (
+        read(ev.MailDeferred(id=mail().id, attempt=n, stage="sender", at_us=MADE_MS * 1000)) for n in (3, 4)
+    )
+    assert book.read([first], 0.0) == []
+    assert book.read([], MAYBE) == [first]
+    assert book.read([second], 1.0) == [second]
+
+
 def test_a_task_with_very_many_events_is_held_and_told_in_no_time() -> None:
     id_ = mail().id
     several = [read(ev.MailDeferred(id=id_, attempt=n, stage="sender", at_us=n)) for n in range(2, 20_002)]

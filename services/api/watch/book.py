@@ -1,8 +1,9 @@
 """Which changes may be told now, and what a task looks like after each. Pure: the caller brings the time.
 
 A change whose needs were not read yet is held: for `SURE` seconds where they must still come, since the
-task was made after reading began, and for `MAYBE` where they may have come before. The last tasks are
-remembered; of those that are not, an event may be told again.
+task was made after reading began, or its first attempt is told long after that (a task that was scheduled);
+and for `MAYBE` where they may have come before. The last tasks are remembered; of those that are not, an
+event may be told again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ Mail = tuple[str, None, None, str, str, str, str | None, datetime]
 
 SURE, MAYBE = 2.0, 0.08
 _MOST = 20_000
+_CLEARLY_MS = 30_000
+"""From here on after the start of reading a first attempt's needs are taken to come after it too."""
 
 
 class _Life:
@@ -39,7 +42,7 @@ class Book:
     """The `most` tasks last read of. Those made after `began_ms` (Unix) are read of from their start."""
 
     def __init__(self, began_ms: int, most: int = _MOST) -> None:
-        self._began, self._most = began_ms, most
+        self._start, self._began, self._most = began_ms, began_ms, most
         self._lives: OrderedDict[bytes, _Life] = OrderedDict()
         self._held: dict[bytes, list[tuple[Change, float]]] = {}
 
@@ -119,7 +122,10 @@ class Book:
     def _patience(self, change: Change, life: _Life) -> float:
         missing = [step for step in change.needs if step not in life.steps]
         sure = any(self._made(change.row.id, epoch) > self._began for _, epoch, _ in missing)
-        return SURE if sure else MAYBE
+        # An id's time is when the task was made, which is long before it is published where it is scheduled.
+        young = change.at_ms > self._start + _CLEARLY_MS
+        first = all(epoch == change.row.epoch and not attempt for _, epoch, attempt in missing)
+        return SURE if sure or (young and first) else MAYBE
 
     def _release(self, id_: bytes, now: float) -> list[Change]:
         """Return what may be told of a task; never one before an older one that is held."""
@@ -128,7 +134,8 @@ class Book:
         for change, due in held:
             if due > now and not life.steps.issuperset(change.needs):
                 break
-            life.steps.add(change.step)
+            # What was waited for in vain is not waited for again.
+            life.steps.update((change.step, *change.needs))
             told.append(change)
         del held[: len(told)]
         if not held:
