@@ -107,6 +107,10 @@ class TaskService:
     async def batch_create(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized BatchCreateResponse for a serialized BatchCreateRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
+        with self._recorder.batch(len(raw)):
+            return await self._batch(raw, tenant, metadata)
+
+    async def _batch(self, raw: bytes, tenant: str, metadata: Metadata) -> bytes:
         request = decode(raw, task_service_pb2.BatchCreateRequest)
         batch.check_size(len(request.requests))
         items: list[Creation | Problem] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeAlias, TypeVar
 
 import structlog
@@ -15,9 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from postroad.v1 import task_pb2
 from services.api import outbox
-from services.api.errors import PATIENCE, Problem, conflict, overloaded, unavailable
+from services.api.errors import PATIENCE, Problem, conflict, unavailable
 from services.api.queries import tasks_of
 from services.api.relay import Creation
+from services.api.room import Room
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
@@ -45,7 +47,7 @@ class Recorder:
     """Records tasks through two Batchers.
 
     `committed` is told, on a worker thread, what of each transaction is to be published at once. At most
-    `most` Creates and `most_bytes` of theirs wait; more are refused at once.
+    `most` Creates and `most_bytes` of theirs wait, and as many in batches; more are refused at once.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class Recorder:
         most_bytes: int,
     ) -> None:
         self._engine, self._committed = engine, committed
-        self._most, self._most_bytes = most, most_bytes
-        self._waiting = self._bytes = 0
+        # Apart: a few batches have thousands of Creates, and would have single ones refused.
+        self._room, self._batch_room = Room(most, most_bytes), Room(most, most_bytes)
         self._singles: Batcher[Creation, Recorded] = Batcher(
             self._record,
             _LIMIT,
@@ -77,42 +79,32 @@ class Recorder:
         where too many wait, UNAVAILABLE where the database does not answer; whether the task was
         recorded is then unknown, and a client with an idempotency key may just ask again.
         """
-        result = await self._admit((creation,), lambda: self._singles(creation), PATIENCE)
+        with self._room.hold(1, creation.size):
+            result = await _answer(self._singles(creation), PATIENCE)
         if isinstance(result, Problem):
             raise result
         return result
 
+    def batch(self, size: int) -> AbstractContextManager[None]:
+        """Hold room for the bytes of a batch until it is answered; to be entered before it is decoded.
+
+        Raises Problem: RESOURCE_EXHAUSTED where too much waits.
+        """
+        return self._batch_room.hold(0, size)
+
     async def record_batch(self, batch: Sequence[Creation]) -> list[Recorded]:
         """Return what became of each, in their order, once all of them are recorded in one transaction.
 
-        Raises Problem as `record` does, but for the conflicts; then none was recorded, or it is unknown.
+        To be called within `batch`. Raises Problem as `record` does, but for the conflicts; then none was
+        recorded, or it is unknown.
         """
-        return await self._admit(batch, lambda: self._batches(batch), _BATCH_PATIENCE)
+        with self._batch_room.add(len(batch)):
+            return await _answer(self._batches(batch), _BATCH_PATIENCE)
 
     async def close(self) -> None:
         """Refuse what comes from now on; return once all that waited is settled."""
         await self._singles.close()
         await self._batches.close()
-
-    async def _admit(self, batch: Sequence[Creation], call: Callable[[], Awaitable[R]], patience: float) -> R:
-        if self._waiting >= self._most or self._bytes > self._most_bytes:
-            raise overloaded()
-        size = sum(creation.size for creation in batch)
-        self._waiting += len(batch)
-        self._bytes += size
-        try:
-            async with asyncio.timeout(patience):
-                return await call()
-        except TimeoutError:
-            raise unavailable() from None
-        except SQLAlchemyError as error:
-            if not transient(error):
-                raise
-            log.warning("not recorded", error=said(error))
-            raise unavailable() from None
-        finally:
-            self._waiting -= len(batch)
-            self._bytes -= size
 
     def _record(self, batch: Sequence[Creation]) -> list[Recorded]:
         # The same ids each time that it is done again, so a connection lost while it commits is no harm.
@@ -121,6 +113,20 @@ class Recorder:
         if now:
             self._committed(now)
         return results
+
+
+async def _answer(call: Awaitable[R], patience: float) -> R:
+    """Return what a call answers; raise UNAVAILABLE where the database does not in `patience` seconds."""
+    try:
+        async with asyncio.timeout(patience):
+            return await call
+    except TimeoutError:
+        raise unavailable() from None
+    except SQLAlchemyError as error:
+        if not transient(error):
+            raise
+        log.warning("not recorded", error=said(error))
+        raise unavailable() from None
 
 
 def _write(connection: Connection, batch: Sequence[Creation]) -> tuple[list[Recorded], list[Creation]]:

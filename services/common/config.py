@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     max_pending_creates: int = Field(
         5000,
         ge=1,
-        description="Creates that wait for MySQL at most; more are refused with RESOURCE_EXHAUSTED",
+        description="Creates that wait for MySQL at most, and as many in batches; more are refused",
     )
     api_tokens: SecretStr = Field(
         SecretStr(""),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -125,3 +128,41 @@ def test_a_batch_has_what_single_creates_have_beside_it(tasks: Any) -> None:
         tasks.BatchCreate(BatchCreateRequest(requests=[request(n, body=body) for n in range(600)]))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert tasks.Count(CountRequest()).total == 500
+
+
+def test_batches_that_wait_keep_no_single_create_out(infra: Infra, road: Road) -> None:
+    """Each has room of its own; a batch for which there is none is not even decoded."""
+    few = {"POSTROAD_MAX_PENDING_CREATES": "20", "POSTROAD_MAX_IN_FLIGHT_BYTES": "65536"}
+    batch = BatchCreateRequest(requests=[request(n, body="x" * 5000) for n in range(20)])
+    with (
+        ApiProcess(road, **few) as api,
+        grpc.insecure_channel(api.target) as channel,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        tasks = TaskServiceStub(channel)
+        tasks.Create(request(), timeout=20)
+        os.kill(infra.pid("mysql"), signal.SIGSTOP)
+        try:
+            calls = [threads.submit(tasks.BatchCreate, batch, timeout=60) for _ in range(3)]
+            eventually(lambda: sum(call.done() for call in calls) == 2)
+            assert code(tasks.Create, request()) is grpc.StatusCode.UNAVAILABLE
+            no_batch = channel.unary_unary("/postroad.v1.TaskService/BatchCreate")
+            assert code(no_batch, b"\xff") is grpc.StatusCode.RESOURCE_EXHAUSTED
+        finally:
+            os.kill(infra.pid("mysql"), signal.SIGCONT)
+        errors = [call.exception() for call in calls]
+        assert [error.code() for error in errors if isinstance(error, grpc.RpcError)] == [
+            grpc.StatusCode.RESOURCE_EXHAUSTED
+        ] * 2
+        assert errors.count(None) == 1
+        # What was held is free again.
+        assert len(tasks.BatchCreate(batch, timeout=20).results) == 20
+        assert code(no_batch, b"\xff") is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def code(call: Any, asked: Any) -> grpc.StatusCode:
+    """Return the code of a call that is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(asked, timeout=30)
+    found: grpc.StatusCode = caught.value.code()
+    return found
