@@ -343,6 +343,30 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(road: Road, stages: Tel
             eventually(lambda: lives([*seen, *watch.messages]) == {task.id: expected for task in tasks}, 30)
 
 
+def test_many_that_were_cut_off_together_come_back_together(road: Road, stages: Telling) -> None:
+    with ApiProcess(road) as api:
+        first = [Stream(api, labels={"n": str(n % 3)}).__enter__() for n in range(30)]
+        for watch in first:
+            watch.cut()
+        tasks = [create(api, n=str(n % 3)) for n in range(60)]
+        stages.tell(*(event for task in tasks for event in (sent(task), ok(task))), fold=False)
+        tokens = [watch.token for watch in first]
+        again = [Stream(api, token, labels={"n": str(n % 3)}) for n, token in enumerate(tokens)]
+        # One of them goes away on its way; the others do not hear of it.
+        again[7].cut()
+        several = [create(api, n=str(n)) for n in range(3)]
+        for number, watch in enumerate(again):
+            if number == 7:
+                continue
+            mine = [task.id for n, task in enumerate(tasks) if n % 3 == number % 3]
+            expected = {id_: ["created.0", "mx_ok.1", "sent.1"] for id_ in mine}
+            expected[several[number % 3].id] = ["created.0"]
+            eventually(lambda w=watch, e=expected: w.error or lives(w.messages) == e, 60)  # type: ignore[misc]
+            assert watch.error is None, watch.error
+        for watch in again:
+            watch.cut()
+
+
 def test_from_long_ago_more_than_a_queue_holds(road: Road, stages: Telling) -> None:
     with ApiProcess(road) as api:
         with Stream(api, labels={"n": "1"}) as start:

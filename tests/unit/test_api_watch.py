@@ -19,10 +19,11 @@ from services.api.filters import Filter
 from services.api.watch import catchup, tokens
 from services.api.watch.book import MAYBE, SURE, Book
 from services.api.watch.catchup import STRIDE, strides
-from services.api.watch.changes import Change, age, change
+from services.api.watch.changes import Change, Place, age, change
 from services.api.watch.lookup import Known
+from services.api.watch.members import Member
 from services.api.watch.merge import Merge
-from services.api.watch.watchers import Index, Wanted, Watcher
+from services.api.watch.watchers import Index, Told, Wanted, Watcher
 from services.common.events import Event, encode, task_id
 from services.common.fold import Row, delta, fold
 from services.common.topics import EVENT_TOPICS
@@ -349,6 +350,7 @@ class Record:
     def __init__(self, number: int, offset: int, end: bool = False) -> None:
         self.at, self._end = offset, end
         self.where = (EVENT_TOPICS[0], number)
+        self.task = mail(2 * offset + number)
 
     def error(self) -> KafkaError | None:
         return KafkaError(KafkaError._PARTITION_EOF) if self._end else None
@@ -357,7 +359,7 @@ class Record:
         return self.at
 
     def key(self) -> bytes:
-        return mail(self.at).id
+        return self.task.id
 
     def timestamp(self) -> tuple[int, int]:
         return 1, MADE_MS
@@ -377,7 +379,7 @@ class Topics:
         return record.where
 
     def change(self, record: Record) -> Change:
-        created = ev.TaskCreated(task=mail(record.at), at_us=MADE_MS * 1000)
+        created = ev.TaskCreated(task=record.task, at_us=MADE_MS * 1000)
         return read(created, record.at)._replace(place=record.where)
 
     def at(self, place: tuple[str, int], offset: int = 0) -> object:
@@ -397,18 +399,47 @@ async def test_an_end_that_comes_too_soon_ends_nothing(monkeypatch: pytest.Monke
         [Record(0, 1), Record(0, 2), Record(0, 3, end=True)],
     ]
     monkeypatch.setattr(catchup, "Topics", lambda *_, **__: Topics(turns))
+    [told] = await caught_up([Filter()], [{}], {(EVENT_TOPICS[0], 0): 3, (EVENT_TOPICS[0], 1): 2})
+    assert len(told) == 3
+    assert not turns
+
+
+async def caught_up(
+    filters: list[Filter], positions: list[dict[Place, int]], ends: dict[Place, int]
+) -> list[list[Told]]:
+    """Return what each hears on its way to these ends."""
+    settings: Any = None
 
     async def nothing(_: object) -> Known:
         return Known({}, set())
 
-    ends = {(EVENT_TOPICS[0], 0): 3, (EVENT_TOPICS[0], 1): 2}
-    settings: Any = None
+    scope = asyncio.timeout(None)
+    watchers = [Watcher(Wanted("default", None, asked), scope) for asked in filters]
+    members = [Member(watcher, at) for watcher, at in zip(watchers, positions, strict=True)]
+    told: dict[Watcher, list[Told]] = {watcher: [] for watcher in watchers}
     with ThreadPoolExecutor(1) as executor:
-        wanted = Wanted("default", None, Filter())
-        async with catchup.CatchUp(settings, executor, wanted, {}, nothing) as missed:
-            told = [told async for told in missed.read(ends)]
-    assert len(told) == 3
-    assert not turns
+        async with catchup.CatchUp(settings, executor, members, nothing) as missed:
+            async for member, one in missed.read(ends):
+                told[member.watcher].append(one)
+    return list(told.values())
+
+
+async def test_several_catch_up_together_each_from_its_own_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (EVENT_TOPICS[0], 0), (EVENT_TOPICS[0], 1)
+    records = [Record(n, offset) for offset in range(2, 100) for n in (0, 1)]
+    monkeypatch.setattr(catchup, "Topics", lambda *_, **__: Topics([records[:150], records[150:]]))
+    starts = [{one: 2, other: 90}, {one: 60, other: 2}, {one: 97, other: 96}]
+    filters = [Filter(), Filter(), Filter(email="a196@x.test")]
+    several = await caught_up(filters, starts, {one: 100, other: 100})
+    assert [len(told) for told in several] == [98 + 10, 40 + 98, 1]
+    for told, start in zip(several, starts, strict=True):
+        before = start
+        for message in told:
+            at = tokens.parse(tokens.bound(b"") + message.positions, b"")
+            # No token leads back, and none leads past what its watcher was not told.
+            assert all(at[place] >= before[place] for place in start)
+            before = at
+        assert before == {one: 100, other: 100} | {p: 0 for p in before if p not in start}
 
 
 # --- who wants it ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The way from a resume token's positions to the live feed's: what a watcher missed, in order."""
+"""The way from resume tokens' positions to the live feed's: what watchers missed, in order."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from services.api.watch import messages, tokens
+from services.api.watch import messages
 from services.api.watch.book import Book
 from services.api.watch.changes import Change, Place
 from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
+from services.api.watch.members import Member, Members, Sure
 from services.api.watch.merge import Merge
 from services.api.watch.problems import gone, silent
 from services.api.watch.topics import Topics
-from services.api.watch.watchers import Told, Wanted
+from services.api.watch.watchers import Told
 from services.common.config import Settings
 
 __all__ = ["STRIDE", "CatchUp", "strides"]
@@ -37,23 +38,23 @@ _KBYTES = 1 << 10
 
 
 class CatchUp:
-    """Reads what one watcher wants of the topics, from `positions` on. Raises Problem.
+    """Reads once what several missed of the topics, from the earliest of their positions on. Raises Problem.
 
-    What blocks runs on `executor`. `sure` are the positions, written, of what was handed on so far. A context
-    manager; the consumer is made when it is needed.
+    What blocks runs on `executor`. `sure` is what everything was handed on of so far. A context manager; the
+    consumer is made when it is needed.
     """
 
     def __init__(
         self,
         settings: Settings,
         executor: Executor,
-        wanted: Wanted,
-        positions: Mapping[Place, int],
+        members: Iterable[Member],
         lookup: Callable[[Sequence[Change]], Awaitable[Known]],
     ) -> None:
-        self._settings, self._executor, self._wanted, self._lookup = settings, executor, wanted, lookup
-        self._next = dict(positions)
-        self.sure = tokens.written(positions)
+        self._settings, self._executor, self._lookup = settings, executor, lookup
+        self.members = Members(members)
+        self._next = self.members.earliest()
+        self.sure = Sure.of(self._next)
         self._topics: Topics | None = None
         self._book: Book | None = None
         self._begun: set[Place] = set()
@@ -68,37 +69,40 @@ class CatchUp:
         self._executor.submit(self._locked, self._close)
 
     async def begin_at_the_fold(self, folded: Folded) -> None:
-        """Begin where the status service is, in place of `positions`."""
+        """Begin where the status service is, whatever the members' positions."""
         topics = await self._asked(self._opened)
         starts = await self._asked(lambda: topics.starts(topics.places()))
         done = await self._asked(lambda: folded.positions(starts))
         self._next = {place: max(start, done.get(place, 0)) for place, start in starts.items()}
-        self.sure = tokens.written(self._next)
+        self.sure = Sure.of(self._next)
 
     def left(self, ends: Mapping[Place, int]) -> int:
         """Return how many offsets there are up to these positions."""
         return sum(max(0, end - self._next.get(place, 0)) for place, end in ends.items())
 
-    async def check(self, here: Mapping[Place, int]) -> None:
-        """Raise OUT_OF_RANGE where records are gone, or the topics are not those of the token.
+    async def check(self, here: Mapping[Place, int]) -> list[Member]:
+        """Leave out, and return, those for whom records are gone, or whose token is not of these topics.
 
-        `here` is where the feed is; it may be a little behind another replica's, which gave the token.
+        `here` is where the feed is; it may be a little behind another replica's, which gave a token.
         """
+        members = list(self.members)
         behind = [place for place, end in here.items() if self._next.get(place, 0) < end]
-        ahead = [place for place, offset in self._next.items() if offset > here.get(place, 0)]
+        ahead = {place for m in members for place, at in m.positions.items() if at > here.get(place, 0)}
         if not behind and not ahead:
-            return
+            return []
         topics = await self._asked(self._opened)
-        if not set(ahead) <= set(await self._asked(topics.places)):
-            raise gone()
+        unknown = ahead - set(await self._asked(topics.places)) if ahead else set()
         starts = await self._asked(lambda: topics.starts(behind))
-        ends = await self._asked(lambda: topics.ends(ahead))
-        lost = any(self._next.get(place, 0) < start for place, start in starts.items())
-        if lost or any(self._next[place] > end for place, end in ends.items()):
-            raise gone()
+        ends = await self._asked(lambda: topics.ends(ahead - unknown))
+        lost = [member for member in members if member.lost(starts, ends, unknown)]
+        for member in lost:
+            self.members.remove(member)
+        self._next = self.members.earliest()
+        self.sure = Sure.of(self._next)
+        return lost
 
-    async def read(self, ends: Mapping[Place, int]) -> AsyncIterator[Told]:
-        """Yield the messages of what lies before these positions."""
+    async def read(self, ends: Mapping[Place, int]) -> AsyncIterator[tuple[Member, Told]]:
+        """Yield the messages of what lies before these positions, each with whom it is for."""
         todo = {place for place, end in ends.items() if self._next.get(place, 0) < end}
         if not todo:
             return
@@ -125,7 +129,7 @@ class CatchUp:
                 await self._asked(partial(topics.consumer.resume, go))
             paused = ahead
 
-    async def rest(self, held: Collection[tuple[Place, int]]) -> AsyncIterator[Told]:
+    async def rest(self, held: Collection[tuple[Place, int]]) -> AsyncIterator[tuple[Member, Told]]:
         """Yield what was held to the end, without what the feed holds itself and will tell."""
         if self._book is not None:
             async for told in self._told([], float("inf"), None, held):
@@ -146,8 +150,7 @@ class CatchUp:
                 self._begun.add(place)
                 self._began = max(self._began, message.timestamp()[1])
             self._next[place] = offset + 1
-            mine = self._wanted.task in (None, message.key())
-            if mine and (change := topics.change(message)) is not None:
+            if self.members.concerns(message.key()) and (change := topics.change(message)) is not None:
                 merge.put(change)
         # An end stands behind what is missing of the last offsets. One that comes sooner is a new leader's,
         # which has not heard yet how far all is kept; more follows.
@@ -163,7 +166,7 @@ class CatchUp:
         now: float,
         merge: Merge | None,
         besides: Collection[tuple[Place, int]] = (),
-    ) -> AsyncIterator[Told]:
+    ) -> AsyncIterator[tuple[Member, Told]]:
         if self._book is None:
             # Time is the records' own here.
             self._book = Book(self._began)
@@ -171,28 +174,31 @@ class CatchUp:
         strangers = self._book.strangers(ready)
         known = await self._lookup(strangers) if strangers else Known({}, set())
         for stride, left in strides(ready):
-            waiting: Told | None = None
+            # A cut within the stride begins it anew: only the last message of each stands behind it.
+            waiting: dict[Member, Told] = {}
             for change in stride:
                 if (change.place, change.offset) in besides:
                     continue
                 if (change.row.id, change.entry.event_id) in known.repeats:
                     continue
                 row = self._book.after(change, known.mails.get(change.row.id))
-                if row is None or not self._wanted.takes(row):
+                if row is None or not (wanting := self.members.find(change, row)):
                     continue
-                if waiting is not None:
-                    yield waiting
-                waiting = Told(messages.body(row, change.entry), self.sure, change.entry.event_id)
+                told = Told(messages.body(row, change.entry), "", change.entry.event_id)
+                for member in wanting:
+                    if member in waiting:
+                        yield member, member.own(waiting[member], self.sure)
+                    waiting[member] = told
             self.sure = self._written([*left.items(), *(merge.first().items() if merge else ()), *besides])
-            if waiting is not None:
-                yield waiting._replace(positions=self.sure)
+            for member, told in waiting.items():
+                yield member, member.own(told, self.sure)
 
-    def _written(self, untold: Iterable[tuple[Place, int]]) -> str:
+    def _written(self, untold: Iterable[tuple[Place, int]]) -> Sure:
         """Return the positions up to which everything was told, but for these and what is held."""
         sure = dict(self._next)
         for place, offset in (*untold, *(self._book.held() if self._book is not None else ())):
             sure[place] = min(sure[place], offset)
-        return tokens.written(sure)
+        return Sure.of(sure)
 
     # --- what blocks -------------------------------------------------------------------------
 

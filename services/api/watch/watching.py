@@ -18,9 +18,11 @@ from services.api.validation import task_id
 from services.api.watch import lookup, messages, tokens
 from services.api.watch.catchup import CatchUp
 from services.api.watch.changes import Change, Place
+from services.api.watch.convoy import PATIENCE, Convoys, join
 from services.api.watch.feed import Feed, Joined
 from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
+from services.api.watch.members import Member
 from services.api.watch.problems import crowded, lagging
 from services.api.watch.topics import TIMEOUT
 from services.api.watch.watchers import Told, Wanted, Watcher
@@ -35,10 +37,7 @@ MOST_WATCHERS = 1000
 """Streams of one replica; more are refused with RESOURCE_EXHAUSTED."""
 
 _MOST_CATCHING_UP = 8
-# A watcher that is nearer than this many records joins the live feed; what comes meanwhile fits its queue.
-_NEAR = 1000
 _LONGEST_PAUSE = 2.0
-_PATIENCE = 20.0
 
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -54,6 +53,7 @@ class Watches:
         self._folded = Folded(settings)
         self._watchers: set[Watcher] = set()
         self._catching_up = asyncio.Semaphore(_MOST_CATCHING_UP)
+        self._convoys = Convoys(self._catching_up, self._catch_up)
         # A consumer that is closed takes a thread beside those that read.
         self._executor = ThreadPoolExecutor(2 * _MOST_CATCHING_UP, thread_name_prefix="catchup")
 
@@ -109,38 +109,24 @@ class Watches:
         """Send the task as it stands in the database, then what is not in there yet and what comes."""
         tenant, task = watcher.wanted.tenant, watcher.wanted.task
         assert task is not None
-        async with self._catching_up, self._catch_up(watcher, {}) as missed:
+        async with self._catching_up, self._catch_up([Member(watcher, {})]) as missed:
             # Asked before the database is: what stands before these positions is in it by then.
             await missed.begin_at_the_fold(self._folded)
             found = await self._reader.read(lambda connection: lookup.snapshot(connection, tenant, task))
             if found is None:
                 raise not_found(id_)
             view, stream.said = found
-            await stream.send(Told(messages.found(view), missed.sure, ""))
-            await self._join(feed, watcher, stream, missed)
+            await stream.send(Told(messages.found(view), missed.sure.text, ""))
+            await join(feed, missed, lambda: [watcher], lambda _, told: stream.send_soon(told))
 
     async def _resume(
         self, feed: Feed, watcher: Watcher, stream: _Stream, positions: Mapping[Place, int]
     ) -> None:
         """Send what was missed, and what comes."""
-        async with self._catching_up, self._catch_up(watcher, positions) as missed:
-            await missed.check(feed.here())
-            await stream.stand(await self._join(feed, watcher, stream, missed))
+        await stream.stand(await self._convoys.resume(feed, watcher, positions, stream.send_soon))
 
-    async def _join(self, feed: Feed, watcher: Watcher, stream: _Stream, missed: CatchUp) -> Joined:
-        """Go the way to the live feed, and join it without a gap; return where it was joined."""
-        while missed.left(here := feed.here()) > _NEAR:
-            async for told in missed.read(here):
-                await stream.send_soon(told)
-        joined = feed.join(watcher)
-        async for told in missed.read(joined.positions):
-            await stream.send_soon(told)
-        async for told in missed.rest(joined.held):
-            await stream.send_soon(told)
-        return joined
-
-    def _catch_up(self, watcher: Watcher, positions: Mapping[Place, int]) -> CatchUp:
-        return CatchUp(self._settings, self._executor, watcher.wanted, positions, self._known)
+    def _catch_up(self, members: Sequence[Member]) -> CatchUp:
+        return CatchUp(self._settings, self._executor, members, self._known)
 
     # --- the feed ----------------------------------------------------------------------------
 
@@ -191,7 +177,7 @@ class _Stream:
     async def send_soon(self, told: Told) -> None:
         """Send what was missed. Where it is not taken in time, another may catch up instead."""
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(PATIENCE):
                 await self.send(told)
         except TimeoutError:
             raise lagging() from None
