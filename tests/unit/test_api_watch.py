@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from postroad.v1 import events_pb2 as ev
 from services.api.errors import Refused
 from services.api.filters import Filter
-from services.api.watch import catchup, tokens
+from services.api.watch import catchup, convoy, tokens
 from services.api.watch.book import MAYBE, SURE, Book
 from services.api.watch.catchup import STRIDE, strides
 from services.api.watch.changes import Change, Place, age, change
@@ -440,6 +440,27 @@ async def test_several_catch_up_together_each_from_its_own_positions(monkeypatch
             assert all(at[place] >= before[place] for place in start)
             before = at
         assert before == {one: 100, other: 100} | {p: 0 for p in before if p not in start}
+
+
+async def test_who_takes_nothing_holds_up_those_who_go_with_it_only_so_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(convoy, "PATIENCE", 0.05)
+    feed: Any = None
+    watcher = Watcher(Wanted("default", None, Filter()), asyncio.timeout(None))
+    monkeypatch.setattr(watcher, "end", lambda problem: setattr(watcher, "problem", problem))
+    slow = convoy.Traveller(feed, watcher, {})
+    told = 0
+    while watcher.problem is None:
+        await slow.put(Told(b"", "", ""))
+        told += 1
+    assert "too many messages" in watcher.problem.message
+    assert 10 < told < 1000
+    # Whoever takes them goes on.
+    quick = convoy.Traveller(feed, watcher, {})
+    taken = asyncio.create_task(anext(quick.missed()))
+    await quick.put(Told(b"1", "", ""))
+    assert (await taken).body == b"1"
 
 
 # --- who wants it ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from services.api.watch.members import Member
 from services.api.watch.problems import gone, lagging, silent
 from services.api.watch.watchers import Told, Watcher
 
-__all__ = ["PATIENCE", "Convoys", "join"]
+__all__ = ["PATIENCE", "Convoys", "Traveller", "join"]
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +33,7 @@ _GATHER = 0.05
 _MOST_WAITING = 100
 
 
-class _Traveller(Member):
+class Traveller(Member):
     """A member on its way; what was missed waits here until its stream takes it."""
 
     def __init__(self, feed: Feed, watcher: Watcher, positions: Mapping[Place, int]) -> None:
@@ -41,7 +41,7 @@ class _Traveller(Member):
         self.feed = feed
         self.joined: Joined | None = None
         self.away = False
-        self.companions: set[_Traveller] = set()
+        self.companions: set[Traveller] = set()
         self.task: asyncio.Task[None] | None = None
         self._queue: deque[Told] = deque()
         self._filled, self._room = asyncio.Event(), asyncio.Event()
@@ -95,7 +95,7 @@ class Convoys:
 
     def __init__(self, slots: asyncio.Semaphore, catch_up: Callable[[Sequence[Member]], CatchUp]) -> None:
         self._slots, self._catch_up = slots, catch_up
-        self._waiting: list[_Traveller] = []
+        self._waiting: list[Traveller] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def resume(
@@ -109,7 +109,7 @@ class Convoys:
 
         What keeps it from that ends the watcher.
         """
-        traveller = _Traveller(feed, watcher, positions)
+        traveller = Traveller(feed, watcher, positions)
         self._waiting.append(traveller)
         task = asyncio.create_task(self._lead())
         self._tasks.add(task)
@@ -143,7 +143,7 @@ class Convoys:
                 for traveller in list(group):
                     traveller.watcher.end(error if isinstance(error, Problem) else internal())
 
-    def _group(self) -> set[_Traveller]:
+    def _group(self) -> set[Traveller]:
         """Take out those of one feed who wait, but for such as have more than twice as far as the nearest."""
         if not self._waiting:
             return set()
@@ -155,7 +155,7 @@ class Convoys:
         self._waiting = [t for t in self._waiting if t not in group]
         return group
 
-    async def _go(self, group: set[_Traveller]) -> None:
+    async def _go(self, group: set[Traveller]) -> None:
         feed = next(iter(group)).feed
         by_watcher = {traveller.watcher: traveller for traveller in group}
         async with self._catch_up(list(group)) as missed:
