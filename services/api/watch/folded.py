@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from services.api.watch.changes import Place
 from services.api.watch.topics import TIMEOUT
 from services.common.config import Settings
-from services.common.stage.clients import admin_config
+from services.common.stage.clients import client_config
 from services.common.topics import EVENT_TOPICS, Names
 
 __all__ = ["Folded"]
@@ -26,7 +26,7 @@ class Folded:
 
     def __init__(self, settings: Settings) -> None:
         names = Names(settings.topic_prefix)
-        self._config = admin_config(settings, f"folded-{settings.replica_name}")
+        self._config = client_config(settings, f"folded-{settings.replica_name}")
         # The classic protocol's question names no member.
         self._config |= {"group.id": names.group("status"), "group.protocol": "classic"}
         self._config |= {"enable.auto.commit": False}

@@ -20,7 +20,7 @@ from services.common.config import Settings
 from services.common.events import Undecodable
 from services.common.leaders import until_led
 from services.common.stage.clients import consumer_config
-from services.common.stage.headers import REPLAY_ID
+from services.common.stage.headers import REPLAY_ID, readable_headers
 from services.common.topics import EVENT_TOPICS, Names
 
 __all__ = ["TIMEOUT", "Topics"]
@@ -87,7 +87,7 @@ class Topics:
 
     def change(self, message: Message) -> Change | None:
         """Return what a record says; None where it is no event: a stage puts it to its dead letters."""
-        replayed = any(header[0] == REPLAY_ID for header in message.headers() or ())
+        replayed = any(header[0] == REPLAY_ID for header in readable_headers(message))
         try:
             return change(
                 message.value(), replayed, self.place(message), message.offset() or 0, message.timestamp()[1]

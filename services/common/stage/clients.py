@@ -11,7 +11,7 @@ from services.common.config import Settings
 from services.common.stage.pace import LINGER_MS
 from services.common.topics import MAX_RECORD_BYTES, Names
 
-__all__ = ["Overheard", "consumer_config", "plain_config", "producer_config"]
+__all__ = ["Overheard", "client_config", "consumer_config", "plain_config", "producer_config"]
 
 # librdkafka's own lines go where all logs go.
 _kafka_log = logging.getLogger("postroad.kafka")
@@ -58,12 +58,13 @@ class Overheard:
         _kafka_log.log(level, text, *arguments)
 
 
-def _client(settings: Settings, client_id: str) -> dict[str, Any]:
+def client_config(settings: Settings, client_id: str) -> dict[str, Any]:
+    """Return what all clients are set to, their logs included."""
     return plain_config(settings, client_id) | {"logger": _kafka_log}
 
 
 def plain_config(settings: Settings, client_id: str) -> dict[str, Any]:
-    """Return what all clients are set to, as text, numbers and truth values."""
+    """Return the same without the logs: text, numbers and truth values, for another process."""
     return {
         "bootstrap.servers": settings.kafka_bootstrap,
         "client.id": client_id,
@@ -85,7 +86,7 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
     `gather`: the broker may hold an answer back for up to 50 ms while there is little to send. A fetch
     names every partition, so what it costs hardly depends on what it brings.
     """
-    config = _client(settings, client_id) | {
+    config = client_config(settings, client_id) | {
         "group.id": Names(settings.topic_prefix).group(stage),
         "group.protocol": settings.group_protocol,
         "enable.auto.commit": False,
@@ -123,7 +124,7 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
 
 def producer_config(settings: Settings, client_id: str) -> dict[str, Any]:
     """Return the producer's settings: idempotent, acked by all in-sync replicas."""
-    return _client(settings, client_id) | {
+    return client_config(settings, client_id) | {
         "enable.idempotence": True,
         "acks": "all",
         "compression.type": "lz4",
