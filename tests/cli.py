@@ -145,7 +145,7 @@ class Command:
         for _, slave in pairs:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         process = subprocess.Popen(
-            [*ARGV, *arguments],
+            [*LISTENING, *arguments],
             env=self.environment | variables,
             cwd=ROOT,
             stdin=pairs[0][1],

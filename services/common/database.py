@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -53,6 +54,9 @@ ctypes.PyDLL(_mysql_connector.__file__).mysql_server_init(0, None, None)
 CONNECT_SECONDS = 4
 READ_SECONDS = 15
 LOCK_SECONDS = 5
+# The server ends a session that has been silent for so long, and with it a transaction in which a process
+# froze or its network broke: the rows that it had locked would keep all others waiting for hours.
+SILENT_SECONDS = 20
 # An error that took longer (a lock wait, a read timeout) is not tried again at once, but raised.
 PATIENCE = 1.0
 
@@ -71,16 +75,22 @@ _LOST = frozenset({2006, 2013, 2055})
 _TRANSIENT = _DEADLOCK | _SESSION_OVER | _TROUBLE
 
 _SESSION = (
-    f"SET time_zone = '+00:00', innodb_lock_wait_timeout = {LOCK_SECONDS},"
+    "SET time_zone = '+00:00', innodb_lock_wait_timeout = %s, wait_timeout = %s,"
     " sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'"
 )
 
 
-def engine_of(url: str | URL, pool_size: int = 4, read_seconds: int = READ_SECONDS) -> Engine:
+def engine_of(
+    url: str | URL,
+    pool_size: int = 4,
+    read_seconds: int = READ_SECONDS,
+    silent_seconds: int = SILENT_SECONDS,
+) -> Engine:
     """Return an engine whose sessions are READ COMMITTED, in UTC and strict. Connects on first use.
 
     `mysql://` and `mariadb://` mean the driver that Postroad uses. No statement may take longer than
-    `read_seconds`. Options of the driver may stand in the URL's query (`unix_socket`, `ssl_ca`).
+    `read_seconds`, and between two of a transaction there may be no more than `silent_seconds`. Options of
+    the driver may stand in the URL's query (`unix_socket`, `ssl_ca`).
     """
     url = make_url(url)
     if url.drivername in ("mysql", "mariadb"):
@@ -93,7 +103,8 @@ def engine_of(url: str | URL, pool_size: int = 4, read_seconds: int = READ_SECON
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=READ_SECONDS,
-        pool_recycle=1800,
+        # Before the server ends those that idle in the pool.
+        pool_recycle=max(1, silent_seconds * 3 // 4),
         # A Connection ends its own transaction; the pool's second ROLLBACK would be a round trip a call.
         pool_reset_on_return=None,
         connect_args={
@@ -105,17 +116,17 @@ def engine_of(url: str | URL, pool_size: int = 4, read_seconds: int = READ_SECON
             "write_timeout": read_seconds,
         },
     )
-    event.listen(engine, "connect", _begin_session)
+    event.listen(engine, "connect", partial(_begin_session, silent_seconds))
     event.listen(engine, "handle_error", _on_error)
     return engine
 
 
-def _begin_session(connection: Any, record: object) -> None:
+def _begin_session(silent_seconds: int, connection: Any, record: object) -> None:
     # The driver pings the server before every statement, a round trip each; a connection that is lost
     # shows in the statement itself.
     connection.is_connected = lambda: True
     cursor = connection.cursor()
-    cursor.execute(_SESSION)
+    cursor.execute(_SESSION, (LOCK_SECONDS, silent_seconds))
     cursor.close()
 
 

@@ -366,7 +366,7 @@ def test_a_delay_topic_goes_as_it_is_where_its_task_still_works(site: Callable[[
     here = site()
     tasks = [task(n) for n in range(4)]
     now_ms = NOW_US // 1000
-    due = [now_ms - 5000, now_ms - 5000, now_ms + 10**6, now_ms - 5000]
+    due = [now_ms - 5000, now_ms - 5000, now_ms + 10**8, now_ms - 5000]
     outs = [encode(pb.MxOk(task=t, attempt=1, at_us=NOW_US), "validator") for t in tasks]
     here.publish(
         *(

@@ -50,10 +50,11 @@ def test_the_c_extension_and_upb_are_in_use(engine: Engine) -> None:
 def test_a_session_is_read_committed_in_utc_strict_and_utf8mb4(engine: Engine) -> None:
     with engine.connect() as connection:
         assert connection.get_isolation_level() == "READ COMMITTED"
-        zone, mode, collation, wait = connection.exec_driver_sql(
-            "SELECT @@time_zone, @@sql_mode, @@collation_connection, @@innodb_lock_wait_timeout"
+        zone, mode, collation, wait, silent = connection.exec_driver_sql(
+            "SELECT @@time_zone, @@sql_mode, @@collation_connection, @@innodb_lock_wait_timeout,"
+            " @@wait_timeout"
         ).one()
-    assert (zone, collation, wait) == ("+00:00", "utf8mb4_general_ci", 5)
+    assert (zone, collation, wait, silent) == ("+00:00", "utf8mb4_general_ci", 5, 20)
     assert "STRICT_TRANS_TABLES" in mode
 
 
@@ -116,6 +117,32 @@ def test_a_dead_pooled_connection_is_replaced_without_a_word(engine: Engine, dat
         connection.exec_driver_sql(f"KILL {first}")
     assert transaction(engine, who) != first
     other.dispose()
+
+
+def test_a_session_that_falls_silent_amid_a_transaction_lets_go_of_its_locks(
+    database_url: str, table: str
+) -> None:
+    frozen, other = engine_of(database_url, silent_seconds=2), engine_of(database_url)
+    insert = f"INSERT INTO {table} VALUES (1, '')"
+    with frozen.connect() as connection:
+        connection.exec_driver_sql(insert)
+        # It waits for the row, and has it before its own patience is over.
+        transaction(other, lambda c: c.exec_driver_sql(insert))
+        with pytest.raises(DBAPIError) as lost:
+            connection.exec_driver_sql("SELECT 1")
+    assert transient(lost.value)
+    frozen.dispose()
+    other.dispose()
+
+
+def test_a_session_that_idled_in_the_pool_is_as_good_as_new(database_url: str, table: str) -> None:
+    engine = engine_of(database_url, silent_seconds=2)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SELECT 1")
+    time.sleep(3)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SELECT 1")
+    engine.dispose()
 
 
 def test_a_deadlock_is_tried_again(engine: Engine, table: str) -> None:

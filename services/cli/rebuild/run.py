@@ -49,6 +49,8 @@ __all__ = ["Report", "Steps", "Underway", "rebuild"]
 R = TypeVar("R")
 
 _QUERY_SECONDS = 120
+# One session says all the while that a rebuild is under way, and nothing else.
+_SILENT_SECONDS = 8 * 3600
 # A row that differs may be on its way through a stage's batches; how long it is watched without any
 # of them becoming equal, and how often (seconds).
 _SETTLE, _LOOK_AGAIN = 3.0, 0.25
@@ -123,7 +125,9 @@ def rebuild(settings: Settings, swap_in: bool, steps: Steps) -> Report:
     Raises Underway, `swapping.Busy`, `sqlalchemy.exc.DBAPIError` and `confluent_kafka.KafkaException`.
     """
     started = time.monotonic()
-    engine = engine_of(url_of(settings), pool_size=6, read_seconds=_QUERY_SECONDS)
+    engine = engine_of(
+        url_of(settings), pool_size=6, read_seconds=_QUERY_SECONDS, silent_seconds=_SILENT_SECONDS
+    )
     try:
         with _alone(engine), _Rebuild(settings, engine, steps) as run:
             report = run.report
