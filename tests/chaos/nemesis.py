@@ -21,7 +21,10 @@ _PATIENCE = 45.0
 
 
 class Nemesis:
-    """Acts on `system` by the plan. `say` prints a line."""
+    """Acts on `system` by the plan. `say` prints a line.
+
+    `slack`: seconds that a recovery may take beyond what is promised before the next fault finds it late.
+    """
 
     def __init__(
         self,
@@ -30,9 +33,11 @@ class Nemesis:
         load: Load,
         history: History,
         say: Callable[[str], None],
+        *,
+        slack: float = 0.0,
     ) -> None:
         self._system, self._faults, self._load = system, faults, load
-        self._history, self._say = history, say
+        self._history, self._say, self._slack = history, say, slack
         self._acting: dict[asyncio.Task[None], Fault] = {}
         self._watches: set[asyncio.Task[None]] = set()
         self.began = self.healed = 0.0
@@ -101,7 +106,7 @@ class Nemesis:
             gave_up = at is None
         except asyncio.CancelledError:
             # Overtaken by the next fault: that it is late by then can be told, how late it would be cannot.
-            gave_up = limit is not None and time.time() - since > limit
+            gave_up = limit is not None and time.time() - since > limit + self._slack
         self._recovered(fault, seconds, limit, "served again after", gave_up)
 
     def _recovered(

@@ -76,7 +76,7 @@ def judge(folder: Path, slack: float = 0.0) -> tuple[Verdict, Evidence]:
 
 async def _go(spec: Run, system: System, history: History, folder: Path, say: Callable[[str], None]) -> None:
     work = Load(system.targets, spec.rate, spec.seed, history)
-    nemesis = Nemesis(system, spec.faults, work, history, say)
+    nemesis = Nemesis(system, spec.faults, work, history, say, slack=spec.slack)
     loading = asyncio.create_task(work.run())
     try:
         # Before anything is broken, all must work: what a cold start costs is no recovery.
