@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import grpc
 
@@ -13,6 +15,8 @@ from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 
 __all__ = ["Sent", "at_rate", "by_batches", "by_callers"]
+
+T = TypeVar("T")
 
 # 500 bytes, the size of a short notice.
 BODY = ("Your parcel has left the depot and is on its way to you. \n" * 9)[:500]
@@ -35,18 +39,25 @@ def _mail(number: int, recipient: Callable[[int], str] = _anyone) -> pb.TaskData
     return pb.TaskData(email=recipient(number), subject=f"Parcel {number}", body=BODY)
 
 
+async def _timed(call: Callable[[], Awaitable[T]], sent: Sent) -> T | None:
+    """Return what a call answers, with its seconds noted; None, with its error noted, where it fails."""
+    start = time.perf_counter()
+    try:
+        answer = await call()
+    except grpc.aio.AioRpcError as error:
+        sent.errors.append(f"{error.code().name}: {error.details()}")
+        return None
+    sent.seconds.append(time.perf_counter() - start)
+    return answer
+
+
 async def _call(
     stub: rpc.TaskServiceAsyncStub, number: int, sent: Sent, recipient: Callable[[int], str] = _anyone
 ) -> None:
-    data = _mail(number, recipient)
-    wall, start = time.time(), time.perf_counter()
-    try:
-        task = await stub.Create(pb.CreateRequest(data=data), timeout=30)
-    except grpc.aio.AioRpcError as error:
-        sent.errors.append(f"{error.code().name}: {error.details()}")
-        return
-    sent.seconds.append(time.perf_counter() - start)
-    sent.called_at[task.id] = wall
+    request, wall = pb.CreateRequest(data=_mail(number, recipient)), time.time()
+    task = await _timed(partial(stub.Create, request, timeout=30), sent)
+    if task is not None:
+        sent.called_at[task.id] = wall
 
 
 def _channels(targets: list[str], count: int) -> list[grpc.aio.Channel]:
@@ -77,14 +88,11 @@ async def by_batches(targets: list[str], tasks: int, callers: int, size: int) ->
     async def caller(stub: rpc.TaskServiceAsyncStub) -> None:
         for first in starts:
             numbers = range(first, min(first + size, tasks))
-            requests = [pb.CreateRequest(data=_mail(number)) for number in numbers]
-            wall, start = time.time(), time.perf_counter()
-            try:
-                answer = await stub.BatchCreate(pb.BatchCreateRequest(requests=requests), timeout=30)
-            except grpc.aio.AioRpcError as error:
-                sent.errors.append(f"{error.code().name}: {error.details()}")
+            request = pb.BatchCreateRequest(requests=[pb.CreateRequest(data=_mail(n)) for n in numbers])
+            wall = time.time()
+            answer = await _timed(partial(stub.BatchCreate, request, timeout=30), sent)
+            if answer is None:
                 continue
-            sent.seconds.append(time.perf_counter() - start)
             sent.errors += [result.error.message for result in answer.results if result.HasField("error")]
             sent.called_at |= {r.task.id: wall for r in answer.results if r.HasField("task")}
 
