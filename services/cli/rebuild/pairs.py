@@ -128,10 +128,11 @@ def create(connection: Connection) -> None:
         connection.exec_driver_sql(f"CREATE TABLE {pair.shadow} LIKE {pair.name}")
         # Keys of rows that are not equal, or not in both.
         keys = ", ".join(pair.key)
+        # With its primary key from the start: a server may refuse a table without one (MySQL's 3750).
         connection.exec_driver_sql(
-            f"CREATE TABLE {pair.found} ENGINE=InnoDB AS SELECT {keys} FROM {pair.name} WHERE FALSE"
+            f"CREATE TABLE {pair.found} (PRIMARY KEY ({keys})) ENGINE=InnoDB"
+            f" AS SELECT {keys} FROM {pair.name} WHERE FALSE"
         )
-        connection.exec_driver_sql(f"ALTER TABLE {pair.found} ADD PRIMARY KEY ({keys})")
     connection.exec_driver_sql(f"CREATE TABLE {BODIES} LIKE task_bodies")
     connection.exec_driver_sql(_DELIVERIES)
 
