@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from services.cli.errors import NOT_FOUND, Failure
 from services.common.config import Settings
 from services.common.leaders import until_led
 
-__all__ = ["SILENT", "TIMEOUT", "admin", "missing", "offsets", "reader"]
+__all__ = ["SILENT", "TIMEOUT", "admin", "committed", "missing", "offsets", "onlooker", "reader"]
 
 TIMEOUT = 5.0
 """Seconds that one question to the cluster may take."""
@@ -42,6 +42,33 @@ def reader(settings: Settings, **more: Any) -> Consumer:
         "auto.offset.reset": "earliest",
     }
     return Consumer(config | {name.replace("_", "."): value for name, value in more.items()}, logger=SILENT)
+
+
+def onlooker(settings: Settings, group: str) -> Consumer:
+    """Return a Consumer for `committed` alone. Close it.
+
+    It never subscribes: to the broker it is no member of the group.
+    """
+    config = {
+        "bootstrap.servers": settings.kafka_bootstrap,
+        "group.id": group,
+        # The classic protocol's question names no member.
+        "group.protocol": "classic",
+        "enable.auto.commit": False,
+    }
+    return Consumer(config, logger=SILENT)
+
+
+def committed(consumer: Consumer, partitions: Sequence[TopicPartition]) -> list[TopicPartition]:
+    """Return these partitions with what the consumer's group has committed, without those of no commit.
+
+    Blocks; raises KafkaException.
+    """
+    found = consumer.committed(list(partitions), timeout=TIMEOUT)
+    for partition in found:
+        if partition.error is not None:
+            raise KafkaException(partition.error)
+    return [partition for partition in found if partition.offset >= 0]
 
 
 def missing(topic: str) -> Failure:

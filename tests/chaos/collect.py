@@ -9,8 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import grpc
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
@@ -18,6 +17,7 @@ from postroad.v1 import task_service_pb2_grpc as rpc
 from services.common.stage.headers import RESOLVES
 from services.common.topics import EVENT_TOPICS, READ_BY
 from tests.chaos.load import SUBJECT
+from tests.groups import Offsets
 
 __all__ = ["Api", "Log", "row_of"]
 
@@ -72,7 +72,7 @@ class Log:
     """Reads the topics. Blocks; raises KafkaException."""
 
     def __init__(self, bootstrap: str) -> None:
-        self._admin = AdminClient({"bootstrap.servers": bootstrap})
+        self._bootstrap = bootstrap
         self._consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "chaos.reader"})
 
     def close(self) -> None:
@@ -117,12 +117,8 @@ class Log:
         for stage, reads in READ_BY.items():
             group = f"postroad.{stage}"
             delays = [name for name in self.topics() if name.startswith(f"{stage}.delay.")]
-            answer = self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])
-            committed = {
-                (p.topic, p.partition): p.offset
-                for p in answer[group].result(20).topic_partitions
-                if p.offset >= 0
-            }
+            with Offsets(self._bootstrap, group) as offsets:
+                committed = offsets.committed(offsets.partitions([*reads, *delays]))
             ends = self.ends([*reads, *delays])
             lags[stage] = sum(high - committed.get(at, low) for at, (low, high) in ends.items())
         return lags

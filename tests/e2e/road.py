@@ -10,11 +10,12 @@ from typing import Any
 
 import grpc
 from confluent_kafka import Consumer, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
+from services.common.topics import READ_BY
+from tests.groups import Offsets
 from tests.stack import Stack
 
 __all__ = ["SETTLED", "Road", "until"]
@@ -163,24 +164,11 @@ class Road:
 
     def lag(self) -> dict[str, int]:
         """Return the records that each stage's group has still to commit, delay topics apart."""
-        admin = AdminClient({"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
-        reader = Consumer(
-            {"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], "group.id": "e2e-lag"}
-        )
-        from confluent_kafka import ConsumerGroupTopicPartitions
-
+        bootstrap = self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]
         lags = {}
-        try:
-            for stage in ("validator", "sender", "status"):
-                group = f"postroad.{stage}"
-                request = [ConsumerGroupTopicPartitions(group)]
-                answer = admin.list_consumer_group_offsets(request)[group].result(10)
-                lags[stage] = 0
-                for partition in answer.topic_partitions:
-                    if ".delay." not in partition.topic and partition.offset >= 0:
-                        lags[stage] += (
-                            reader.get_watermark_offsets(partition, timeout=10)[1] - partition.offset
-                        )
-        finally:
-            reader.close()
+        for stage, topics in READ_BY.items():
+            with Offsets(bootstrap, f"postroad.{stage}") as group:
+                committed = group.committed(group.partitions(topics))
+                bounds = group.bounds(TopicPartition(*at) for at in committed)
+            lags[stage] = sum(bounds[at][1] - offset for at, offset in committed.items())
         return lags

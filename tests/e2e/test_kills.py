@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.road import Road, until
+from tests.groups import describe
 from tests.stack import Stack
 
 # 2,000 is the long form: POSTROAD_E2E_TASKS=2000 make e2e.
@@ -94,16 +95,13 @@ class Load:
 
 def _spread(road: Road) -> dict[str, int]:
     """How many partitions of mx.ok each member of the senders' group owns, by member."""
-    from confluent_kafka.admin import AdminClient
-
-    admin = AdminClient({"bootstrap.servers": road.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
-    group = admin.describe_consumer_groups(["postroad.sender"])["postroad.sender"].result(10)
+    group = describe(road.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], "postroad.sender")
     owned: list[int] = []
     spread = {}
     for member in group.members:
-        mine = [p.partition for p in member.assignment.topic_partitions if p.topic == "mx.ok"]
+        mine = member.owned.get("mx.ok", ())
         owned += mine
         if mine:
-            spread[member.member_id] = len(mine)
+            spread[member.id] = len(mine)
     assert len(owned) == len(set(owned)), "a partition has two owners"
     return spread

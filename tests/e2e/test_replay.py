@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import Producer, TopicPartition
 
 from postroad.v1 import events_pb2 as events
 from services.common.events import encode
-from services.common.topics import EVENT_TOPICS, TASK_CREATED
+from services.common.topics import EVENT_TOPICS, READ_BY, TASK_CREATED
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
+from tests.groups import Offsets, describe
 from tests.stack import Stack
 
 SENT = int(os.environ.get("POSTROAD_E2E_TASKS", "500"))
@@ -58,43 +58,29 @@ def became(result: dict[str, Any], what: str) -> int:
 
 def reset_to_earliest(stack: Stack, stage: str) -> None:
     """As `kafka-consumer-groups --reset-offsets --all-topics --to-earliest --execute` on a stage's group."""
-    admin = AdminClient({"bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
-    group = f"postroad.{stage}"
-
-    def empty() -> bool:
-        return not admin.describe_consumer_groups([group])[group].result(10).members
-
-    until(empty, f"{group} without members", 30)
-    asked = [ConsumerGroupTopicPartitions(group)]
-    committed = admin.list_consumer_group_offsets(asked)[group].result(10).topic_partitions
-    assert committed
-    partitions = [TopicPartition(p.topic, p.partition) for p in committed]
-    found = admin.list_offsets({p: OffsetSpec.earliest() for p in partitions})
-    earliest = [TopicPartition(p.topic, p.partition, f.result(10).offset) for p, f in found.items()]
-    answer = admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(group, earliest)])
-    altered = answer[group].result(10).topic_partitions
-    assert len(altered) == len(partitions)
-    assert all(p.error is None for p in altered)
+    bootstrap, name = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], f"postroad.{stage}"
+    until(lambda: not describe(bootstrap, name).members, f"{name} without members", 30)
+    with Offsets(bootstrap, name) as group:
+        committed = group.committed(group.partitions())
+        assert committed
+        bounds = group.bounds(TopicPartition(*at) for at in committed)
+        group.reset(TopicPartition(*at, low) for at, (low, _) in bounds.items())
 
 
 def caught_up(stack: Stack) -> None:
     """Wait until each stage has committed all that is on its topics now; more may come meanwhile."""
-    admin = AdminClient({"bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
-    for stage in STAGES:
+    bootstrap = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]
+    for stage, topics in READ_BY.items():
         started = time.monotonic()
-        asked = [ConsumerGroupTopicPartitions(f"postroad.{stage}")]
+        with Offsets(bootstrap, f"postroad.{stage}") as group:
+            partitions = [TopicPartition(*at) for at in group.committed(group.partitions(topics))]
+            ends = {at: high for at, (_, high) in group.bounds(partitions).items()}
 
-        def committed(asked: Any = asked) -> dict[TopicPartition, int]:
-            found = admin.list_consumer_group_offsets(asked)[asked[0].group_id].result(10).topic_partitions
-            return {TopicPartition(p.topic, p.partition): p.offset for p in found if ".delay." not in p.topic}
+            def there(group: Offsets = group, ends: dict[tuple[str, int], int] = ends) -> bool:
+                committed = group.committed(TopicPartition(*at) for at in ends)
+                return all(committed[at] >= end for at, end in ends.items())
 
-        latest = admin.list_offsets({p: OffsetSpec.latest() for p in committed()})
-        ends = {p: future.result(10).offset for p, future in latest.items()}
-        until(
-            lambda ends=ends, committed=committed: all(committed()[p] >= end for p, end in ends.items()),  # type: ignore[misc]
-            f"{stage} at the end that its topics had",
-            120,
-        )
+            until(there, f"{stage} at the end that its topics had", 120)
         print(f"{stage} caught up in {time.monotonic() - started:.1f} s")
 
 

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from postroad.v1 import events_pb2 as pb
@@ -20,6 +20,7 @@ from services.common.stage.publisher import Publisher
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Done, Record, Stage
 from services.common.topics import MX_OK, TASK_CREATED, Names, wanted
+from tests.groups import Offsets
 from tests.stack import Infra
 
 __all__ = ["Kit", "Watched", "created", "passed_on", "until"]
@@ -86,6 +87,7 @@ class Kit:
         self.group = self.names.group("validator")
         self.settings = self.with_()
         self.admin = AdminClient({"bootstrap.servers": infra.bootstrap})
+        self._offsets = Offsets(infra.bootstrap, self.group)
         self.topics = [
             self.names.topic(TASK_CREATED),
             self.names.topic(MX_OK),
@@ -103,6 +105,7 @@ class Kit:
 
     def close(self) -> None:
         """Delete its topics."""
+        self._offsets.close()
         for done in self.admin.delete_topics(self.topics).values():
             done.result()
 
@@ -169,11 +172,8 @@ class Kit:
     def committed(self, bare: str = TASK_CREATED) -> dict[int, int]:
         """The group's committed offsets of a topic, by partition; 0 where there is none."""
         topic = self.prefix + bare
-        asked = ConsumerGroupTopicPartitions(
-            self.group, [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
-        )
-        answer = self.admin.list_consumer_group_offsets([asked])[self.group].result()
-        return {p.partition: max(0, p.offset) for p in answer.topic_partitions}
+        found = self._offsets.committed(TopicPartition(topic, n) for n in range(PARTITIONS))
+        return {n: found.get((topic, n), 0) for n in range(PARTITIONS)}
 
     def end(self, bare: str = TASK_CREATED) -> dict[int, int]:
         """The topic's end offsets, by partition."""

@@ -37,6 +37,7 @@ from services.common.stage.clients import consumer_config
 from services.common.timeline import timeline
 from services.common.topics import EVENT_TOPICS
 from tests.api_process import ApiProcess, Road, eventually
+from tests.groups import describe
 from tests.stack import Infra
 
 Code = grpc.StatusCode
@@ -576,7 +577,6 @@ async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(road: Road
 def test_the_folds_positions_are_asked_for_without_joining_its_group(road: Road) -> None:
     settings = road.settings()
     member = Consumer(consumer_config(settings, "status", "member", gather=False))
-    admin = AdminClient({"bootstrap.servers": road.infra.bootstrap})
     topics = [road.prefix + name for name in EVENT_TOPICS]
     member.subscribe(topics)
 
@@ -585,9 +585,8 @@ def test_the_folds_positions_are_asked_for_without_joining_its_group(road: Road)
         return member.assignment()
 
     def group() -> object:
-        asked = admin.describe_consumer_groups([f"{road.prefix}postroad.status"])
-        [found] = [future.result(20) for future in asked.values()]
-        return found.state, [member.member_id for member in found.members]
+        found = describe(road.infra.bootstrap, f"{road.prefix}postroad.status")
+        return found.state, [member.id for member in found.members]
 
     eventually(lambda: len(assigned()) == 3 * len(topics), 40)
     before = group()

@@ -15,6 +15,7 @@ from services.common.config import Settings
 from services.common.stage import membership
 from services.common.stage.broker_view import BrokerView
 from services.common.topics import MX_OK
+from tests.groups import describe
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
 
 
@@ -58,8 +59,8 @@ async def test_the_broker_says_what_a_member_owns_and_nothing_of_strangers(newes
             told.append(view.answer())
             return view._asking is None
 
-        [member] = kit.admin.describe_consumer_groups([kit.group])[kit.group].result().members
-        view.ask(member.member_id)
+        [member] = describe(kit.infra.bootstrap, kit.group).members
+        view.ask(member.id)
         await until(answered)
         topics = ("task.created", "validator.delay.1", "validator.delay.2")
         assert told[-1] == {(kit.prefix + topic, n) for topic in topics for n in range(PARTITIONS)}

@@ -5,21 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
-from confluent_kafka import (
-    OFFSET_INVALID,
-    ConsumerGroupTopicPartitions,
-    KafkaError,
-    KafkaException,
-    TopicPartition,
-)
+from confluent_kafka import OFFSET_INVALID, KafkaError, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.cli import kafka
 from services.cli.lag.report import delay_of
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.common.config import Settings
+from services.common.stage import group_description
+from services.common.stage.clients import plain_config
 from services.common.stage.headers import Headers, readable_headers
 from services.common.topics import READ_BY, Names
 
@@ -34,7 +29,9 @@ class Reader:
 
     def __init__(self, settings: Settings, stages: Sequence[str]) -> None:
         self._names = Names(settings.topic_prefix)
+        self._config = plain_config(settings, "postroad")
         self._admin = kafka.admin(settings)
+        self._onlookers = {stage: kafka.onlooker(settings, self._names.group(stage)) for stage in stages}
         self._consumer = kafka.reader(
             settings, enable_partition_eof=True, fetch_wait_max_ms=100, max_partition_fetch_bytes=1024
         )
@@ -80,7 +77,8 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._consumer.close()
+        for consumer in (self._consumer, *self._onlookers.values()):
+            consumer.close()
 
     def sample(self, *, heads: bool = True) -> Sample:
         """Return how things are now; without `heads` nothing is known of ages and due times."""
@@ -91,7 +89,7 @@ class Reader:
             at,
             self._offsets(OffsetSpec.earliest()),  # type: ignore[no-untyped-call]
             self._offsets(OffsetSpec.latest()),  # type: ignore[no-untyped-call]
-            {stage: self._group(stage) for stage in self.reads} if heads else {},
+            self._groups() if heads else {},
             committed,
         )
         if not heads:
@@ -99,43 +97,26 @@ class Reader:
         return Sample(at, sample.starts, sample.ends, sample.groups, committed, self._heads(sample))
 
     def _committed(self, stage: str) -> dict[Place, int]:
-        group = self._names.group(stage)
-        asked = [ConsumerGroupTopicPartitions(group)]
-        try:
-            answer = self._admin.list_consumer_group_offsets(asked, request_timeout=kafka.TIMEOUT)[
-                group
-            ].result()
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-                return {}
-            raise
-        return {
-            self._place(p): p.offset
-            for p in answer.topic_partitions
-            if p.offset > OFFSET_INVALID and p.offset >= 0
-        }
+        asked = [self._full(place) for place in self._places if place.topic in self.reads[stage]]
+        return {self._place(p): p.offset for p in kafka.committed(self._onlookers[stage], asked)}
 
     def _offsets(self, spec: OffsetSpec) -> dict[Place, int]:
         asked = {self._full(place): spec for place in self._places}
         return {self._place(partition): offset for partition, offset in kafka.offsets(self._admin, asked)}
 
-    def _group(self, stage: str) -> Group:
-        name = self._names.group(stage)
-        try:
-            found = self._admin.describe_consumer_groups([name], request_timeout=kafka.TIMEOUT)[name].result()
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-                return Group(name, "none", ())
-            raise
+    def _groups(self) -> dict[str, Group]:
+        names = {stage: self._names.group(stage) for stage in self.reads}
+        found = group_description.describe(self._config, list(names.values()), kafka.TIMEOUT)
+        return {stage: self._group(name, found[name]) for stage, name in names.items()}
+
+    def _group(self, name: str, found: group_description.Group) -> Group:
         # Of a group that never was, Kafka says that it is dead.
-        state = found.state.name.lower().replace("_", " ").replace("dead", "none")
+        state = found.state.lower().replace("_", " ").replace("dead", "none")
         return Group(name, state, [self._member(member) for member in found.members])
 
-    def _member(self, member: Any) -> Member:
-        owned = member.assignment.topic_partitions if member.assignment else ()
-        return Member(
-            member.member_id, member.client_id, member.host.lstrip("/"), frozenset(map(self._place, owned))
-        )
+    def _member(self, member: group_description.Member) -> Member:
+        owned = (TopicPartition(topic, n) for topic, numbers in member.owned.items() for n in numbers)
+        return Member(member.id, member.client, member.host, frozenset(map(self._place, owned)))
 
     def _heads(self, sample: Sample) -> dict[tuple[str, Place], Head]:
         """Read the first record that waits in each partition of each stage.

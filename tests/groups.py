@@ -1,0 +1,77 @@
+"""What a consumer group has committed and who is in it, read without a request that can abort the process.
+
+services/common/stage/describe_group.py says which requests can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from services.common.stage import group_description
+from services.common.stage.group_description import Group
+
+__all__ = ["Offsets", "describe"]
+
+
+class Offsets:
+    """The committed offsets of one group. A context manager; may be used by one thread at a time."""
+
+    def __init__(self, bootstrap: str, group: str) -> None:
+        # It never subscribes: to the broker it is no member.
+        self._consumer = Consumer(
+            {
+                "bootstrap.servers": bootstrap,
+                "group.id": group,
+                "group.protocol": "classic",
+                "enable.auto.commit": False,
+            }
+        )
+
+    def __enter__(self) -> Offsets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._consumer.close()
+
+    def partitions(self, topics: Iterable[str] | None = None) -> list[TopicPartition]:
+        """Return the partitions of these topics, where they exist; without topics, of all but Kafka's own."""
+        known = self._consumer.list_topics(timeout=20).topics
+        wanted = [name for name in known if name[0] != "_"] if topics is None else topics
+        return [
+            TopicPartition(topic, n) for topic in wanted if topic in known for n in known[topic].partitions
+        ]
+
+    def bounds(self, partitions: Iterable[TopicPartition]) -> dict[tuple[str, int], tuple[int, int]]:
+        """Return the first and the next offset of each of these partitions. Raises KafkaException."""
+        return {
+            (at.topic, at.partition): self._consumer.get_watermark_offsets(at, timeout=20)
+            for at in partitions
+        }
+
+    def committed(self, partitions: Iterable[TopicPartition]) -> dict[tuple[str, int], int]:
+        """Return the next offset of each of these partitions, without those of no commit.
+
+        Raises KafkaException.
+        """
+        found = self._consumer.committed(list(partitions), timeout=20)
+        for at in found:
+            if at.error is not None:
+                raise KafkaException(at.error)
+        return {(at.topic, at.partition): at.offset for at in found if at.offset >= 0}
+
+    def reset(self, offsets: Iterable[TopicPartition]) -> None:
+        """Commit these offsets for a group that has no members. Raises KafkaException."""
+        for at in self._consumer.commit(offsets=list(offsets), asynchronous=False):
+            if at.error is not None:
+                raise KafkaException(at.error)
+
+
+def describe(bootstrap: str, group: str) -> Group:
+    """Return the group as its coordinator knows it. Raises KafkaException."""
+    return group_description.describe({"bootstrap.servers": bootstrap}, [group], 10)[group]
