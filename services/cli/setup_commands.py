@@ -53,8 +53,9 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         """Create the topics that are missing, and fail where one that exists is not as it must be.
 
         Partitions, replicas and delays are those of the settings (POSTROAD_PARTITIONS, POSTROAD_REPLICATION,
-        POSTROAD_VALIDATOR_DELAYS, POSTROAD_SENDER_DELAYS). What exists is changed by --grow alone, which asks
-        first: Kafka never takes a partition back. docs/operations.md says what to heed.
+        POSTROAD_VALIDATOR_DELAYS, POSTROAD_SENDER_DELAYS). A topic that keeps its records too short a time is
+        made to keep them longer. Of all else that exists --grow alone changes anything. It asks first: Kafka
+        never takes a partition back. docs/operations.md says what to heed.
         """
         from services.common import kafka_admin  # noqa: PLC0415
 
@@ -62,6 +63,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         rows = _grown(settings, yes) if grow else []
         applied = kafka_admin.apply(settings)
         rows += [{"topic": name, "state": "created"} for name in applied.created]
+        rows += [{"topic": name, "state": "kept longer"} for name in applied.raised]
         for difference in applied.differences:
             name, _, detail = difference.partition(": ")
             rows.append({"topic": name, "state": "differs", "detail": detail})

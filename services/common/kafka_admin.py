@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
     ConfigResource,
     NewPartitions,
     NewTopic,
@@ -21,6 +23,7 @@ from services.common.topics import Topic, wanted
 __all__ = ["Applied", "apply", "grow", "too_small"]
 
 TIMEOUT = 15.0
+_RETENTION = "retention.ms"
 # What goes wrong is raised; librdkafka's own account of every refused connection helps nobody.
 _silent = logging.getLogger("postroad.kafka_admin")
 _silent.addHandler(logging.NullHandler())
@@ -29,15 +32,20 @@ _silent.propagate = False
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was created, and in which ways topics that were there already differ from what is wanted."""
+    """What was created, and in which ways topics that were there already differ from what is wanted.
+
+    `raised`: the topics that kept their records too short a time, and now keep them as long as is wanted.
+    """
 
     created: Sequence[str]
+    raised: Sequence[str]
     differences: Sequence[str]
 
 
 def apply(settings: Settings) -> Applied:
-    """Create the missing topics and compare the others; changes none that exists.
+    """Create the missing topics and compare the others.
 
+    It changes one thing of a topic that exists: a retention that is too short. Longer ones stay.
     Raises `confluent_kafka.KafkaException` where the cluster cannot be asked or refuses.
     """
     admin = _client(settings)
@@ -51,7 +59,9 @@ def apply(settings: Settings) -> Applied:
         for topic in there
         if len(known[topic.name].partitions) != topic.partitions
     ]
-    return Applied(created, [*differences, *_other_settings(admin, there)])
+    short, others = _other_settings(admin, there)
+    _raise_retention(admin, short)
+    return Applied(created, [topic.name for topic in short], [*differences, *others])
 
 
 def too_small(settings: Settings) -> dict[str, int]:
@@ -105,14 +115,37 @@ def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
     return created
 
 
-def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
+def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[list[Topic], list[str]]:
+    """Return the topics whose retention is too short, and what else differs."""
     if not topics:
-        return []
+        return [], []
     asked = {ConfigResource(ResourceType.TOPIC, topic.name): topic for topic in topics}
-    differences = []
+    short, differences = [], []
     for resource, done in admin.describe_configs(list(asked), request_timeout=TIMEOUT).items():
         topic, entries = asked[resource], done.result()
         for key, value in topic.config.items():
-            if entries[key].value != value:
-                differences.append(f"{topic.name}: {key} is {entries[key].value}, wanted {value}")
-    return differences
+            has = entries[key].value
+            if key == _RETENTION:
+                # -1 is for ever.
+                if 0 <= int(has) < int(value):
+                    short.append(topic)
+            elif has != value:
+                differences.append(f"{topic.name}: {key} is {has}, wanted {value}")
+    return short, differences
+
+
+def _raise_retention(admin: AdminClient, topics: Sequence[Topic]) -> None:
+    if not topics:
+        return
+    changes = [
+        ConfigResource(
+            ResourceType.TOPIC,
+            topic.name,
+            incremental_configs=[
+                ConfigEntry(_RETENTION, topic.config[_RETENTION], incremental_operation=AlterConfigOpType.SET)
+            ],
+        )
+        for topic in topics
+    ]
+    for done in admin.incremental_alter_configs(changes, request_timeout=TIMEOUT).values():
+        done.result()

@@ -42,6 +42,8 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
 MAX_RECORD_BYTES = 5 << 20
 
 _DAY_MS = 86_400_000
+# docs/operations.md promises it: a stage may stand this long, and loses nothing.
+_KEEP_MS = 30 * _DAY_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +82,30 @@ class Names:
 def wanted(settings: Settings) -> Sequence[Topic]:
     """Return every topic that an installation with these settings needs.
 
-    Event topics keep 30 days, what a rebuild and a replay read; delay topics twice their longest stay
-    and at least a week, so that an outage loses nothing; dead letters a year.
+    Event topics keep 30 days, what a rebuild and a replay read. Delay topics keep a task's age limit and 30
+    days more: a stage that stands for 30 days finds all that it had deferred. Dead letters stay a year.
     """
     names = Names(settings.topic_prefix)
     base = {
         "cleanup.policy": "delete",
         "max.message.bytes": str(MAX_RECORD_BYTES),
         "min.insync.replicas": str(max(1, settings.replication - 1)),
+        # Time alone ends a record, whatever the brokers' own default says.
+        "retention.bytes": "-1",
     }
 
-    def topic(name: str, days: int) -> Topic:
-        config = base | {"retention.ms": str(days * _DAY_MS)}
+    def topic(name: str, keep_ms: int) -> Topic:
+        config = base | {"retention.ms": str(keep_ms)}
         return Topic(name, settings.partitions, settings.replication, config)
 
     delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
     return [
-        *(topic(names.topic(name), 30) for name in EVENT_TOPICS),
+        *(topic(names.topic(name), _KEEP_MS) for name in EVENT_TOPICS),
         *(
-            topic(names.delay(stage, s), max(7, 2 * s // 86400))
+            # A delay may exceed the age limit; with its jitter a record waits less than twice as long.
+            topic(names.delay(stage, s), 1000 * max(settings.sender_max_age, 2 * s) + _KEEP_MS)
             for stage, all_ in delays.items()
             for s in all_
         ),
-        *(topic(names.dead(stage), 365) for stage in READ_BY),
+        *(topic(names.dead(stage), 365 * _DAY_MS) for stage in READ_BY),
     ]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from services.common import topics
 from services.common.config import Settings
@@ -42,20 +42,35 @@ def test_missing_topics_are_created_and_the_rest_is_compared(infra: Infra) -> No
     assert f"differs {prefix}mx.ok: 2 partitions, wanted 3" in other.stderr.splitlines()
 
 
+def alter(bootstrap: str, topic: str, setting: str, value: str) -> None:
+    entry = ConfigEntry(setting, value, incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    for done in admin.incremental_alter_configs([resource]).values():
+        done.result(10)
+
+
 def test_a_setting_that_differs_is_named(infra: Infra) -> None:
     prefix = infra.topic_prefix()
     assert postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7").returncode == 0
     subject = f"{prefix}mx.ok"
-    admin = AdminClient({"bootstrap.servers": infra.bootstrap})
-    from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
-
-    entry = ConfigEntry("retention.ms", "1000", incremental_operation=AlterConfigOpType.SET)
-    resource = ConfigResource(ResourceType.TOPIC, subject, incremental_configs=[entry])
-    for done in admin.incremental_alter_configs([resource]).values():
-        done.result(10)
+    alter(infra.bootstrap, subject, "cleanup.policy", "compact")
     found = postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7")
     assert found.returncode == 1
-    assert found.stderr.splitlines() == [f"differs {subject}: retention.ms is 1000, wanted 2592000000"]
+    assert found.stderr.splitlines() == [f"differs {subject}: cleanup.policy is compact, wanted delete"]
+
+
+def test_a_retention_that_is_too_short_is_raised_and_a_longer_one_stays(infra: Infra) -> None:
+    prefix = infra.topic_prefix()
+    assert postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7").returncode == 0
+    short, for_ever = f"{prefix}validator.delay.7", f"{prefix}mx.ok"
+    alter(infra.bootstrap, short, "retention.ms", "604800000")
+    alter(infra.bootstrap, for_ever, "retention.ms", "-1")
+    applied = postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7")
+    assert (applied.returncode, applied.stderr) == (0, "")
+    assert applied.stdout.splitlines() == [f"kept longer {short}", "The topics are as they must be."]
+    again = postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7")
+    assert (again.returncode, again.stdout) == (0, "The topics are as they must be.\n")
 
 
 def test_a_cluster_that_is_away_is_told_by_the_exit_code() -> None:
