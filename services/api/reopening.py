@@ -43,6 +43,9 @@ def reopen(
     found = standing.find(connection, tenant, id_)
     if found is None:
         return None
+    if found.in_hand:
+        # A late verdict of the validator may hide this until the attempt has told how it ended.
+        return Refusal("processing")
     again = found.status == "pending" and found.epoch == tried > 0
     if found.status not in ("failed", "uncertain", "cancelled") and not again:
         return Refusal(found.status)

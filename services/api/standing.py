@@ -42,6 +42,13 @@ class Standing(NamedTuple):
     row: Delivery | None
     now: datetime
 
+    @property
+    def in_hand(self) -> bool:
+        """Whether a sender has the task in its present epoch, be it between two attempts."""
+        if self.row is None or self.row.epoch < self.epoch:
+            return False
+        return self.row.state in ("sending", "released", "deferred")
+
     def next_epoch(self, now_ms: int) -> int:
         """Return an epoch later than all that is known of the task: `now_ms`, unless clocks disagree."""
         return max(now_ms, self.epoch + 1, self.row.epoch + 1 if self.row is not None else 0)

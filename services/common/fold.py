@@ -10,8 +10,13 @@ A version is one unsigned 64-bit number:
     bit  63      completed, which absorbs everything
     bits 21-62   epoch: milliseconds since the Unix epoch, 42 bits, until the year 2109
     bits 18-20   tier, see below
-    bits  4-17   attempt, up to 16,383
+    bits  4-17   attempt, up to 16,383; of a verdict on the domain up to 8,191, bit 17 says that it failed
     bits  0-3    within an attempt: found in doubt for the nth time (0-14), or over (15)
+
+Within an epoch whatever the sender tells stands above the validator's verdicts: the validator may handle
+`task.created` a second time (a crash, a group that is reset) and then finds another answer, but by then
+the sender decides about the mail. Of the verdicts alone the failure stands above `mx.ok`: the status
+service has made a delivery of it that refuses the sender (deliveries/refusals.py).
 
 Different events of a task have different versions (what is beyond a field's width saturates, and then
 the first one stays); events of one version come from one topic and partition, in one order.
@@ -37,8 +42,11 @@ _TIER_SHIFT, _ATTEMPT_SHIFT = 18, 4
 _COMPLETED = 1 << 63
 _EPOCH_MAX, _ATTEMPT_MAX, _OVER = (1 << 42) - 1, (1 << 14) - 1, 15
 
-# Tiers, in the order in which a task lives through them.
-_CREATED, _MX_DEFERRED, _MX_OK, _MAIL_DEFERRED, _CANCELLED, _MX_FAILED, _MAIL_FAILED, _UNCERTAIN = range(8)
+# Tiers, in the order in which a task lives through them. The version is stored, so they keep their numbers;
+# 5 was that of `mx.failed`, above the sender's deferral.
+_CREATED, _MX_DEFERRED, _MX, _MAIL_DEFERRED, _CANCELLED = range(5)
+_MAIL_FAILED, _UNCERTAIN = 6, 7
+_MX_FAILED = 1 << 13
 
 
 class Row(NamedTuple):
@@ -127,11 +135,13 @@ def _created(event: pb.TaskCreated) -> Row:
 
 
 def _mx_ok(event: pb.MxOk) -> Row:
-    return _row(event, "processing", _version(event.epoch, _MX_OK, event.attempt), mail=_mail(event.task))
+    attempt = min(event.attempt, _MX_FAILED - 1)
+    return _row(event, "processing", _version(event.epoch, _MX, attempt), mail=_mail(event.task))
 
 
 def _mx_failed(event: pb.MxFailed) -> Row:
-    return _row(event, "failed", _version(event.epoch, _MX_FAILED, event.attempt), reason=event.reason)
+    attempt = min(event.attempt, _MX_FAILED - 1)
+    return _row(event, "failed", _version(event.epoch, _MX, _MX_FAILED | attempt), reason=event.reason)
 
 
 def _deferred(event: pb.MailDeferred) -> Row:

@@ -416,6 +416,17 @@ def test_what_is_under_way_is_not_opened(book: Book) -> None:
     assert book.retry(id_) == Refusal("processing")
 
 
+@pytest.mark.parametrize("state", ["sending", "deferred"])
+def test_what_a_sender_has_is_not_opened_though_a_late_verdict_came(book: Book, state: str) -> None:
+    id_ = book.create()
+    book.ok(id_)
+    row = book.taken(id_)
+    if state == "deferred":
+        book.settle(row, "deferred", "greylisted", told=False)
+    book.tell(id_, pb.MxFailed(id=id_, attempt=1, reason="no_such_domain", at_us=9))
+    assert book.retry(id_) == Refusal("processing")
+
+
 def test_a_task_without_its_body_cannot_be_sent_again(book: Book) -> None:
     id_ = book.create()
     book.settle(book.taken(id_), "failed", "rejected", "550 no")

@@ -15,9 +15,13 @@ from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, State, 
 from services.common.deliveries.outcome import event_of, refused_before
 from services.common.deliveries.refusals import refusal, refuse, refused
 from services.common.deliveries.rows import locked, store
+from services.common.events import Event
+from services.common.fold import delta
 from services.common.stage.types import Done
+from services.common.taskstore import upsert
 from services.sender.answers import answer
 from services.sender.claims import Claims
+from tests.event_strategies import mail_task
 
 NOW = datetime(2026, 3, 1, 12)
 EPOCH = 5
@@ -60,6 +64,66 @@ def test_the_sql_is_the_rule(engine: Engine) -> None:
     for row in rows:
         assert found[row.task_id] == refusal(row, refused(failed(row.task_id))), row
     assert sum(found[row.task_id] != row for row in rows) == 9, "settled ones of an earlier epoch, no others"
+
+
+@pytest.mark.parametrize(
+    ("takeovers", "attempt", "state", "epoch", "becomes_failed"),
+    [
+        (0, 1, "released", EPOCH, True),
+        (0, 2, "released", EPOCH, False),
+        (1, 1, "released", EPOCH, False),
+        (0, 1, "released", EPOCH - 1, False),
+        (0, 1, "released", EPOCH + 1, False),
+        (0, 1, "sending", EPOCH, False),
+        (0, 1, "deferred", EPOCH, False),
+    ],
+)
+def test_a_claim_given_back_untried_is_none(
+    engine: Engine, *, attempt: int, takeovers: int, state: State, epoch: int, becomes_failed: bool
+) -> None:
+    id_ = b"y" * 16
+    row = next(known())._replace(
+        task_id=id_, state=state, epoch=epoch, attempt=attempt, takeovers=takeovers, reason=""
+    )
+    with engine.begin() as connection:
+        store(connection, [row])
+        refuse(connection, [failed(id_)])
+        found, _ = locked(connection, [id_])
+    assert found[id_] == refusal(row, refused(failed(id_)))
+    assert (found[id_] != row) == becomes_failed == refused_before(found[id_])
+
+
+@pytest.mark.parametrize("first", ["claim", "verdict"])
+def test_whoever_comes_first_decides_and_the_status_says_what_happens(engine: Engine, first: str) -> None:
+    task = mail_task(0)
+    claims, claim = Claims(engine, 20, hold=False), Claim(task.id, 0, 1, b"c" * 16, "<m@x>")
+    verdicts = [pb.TaskCreated(task=task), pb.MxOk(task=task, attempt=1)]
+    late = [pb.MxFailed(id=task.id, attempt=1, reason="no_such_domain")]
+    events: list[Event] = [*verdicts, *late]
+    if first == "verdict":
+        with engine.begin() as connection:
+            refuse(connection, late)
+    [answered] = claims.claim([claim])
+    if first == "verdict":
+        assert isinstance(answered, Stored)
+        assert answer(answered.row, [60], 0) == Done()
+        ends = "failed"
+    else:
+        assert isinstance(answered, Taken)
+        deferred = answered.row._replace(state="deferred", reason="greylisted", next_attempt_at=1)
+        claims.settle([deferred])
+        with engine.begin() as connection:
+            refuse(connection, late)
+        events.append(event_of(deferred))
+        # The next attempt is the sender's all the same.
+        [again] = claims.claim([claim._replace(attempt=2, owner=b"d" * 16)])
+        assert isinstance(again, Taken)
+        ends = "processing"
+    with engine.begin() as connection:
+        upsert(connection, map(delta, events))
+        upsert(connection, map(delta, late))
+        status = connection.exec_driver_sql("SELECT status FROM tasks").scalar_one()
+    assert status == ends
 
 
 def test_of_several_the_latest_epoch_counts_and_none_is_nothing(engine: Engine) -> None:

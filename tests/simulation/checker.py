@@ -157,7 +157,11 @@ def _told(events: list[Any]) -> tuple[str, int]:
     last = [event for event in events if event.epoch == epoch]
     if any(isinstance(event, pb.MailFailed) and event.uncertain for event in last):
         return "uncertain", epoch
-    if any(isinstance(event, pb.MailFailed | pb.MxFailed) for event in last):
+    if any(isinstance(event, pb.MailFailed) for event in last):
+        return "failed", epoch
+    # What the sender tells of the epoch overrules a verdict that came late.
+    had = any(isinstance(event, pb.MailDeferred) and event.stage == "sender" for event in last)
+    if not had and any(isinstance(event, pb.MxFailed) for event in last):
         return "failed", epoch
     if any(isinstance(event, pb.TaskCancelled) for event in last):
         return "cancelled", epoch

@@ -75,12 +75,22 @@ class Database:
         if verdict == "refused":
             raise _lost()
         result = work(self)
+        if kind == "status.db":
+            self._check_hidden()
         if verdict == "again":
             # The connection died while it committed, and `transaction` did it again.
             result = work(self)
         if verdict == "unheard":
             raise _lost()
         return result
+
+    def _check_hidden(self) -> None:
+        """Note where a verdict hides that the sender will try again, though it has told of it."""
+        for id_, row in self.tasks.items():
+            delivery = self.deliveries.get(id_)
+            told = delivery is not None and delivery.state == "deferred" and delivery.epoch == row.epoch
+            if told and row.status == "failed" and row.attempts:
+                self.world.violation(f"task {id_[-2]} is shown as failed and waits for its next attempt")
 
     # --- taskstore ---
 

@@ -107,6 +107,20 @@ def test_a_task_in_doubt_that_is_cancelled_is_uncertain(before: tuple[str, ...])
     assert (reopened.violations, reopened.statuses) == ([], ["completed"])
 
 
+@pytest.mark.parametrize("dns", [("ok", "none"), ("ok", "soft", "none")])
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_verdict_that_comes_again_changes_nothing_once_the_sender_has_the_task(
+    dns: tuple[str, ...], hold: bool
+) -> None:
+    # The validator dies before it has committed, and finds another answer when it is back.
+    again = Fault("kill", on="produce", nth=2, seconds=1)
+    for smtp in (("defer", "defer", "ok"), ("kept_unheard", "ok"), ("slow", "ok"), ("defer", "reject")):
+        plan = Plan(seed=1, tasks=(TaskPlan(0.0, dns=dns, smtp=smtp),), faults=(again,), hold=hold)
+        with prepared():
+            result = try_plan(plan)
+        assert result.violations == [], smtp
+
+
 def test_a_sender_that_drains_waits_for_its_mail_without_turning_idly() -> None:
     plan = Plan(
         seed=1,

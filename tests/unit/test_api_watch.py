@@ -221,6 +221,27 @@ def test_an_event_of_an_epoch_that_is_over_changes_nothing() -> None:
     ] * 3
 
 
+@pytest.mark.parametrize(
+    "late",
+    [
+        ev.MxFailed(id=mail().id, attempt=1, reason="no_such_domain", at_us=9),
+        ev.MailDeferred(id=mail().id, attempt=1, stage="validator", at_us=9),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_late_verdict_changes_nothing_once_the_sender_has_the_task(late: Event, together: bool) -> None:
+    book = Book(0)
+    created, ok = read(life(mail())[0]), read(ev.MxOk(task=mail(), attempt=1, at_us=1))
+    deferred = read(ev.MailDeferred(id=mail().id, attempt=1, stage="sender", reason="greylisted", at_us=2))
+    batches = [[created, ok, deferred, read(late)]] if together else [[created, ok, deferred], [read(late)]]
+    told = [c for number, batch in enumerate(batches) for c in book.read(batch, number)]
+    assert len(told) == 4
+    states = [book.after(c, None) for c in told]
+    assert "failed" not in [row and row.status for row in states]
+    assert states[-1] is not None
+    assert (states[-1].status, states[-1].reason) == ("processing", "greylisted")
+
+
 def test_nobody_hears_of_a_task_whose_tenant_is_unknown() -> None:
     book = Book(MADE_MS + 10**6)
     sent = read(life(mail())[-1])

@@ -73,13 +73,13 @@ LIFE: list[tuple[Event, str]] = [
     (deferred(1, "validator"), "pending"),
     (deferred(2, "validator"), "pending"),
     (mx_ok(3), "processing"),
+    (mx_failed(1), "failed"),
     (deferred(1, in_doubt=True), "processing"),
     (deferred(1, in_doubt=True, takeover=1), "processing"),
     (deferred(1), "processing"),
     (deferred(2), "processing"),
     (deferred(3, in_doubt=True), "processing"),
     (cancelled(), "cancelled"),
-    (mx_failed(1), "failed"),
     (failed(3), "failed"),
     (failed(3, uncertain=True), "uncertain"),
     (created(LATER), "pending"),
@@ -118,6 +118,25 @@ def test_a_later_epoch_reopens_and_an_earlier_one_changes_nothing() -> None:
     row = fold(row, created(LATER))
     assert (row.status, row.attempts, row.epoch, row.reason) == ("pending", 0, LATER, "")
     assert fold(row, failed(6)) == row
+
+
+@pytest.mark.parametrize("late", [mx_failed(9), mx_failed(1 << 31), deferred(9, "validator")])
+@pytest.mark.parametrize("told", [deferred(1), deferred(1, in_doubt=True), failed(1), sent(1)])
+def test_once_the_sender_has_the_task_the_validators_verdicts_change_nothing(
+    told: Event, late: Event
+) -> None:
+    row = folded([created(), mx_ok(), told])
+    assert fold(row, late) == row
+    assert folded([late, told, mx_ok(), created()]) == row
+    # A verdict of a later epoch is another matter, unless the mail is out.
+    again = fold(fold(row, created(LATER)), mx_failed(1, LATER))
+    assert again.status == ("completed" if isinstance(told, pb.MailSent) else "failed")
+
+
+def test_of_the_validators_verdicts_the_failure_stands() -> None:
+    for attempts in ((1, 1), (2, 1), (1 << 31, 1), (1 << 31, 1 << 31)):
+        events = [created(), mx_ok(attempts[0]), mx_failed(attempts[1])]
+        assert folded(events).status == folded(events[::-1]).status == "failed"
 
 
 def test_a_cancellation_keeps_the_attempts_that_were_made() -> None:

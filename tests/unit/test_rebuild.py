@@ -158,6 +158,15 @@ def test_a_task_that_failed_before_the_sender_saw_it_is_restored_as_status_has_i
     assert restored(tells, START)._replace(lease_until=refused(event).lease_until) == refused(event)
 
 
+def test_a_late_verdict_leaves_a_deferred_delivery_to_the_sender() -> None:
+    deferred = pb.MailDeferred(id=ID, epoch=3, attempt=1, stage="sender", reason="greylisted", at_us=5)
+    late = pb.MxFailed(id=ID, epoch=3, attempt=1, reason="no_such_domain", at_us=9)
+    for events in ([deferred, late], [late, deferred]):
+        tells = known(events)
+        assert tells is not None
+        assert (tells.state, tells.attempt, tells.reason) == ("deferred", 1, "greylisted")
+
+
 def test_what_is_not_about_the_delivery_tells_nothing() -> None:
     task = mail_task(0)
     for event in (

@@ -104,11 +104,13 @@ class Book:
         if life.row is None:
             life.row = row
         else:
-            # What an epoch that is over still tells changes nothing: the task is shown as it stands.
-            later = row.version >= life.row.version or row.epoch < life.row.epoch
+            # What an epoch that is over still tells changes nothing, nor does the validator once it has found
+            # another answer, or the sender has the task: the task is shown as it stands.
+            late = change.entry.stage == "validator" and change.entry.kind != "mx_ok"
+            stands = row.version >= life.row.version or row.epoch < life.row.epoch or late
             life.row = merge(life.row, row)
             # Told late within its epoch, it is told as it was then.
-            row = life.row if later else Row._make((row.id, *life.row[1:9], *row[9:]))
+            row = life.row if stands else Row._make((row.id, *life.row[1:9], *row[9:]))
         return row if row.tenant is not None else None
 
     def _life(self, id_: bytes) -> _Life:

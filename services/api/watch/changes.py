@@ -51,6 +51,9 @@ def change(value: bytes | None, replayed: bool, place: Place, offset: int, at_ms
 
 def age(change: Change) -> tuple[int, int]:
     """Return what orders the changes of a task as they happened: by epoch, in it as the fold orders them."""
+    if change.entry.kind == "mx_failed":
+        # Nothing follows it, unless it is a late one, which the sender's changes have overruled.
+        return change.row.epoch, 1 << 64
     # The bit that makes `completed` absorb everything stands above the epoch in a version.
     return change.row.epoch, change.row.version & ((1 << EPOCH_SHIFT) - 1) | change.row.version >> 63 << 63
 

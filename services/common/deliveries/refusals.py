@@ -3,6 +3,9 @@
 Without it the sender would know nothing of the task, and a `task.created` that is read again once the domain
 takes mail (a group that is reset, a record that is redelivered) would send what had failed, though nobody
 asked for it. With it the claim answers, as for every other task that ended; a later epoch is free to go.
+
+Whoever comes first decides about the epoch. Once a sender has the task, the verdict changes nothing. A claim
+that was given back before its first attempt told anything counts as none: no event outranks the verdict yet.
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ _NEVER = datetime(1970, 1, 1)
 _REASON = widths(deliveries)["reason"]
 
 _OVER = ("failed", "uncertain", "cancelled")
-# Assignments see what those before them have written: what the others ask for comes last.
-_FREE = f"epoch < VALUES(epoch) AND state IN {_OVER}"
+# Assignments see what those before them have written: what the others ask for comes last, and the attempt
+# that is written (0) answers as the one before did.
+_FREE = (
+    f"(epoch < VALUES(epoch) AND state IN {_OVER}"
+    " OR epoch = VALUES(epoch) AND state = 'released' AND attempt <= 1 AND takeovers = 0)"
+)
 _TAIL = "ON DUPLICATE KEY UPDATE " + ", ".join(
     [
         f"takeovers = IF({_FREE} AND reason = '{IN_DOUBT}', takeovers + 1, takeovers)",
@@ -65,14 +72,19 @@ def refusal(known: Delivery | None, row: Delivery) -> Delivery:
     """
     if known is None:
         return row
-    if known.epoch >= row.epoch or known.state not in _OVER:
+    over = known.epoch < row.epoch and known.state in _OVER
+    if not over and not (known.epoch == row.epoch and _untried(known)):
         return known
     takeovers = known.takeovers + (known.reason == IN_DOUBT)
     return row._replace(takeovers=takeovers, lease_until=known.lease_until, message_id=known.message_id)
 
 
+def _untried(known: Delivery) -> bool:
+    return known.state == "released" and known.attempt <= 1 and not known.takeovers
+
+
 def refuse(connection: Connection, events: Iterable[pb.MxFailed]) -> None:
-    """Have the deliveries of these tasks failed, but for those that a sender has in hand or a later epoch.
+    """Have the deliveries of these tasks failed, but for those of a later epoch or that a sender has.
 
     Blocks. Locks rows of `deliveries` in the order of their ids; rows of `tasks` are to be locked before.
     """
