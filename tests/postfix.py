@@ -19,6 +19,7 @@ from email.message import Message
 from pathlib import Path
 
 from tests.certificates import Certificates, make_certificates
+from tests.reaper import RUN
 
 __all__ = ["PASSWORD", "USER", "Postfix", "missing", "postfix"]
 
@@ -155,7 +156,12 @@ def _write(instance: Postfix, policy_port: int) -> None:
     (directory / "etc" / "body_checks").write_text("/^unwanted body/ REJECT 5.6.0 this body is unwanted\n")
     (directory / "etc" / "main.cf").write_text(
         _MAIN.format(
-            directory=directory, realm=_REALM, uid=owner.pw_uid, gid=owner.pw_gid, policy=policy_port
+            directory=directory,
+            realm=_REALM,
+            uid=owner.pw_uid,
+            gid=owner.pw_gid,
+            policy=policy_port,
+            mark=RUN,
         )
     )
     (directory / "etc" / "master.cf").write_text(
@@ -178,6 +184,7 @@ mail_owner = postfix
 setgid_group = postdrop
 maillog_file = {directory}/postfix.log
 maillog_file_prefixes = {directory}
+import_environment = MAIL_CONFIG MAIL_LOGTAG TZ LANG=C {mark}
 inet_interfaces = 127.0.0.1
 inet_protocols = ipv4
 myhostname = {realm}

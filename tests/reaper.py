@@ -1,0 +1,153 @@
+"""Ends what a test run started and did not end, however the run itself ends.
+
+A run has one directory, which every temporary directory of the tests is made in. Its path stands in the
+environment of all that the run starts (`RUN`), and marks a process as the run's, whatever its parent or
+session. A process beside the run, the reaper, reads from a pipe whose other end the run's own process holds:
+pytest, or the controller of its workers. It closes with that process, also at SIGKILL. Then the reaper kills
+the processes that carry the mark and deletes the directory.
+
+The reaper ends the run, too, where the `make` that started it is gone. Servers under `POSTROAD_TEST_INFRA`
+are not the run's and stay.
+
+The hooks are pytest's; conftest.py takes them over. Standard library only: the reaper runs this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RUN", "pytest_configure", "pytest_unconfigure", "running"]
+
+RUN = "PYTEST_RUN_DIRECTORY"
+"""The variable that marks a run's processes. Tests that clean an environment leave it there."""
+# All ends by SIGKILL, so only a process in the midst of a system call takes time.
+_PATIENCE = 30.0
+_reapers: list[subprocess.Popen[str]] = []
+
+
+def pytest_configure(config: Any) -> None:
+    """Begin a run, or, in a worker of pytest-xdist, join the controller's."""
+    if not hasattr(config, "workerinput"):
+        # What pytest keeps of the last runs stays where it is.
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        directory = Path(tempfile.mkdtemp(prefix="postroad-test-"))
+        # Servers that drop their rights must come through to their own.
+        directory.chmod(0o711)
+        clean = {name: value for name, value in os.environ.items() if name != RUN}
+        reaper = subprocess.Popen(
+            [sys.executable, "-I", __file__, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=clean,
+            text=True,
+            start_new_session=True,
+        )
+        _reapers.append(reaper)
+        os.environ[RUN] = str(directory)
+    tempfile.tempdir = os.environ[RUN]
+
+
+def pytest_unconfigure(config: Any) -> None:
+    """End the run; returns when nothing of it is left, and names what the tests had left."""
+    if hasattr(config, "workerinput") or not _reapers:
+        return
+    tempfile.tempdir = None
+    left, _ = _reapers.pop().communicate(timeout=2 * _PATIENCE)
+    if left:
+        print(f"left running by the tests, and killed:\n{left}", file=sys.stderr, end="")
+
+
+def running(directory: str, but: str = "") -> dict[int, str]:
+    """Return the command lines of the processes that carry the mark of a run, by process id.
+
+    `but` is the stack whose processes are left out.
+    """
+    found = {}
+    for entry in Path("/proc").iterdir():
+        # One that is just gone, or another user's, cannot be read.
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and _is_of(int(entry.name), directory, but):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(entry.name)] = os.fsdecode(command).strip()
+    return found
+
+
+def _is_of(pid: int, directory: str, but: str) -> bool:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    kept = bool(but) and os.fsencode(f"POSTROAD_LOCAL_DIR={but}") in variables
+    return os.fsencode(f"{RUN}={directory}") in variables and not kept
+
+
+def _kill(pid: int, directory: str, but: str) -> None:
+    """Kill the process if it is the run's, and wait until it is gone. Raises OSError if it was already."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        # The descriptor holds that very process; its number may have become another's before.
+        if _is_of(pid, directory, but):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            _readable([descriptor], 1)
+    finally:
+        os.close(descriptor)
+
+
+def _readable(descriptors: list[int], seconds: float | None = None) -> list[int]:
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [ready for ready, _ in poll.poll(None if seconds is None else seconds * 1000)]
+
+
+def _wait_for_the_end(run: int) -> None:
+    """Return when the run (a process id) has closed the pipe; kill it when the `make` that began it ends."""
+    pipe = sys.stdin.fileno()
+    with contextlib.suppress(OSError):
+        process = os.pidfd_open(run)
+        parent = int(Path(f"/proc/{run}/stat").read_text().rpartition(")")[2].split()[1])
+        maker = os.pidfd_open(parent)
+        if Path(f"/proc/{parent}/comm").read_text().strip() in ("make", "gmake"):
+            if pipe in _readable([pipe, maker]):
+                return
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+    _readable([pipe])
+
+
+def _reap(directory: str, but: str) -> dict[int, str]:
+    """Kill what carries the run's mark, and its children; returns what there was."""
+    killed: dict[int, str] = {}
+    end, quiet = time.monotonic() + _PATIENCE, 0
+    # A process that is just being started shows no environment for a moment.
+    while quiet < 2 and time.monotonic() < end:
+        found = running(directory, but)
+        quiet = 0 if found else quiet + 1
+        killed |= found
+        for pid in found:
+            with contextlib.suppress(OSError):
+                _kill(pid, directory, but)
+        time.sleep(0.02)
+    return killed
+
+
+def _main() -> None:
+    directory, but = sys.argv[1], os.environ.get("POSTROAD_TEST_INFRA", "")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _wait_for_the_end(os.getppid())
+    killed = _reap(directory, but)
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write("".join(f"  {pid} {command}\n" for pid, command in killed.items()))
+
+
+if __name__ == "__main__":
+    _main()
