@@ -92,7 +92,15 @@ def end(layout: Layout, name: str, grace: float) -> bool:
     """End `name` by SIGTERM, and by SIGKILL once `grace` seconds are over; 0 kills at once.
 
     Blocks until it is gone. Returns whether it ended by itself in time (true also when nothing was running).
+    One that is killed at once keeps its pid file, as after any other end that nobody planned.
     """
+    in_time = _end(layout, name, grace)
+    if grace > 0:
+        layout.pid(name).unlink(missing_ok=True)
+    return in_time
+
+
+def _end(layout: Layout, name: str, grace: float) -> bool:
     pid = find(layout, name)
     if pid is None:
         return True

@@ -225,8 +225,9 @@ class Stack:
 
     def _end_surplus(self, service: str) -> None:
         keep = set(self.state.replica_names(service))
-        running = process.find_all(self.layout)
-        self._end_all(n for n in running if n.rpartition("-")[0] == service and n not in keep)
+        # One that was killed runs no more, but still has its pid file.
+        there = {*process.find_all(self.layout), *self.layout.names_in("pids", ".pid")}
+        self._end_all(n for n in there if n.rpartition("-")[0] == service and n not in keep)
 
     def _command(self, command: str, after: Collection[Future[None]]) -> None:
         """Run `postroad command` once what it needs is ready."""

@@ -1,0 +1,71 @@
+"""A pid file of the local stack names a process that runs, or one that ended as nobody planned."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.local import process
+from deploy.local.layout import Layout
+from deploy.local.stack import Stack
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Iterator[Layout]:
+    layout = Layout(tmp_path)
+    yield layout
+    for name in process.find_all(layout):
+        process.end(layout, name, 0)
+
+
+def _begin(layout: Layout, *names: str) -> None:
+    for name in names:
+        process.spawn(layout, name, ["sleep", "600"], {})
+
+
+def _files(layout: Layout) -> list[str]:
+    return layout.names_in("pids", ".pid")
+
+
+def test_stop_leaves_no_pid_file_and_kill_leaves_it(layout: Layout) -> None:
+    _begin(layout, "dns", "catcher")
+    stack = Stack(layout)
+    stack.stop("catcher", kill=True)
+    assert _files(layout) == ["catcher", "dns"]
+    assert stack.stop("dns")
+    assert _files(layout) == ["catcher"]
+    assert stack.stop("catcher")
+    assert _files(layout) == []
+
+
+def test_stop_of_one_that_does_not_listen_leaves_no_pid_file(layout: Layout) -> None:
+    # What the parent ignores, its child ignores from its first moment on.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        _begin(layout, "dns")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not process.end(layout, "dns", 0.1)
+    assert _files(layout) == []
+
+
+def test_scale_leaves_no_pid_file_of_a_replica_that_is_not_wanted(layout: Layout) -> None:
+    _begin(layout, "sender-1", "sender-2", "status-1")
+    process.end(layout, "sender-2", 0)
+    stack = Stack(layout)
+    stack.scale("sender", 0)
+    assert _files(layout) == ["status-1"]
+    assert list(process.find_all(layout)) == ["status-1"]
+
+
+def test_status_tells_of_what_was_stopped(layout: Layout) -> None:
+    _begin(layout, "dns", "catcher")
+    stack = Stack(layout)
+    stack.stop("dns")
+    assert {row.name: bool(row.pid) for row in stack.rows() if row.name in ("dns", "catcher")} == {
+        "dns": False,
+        "catcher": True,
+    }
