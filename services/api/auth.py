@@ -25,7 +25,7 @@ class Tenants:
     def __init__(self, tokens: str) -> None:
         # Found by its digest, so that the time of a look-up tells nothing about the tokens themselves.
         self._tenants: dict[bytes, str] = {}
-        for place, pair in enumerate(filter(None, map(str.strip, tokens.split(","))), start=1):
+        for place, pair in enumerate(map(str.strip, tokens.split(",") if tokens else ()), start=1):
             tenant, _, token = pair.partition(":")
             if _TENANT.fullmatch(tenant) is None or len(token) < 8:
                 raise ValueError(f"pair {place} is no tenant:token with a token of 8 characters or more")

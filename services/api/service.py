@@ -22,8 +22,8 @@ from services.api.server import serve_on
 from services.api.sweeper import Sweeper
 from services.api.watch.watching import Watches
 from services.common.batching import Batcher
-from services.common.config import Settings
-from services.common.database import engine_of, transaction, transient
+from services.common.config import Settings, refused
+from services.common.database import engine_of, transaction, transient, url_of
 from services.common.stage.publisher import Publisher
 
 __all__ = ["ApiService", "build"]
@@ -44,7 +44,11 @@ class ApiService:
         self._seconds = settings.drain_seconds
         self._stopping = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._engine = engine_of(settings.database_url, _CONNECTIONS)
+        with refused("api_tokens"):
+            tenants = Tenants(settings.api_tokens.get_secret_value())
+        with refused("database_url"):
+            url = url_of(settings.database_url)
+        self._engine = engine_of(url, _CONNECTIONS)
         self._publisher = Publisher(settings, "postroad.api")
         self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
         most, most_bytes = settings.max_in_flight, settings.max_in_flight_bytes
@@ -56,7 +60,6 @@ class ApiService:
         decider = Decider(self._deciding, self._relay.publish)
         self._health = health.aio.HealthServicer()
         self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
-        tenants = Tenants(settings.api_tokens.get_secret_value())
         self._watches = watches = Watches(settings, self._reader)
         self._tasks = tasks = TaskService(
             tenants, self._recorder, self._reader, decider, watches=watches, max_body=settings.max_body
@@ -121,5 +124,8 @@ class ApiService:
 
 
 async def build(settings: Settings) -> ApiService:
-    """Return the api, ready to run. Raises OSError when its port is taken, ValueError for bad tokens."""
+    """Return the api, ready to run.
+
+    Raises OSError when its port is taken, ValueError for tokens or a database URL that cannot be used.
+    """
     return ApiService(settings)

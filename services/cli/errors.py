@@ -154,13 +154,9 @@ def _kafka(error: Any, brokers: str) -> Failure:
 
 
 def _settings(error: Any) -> Failure:
-    problems = (f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors())
-    return Failure("; ".join(problems), USAGE)
+    from services.common.config import refusals  # noqa: PLC0415
 
-
-def _variable(where: tuple[Any, ...]) -> str:
-    field = str(where[0]) if where else "settings"
-    return field if field.isupper() else f"POSTROAD_{field.upper()}"
+    return Failure("; ".join(refusals(error)), USAGE)
 
 
 def _database(error: Any) -> Failure:

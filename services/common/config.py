@@ -8,29 +8,43 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-__all__ = ["Settings", "settings"]
+from services.common import forms
+
+__all__ = ["Settings", "refusals", "refused", "settings", "variable"]
 
 Delays = Annotated[tuple[int, ...], NoDecode]
+Host = Annotated[str, AfterValidator(forms.host)]
+Listen = Annotated[str, AfterValidator(forms.listen)]
+
+_CENTURY = 36_525 * 86400
+# librdkafka takes a day as the longest time between two polls, which is three times revoke_seconds.
+_HOUR = 3600
+# Mails a second. The time between two mails is the reciprocal, which is infinite for the smallest numbers.
+_SLOWEST = 0.0001
 
 
-def _email(name: str, default: object, description: str) -> object:
-    return Field(default, validation_alias=name, description=description)
+def _email(name: str, default: object, description: str, **bounds: Any) -> object:
+    return Field(default, validation_alias=name, description=description, **bounds)
 
 
 class Settings(BaseSettings):
     """The settings of one process. Raises `pydantic.ValidationError` naming each bad variable."""
 
     model_config = SettingsConfigDict(
-        env_prefix="POSTROAD_", extra="ignore", frozen=True, populate_by_name=True
+        env_prefix="POSTROAD_", extra="ignore", frozen=True, populate_by_name=True, allow_inf_nan=False
     )
 
-    kafka_bootstrap: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, comma separated")
+    kafka_bootstrap: Annotated[str, AfterValidator(forms.addresses)] = Field(
+        "127.0.0.1:9092", description="Kafka brokers, host:port, comma separated"
+    )
     database_url: str = Field(
         "mysql+mysqlconnector://postroad:postroad@127.0.0.1:3306/postroad",
         description="SQLAlchemy URL of MySQL or MariaDB",
@@ -39,23 +53,28 @@ class Settings(BaseSettings):
         "", description="DNS servers, host[:port], comma separated; empty: the system's resolver"
     )
 
-    listen: str = Field("127.0.0.1:50051", description="Where the api serves gRPC, host:port")
-    http_listen: str = Field(
+    listen: Listen = Field("127.0.0.1:50051", description="Where the api serves gRPC, host:port")
+    http_listen: Listen = Field(
         "127.0.0.1:0", description="Where a service answers /healthz, /readyz and /metrics"
     )
     replica: str = Field(
-        "", description="This replica's name in logs and events; empty: host name and process id"
+        "",
+        max_length=200,
+        description="This replica's name in logs and events; empty: host name and process id",
     )
     log_format: Literal["json", "console"] = Field("json", description="How logs are written")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least level logged"
     )
 
-    partitions: int = Field(12, ge=1, description="Partitions of each topic, the same for all")
+    partitions: int = Field(12, ge=1, le=100_000, description="Partitions of each topic, the same for all")
     replication: int = Field(
-        1, ge=1, description="Replicas of each partition; min.insync.replicas is one less, at least 1"
+        1,
+        ge=1,
+        le=10_000,
+        description="Replicas of each partition; min.insync.replicas is one less, at least 1",
     )
-    topic_prefix: str = Field(
+    topic_prefix: Annotated[str, AfterValidator(forms.topic_prefix)] = Field(
         "", description="Put before topic and group names, so that installations share a cluster"
     )
     group_protocol: Literal["consumer", "classic"] = Field(
@@ -64,14 +83,17 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(2000, ge=1, description="Records a stage holds at most")
     max_in_flight_bytes: int = Field(32 << 20, ge=1, description="Bytes of records a stage holds at most")
     revoke_seconds: float = Field(
-        10.0, gt=0, description="How long a revoked partition waits for what is in flight"
+        10.0, gt=0, le=_HOUR, description="How long a revoked partition waits for what is in flight"
     )
-    drain_seconds: float = Field(20.0, gt=0, description="How long SIGTERM waits for what is in flight")
+    drain_seconds: float = Field(
+        20.0, gt=0, le=_HOUR, description="How long SIGTERM waits for what is in flight"
+    )
 
     max_body: int = Field(512 << 10, ge=1, le=2 << 20, description="Bytes of text and HTML a task may have")
     body_retention: int = Field(
         30 * 86400,
         ge=0,
+        le=_CENTURY,
         description="Seconds that the bodies of settled tasks are kept in MySQL; 0: for ever",
     )
     max_pending_creates: int = Field(
@@ -85,15 +107,19 @@ class Settings(BaseSettings):
     )
 
     validator_delays: Delays = Field(
-        (5, 30, 120, 600), description="Seconds before each further DNS attempt, each used once"
+        (5, 30, 120, 600),
+        description="Seconds before each further DNS attempt, each used once; empty: no further one",
     )
-    dns_timeout: float = Field(5.0, gt=0, description="Seconds that all questions about one domain may take")
+    dns_timeout: float = Field(
+        5.0, gt=0, le=_HOUR, description="Seconds that all questions about one domain may take"
+    )
     sender_delays: Delays = Field(
         (60, 300, 900, 3600, 14400),
+        min_length=1,
         description="Seconds before each further SMTP attempt; the last one repeats",
     )
     sender_max_age: int = Field(
-        4 * 86400, ge=0, description="Seconds after which a deferred task fails as expired"
+        4 * 86400, ge=0, le=_CENTURY, description="Seconds after which a deferred task fails as expired"
     )
     on_uncertain: Literal["resend", "hold"] = Field(
         "resend",
@@ -107,11 +133,11 @@ class Settings(BaseSettings):
         0.0, ge=0, description="Mails a second that a sender begins to one recipient domain at most; 0: any"
     )
     lease_seconds: float = Field(
-        20.0, gt=1, description="How long a sender's claim on a task holds unless renewed"
+        20.0, gt=1, le=_HOUR, description="How long a sender's claim on a task holds unless renewed"
     )
 
-    email_host: str = _email("EMAIL_HOST", "127.0.0.1", "The relay that takes the mail")  # type: ignore[assignment]
-    email_port: int = _email("EMAIL_PORT", 25, "The relay's port")  # type: ignore[assignment]
+    email_host: Host = _email("EMAIL_HOST", "127.0.0.1", "The relay that takes the mail")  # type: ignore[assignment]
+    email_port: int = _email("EMAIL_PORT", 25, "The relay's port", ge=1, le=65535)  # type: ignore[assignment]
     email_user: str = _email("EMAIL_USER", "", "User name at the relay; empty: no AUTH")  # type: ignore[assignment]
     email_pass: str = _email("EMAIL_PASS", "", "Password at the relay")  # type: ignore[assignment]
     email_tls: Literal["", "implicit", "starttls", "opportunistic", "none"] = _email(  # type: ignore[assignment]
@@ -128,21 +154,52 @@ class Settings(BaseSettings):
         """This replica's name in its logs and to Kafka, where `postroad lag` shows it."""
         return self.replica or f"{socket.gethostname()}-{os.getpid()}"
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        return forms.text(value) if isinstance(value, str) else value
+
     @field_validator("validator_delays", "sender_delays", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return (
-            tuple(part.strip() for part in value.split(",") if part.strip())
-            if isinstance(value, str)
-            else value
-        )
+        return forms.delays(value) if isinstance(value, str) else value
 
     @field_validator("validator_delays", "sender_delays")
     @classmethod
     def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(delay <= 0 for delay in value) or list(value) != sorted(set(value)):
-            raise ValueError("delays are whole seconds above 0, each longer than the one before")
+        forms.rising(value)
         return value
+
+    @field_validator("domain_rate")
+    @classmethod
+    def _not_too_slow(cls, value: float) -> float:
+        if 0 < value < _SLOWEST:
+            raise ValueError(f"must be 0 or at least {_SLOWEST}")
+        return value
+
+
+def variable(field: str) -> str:
+    """Return the environment variable of a field of Settings."""
+    return str(Settings.model_fields[field].validation_alias or f"POSTROAD_{field.upper()}")
+
+
+def refusals(error: ValidationError) -> list[str]:
+    """Return a line for each setting that is refused: its variable and the form it takes, never its value."""
+    named = {variable(field): variable(field) for field in Settings.model_fields}
+    named |= {field: variable(field) for field in Settings.model_fields}
+    return [
+        f"{named[str(problem['loc'][0])]}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors(include_input=False)
+    ]
+
+
+@contextmanager
+def refused(field: str) -> Iterator[None]:
+    """Give a ValueError that the body raises the name of the setting that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{variable(field)}: {error}") from error
 
 
 @cache

@@ -18,9 +18,17 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import _mysql_connector
+from mysql.connector.constants import DEFAULT_CONFIGURATION
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import ExceptionContext
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, TimeoutError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+    TimeoutError,
+)
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -42,6 +50,7 @@ __all__ = [
     "transaction",
     "transient",
     "until_back",
+    "url_of",
 ]
 
 R = TypeVar("R")
@@ -51,6 +60,7 @@ R = TypeVar("R")
 # threads (mysql_library_init() in the C API's manual, a macro for this function).
 ctypes.PyDLL(_mysql_connector.__file__).mysql_server_init(0, None, None)
 
+_DRIVERS = frozenset({"mysql", "mariadb", "mysql+mysqlconnector", "mariadb+mysqlconnector"})
 CONNECT_SECONDS = 4
 READ_SECONDS = 15
 LOCK_SECONDS = 5
@@ -78,6 +88,23 @@ _SESSION = (
     "SET time_zone = '+00:00', innodb_lock_wait_timeout = %s, wait_timeout = %s,"
     " sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'"
 )
+
+
+def url_of(value: str) -> URL:
+    """Return the URL of a database of ours; raises ValueError, without the password, where it is none."""
+    try:
+        url = make_url(value)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
+    except ValueError:
+        raise ValueError("its port is no number") from None
+    if url.drivername not in _DRIVERS:
+        raise ValueError(f"{url.drivername}:// is neither mysql:// nor mariadb://")
+    if not url.database or not 0 < (url.port or 3306) < 65536:
+        raise ValueError("must be mysql://user:password@host:port/database")
+    if unknown := sorted(set(url.query) - set(DEFAULT_CONFIGURATION)):
+        raise ValueError(f"the driver does not know {', '.join(unknown)}")
+    return url
 
 
 def engine_of(

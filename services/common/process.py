@@ -14,7 +14,7 @@ import structlog
 import uvloop
 from pydantic import ValidationError
 
-from services.common.config import Settings, settings
+from services.common.config import Settings, refusals, settings
 from services.common.health import HealthServer, Heartbeat
 from services.common.telemetry import configure_logs
 
@@ -49,10 +49,7 @@ def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn
     try:
         config = settings()
     except ValidationError as error:
-        for problem in error.errors():
-            field = str(problem["loc"][0])
-            variable = field if field.isupper() else f"POSTROAD_{field.upper()}"
-            print(f"{variable}: {problem['msg']}", file=sys.stderr)
+        print("\n".join(refusals(error)), file=sys.stderr)
         sys.exit(2)
     configure_logs(name, config.replica_name, config.log_format, config.log_level)
     try:

@@ -30,19 +30,24 @@ class Mail(NamedTuple):
 class Composer:
     """Writes the mails of one sender address, `EMAIL_FROM`: `Name <address>` or `address`.
 
-    Raises ValueError where that is no address.
+    Raises ValueError where no mail can be from it: each task would fail as unsendable.
     """
 
     def __init__(self, email_from: str) -> None:
         parts = _FROM.fullmatch(email_from)
         if parts is None:
-            raise ValueError(f"not a sender address: {email_from!r}")
+            raise ValueError(f"not a sender address, Name <address> or address: {email_from!r}")
         self._name = parts["name"] or ""
         local, _, domain = (parts["address"] or parts["bare"]).rpartition("@")
         if not domain.isascii():
             domain = idna.encode(domain, uts46=True).decode()
         self._domain = domain
+        # RFC 5321 section 4.5.3.1: relays refuse longer ones, at every mail.
+        if len(local.encode()) > 64 or len(domain) > 253:
+            raise ValueError("an address has 64 bytes before its @ and 253 after it at most")
         self._address = address(f"{local}@{domain}")
+        trial = pb.MailTask(id=bytes(16), email=self._address, body="")
+        self.compose(trial, self.message_id(trial.id))
 
     def message_id(self, task_id: bytes) -> str:
         """Return the Message-ID of a task's mail, the same at every attempt."""

@@ -7,8 +7,8 @@ import contextlib
 import ipaddress
 from collections.abc import Sequence
 
-from services.common.config import Settings
-from services.common.database import engine_of
+from services.common.config import Settings, refused
+from services.common.database import engine_of, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.stage.runtime import StageRuntime
@@ -37,8 +37,12 @@ class SenderService:
     def __init__(self, settings: Settings) -> None:
         hold = settings.on_uncertain == "hold"
         hands = _CLAIMS_A_SESSION[settings.on_uncertain]
+        with refused("database_url"):
+            url = url_of(settings.database_url)
+        with refused("email_from"):
+            composer = Composer(settings.email_from)
         # One connection each to claim, to settle and to renew.
-        self._engine = engine_of(settings.database_url, pool_size=3)
+        self._engine = engine_of(url, pool_size=3)
         self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold))
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
         self._pool = SmtpPool(relay_of(settings), limits=Limits(sessions=settings.sender_sessions))
@@ -46,7 +50,7 @@ class SenderService:
             claims=self._claims,
             leases=self._leases,
             pool=self._pool,
-            composer=Composer(settings.email_from),
+            composer=composer,
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold),
             hands=Slots(
                 hands * settings.sender_sessions,
@@ -118,6 +122,6 @@ def _loopback(host: str) -> bool:
 async def build(settings: Settings) -> SenderService:
     """Return the service; it connects to nothing before it runs.
 
-    Raises ValueError when EMAIL_FROM is no address.
+    Raises ValueError for a database URL or an EMAIL_FROM that cannot be used.
     """
     return SenderService(settings)

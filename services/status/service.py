@@ -6,8 +6,8 @@ import asyncio
 
 from sqlalchemy import Engine
 
-from services.common.config import Settings
-from services.common.database import engine_of
+from services.common.config import Settings, refused
+from services.common.database import engine_of, url_of
 from services.common.stage.runtime import StageRuntime
 from services.status.purge import purge_forever
 from services.status.stage import Status, stage
@@ -44,6 +44,11 @@ class StatusService:
 
 
 async def build(settings: Settings) -> StatusService:
-    """Return the service; it connects to nothing before it runs."""
+    """Return the service; it connects to nothing before it runs.
+
+    Raises ValueError for a database URL that cannot be used.
+    """
+    with refused("database_url"):
+        url = url_of(settings.database_url)
     # One connection folds, one purges.
-    return StatusService(settings, engine_of(settings.database_url, pool_size=2))
+    return StatusService(settings, engine_of(url, pool_size=2))

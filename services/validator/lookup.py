@@ -56,7 +56,7 @@ def parse_servers(text: str) -> list[tuple[str, int]]:
     server that cannot be read or does not resolve.
     """
     servers = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in map(str.strip, text.split(",")):
         try:
             host, port = _split(item)
             where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][4]
@@ -84,10 +84,12 @@ def make_resolver(servers: str, timeout: float = 2.0) -> dns.asyncresolver.Resol
     """A stub resolver that asks `servers` (see `parse_servers`), or the system's if that is empty, each for
     `timeout` seconds at a time. It has no cache. A truncated answer is asked for again over TCP.
 
-    May block; raises ValueError for servers that cannot be used and dns.resolver.NoResolverConfiguration when
-    the system has none.
+    May block; raises ValueError for servers that cannot be used, and when the system has none.
     """
-    resolver = dns.asyncresolver.Resolver(configure=not servers.strip())
+    try:
+        resolver = dns.asyncresolver.Resolver(configure=not servers.strip())
+    except dns.resolver.NoResolverConfiguration:
+        raise ValueError("must be set: the system has no resolver") from None
     if servers.strip():
         resolver.nameservers = [dns.nameserver.Do53Nameserver(*server) for server in parse_servers(servers)]
     resolver.timeout = timeout

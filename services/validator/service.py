@@ -2,7 +2,7 @@
 
 import time
 
-from services.common.config import Settings
+from services.common.config import Settings, refused
 from services.common.stage.runtime import StageRuntime
 from services.validator.cache import VerdictCache
 from services.validator.lookup import Lookup, make_resolver
@@ -42,6 +42,6 @@ async def build(settings: Settings) -> ValidatorService:
 
     Raises ValueError when those cannot be used.
     """
-    return ValidatorService(
-        settings, Lookup(make_resolver(settings.dns_servers), lifetime=settings.dns_timeout)
-    )
+    with refused("dns_servers"):
+        resolver = make_resolver(settings.dns_servers)
+    return ValidatorService(settings, Lookup(resolver, lifetime=settings.dns_timeout))

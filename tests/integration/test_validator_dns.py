@@ -320,7 +320,7 @@ def test_servers_are_read_in_every_form() -> None:
     assert parse_servers("localhost:5300")[0][1] == 5300
 
 
-@pytest.mark.parametrize("text", ["127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:x", ":53", "a..b"])
+@pytest.mark.parametrize("text", ["127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:x", ":53", "a..b", "''"])
 def test_a_server_that_cannot_be_used_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=text):
         parse_servers(f"127.0.0.1,{text}")

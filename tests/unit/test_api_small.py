@@ -125,7 +125,8 @@ def test_a_token_tells_its_tenant() -> None:
 
 
 @pytest.mark.parametrize(
-    "tokens", ["shop", "shop:", ":s3cret-one", "sh op:s3cret-one", "a:s3cret-one,b:s3cret-one", "shop:short"]
+    "tokens",
+    ["shop", "shop:", ":s3cret-one", "sh op:s3cret-one", "a:s3cret-one,b:s3cret-one", "shop:short", ",", " "],
 )
 def test_bad_token_settings_are_refused_without_showing_a_token(tokens: str) -> None:
     with pytest.raises(ValueError, match="pair") as caught:

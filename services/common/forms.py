@@ -1,0 +1,96 @@
+"""The forms that settings take. Pure.
+
+Each function returns what it was given, or raises ValueError with the form.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+
+__all__ = ["LONGEST_DELAY", "addresses", "delays", "host", "listen", "rising", "text", "topic_prefix"]
+
+LONGEST_DELAY = 30 * 86400
+"""Seconds: event topics keep their records no longer, so a rebuild would miss what waits longer."""
+
+_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+_PORT = re.compile(r"[0-9]{1,5}")
+_SECONDS = re.compile(r"[0-9]{1,9}")
+# Kafka's names have 249 characters at most; ours come after the prefix.
+_PREFIX = re.compile(r"[A-Za-z0-9._-]{0,200}")
+
+
+def text(value: str) -> str:
+    """Check that a value is UTF-8: other bytes of the environment cannot be sent or logged."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8") from None
+    return value
+
+
+def host(value: str) -> str:
+    """Check a host name or an IP address, without a port."""
+    if not _is_host(value):
+        raise ValueError("must be a host name or an IP address, without a port")
+    return value
+
+
+def listen(value: str) -> str:
+    """Check an address to listen on; port 0 is any free one."""
+    if not _is_address(value, least=0):
+        raise ValueError("must be host:port or [IPv6]:port, the port from 0 to 65535")
+    return value
+
+
+def addresses(value: str) -> str:
+    """Check a comma separated list of brokers; Kafka's own port may be left out."""
+    for one in value.split(","):
+        if not _is_address(one.strip(), least=1) and not _is_host(one.strip().strip("[]")):
+            raise ValueError("must be host:port, comma separated, each port from 1 to 65535")
+    return value
+
+
+def topic_prefix(value: str) -> str:
+    """Check the start of topic and group names."""
+    if not _PREFIX.fullmatch(value):
+        raise ValueError("must be at most 200 of A-Z, a-z, 0-9, '.', '_' and '-'")
+    return value
+
+
+def delays(value: str) -> tuple[int, ...]:
+    """Return the seconds of a comma separated list, which may be empty."""
+    parts = [part.strip() for part in value.split(",")] if value.strip() else []
+    if not all(map(_SECONDS.fullmatch, parts)):
+        raise ValueError("must be whole seconds, comma separated, such as 60,300")
+    return tuple(map(int, parts))
+
+
+def rising(value: Sequence[int]) -> None:
+    """Check the order and the range of delays in seconds."""
+    if list(value) != sorted(set(value)) or not all(0 < delay <= LONGEST_DELAY for delay in value):
+        raise ValueError(f"must be from 1 to {LONGEST_DELAY} seconds, each longer than the one before")
+
+
+def _is_host(value: str) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return _NAME.fullmatch(value) is not None
+    return True
+
+
+def _is_address(value: str, least: int) -> bool:
+    name, _, port = value.rpartition(":")
+    bracketed = name.startswith("[") and name.endswith("]")
+    known = _is_ipv6(name[1:-1]) if bracketed else ":" not in name and _is_host(name)
+    return known and _PORT.fullmatch(port) is not None and least <= int(port) <= 65535
+
+
+def _is_ipv6(value: str) -> bool:
+    try:
+        ipaddress.IPv6Address(value)
+    except ValueError:
+        return False
+    return True

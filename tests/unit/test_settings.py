@@ -1,0 +1,213 @@
+"""A setting that cannot be used ends the start: the error has its variable and the form that it takes."""
+
+import asyncio
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from services.common.config import Settings, refusals, variable
+from services.common.topics import wanted
+
+DAY = 86400
+
+# Values of the right type that fail later: at the first 4xx, mail, query or revocation.
+BAD = [
+    ("POSTROAD_SENDER_DELAYS", "", "at least 1 item"),
+    ("POSTROAD_SENDER_DELAYS", " ", "at least 1 item"),
+    *(
+        (name, value, says)
+        for name in ("POSTROAD_SENDER_DELAYS", "POSTROAD_VALIDATOR_DELAYS")
+        for value, says in [
+            (",", "whole seconds, comma separated"),
+            ("60,", "whole seconds, comma separated"),
+            ("60,,300", "whole seconds, comma separated"),
+            ("1.5", "whole seconds, comma separated"),
+            ("-1", "whole seconds, comma separated"),
+            ("9" * 5000, "whole seconds, comma separated"),
+            ("0,60", "from 1 to 2592000 seconds"),
+            ("60,60", "each longer than the one before"),
+            ("300,60", "each longer than the one before"),
+            (str(30 * DAY + 1), "from 1 to 2592000 seconds"),
+        ]
+    ),
+    *(
+        (name, value, "")
+        for name in (
+            "POSTROAD_REVOKE_SECONDS",
+            "POSTROAD_DRAIN_SECONDS",
+            "POSTROAD_DNS_TIMEOUT",
+            "POSTROAD_LEASE_SECONDS",
+        )
+        for value in ("", "soon", "0", "-1", "nan", "inf", "-inf", "1e300", "3601")
+    ),
+    ("POSTROAD_LEASE_SECONDS", "1", "greater than 1"),
+    *(("POSTROAD_DOMAIN_RATE", value, "") for value in ("-1", "nan", "inf", "5e-324", "0.00001")),
+    *(
+        (name, value, "host:port")
+        for name in ("POSTROAD_LISTEN", "POSTROAD_HTTP_LISTEN")
+        for value in ("", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:x", "::1:8", "a b:1")
+    ),
+    *(
+        ("POSTROAD_KAFKA_BOOTSTRAP", value, "host:port, comma separated")
+        for value in ("", ",", "a:9092,", "a:0", "a:70000", "a:x", "a b:9092", "[a]:9092")
+    ),
+    *(("POSTROAD_TOPIC_PREFIX", value, "at most 200") for value in ("a b", "a/", "ü.", "x" * 201)),
+    ("POSTROAD_REPLICA", "x" * 201, "at most 200"),
+    *(("POSTROAD_PARTITIONS", value, "") for value in ("", "0", "-1", "1.5", "100001")),
+    *(("POSTROAD_REPLICATION", value, "") for value in ("0", "10001")),
+    *(
+        (name, "0", "greater than or equal to 1")
+        for name in (
+            "POSTROAD_MAX_IN_FLIGHT",
+            "POSTROAD_MAX_IN_FLIGHT_BYTES",
+            "POSTROAD_MAX_BODY",
+            "POSTROAD_MAX_PENDING_CREATES",
+            "POSTROAD_SENDER_SESSIONS",
+        )
+    ),
+    ("POSTROAD_DOMAIN_CONCURRENCY", "-1", "greater than or equal to 0"),
+    ("POSTROAD_MAX_BODY", str((2 << 20) + 1), "less than or equal to 2097152"),
+    *(
+        (name, value, "")
+        for name in ("POSTROAD_BODY_RETENTION", "POSTROAD_SENDER_MAX_AGE")
+        for value in ("-1", "1e9999", str(10**30))
+    ),
+    ("POSTROAD_ON_UNCERTAIN", "retry", "'resend' or 'hold'"),
+    ("POSTROAD_GROUP_PROTOCOL", "", "'consumer' or 'classic'"),
+    ("POSTROAD_LOG_FORMAT", "text", "'json' or 'console'"),
+    ("POSTROAD_LOG_LEVEL", "INFO", "'info'"),
+    *(("EMAIL_HOST", value, "without a port") for value in ("", " ", "relay:25", "[::1]", "a b", "https://relay")),
+    *(("EMAIL_PORT", value, "") for value in ("", "0", "-1", "65536", "smtp")),
+    ("EMAIL_TLS", "yes", "'starttls'"),
+    ("EMAIL_USER", os.fsdecode(b"\xff"), "UTF-8"),
+    ("EMAIL_PASS", os.fsdecode(b"\xff"), "UTF-8"),
+]  # fmt: skip
+
+# What only the reader of the setting can judge, as it is built.
+BAD_FOR_ITS_READER = [
+    *(("api", "POSTROAD_API_TOKENS", value) for value in (",", " ", "shop", "shop:short", "a:12345678,")),
+    *(
+        (service, "POSTROAD_DATABASE_URL", value)
+        for service in ("api", "sender", "status")
+        for value in (
+            "",
+            "nonsense",
+            "sqlite:///x",
+            "mysql://u:s3cret@h:abc/x",
+            "mysql://u:s3cret@h:70000/x",
+            "mysql://u:s3cret@h",
+            "mysql://u:s3cret@h/x?colation=utf8mb4_bin",
+        )
+    ),
+    *(("validator", "POSTROAD_DNS_SERVERS", value) for value in (",", "127.0.0.1:0", "127.0.0.1:x", "a..b")),
+    *(
+        ("sender", "EMAIL_FROM", value)
+        for value in (
+            "",
+            "Postroad",
+            "Postroad <postroad>",
+            "a@b.test, c@d.test",
+            "Post\nroad <a@b.test>",
+            "a b@c.test",
+            "x" * 65 + "@b.test",
+            "a@" + "b" * 254,
+        )
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("POSTROAD_", "EMAIL_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(("name", "value", "says"), BAD, ids=lambda part: ascii(part)[:40])
+def test_a_value_that_would_fail_later_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    (line,) = set(refusals(caught.value))
+    assert line.startswith(f"{name}: ")
+    assert says in line
+    assert "Value error" not in line
+
+
+@pytest.mark.parametrize(("service", "name", "value"), BAD_FOR_ITS_READER, ids=lambda part: ascii(part)[:40])
+def test_its_reader_refuses_a_value_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch, service: str, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    build = importlib.import_module(f"services.{service}.service").build
+
+    async def start() -> None:
+        await build(Settings())
+
+    with pytest.raises(ValueError, match=f"^{name}: ") as caught:
+        asyncio.run(start())
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POSTROAD_LISTEN", "[::]:50051"),
+        ("POSTROAD_HTTP_LISTEN", "localhost:0"),
+        ("POSTROAD_KAFKA_BOOTSTRAP", "kafka, kafka_2:9092,[::1]:9092,10.0.0.1:9092"),
+        ("EMAIL_HOST", "::1"),
+        ("EMAIL_HOST", "relay.example."),
+        ("POSTROAD_SENDER_DELAYS", " 60, 300 "),
+        ("POSTROAD_SENDER_DELAYS", str(30 * DAY)),
+        ("POSTROAD_DOMAIN_RATE", "0.0001"),
+    ],
+)
+def test_what_can_be_used_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    Settings()
+
+
+def test_the_validator_does_without_further_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTROAD_VALIDATOR_DELAYS", "")
+    assert Settings().validator_delays == ()
+
+
+def test_every_setting_has_values_that_it_refuses() -> None:
+    tried = {name for name, _, _ in BAD} | {name for _, name, _ in BAD_FOR_ITS_READER}
+    assert {variable(field) for field in Settings.model_fields} <= tried
+
+
+@pytest.mark.parametrize(
+    ("service", "given", "says"),
+    [
+        ("sender", {"POSTROAD_SENDER_DELAYS": ""}, "POSTROAD_SENDER_DELAYS: "),
+        ("status", {"POSTROAD_DATABASE_URL": "nonsense"}, "POSTROAD_DATABASE_URL: "),
+    ],
+)
+def test_the_process_ends_with_2(service: str, given: dict[str, str], says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"services.{service}"],
+        env=dict(os.environ) | given,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(says)
+
+
+def test_the_longest_names_and_delays_fit_a_topic() -> None:
+    topics = wanted(Settings(sender_delays=(30 * DAY,), topic_prefix="x" * 200))
+    assert max(len(topic.name) for topic in topics) <= 249
+    (delay,) = (topic for topic in topics if topic.name.endswith(str(30 * DAY)))
+    assert int(delay.config["retention.ms"]) >= 2 * 30 * DAY * 1000
