@@ -119,7 +119,10 @@ class Settings(BaseSettings):
         description="Seconds before each further SMTP attempt; the last one repeats",
     )
     sender_max_age: int = Field(
-        4 * 86400, ge=0, le=_CENTURY, description="Seconds after which a deferred task fails as expired"
+        4 * 86400,
+        ge=1,
+        le=_CENTURY,
+        description="Seconds after which a task is not sent any more and fails as expired",
     )
     on_uncertain: Literal["resend", "hold"] = Field(
         "resend",

@@ -28,7 +28,7 @@ class Policy:
     """The settings that decide how an attempt ends.
 
     `delays`: seconds before each further attempt, rising; the last one repeats. `max_age`: seconds after
-    which a task that would be deferred fails. `hold`: a mail in doubt is held, not sent again.
+    which a task is not sent any more. `hold`: a mail in doubt is held, not sent again.
     """
 
     delays: Sequence[int]
@@ -73,6 +73,18 @@ class Policy:
         """Return the claimed row of a task from which no mail can be built."""
         return claimed._replace(state="failed", settled_at=now_us, reason=UNSENDABLE)
 
+    def expired(self, claimed: Delivery, born_us: int, now_us: int) -> Delivery | None:
+        """Return the outcome, as `settled` does, of a claimed task that is too old to be sent; else None.
+
+        The times are those of `settled`. A task of which an earlier attempt is in doubt is uncertain.
+        """
+        if now_us - born_us <= self.max_age * 1_000_000:
+            return None
+        row = claimed._replace(settled_at=now_us)
+        if row.takeovers or row.reason == IN_DOUBT:
+            return row._replace(state="uncertain", reason=IN_DOUBT)
+        return row._replace(state="failed", reason=EXPIRED)
+
     def _again(
         self, row: Delivery, reason: str, born_us: int, rng: random.Random, after: float = 0
     ) -> Delivery:
@@ -81,10 +93,9 @@ class Policy:
         A server's wish (`after`, seconds) for a longer wait is granted as far as the delays go; one for a
         shorter wait is not, since some servers express it after every attempt.
         """
-        if row.settled_at - born_us > self.max_age * 1_000_000:
-            if reason == IN_DOUBT:
-                return row._replace(state="uncertain", reason=reason)
-            return row._replace(state="failed", reason=EXPIRED)
+        expired = self.expired(row._replace(reason=reason), born_us, row.settled_at)
+        if expired is not None:
+            return expired
         step = self.delays[min(row.attempt, len(self.delays)) - 1]
         _, due_ms = schedule(self.delays, max(step, after), row.settled_at // 1000, rng)
         return row._replace(state="deferred", reason=reason, next_attempt_at=due_ms * 1000)

@@ -180,9 +180,14 @@ class Sender:
                 mail = self._composer.compose(event.task, row.message_id)
             except ValueError as error:
                 return await self._settle(self._policy.unsendable(row, self._now_us()), str(error))
+            born_us = max(event.task.created_at_us, event.at_us, event.epoch * 1000)
             await self._sessions.acquire(event.task.domain)
-            clean = False
             try:
+                # Not before: the wait may have been long.
+                expired = self._policy.expired(row, born_us, self._now_us())
+                if expired is not None:
+                    return await self._settle(expired)
+                clean = False
                 started = time.perf_counter()
                 ended = await self._pool.send(*mail, lease.holds)
                 SENDER_SECONDS.observe(time.perf_counter() - started)
@@ -195,9 +200,9 @@ class Sender:
                 clean = True
                 await self._claims.settle(row._replace(state="released"))
                 return None
-            born_us = max(event.task.created_at_us, event.at_us, event.epoch * 1000)
             settled = self._policy.settled(row, ended, born_us, self._now_us(), self._rng)
-            return await self._settle(settled, getattr(ended, "cause", ""))
+            lost_reply = isinstance(ended, replies.InDoubt)
+            return await self._settle(settled, getattr(ended, "cause", ""), lost_reply=lost_reply)
         except BaseException:
             if clean:
                 self._say(self._settle_in_time(row._replace(state="released")))
@@ -213,7 +218,9 @@ class Sender:
             _doubt(taken.row, "takeover")
             await self._publish([found_in_doubt(taken.row, self._now_us())], record.traceparent)
 
-    async def _settle(self, settled: Delivery, cause: str = "") -> Delivery | None:
+    async def _settle(
+        self, settled: Delivery, cause: str = "", *, lost_reply: bool = False
+    ) -> Delivery | None:
         try:
             became = await self._claims.settle(settled)
         except asyncio.CancelledError:
@@ -221,7 +228,7 @@ class Sender:
             raise
         if became is Settlement.STORED:
             SENDER_OUTCOMES.labels(settled.state).inc()
-            if settled.reason == IN_DOUBT:
+            if lost_reply:
                 _doubt(settled, "lost reply", cause=cause)
             elif settled.state != "sent":
                 _log(settled, cause=cause)

@@ -34,11 +34,14 @@ def settled(
     policy: Policy = POLICY,
     age_s: float = 10,
     seed: int = 1,
+    *,
+    takeovers: int = 0,
 ) -> Delivery:
     born_us = NOW_US - round(age_s * 1e6)
-    row = policy.settled(CLAIMED._replace(attempt=attempt), ended, born_us, NOW_US, random.Random(seed))
+    claimed = CLAIMED._replace(attempt=attempt, takeovers=takeovers)
+    row = policy.settled(claimed, ended, born_us, NOW_US, random.Random(seed))
     kept = ("task_id", "epoch", "attempt", "takeovers", "owner", "message_id")
-    assert all(getattr(row, name) == getattr(CLAIMED._replace(attempt=attempt), name) for name in kept)
+    assert all(getattr(row, name) == getattr(claimed, name) for name in kept)
     assert row.settled_at == NOW_US
     assert row.relay == "r:25"
     return row
@@ -90,6 +93,24 @@ def test_a_task_that_is_too_old_fails_as_expired_with_the_last_reply(ended: Reje
     assert (row.state, row.reason) == ("failed", "expired")
     assert row.reply == getattr(ended, "reply", "")
     assert row.next_attempt_at == 0
+
+
+@pytest.mark.parametrize(
+    ("takeovers", "state", "reason"), [(0, "failed", "expired"), (1, "uncertain", IN_DOUBT)]
+)
+def test_a_claimed_task_that_is_too_old_ends_before_its_attempt(
+    takeovers: int, state: str, reason: str
+) -> None:
+    claimed = CLAIMED._replace(takeovers=takeovers)
+    assert POLICY.expired(claimed, NOW_US - 86_400_000_000, NOW_US) is None
+    row = POLICY.expired(claimed, NOW_US - 86_400_000_001, NOW_US)
+    assert row == claimed._replace(state=state, reason=reason, settled_at=NOW_US)
+
+
+@pytest.mark.parametrize("ended", [GREYLISTED, DROPPED])
+def test_a_task_of_an_earlier_doubt_that_is_too_old_is_uncertain(ended: Rejected | NotSent) -> None:
+    row = settled(ended, age_s=86401, takeovers=1)
+    assert (row.state, row.reason, row.next_attempt_at) == ("uncertain", IN_DOUBT, 0)
 
 
 def test_a_doubt_is_never_told_as_a_failure() -> None:
@@ -168,7 +189,7 @@ def test_a_cancelled_row_tells_nothing_and_a_claimed_one_has_no_outcome() -> Non
 
 def test_the_doubts_of_one_attempt_are_events_of_their_own() -> None:
     first, second = (found_in_doubt(CLAIMED._replace(takeovers=n), NOW_US) for n in (1, 2))
-    lost_reply = event_of(settled(SILENT))
+    lost_reply = event_of(settled(SILENT, takeovers=2))
     plain = event_of(settled(DROPPED))
     assert len({event_key(event) for event in (first, second, lost_reply, plain)}) == 4
     for doubt in (first, second, lost_reply):

@@ -81,7 +81,9 @@ class World:
         self.broker.set()
         self.sender = self.another(hands)
 
-    def another(self, hands: int = 10) -> Sender:
+    def another(
+        self, hands: int = 10, sessions: int = 0, now_us: Callable[[], int] = lambda: NOW_US
+    ) -> Sender:
         """One more sender on the same claims and the same pool."""
         return Sender(
             claims=self.shared,
@@ -90,10 +92,10 @@ class World:
             composer=Composer("shop@a.test"),
             policy=Policy(DELAYS, 86400, self.claims.hold),
             hands=Slots(hands, 0),
-            sessions=Slots(hands, 0),
+            sessions=Slots(sessions or hands, 0),
             publish=self.publish,
             owner=owner_tokens(),
-            now_us=lambda: NOW_US,
+            now_us=now_us,
             rng=random.Random(1),
         )
 
@@ -250,6 +252,60 @@ async def test_a_tasks_age_is_counted_from_when_it_was_recorded_or_reopened_or_d
     record.event.at_us = 0 if due_s is None else NOW_US - due_s * 1_000_000
     await world.handle(record)
     assert world.row.state == state
+    assert len(world.pool.mails) == (state == "deferred"), "what is too old is not sent"
+
+
+async def test_a_first_attempt_that_comes_too_late_fails_as_expired_unsent(
+    build: Callable[..., World],
+) -> None:
+    world = build()
+    record = mx_ok(created_at_us=NOW_US - 86401 * 1_000_000)
+    record.event.at_us = 0
+    event = only_event(await world.handle(record))
+    assert isinstance(event, pb.MailFailed)
+    assert (event.reason, event.uncertain, event.at_us) == ("expired", False, NOW_US)
+    assert only_event(await world.handle(record)) == event
+
+
+async def test_the_age_is_checked_after_the_wait_for_a_session(build: Callable[..., World]) -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def hang(guard: Callable[[], bool]) -> replies.Outcome:
+        entered.set()
+        await leave.wait()
+        return SENT
+
+    world = build(hang)
+    now = [NOW_US]
+    sender = world.another(now_us=lambda: now[0], sessions=1)
+    first = asyncio.ensure_future(sender.handle(mx_ok(id=bytes(16))))
+    await entered.wait()
+    second = asyncio.ensure_future(sender.handle(mx_ok()))
+    await until(lambda: ID in world.claims.rows)
+    now[0] += 86400 * 1_000_000
+    leave.set()
+    await first
+    assert only_event(await second).reason == "expired"
+    assert len(world.pool.mails) == 1
+
+
+@pytest.mark.parametrize("lost_reply", [True, False])
+async def test_a_task_in_doubt_that_is_too_old_ends_as_uncertain_unsent(
+    build: Callable[..., World], lost_reply: bool
+) -> None:
+    world = build(*[SILENT] * lost_reply)
+    if lost_reply:
+        await world.handle(mx_ok())
+    else:
+        world.someone_claims()
+        world.claims.expire()
+    record = mx_ok(attempt=1 + lost_reply, created_at_us=NOW_US - 86401 * 1_000_000)
+    record.event.at_us = 0
+    event = only_event(await world.handle(record))
+    assert isinstance(event, pb.MailFailed)
+    assert (event.reason, event.uncertain) == (IN_DOUBT, True)
+    assert len(world.pool.mails) == lost_reply
+    assert len(world.published) == 1, "the doubt is on record too"
 
 
 # --- claims of others -----------------------------------------------------------------------------
