@@ -23,9 +23,14 @@ SILENT.addHandler(logging.NullHandler())
 SILENT.propagate = False
 
 
+def _config(settings: Settings) -> dict[str, Any]:
+    # A broker that comes back is found again within a second.
+    return {"bootstrap.servers": settings.kafka_bootstrap, "reconnect.backoff.max.ms": 1000}
+
+
 def admin(settings: Settings) -> AdminClient:
     """Return an AdminClient of the cluster; it connects with its first question."""
-    return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=SILENT)
+    return AdminClient(_config(settings), logger=SILENT)
 
 
 def reader(settings: Settings, **more: Any) -> Consumer:
@@ -33,8 +38,7 @@ def reader(settings: Settings, **more: Any) -> Consumer:
 
     `more` are librdkafka's names with underscores for dots. Close it.
     """
-    config = {
-        "bootstrap.servers": settings.kafka_bootstrap,
+    config = _config(settings) | {
         # librdkafka wants a name; nothing joins or commits under it.
         "group.id": f"{settings.topic_prefix}postroad.cli",
         "enable.auto.commit": False,
@@ -49,8 +53,7 @@ def onlooker(settings: Settings, group: str) -> Consumer:
 
     It never subscribes: to the broker it is no member of the group.
     """
-    config = {
-        "bootstrap.servers": settings.kafka_bootstrap,
+    config = _config(settings) | {
         "group.id": group,
         # The classic protocol's question names no member.
         "group.protocol": "classic",

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from services.cli.errors import UNAVAILABLE, explain
 from services.cli.frame import KAFKA, Frame, command
 from services.cli.output import Column, Row
+from services.cli.terminal import say
 from services.cli.times import ago, short
 
 __all__ = ["register"]
@@ -107,16 +109,27 @@ def register(app: typer.Typer) -> None:
         Lag is what a stage has not committed, oldest how long its first record has waited. What lies on
         delay topics waits on purpose and is shown apart; one whose due time is long past, or that nobody
         reads, is a fault. Stages commit twice a second: an interval below 2 makes rates jump.
+        --watch says when Kafka does not answer, and goes on when it does again.
         """
         from services.cli.lag.read import Reader  # noqa: PLC0415
         from services.cli.lag.report import report  # noqa: PLC0415
 
         with Reader(frame.settings(), [str(one) for one in stage or Stage]) as reader:
             before = reader.sample(heads=False) if interval else None
-            write = frame.out.lines(())
+            write, said = frame.out.lines(()), ""
             while True:
                 time.sleep(interval)
-                now = reader.sample()
+                try:
+                    now, said = reader.sample(), ""
+                except Exception as error:
+                    failure = explain(error, frame.settings().kafka_bootstrap)
+                    if not watch or failure is None or failure.code != UNAVAILABLE:
+                        raise
+                    if failure.line != said:
+                        said = failure.line
+                        say(f"postroad: {said}")
+                    time.sleep(1)
+                    continue
                 found = report(reader.reads, now, before, partitions=partitions)
                 if not watch:
                     frame.out.one(found, lambda found: _show(frame, found))

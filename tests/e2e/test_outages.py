@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from tests.cli import Command
 from tests.e2e.road import Road, until
 from tests.stack import Stack
 
@@ -80,10 +81,18 @@ def test_mysql_away(road: Road, stack: Stack) -> None:
 
 @pytest.mark.timeout(600)
 def test_kafka_away(road: Road, stack: Stack) -> None:
-    with Load(road, "k") as load:
+    postroad = Command(stack.env())
+    with (
+        postroad.following("lag", "--watch", "--interval", "0", "-o", "jsonl") as watch,
+        Load(road, "k") as load,
+    ):
+        until(lambda: watch.objects, "a first sample of the lag")
         _away(stack, "kafka-1", load)
-        before = len(load.accepted)
+        before, samples = len(load.accepted), len(watch.objects)
         until(lambda: len(load.accepted) > before + 40, "Creates go on", 15)
+        until(lambda: len(watch.objects) > samples, "the lag is shown again", 30)
+        assert any("does not answer" in line for line in watch.errors), watch.errors
+        assert not any(row["unowned"] for row in watch.objects[-1]["stages"])
     assert not load.refused, "Create needs no Kafka"
     assert load.slowest < 5, "a Create hung"
     tasks = road.settled(load.accepted, 120)

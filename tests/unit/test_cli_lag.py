@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 
+from services.cli.lag import read
 from services.cli.lag.report import delay_of, report
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.cli.lag_command import _MEMBERS, _PARTITIONS
+from services.cli.main import app
 from services.cli.output import Form, Output
 
 READS = {"sender": ["mx.ok", "sender.delay.60", "sender.delay.300"]}
@@ -117,3 +121,53 @@ def test_80_columns_show_where_each_partition_ends_and_whose_it_is(
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split() == ["STAGE", "REPLICA", "PARTITIONS", "LAG"]
     assert line.split()[1].endswith("x2x4z-1")
+
+
+class _Reader:
+    """A `Reader` that answers each question with the next of `answers`; then comes Ctrl-C."""
+
+    reads = READS
+
+    def __init__(self, answers: list[Sample | KafkaException]) -> None:
+        self._answers = iter(answers)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def sample(self, *, heads: bool = True) -> Sample:
+        answer = next(self._answers, None)
+        if answer is None:
+            raise KeyboardInterrupt
+        if isinstance(answer, KafkaException):
+            raise answer
+        return answer
+
+
+def _lag(monkeypatch: pytest.MonkeyPatch, answers: list[Sample | KafkaException], *options: str) -> object:
+    monkeypatch.setattr(read, "Reader", lambda settings, stages: _Reader(answers))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return app(["lag", "--interval", "0", "-o", "jsonl", *options], standalone_mode=False)
+
+
+def _error(code: int) -> KafkaException:
+    return KafkaException(KafkaError(code))
+
+
+def test_watch_goes_on_when_kafka_is_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = [_error(KafkaError._TRANSPORT), _error(KafkaError._TRANSPORT), _error(KafkaError.NOT_COORDINATOR)]
+    assert _lag(monkeypatch, [sample(), *gone, sample(1010.0)], "--watch") == 130
+    written = capsys.readouterr()
+    ats = [json.loads(line)["at"] for line in written.out.splitlines()]
+    assert ats == ["1970-01-01T00:16:40.000Z", "1970-01-01T00:16:50.000Z"]
+    # Once for each trouble.
+    assert [" does not answer: " in line for line in written.err.splitlines()] == [True, True]
+
+
+def test_watch_ends_at_an_error_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Exception, match="uthoriz"):
+        _lag(monkeypatch, [sample(), _error(KafkaError.GROUP_AUTHORIZATION_FAILED)], "--watch")
