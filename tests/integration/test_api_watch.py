@@ -15,7 +15,7 @@ from functools import partial
 
 import grpc
 import pytest
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions  # type: ignore[attr-defined]
 from google.rpc import error_details_pb2, status_pb2
 
@@ -28,6 +28,7 @@ from services.api.reader import Reader
 from services.api.watch.changes import Place
 from services.api.watch.feed import Feed
 from services.api.watch.folded import Folded
+from services.api.watch.topics import Topics
 from services.api.watch.watching import Watches
 from services.common import taskstore
 from services.common.database import engine_of, transaction
@@ -477,6 +478,19 @@ def test_a_token_whose_records_are_gone(road: Road, stages: Telling) -> None:
         with Stream(api, fresh) as watch:
             create(api)
             watch.has(1)
+    # A reader that comes upon what is gone goes on where the records begin.
+    topics = Topics(road.settings(), lambda _: None, 1 << 10, ends=True)
+    starts = topics.starts(topics.places())
+    place = next(place for place, start in starts.items() if start)
+    topics.consumer.assign([topics.at(place, 0)])
+
+    def said() -> list[tuple[Place, int]]:
+        return [(topics.place(m), error.code()) for m in topics.fetch(10, 0.2) if (error := m.error())]
+
+    assert eventually(said) == [(place, KafkaError._AUTO_OFFSET_RESET)]
+    topics.again(place, starts[place])
+    assert eventually(said) == [(place, KafkaError._PARTITION_EOF)]
+    topics.close()
 
 
 def test_partitions_that_are_added_are_read_from_their_start(road: Road, stages: Telling) -> None:

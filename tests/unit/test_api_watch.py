@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import pytest
 from confluent_kafka import KafkaError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as ev
-from services.api.errors import Refused
+from services.api.errors import Problem, Refused
 from services.api.filters import Filter
 from services.api.watch import catchup, convoy, tokens
 from services.api.watch.book import MAYBE, SURE, Book
 from services.api.watch.catchup import STRIDE, strides
 from services.api.watch.changes import Change, Place, age, change
+from services.api.watch.feed import Joined
 from services.api.watch.lookup import Known
 from services.api.watch.members import Member
 from services.api.watch.merge import Merge
-from services.api.watch.watchers import Index, Told, Wanted, Watcher
+from services.api.watch.watchers import MOST_QUEUED, Index, Told, Wanted, Watcher
 from services.common.events import Event, encode, task_id
 from services.common.fold import Row, delta, fold
 from services.common.topics import EVENT_TOPICS
@@ -368,12 +371,14 @@ def test_a_token_within_a_batch_leads_past_nothing_that_follows(places: list[tup
 class Record:
     """A record of a task.created partition as the client hands it on, or the end of the partition."""
 
-    def __init__(self, number: int, offset: int, end: bool = False) -> None:
-        self.at, self._end = offset, end
+    def __init__(self, number: int, offset: int, end: bool = False, deleted: bool = False) -> None:
+        self.at, self._end, self._deleted = offset, end, deleted
         self.where = (EVENT_TOPICS[0], number)
         self.task = mail(2 * offset + number)
 
     def error(self) -> KafkaError | None:
+        if self._deleted:
+            return KafkaError(KafkaError._AUTO_OFFSET_RESET)
         return KafkaError(KafkaError._PARTITION_EOF) if self._end else None
 
     def offset(self) -> int:
@@ -387,11 +392,12 @@ class Record:
 
 
 class Topics:
-    """Hands on what is on these partitions, one list a turn."""
+    """Hands on what is on these partitions, one list a turn; `start` is the first offset that is kept."""
 
-    def __init__(self, turns: list[list[Record]]) -> None:
-        self._turns = turns
+    def __init__(self, turns: list[list[Record]], start: int = 0) -> None:
+        self._turns, self._start = turns, start
         self.consumer = self
+        self.read_again: list[tuple[Place, int]] = []
 
     def fetch(self, most: int, wait: float) -> list[Record]:
         return self._turns.pop(0)
@@ -408,6 +414,12 @@ class Topics:
 
     def assign(self, places: object) -> None:
         pass
+
+    def starts(self, places: list[Place]) -> dict[Place, int]:
+        return dict.fromkeys(places, self._start)
+
+    def again(self, place: Place, offset: int) -> None:
+        self.read_again.append((place, offset))
 
     def close(self) -> None:
         pass
@@ -427,8 +439,8 @@ async def test_an_end_that_comes_too_soon_ends_nothing(monkeypatch: pytest.Monke
 
 async def caught_up(
     filters: list[Filter], positions: list[dict[Place, int]], ends: dict[Place, int]
-) -> list[list[Told]]:
-    """Return what each hears on its way to these ends."""
+) -> list[list[Any]]:
+    """Return what each hears on its way to these ends, None at last where some of it is gone."""
     settings: Any = None
 
     async def nothing(_: object) -> Known:
@@ -437,7 +449,7 @@ async def caught_up(
     scope = asyncio.timeout(None)
     watchers = [Watcher(Wanted("default", None, asked), scope) for asked in filters]
     members = [Member(watcher, at) for watcher, at in zip(watchers, positions, strict=True)]
-    told: dict[Watcher, list[Told]] = {watcher: [] for watcher in watchers}
+    told: dict[Watcher, list[Told | None]] = {watcher: [] for watcher in watchers}
     with ThreadPoolExecutor(1) as executor:
         async with catchup.CatchUp(settings, executor, members, nothing) as missed:
             async for member, one in missed.read(ends):
@@ -482,6 +494,111 @@ async def test_who_takes_nothing_holds_up_those_who_go_with_it_only_so_long(
     taken = asyncio.create_task(anext(quick.missed()))
     await quick.put(Told(b"1", "", ""))
     assert (await taken).body == b"1"
+
+
+async def test_records_deleted_while_they_are_read_end_only_who_has_not_heard_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = (EVENT_TOPICS[0], 0), (EVENT_TOPICS[0], 1)
+    topics = Topics(
+        [
+            [Record(1, 0), Record(0, 0, deleted=True)],
+            [Record(1, 1), *(Record(0, offset) for offset in range(40, 60))],
+        ],
+        start=40,
+    )
+    monkeypatch.setattr(catchup, "Topics", lambda *_, **__: topics)
+    starts: list[dict[Place, int]] = [{}, {one: 40}, {one: 50, other: 1}]
+    stale, whole, ahead = await caught_up([Filter()] * 3, starts, {one: 60, other: 2})
+    assert stale == [None]
+    assert (len(whole), len(ahead)) == (22, 11)
+    assert None not in whole + ahead
+    assert topics.read_again == [(one, 40)]
+
+
+class Expiring:
+    """A catch-up with nothing to read; that `lost` are expired it says when it is let."""
+
+    def __init__(self, lost: Sequence[Member], asked: asyncio.Event, answer: asyncio.Event) -> None:
+        self._lost, self._asked, self._answer = lost, asked, answer
+
+    async def __aenter__(self) -> Expiring:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def check(self, here: object) -> Sequence[Member]:
+        self._asked.set()
+        await self._answer.wait()
+        return self._lost
+
+    def left(self, here: object) -> int:
+        return 0
+
+    async def read(self, ends: object) -> AsyncIterator[Any]:
+        for nothing in ():
+            yield nothing
+
+    rest = read
+
+
+class Live:
+    """A feed that anybody may join."""
+
+    def here(self) -> dict[Place, int]:
+        return {}
+
+    def join(self, watcher: Watcher) -> Joined:
+        return Joined({}, frozenset(), "")
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_an_expired_token_ends_nobody_else_though_its_client_leaves(leaves: bool) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+    watchers: dict[str, Watcher] = {}
+
+    def catch_up(members: Sequence[Member]) -> Any:
+        return Expiring([m for m in members if m.watcher is watchers["stale"]], asked, answer)
+
+    convoys = convoy.Convoys(asyncio.Semaphore(1), catch_up)
+    feed: Any = Live()
+
+    async def watch(name: str) -> Joined | Problem | None:
+        try:
+            async with asyncio.timeout(None) as scope:
+                watchers[name] = Watcher(Wanted("default", None, Filter()), scope)
+
+                async def send(_: Told) -> None:
+                    pass
+
+                return await convoys.resume(feed, watchers[name], {}, send)
+        except TimeoutError:
+            return watchers[name].problem
+
+    async with asyncio.timeout(5):
+        streams = {name: asyncio.create_task(watch(name)) for name in ("stale", "good", "fresh")}
+        await asked.wait()
+        if leaves:
+            streams["stale"].cancel()
+            await asyncio.wait([streams["stale"]])
+        answer.set()
+        for name in ("good", "fresh"):
+            assert await streams[name] == Joined({}, frozenset(), "")
+        if not leaves:
+            ended = await streams["stale"]
+            assert isinstance(ended, Problem)
+            assert ended.code is grpc.StatusCode.OUT_OF_RANGE
+
+
+async def test_a_watcher_whose_stream_is_over_can_be_ended() -> None:
+    async with asyncio.timeout(None) as scope:
+        await asyncio.sleep(0)
+    watcher = Watcher(Wanted("default", None, Filter()), scope)
+    for _ in range(MOST_QUEUED + 1):
+        watcher.put(Told(b"", "", ""))
+    assert watcher.problem is not None
+    watcher.end(watcher.problem)
 
 
 # --- who wants it ------------------------------------------------------------------------------

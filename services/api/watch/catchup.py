@@ -19,7 +19,7 @@ from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
 from services.api.watch.members import Member, Members, Sure
 from services.api.watch.merge import Merge
-from services.api.watch.problems import gone, silent
+from services.api.watch.problems import silent
 from services.api.watch.topics import Topics
 from services.api.watch.watchers import Told
 from services.common.config import Settings
@@ -101,8 +101,11 @@ class CatchUp:
         self.sure = Sure.of(self._next)
         return lost
 
-    async def read(self, ends: Mapping[Place, int]) -> AsyncIterator[tuple[Member, Told]]:
-        """Yield the messages of what lies before these positions, each with whom it is for."""
+    async def read(self, ends: Mapping[Place, int]) -> AsyncIterator[tuple[Member, Told | None]]:
+        """Yield the messages of what lies before these positions, each with whom it is for.
+
+        Where records that members have not heard of are deleted meanwhile, they get None and no more.
+        """
         todo = {place for place, end in ends.items() if self._next.get(place, 0) < end}
         if not todo:
             return
@@ -118,7 +121,11 @@ class CatchUp:
             elif time.monotonic() - heard > _SILENCE:
                 raise silent()
             for message in fetched:
-                self._take(topics, message, ends, open_, merge)
+                if _deleted(message):
+                    for lost in await self._skip(topics, topics.place(message), ends, open_, merge):
+                        yield lost, None
+                else:
+                    self._take(topics, message, ends, open_, merge)
             if ready := merge.take():
                 async for told in self._told(ready, ready[-1].at_ms / 1000, merge):
                     yield told
@@ -140,8 +147,6 @@ class CatchUp:
     ) -> None:
         error = message.error()
         if error is not None and error.code() != KafkaError._PARTITION_EOF:
-            if error.code() == KafkaError._AUTO_OFFSET_RESET:
-                raise gone()
             return
         place, offset = topics.place(message), message.offset() or 0
         if error is None and place in open_ and offset < ends[place]:
@@ -159,6 +164,24 @@ class CatchUp:
             self._next[place] = max(self._next.get(place, 0), ends[place])
             open_.discard(place)
             merge.end(place)
+
+    async def _skip(
+        self, topics: Topics, place: Place, ends: Mapping[Place, int], open_: set[Place], merge: Merge
+    ) -> list[Member]:
+        """Go on where the place's records begin now; leave out, and return, who has not heard so far."""
+        if place not in open_:
+            return []
+        start = (await self._asked(lambda: topics.starts([place])))[place]
+        before = self._next.get(place, 0)
+        lost = [member for member in self.members if max(before, member.at(place)) < start]
+        for member in lost:
+            self.members.remove(member)
+        self._next[place] = max(before, start)
+        if self._next[place] >= ends[place]:
+            open_.discard(place)
+            merge.end(place)
+        await self._asked(lambda: topics.again(place, self._next[place]))
+        return lost
 
     async def _told(
         self,
@@ -220,6 +243,11 @@ class CatchUp:
     def _close(self) -> None:
         if self._topics is not None:
             self._topics.close()
+
+
+def _deleted(message: Message) -> bool:
+    error = message.error()
+    return error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET
 
 
 def strides(ready: Sequence[Change]) -> list[tuple[Sequence[Change], dict[Place, int]]]:

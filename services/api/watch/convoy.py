@@ -80,6 +80,11 @@ class Traveller(Member):
                 if len(self._queue) <= _MOST_WAITING // 2:
                     self._room.set()
 
+    def lose(self) -> None:
+        """End its watcher, of what it missed records are gone; the others go on."""
+        self.watcher.end(gone())
+        self.leave()
+
     def leave(self) -> None:
         """Go no further; where nobody else goes on, nothing more is read."""
         self.away = True
@@ -160,13 +165,15 @@ class Convoys:
         by_watcher = {traveller.watcher: traveller for traveller in group}
         async with self._catch_up(list(group)) as missed:
             for member in await missed.check(feed.here()):
-                member.watcher.end(gone())
-                by_watcher[member.watcher].leave()
+                by_watcher[member.watcher].lose()
 
             near = False
 
-            async def send(member: Member, told: Told) -> None:
+            async def send(member: Member, told: Told | None) -> None:
                 traveller = by_watcher[member.watcher]
+                if told is None:
+                    traveller.lose()
+                    return
                 # Once they hear of what comes, nobody is to wait for another: that queue fills meanwhile.
                 traveller.add(told) if near else await traveller.put(told)
 
@@ -186,11 +193,11 @@ async def join(
     feed: Feed,
     missed: CatchUp,
     going: Callable[[], list[Watcher]],
-    send: Callable[[Member, Told], Awaitable[None]],
+    send: Callable[[Member, Told | None], Awaitable[None]],
 ) -> Joined:
     """Go the way to the live feed, and let those who still go join it without a gap; return where.
 
-    Raises Problem.
+    `send` gets None for a member of whose messages some are gone; it gets no more. Raises Problem.
     """
     while missed.left(here := feed.here()) > _NEAR:
         async for member, told in missed.read(here):

@@ -75,6 +75,11 @@ class Topics:
         """Return what the consumer calls this place."""
         return TopicPartition(self._prefix + place[0], place[1], offset)
 
+    def again(self, place: Place, offset: int) -> None:
+        """Read an assigned partition from this offset on, after it could not be read."""
+        self.consumer.incremental_unassign([self.at(place)])
+        self.consumer.incremental_assign([self.at(place, offset)])
+
     def fetch(self, most: int, wait: float) -> list[Message]:
         """Return what there is, at most so much, after at most `wait` seconds."""
         # consume() would wait all the time through unless that many came.

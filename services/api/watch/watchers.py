@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
@@ -102,11 +103,13 @@ class Watcher:
         return len(self._queue)
 
     def end(self, problem: Problem) -> None:
-        """End the stream with this; what waits for it is dropped."""
+        """End the stream with this; what waits for it is dropped. Never raises: others are told after it."""
         if self.problem is None:
             self.problem = problem
             self._queue.clear()
-            self._scope.reschedule(asyncio.get_running_loop().time())
+            # The stream may be over already: its client has left.
+            with contextlib.suppress(RuntimeError):
+                self._scope.reschedule(asyncio.get_running_loop().time())
 
 
 class Index:

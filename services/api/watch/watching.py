@@ -23,7 +23,7 @@ from services.api.watch.feed import Feed, Joined
 from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
 from services.api.watch.members import Member
-from services.api.watch.problems import crowded, lagging
+from services.api.watch.problems import crowded, gone, lagging
 from services.api.watch.topics import TIMEOUT
 from services.api.watch.watchers import Told, Wanted, Watcher
 from services.common.config import Settings
@@ -68,9 +68,9 @@ class Watches:
             async with asyncio.timeout(None) as scope:
                 watcher = Watcher(wanted, scope)
                 stream = _Stream(wanted, write)
+                feed = self._used()
                 self._watchers.add(watcher)
                 WATCHERS.set(len(self._watchers))
-                feed = self._used()
                 try:
                     await feed.stand()
                     if positions is not None:
@@ -117,7 +117,13 @@ class Watches:
                 raise not_found(id_)
             view, stream.said = found
             await stream.send(Told(messages.found(view), missed.sure.text, ""))
-            await join(feed, missed, lambda: [watcher], lambda _, told: stream.send_soon(told))
+
+            async def send(_: Member, told: Told | None) -> None:
+                if told is None:
+                    raise gone()
+                await stream.send_soon(told)
+
+            await join(feed, missed, lambda: [watcher], send)
 
     async def _resume(
         self, feed: Feed, watcher: Watcher, stream: _Stream, positions: Mapping[Place, int]
