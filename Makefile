@@ -66,7 +66,7 @@ fmt: setup ## put the code into its style
 
 test: ## every test, on real servers (ARGS="-k name" for some)
 	@python3 -m deploy.local.setup --tests
-	@$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 unit: setup ## the tests that need no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)

@@ -1,6 +1,29 @@
-"""The fixtures that any test may ask for, and the end of all that a run started."""
+"""The fixtures that any test may ask for, the order of the tests, and the end of all that a run started."""
 
-from tests.reaper import pytest_configure, pytest_unconfigure
-from tests.stack import infra, new_stack, stack
+import pytest
 
-__all__ = ["infra", "new_stack", "pytest_configure", "pytest_unconfigure", "stack"]
+from tests import reaper
+from tests.order import pytest_collection_modifyitems
+from tests.reaper import pytest_configure
+from tests.stack import breakable, end_shared_servers, infra, mariadb, new_stack, servers, stack
+
+__all__ = [
+    "breakable",
+    "infra",
+    "mariadb",
+    "new_stack",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_unconfigure",
+    "servers",
+    "stack",
+]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """When all workers have ended, end the servers that they shared, then whatever the tests left."""
+    try:
+        if not hasattr(config, "workerinput"):
+            end_shared_servers()
+    finally:
+        reaper.pytest_unconfigure(config)

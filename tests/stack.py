@@ -2,9 +2,12 @@
 
 Fixtures (registered by conftest.py):
 
-- `infra`      one set of servers for all integration tests of the run; take `new_database()` and
+- `infra`      one set of servers that all workers of the run share; take `new_database()` and
                `topic_prefix()` from it, so that no test sees another's rows or records
-- `stack`      one whole system for all end-to-end tests of the run, one replica of each service
+- `mariadb`    one MariaDB server that all workers of the run share
+- `servers`    `infra`, but for a test marked `breaks_servers`: it has servers that it may stop, freeze and
+               misconfigure, as such tests run one after another
+- `stack`      one whole system, one replica of each service; its tests run one after another
 - `new_stack`  makes further ones, with settings of their own; ended with the test
 
 `POSTROAD_TEST_INFRA=DIRECTORY` makes `infra` use, and leave running, the servers under that directory.
@@ -25,7 +28,20 @@ import mysql.connector
 import pytest
 from sqlalchemy import make_url
 
-__all__ = ["Infra", "Stack", "infra", "new_stack", "stack"]
+from deploy.local.database_tree import find_server, make_template
+from tests.reaper import RUN
+
+__all__ = [
+    "Infra",
+    "Stack",
+    "breakable",
+    "end_shared_servers",
+    "infra",
+    "mariadb",
+    "new_stack",
+    "servers",
+    "stack",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,14 +180,58 @@ def _directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="postroad-"))
 
 
+class _Shared(Infra):
+    """Servers that other workers use at the same time: they cannot be stopped or made to misbehave."""
+
+    def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command that stops nothing."""
+        assert arguments[0] not in {"stop", "kill", "down"}, f"{arguments[0]}: mark the test breaks_servers"
+        return super().command(*arguments, check=check)
+
+    def control_mail(self, **orders: object) -> None:
+        """Fail: the catcher has other users."""
+        raise AssertionError("mark the test breaks_servers")
+
+    def control_dns(self, **names: str) -> None:
+        """Fail: the name server has other users."""
+        raise AssertionError("mark the test breaks_servers")
+
+
 @pytest.fixture(scope="session")
-def infra() -> Iterator[Infra]:
-    """Kafka, MySQL, DNS and the catcher for all tests of this run."""
-    if shared := os.environ.get("POSTROAD_TEST_INFRA"):
-        servers = Infra(Path(shared))
-        servers.up("--infra-only")
-        yield servers
-        return
+def infra() -> Infra:
+    """Kafka, MySQL, DNS and the catcher for all tests of this run, whichever worker they are on."""
+    given = os.environ.get("POSTROAD_TEST_INFRA")
+    servers = _Shared(Path(given) if given else Path(os.environ[RUN]) / "infra")
+    # The first worker starts them; each further one waits for the stack's lock and finds them running.
+    servers.up("--infra-only")
+    return servers
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Infra:
+    """A MariaDB server for all tests of this run, and nothing else."""
+    server = find_server("mariadb")
+    if server is None:
+        pytest.skip("MariaDB is not installed (Debian: mariadb-server-core)")
+    make_template(server)
+    # What is given is not started.
+    given = {"POSTROAD_KAFKA_BOOTSTRAP": "127.0.0.1:1", "POSTROAD_DNS_SERVERS": "127.0.0.1:1"}
+    given |= {"EMAIL_HOST": "127.0.0.1", "EMAIL_PORT": "1", "POSTROAD_LOCAL_DB": "mariadb"}
+    servers = _Shared(Path(os.environ[RUN]) / "mariadb", given)
+    servers.up("--infra-only")
+    return servers
+
+
+def end_shared_servers() -> None:
+    """End what the workers of this run shared."""
+    for name in ("infra", "mariadb"):
+        if (directory := Path(os.environ[RUN]) / name).exists():
+            Stack(directory).down()
+
+
+@pytest.fixture(scope="session")
+def breakable() -> Iterator[Infra]:
+    """Servers of this worker alone, for its tests that are marked `breaks_servers`."""
     servers = Infra(_directory())
     try:
         servers.up("--infra-only")
@@ -180,9 +240,17 @@ def infra() -> Iterator[Infra]:
         servers.down()
 
 
+@pytest.fixture
+def servers(request: pytest.FixtureRequest) -> Infra:
+    """The shared servers, or those that a test marked `breaks_servers` may break."""
+    breaks = request.node.get_closest_marker("breaks_servers")
+    found: Infra = request.getfixturevalue("breakable" if breaks else "infra")
+    return found
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    """The whole system, one replica of each service, for all tests of this run."""
+    """The whole system, one replica of each service, for all tests that ask for it."""
     system = Stack(_directory())
     try:
         system.up()

@@ -49,8 +49,8 @@ class Db:
 
 
 @pytest.fixture
-def road(infra: Infra) -> Road:
-    return Road(infra)
+def road(servers: Infra) -> Road:
+    return Road(servers)
 
 
 @pytest.fixture
@@ -202,32 +202,34 @@ def test_the_original_comes_back_as_it_stands_now(road: Road, db: Db) -> None:
 # --- Kafka away, the api killed ------------------------------------------------------------------
 
 
+@pytest.mark.breaks_servers
 def test_while_kafka_is_away_creates_go_on_and_all_is_published_afterwards(
-    infra: Infra, road: Road, db: Db
+    servers: Infra, road: Road, db: Db
 ) -> None:
     with ApiProcess(road, POSTROAD_MAX_IN_FLIGHT="50") as api:
-        infra.stop("kafka-1")
+        servers.stop("kafka-1")
         try:
             with Load(api) as load:
                 eventually(lambda: len(load.accepted) > 400)
                 assert api.metric("postroad_api_relay_held_tasks") <= 50
             assert api.ready()
         finally:
-            infra.start("kafka-1")
+            servers.start("kafka-1")
         assert not load.refused
         eventually(db.outbox_empty, 90)
         assert set(road.published_ids()) == set(load.accepted) == db.ids()
 
 
-def test_what_a_killed_api_left_behind_another_one_publishes(infra: Infra, road: Road, db: Db) -> None:
+@pytest.mark.breaks_servers
+def test_what_a_killed_api_left_behind_another_one_publishes(servers: Infra, road: Road, db: Db) -> None:
     with ApiProcess(road) as api:
-        infra.stop("kafka-1")
+        servers.stop("kafka-1")
         try:
             with Load(api) as load:
                 eventually(lambda: len(load.accepted) > 100)
             api.kill()
         finally:
-            infra.start("kafka-1")
+            servers.start("kafka-1")
     assert db.count("outbox") == len(load.accepted)
     with ApiProcess(road) as first, ApiProcess(road) as second:
         eventually(db.outbox_empty, 60)
@@ -268,13 +270,14 @@ def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(road: Roa
 # --- MySQL away, hanging, cutting connections ----------------------------------------------------
 
 
+@pytest.mark.breaks_servers
 def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
-    infra: Infra, road: Road, db: Db
+    servers: Infra, road: Road, db: Db
 ) -> None:
     with ApiProcess(road) as api, stub(api) as tasks:
         with Load(api) as load:
             eventually(lambda: len(load.accepted) > 100)
-            infra.stop("mysql")
+            servers.stop("mysql")
             try:
                 eventually(lambda: load.refused)
                 for call in (
@@ -289,7 +292,7 @@ def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
                     assert detail(caught.value, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
                 eventually(lambda: not api.ready())
             finally:
-                infra.start("mysql")
+                servers.start("mysql")
             before = len(load.accepted)
             eventually(lambda: len(load.accepted) > before + 100)
             eventually(api.ready)
@@ -301,14 +304,15 @@ def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
     assert db.ids() == set(road.published_ids())
 
 
-def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(infra: Infra, road: Road, db: Db) -> None:
+@pytest.mark.breaks_servers
+def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(servers: Infra, road: Road, db: Db) -> None:
     with (
         ApiProcess(road, POSTROAD_MAX_PENDING_CREATES="20") as api,
         stub(api) as tasks,
         ThreadPoolExecutor(64) as threads,
     ):
         first = tasks.Create(request()).id
-        os.kill(infra.pid("mysql"), signal.SIGSTOP)
+        os.kill(servers.pid("mysql"), signal.SIGSTOP)
         try:
 
             def create(number: int) -> tuple[grpc.StatusCode, float, Any]:
@@ -320,7 +324,7 @@ def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(infra: Infra, r
 
             answers = list(threads.map(create, range(60)))
         finally:
-            os.kill(infra.pid("mysql"), signal.SIGCONT)
+            os.kill(servers.pid("mysql"), signal.SIGCONT)
         codes = Counter(code for code, _, _ in answers)
         assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED: 40, grpc.StatusCode.UNAVAILABLE: 20}
         assert max(seconds for _, seconds, _ in answers) < 7

@@ -29,8 +29,8 @@ STANDING = 50_000
 
 
 @pytest.fixture
-def road(infra: Infra) -> Road:
-    return Road(infra)
+def road(servers: Infra) -> Road:
+    return Road(servers)
 
 
 @pytest.fixture
@@ -89,8 +89,9 @@ def published_at(road: Road) -> list[tuple[str, float]]:
     ]
 
 
+@pytest.mark.breaks_servers
 def test_each_goes_at_its_time_though_tens_of_thousands_wait_and_api_and_database_die(
-    infra: Infra, road: Road, engine: Engine
+    servers: Infra, road: Road, engine: Engine
 ) -> None:
     stand(engine, STANDING)
     with ApiProcess(road) as first, ApiProcess(road) as second:
@@ -103,8 +104,8 @@ def test_each_goes_at_its_time_though_tens_of_thousands_wait_and_api_and_databas
         assert sorted(id_ for id_, _ in published_at(road)) == sorted(list(times)[:10])
         first.kill()
         second.kill()
-    infra.stop("mysql")
-    infra.start("mysql")
+    servers.stop("mysql")
+    servers.start("mysql")
     with ApiProcess(road):
         ready = now_us()
         eventually(lambda: len(published_at(road)) >= 20, 40)

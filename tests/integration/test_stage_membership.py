@@ -69,6 +69,7 @@ async def test_the_broker_says_what_a_member_owns_and_nothing_of_strangers(newes
         assert told[-1] is None
 
 
+@pytest.mark.breaks_servers
 async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
     newest: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

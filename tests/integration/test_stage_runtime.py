@@ -250,6 +250,7 @@ async def test_thousands_deferred_at_once_all_come_back_in_time(newest: Kit) -> 
     assert len({m.key() for m in kit.read(MX_OK)}) == 4000
 
 
+@pytest.mark.breaks_servers
 async def test_a_broker_that_goes_and_comes_back_loses_nothing(newest: Kit) -> None:
     kit = newest
     async with kit.running(handle=passed_on) as runtime:
@@ -265,6 +266,7 @@ async def test_a_broker_that_goes_and_comes_back_loses_nothing(newest: Kit) -> N
     assert len({m.key() for m in kit.read(MX_OK)}) == 1000
 
 
+@pytest.mark.breaks_servers
 async def test_stopping_while_the_broker_is_away_takes_no_longer_than_the_drain(newest: Kit) -> None:
     kit = newest
     runtime = kit.runtime(kit.with_(drain_seconds=2), handle=passed_on)

@@ -1,6 +1,7 @@
 """The validator's process on the real Kafka and the local name server: records in, events out."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import pytest
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, KafkaError, Producer
 
 from postroad.v1 import events_pb2 as pb
 from services.common import topics
@@ -19,6 +20,8 @@ from services.common.events import DECODERS, Event, encode, task_id
 from services.common.kafka_admin import apply
 from tests.stack import Infra
 
+# No other test, and no earlier run on the same servers, has counted this one's questions.
+FLAKY = f"{secrets.token_hex(4)}.flaky.test"
 VERDICTS = {
     "good.test": "ok",
     "xn--bcher-kva.test": "ok",
@@ -28,7 +31,7 @@ VERDICTS = {
     "alias.test": "ok",
     "truncated.test": "ok",
     "delay-200.test": "ok",
-    "flaky.test": "ok",
+    FLAKY: "ok",
     "nomail.test": "no_mail_host",
     "deadmx.test": "no_mail_host",
     "barehost.test": "no_mail_host",
@@ -89,7 +92,10 @@ class Road:
         while not reached():
             assert time.monotonic() < deadline, f"after {seconds} s: {dict(self.events)}, dead {self.dead}"
             for message in self._consumer.consume(500, 0.2):
-                assert message.error() is None, message.error()
+                if (error := message.error()) is not None:
+                    # A broker that is busy tells of a new topic a moment late.
+                    assert error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART, error
+                    continue
                 if message.topic() == self.dead_topic:
                     self.dead.append(dict(message.headers() or [])["cause"])
                 else:
@@ -126,9 +132,8 @@ def validator(infra: Infra, road: Road) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_each_verdict_becomes_its_event_and_sigterm_drains(
-    infra: Infra, road: Road, validator: subprocess.Popen[bytes]
+    road: Road, validator: subprocess.Popen[bytes]
 ) -> None:
-    infra.control_dns()
     tasks = {domain: road.create(domain) for domain in VERDICTS}
     again = road.create("good.test")
 
@@ -145,7 +150,7 @@ def test_each_verdict_becomes_its_event_and_sigterm_drains(
             assert isinstance(event, pb.MxOk), (domain, event)
             assert event.task == task
             assert event.hosts
-            assert event.attempt == (2 if domain == "flaky.test" else 1)
+            assert event.attempt == (2 if domain == FLAKY else 1)
         else:
             assert isinstance(event, pb.MxFailed), (domain, event)
             assert event.reason == VERDICTS[domain], (domain, event)
@@ -162,7 +167,7 @@ def test_each_verdict_becomes_its_event_and_sigterm_drains(
 
 
 def test_what_cannot_be_decoded_goes_to_the_dead_letters_and_the_stage_goes_on(
-    infra: Infra, road: Road, validator: subprocess.Popen[bytes]
+    road: Road, validator: subprocess.Popen[bytes]
 ) -> None:
     no_id = pb.TaskCreated(task=pb.MailTask(email="a@good.test")).SerializeToString()
     garbage = (b"\xff\xff garbage", b"", None, no_id, b"\x00" * 100_000)

@@ -131,9 +131,9 @@ async def _until_relay(pool: Any, up: bool) -> None:
         await asyncio.sleep(0.05)
 
 
-@pytest.fixture(params=["memory", "catcher"])
+@pytest.fixture(params=["memory", pytest.param("catcher", marks=pytest.mark.breaks_servers)])
 def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
-    made = Memory() if request.param == "memory" else Real(request.getfixturevalue("infra"))
+    made = Memory() if request.param == "memory" else Real(request.getfixturevalue("servers"))
     yield made
     made.finish()
 
