@@ -6,10 +6,12 @@ empty data directory. Standard library only: it runs on a bare python3.
 
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,8 @@ __all__ = ["main"]
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 LOCK = ROOT / "requirements-dev.lock"
+# Where packages come from: an option of pip, the variable that uv has for it.
+PIP_AND_UV = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS"}
 OLDEST_PYTHON = (3, 11)
 OLDEST_JAVA = 17
 
@@ -64,22 +68,45 @@ def _venv_is_current() -> bool:
     return stamp.exists() and stamp.read_text() == _venv_stamp() and (VENV / "bin/python").exists()
 
 
+def _uv(pip: list[str | Path]) -> list[str | Path]:
+    """The start of a command that installs into the virtual environment five times as fast as pip.
+
+    pip fetches uv first, by the lock's hash. Raises SetupError.
+    """
+    with tempfile.TemporaryDirectory(prefix="postroad-") as scratch:
+        pinned = Path(scratch) / "uv.lock"
+        pinned.write_text(_pinned("uv"))
+        run([*pip, "install", "--quiet", "--require-hashes", "--no-deps", "-r", pinned], tries=3)
+    configured = run([*pip, "config", "list"])
+    for name, variable in PIP_AND_UV.items():
+        # uv does not read pip's configuration. A URL may hold a password, so it stands in no command line.
+        if found := re.search(rf"^(?:global|install|:env:)\.{name}='(.*)'$", configured, re.M):
+            os.environ.setdefault(variable, found[1])
+    return [VENV / "bin/uv", "pip", "install", "--quiet", "--native-tls", "--python", VENV / "bin/python"]
+
+
+def _pinned(name: str) -> str:
+    """The requirement called `name` as the lock has it, with its hashes."""
+    found = re.search(rf"^{name}==.*\n(?:    --hash=.*\n)+", LOCK.read_text(), re.M)
+    if not found:
+        raise SetupError(f"{LOCK.name} does not pin {name}")
+    return found[0]
+
+
 def _make_venv() -> None:
     with locked(f"venv-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:16]}"):
         if _venv_is_current():
             return
         if not (VENV / "bin/pip").exists():
             run([sys.executable, "-m", "venv", "--clear", VENV])
-        pip: list[str | Path] = [
-            VENV / "bin/python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-        ]
-        run([*pip, "--require-hashes", "-r", LOCK], tries=3)
-        run([*pip, "--no-deps", "--no-build-isolation", "-e", ROOT])
+        pip: list[str | Path] = [VENV / "bin/python", "-m", "pip"]
+        try:
+            install = _uv(pip)
+            run([*install, "--require-hashes", "-r", LOCK], tries=3)
+        except SetupError:
+            install = [*pip, "install", "--quiet", "--disable-pip-version-check"]
+            run([*install, "--require-hashes", "-r", LOCK], tries=3)
+        run([*install, "--no-deps", "--no-build-isolation", "-e", ROOT])
         (VENV / ".setup").write_text(_venv_stamp())
 
 
