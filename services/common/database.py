@@ -40,6 +40,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from services.common.database_errors import TRANSIENT, Kind, numbers
+
 __all__ = [
     "at_fault",
     "deadlock",
@@ -70,19 +72,9 @@ SILENT_SECONDS = 20
 # An error that took longer (a lock wait, a read timeout) is not tried again at once, but raised.
 PATIENCE = 1.0
 
-_DEADLOCK = frozenset({1205, 1213})
-# The session is over or of no use, though the client library does not say so: the server shuts down,
-# has killed it, has closed it for idleness, or has become read-only (a failed-over primary).
-_SESSION_OVER = frozenset({1053, 1290, 1836, 1927, 3168, 3169, 4031})
-# The server's own troubles: too many connections or resources used up (1040, 1041, 1203, 1226), a
-# handshake cut short (1042, 1043), a full disk (1021, 1114), a query interrupted (1317, 3024), lost
-# packets (1152-1161). The client's: no connection (2002-2006, 2012, 2013, 2026, 2027, 2055).
-_TROUBLE = frozenset(
-    {1021, 1040, 1041, 1042, 1043, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1226, 1317, 3024}
-    | {2002, 2003, 2004, 2005, 2006, 2012, 2013, 2026, 2027, 2045, 2048, 2055}
-)
+_CONFLICT = numbers(Kind.CONFLICT)
+_SESSION_OVER = numbers(Kind.SESSION)
 _LOST = frozenset({2006, 2013, 2055})
-_TRANSIENT = _DEADLOCK | _SESSION_OVER | _TROUBLE
 
 _SESSION = (
     "SET time_zone = '+00:00', innodb_lock_wait_timeout = %s, wait_timeout = %s,"
@@ -197,8 +189,8 @@ def _number(error: BaseException) -> int | None:
 
 
 def deadlock(error: BaseException) -> bool:
-    """Whether the server ended a transaction for the sake of another (1213) or of its patience (1205)."""
-    return _number(error) in _DEADLOCK
+    """Whether another transaction stood in the way, so that this one may be done again at once."""
+    return _number(error) in _CONFLICT
 
 
 def said(error: BaseException) -> str:
@@ -220,7 +212,7 @@ def at_fault(error: BaseException) -> bool:
 def transient(error: BaseException) -> bool:
     """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    return lost or isinstance(error, TimeoutError) or _number(error) in _TRANSIENT
+    return lost or isinstance(error, TimeoutError) or _number(error) in TRANSIENT
 
 
 def _at_once(error: BaseException) -> bool:

@@ -211,6 +211,27 @@ def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str) -> No
     assert not transient(ValueError("2003"))
 
 
+@pytest.mark.parametrize("code", [1969, 1047, 3101, 9001])
+def test_an_error_that_passes_is_known_by_its_number(engine: Engine, code: int) -> None:
+    """The server itself raises it: a statement that timed out, a node of no use, a conflict, a proxy's."""
+    tries = []
+
+    def fail(connection: Connection) -> None:
+        tries.append(connection.connection.dbapi_connection)
+        if len(tries) == 1 or code in (1969, 9001):
+            connection.exec_driver_sql(f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {code}")
+
+    if code in (1969, 9001):
+        with pytest.raises(DBAPIError) as caught:
+            transaction(engine, fail)
+        assert (number(caught.value), transient(caught.value), len(tries)) == (code, True, 1)
+        return
+    # These are done again at once, the one on another session.
+    transaction(engine, fail)
+    assert len(tries) == 2
+    assert (tries[0] is not tries[1]) == (code == 1047)
+
+
 async def test_until_back_waits_out_a_server_that_is_down(server: Infra, database_url: str) -> None:
     engine = engine_of(database_url)
     seen: list[BaseException] = []

@@ -1,0 +1,59 @@
+"""The table of the errors that pass, and what the api makes of each."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from mysql.connector import errorcode
+from mysql.connector.errors import get_mysql_exception
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.exc import OperationalError
+
+from services.api.errors import Problem
+from services.api.reader import Reader
+from services.common.database import deadlock, transient
+from services.common.database_errors import ERRORS, TRANSIENT, Code, Kind, numbers
+
+
+def error(number: int) -> OperationalError:
+    return OperationalError("SELECT 1", None, get_mysql_exception(number, msg="said so"))
+
+
+def test_each_code_stands_once_with_its_reason_and_its_source() -> None:
+    assert len({code.number for code in ERRORS}) == len(ERRORS)
+    assert all(code.name and code.why and code.source for code in ERRORS)
+    assert frozenset().union(*map(numbers, Kind)) == TRANSIENT
+
+
+@pytest.mark.parametrize("code", [code for code in ERRORS if code.source.startswith("MySQL")])
+def test_mysqls_names_and_numbers_belong_together(code: Code) -> None:
+    name = code.name if hasattr(errorcode, code.name) else f"OBSOLETE_{code.name}"
+    if not code.name.startswith("EE_"):
+        assert getattr(errorcode, name) == code.number
+
+
+@pytest.mark.parametrize("code", ERRORS, ids=lambda code: str(code.number))
+def test_a_listed_error_passes(code: Code) -> None:
+    assert transient(error(code.number))
+    assert deadlock(error(code.number)) == (code.kind is Kind.CONFLICT)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [1044, 1045, 1049, 1054, 1062, 1064, 1142, 1146, 1364, 1366, 1406, 1452, 2014, 3140, 3750, 9003, 9006],
+)
+def test_the_statements_its_datas_and_the_set_ups_errors_stay(number: int) -> None:
+    assert not transient(error(number))
+
+
+@pytest.mark.parametrize("code", ERRORS, ids=lambda code: str(code.number))
+async def test_the_api_answers_unavailable_where_the_database_says_so(code: Code) -> None:
+    reader = Reader(create_engine("sqlite://"))
+
+    def query(connection: Connection) -> None:
+        raise error(code.number)
+
+    with pytest.raises(Problem) as caught:
+        await reader.read(query)
+    reader.close()
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
