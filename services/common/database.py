@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from sqlalchemy.exc import (
     OperationalError,
     TimeoutError,
 )
+from sqlalchemy.pool import ConnectionPoolEntry
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -41,6 +42,7 @@ from tenacity import (
 )
 
 from services.common.database_errors import TRANSIENT, Kind, numbers
+from services.common.statement_size import LOST, TOO_LARGE, Statements, StatementTooLong, portions
 
 __all__ = [
     "at_fault",
@@ -74,8 +76,8 @@ PATIENCE = 1.0
 
 _CONFLICT = numbers(Kind.CONFLICT)
 _SESSION_OVER = numbers(Kind.SESSION)
-_LOST = frozenset({2006, 2013, 2055})
 
+_STATEMENTS = "postroad_statements"
 _SESSION = (
     "SET time_zone = '+00:00', innodb_lock_wait_timeout = %s, wait_timeout = %s,"
     " sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'"
@@ -135,30 +137,36 @@ def engine_of(
             "write_timeout": read_seconds,
         },
     )
-    event.listen(engine, "connect", partial(_begin_session, silent_seconds))
+    event.listen(engine, "connect", partial(_begin_session, silent_seconds, Statements()))
     event.listen(engine, "handle_error", _on_error)
     return engine
 
 
-def _begin_session(silent_seconds: int, connection: Any, record: object) -> None:
+def _begin_session(
+    silent_seconds: int, statements: Statements, connection: Any, record: ConnectionPoolEntry
+) -> None:
     # The driver pings the server before every statement, a round trip each; a connection that is lost
     # shows in the statement itself.
     connection.is_connected = lambda: True
     cursor = connection.cursor()
     cursor.execute(_SESSION, (LOCK_SECONDS, silent_seconds))
+    cursor.execute("SELECT @@max_allowed_packet")
+    [(most,)] = cursor.fetchall()
     cursor.close()
+    statements.guard(connection, int(most))
+    record.info[_STATEMENTS] = statements
 
 
 def _on_error(context: ExceptionContext) -> Exception | None:
     error = context.original_exception
     number = getattr(error, "errno", None)
-    if number in _SESSION_OVER:
+    if number in _SESSION_OVER or (number == TOO_LARGE and not isinstance(error, StatementTooLong)):
         context.is_disconnect = True
     if context.sqlalchemy_exception is not None or number is None:
         return None
     # The C extension's commit and rollback raise an error of its own, which is none of DB-API's: SQLAlchemy
     # would neither wrap it nor drop the connection.
-    context.is_disconnect = context.is_disconnect or number in _LOST
+    context.is_disconnect = context.is_disconnect or number in LOST
     return OperationalError(context.statement, None, error, connection_invalidated=context.is_disconnect)
 
 
@@ -168,20 +176,39 @@ def marks(count: int) -> str:
 
 
 def execute_rows(
-    connection: Connection, head: str, rows: Sequence[Iterable[object]], tail: str = "", limit: int = 500
+    connection: Connection, head: str, rows: Sequence[Sequence[object]], tail: str = "", limit: int = 500
 ) -> int:
     """Execute `head` + `(%s, ...)` a row + `tail`, at most `limit` rows a statement; blocks.
 
-    `head` ends with VALUES; all rows are of the first one's length. Returns the affected rows.
+    A statement that would have more bytes than the database takes (statement_size.py) is made in two. `head`
+    ends with VALUES; all rows are of the first one's length. Returns the affected rows. Raises
+    `sqlalchemy.exc.DataError` for a row that no statement can hold.
     """
     affected = 0
+    statements: Statements | None = connection.info.get(_STATEMENTS)
+    share = None if statements is None else statements.share()
     for start in range(0, len(rows), limit):
         part = rows[start : start + limit]
-        parameters = tuple(chain.from_iterable(part))
-        row = f"({marks(len(parameters) // len(part))})"
-        statement = f"{head} {','.join([row] * len(part))} {tail}"
-        affected += connection.exec_driver_sql(statement, parameters).rowcount
+        if share is None:
+            affected += _execute_part(connection, head, part, tail)
+        else:
+            room = share - len(head) - len(tail)
+            affected += sum(_execute_part(connection, head, few, tail) for few in portions(part, room))
     return affected
+
+
+def _execute_part(connection: Connection, head: str, rows: Sequence[Sequence[object]], tail: str) -> int:
+    parameters = tuple(chain.from_iterable(rows))
+    row = f"({marks(len(parameters) // len(rows))})"
+    statement = f"{head} {','.join([row] * len(rows))} {tail}"
+    try:
+        return connection.exec_driver_sql(statement, parameters).rowcount
+    except DataError as error:
+        if len(rows) == 1 or not isinstance(error.orig, StatementTooLong):
+            raise
+    # It was not sent, so the transaction goes on.
+    middle = len(rows) // 2
+    return sum(_execute_part(connection, head, half, tail) for half in (rows[:middle], rows[middle:]))
 
 
 def _number(error: BaseException) -> int | None:

@@ -100,7 +100,7 @@ def insert_bodies(connection: Connection, bodies: Iterable[Body], table: str = "
 
 
 def _parts(bodies: Iterable[Body]) -> Iterator[list[Body]]:
-    # MariaDB takes 16 MiB a statement. A million characters are 4 MB at most, twice that when escaped.
+    # Few bodies a statement, so that none is made in vain: a million characters have 4 MB at most.
     part: list[Body] = []
     characters = 0
     for body in bodies:

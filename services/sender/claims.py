@@ -41,6 +41,9 @@ _SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
     for name in ("settled_at", "next_attempt_at", "reason", "reply", "relay", "state")
 )
 
+# Rows a statement, so that it is of bounded length however many claims are in hand.
+_RENEWALS = 5000
+
 _by_id = attrgetter("task_id")
 
 
@@ -81,7 +84,11 @@ class Claims:
 
     def renew(self, rows: Sequence[Delivery]) -> list[bool]:
         """Begin the lease of each claim anew; return which are still their owners', in order."""
-        return transaction(self._engine, lambda c: self._renewed(c, rows))
+        held: list[bool] = []
+        for start in range(0, len(rows), _RENEWALS):
+            part = rows[start : start + _RENEWALS]
+            held += transaction(self._engine, lambda c, p=part: self._renewed(c, p))  # type: ignore[misc]
+        return held
 
     def _won(self, request: Claim | Cancel, since: float) -> Verdict:
         row = first(request, UNKNOWN)

@@ -1,0 +1,176 @@
+"""No statement is longer than the database takes, on real servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DataError, DBAPIError
+
+from postroad.v1 import events_pb2 as pb
+from services.api.recorder import Recorder
+from services.api.relay import Recording
+from services.common import statement_size
+from services.common.database import at_fault, engine_of, execute_rows, transaction, transient
+from services.common.events import event_key, task_id
+from services.common.fold import delta
+from services.common.stage.types import Done, Record
+from services.common.statement_size import LONG, Statements, StatementTooLong, bytes_at_most
+from services.status.stage import Status
+from tests.event_strategies import mail_task
+from tests.stack import Infra
+
+INSERT = "INSERT INTO t (a, b) VALUES"
+
+
+def widest(number: int) -> pb.MailTask:
+    """A task with the labels that take the most bytes in a statement, 67 KB of them."""
+    task = mail_task(number)
+    task.labels.clear()
+    task.labels.update({f"label {n}": '"' * 256 for n in range(64)})
+    return task
+
+
+def server_takes(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())
+
+
+def count(engine: Engine, table: str) -> int:
+    with engine.connect() as connection:
+        return int(connection.exec_driver_sql(f"SELECT COUNT(*) FROM {table}").scalar_one())
+
+
+@pytest.fixture
+def table(engine: Engine) -> str:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (a INT PRIMARY KEY, b LONGBLOB) ENGINE=InnoDB")
+    return "t"
+
+
+@pytest.fixture
+def told(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Engine]]:
+    """Makes an engine whose sessions are told that the server takes so many bytes."""
+    engines = []
+    guard = Statements.guard
+
+    def make(takes: int) -> Engine:
+        monkeypatch.setattr(Statements, "guard", lambda self, driver, _: guard(self, driver, takes))
+        engines.append(engine_of(database_url))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.dispose()
+
+
+async def test_the_widest_events_are_folded(engine: Engine) -> None:
+    events = [pb.TaskCreated(task=widest(n), at_us=1) for n in range(280)]
+    assert sum(bytes_at_most(delta(event)) for event in events) > 17 << 20
+    records = [Record(event_key(event).partition(":")[0], task_id(event), event) for event in events]
+    status = Status(engine)
+    assert await status.handle_batch(records) == [Done()] * 280
+    await status.close()
+
+
+async def test_a_batch_of_the_widest_tasks_is_recorded(told: Callable[[int], Engine]) -> None:
+    engine = told(1 << 20)
+    events = [pb.TaskCreated(task=widest(n), at_us=1) for n in range(40)]
+    for event in events:
+        event.task.body = "'" * (20 << 10)
+    recorder = Recorder(engine, lambda recorded: None, 5000, 256 << 20)
+    creations = [Recording(event, b"", event.ByteSize()) for event in events]
+    assert await recorder.record_batch(creations) == [None] * 40
+    await recorder.close()
+    assert (count(engine, "tasks"), count(engine, "task_bodies"), count(engine, "outbox")) == (40,) * 3
+
+
+def test_a_statement_as_long_as_the_server_takes_is_sent(engine: Engine) -> None:
+    select = "SELECT LENGTH(%s)"
+    size = Statements().most(server_takes(engine)) - len("SELECT LENGTH('')")
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql(select, (b"x" * size,)).scalar() == size
+        with pytest.raises(DataError):
+            connection.exec_driver_sql(select, (b"x" * (size + 1),))
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1  # the session is as it was
+
+
+def test_a_row_that_no_statement_can_hold_is_its_own_fault(told: Callable[[int], Engine], table: str) -> None:
+    engine = told(64 << 10)
+    rows = [(n, b"x" * (64 << 10 if n == 2 else 30 << 10)) for n in range(5)]
+    with pytest.raises(DataError, match="max_allowed_packet") as caught:
+        transaction(engine, lambda connection: execute_rows(connection, INSERT, rows))
+    assert isinstance(caught.value.orig, StatementTooLong)
+    assert (transient(caught.value), at_fault(caught.value)) == (False, False)
+    assert not caught.value.connection_invalidated
+    del rows[2]
+    assert transaction(engine, lambda connection: execute_rows(connection, INSERT, rows)) == 4
+    assert count(engine, table) == 4
+
+
+def patiently(engine: Engine, work: Callable[[Connection], int]) -> int:
+    """Do it as the stages do: again while the error passes. Ends, as losses are counted."""
+    for _ in range(12):
+        try:
+            return transaction(engine, work)
+        except DBAPIError as error:
+            if not transient(error):
+                raise
+    raise AssertionError("it would be tried for ever")
+
+
+def test_what_is_lost_on_the_way_for_its_length_is_halved(
+    engine: Engine, told: Callable[[int], Engine], table: str
+) -> None:
+    """As behind a proxy that takes less than the server says."""
+    rows = [(n, b"x" * (server_takes(engine) // 20)) for n in range(24)]
+    assert patiently(told(1 << 30), lambda connection: execute_rows(connection, INSERT, rows)) == 24
+    assert count(engine, table) == 24
+
+
+def test_a_row_that_is_lost_on_the_way_for_its_length_is_given_up(
+    engine: Engine, told: Callable[[int], Engine], table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statement_size, "_SECONDS", 0.0)
+    row = (1, b"x" * (server_takes(engine) + LONG))
+    deceived = told(1 << 30)
+    with pytest.raises(DataError):
+        patiently(deceived, lambda connection: execute_rows(connection, INSERT, [row]))
+    assert patiently(deceived, lambda connection: execute_rows(connection, INSERT, [(2, b"x")])) == 1
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    st.binary(max_size=40),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.text(st.sampled_from("'\"\\\0\n\r\x1aé\U0001f4ee"), max_size=40),
+    st.datetimes(datetime(1970, 1, 1)),
+)
+
+
+def test_the_bytes_of_a_row_are_never_more_than_estimated(infra: Infra) -> None:
+    engine = engine_of(infra.database_url)
+    with engine.connect() as connection:
+        driver: Any = connection.connection.dbapi_connection
+
+        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(st.lists(VALUES, min_size=1, max_size=5))
+        def check(row: list[object]) -> None:
+            sent: list[bytes] = []
+            driver.cmd_query = lambda query, *_, **__: sent.append(query)
+            cursor = driver.cursor()
+            text = f"({','.join(['%s'] * len(row))}),"
+            try:
+                cursor.execute(text, tuple(row))
+            except Exception:
+                assert sent  # nothing was asked, so nothing was answered
+            assert len(sent[0]) <= bytes_at_most(row)
+
+        check()
+    engine.dispose()
