@@ -139,7 +139,8 @@ def _reap(directory: str, but: str) -> dict[int, str]:
 
 
 def _main() -> None:
-    directory, but = sys.argv[1], os.environ.get("POSTROAD_TEST_INFRA", "")
+    directory, kept = sys.argv[1], os.environ.get("POSTROAD_TEST_INFRA")
+    but = str(Path(kept).absolute()) if kept else ""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _wait_for_the_end(os.getppid())
