@@ -46,15 +46,20 @@ class Composer:
         if len(local.encode()) > 64 or len(domain) > 253:
             raise ValueError("an address has 64 bytes before its @ and 253 after it at most")
         self._address = address(f"{local}@{domain}")
-        trial = pb.MailTask(id=bytes(16), email=self._address, body="")
-        self.compose(trial, self.message_id(trial.id))
+        trial = pb.MxOk(task=pb.MailTask(id=bytes(16), email=self._address, body=""))
+        self.compose(trial, self.message_id(trial.task.id))
 
     def message_id(self, task_id: bytes) -> str:
         """Return the Message-ID of a task's mail, the same at every attempt."""
         return f"<{UUID(bytes=task_id)}@{self._domain}>"
 
-    def compose(self, task: pb.MailTask, message_id: str) -> Mail:
-        """Return the task's mail. Raises ValueError where none can be built, now or ever."""
+    def compose(self, event: pb.MxOk, message_id: str) -> Mail:
+        """Return the mail of the event's task, the same at every attempt of its epoch.
+
+        Its Date is the time at which it was to be sent: recorded, scheduled or opened again, the latest.
+        Raises ValueError where no mail can be built, now or ever.
+        """
+        task = event.task
         rcpt = f"{task.email.rpartition('@')[0]}@{task.domain}" if task.domain else task.email
         message = build(
             message_id=message_id,
@@ -62,8 +67,8 @@ class Composer:
             from_name=self._name,
             to_addr=rcpt,
             subject=task.subject,
-            # When the task was recorded: an attempt days later carries the same mail.
-            date=task.created_at_us / 1e6,
+            # Never the event's own time: a task that is validated again has another one.
+            date=max(task.created_at_us, event.send_at_us, event.epoch * 1000) / 1e6,
             text=task.body if task.HasField("body") else None,
             html=task.html if task.HasField("html") else None,
             headers=task.headers,

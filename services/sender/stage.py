@@ -177,7 +177,7 @@ class Sender:
             await self._tell_doubt(taken, record)
             clean = True
             try:
-                mail = self._composer.compose(event.task, row.message_id)
+                mail = self._composer.compose(event, row.message_id)
             except ValueError as error:
                 return await self._settle(self._policy.unsendable(row, self._now_us()), str(error))
             born_us = max(event.task.created_at_us, event.at_us, event.epoch * 1000)

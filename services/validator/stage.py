@@ -55,6 +55,7 @@ class Validator:
                         attempt=record.attempt,
                         hosts=hosts,
                         at_us=now_us,
+                        send_at_us=created.send_at_us,
                     )
                 ]
             )

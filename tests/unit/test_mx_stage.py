@@ -69,6 +69,16 @@ async def test_ok_hands_on_the_whole_task_and_the_hosts() -> None:
     )
 
 
+async def test_ok_hands_on_when_a_scheduled_task_was_to_be_sent() -> None:
+    validator, _, _ = build(OK)
+    event = pb.TaskCreated(task=TASK, at_us=9, send_at_us=77)
+    done = await outcome(validator, Record(TASK_CREATED, ID, event, 1))
+    assert isinstance(done, Done)
+    [ok] = done.events
+    assert isinstance(ok, pb.MxOk)
+    assert ok.send_at_us == 77
+
+
 async def test_failed_says_why() -> None:
     validator, _, _ = build(NULL)
     assert await outcome(validator, record()) == Done(

@@ -28,8 +28,8 @@ def test_the_message_id_is_made_of_the_task_and_the_senders_domain() -> None:
 
 def test_a_task_becomes_the_same_mail_each_time() -> None:
     composer = Composer("The Shop <shop@a.test>")
-    mail = composer.compose(TASK, "<first@a.test>")
-    assert composer.compose(TASK, "<first@a.test>") == mail
+    mail = composer.compose(pb.MxOk(task=TASK, at_us=1), "<first@a.test>")
+    assert composer.compose(pb.MxOk(task=TASK, at_us=2), "<first@a.test>") == mail
     assert (mail.mail_from, mail.rcpt) == ("shop@a.test", "ann@xn--bcher-kva.test")
     parsed = email.message_from_bytes(mail.message, policy=default)
     assert parsed["Message-ID"] == "<first@a.test>"
@@ -41,9 +41,29 @@ def test_a_task_becomes_the_same_mail_each_time() -> None:
     assert [part.get_content_type() for part in parsed.iter_parts()] == ["text/plain", "text/html"]
 
 
+@pytest.mark.parametrize(
+    ("send_at_us", "epoch", "date"),
+    [
+        (0, 0, 1_700_000_000),
+        (1_731_000_000_000_000, 0, 1_731_000_000),
+        (0, 1_732_000_000_000, 1_732_000_000),
+        (1_731_000_000_000_000, 1_732_000_000_000, 1_732_000_000),
+        (1_731_000_000_000_000, 1_730_000_000_000, 1_731_000_000),
+    ],
+)
+def test_the_date_is_when_the_task_was_to_be_sent_or_opened_again(
+    send_at_us: int, epoch: int, date: int
+) -> None:
+    event = pb.MxOk(task=TASK, epoch=epoch, send_at_us=send_at_us, at_us=1_799_000_000_000_000)
+    parsed = email.message_from_bytes(
+        Composer("s@a.test").compose(event, "<i@a.test>").message, policy=default
+    )
+    assert parsed["Date"].datetime.timestamp() == date
+
+
 def test_an_empty_body_is_a_body() -> None:
     task = pb.MailTask(id=ID, email="a@b.test", domain="b.test", subject="s", body="")
-    assert Composer("s@a.test").compose(task, "<i@a.test>").message.endswith(b"\r\n\r\n")
+    assert Composer("s@a.test").compose(pb.MxOk(task=task), "<i@a.test>").message.endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +77,7 @@ def test_an_empty_body_is_a_body() -> None:
 )
 def test_what_is_no_mail_is_a_value_error(task: pb.MailTask) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        Composer("s@a.test").compose(task, "<i@a.test>")
+        Composer("s@a.test").compose(pb.MxOk(task=task), "<i@a.test>")
 
 
 @pytest.mark.parametrize(

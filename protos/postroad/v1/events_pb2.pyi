@@ -194,10 +194,13 @@ class MxOk(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     HOSTS_FIELD_NUMBER: _builtins.int
     AT_US_FIELD_NUMBER: _builtins.int
+    SEND_AT_US_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     attempt: _builtins.int
     """The validator's attempt that found it, from 1."""
     at_us: _builtins.int
+    send_at_us: _builtins.int
+    """As in the TaskCreated that it answers."""
     @_builtins.property
     def task(self) -> Global___MailTask: ...
     @_builtins.property
@@ -210,10 +213,11 @@ class MxOk(_message.Message):
         attempt: _builtins.int = ...,
         hosts: _abc.Iterable[Global___MailHost] | None = ...,
         at_us: _builtins.int = ...,
+        send_at_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "attempt", b"attempt", "epoch", b"epoch", "hosts", b"hosts", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "attempt", b"attempt", "epoch", b"epoch", "hosts", b"hosts", "send_at_us", b"send_at_us", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

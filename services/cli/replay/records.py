@@ -93,6 +93,5 @@ def _moved(event: pb.TaskCreated | pb.MxOk, epoch: int) -> pb.TaskCreated | pb.M
     moved.epoch = epoch
     # As a retry's: an epoch is the time at which the task was reopened.
     moved.at_us = epoch * 1000
-    if isinstance(moved, pb.TaskCreated):
-        moved.send_at_us = 0
+    moved.send_at_us = 0
     return moved
