@@ -14,7 +14,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
-from services.common.stage.headers import RESOLVES
+from services.cli.dead import marker
 from services.common.topics import EVENT_TOPICS, READ_BY
 from tests.chaos.load import SUBJECT
 from tests.groups import Offsets
@@ -104,9 +104,9 @@ class Log:
         """Return each dead letter's topic, task, cause and origin."""
         letters = []
         for record in self._records([name for name in self.topics() if name.endswith(".dead")]):
+            if marker.resolved(record.offset(), record.key(), record.value(), record.headers()):
+                continue
             headers = dict(record.headers() or [])
-            if RESOLVES in headers:
-                continue  # no letter: it says which of them are done with
             letters.append(f"{record.topic()} {record.key().hex()}: {headers.get('cause')!r}"
                            f" {headers.get('origin')!r}")  # fmt: skip
         return letters

@@ -30,8 +30,7 @@ PLACE = Place("validator", 3, 17)
 @given(st.sets(st.integers(0, 1 << 62), max_size=50) | st.sets(st.integers(0, 60), max_size=50))
 def test_a_marker_says_which_offsets_it_resolves(offsets: set[int]) -> None:
     written = marker.headers_of(offsets, "purged")
-    read = marker.resolved(written)
-    assert read is not None
+    read = marker.resolved(1 << 63, None, None, written) or []
     assert {offset for part in read for offset in part} == offsets
     assert written[1] == ("resolution", b"purged")
 
@@ -41,9 +40,29 @@ def test_neighbours_are_one_range() -> None:
 
 
 def test_a_letter_is_no_marker_and_a_bad_marker_resolves_nothing() -> None:
-    assert marker.resolved(None) is None
-    assert marker.resolved(headers.dead([], origin=Origin("mx.ok", 0, 1), attempt=1, cause="c")) is None
-    assert marker.resolved([("resolves", b"x,-,1-,-2,\xff")]) == [range(1, 2)]
+    assert marker.resolved(9, None, None, None) is None
+    carried = headers.dead([], origin=Origin("mx.ok", 0, 1), attempt=1, cause="c")
+    assert marker.resolved(9, None, None, carried) is None
+    bad = [("resolves", b"x,-,1-,-2,\xff"), ("resolution", b"purged")]
+    assert marker.resolved(9, None, None, bad) == [range(1, 2)]
+
+
+def test_a_marker_counts_for_what_stands_before_it() -> None:
+    later = marker.headers_of([3, 4, 5, 6, 9], "purged")
+    assert marker.resolved(5, None, None, later) == [range(3, 5)]
+    assert marker.resolved(3, None, None, later) is None
+
+
+def test_a_foreign_record_with_a_header_of_a_marker_is_a_letter() -> None:
+    """Earlier versions carried such headers on, so they stand on the topics."""
+    foreign = [("resolves", b"0-4"), ("resolution", b"purged")]
+    for key, value, carried in (
+        (b"k", None, foreign),
+        (None, b"v", foreign),
+        (None, None, foreign[:1]),
+        (None, None, [*foreign, ("attempt", b"1"), ("origin", b"mx.ok/0/1"), ("cause", b"c")]),
+    ):
+        assert marker.resolved(9, key, value, carried) is None
 
 
 @pytest.mark.parametrize("text", ["", "validator", "validator/1", "/1/2", "validator/-1/2", "validator/1/x"])

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.stage.headers import Malformed, Origin, dead, delayed, parse_return, traceparent
+from services.common.stage.headers import (
+    Malformed,
+    Origin,
+    dead,
+    delayed,
+    original,
+    parse_return,
+    traceparent,
+)
 
 ORIGINAL = [("ce_id", b"1"), ("ce_type", b"t"), ("traceparent", b"00-a-b-01")]
 ORIGIN = Origin("task.created", 3, 1234)
@@ -63,3 +71,19 @@ def test_each_bad_header_is_refused(name: str, value: bytes) -> None:
 def test_a_long_cause_is_cut() -> None:
     headers = dict(dead(None, origin=ORIGIN, attempt=1, cause="x" * 100_000))
     assert len(headers["cause"]) <= 2000
+
+
+@pytest.mark.parametrize("name", ["due-at", "attempt", "origin", "cause", "resolves", "resolution"])
+def test_what_a_foreign_record_says_in_our_names_is_not_carried_on(name: str) -> None:
+    foreign = [(name, b"0-99"), *ORIGINAL]
+    letter = dead(foreign, origin=ORIGIN, attempt=1, cause="c")
+    assert letter == [*ORIGINAL, ("attempt", b"1"), ("origin", b"task.created/3/1234"), ("cause", b"c")]
+    back = delayed(foreign, origin=ORIGIN, attempt=2, cause="c", due_at_ms=5)
+    assert (name, b"0-99") not in back
+    assert original(foreign) == ORIGINAL
+
+
+def test_a_replay_s_id_is_carried_on_where_a_replay_can_have_written_it() -> None:
+    replayed = [("replay-id", b"r"), *ORIGINAL]
+    assert dead(replayed, origin=ORIGIN, attempt=1, cause="c")[0] == ("replay-id", b"r")
+    assert "replay-id" not in dict(dead(replayed, origin=ORIGIN, attempt=1, cause="c", foreign=True))

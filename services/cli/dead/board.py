@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from confluent_kafka import Message
 
+from services.cli.dead import marker
 from services.cli.dead.letter import Letter, Place, letter_of
-from services.cli.dead.marker import resolved
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
 from services.common.stage.headers import Headers, readable_headers
@@ -74,7 +74,7 @@ def records(settings: Settings, places: Sequence[Place]) -> Iterator[Record]:
             for message in messages:
                 stage, partition = names[message.topic() or ""], message.partition() or 0
                 headers = readable_headers(message)
-                if message.offset() in wanted[stage, partition] and resolved(headers) is None:
+                if message.offset() in wanted[stage, partition] and _resolved(message, headers) is None:
                     yield Record(_letter(stage, message, headers), message.value(), headers)
     finally:
         log.close()
@@ -88,16 +88,21 @@ def _open(settings: Settings, stages: Sequence[str]) -> tuple[Log, dict[str, str
 
 def _put(board: Board, stage: str, message: Message) -> None:
     headers = readable_headers(message)
-    done = resolved(headers)
+    done = _resolved(message, headers)
     if done is None:
         letter = _letter(stage, message, headers)
         board.letters[letter.place] = letter
         return
     partition = message.partition() or 0
     for offsets in done:
-        # A marker names what stands before it, and what was deleted since is not there.
-        for offset in offsets[: (message.offset() or 0) - offsets.start]:
+        start = board.starts.get((stage, partition), 0)
+        # What was deleted since is not there.
+        for offset in range(max(offsets.start, start), offsets.stop):
             board.letters.pop(Place(stage, partition, offset), None)
+
+
+def _resolved(message: Message, headers: Headers) -> list[range] | None:
+    return marker.resolved(message.offset() or 0, message.key(), message.value(), headers)
 
 
 def _letter(stage: str, message: Message, headers: Headers) -> Letter:

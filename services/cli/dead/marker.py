@@ -5,7 +5,8 @@ their partition that names their offsets; who reads the letters leaves those out
 partition's start on is then deleted for real, markers and all: a marker names only what stands before it.
 
 A marker has no key and no value, and two headers: `resolves`, the offsets (`3-5,8`), and `resolution`, what
-became of them.
+became of them. Any other record with a header `resolves` is a letter. So is one that names no offset before
+its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from services.common.stage.headers import RESOLVES, Headers
+from services.common.stage.headers import RESOLUTION, RESOLVES, Headers
 
 __all__ = ["MOST", "Resolution", "headers_of", "resolved"]
 
@@ -25,24 +26,25 @@ MOST = 5000
 
 def headers_of(offsets: Iterable[int], resolution: Resolution) -> Headers:
     """Return the headers of the marker that resolves these letters of its partition."""
-    return [(RESOLVES, _ranges(sorted(offsets)).encode()), ("resolution", resolution.encode())]
+    return [(RESOLVES, _ranges(sorted(offsets)).encode()), (RESOLUTION, resolution.encode())]
 
 
-def resolved(headers: Headers | None) -> list[range] | None:
-    """Return the offsets that a record resolves; None where it is no marker.
+def resolved(
+    offset: int, key: bytes | None, value: bytes | None, headers: Headers | None
+) -> list[range] | None:
+    """Return the offsets, all below `offset`, that the record there resolves; None where it is no marker.
 
     What cannot be read in a marker resolves nothing.
     """
-    value = dict(headers or ()).get(RESOLVES)
-    if value is None:
+    if key is not None or value is not None or [name for name, _ in headers or ()] != [RESOLVES, RESOLUTION]:
         return None
     found = []
-    for part in value.decode("ascii", "replace").split(","):
+    for part in (dict(headers or ())[RESOLVES] or b"").decode("ascii", "replace").split(","):
         first, _, last = part.partition("-")
         last = last or first
         if first.isdecimal() and last.isdecimal():
-            found.append(range(int(first), int(last) + 1))
-    return found
+            found.append(range(int(first), min(int(last) + 1, offset)))
+    return [offsets for offsets in found if offsets] or None
 
 
 def _ranges(offsets: Sequence[int]) -> str:

@@ -7,8 +7,10 @@ Both carry the original's key, value and headers (CloudEvents' `ce_*`, `tracepar
 - `cause`    why, text
 - `due-at`   delayed only: not to be handled before, Unix milliseconds
 
-A record on a dead-letter topic with a header RESOLVES is no letter: it says which of those before it in its
-partition are done with (services/cli/dead). A record that a replay produced says which one in REPLAY_ID.
+A marker on a dead-letter topic says in RESOLVES which records before it in its partition are done with, and
+in RESOLUTION what became of them (services/cli/dead). A record that a replay produced names it in REPLAY_ID.
+
+Any producer may write these names. The runtime carries none of them on unless Postroad itself wrote it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, Protocol
 
 __all__ = [
     "REPLAY_ID",
+    "RESOLUTION",
     "RESOLVES",
     "Headers",
     "Malformed",
@@ -38,9 +41,10 @@ __all__ = [
 Headers = list[tuple[str, bytes]]
 
 RESOLVES = "resolves"
+RESOLUTION = "resolution"
 REPLAY_ID = "replay-id"
 
-_OWN = frozenset({"due-at", "attempt", "origin", "cause"})
+_OWN = frozenset({"due-at", "attempt", "origin", "cause", RESOLVES, RESOLUTION})
 _MAX_CAUSE = 2000
 _asked = methodcaller("headers")
 
@@ -108,9 +112,12 @@ def delayed(headers: Headers | None, *, origin: Origin, attempt: int, cause: str
     return [*_kept(headers), ("due-at", b"%d" % due_at_ms), *_ours(origin, attempt, cause)]
 
 
-def dead(headers: Headers | None, *, origin: Origin, attempt: int, cause: str) -> Headers:
-    """Return the headers of the dead letter."""
-    return [*_kept(headers), *_ours(origin, attempt, cause)]
+def dead(
+    headers: Headers | None, *, origin: Origin, attempt: int, cause: str, foreign: bool = False
+) -> Headers:
+    """Return the headers of the dead letter. `foreign`: no event of ours, so no replay produced it."""
+    kept = (header for header in _kept(headers) if not (foreign and header[0] == REPLAY_ID))
+    return [*kept, *_ours(origin, attempt, cause)]
 
 
 def parse_return(headers: Headers | None) -> Return:

@@ -55,7 +55,12 @@ class Render:
 
     def _letter(self, record: Fetched, outcome: Dead) -> Outgoing:
         carried = headers.dead(
-            record.headers, origin=_origin(record), attempt=record.attempt, cause=outcome.cause
+            record.headers,
+            origin=_origin(record),
+            attempt=record.attempt,
+            cause=outcome.cause,
+            # A replay produces events alone.
+            foreign=record.event is None,
         )
         # A key or value that is not there stays so: the letter is the original record.
         return Outgoing(self._dead, record.key, record.value, carried)  # type: ignore[arg-type]
