@@ -72,6 +72,9 @@ class Consumer:
             found = self._next(1)
         return found[0] if found else None
 
+    def get_watermark_offsets(self, partition: TopicPartition, *, cached: bool) -> tuple[int, int]:
+        return 0, self._broker.logs[partition.topic, partition.partition].end
+
     def _watch(self) -> None:
         now = self._world.now
         self._polls = self._polls + 1 if now == self._polled else 0

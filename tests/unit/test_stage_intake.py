@@ -29,11 +29,14 @@ class Clock:
     def __call__(self) -> int:
         return self.now
 
+    def monotonic(self) -> float:
+        return self.now / 1000
+
 
 def build(clock: Clock) -> tuple[Intake, Ledger]:
     stage = Stage("sender", ["task.created"], DECODERS, handle=lambda _: Done(), delays=(5, 60))
     ledger = Ledger(InFlight(10, 1 << 20))
-    intake = Intake(stage, Settings(topic_prefix="p."), ledger, clock)
+    intake = Intake(stage, Settings(topic_prefix="p."), ledger, clock, clock.monotonic)
     ledger.assign((topic, 0) for topic in intake.topics)
     return intake, ledger
 
@@ -128,7 +131,6 @@ def test_a_hold_ends_with_its_assignment() -> None:
     ("headers", "cause"),
     [
         ([("ce_id", b"1")], "delayed record: origin"),
-        (back(NOW + 10_000_000), "further off"),
         (back(NOW, origin="who.knows"), "is not read here"),
     ],
 )
@@ -139,6 +141,35 @@ def test_a_delayed_record_that_is_not_ours_is_a_fault_and_holds_nothing(headers:
     assert record.fault is not None
     assert cause in record.fault
     assert intake.held == 0
+
+
+@pytest.mark.parametrize("ahead_ms", [60_000, 10**15])
+def test_a_record_of_a_clock_that_is_ahead_waits_its_delay_and_is_no_dead_letter(ahead_ms: int) -> None:
+    clock = Clock()
+    intake, _ = build(clock)
+    topic, headers = "p.sender.delay.5", back(NOW + 5000 + ahead_ms)
+    for offset in (3, 4):
+        # The one behind was there as early, so it waits no second time.
+        while (record := intake.read(message(offset, topic, headers=headers))) is None:
+            ((assignment, head),) = intake.take_held()
+            assert head == offset == 3
+            intake.saw(assignment, 5)
+            assert assignment.held_until is not None
+            clock.now = round(1000 * assignment.held_until)
+            assert intake.release() == [assignment]
+        assert (record.fault, record.attempt) == (None, 3)
+        assert clock.now == NOW + 5500
+
+
+@pytest.mark.parametrize("lost", ["due-at", "attempt", "origin"])
+def test_a_faulty_delayed_record_keeps_the_origin_and_attempt_that_can_be_read(lost: str) -> None:
+    intake, _ = build(Clock())
+    headers = [header for header in back(NOW) if header[0] != lost]
+    record = intake.read(message(3, "p.sender.delay.5", headers=headers))
+    assert record is not None
+    assert record.fault is not None
+    assert record.attempt == (1 if lost == "attempt" else 3)
+    assert record.origin == (None if lost == "origin" else Origin("task.created", 4, 17))
 
 
 class _WithABadName:

@@ -3,14 +3,18 @@
 One topic per delay keeps its records roughly in the order of their due times, so that only the head
 of each partition has to be watched. Roughly: the jitter lets a record fall due up to a tenth of the
 delay before the head, and then it waits for it. Late is allowed, early never. Pure.
+
+A due time is by its writer's clock, and the reader's may differ. So the reader also measures by its monotonic
+clock how long it has known of a record, and handles it after the delay and the whole jitter.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 
-__all__ = ["credible", "look_again", "schedule"]
+__all__ = ["FirstSeen", "hold", "longest", "look_again", "schedule"]
 
 _JITTER = 0.1
 
@@ -37,10 +41,48 @@ def look_again(due_at_ms: int, delay: int) -> int:
     return due_at_ms + min(1000, delay * 20)
 
 
-def credible(due_at_ms: int, delay: int, now_ms: int) -> bool:
-    """Return whether a record on this delay's topic can have this due time.
+def longest(delay: int) -> float:
+    """Return the seconds that a record of this delay (seconds) waits at most."""
+    return delay * (1 + _JITTER)
 
-    One that lies further off than twice the delay and a minute for the clocks' differences was not
-    written by `schedule`, and would stop its partition until then.
+
+def hold(due_at_ms: int, delay: int, now_ms: int, now: float, since: float) -> float | None:
+    """Return until when (monotonic seconds) a head is held; None where it is to be handled now.
+
+    `now_ms` is the Unix time in milliseconds, `now` the monotonic one; the head has been there since `since`.
     """
-    return due_at_ms <= now_ms + 2000 * delay + 60_000
+    end = since + longest(delay)
+    if due_at_ms <= now_ms or now >= end:
+        return None
+    if now + (due_at_ms - now_ms) / 1000 > end:
+        # The clocks differ. What is written meanwhile must be seen early, for its wait is measured from then.
+        return min(end, now + delay * _JITTER)
+    return min(end, now + (look_again(due_at_ms, delay) - now_ms) / 1000)
+
+
+class FirstSeen:
+    """Since when the records of a partition are known to be there, by the reader's monotonic clock.
+
+    It remembers where the partition ended at several times, and rounds a record's time up by `grain` seconds.
+    """
+
+    __slots__ = ("_ends",)
+
+    def __init__(self) -> None:
+        # Ends, each with the latest and the earliest time that it stands for.
+        self._ends: deque[tuple[int, float, float]] = deque()
+
+    def note(self, end: int, now: float, grain: float) -> None:
+        """Note that at `now` (monotonic seconds) the partition had all offsets below `end`."""
+        if self._ends and end <= self._ends[-1][0]:
+            return
+        earliest = now
+        if self._ends and now - self._ends[-1][2] < grain:
+            earliest = self._ends.pop()[2]
+        self._ends.append((end, now, earliest))
+
+    def since(self, offset: int, now: float) -> float:
+        """Return since when `offset` is there, `now` where it is not known. The offsets must not fall."""
+        while self._ends and self._ends[0][0] <= offset:
+            self._ends.popleft()
+        return self._ends[0][1] if self._ends else now

@@ -31,6 +31,7 @@ __all__ = [
     "dead",
     "delayed",
     "original",
+    "parse_attempt",
     "parse_origin",
     "parse_return",
     "read_headers",
@@ -123,11 +124,16 @@ def dead(
 def parse_return(headers: Headers | None) -> Return:
     """Read a delayed record's headers. Raises Malformed, naming the header."""
     found = {name: value for name, value in headers or () if name in _OWN}
-    origin = _origin(found)
-    attempt = _number(found, "attempt")
+    origin, attempt = _origin(found), parse_attempt(headers)
+    return Return(_number(found, "due-at"), attempt, origin)
+
+
+def parse_attempt(headers: Headers | None) -> int:
+    """Return which attempt a delayed or dead record is. Raises Malformed, naming the header."""
+    attempt = _number({name: value for name, value in headers or () if name == "attempt"}, "attempt")
     if attempt < 1:
         raise Malformed(f"attempt is {attempt}")
-    return Return(_number(found, "due-at"), attempt, origin)
+    return attempt
 
 
 def parse_origin(headers: Headers | None) -> Origin:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from services.common.config import Settings
 from services.common.events import Event, Undecodable
-from services.common.stage.delays import credible, look_again
-from services.common.stage.headers import Headers, Malformed, parse_return, read_headers, traceparent
+from services.common.stage.delays import hold
+from services.common.stage.headers import (
+    Headers,
+    Malformed,
+    parse_attempt,
+    parse_origin,
+    parse_return,
+    read_headers,
+    traceparent,
+)
 from services.common.stage.ledger import Assignment, Fetched, Ledger
 from services.common.stage.types import Stage
 from services.common.topics import Names
@@ -17,6 +26,9 @@ from services.common.topics import Names
 __all__ = ["Intake", "RawMessage"]
 
 Decoder = Callable[[bytes | None], Event]
+
+# A part of the delay: how exactly it is remembered when a record came. It bounds what is remembered.
+_GRAIN = 0.02
 
 
 class RawMessage(Protocol):
@@ -31,10 +43,19 @@ class RawMessage(Protocol):
 
 
 class Intake:
-    """Reads a stage's messages. `topics` are the full names of all that the stage reads."""
+    """Reads a stage's messages. `topics` are the full names of all that the stage reads.
+
+    `now_ms` is the clock (Unix milliseconds) that due times are compared with, `now` one that nobody sets
+    (seconds).
+    """
 
     def __init__(
-        self, stage: Stage, settings: Settings, ledger: Ledger, now_ms: Callable[[], int] | None = None
+        self,
+        stage: Stage,
+        settings: Settings,
+        ledger: Ledger,
+        now_ms: Callable[[], int] | None = None,
+        now: Callable[[], float] | None = None,
     ) -> None:
         names = Names(settings.topic_prefix)
         self._ledger = ledger
@@ -46,6 +67,7 @@ class Intake:
         }
         self.topics = [*self._events, *self._delays]
         self._now_ms = now_ms or (lambda: int(time.time() * 1000))
+        self._now = now or time.monotonic
         self._held: set[Assignment] = set()
         self._to_hold: list[tuple[Assignment, int]] = []
 
@@ -61,7 +83,7 @@ class Intake:
         """
         topic = message.topic()
         assignment = self._ledger.find(topic, message.partition())
-        if assignment is None or assignment.held_until_ms is not None:
+        if assignment is None or assignment.held_until is not None:
             return None
         try:
             headers = read_headers(message)
@@ -94,14 +116,19 @@ class Intake:
         to_hold, self._to_hold = self._to_hold, []
         return to_hold
 
+    def saw(self, assignment: Assignment, end: int) -> None:
+        """Note that a held partition has all records below the offset `end`."""
+        delay = self._delays[assignment.topic][1]
+        assignment.first_seen.note(end, self._now(), delay * _GRAIN)
+
     def release(self) -> list[Assignment]:
-        """End the hold of partitions whose head is due by now, and return them."""
+        """End the hold of partitions whose head is to be looked at again, and return them."""
         if not self._held:
             return []
-        now = self._now_ms()
-        due = [a for a in self._held if a.held_until_ms is not None and a.held_until_ms <= now]
+        now = self._now()
+        due = [a for a in self._held if a.held_until is not None and a.held_until <= now]
         for assignment in due:
-            assignment.held_until_ms = None
+            assignment.held_until = None
             self._held.discard(assignment)
         return due
 
@@ -113,13 +140,13 @@ class Intake:
         """Return the seconds until the next hold ends, at most `most`."""
         if not self._held:
             return most
-        first = min(a.held_until_ms or 0 for a in self._held)
-        return min(most, max(0.0, (first - self._now_ms()) / 1000))
+        first = min(a.held_until or 0 for a in self._held)
+        return min(most, max(0.0, first - self._now()))
 
     def _delayed(
         self, message: RawMessage, assignment: Assignment, headers: Headers, name: str, delay: int
     ) -> Fetched | None:
-        offset, now = message.offset(), self._now_ms()
+        offset = message.offset()
         record = Fetched(
             assignment=assignment,
             offset=offset,
@@ -131,15 +158,21 @@ class Intake:
         )
         try:
             back = parse_return(headers)
-            if not credible(back.due_at_ms, delay, now):
-                raise Malformed("due-at is further off than the delay")
-            if back.due_at_ms > now:
-                self._hold(assignment, offset, look_again(back.due_at_ms, delay))
+            now = self._now()
+            until = hold(back.due_at_ms, delay, self._now_ms(), now, assignment.first_seen.since(offset, now))
+            if until is not None:
+                assignment.first_seen.note(offset + 1, now, delay * _GRAIN)
+                self._hold(assignment, offset, until)
                 return None
             if back.origin.topic not in self._decoders:
                 raise Malformed(f"its origin {back.origin.topic} is not read here")
         except Malformed as error:
             record.fault = f"delayed record: {error}"
+            # What can be read of it goes with the dead letter, which is sent back by it.
+            with suppress(Malformed):
+                record.origin = parse_origin(headers)
+            with suppress(Malformed):
+                record.attempt = parse_attempt(headers)
             return record
         record.topic, record.origin, record.attempt = back.origin.topic, back.origin, back.attempt
         event, record.fault = _decoded(self._decoders[record.topic], record.value)
@@ -147,8 +180,8 @@ class Intake:
             record.event = event
         return record
 
-    def _hold(self, assignment: Assignment, offset: int, until_ms: int) -> None:
-        assignment.held_until_ms = until_ms
+    def _hold(self, assignment: Assignment, offset: int, until: float) -> None:
+        assignment.held_until = until
         self._held.add(assignment)
         self._to_hold.append((assignment, offset))
 

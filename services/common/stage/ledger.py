@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from services.common.events import Event
+from services.common.stage.delays import FirstSeen
 from services.common.stage.headers import Headers, Origin
 from services.common.stage.inflight import InFlight
 from services.common.stage.offsets import Offsets
@@ -23,7 +24,7 @@ _OVERHEAD = 1024
 class Assignment:
     """One assignment of one partition. A partition that comes back is another assignment."""
 
-    __slots__ = ("committed", "held_until_ms", "live", "offsets", "partition", "paused", "topic")
+    __slots__ = ("committed", "first_seen", "held_until", "live", "offsets", "partition", "paused", "topic")
 
     def __init__(self, topic: str, partition: int) -> None:
         self.topic, self.partition = topic, partition
@@ -31,7 +32,9 @@ class Assignment:
         self.offsets = Offsets()
         self.committed: int | None = None
         self.paused = False
-        self.held_until_ms: int | None = None
+        # Of a delay topic: when its records came, and until when it is held, both in monotonic seconds.
+        self.first_seen = FirstSeen()
+        self.held_until: float | None = None
 
 
 class Fetched(Record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Any, Protocol
 
 from confluent_kafka import TopicPartition
 
@@ -22,6 +22,7 @@ class _Pausable(Protocol):
     def pause(self, partitions: list[TopicPartition]) -> None: ...
     def resume(self, partitions: list[TopicPartition]) -> None: ...
     def seek(self, partition: TopicPartition) -> None: ...
+    def get_watermark_offsets(self, partition: TopicPartition, *, cached: bool) -> Any: ...
 
 
 class Pauses:
@@ -66,7 +67,11 @@ class Pauses:
         held = self._intake.take_held()
         for assignment, offset in held:
             self._apply([assignment])
-            self.consumer.seek(TopicPartition(assignment.topic, assignment.partition, offset))
+            head = TopicPartition(assignment.topic, assignment.partition, offset)
+            self.consumer.seek(head)
+            # As the last fetch said: no question to the broker.
+            _, end = self.consumer.get_watermark_offsets(head, cached=True)
+            self._intake.saw(assignment, end)
         if held:
             self._held_gauge.set(self._intake.held)
 
@@ -89,7 +94,7 @@ class Pauses:
         for assignment in assignments:
             if not assignment.live:
                 continue
-            wanted = self.resting or assignment.held_until_ms is not None
+            wanted = self.resting or assignment.held_until is not None
             if wanted != assignment.paused:
                 assignment.paused = wanted
                 (pause if wanted else resume).append(TopicPartition(assignment.topic, assignment.partition))

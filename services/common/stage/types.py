@@ -37,6 +37,7 @@ class Retry:
     """Hand the record back as attempt + 1 once `due_at_ms` (Unix milliseconds) has come, never earlier.
 
     `delay` names the delay topic, one of the stage's `delays` (seconds); `events` are published as well.
+    A due time beyond the delay and a tenth of it counts as one of another clock: the record waits no longer.
     Unless it `counts` the record comes back as the same attempt: nothing was tried.
     """
 
