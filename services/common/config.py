@@ -146,7 +146,8 @@ class Settings(BaseSettings):
     email_tls: Literal["", "implicit", "starttls", "opportunistic", "none"] = _email(  # type: ignore[assignment]
         "EMAIL_TLS",
         "",
-        "implicit, starttls (required), opportunistic or none; empty: none on loopback, else starttls",
+        "implicit, starttls (required), opportunistic (starttls if EMAIL_USER is set) or none; "
+        "empty: none on loopback, else starttls",
     )
     email_from: str = _email(
         "EMAIL_FROM", "Postroad <postroad@localhost>", "The From address, also the envelope's"

@@ -1,7 +1,7 @@
 """The client's side of AUTH: PLAIN (RFC 4616), LOGIN and XOAUTH2. Pure: which lines to send, in which
 order."""
 
-import ipaddress
+import ssl
 from base64 import b64encode
 from collections.abc import Collection
 
@@ -14,16 +14,19 @@ class UnsupportedAuthError(Exception):
     """The server offers no mechanism that these credentials can use."""
 
 
-def secret_may_go(tls: Tls, encrypted: bool, peer: str) -> bool:
-    """Whether a secret may be sent over this session: in clear only to this machine, or if TLS is switched
-    off.
+def secret_may_go(tls: Tls, context: ssl.SSLContext | None) -> bool:
+    """Whether a secret may be sent over a session: to a verified peer, or in clear if TLS is switched off.
 
-    Without this, whoever strips STARTTLS from an opportunistic session is given the password.
+    Without this, whoever strips STARTTLS from an opportunistic session, or answers it with a certificate of
+    their own, is given the password.
 
     Args:
-        peer: the IP address at the other end.
+        tls: the relay's mode.
+        context: what the session was encrypted with; None where it is in clear.
     """
-    return encrypted or tls is Tls.NONE or ipaddress.ip_address(peer.partition("%")[0]).is_loopback
+    if context is None:
+        return tls is Tls.NONE
+    return context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
 
 
 def auth_lines(credentials: Credentials, offered: Collection[str]) -> list[bytes]:

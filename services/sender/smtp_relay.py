@@ -15,7 +15,9 @@ class Tls(StrEnum):
     STARTTLS = "starttls"
     """By STARTTLS (RFC 3207), or there is no session. The certificate is verified."""
     OPPORTUNISTIC = "opportunistic"
-    """By STARTTLS if the server offers it and it works, in clear otherwise; no certificate is verified."""
+    """By STARTTLS if the server offers it and it works, in clear otherwise; no certificate is verified.
+
+    With credentials the certificate is verified, and there is no session in clear."""
     NONE = "none"
     """Never."""
 
@@ -53,7 +55,7 @@ class Relay:
         if self.context is not None:
             return self.context
         context = ssl.create_default_context()
-        if self.tls is Tls.OPPORTUNISTIC:
+        if self.tls is Tls.OPPORTUNISTIC and self.credentials is None:
             # RFC 7435: some protection beats none, and what would be refused here would go in clear.
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE

@@ -98,9 +98,10 @@ async def open_session(relay: Relay, context: ssl.SSLContext | None, timeouts: T
         if context is not None and relay.tls in (Tls.STARTTLS, Tls.OPPORTUNISTIC):
             encrypted = await _start_tls(session, relay, context)
         if relay.credentials is not None:
-            await _authenticate(session, relay, encrypted)
+            await _authenticate(session, relay, context if encrypted else None)
     except _HandshakeError as error:
-        if relay.tls is Tls.OPPORTUNISTIC:
+        # Credentials would not go in clear either, and the certificate's trouble is what to show.
+        if relay.tls is Tls.OPPORTUNISTIC and relay.credentials is None:
             return await open_session(relay, None, timeouts)
         raise UnavailableError.at(Phase.TLS, str(error), name) from error
     except BaseException:
@@ -189,10 +190,10 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
     return True
 
 
-async def _authenticate(session: Session, relay: Relay, encrypted: bool) -> None:
+async def _authenticate(session: Session, relay: Relay, context: ssl.SSLContext | None) -> None:
     assert relay.credentials is not None
-    if not secret_may_go(relay.tls, encrypted, session.wire.transport.get_extra_info("peername")[0]):
-        cause = "credentials are not sent in clear unless TLS is switched off"
+    if not secret_may_go(relay.tls, context):
+        cause = "credentials go only to a relay whose certificate is verified, unless TLS is switched off"
         raise UnavailableError.at(Phase.AUTH, cause, session.name)
     try:
         lines = auth_lines(relay.credentials, session.auth)

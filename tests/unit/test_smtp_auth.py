@@ -1,31 +1,38 @@
 """AUTH: which lines are sent, and when a secret may go at all."""
 
 import base64
+import ssl
 
 import pytest
 
 from services.sender.smtp_auth import UnsupportedAuthError, auth_lines, secret_may_go
-from services.sender.smtp_relay import Credentials, Tls
+from services.sender.smtp_relay import Credentials, Relay, Tls
 
 
-@pytest.mark.parametrize(
-    ("tls", "encrypted", "peer", "may"),
-    [
-        (Tls.STARTTLS, True, "192.0.2.1", True),
-        (Tls.IMPLICIT, True, "192.0.2.1", True),
-        (Tls.OPPORTUNISTIC, True, "192.0.2.1", True),
-        (Tls.OPPORTUNISTIC, False, "192.0.2.1", False),
-        (Tls.OPPORTUNISTIC, False, "2001:db8::1", False),
-        (Tls.OPPORTUNISTIC, False, "fe80::1%eth0", False),
-        (Tls.OPPORTUNISTIC, False, "127.0.0.1", True),
-        (Tls.OPPORTUNISTIC, False, "::1", True),
-        (Tls.NONE, False, "192.0.2.1", True),
-    ],
-)
-def test_a_secret_goes_in_clear_only_to_this_machine_or_on_demand(
-    tls: Tls, encrypted: bool, peer: str, may: bool
-) -> None:
-    assert secret_may_go(tls, encrypted, peer) is may
+def unverified() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def unnamed() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    return context
+
+
+@pytest.mark.parametrize("tls", list(Tls))
+def test_a_secret_goes_to_a_verified_peer_or_in_clear_on_demand(tls: Tls) -> None:
+    assert secret_may_go(tls, ssl.create_default_context())
+    assert not secret_may_go(tls, unverified())
+    assert not secret_may_go(tls, unnamed())
+    assert secret_may_go(tls, None) is (tls is Tls.NONE)
+
+
+@pytest.mark.parametrize("tls", [Tls.IMPLICIT, Tls.STARTTLS, Tls.OPPORTUNISTIC])
+def test_whoever_is_given_credentials_is_verified(tls: Tls) -> None:
+    relay = Relay("mail.example.org", 587, tls, Credentials("ann", "pw"))
+    assert secret_may_go(tls, relay.tls_context())
 
 
 @pytest.mark.parametrize(

@@ -388,6 +388,30 @@ async def test_required_tls_that_is_refused() -> None:
     assert (outcome.phase, outcome.cause) == (Phase.TLS, "454 4.7.0 TLS not available")
 
 
+async def test_opportunistic_gives_credentials_to_no_peer_that_is_not_verified(
+    other_name: Certificates,
+) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("STARTTLS", "AUTH PLAIN")
+        await c.expect("STARTTLS")
+        await c.say("220 go on")
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await c.start_tls(other_name.server())
+
+    outcome = await refusal_of(script, tls=Tls.OPPORTUNISTIC, credentials=USER)
+    assert outcome.phase is Phase.TLS
+    assert "certificate" in outcome.cause.lower()
+
+
+async def test_opportunistic_gives_no_credentials_in_clear() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("AUTH PLAIN")
+        await c.ended()
+
+    outcome = await refusal_of(script, tls=Tls.OPPORTUNISTIC, credentials=USER)
+    assert outcome.phase is Phase.AUTH
+
+
 @pytest.mark.parametrize("tls", [Tls.STARTTLS, Tls.OPPORTUNISTIC])
 @pytest.mark.parametrize("injected", ["250 injected", "250-inj"])
 async def test_replies_injected_before_tls_end_the_session(tls: Tls, injected: str) -> None:
