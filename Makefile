@@ -1,7 +1,7 @@
 # Postroad: `make` lists what there is.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up down status logs check lint types imports protos schema baseline fmt \
-	test unit integration e2e chaos simulate bench lock clean
+	test test-long unit integration e2e chaos simulate bench lock clean
 
 PYTHON := .venv/bin/python
 STACK := $(PYTHON) -m deploy.local
@@ -16,7 +16,7 @@ define generate
 endef
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: Debian packages, .venv, Kafka, MySQL (quick when all is there)
 	@python3 -m deploy.local.setup
@@ -67,6 +67,10 @@ fmt: setup ## put the code into its style
 test: ## every test, on real servers (ARGS="-k name" for some)
 	@python3 -m deploy.local.setup --tests
 	@$(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+test-long: ## every test, those with a long form in it: tens of minutes
+	@python3 -m deploy.local.setup --tests
+	@POSTROAD_TEST_LONG=1 $(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 unit: setup ## the tests that need no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)

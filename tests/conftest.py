@@ -2,6 +2,7 @@
 
 import pytest
 
+import tests.forms  # noqa: F401  (loads the profile of this run's form)
 from tests import reaper
 from tests.order import pytest_collection_modifyitems
 from tests.reaper import pytest_configure

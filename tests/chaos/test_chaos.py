@@ -1,4 +1,9 @@
-"""A short form of chaos on the real stack, and broken variants that it must find broken."""
+"""A short form of chaos on the real stack, and broken variants that it must find broken.
+
+Each takes minutes, so only `make test-long` runs them. `make test` has each of these faults by itself
+(tests/e2e/test_kills.py and test_outages.py), mixtures of them and broken variants in memory
+(tests/simulation), and the rules that judge a run (test_checker.py).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ import pytest
 from tests.chaos.plan import Fault
 from tests.chaos.report import show
 from tests.chaos.runner import Run, run
+from tests.forms import LONG
+
+pytestmark = pytest.mark.skipif(not LONG, reason="minutes long: make test-long")
 
 # A machine that runs other things beside: what is measured may take longer there, what is lost may not.
 SLACK = 60.0

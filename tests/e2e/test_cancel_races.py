@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections import Counter
@@ -16,10 +15,10 @@ from google.rpc import error_details_pb2, status_pb2
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from tests.e2e.road import Road, until
+from tests.forms import by_form
 from tests.stack import Stack
 
-# 2,000 is the long form: POSTROAD_E2E_RACES=2000 make e2e.
-RACES = int(os.environ.get("POSTROAD_E2E_RACES", "400"))
+RACES = by_form(400, 2000)
 CALLERS = 32
 # What the mail server does to them, and so how long the sender has them in hand.
 KINDS = ("a", "a", "slow-20", "slow-80", "slow-300", "greylist", "reject5", "drop-before")

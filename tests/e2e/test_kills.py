@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.road import Road, until
+from tests.forms import by_form
 from tests.groups import describe
 from tests.stack import Stack
 
-# 2,000 is the long form: POSTROAD_E2E_TASKS=2000 make e2e.
-TASKS = int(os.environ.get("POSTROAD_E2E_TASKS", "600"))
+TASKS = by_form(400, 2000)
 SERVICES = ("api", "validator", "sender", "status")
 
 

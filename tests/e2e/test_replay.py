@@ -1,7 +1,4 @@
-"""Replays and plain group resets of a system at work: nothing is sent again, and nothing stands otherwise.
-
-The full form has 5,000 sent and 300 failed tasks: POSTROAD_E2E_TASKS=5000 make e2e.
-"""
+"""Replays and plain group resets of a system at work: nothing is sent again, and nothing stands otherwise."""
 
 from __future__ import annotations
 
@@ -21,10 +18,11 @@ from services.common.events import encode
 from services.common.topics import EVENT_TOPICS, READ_BY, TASK_CREATED
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
+from tests.forms import by_form
 from tests.groups import Offsets, describe
 from tests.stack import Stack
 
-SENT = int(os.environ.get("POSTROAD_E2E_TASKS", "500"))
+SENT = by_form(300, 5000)
 REJECTED = max(30, SENT * 6 // 100)
 UNANSWERED, WAITING, CANCELLED = 5, 5, 5
 STAGES = ("validator", "sender", "status")

@@ -30,6 +30,7 @@ from services.common.events import Event, event_key
 from services.common.fold import delta, fold
 from services.sender.answers import found_in_doubt
 from tests.event_strategies import events_of, mail_task
+from tests.forms import by_form
 
 ID = bytes(range(16))
 LEASE = timedelta(seconds=20)
@@ -102,7 +103,7 @@ class Deliveries:
         self.attempt = row.attempt + 1
 
 
-@settings(max_examples=1000)
+@settings(max_examples=by_form(200, 1000))
 @given(st.integers(0, 1 << 32))
 def test_the_topics_tell_a_settled_row(seed: int) -> None:
     rng = random.Random(seed)

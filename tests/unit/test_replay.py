@@ -35,6 +35,7 @@ from services.common.rate import Rate
 from services.common.stage.headers import Origin, parse_return
 from services.common.stage.headers import delayed as delayed_headers
 from tests.event_strategies import mail_task
+from tests.forms import by_form
 
 ID = bytes(range(16))
 NOW = datetime(2026, 3, 1, 12)
@@ -320,7 +321,7 @@ def walk(steps: list[tuple[str, int]], reopen: set[str]) -> Task:
     return task
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=by_form(300, 2000), deadline=None)
 @given(STEPS)
 def test_a_replay_never_wakes_a_task_that_ended_before_or_after_it_looked(
     steps: list[tuple[str, int]],
@@ -330,14 +331,14 @@ def test_a_replay_never_wakes_a_task_that_ended_before_or_after_it_looked(
     assert task.went <= 1 + task.asked
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=by_form(300, 2000), deadline=None)
 @given(STEPS, st.sets(st.sampled_from(["failed", "cancelled", "uncertain", "deferred"])))
 def test_each_further_mail_was_asked_for(steps: list[tuple[str, int]], reopen: set[str]) -> None:
     task = walk(steps, reopen)
     assert task.went <= 1 + task.asked
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=by_form(300, 2000), deadline=None)
 @given(STEPS)
 def test_whatever_happened_a_replay_finds_an_open_task_again(steps: list[tuple[str, int]]) -> None:
     """With `--reopen deferred`, once nobody has it in hand: as when all of its records were lost."""
