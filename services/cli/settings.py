@@ -18,11 +18,12 @@ table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`):
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from services.cli.errors import USAGE, Failure
+from services.common.environment import unknown
 
 if TYPE_CHECKING:
     from services.common.config import Settings
@@ -44,10 +45,12 @@ def values(given: Mapping[str, str | None], environment: Mapping[str, str]) -> d
     """Return each variable that is set anywhere, in its effective value.
 
     `given` are the flags, by the names of VARIABLES and `profile`, `config`, `env-file`; None where a flag is
-    not there. Raises Failure for a file or profile that is wrong or missing.
+    not there. Raises Failure for a file or profile that is wrong or missing, and for a
+    variable that looks like a setting and is none.
     """
     file = given.get("env-file") or environment.get("POSTROAD_ENV_FILE")
     outer = (env_file(Path(file)) if file else {}) | dict(environment)
+    _refuse_misspelt(outer)
     named = given.get("profile") or outer.get("POSTROAD_PROFILE")
     flags = {
         VARIABLES[name]: value for name, value in given.items() if name in VARIABLES and value is not None
@@ -118,6 +121,15 @@ def settings_of(effective: Mapping[str, str]) -> Settings:
         if variable in effective:
             given[name] = effective[variable]
     return Settings(**given)  # type: ignore[arg-type]
+
+
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    # The settings take longer to import than most commands take: often no variable is one of them.
+    if unknown(names, VARIABLES.values()):
+        from services.common.config import misspelt  # noqa: PLC0415
+
+        if lines := misspelt(names):
+            raise Failure("; ".join(lines), USAGE)
 
 
 def _said(error: Exception) -> str:

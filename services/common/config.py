@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -17,8 +17,9 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.common import forms
+from services.common.environment import unknown
 
-__all__ = ["Settings", "refusals", "refused", "settings", "variable"]
+__all__ = ["Settings", "misspelt", "refusals", "refused", "settings", "variable"]
 
 Delays = Annotated[tuple[int, ...], NoDecode]
 Host = Annotated[str, AfterValidator(forms.host)]
@@ -185,6 +186,11 @@ class Settings(BaseSettings):
 def variable(field: str) -> str:
     """Return the environment variable of a field of Settings."""
     return str(Settings.model_fields[field].validation_alias or f"POSTROAD_{field.upper()}")
+
+
+def misspelt(names: Iterable[str]) -> list[str]:
+    """Return a line for each of these variables that looks like a setting and is none."""
+    return unknown(names, [variable(field) for field in Settings.model_fields])
 
 
 def refusals(error: ValidationError) -> list[str]:

@@ -14,7 +14,7 @@ import structlog
 import uvloop
 from pydantic import ValidationError
 
-from services.common.config import Settings, refusals, settings
+from services.common.config import Settings, misspelt, refusals, settings
 from services.common.health import HealthServer, Heartbeat
 from services.common.telemetry import configure_logs
 
@@ -44,8 +44,11 @@ def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn
     """Run the service that `build` makes, and exit.
 
     0 after a drain (SIGTERM or SIGINT), 1 when the service failed or a second signal came, 2 when a
-    setting is wrong (`build` raises ValueError where it cannot be used).
+    setting is wrong (`build` raises ValueError where it cannot be used) or a variable is none of ours.
     """
+    if lines := misspelt(os.environ):
+        print("\n".join(lines), file=sys.stderr)
+        sys.exit(2)
     try:
         config = settings()
     except ValidationError as error:

@@ -116,3 +116,14 @@ def test_an_env_file_has_names_and_values(tmp_path: Path) -> None:
     path.write_text("POSTROAD_API=a:1\nnonsense\n")
     with pytest.raises(Failure, match="line 2: no NAME=value"):
         values({"env-file": str(path)}, {})
+
+
+def test_a_variable_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.env"
+    path.write_text("POSTROAD_KAFKA_BOOTSTRP=a:1\n")
+    nearest = "POSTROAD_KAFKA_BOOTSTRP: no such variable; the nearest is POSTROAD_KAFKA_BOOTSTRAP"
+    for given, environment in (({"env-file": str(path)}, {}), ({}, {"POSTROAD_KAFKA_BOOTSTRP": "a:1"})):
+        with pytest.raises(Failure) as failed:
+            values(given, environment)
+        assert (failed.value.line, failed.value.code) == (nearest, USAGE)
+    assert values({}, {"POSTROAD_HTTP_API_1": "127.0.0.1:1", "POSTROAD_PARTITIONS": "3"})

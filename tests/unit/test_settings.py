@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from services.common.config import Settings, refusals, variable
+from services.common.config import Settings, misspelt, refusals, variable
+from services.common.environment import OTHERS
 from services.common.topics import wanted
 
 DAY = 86400
@@ -189,6 +191,11 @@ def test_every_setting_has_values_that_it_refuses() -> None:
     [
         ("sender", {"POSTROAD_SENDER_DELAYS": ""}, "POSTROAD_SENDER_DELAYS: "),
         ("status", {"POSTROAD_DATABASE_URL": "nonsense"}, "POSTROAD_DATABASE_URL: "),
+        (
+            "validator",
+            {"POSTROAD_VALIDATOR_DELAY": "5"},
+            "POSTROAD_VALIDATOR_DELAY: no such variable; the nearest is POSTROAD_VALIDATOR_DELAYS",
+        ),
     ],
 )
 def test_the_process_ends_with_2(service: str, given: dict[str, str], says: str) -> None:
@@ -211,3 +218,36 @@ def test_the_longest_names_and_delays_fit_a_topic() -> None:
     assert max(len(topic.name) for topic in topics) <= 249
     (delay,) = (topic for topic in topics if topic.name.endswith(str(30 * DAY)))
     assert int(delay.config["retention.ms"]) >= 2 * 30 * DAY * 1000
+
+
+def test_a_variable_that_is_none_of_ours_is_named_with_the_nearest() -> None:
+    assert misspelt(["POSTROAD_PARTITONS", "POSTROAD_ZZZ", "postroad_api_token"]) == [
+        "POSTROAD_PARTITONS: no such variable; the nearest is POSTROAD_PARTITIONS",
+        "POSTROAD_ZZZ: no such variable",
+        "postroad_api_token: no such variable; the nearest is POSTROAD_API_TOKENS",
+    ]
+    # An e-mail setting has a name of its own.
+    assert len(misspelt(["POSTROAD_EMAIL_HOST", "POSTROAD_HTTP_RELAY_1", "POSTROAD_LOCAL_PATH"])) == 3
+
+
+def test_what_else_is_ours_is_no_error() -> None:
+    settings = [variable(field) for field in Settings.model_fields]
+    ours = ["POSTROAD_HTTP_SENDER_12", "postroad_partitions", "EMAIL_ME", "PATH", "_POSTROAD_COMPLETE"]
+    assert misspelt([*settings, *OTHERS, *ours]) == []
+
+
+def test_every_variable_that_the_tree_names_is_known_and_no_other() -> None:
+    root = Path(__file__).parents[2]
+    tried = {"environment.py", "test_settings.py", "test_cli_settings.py"}
+    files = [
+        path
+        for folder in ("services", "deploy", "tests")
+        for path in (root / folder).rglob("*.py")
+        if path.name not in tried or path.parent.name == "local"
+    ]
+    text = "".join(path.read_text() for path in (*files, root / "compose.yaml", root / "Makefile"))
+    named = set(re.findall(r"(?<![A-Z_])POSTROAD_[A-Z0-9_]*[A-Z0-9](?![A-Z0-9_])", text))
+    settings = {variable(field) for field in Settings.model_fields}
+    assert named - settings - OTHERS - {f"POSTROAD_HTTP_SENDER_{n}" for n in range(1, 4)} == set()
+    assert OTHERS - {"POSTROAD_TEST_RUN"} <= named
+    assert not OTHERS & settings

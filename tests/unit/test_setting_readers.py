@@ -1,0 +1,161 @@
+"""A setting reaches the services whose code reads it.
+
+What compose.yaml and the local stack hand on is compared with what the code of each service leads to.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from deploy.local.environment import service_environment
+from deploy.local.state import State
+from services.common.config import Settings, variable
+from services.common.environment import OTHERS
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = (ROOT / "compose.yaml").read_text()
+SERVICES = ("api", "validator", "sender", "status")
+
+# What a system of one broker, whose containers name themselves, has no use for; and the times that
+# `stop_grace_period` is made for.
+NOT_HANDED_ON = {
+    "POSTROAD_REPLICATION",
+    "POSTROAD_TOPIC_PREFIX",
+    "POSTROAD_REPLICA",
+    "POSTROAD_DRAIN_SECONDS",
+    "POSTROAD_REVOKE_SECONDS",
+}
+
+# A definition at the top of a module: the module and its name.
+Symbol = tuple[str, str]
+
+
+class Module:
+    """What a module defines at its top, and what its names stand for."""
+
+    def __init__(self, name: str) -> None:
+        path = ROOT / name.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        self.defined: dict[str, ast.stmt] = {}
+        self.imported: dict[str, Symbol | str] = {}
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("services"):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    there = (ROOT / whole.replace(".", "/")).with_suffix(".py").exists()
+                    there = there or (ROOT / whole.replace(".", "/")).is_dir()
+                    self.imported[alias.asname or alias.name] = (
+                        whole if there else (node.module or "", alias.name)
+                    )
+        for node in tree.body:
+            for defined in _names(node):
+                self.defined[defined] = node
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+module = cache(Module)
+
+
+def _uses(symbol: Symbol) -> Iterator[Symbol]:
+    """Yield what a definition names: of its own module, and of those that it imports."""
+    here = module(symbol[0])
+    for node in ast.walk(here.defined[symbol[1]]):
+        if isinstance(node, ast.Name):
+            if node.id in here.defined:
+                yield symbol[0], node.id
+            elif isinstance(found := here.imported.get(node.id), tuple):
+                yield found
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and isinstance(found := here.imported.get(node.value.id), str)
+        ):
+            yield found, node.attr
+
+
+def _fields(symbol: Symbol) -> Iterator[str]:
+    """Yield the fields of the settings that a definition reads."""
+    for node in ast.walk(module(symbol[0]).defined[symbol[1]]):
+        if not isinstance(node, ast.Attribute):
+            continue
+        of = node.value
+        name = of.id if isinstance(of, ast.Name) else of.attr if isinstance(of, ast.Attribute) else ""
+        if name in ("settings", "_settings", "config"):
+            # A property of the settings reads a field.
+            yield "replica" if node.attr == "replica_name" else node.attr
+
+
+def read_from(*roots: Symbol) -> set[str]:
+    """Return the variables of the settings that these definitions, and all that they lead to, read."""
+    seen, todo = set[Symbol](), list(roots)
+    while todo:
+        symbol = todo.pop()
+        known = symbol[0].startswith("services.") and symbol[1] in module(symbol[0]).defined
+        if not known or symbol in seen or symbol[1] == "Settings":
+            continue
+        seen.add(symbol)
+        todo += _uses(symbol)
+    fields = {field for symbol in seen for field in _fields(symbol)}
+    return {variable(field) for field in fields & set(Settings.model_fields)}
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def read_by(service: str) -> set[str]:
+    """Return the variables that a service's process, or a command of compose.yaml's, reads."""
+    if service == "migrate":
+        return read_from(("services.cli.database", "url_of"), ("services.common.migrations", "migrate"))
+    if service == "postroad":
+        names = [_dotted(path) for path in (ROOT / "services/cli").rglob("*.py") if path.stem != "__init__"]
+        return read_from(*((name, defined) for name in names for defined in module(name).defined))
+    if service == "topics":
+        return read_from(("services.common.kafka_admin", "apply"))
+    return read_from(("services.common.process", "main"), (f"services.{service}.service", "build"))
+
+
+def handed_to(service: str) -> set[str]:
+    """Return the variables that compose.yaml gives to a service."""
+    blocks = dict(re.findall(r"^x-\w+: &(\w+)\n((?:  .*\n)+)", COMPOSE, re.MULTILINE))
+    [block] = re.findall(rf"^  {service}:\n((?:    .*\n|\n)+)", COMPOSE, re.MULTILINE)
+    [(line, given)] = re.findall(r"^    environment:(.*)\n((?:      .*\n)*)", block, re.MULTILINE)
+    for anchor in re.findall(r"\*(\w+)", line + "".join(re.findall("<<:.*", given))):
+        given += blocks[anchor]
+    return set(re.findall(r"^ +((?:POSTROAD|EMAIL)_\w+):", given, re.MULTILINE)) - OTHERS
+
+
+def test_every_setting_has_a_reader() -> None:
+    read = {name for service in (*SERVICES, "topics") for name in read_by(service)}
+    assert read == {variable(field) for field in Settings.model_fields}
+
+
+@pytest.mark.parametrize("service", [*SERVICES, "migrate", "topics", "postroad"])
+def test_compose_hands_each_service_what_it_reads(service: str) -> None:
+    assert handed_to(service) == read_by(service) - NOT_HANDED_ON
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_the_local_stack_hands_each_service_what_it_reads(service: str) -> None:
+    given = {variable(field): "given" for field in Settings.model_fields}
+    state = State(given=given)
+    assert read_by(service) <= set(service_environment(state, f"{service}-1"))
+
+
+def test_what_a_service_reads_is_known_exactly() -> None:
+    assert "POSTROAD_BODY_RETENTION" in read_by("status")
+    assert not {"POSTROAD_BODY_RETENTION", "POSTROAD_PARTITIONS"} & read_by("api")
+    assert {name for name in read_by("status") if name.startswith("EMAIL_")} == set()
