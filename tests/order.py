@@ -1,4 +1,4 @@
-"""The order of the tests, and which of them may not overlap."""
+"""The order of the tests, and which of them run one after another on one worker."""
 
 from __future__ import annotations
 
@@ -6,19 +6,42 @@ import pytest
 
 __all__ = ["pytest_collection_modifyitems"]
 
-# Where the long tests are: they begin first, so that no worker is left alone with one at the end.
-_FIRST = ("tests/chaos/test_chaos", "tests/e2e", "tests/integration", "tests/simulation")
+# The long tests begin first, so that no worker is left alone with one at the end.
+_FIRST = (
+    "tests/chaos/test_chaos",
+    "tests/e2e",
+    "tests/integration/test_local_stack",
+    "tests/integration/test_stage",
+    "tests/integration/test_re",
+    "tests/integration",
+    "tests/simulation",
+)
+# What their modules' fixtures prepare costs more than several of their tests.
+_TOGETHER = (
+    "tests/e2e/test_replay",
+    "tests/integration/test_api_list",
+    "tests/integration/test_api_requests",
+    "tests/integration/test_fold_sql",
+    "tests/integration/smtp/test_smtp_postfix",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the long tests first, and those that share what they break onto one worker each (`loadgroup`)."""
-    items.sort(key=_rank)
-    for item in items:
-        if item.get_closest_marker("breaks_servers"):
-            item.add_marker(pytest.mark.xdist_group("breaks_servers"))
-        elif "stack" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("stack"))
+    """Put the long tests first; name the group that a test belongs to, for `--dist loadgroup`."""
+    groups = {item: group for item in items if (group := _group(item))}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    # These two are the longest chains.
+    items.sort(key=lambda item: (groups.get(item) not in ("stack", "breaks_servers"), _rank(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    if item.get_closest_marker("breaks_servers"):
+        return "breaks_servers"
+    if "stack" in getattr(item, "fixturenames", ()):
+        return "stack"
+    return next((start for start in _TOGETHER if item.nodeid.startswith(start)), "")
 
 
 def _rank(item: pytest.Item) -> int:
