@@ -118,7 +118,8 @@ def _replay(dead: typer.Typer) -> None:
         """Send dead letters back to the topics that they came from, once what was wrong is mended.
 
         Every stage that reads the topic sees the record again; a mail that went out is not sent again. What
-        died on a retry comes back to its stage alone, as that attempt.
+        died on a retry comes back to its stage alone, as that attempt. A value that did not fit into its
+        letter is read where it came from, while that topic keeps it.
         """
         from services.cli.dead import resolve  # noqa: PLC0415
         from services.cli.dead.back import replayable  # noqa: PLC0415
@@ -130,9 +131,14 @@ def _replay(dead: typer.Typer) -> None:
         if not there:
             raise Failure("none of these letters can be replayed", FAILED)
         _ask("Replay", there, yes)
+        gone: list[Exception] = []
         with progress("replay", len(there)) as bar:
-            done = resolve.replay(settings, there, bar.advance)
-        frame.out.one({"replayed": done, "kept": len(meant) - len(there)})
+            done = resolve.replay(settings, there, bar.advance, gone.append)
+        for why in gone:
+            say(f"{why}; it stays.")
+        if len(gone) == len(there):
+            raise Failure("none of these letters can be replayed", FAILED)
+        frame.out.one({"replayed": done, "kept": len(meant) - len(there) + len(gone)})
 
 
 def _purge(dead: typer.Typer) -> None:
@@ -221,7 +227,10 @@ def _row(letter: Letter) -> dict[str, Any]:
 def _letter(frame: Frame, row: Row) -> None:
     import json  # noqa: PLC0415
 
-    frame.out.values({key: value for key, value in row.items() if key not in ("headers", "event", "value")})
+    apart = ("headers", "event", "value", "left_out")
+    frame.out.values({key: value for key, value in row.items() if key not in apart})
+    for part in row["left_out"] or ():
+        print(f"\nleft out: the {part['part']}, {part['size']} bytes, SHA-256 {part['sha256']}")
     for title, value in (("headers", row["headers"]), ("event", row["event"])):
         if value:
             # JSON escapes some control characters, not those from 0x7f on.

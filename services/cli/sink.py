@@ -9,7 +9,10 @@ from services.common.config import Settings
 from services.common.stage.clients import producer_config
 from services.common.stage.headers import Headers
 
-__all__ = ["Sink"]
+__all__ = ["LARGEST", "Sink"]
+
+LARGEST = 60 << 20
+"""Bytes that a record may have. The broker counts them compressed, and may refuse fewer."""
 
 # Longer than the producer tries (seconds).
 _FLUSH = 40.0
@@ -20,7 +23,11 @@ class Sink:
 
     def __init__(self, settings: Settings, client_id: str = "postroad.cli") -> None:
         # Records that are read one by one and produced at a rate need no batches of their own making.
-        self._producer = Producer(producer_config(settings, client_id) | {"logger": SILENT, "linger.ms": 5})
+        self._producer = Producer(
+            producer_config(settings, client_id)
+            # What another producer has compressed may be larger than what a stage writes.
+            | {"logger": SILENT, "linger.ms": 5, "message.max.bytes": LARGEST}
+        )
         self._failed: KafkaError | None = None
         self._there: set[str] = set()
 

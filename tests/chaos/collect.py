@@ -107,7 +107,8 @@ class Log:
             if marker.resolved(record.offset(), record.key(), record.value(), record.headers()):
                 continue
             headers = dict(record.headers() or [])
-            letters.append(f"{record.topic()} {record.key().hex()}: {headers.get('cause')!r}"
+            task = (record.key() or b"").hex()
+            letters.append(f"{record.topic()} {task}: {headers.get('cause')!r}"
                            f" {headers.get('origin')!r}")  # fmt: skip
         return letters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from typing import Any
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
 
 from postroad.v1 import events_pb2 as pb
 from services.cli.dead import resolve
@@ -21,7 +22,7 @@ from services.common import kafka_admin
 from services.common.events import DECODERS, encode
 from services.common.stage import headers
 from services.common.stage.headers import Origin, parse_return
-from services.common.stage.types import Done, Record, Retry
+from services.common.stage.types import Dead, Done, Record, Retry
 from services.common.topics import TASK_CREATED
 from tests.event_strategies import mail_task
 from tests.integration.stage_kit import Kit, created, passed_on, until
@@ -128,6 +129,45 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
     gone = postroad(kit, "show", rows[1]["sample"])
     assert (gone.returncode, gone.stdout) == (3, "")
     assert len(gone.stderr.splitlines()) == 1
+
+
+async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replayed_from_its_topic(
+    newest: Kit,
+) -> None:
+    """The broker counts a record's bytes compressed, a producer before."""
+    kit = newest
+    kafka_admin.apply(kit.settings)
+    event = encode(
+        pb.TaskCreated(task=pb.MailTask(id=bytes(16), email="a@good.test", body="b" * (6 << 20)), at_us=1),
+        "api",
+    )
+    many = {"compression.type": "lz4", "message.max.bytes": 60 << 20}
+    producer = Producer({"bootstrap.servers": kit.infra.bootstrap, **many})
+    producer.produce(kit.names.topic(TASK_CREATED), event.value, event.key, headers=event.headers)  # type: ignore[arg-type]
+    producer.produce(kit.names.topic(TASK_CREATED), b"b" * (6 << 20), b"foreign")
+    assert producer.flush(10) == 0
+    async with kit.running(handle=lambda _: Dead("refused")):
+        await until(lambda: kit.committed() == kit.end())
+    ours = next(letter for letter in letters(kit) if letter.key == event.key)
+    row = answer(kit, "show", str(ours.place))
+    assert (row["size"], row["value"], row["event"]) == (len(event.value), None, None)
+    assert row["left_out"][0]["sha256"] == hashlib.sha256(event.value).hexdigest()
+    assert row["attempt"] == 1
+    assert "left out: the value, 62" in postroad(kit, "show", str(ours.place)).stdout
+
+    assert answer(kit, "replay", "--cause", "refused", "--yes") == {"replayed": 1, "kept": 0}
+    copies = [(m.key(), m.value(), m.headers()) for m in kit.read(TASK_CREATED) if m.key() == event.key]
+    assert copies == [(event.key, event.value, event.headers)] * 2
+
+    (foreign,) = letters(kit)
+    assert foreign.origin is not None
+    gone = TopicPartition(kit.names.topic(TASK_CREATED), foreign.origin.partition, foreign.origin.offset + 1)
+    for done in kit.admin.delete_records([gone]).values():
+        done.result()
+    refused = postroad(kit, "replay", "--all", "--yes")
+    assert refused.returncode == 1
+    assert f"{foreign.origin} is no longer on its topic" in refused.stderr
+    assert letters(kit) == [foreign]
 
 
 @pytest.mark.parametrize("attempt", [2, 3])

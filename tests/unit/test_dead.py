@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -20,7 +21,7 @@ from services.cli.frame import Frame
 from services.common.deliveries.decide import Claim, Delivery, Stale, State, Stored, Taken, decide
 from services.common.events import encode
 from services.common.stage import headers
-from services.common.stage.headers import Headers, Origin, parse_return
+from services.common.stage.headers import Headers, LeftOut, Origin, parse_return
 from tests.event_strategies import mail_task
 
 PLACE = Place("validator", 3, 17)
@@ -132,6 +133,20 @@ def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr()
     assert r"\x1b[2J\x9b31m" in said.err
     assert not {"\x1b", "\x9b"} & {*said.out, *said.err}
+
+
+def test_a_letter_says_what_it_does_not_carry() -> None:
+    value = LeftOut.of("value", b"x" * 100)
+    carried = headers.dead(None, origin=Origin("mx.ok", 0, 1), attempt=2, cause="c", left_out=[value])
+    one = letter(carried)
+    assert one.left_out == (value,)
+    row = shown(one, None, carried)
+    assert (row["size"], row["left_out"]) == (
+        100,
+        [{"part": "value", "size": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()}],
+    )
+    assert headers.original(carried) == []
+    assert letter([header for header in carried if header[0] != "origin"]).left_out == ()
 
 
 def test_letters_are_grouped_by_stage_and_cause() -> None:

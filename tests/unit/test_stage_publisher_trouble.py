@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from services.common.config import Settings
 from services.common.events import Outgoing
-from services.common.stage.publisher import Publisher
+from services.common.stage.publisher import Publisher, hopeless
 from tests.librdkafka import handle, library
 
 INCONSISTENT = -149
@@ -60,6 +60,15 @@ async def running(**overrides: Any) -> AsyncIterator[Publisher]:
         yield publisher
     finally:
         await publisher.close(1)
+
+
+async def test_what_the_client_cannot_write_is_refused_and_holds_up_nothing() -> None:
+    mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
+    async with running(**mock) as publisher:
+        bad = Outgoing("task.created", b"k", 5, [])  # type: ignore[arg-type]
+        [(index, error)] = await asyncio.wait_for(publisher.attempt([bad, item(1)]), 20)
+        assert index == 0
+        assert hopeless(error)
 
 
 async def test_a_producer_that_gave_up_is_replaced() -> None:

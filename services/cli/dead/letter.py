@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -11,7 +11,7 @@ from uuid import UUID
 from google.protobuf.json_format import MessageToDict
 
 from services.common.events import DECODERS, task_id
-from services.common.stage.headers import Headers, Malformed, Origin, parse_origin
+from services.common.stage.headers import Headers, LeftOut, Malformed, Origin, left_out, parse_origin
 
 __all__ = ["Letter", "Place", "letter_of", "parse_place", "shown"]
 
@@ -33,6 +33,7 @@ class Letter:
     """A letter without its value, so that many fit into memory. `origin` is None where no stage wrote it.
 
     `at_ms`: when it was put there, Unix milliseconds; `attempt`: the one that failed, 0 where it is not said.
+    `left_out`: the parts of the record that did not fit.
     """
 
     place: Place
@@ -41,6 +42,7 @@ class Letter:
     origin: Origin | None
     attempt: int
     key: bytes | None
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def time(self) -> str:
@@ -70,16 +72,19 @@ def letter_of(place: Place, at_ms: int, key: bytes | None, headers: Headers | No
         origin = None
     cause = (found.get("cause") or b"").decode("utf-8", "replace")
     attempt = found.get("attempt") or b""
-    return Letter(place, at_ms, cause, origin, int(attempt) if attempt.isdigit() else 0, key)
+    tried = int(attempt) if attempt.isdigit() else 0
+    return Letter(place, at_ms, cause, origin, tried, key, left_out(headers) if origin else ())
 
 
 def shown(letter: Letter, value: bytes | None, headers: Headers | None) -> dict[str, Any]:
     """Return all that there is to a letter, of what JSON can hold.
 
     `event` is the value as JSON where it decodes as an event of its origin's topic, otherwise `value` is its
-    text, or its bytes in hexadecimal digits after `0x`.
+    text, or its bytes in hexadecimal digits after `0x`. `left_out` says what the letter does not carry.
+    `size` is that of the value that the record had.
     """
     event = _event(letter, value)
+    size = next((part.size for part in letter.left_out if part.part == "value"), len(value or b""))
     return {
         "letter": str(letter.place),
         "cause": letter.cause,
@@ -89,7 +94,8 @@ def shown(letter: Letter, value: bytes | None, headers: Headers | None) -> dict[
         "task": letter.task or None,
         "key": _text(letter.key),
         "headers": {name: _text(content) for name, content in headers or ()},
-        "size": len(value or b""),
+        "size": size,
+        "left_out": [asdict(part) for part in letter.left_out] or None,
         "event": event,
         "value": None if event is not None else _text(value),
     }

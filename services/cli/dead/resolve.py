@@ -17,6 +17,7 @@ from services.cli.dead.back import back
 from services.cli.dead.board import read_board, records
 from services.cli.dead.letter import Letter, Place
 from services.cli.dead.marker import MOST, Resolution, headers_of
+from services.cli.dead.source import Gone, source
 from services.cli.kafka import TIMEOUT, admin
 from services.cli.sink import Sink
 from services.common.config import Settings
@@ -28,18 +29,31 @@ __all__ = ["purge", "replay"]
 _BATCH = 200
 
 
-def replay(settings: Settings, letters: Sequence[Letter], advance: Callable[[int], None]) -> int:
+def replay(
+    settings: Settings,
+    letters: Sequence[Letter],
+    advance: Callable[[int], None],
+    stays: Callable[[Gone], None] = lambda why: None,
+) -> int:
     """Produce the record of each of these letters again, where `back` says and as it says.
 
-    They must be `replayable`. `advance` is told how many more are done. Returns how many are; a letter that
-    somebody else has resolved and that is deleted meanwhile is not.
+    They must be `replayable`. What a letter does not carry is read where it came from; `stays` is told why
+    one cannot be. `advance` is told how many more are done. Returns how many are; a letter that somebody else
+    has resolved and that is deleted meanwhile is not.
     """
     names, sink = Names(settings.topic_prefix), Sink(settings)
     delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
     done, batch = 0, []
     for record in records(settings, [letter.place for letter in letters]):
-        topic, headers = back(record.letter, record.headers, delays)
-        sink.put(names.topic(topic), record.letter.key, record.value, headers)
+        key, value, carried = record.letter.key, record.value, record.headers
+        if record.letter.left_out:
+            try:
+                key, value, carried = source(settings, record.letter)
+            except Gone as why:
+                stays(why)
+                continue
+        topic, headers = back(record.letter, carried, delays)
+        sink.put(names.topic(topic), key, value, headers)
         batch.append(record.letter.place)
         if len(batch) == _BATCH:
             done += _replayed(sink, names, batch, advance)

@@ -7,6 +7,9 @@ Both carry the original's key, value and headers (CloudEvents' `ce_*`, `tracepar
 - `cause`    why, text
 - `due-at`   delayed only: not to be handled before, Unix milliseconds
 
+A dead letter that does not fit goes without its value, or without its key and headers too. It then has
+`value-size` (bytes) and `value-sha256` (hexadecimal), and `key-size` and `key-sha256`.
+
 A marker on a dead-letter topic says in RESOLVES which records before it in its partition are done with, and
 in RESOLUTION what became of them (services/cli/dead). A record that a replay produced names it in REPLAY_ID.
 
@@ -15,6 +18,7 @@ Any producer may write these names. The runtime carries none of them on unless P
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import methodcaller
@@ -25,11 +29,13 @@ __all__ = [
     "RESOLUTION",
     "RESOLVES",
     "Headers",
+    "LeftOut",
     "Malformed",
     "Origin",
     "Return",
     "dead",
     "delayed",
+    "left_out",
     "original",
     "parse_attempt",
     "parse_origin",
@@ -45,7 +51,9 @@ RESOLVES = "resolves"
 RESOLUTION = "resolution"
 REPLAY_ID = "replay-id"
 
-_OWN = frozenset({"due-at", "attempt", "origin", "cause", RESOLVES, RESOLUTION})
+_OWN = frozenset({"due-at", "attempt", "origin", "cause", RESOLVES, RESOLUTION}).union(
+    f"{part}-{what}" for part in ("value", "key") for what in ("size", "sha256")
+)
 _MAX_CAUSE = 2000
 _asked = methodcaller("headers")
 
@@ -73,6 +81,20 @@ class Return:
     due_at_ms: int
     attempt: int
     origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A part of a dead record, `value` or `key`, that its letter does not carry: bytes and their SHA-256."""
+
+    part: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, part: str, content: bytes) -> LeftOut:
+        """Return what a letter says of this content in its stead."""
+        return cls(part, len(content), hashlib.sha256(content).hexdigest())
 
 
 class _Message(Protocol):
@@ -114,11 +136,36 @@ def delayed(headers: Headers | None, *, origin: Origin, attempt: int, cause: str
 
 
 def dead(
-    headers: Headers | None, *, origin: Origin, attempt: int, cause: str, foreign: bool = False
+    headers: Headers | None,
+    *,
+    origin: Origin,
+    attempt: int,
+    cause: str,
+    foreign: bool = False,
+    left_out: Iterable[LeftOut] = (),
 ) -> Headers:
     """Return the headers of the dead letter. `foreign`: no event of ours, so no replay produced it."""
     kept = (header for header in _kept(headers) if not (foreign and header[0] == REPLAY_ID))
-    return [*kept, *_ours(origin, attempt, cause)]
+    said = [
+        header
+        for one in left_out
+        for header in (
+            (f"{one.part}-size", b"%d" % one.size),
+            (f"{one.part}-sha256", one.sha256.encode()),
+        )
+    ]
+    return [*kept, *_ours(origin, attempt, cause), *said]
+
+
+def left_out(headers: Headers | None) -> tuple[LeftOut, ...]:
+    """Return the parts that a dead letter with these headers does not carry."""
+    found = dict(headers or ())
+    parts = []
+    for part in ("value", "key"):
+        size, sha256 = found.get(f"{part}-size"), found.get(f"{part}-sha256")
+        if size and size.isdigit() and len(size) <= 18 and sha256:
+            parts.append(LeftOut(part, int(size), sha256.decode("ascii", "replace")))
+    return tuple(parts)
 
 
 def parse_return(headers: Headers | None) -> Return:

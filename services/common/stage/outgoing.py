@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from services.common.events import Outgoing, encode
 from services.common.stage import headers
-from services.common.stage.headers import Origin
+from services.common.stage.headers import LeftOut, Origin
 from services.common.stage.ledger import Fetched
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 from services.common.topics import Names
 
-__all__ = ["Render"]
+__all__ = ["ALL", "Render"]
+
+ALL = 2
+"""All that can be left out of a dead letter."""
 
 # The publisher adds the installation's prefix.
 _BARE = Names()
@@ -23,9 +26,10 @@ class Render:
         self._dead = _BARE.dead(stage.name)
         self._delays = {seconds: _BARE.delay(stage.name, seconds) for seconds in stage.delays}
 
-    def __call__(self, record: Fetched, outcome: Outcome) -> list[Outgoing]:
+    def __call__(self, record: Fetched, outcome: Outcome, leave_out: int = 0) -> list[Outgoing]:
         """Return all that must be acked before `record` is finished.
 
+        `leave_out`: what a dead letter goes without: 0 nothing, 1 its value, ALL its key and headers too.
         Raises what is the handler's fault: ValueError for a delay that the stage does not have, TypeError
         or AttributeError for what is no outcome or no event.
         """
@@ -34,7 +38,7 @@ class Render:
         if isinstance(outcome, Retry):
             return [*self._events(record, outcome), self._delayed(record, outcome)]
         if isinstance(outcome, Dead):
-            return [self._letter(record, outcome)]
+            return [self._letter(record, outcome, leave_out)]
         raise TypeError(f"a handler answered {type(outcome).__name__}, no outcome")
 
     def _events(self, record: Fetched, outcome: Done | Retry) -> list[Outgoing]:
@@ -53,17 +57,27 @@ class Render:
         )
         return Outgoing(topic, record.key or b"", record.value or b"", carried)
 
-    def _letter(self, record: Fetched, outcome: Dead) -> Outgoing:
+    def _letter(self, record: Fetched, outcome: Dead, leave_out: int) -> Outgoing:
+        # A key or value that is not there stays so: the letter is the original record.
+        value, key, kept = record.value, record.key, record.headers
+        gone = []
+        if leave_out and value is not None:
+            gone.append(LeftOut.of("value", value))
+            value = None
+        if leave_out == ALL:
+            # An absent key is told too: the letter has then lost its headers.
+            gone.append(LeftOut.of("key", key or b""))
+            key = kept = None
         carried = headers.dead(
-            record.headers,
+            kept,
             origin=_origin(record),
             attempt=record.attempt,
             cause=outcome.cause,
             # A replay produces events alone.
             foreign=record.event is None,
+            left_out=gone,
         )
-        # A key or value that is not there stays so: the letter is the original record.
-        return Outgoing(self._dead, record.key, record.value, carried)  # type: ignore[arg-type]
+        return Outgoing(self._dead, key, value, carried)  # type: ignore[arg-type]
 
 
 def _origin(record: Fetched) -> Origin:

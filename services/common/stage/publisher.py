@@ -18,17 +18,31 @@ from services.common.events import Outgoing
 from services.common.stage.clients import producer_config
 from services.common.stage.pace import PRODUCE, Pace
 
-__all__ = ["Failure", "Publisher"]
+__all__ = ["Failure", "Publisher", "hopeless"]
 
 log = structlog.get_logger(__name__)
 
 Failure = tuple[int, KafkaError]
 """An item's index in its batch, and why it was not delivered."""
 
+_HOPELESS = frozenset(
+    {
+        KafkaError.MSG_SIZE_TOO_LARGE,
+        KafkaError.RECORD_LIST_TOO_LARGE,
+        KafkaError.INVALID_RECORD,
+        KafkaError.INVALID_MSG,
+        KafkaError._INVALID_ARG,
+    }
+)
 _TURN = 0.1
 # Turns that a purged producer has to answer for what it held: it does so at once.
 _FLUSHES = 50
 _UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
+
+
+def hopeless(error: KafkaError) -> bool:
+    """Return whether the same record would be refused every time."""
+    return error.code() in _HOPELESS
 
 
 class _Batch:
@@ -152,6 +166,10 @@ class Publisher:
                     break
                 except KafkaException as error:
                     self._refused.append(partial(delivered, error.args[0], None))
+                except Exception as error:
+                    # The client cannot write it. Left in front of the queue it would hold up all others.
+                    refusal = KafkaError(KafkaError._INVALID_ARG, f"{type(error).__name__}: {error}")
+                    self._refused.append(partial(delivered, refusal, None))
                 waiting.popleft()
         self._pace.took(count - len(waiting), time.monotonic())
 

@@ -12,7 +12,8 @@ from prometheus_client import Counter
 
 from services.common.events import Outgoing
 from services.common.stage.ledger import Fetched
-from services.common.stage.publisher import Publisher
+from services.common.stage.outgoing import ALL
+from services.common.stage.publisher import Publisher, hopeless
 from services.common.stage.types import Dead, Outcome
 
 __all__ = ["Pending", "Republisher"]
@@ -20,31 +21,34 @@ __all__ = ["Pending", "Republisher"]
 log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
-# The broker refuses the same record every time.
-_HOPELESS = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.INVALID_MSG})
 
 
 @dataclass(slots=True)
 class Pending:
-    """A record whose outcome stands and whose outgoing records are not all acked."""
+    """A record whose outcome stands and whose outgoing records are not all acked.
+
+    `left_out` is how much its dead letter goes without (outgoing.py).
+    """
 
     record: Fetched
     outcome: Outcome
     outgoing: list[Outgoing]
+    left_out: int = 0
 
 
 class Republisher:
     """Tries again, each record by itself and with growing pauses, what the publisher gave up.
 
     `render` makes the outgoing records of another outcome: where events are refused for ever (too large),
-    the record becomes a dead letter. `finished` and `abandoned` take records in the end.
+    the record becomes a dead letter. Where that one is too, it goes without its value, then without its key
+    and headers. `finished` and `abandoned` take records in the end.
     """
 
     def __init__(
         self,
         publisher: Publisher,
         failures: Counter,
-        render: Callable[[Fetched, Outcome], list[Outgoing]],
+        render: Callable[[Fetched, Outcome, int], list[Outgoing]],
         finished: Callable[[list[Pending]], None],
         abandoned: Callable[[list[Fetched]], None],
     ) -> None:
@@ -95,6 +99,17 @@ class Republisher:
 
     def _failed(self, pending: Pending, error: KafkaError) -> None:
         self._failures.inc()
-        if error.code() in _HOPELESS and not isinstance(pending.outcome, Dead):
+        if not hopeless(error):
+            return
+        if not isinstance(pending.outcome, Dead):
             pending.outcome = Dead(f"what it gave rise to cannot be published: {error}")
-            pending.outgoing = self._render(pending.record, pending.outcome)
+        elif pending.left_out < ALL:
+            pending.left_out += 1
+            log.error(
+                "a dead letter does not fit, it goes without a part",
+                topic=pending.record.topic,
+                partition=pending.record.assignment.partition,
+                offset=pending.record.offset,
+                error=str(error),
+            )
+        pending.outgoing = self._render(pending.record, pending.outcome, pending.left_out)

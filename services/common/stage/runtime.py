@@ -20,7 +20,7 @@ from services.common.stage.ledger import Assignment, Fetched, Ledger
 from services.common.stage.membership import View
 from services.common.stage.outgoing import Render
 from services.common.stage.poller import Poller
-from services.common.stage.publisher import Publisher
+from services.common.stage.publisher import Publisher, hopeless
 from services.common.stage.types import Stage
 from services.common.stage.work import Work
 
@@ -138,11 +138,15 @@ class StageRuntime:
         """Publish events that must be on record before a handler goes on, ahead of its outcome.
 
         Returns once all are acked; what is not is published again for as long as the caller waits.
+        Raises ValueError where Kafka would refuse an event every time.
         """
         batch = [encode(event, self._source, traceparent) for event in events]
         failures = telemetry.STAGE_PUBLISH_FAILURES.labels(self._stage.name)
-        while await self._publisher.attempt(batch):
+        while failed := await self._publisher.attempt(batch):
             failures.inc()
+            for _, error in failed:
+                if hopeless(error):
+                    raise ValueError(f"an event cannot be published: {error}")
             await asyncio.sleep(1)
 
     def crowded(self) -> bool:
