@@ -32,6 +32,7 @@ OTHERS: Final = frozenset(
         "POSTROAD_E2E_RACES",
         "POSTROAD_E2E_TASKS",
         "POSTROAD_TEST_INFRA",
+        "POSTROAD_TEST_LONG",
         "POSTROAD_TEST_RUN",
     }
 )
