@@ -29,8 +29,6 @@ OTHERS: Final = frozenset(
         "POSTROAD_DB_ROOT_PASSWORD",
         "POSTROAD_PORT",
         # The tests'.
-        "POSTROAD_E2E_RACES",
-        "POSTROAD_E2E_TASKS",
         "POSTROAD_TEST_INFRA",
         "POSTROAD_TEST_LONG",
         "POSTROAD_TEST_RUN",
