@@ -13,10 +13,11 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
-from services.api import outbox, standing
+from services.api import outbox, resolving, standing
 from services.api.standing import OVER, Standing
 from services.common.deliveries.decide import Cancel, Delivery, Wait, decide
 from services.common.deliveries.outcome import event_of
+from services.common.deliveries.resolving import closed
 from services.common.deliveries.rows import add, store
 
 __all__ = ["Cancelled", "alive", "attempts", "cancel"]
@@ -32,20 +33,25 @@ class Cancelled(NamedTuple):
 def cancel(
     connection: Connection, tenant: str, id_: bytes, owner: bytes, now_us: int
 ) -> Cancelled | Wait | None:
-    """Cancel a task if nothing of it was sent. None: this tenant has no such task. Wait: ask again later.
+    """Cancel a task if nothing of it was sent, or close an uncertain one.
 
-    `owner` is a token that no claim has. Done twice, it changes nothing more.
+    None: this tenant has no such task. Wait: ask again later. `owner` is
+    a token that no claim has. Done twice, it changes nothing more.
     """
     found = standing.find(connection, tenant, id_)
     if found is None:
         return None
-    if not alive(found):
+    # Done again after a commit that was not heard of, it does not close what itself found to be in doubt.
+    doubtful = resolving.in_doubt(found) and (found.row is None or found.row.owner != owner)
+    if not doubtful and not alive(found):
         return Cancelled(standing.view(connection, id_), None)
     request = Cancel(id_, found.next_epoch(now_us // 1000), owner)
-    row = _decided(connection, found, request)
+    row = _closed(connection, found, request) if doubtful else _decided(connection, found, request)
     if isinstance(row, Wait):
         return row
-    event = pb.TaskCancelled(id=id_, epoch=request.epoch, at_us=now_us, attempts=attempts(found))
+    event = pb.TaskCancelled(
+        id=id_, epoch=request.epoch, at_us=now_us, attempts=attempts(found), in_doubt=doubtful
+    )
     # A sender that meets the cancellation finds the row, and tells of a mail in doubt.
     doubt = [event_of(row)] if row.state == "uncertain" else []
     standing.record(connection, event, *doubt)
@@ -84,3 +90,9 @@ def _decided(connection: Connection, found: Standing, request: Cancel) -> Delive
         # A sender has come between; it is met anew in a transaction that has read nothing yet.
         return Wait(0)
     return new
+
+
+def _closed(connection: Connection, found: Standing, request: Cancel) -> Delivery | Wait:
+    """Return the delivery of an uncertain task as it is written now."""
+    row = closed(resolving.row_of(request.task_id, found), request.epoch, request.owner)
+    return row if resolving.close(connection, found, row) else Wait(0)

@@ -1,4 +1,4 @@
-"""Cancel and Retry: asked of the database on worker threads, and what they decided published at once."""
+"""Cancel, Retry and Resolve: asked of the database on worker threads, their decisions published at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection
 
-from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
-from services.api import cancelling, reopening
-from services.api.errors import being_sent, body_purged, not_found, not_open_to_retry
+from services.api import cancelling, reopening, resolving
+from services.api.errors import being_sent, body_purged, not_found, not_open_to_retry, not_uncertain
+from services.api.outbox import Decided
 from services.api.reader import Reader
 from services.api.relay import Recording
 from services.api.uuid7 import text
@@ -27,7 +27,7 @@ _PATIENCE = 4.0
 
 
 class Decider:
-    """Cancels and reopens tasks. Belongs to one event loop.
+    """Cancels, reopens and resolves tasks. Belongs to one event loop.
 
     `threads` runs the transactions; they hold locks for milliseconds, but may wait for those of others, so it
     is not the one that Get and List wait for. `publish` takes what was committed; it does not block, and what
@@ -37,7 +37,7 @@ class Decider:
     def __init__(
         self,
         threads: Reader,
-        publish: Callable[[Sequence[Recording[pb.TaskCreated | pb.TaskCancelled]]], None],
+        publish: Callable[[Sequence[Recording[Decided]]], None],
     ) -> None:
         self._threads, self._publish = threads, publish
         self._owner = owner_tokens()
@@ -90,4 +90,24 @@ class Decider:
             refuse = body_purged if answer.purged else not_open_to_retry
             raise refuse(text(id_), answer.status)
         self._publish([Recording(answer.event, traceparent, answer.event.ByteSize())])
+        return answer.task
+
+    async def resolve(self, tenant: str, id_: bytes, sent: bool, traceparent: bytes) -> task_pb2.Task:
+        """Return the task, which is completed (`sent`) or failed.
+
+        Raises Problem: NOT_FOUND, FAILED_PRECONDITION where it is not uncertain, UNAVAILABLE where the
+        database does not answer.
+        """
+        owner, now_us = self._owner(), time.time_ns() // 1000
+        answer = await self._threads.read(
+            lambda connection: resolving.resolve(
+                connection, tenant, id_, sent=sent, owner=owner, now_us=now_us
+            )
+        )
+        if answer is None:
+            raise not_found(text(id_))
+        if isinstance(answer, resolving.Unresolved):
+            raise not_uncertain(text(id_), answer.status)
+        if answer.event is not None:
+            self._publish([Recording(answer.event, traceparent)])
         return answer.task

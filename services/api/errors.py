@@ -150,6 +150,15 @@ def not_open_to_retry(id_: str, status: str) -> Problem:
     )
 
 
+def not_uncertain(id_: str, status: str) -> Problem:
+    """Return FAILED_PRECONDITION: nobody has to find out what became of the task's mail."""
+    return Problem(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"task {id_} is {status}; only uncertain ones are resolved",
+        (error_info("NOT_UNCERTAIN", {"id": id_, "status": status}),),
+    )
+
+
 def body_purged(id_: str, status: str) -> Problem:
     """Return FAILED_PRECONDITION: the task's text is gone by POSTROAD_BODY_RETENTION."""
     return Problem(

@@ -41,6 +41,7 @@ log = structlog.get_logger(__name__)
 SERVICE: str = task_service_pb2.DESCRIPTOR.services_by_name["TaskService"].full_name
 
 _AT_A_TIME = 50
+_RESOLUTIONS = {task_service_pb2.RESOLUTION_SENT: True, task_service_pb2.RESOLUTION_NOT_SENT: False}
 
 Metadata: TypeAlias = dict[str, str | bytes]
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -88,6 +89,7 @@ class TaskService:
             "Count": self.count,
             "Retry": self.retry,
             "Cancel": self.cancel,
+            "Resolve": self.resolve,
         }
         methods: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(self._rpc(name, rpc)) for name, rpc in rpcs.items()
@@ -169,6 +171,21 @@ class TaskService:
     async def cancel(self, raw: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized Task for a serialized CancelRequest; raise Problem."""
         return await self._decide(self._decider.cancel, task_service_pb2.CancelRequest, raw, metadata)
+
+    async def resolve(self, raw: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized Task for a serialized ResolveRequest; raise Problem."""
+        tenant = self._tenants.tenant(metadata)
+        request = question(raw, task_service_pb2.ResolveRequest)
+        refused: list[Violation] = []
+        id_ = collect(refused, task_id, request.id)
+        sent = _RESOLUTIONS.get(request.resolution)
+        if sent is None:
+            refused.append(Violation("resolution", "is RESOLUTION_SENT or RESOLUTION_NOT_SENT"))
+        if id_ is None or sent is None:
+            raise Refused(refused)
+        parent = traceparent(metadata.get("traceparent"), id_)
+        task = await self._decider.resolve(tenant, id_, sent, parent)
+        return task.SerializeToString()
 
     async def watch(self, raw: bytes, metadata: Metadata, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Write serialized WatchResponses for a serialized WatchRequest, until it is ended; raise Problem."""

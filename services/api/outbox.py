@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from sqlalchemy import Connection
 
@@ -19,6 +19,8 @@ __all__ = [
     "CREATED",
     "GRACE",
     "LEASE",
+    "OUTCOME",
+    "Decided",
     "Item",
     "cancelled",
     "created",
@@ -27,6 +29,7 @@ __all__ = [
     "hasten",
     "item_of",
     "next_due",
+    "outcome",
     "put",
     "schedule",
     "take",
@@ -41,6 +44,11 @@ CREATED = "created"
 """The kind of a TaskCreated: the first one, or a later epoch's, which reopens the task."""
 CANCELLED = "cancelled"
 """The kind of a TaskCancelled."""
+OUTCOME = "outcome"
+"""The kind of the MailSent or MailFailed in which an epoch ended."""
+
+Decided: TypeAlias = pb.TaskCreated | pb.TaskCancelled | pb.MailSent | pb.MailFailed
+"""An event that the api publishes."""
 
 _PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at) VALUES"
 _DUE = (
@@ -71,11 +79,18 @@ def cancelled(task_id: bytes, epoch: int) -> Item:
     return Item(task_id, CANCELLED, epoch)
 
 
-def item_of(event: pb.TaskCreated | pb.TaskCancelled) -> Item:
+def outcome(task_id: bytes, epoch: int) -> Item:
+    """Return the item that stands for the outcome in which an epoch ended."""
+    return Item(task_id, OUTCOME, epoch)
+
+
+def item_of(event: Decided) -> Item:
     """Return the item that stands for this event."""
     if isinstance(event, pb.TaskCreated):
         return created(event.task.id, event.epoch)
-    return cancelled(event.id, event.epoch)
+    if isinstance(event, pb.TaskCancelled):
+        return cancelled(event.id, event.epoch)
+    return outcome(event.id, event.epoch)
 
 
 def put(connection: Connection, items: Sequence[Item], seconds: int = GRACE) -> None:

@@ -15,7 +15,7 @@ from typing import Generic, TypeAlias, TypeVar
 import structlog
 
 from postroad.v1 import events_pb2 as pb
-from services.api.outbox import Item, item_of
+from services.api.outbox import Decided, Item, item_of
 from services.common.batching import Batcher
 from services.common.events import Outgoing, encode
 from services.common.stage.publisher import Failure, Publisher
@@ -29,7 +29,7 @@ _PACE = 0.1
 """Seconds between two removals from the outbox: nobody waits for them, and a larger one costs little more."""
 
 
-E_co = TypeVar("E_co", bound=pb.TaskCreated | pb.TaskCancelled, covariant=True)
+E_co = TypeVar("E_co", bound=Decided, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Relay:
         """Tell whether this item's event is being published right now."""
         return item in self._held
 
-    def publish(self, recorded: Sequence[Recording[pb.TaskCreated | pb.TaskCancelled]]) -> None:
+    def publish(self, recorded: Sequence[Recording[Decided]]) -> None:
         """Publish what a transaction recorded, as much of it as there is room for. Does not block."""
         batch: list[Outgoing] = []
         items: list[Item] = []

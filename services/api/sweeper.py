@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from postroad.v1 import events_pb2 as pb
 from services.api import outbox
-from services.api.outbox import CANCELLED, CREATED, Item
+from services.api.outbox import CANCELLED, CREATED, OUTCOME, Decided, Item
 from services.api.relay import Relay
 from services.api.trace import traceparent
 from services.common import taskstore
@@ -25,6 +25,7 @@ from services.common.events import encode, event_key
 from services.common.schema import to_micros
 from services.common.stage.publisher import Publisher
 from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
+from services.common.topics import MAIL_FAILED, MAIL_SENT
 
 __all__ = ["Sweeper", "chunks", "rebuilt"]
 
@@ -145,9 +146,7 @@ def chunks(connection: Connection, items: Sequence[Item]) -> list[list[Item]]:
     return parts
 
 
-def rebuilt(
-    connection: Connection, items: Sequence[Item]
-) -> Mapping[Item, pb.TaskCreated | pb.TaskCancelled]:
+def rebuilt(connection: Connection, items: Sequence[Item]) -> Mapping[Item, Decided]:
     """Return the event of each item whose task is there, the same that the relay would have published.
 
     Blocks. The bodies of all tasks are in memory.
@@ -162,7 +161,7 @@ def rebuilt(
         for event in (pb.TaskCancelled(id=item.task_id, epoch=item.epoch),)
     }
     lines = taskstore.load_events(connection, list(cancellations))
-    events: dict[Item, pb.TaskCreated | pb.TaskCancelled] = {}
+    events: dict[Item, Decided] = {}
     for item in items:
         if item.kind == CREATED and (task := tasks.get(item.task_id)) is not None:
             at_us = item.epoch * 1000 or task.created_at_us
@@ -171,5 +170,25 @@ def rebuilt(
     for key, (item, event) in cancellations.items():
         if (line := lines.get(key)) is not None:
             event.at_us, event.attempts = to_micros(line.at), line.attempt
+            event.in_doubt = bool(line.detail)
             events[item] = event
+    for item in items:
+        if item.kind == OUTCOME and (event_ := _outcome(connection, item)) is not None:
+            events[item] = event_
     return events
+
+
+def _outcome(connection: Connection, item: Item) -> pb.MailSent | pb.MailFailed | None:
+    """Return the event in which the item's epoch ended, as `outcome.event_of` made it."""
+    lines = taskstore.load_epoch(connection, item.task_id, (MAIL_SENT, MAIL_FAILED), item.epoch)
+    if not lines:
+        return None
+    line = lines[0]
+    if line.kind == "sent":
+        event: pb.MailSent | pb.MailFailed = pb.MailSent(message_id=line.detail, resolved=line.stage == "api")
+    else:
+        reason, _, message_id = line.detail.partition(": ")
+        event = pb.MailFailed(reason=reason, message_id=message_id, uncertain=line.kind == "in_doubt")
+    event.id, event.epoch, event.attempt = item.task_id, item.epoch, line.attempt
+    event.relay, event.reply, event.at_us = line.relay, line.reply, to_micros(line.at)
+    return event

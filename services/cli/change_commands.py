@@ -1,4 +1,4 @@
-"""`postroad retry` and `postroad cancel`."""
+"""`postroad retry`, `postroad cancel` and `postroad resolve`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHANGED = (
 
 
 def register(app: typer.Typer) -> None:
-    """Add both to the app."""
+    """Add them to the app."""
 
     @command(
         app,
@@ -71,7 +71,7 @@ def register(app: typer.Typer) -> None:
         """Take tasks back, and show what really happened to each.
 
         Where the sender came first, the task is completed, failed or uncertain, and counts as failed in the
-        exit code, which is the highest of the tasks' own.
+        exit code, which is the highest of the tasks' own. A task that is uncertain already is closed.
         """
         from postroad.v1.task_service_pb2 import CancelRequest  # noqa: PLC0415
         from services.cli.channel import DEADLINE  # noqa: PLC0415
@@ -80,6 +80,40 @@ def register(app: typer.Typer) -> None:
             return stub.Cancel(CancelRequest(id=id_), timeout=DEADLINE)
 
         _each(frame, ids, call, lambda task: OK if task.status == "cancelled" else FAILED)
+
+    @command(
+        app,
+        "resolve",
+        uses=(API,),
+        examples="""
+            postroad resolve 019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071 --sent
+            postroad resolve 019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071 --not-sent
+        """,
+    )
+    def resolve(
+        frame: Frame,
+        ids: Ids,
+        sent: Annotated[
+            bool | None,
+            typer.Option("--sent/--not-sent", help="Whether the mail went out.", show_default=False),
+        ] = None,
+    ) -> None:
+        """Record what became of uncertain tasks' mails.
+
+        With --sent the tasks are completed and never sent again, with --not-sent they are failed and can be
+        retried. The exit code is the highest of the tasks' own; one that is not uncertain counts as failed.
+        """
+        from postroad.v1 import task_service_pb2 as pb  # noqa: PLC0415
+        from services.cli.channel import DEADLINE  # noqa: PLC0415
+
+        if sent is None:
+            raise typer.BadParameter("say --sent or --not-sent", param_hint="--sent / --not-sent")
+        resolution = pb.RESOLUTION_SENT if sent else pb.RESOLUTION_NOT_SENT
+
+        def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
+            return stub.Resolve(pb.ResolveRequest(id=id_, resolution=resolution), timeout=DEADLINE)
+
+        _each(frame, ids, call, lambda _: OK)
 
 
 def _each(frame: Frame, ids: list[str], call: Call, judge: Callable[[task_pb2.Task], int]) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "body_of",
     "insert_bodies",
     "insert_events",
+    "load_epoch",
     "load_events",
     "load_tasks",
     "owners_of_keys",
@@ -222,20 +223,32 @@ def load_events(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> di
     return lines
 
 
+def load_epoch(connection: Connection, task_id: bytes, topics: Sequence[str], epoch: int) -> list[Entry]:
+    """Return the lines of a task's timeline that stand for events of these topics in this epoch."""
+    like = " OR ".join(["event_id LIKE %s"] * len(topics))
+    found = connection.exec_driver_sql(
+        f"SELECT {', '.join(Entry._fields)} FROM task_events"
+        f" WHERE task_id = %s AND ({like}) ORDER BY event_id",
+        (task_id, *(f"{topic}:{epoch}:%" for topic in topics)),
+    )
+    return [Entry(bytes(id_), *line) for id_, *line in found]
+
+
 def _object(column: str | bytes | None) -> Mapping[str, str]:
     return cast(Mapping[str, str], json.loads(column)) if column else {}
 
 
 def purge_bodies(connection: Connection, before: datetime, limit: int = 500) -> int:
-    """Delete up to `limit` bodies of tasks that settled before that time (naive UTC); return how many.
+    """Delete up to `limit` bodies of tasks that ended before that time (naive UTC); return how many.
 
-    A task that is `uncertain` is not settled: an operator may have it resent. The tasks' rows are
-    locked until the transaction ends, so that none is reopened meanwhile; what others hold is passed by.
+    Retry refuses an ended task without its body, also an uncertain one. The tasks' rows are locked until
+    the transaction ends, so that none is reopened meanwhile; what others hold is passed by.
     """
     first_since = to_micros(before) // 1000 << 80  # a UUIDv7 begins with 48 bits of milliseconds
     found = connection.exec_driver_sql(
         "SELECT task_id FROM task_bodies STRAIGHT_JOIN tasks ON id = task_id"
-        " WHERE task_id < %s AND updated_at < %s AND status IN ('completed', 'failed', 'cancelled')"
+        " WHERE task_id < %s AND updated_at < %s"
+        " AND status IN ('completed', 'failed', 'uncertain', 'cancelled')"
         " ORDER BY task_id LIMIT %s FOR UPDATE SKIP LOCKED",
         (first_since.to_bytes(16), before, limit),
     )

@@ -6,12 +6,14 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from postroad.v1 import events_pb2 as pb
+from services.common.deliveries.decide import NOT_SENT
 from services.common.events import Event, event_key, task_id
 from services.common.schema import INT_MAX, from_micros, task_events, widths
 
 __all__ = ["Entry", "timeline"]
 
 _WIDTHS = widths(task_events)
+_MAY_BE_OUT = "the mail may have gone out"
 
 
 class Entry(NamedTuple):
@@ -75,8 +77,9 @@ def timeline(event: Event) -> Entry:
             detail = f"{event.reason}: {event.detail}" if event.detail else event.reason
             return _entry(event, "validator", "mx_failed", event.attempt, detail)
         case pb.MailSent():
+            stage = "api" if event.resolved else "sender"
             return _entry(
-                event, "sender", "sent", event.attempt, event.message_id, relay=event.relay, reply=event.reply
+                event, stage, "sent", event.attempt, event.message_id, relay=event.relay, reply=event.reply
             )
         case pb.MailDeferred():
             kind, detail = ("in_doubt", _doubt(event)) if event.in_doubt else ("deferred", event.reason)
@@ -91,7 +94,9 @@ def timeline(event: Event) -> Entry:
                 next_at_us=event.next_attempt_at_us,
             )
         case pb.MailFailed():
+            if event.reason == NOT_SENT:
+                return _entry(event, "api", "failed", event.attempt, _doubt(event))
             kind, detail = ("in_doubt", _doubt(event)) if event.uncertain else ("failed", event.reason)
             return _entry(event, "sender", kind, event.attempt, detail, relay=event.relay, reply=event.reply)
         case pb.TaskCancelled():
-            return _entry(event, "api", "cancelled", event.attempts)
+            return _entry(event, "api", "cancelled", event.attempts, _MAY_BE_OUT if event.in_doubt else "")

@@ -19,9 +19,20 @@ from services.api.decider import Decider
 from services.api.errors import Problem
 from services.api.reader import Reader
 from services.api.reopening import Refusal, Reopened, reopen
+from services.api.resolving import Resolution, Unresolved, resolve
 from services.common import taskstore
 from services.common.database import engine_of, transaction
-from services.common.deliveries.decide import IN_DOUBT, Cancel, Claim, Delivery, Stale, Stored, Taken, Wait
+from services.common.deliveries.decide import (
+    IN_DOUBT,
+    NOT_SENT,
+    Cancel,
+    Claim,
+    Delivery,
+    Stale,
+    Stored,
+    Taken,
+    Wait,
+)
 from services.common.deliveries.outcome import event_of
 from services.common.deliveries.refusals import refuse
 from services.common.deliveries.rows import COLUMNS, owner_tokens
@@ -153,6 +164,34 @@ class Book:
         outcome = answer(verdict.row, (60,), 0)
         assert isinstance(outcome, Done)
         return list(outcome.events)
+
+    def resolve(self, id_: bytes, sent: bool, tenant: str = TENANT) -> Resolution | Unresolved | None:
+        now_us = time.time_ns() // 1000
+        return transaction(
+            self.engine, lambda c: resolve(c, tenant, id_, sent=sent, owner=token(), now_us=now_us)
+        )
+
+    def resolved(self, id_: bytes, sent: bool) -> Resolution:
+        """Resolve; what was decided is published, the doubt that came before it too."""
+        decision = self.resolve(id_, sent)
+        assert isinstance(decision, Resolution), decision
+        assert decision.event is not None
+        self.events[id_] += [decision.event]
+        self.swept(id_, decision.event)
+        return decision
+
+    def swept(self, id_: bytes, event: Event) -> None:
+        """A sweeper publishes the event as it was, and the doubt of the epoch before."""
+        items = [item for item in self.outbox(id_) if item.kind != outbox.CREATED]
+        found = transaction(self.engine, lambda c: sweeper.rebuilt(c, items))
+        assert set(found) == set(items)
+        published = [encode(event_, "api") for event_ in found.values()]
+        assert encode(event, "api") in published
+        doubts = [
+            event_ for event_ in found.values() if isinstance(event_, pb.MailFailed) and event_.uncertain
+        ]
+        assert len(doubts) == 1
+        self.events[id_] += doubts
 
     def retry(self, id_: bytes, tenant: str = TENANT, tried: int = 0) -> Reopened | Refusal | None:
         now_ms = time.time_ns() // 1_000_000
@@ -291,12 +330,7 @@ def test_while_it_is_being_sent_nothing_is_decided(book: Book) -> None:
 
 @pytest.mark.parametrize("told", [True, False])
 def test_what_the_sender_ended_is_answered_as_it_ended(book: Book, told: bool) -> None:
-    failed, held = book.create(), book.create()
-    rows = [
-        book.settle(book.taken(failed), "failed", "rejected", "550 no", told),
-        book.settle(book.taken(held), "uncertain", IN_DOUBT, told=told),
-    ]
-    for row in rows:
+    for row in [book.settle(book.taken(book.create()), "failed", "rejected", "550 no", told)]:
         decision = book.cancelled(row.task_id)
         assert (decision.task.status, decision.task.reason) == (row.state, row.reason)
         assert decision.event is None
@@ -333,7 +367,8 @@ def test_a_mail_that_may_have_gone_out_is_uncertain_and_so_told(book: Book) -> N
         assert isinstance(book.events[id_][-1], pb.MailFailed)
         assert isinstance(book.claim(id_, attempt=2), Stale)
         book.is_what_was_told(id_)
-        assert book.cancelled(id_).event is None
+        assert book.cancelled(id_).task.status == "cancelled"
+        book.is_what_was_told(id_)
 
 
 def test_a_reopened_task_is_cancelled_in_its_new_epoch(book: Book) -> None:
@@ -573,3 +608,93 @@ async def test_without_the_database_the_answer_is_unavailable(book: Book) -> Non
             assert time.monotonic() - began < 6
             assert caught.value.code is grpc.StatusCode.UNAVAILABLE
             assert any(hasattr(detail, "retry_delay") for detail in caught.value.details)
+
+
+# --- an uncertain task is closed ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_uncertain_task_is_cancelled_and_its_timeline_keeps_the_doubt(book: Book, told: bool) -> None:
+    id_ = book.create()
+    row = book.settle(book.taken(id_), "uncertain", IN_DOUBT, told=told)
+    decision = book.cancelled(id_)
+    assert decision.event is not None
+    assert (decision.task.status, decision.task.attempts) == ("cancelled", 1)
+    assert (decision.event.in_doubt, timeline(decision.event).detail) == (True, "the mail may have gone out")
+    if not told:
+        # Its sender died before it told of the doubt.
+        book.swept(id_, decision.event)
+        assert event_of(row) in book.events[id_]
+    book.is_what_was_told(id_)
+    assert not isinstance(book.claim(id_), Taken)
+    assert book.cancelled(id_).event is None
+    # Opened again it is sent, and once more it cannot be promised that it was not.
+    epoch = book.reopened(id_)
+    again = book.taken(id_, epoch)
+    assert again.takeovers == 1
+    book.settle(again, "deferred", "deferred", "451 later")
+    assert book.cancelled(id_).task.status == "uncertain"
+
+
+def test_a_cancel_whose_commit_was_not_heard_of_does_not_close_the_doubt_that_it_found(book: Book) -> None:
+    id_ = book.create()
+    book.settle(book.taken(id_), "deferred", IN_DOUBT)
+    owner, now_us = token(), time.time_ns() // 1000
+    for _ in range(2):
+        answered = transaction(book.engine, lambda c: cancel(c, TENANT, id_, owner, now_us))
+        assert isinstance(answered, Cancelled)
+        assert answered.task.status == "uncertain"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_mail_that_an_operator_found_is_never_sent_again(book: Book, told: bool) -> None:
+    id_ = book.create()
+    row = book.settle(book.taken(id_), "uncertain", IN_DOUBT, told=told)
+    decision = book.resolved(id_, sent=True)
+    assert (decision.task.status, decision.task.message_id) == ("completed", row.message_id)
+    book.is_what_was_told(id_)
+    assert (book.kinds(id_)[-1], timeline(decision.event).stage) == ("sent", "api")  # type: ignore[arg-type]
+    for epoch in (0, decision.event.epoch + 1):  # type: ignore[union-attr]
+        stored = book.claim(id_, epoch, attempt=2)
+        assert isinstance(stored, Stored)
+        assert encode(event_of(stored.row), "x").value == encode(decision.event, "x").value  # type: ignore[arg-type]
+    assert book.retry(id_) == Refusal("completed")
+    assert book.cancelled(id_).task.status == "completed"
+    # Said twice, it is recorded once; it is not taken back.
+    assert book.resolve(id_, sent=True) == Resolution(decision.task, None)
+    assert book.resolve(id_, sent=False) == Unresolved("completed")
+
+
+def test_a_mail_that_was_not_sent_has_failed_and_goes_by_a_retry(book: Book) -> None:
+    id_ = book.create()
+    row = book.settle(book.taken(id_), "uncertain", IN_DOUBT)
+    decision = book.resolved(id_, sent=False)
+    assert (decision.task.status, decision.task.reason) == ("failed", NOT_SENT)
+    book.is_what_was_told(id_)
+    assert isinstance(book.claim(id_, attempt=2), Stale)
+    assert book.resolve(id_, sent=False) == Resolution(decision.task, None)
+    assert book.resolve(id_, sent=True) == Unresolved("failed")
+    again = book.taken(id_, book.reopened(id_))
+    assert (again.message_id, again.takeovers) == (row.message_id, 0)
+    book.settle(again, "sent", reply="250 ok")
+    book.is_what_was_told(id_)
+
+
+def test_only_an_uncertain_task_is_resolved(book: Book) -> None:
+    id_ = book.create()
+    assert book.resolve(id_, sent=True) == Unresolved("pending")
+    book.settle(book.taken(id_), "failed", "rejected", "550 no")
+    assert book.resolve(id_, sent=True) == book.resolve(id_, sent=False) == Unresolved("failed")
+    assert book.resolve(id_, True, "red") is None
+    assert book.resolve(bytes(16), sent=True) is None
+
+
+def test_an_uncertain_task_whose_delivery_was_lost_is_resolved(book: Book) -> None:
+    id_ = book.create()
+    book.settle(book.taken(id_), "uncertain", IN_DOUBT)
+    with book.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM deliveries WHERE task_id = %s", (id_,))
+    decision = book.resolve(id_, sent=True)
+    assert isinstance(decision, Resolution)
+    assert decision.task.status == "completed"
+    assert isinstance(book.claim(id_), Stored)

@@ -262,7 +262,7 @@ def test_an_unknown_id_is_not_found(client: ReflectionClient) -> None:
     assert details(caught.value)["ErrorInfo"].reason == "TASK_NOT_FOUND"
 
 
-@pytest.mark.parametrize("rpc", ["Get", "List", "Count", "Retry", "Cancel"])
+@pytest.mark.parametrize("rpc", ["Get", "List", "Count", "Retry", "Cancel", "Resolve"])
 def test_a_question_as_large_as_a_mail_is_refused_unread(client: ReflectionClient, rpc: str) -> None:
     # What would be skipped: a field that nobody knows.
     with pytest.raises(grpc.RpcError) as caught:

@@ -36,18 +36,25 @@ def check(schedule: Schedule, settled: bool) -> None:
     for id_ in sorted(rows):
         _check_task(schedule, id_, events.get(id_, []))
     for id_, asked, status in schedule.answers:
-        _check_answer(schedule, id_, asked, status)
+        _check_answer(schedule, id_, asked, status, events.get(id_, []))
     _check_dead(schedule)
 
 
-def _check_answer(schedule: Schedule, id_: bytes, asked: float, status: str) -> None:
-    """What a Cancel was answered is so, and stays so unless the task is opened again."""
+def _check_answer(schedule: Schedule, id_: bytes, asked: float, status: str, events: list[Any]) -> None:
+    """What a Cancel was answered is so, and stays so unless the task is opened again.
+
+    One that closed an uncertain task says no more of its mail than that doubt did.
+    """
     now = schedule.database.tasks[id_].status
     copies = [copy for copy in schedule.mail.journal if copy.task == id_]
     name = f"task {id_[-2]}"
     if status == "completed" and (now != "completed" or not copies):
         schedule.world.violation(f"{name} was said to be completed and is {now}, sent {len(copies)} times")
-    if status == "cancelled" and schedule.reopened.get(id_, -1.0) < asked and (now != "cancelled" or copies):
+    if (
+        status == "cancelled"
+        and schedule.reopened.get(id_, -1.0) < asked
+        and (now != "cancelled" or (copies and not any(map(_doubtful, events))))
+    ):
         schedule.world.violation(f"{name} was said to be cancelled and is {now}, sent {len(copies)} times")
     if status not in TERMINAL:
         schedule.world.violation(f"a cancel of {name} was answered that it is {status}")
@@ -88,7 +95,7 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
         violation(f"{name} has several Message-IDs")
     if row.status == "completed" and not copies:
         violation(f"{name} is completed and was never sent")
-    if row.status == "cancelled" and copies:
+    if row.status == "cancelled" and copies and not doubts:
         violation(f"{name} is cancelled and was sent")
     if plain and row.status != "completed":
         violation(f"{name} was sent and is {row.status}")

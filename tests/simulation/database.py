@@ -163,6 +163,15 @@ class Database:
         """Return the lines of timelines with these keys."""
         return {key: self.entries[key] for key in keys if key in self.entries}
 
+    def load_epoch(self, task_id: bytes, topics: Sequence[str], epoch: int) -> list[Entry]:
+        """Return the lines of a task's timeline of these topics and this epoch."""
+        begin = tuple(f"{topic}:{epoch}:" for topic in topics)
+        return [
+            line
+            for (id_, key), line in sorted(self.entries.items())
+            if id_ == task_id and key.startswith(begin)
+        ]
+
     # --- deciding ---
 
     def told(self, tenant: str, id_: bytes) -> tuple[str, int, int] | None:

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from postroad.v1 import task_pb2
-from services.api import cancelling, decider, outbox, reader, recorder, relay, standing, sweeper
+from services.api import cancelling, decider, outbox, reader, recorder, relay, resolving, standing, sweeper
 from services.api.uuid7 import text
 from services.common import batching, taskstore
 from services.common.stage import commits, intake, membership, poller, runtime
@@ -70,7 +70,7 @@ def _transaction(engine: Database, work: Any) -> Any:
 
 _STATEMENTS = (
     *("upsert", "insert_events", "insert_bodies", "owners_of_keys"),
-    *("load_tasks", "send_times", "sizes_of_bodies", "load_events"),
+    *("load_tasks", "send_times", "sizes_of_bodies", "load_events", "load_epoch"),
 )
 _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "time", VirtualTime),
@@ -100,6 +100,8 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (standing, "view", _view),
     (cancelling, "store", Database.store),
     (cancelling, "add", Database.add),
+    (resolving, "store", Database.store),
+    (resolving, "add", Database.add),
     *((taskstore, name, getattr(Database, name)) for name in _STATEMENTS),
     *(
         (outbox, name, getattr(Database, name))

@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postroad.v1.task_service_pb2 import ResolveRequest
+from services.api.auth import Tenants
 from services.api.cancelling import alive, attempts
+from services.api.errors import Refused
+from services.api.handlers import TaskService
 from services.api.standing import OVER, Standing
 from services.common.deliveries.decide import Delivery, State
 from services.common.schema import STATUSES
@@ -60,3 +64,13 @@ def test_a_new_epoch_is_later_than_all_that_is_known(now_ms: int, epoch: int, cl
     assert new > max(epoch, claimed or 0) or (new == now_ms > epoch)
     assert new >= now_ms
     assert new in (now_ms, epoch + 1, (claimed or 0) + 1)
+
+
+@pytest.mark.parametrize("resolution", [0, 3])
+async def test_a_resolution_without_an_answer_is_refused(resolution: int) -> None:
+    service = object.__new__(TaskService)
+    service._tenants = Tenants("")
+    request = ResolveRequest(id="no id", resolution=resolution)  # type: ignore[arg-type]
+    with pytest.raises(Refused) as refused:
+        await service.resolve(request.SerializeToString(), {})
+    assert [violation.field for violation in refused.value.violations] == ["id", "resolution"]

@@ -245,6 +245,16 @@ def test_a_late_verdict_changes_nothing_once_the_sender_has_the_task(late: Event
     assert (states[-1].status, states[-1].reason) == ("processing", "greylisted")
 
 
+def test_what_an_operator_found_waits_for_nothing_but_the_task() -> None:
+    book, id_ = Book(0), mail().id
+    events = [
+        ev.MailSent(id=id_, epoch=RETRIED, attempt=1, resolved=True, at_us=1),
+        ev.MailFailed(id=id_, epoch=RETRIED, attempt=1, reason="not_sent", at_us=1),
+    ]
+    book.read([read(life(mail())[0])], 0.0)
+    assert named(book.read([read(event) for event in events], 0.0)) == named([read(e) for e in events[::-1]])
+
+
 def test_nobody_hears_of_a_task_whose_tenant_is_unknown() -> None:
     book = Book(MADE_MS + 10**6)
     sent = read(life(mail())[-1])

@@ -202,7 +202,18 @@ def test_a_reader_that_has_enough_ends_it_in_silence(postroad: Command) -> None:
 
 def test_help_has_examples_and_loads_nothing_heavy(postroad: Command) -> None:
     """Fast: none of gRPC, Kafka, SQLAlchemy or the settings is imported."""
-    for name in ("create", "list", "get", "watch", "retry", "cancel", "lag", "migrate", "topics apply"):
+    for name in (
+        "create",
+        "list",
+        "get",
+        "watch",
+        "retry",
+        "cancel",
+        "resolve",
+        "lag",
+        "migrate",
+        "topics apply",
+    ):
         done = postroad(*name.split(), "--help")
         assert done.code == 0
         assert f"postroad {name} " in done.out.partition("Examples:")[2] + " ", name
@@ -214,8 +225,16 @@ def test_help_has_examples_and_loads_nothing_heavy(postroad: Command) -> None:
     assert found.stdout == "[]\n"
 
 
+def test_a_resolution_is_named(postroad: Command) -> None:
+    done = postroad("resolve", "019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071")
+    assert done.code == 2
+    assert "--not-sent" in done.err
+
+
 def test_completion_knows_commands_and_statuses(postroad: Command) -> None:
     asked = {"_POSTROAD_COMPLETE": "complete_bash"}
+    done = postroad(**asked, COMP_WORDS="postroad reso", COMP_CWORD="1")
+    assert done.out.split() == ["resolve"]
     done = postroad(**asked, COMP_WORDS="postroad ca", COMP_CWORD="1")
     assert done.out.split() == ["cancel"]
     done = postroad(**asked, COMP_WORDS="postroad list --status unc", COMP_CWORD="3")

@@ -15,6 +15,7 @@ from services.cli.rebuild.folding import Folded
 from services.common.deliveries.decide import (
     IN_DOUBT,
     NOBODY,
+    NOT_SENT,
     Cancel,
     Claim,
     Delivery,
@@ -157,6 +158,21 @@ def test_a_task_that_failed_before_the_sender_saw_it_is_restored_as_status_has_i
     tells = told(event, 1)
     assert tells is not None
     assert restored(tells, START)._replace(lease_until=refused(event).lease_until) == refused(event)
+
+
+def test_what_an_operator_decided_is_restored_so_that_nothing_is_sent() -> None:
+    doubt = pb.MailFailed(id=ID, attempt=2, reason=IN_DOUBT, uncertain=True, message_id="<m>", at_us=5)
+    closed = pb.TaskCancelled(id=ID, epoch=9, attempts=2, in_doubt=True, at_us=9)
+    tells = known([doubt, closed])
+    assert tells is not None
+    row = restored(tells, START)
+    assert (row.state, row.epoch, row.reason, row.takeovers, row.message_id) == ("cancelled", 9, "", 1, "<m>")
+    sent = pb.MailSent(id=ID, epoch=9, attempt=2, message_id="<m>", resolved=True, at_us=9)
+    not_sent = pb.MailFailed(id=ID, epoch=9, attempt=2, reason=NOT_SENT, message_id="<m>", at_us=9)
+    for event in (sent, not_sent):
+        tells = known([doubt, event])
+        assert tells is not None
+        assert event_of(restored(tells, START)) == event
 
 
 def test_a_late_verdict_leaves_a_deferred_delivery_to_the_sender() -> None:

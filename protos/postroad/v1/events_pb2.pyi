@@ -273,6 +273,7 @@ class MailSent(_message.Message):
     RELAY_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
     AT_US_FIELD_NUMBER: _builtins.int
+    RESOLVED_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     epoch: _builtins.int
     attempt: _builtins.int
@@ -281,6 +282,8 @@ class MailSent(_message.Message):
     relay: _builtins.str
     reply: _builtins.str
     at_us: _builtins.int
+    resolved: _builtins.bool
+    """An operator found that the mail had been sent; no sender tells of it."""
     def __init__(
         self,
         *,
@@ -291,10 +294,11 @@ class MailSent(_message.Message):
         relay: _builtins.str = ...,
         reply: _builtins.str = ...,
         at_us: _builtins.int = ...,
+        resolved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "attempt", b"attempt", "epoch", b"epoch", "id", b"id", "message_id", b"message_id", "relay", b"relay", "reply", b"reply"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "attempt", b"attempt", "epoch", b"epoch", "id", b"id", "message_id", b"message_id", "relay", b"relay", "reply", b"reply", "resolved", b"resolved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -377,6 +381,7 @@ class MailFailed(_message.Message):
     epoch: _builtins.int
     attempt: _builtins.int
     reason: _builtins.str
+    """not_sent where an operator found it."""
     reply: _builtins.str
     relay: _builtins.str
     message_id: _builtins.str
@@ -406,7 +411,7 @@ Global___MailFailed: _TypeAlias = MailFailed  # noqa: Y015
 
 @_typing.final
 class TaskCancelled(_message.Message):
-    """task.cancelled: a client took the task back before it was sent."""
+    """task.cancelled: a client took the task back before it was sent, or closed an uncertain one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -414,12 +419,15 @@ class TaskCancelled(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     AT_US_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    IN_DOUBT_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     epoch: _builtins.int
     """Milliseconds since the Unix epoch: whatever of the task was under way then is of an earlier one."""
     at_us: _builtins.int
     attempts: _builtins.int
     """SMTP attempts made before."""
+    in_doubt: _builtins.bool
+    """The task was uncertain: its mail may have gone out."""
     def __init__(
         self,
         *,
@@ -427,10 +435,11 @@ class TaskCancelled(_message.Message):
         epoch: _builtins.int = ...,
         at_us: _builtins.int = ...,
         attempts: _builtins.int = ...,
+        in_doubt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "attempts", b"attempts", "epoch", b"epoch", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_us", b"at_us", "attempts", b"attempts", "epoch", b"epoch", "id", b"id", "in_doubt", b"in_doubt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

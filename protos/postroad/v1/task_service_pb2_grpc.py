@@ -79,6 +79,11 @@ class TaskServiceStub:
                 request_serializer=postroad_dot_v1_dot_task__service__pb2.CancelRequest.SerializeToString,
                 response_deserializer=postroad_dot_v1_dot_task__pb2.Task.FromString,
                 _registered_method=True)
+        self.Resolve = channel.unary_unary(
+                '/postroad.v1.TaskService/Resolve',
+                request_serializer=postroad_dot_v1_dot_task__service__pb2.ResolveRequest.SerializeToString,
+                response_deserializer=postroad_dot_v1_dot_task__pb2.Task.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer:
@@ -147,7 +152,18 @@ class TaskServiceServicer:
 
     def Cancel(self, request, context):
         """Takes a task back unless its mail went out, and answers what really happened: a task that is
-        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
+        already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resolve(self, request, context):
+        """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
+        and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -196,6 +212,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
                     request_deserializer=postroad_dot_v1_dot_task__service__pb2.CancelRequest.FromString,
+                    response_serializer=postroad_dot_v1_dot_task__pb2.Task.SerializeToString,
+            ),
+            'Resolve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resolve,
+                    request_deserializer=postroad_dot_v1_dot_task__service__pb2.ResolveRequest.FromString,
                     response_serializer=postroad_dot_v1_dot_task__pb2.Task.SerializeToString,
             ),
     }
@@ -418,6 +439,33 @@ class TaskService:
             target,
             '/postroad.v1.TaskService/Cancel',
             postroad_dot_v1_dot_task__service__pb2.CancelRequest.SerializeToString,
+            postroad_dot_v1_dot_task__pb2.Task.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resolve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.v1.TaskService/Resolve',
+            postroad_dot_v1_dot_task__service__pb2.ResolveRequest.SerializeToString,
             postroad_dot_v1_dot_task__pb2.Task.FromString,
             options,
             channel_credentials,

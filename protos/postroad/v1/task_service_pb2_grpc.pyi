@@ -66,7 +66,14 @@ class TaskServiceStub:
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.CancelRequest, _task_pb2.Task]
     """Takes a task back unless its mail went out, and answers what really happened: a task that is
-    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
+    already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    Resolve: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ResolveRequest, _task_pb2.Task]
+    """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
+    and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
@@ -108,7 +115,14 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_task_service_pb2.CancelRequest, _task_pb2.Task]  # type: ignore[assignment]
     """Takes a task back unless its mail went out, and answers what really happened: a task that is
-    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
+    already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    Resolve: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ResolveRequest, _task_pb2.Task]  # type: ignore[assignment]
+    """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
+    and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
@@ -195,7 +209,20 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
         """Takes a task back unless its mail went out, and answers what really happened: a task that is
-        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first.
+        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
+        already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+
+    @_abc_1.abstractmethod
+    def Resolve(
+        self,
+        request: _task_service_pb2.ResolveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
+        """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
+        and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from postroad.v1 import events_pb2 as pb
+from services.common.deliveries.decide import NOT_SENT
 from services.common.events import DECODERS, Event
 from services.common.fold import EPOCH_SHIFT, Row, delta
 from services.common.timeline import Entry, timeline
@@ -73,8 +74,15 @@ def _life(event: Event) -> tuple[Step, tuple[Step, ...]]:
             return lookup, (created, *_before("lookup", epoch, event.attempt))
         case pb.MailDeferred():
             return ("sending", epoch, event.attempt), (judged, *_before("sending", epoch, event.attempt))
+        case pb.MailSent() | pb.MailFailed() if _found(event):
+            # An operator found it out, in an epoch in which nothing else happens.
+            return ("over", epoch, 0), (first,)
         case pb.MailSent() | pb.MailFailed():
             return ("over", epoch, 0), (judged, *_before("sending", epoch, event.attempt))
+
+
+def _found(event: pb.MailSent | pb.MailFailed) -> bool:
+    return event.resolved if isinstance(event, pb.MailSent) else event.reason == NOT_SENT
 
 
 def _before(name: str, epoch: int, attempt: int) -> tuple[Step, ...]:

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from postroad.v1 import events_pb2 as pb
-from services.common.deliveries.decide import IN_DOUBT, NOBODY, Delivery, State
+from services.common.deliveries.decide import IN_DOUBT, NOBODY, RESOLVED, Delivery, State
 from services.common.deliveries.outcome import STAGE
 from services.common.events import Event
 from services.common.schema import INT_MAX, deliveries, to_micros, widths
@@ -44,7 +44,8 @@ def told(event: Event, version: int) -> Told | None:
     """
     match event:
         case pb.MailSent():
-            return _told(event, version, "sent")
+            row = _told(event, version, "sent")
+            return row._replace(reason=RESOLVED if event.resolved else "")
         case pb.MailFailed():
             row = _told(event, version, "uncertain" if event.uncertain else "failed")
             # How often it was in doubt before is not said; that it was, is what counts.
@@ -59,7 +60,12 @@ def told(event: Event, version: int) -> Told | None:
             return row._replace(next_attempt_at=event.next_attempt_at_us)
         case pb.TaskCancelled():
             attempts = min(event.attempts, INT_MAX)
-            return Told(event.id, version, "cancelled", event.epoch, attempts, 0, 0, 0, "", "", "", "")
+            # One that closed an uncertain task decides, and tells of a doubt.
+            reason = IN_DOUBT if event.in_doubt else ""
+            doubts = int(event.in_doubt)
+            return Told(
+                event.id, version, "cancelled", event.epoch, attempts, doubts, 0, 0, reason, "", "", ""
+            )
         case pb.MxFailed():
             # As services/common/deliveries/refusals.py has it.
             reason = event.reason[: _WIDTHS["reason"]]
@@ -93,12 +99,14 @@ def merge(a: Told, b: Told) -> Told:
 def restored(known: Told, now: datetime) -> Delivery:
     """Return the row. `now`: the database's time, naive UTC; a claim that was under way is over since then.
 
-    A cancelled one that was ever in doubt is uncertain, as `decide` has it.
+    A cancelled one that was ever in doubt is uncertain, as `decide` has it, unless it was uncertain before.
     """
     state, reason, settled_at, doubts = known.state, known.reason, known.settled_at, known.doubts
     if state == "deferred" and reason == IN_DOUBT:
         # Its own doubt is not among those that it was taken with.
         doubts -= 1
+    elif state == "cancelled" and reason == IN_DOUBT:
+        reason = ""
     elif state == "cancelled" and doubts:
         state, reason = "uncertain", IN_DOUBT
         settled_at = to_micros(now)

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _PART = 500
-_SETTLED = ("completed", "failed", "cancelled")
+_SETTLED = ("completed", "failed", "uncertain", "cancelled")
 
 _INSERT_TOLD = f"INSERT INTO {DELIVERIES} ({', '.join(Told._fields)}) VALUES"
 # As deliveries.merge has it. Assignments see what those before them have written: the version comes last.

@@ -48,6 +48,8 @@ from services.common.schema import to_micros
 __all__ = [
     "IN_DOUBT",
     "NOBODY",
+    "NOT_SENT",
+    "RESOLVED",
     "Cancel",
     "Claim",
     "Delivery",
@@ -67,6 +69,9 @@ State = Literal["sending", "released", "deferred", "failed", "sent", "uncertain"
 
 # The reason of every outcome that leaves open whether the mail was delivered.
 IN_DOUBT = "in_doubt"
+# The reasons of the outcomes that an operator found: the mail was not sent; it was sent.
+NOT_SENT = "not_sent"
+RESOLVED = "resolved"
 NOBODY = bytes(16)
 """The owner of a row that no claim made."""
 

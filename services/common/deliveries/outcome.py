@@ -7,7 +7,7 @@ sender would have published.
 from __future__ import annotations
 
 from postroad.v1 import events_pb2 as pb
-from services.common.deliveries.decide import IN_DOUBT, Delivery
+from services.common.deliveries.decide import IN_DOUBT, RESOLVED, Delivery
 from services.common.events import Event
 
 __all__ = ["STAGE", "event_of", "refused_before"]
@@ -41,6 +41,7 @@ def _sent(row: Delivery) -> pb.MailSent:
         message_id=row.message_id,
         relay=row.relay,
         reply=row.reply,
+        resolved=row.reason == RESOLVED,
         at_us=row.settled_at,
     )
 
