@@ -83,7 +83,7 @@ def test_mysql_away(road: Road, stack: Stack) -> None:
 def test_kafka_away(road: Road, stack: Stack) -> None:
     postroad = Command(stack.env())
     with (
-        postroad.following("lag", "--watch", "--interval", "0", "-o", "jsonl") as watch,
+        postroad.following("lag", "--watch", "--interval", "2", "-o", "jsonl") as watch,
         Load(road, "k") as load,
     ):
         until(lambda: watch.objects, "a first sample of the lag")
