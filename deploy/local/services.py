@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from collections.abc import Mapping
 
 import dns.exception
 import dns.message
@@ -13,20 +14,44 @@ from deploy.local.layout import Layout
 from deploy.local.ports import HOST
 from deploy.local.state import State
 
-__all__ = ["catcher_component", "dns_component", "service_component"]
+__all__ = ["PATIENCE", "catcher_component", "dns_component", "service_component"]
+
+PATIENCE = {"POSTROAD_DRAIN_SECONDS": 20.0, "POSTROAD_HANDOVER_SECONDS": 620.0}
+"""How long a draining service waits, by setting; the values are the settings' own defaults."""
+# Beyond that: the last commit, leaving the group, closing.
+_CLOSING = 25.0
 
 
 def service_component(layout: Layout, state: State, name: str) -> Component:
     """One replica of a service, such as `sender-2`; ready when its /readyz says so."""
     service = name.rpartition("-")[0]
     health = f"{HOST}:{state.port(name, 'http')}"
+    env = service_environment(state, name)
     return Component(
         name=name,
         argv=(sys.executable, "-m", f"services.{service}"),
         address=f"{HOST}:{state.port(name, 'grpc')}" if service == "api" else health,
-        env=service_environment(state, name),
+        env=env,
         is_ready=lambda: http_ok(health, "/readyz"),
+        grace=_grace(service, env),
     )
+
+
+def _grace(service: str, env: Mapping[str, str]) -> float:
+    """Seconds after which a service that drains is taken for stuck.
+
+    A sender also waits for the replies to the mails that it handed over. That takes long only where a mail
+    server is slow, and to kill the sender then leaves those mails in doubt.
+    """
+    waits = [name for name in PATIENCE if service == "sender" or name != "POSTROAD_HANDOVER_SECONDS"]
+    return _CLOSING + sum(_seconds(env.get(name), PATIENCE[name]) for name in waits)
+
+
+def _seconds(said: str | None, default: float) -> float:
+    try:
+        return float(said) if said else default
+    except ValueError:  # the service itself refuses to start with it
+        return default
 
 
 def dns_component(layout: Layout, state: State) -> Component:

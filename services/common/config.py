@@ -19,7 +19,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from services.common import forms
 from services.common.environment import unknown
 
-__all__ = ["Settings", "misspelt", "refusals", "refused", "settings", "variable"]
+__all__ = ["SETTLE_SECONDS", "Settings", "misspelt", "refusals", "refused", "settings", "variable"]
+
+SETTLE_SECONDS = 20.0
+"""What `handover_seconds` leaves, after the wait for the mail server's reply, to store the outcome."""
 
 Delays = Annotated[tuple[int, ...], NoDecode]
 Host = Annotated[str, AfterValidator(forms.host)]
@@ -88,6 +91,13 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(
         20.0, gt=0, le=_HOUR, description="How long SIGTERM waits for what is in flight"
+    )
+    handover_seconds: float = Field(
+        620.0,
+        gt=SETTLE_SECONDS,
+        le=_HOUR,
+        description="How long a mail handed over may take, at a drain too:"
+        " all but 20 s for the server's reply, the rest to store it",
     )
 
     max_body: int = Field(512 << 10, ge=1, le=2 << 20, description="Bytes of text and HTML a task may have")

@@ -7,7 +7,7 @@ import contextlib
 import ipaddress
 from collections.abc import Sequence
 
-from services.common.config import Settings, refused
+from services.common.config import SETTLE_SECONDS, Settings, refused
 from services.common.database import engine_of, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
@@ -19,7 +19,7 @@ from services.sender.composer import Composer
 from services.sender.leases import Leases
 from services.sender.policy import Policy
 from services.sender.slots import Slots
-from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Tls
+from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from services.sender.stage import Sender, stage
 
 __all__ = ["SenderService", "build", "relay_of"]
@@ -45,7 +45,11 @@ class SenderService:
         self._engine = engine_of(url, pool_size=3)
         self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold))
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
-        self._pool = SmtpPool(relay_of(settings), limits=Limits(sessions=settings.sender_sessions))
+        self._pool = SmtpPool(
+            relay_of(settings),
+            limits=Limits(sessions=settings.sender_sessions),
+            timeouts=Timeouts(after_dot=settings.handover_seconds - SETTLE_SECONDS),
+        )
         self._sender = Sender(
             claims=self._claims,
             leases=self._leases,
@@ -61,6 +65,7 @@ class SenderService:
             sessions=Slots(settings.sender_sessions, settings.domain_concurrency),
             publish=self._publish,
             owner=owner_tokens(),
+            handover=settings.handover_seconds,
         )
         self._runtime = StageRuntime(stage(self._sender, settings.sender_delays), settings, source="sender")
         SENDER_CLAIMS.set_function(self._leases.__len__)
@@ -77,7 +82,8 @@ class SenderService:
         await self._runtime.publish(events, traceparent)
 
     async def run(self) -> None:
-        """Send until stopped and drained. Raises what ended the stage otherwise."""
+        """Send until stopped and drained, and what was handed over is settled. Raises what ended the stage
+        otherwise."""
         renewing = asyncio.create_task(self._leases.run())
         try:
             await self._runtime.run()
@@ -97,6 +103,8 @@ class SenderService:
     def problems(self) -> list[str]:
         """Return why the service is not ready. Safe from any thread."""
         problems = self._runtime.problems()
+        if "draining" in problems and (waiting := self._sender.handed_over):
+            problems.append(f"{waiting} mails handed over wait for their replies")
         if (said := self._claims.trouble) is not None:
             problems.append(f"database: {said}")
         if (trouble := self._pool.state.trouble) is not None:

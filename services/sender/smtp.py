@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.sender.replies import InDoubt, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.replies import NotSent, Outcome, Rejected, Sent
 from services.sender.smtp_relay import Credentials, Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError
 from services.sender.smtp_sessions import Sessions, pause
-from services.sender.smtp_transaction import StaleSessionError, check_mail, deliver
+from services.sender.smtp_transaction import StaleSessionError, begin, check_mail, hand_over
 
 __all__ = [
     "Credentials",
@@ -35,15 +35,16 @@ _log = structlog.get_logger()
 
 
 class SendCancelled(asyncio.CancelledError):
-    """What a cancelled ``send`` raises: a CancelledError that says what became of the mail.
+    """What a cancelled ``send`` raises: a CancelledError that says whether the mail was being handed over.
 
-    ``outcome`` is ``NotSent`` if its last byte was certainly not handed over, else ``InDoubt``. A caller that
-    records it must raise this again afterwards.
+    ``rest`` is None if nothing of the message was sent. Otherwise the delivery goes on in this task, and its
+    result is the outcome; to cancel the task cuts the delivery off. A caller that catches this must raise it
+    again afterwards.
     """
 
-    def __init__(self, outcome: NotSent | InDoubt) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
+    def __init__(self, rest: asyncio.Task[Outcome] | None = None) -> None:
+        super().__init__()
+        self.rest = rest
 
 
 class PoolClosedError(Exception):
@@ -102,7 +103,8 @@ class SmtpPool:
 
         Raises:
             ValueError: addresses or a message that cannot be sent as they are; nothing was sent.
-            SendCancelled: if the task is cancelled. The session is then aborted.
+            SendCancelled: if the task is cancelled. Until the server asks for the message, that aborts the
+                session; from then on the delivery goes on without the caller.
         """
         check_mail(mail_from, rcpt, message)
         if self._trouble is not None:
@@ -114,7 +116,7 @@ class SmtpPool:
                 if session.fresh:
                     self._back()
                 try:
-                    outcome = await deliver(session, mail_from, rcpt, message, guard)
+                    outcome = await begin(session, mail_from, rcpt, message, guard)
                 except StaleSessionError:
                     session = None
                     continue
@@ -123,17 +125,20 @@ class SmtpPool:
             self._down(error.outcome)
             return error.outcome
         except asyncio.CancelledError:
-            raise SendCancelled(self._cancelled(session)) from None
+            if session is not None:
+                session.wire.abort("cancelled")
+            raise SendCancelled from None
         except BaseException:
             if session is not None:
                 session.wire.abort("internal error")
             raise
-        if isinstance(outcome, Sent | Rejected):
-            self._failures = 0
-        elif isinstance(outcome, NotSent) and outcome.ours:
-            self._down(outcome)
-        self._sessions.release(session)
-        return outcome
+        if outcome is not None:
+            return self._ended(session, outcome)
+        rest = asyncio.get_running_loop().create_task(self._hand_over(session, message, guard))
+        try:
+            return await asyncio.shield(rest)
+        except asyncio.CancelledError:
+            raise SendCancelled(rest) from None
 
     @property
     def available(self) -> bool:
@@ -211,12 +216,18 @@ class SmtpPool:
                 self._sessions.release(session)
                 self._back()
 
-    def _cancelled(self, session: Session | None) -> NotSent | InDoubt:
-        if session is None:
-            return NotSent(Phase.CONNECT, "cancelled", False, self.relay.name)
-        session.wire.abort("cancelled")
-        if not session.handing_over:
-            return NotSent(Phase.ENVELOPE, "cancelled", False, session.name)
-        if session.wire.unsent:
-            return NotSent(Phase.DATA, "cancelled", False, session.name)
-        return InDoubt("cancelled", session.name)
+    async def _hand_over(self, session: Session, message: bytes, guard: Callable[[], bool]) -> Outcome:
+        try:
+            outcome = await hand_over(session, message, guard)
+        except BaseException:
+            session.wire.abort("internal error")
+            raise
+        return self._ended(session, outcome)
+
+    def _ended(self, session: Session, outcome: Outcome) -> Outcome:
+        if isinstance(outcome, Sent | Rejected):
+            self._failures = 0
+        elif isinstance(outcome, NotSent) and outcome.ours:
+            self._down(outcome)
+        self._sessions.release(session)
+        return outcome

@@ -33,7 +33,6 @@ class Session:
         "auth",
         "extensions",
         "fresh",
-        "handing_over",
         "idle_since",
         "mails",
         "name",
@@ -55,8 +54,6 @@ class Session:
         timeout."""
         self.unclean = False
         """Whether the server may be in the middle of a transaction, so that RSET must come before MAIL."""
-        self.handing_over = False
-        """Whether the writing of a message has begun."""
         self.mails = 0
         self.idle_since = 0.0
 

@@ -1,5 +1,6 @@
 """One mail over one session: the envelope, the message, the answer (RFC 5321 §3.3, RFC 2920)."""
 
+import asyncio
 import re
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from services.sender.replies import (
 )
 from services.sender.smtp_session import Session
 
-__all__ = ["StaleSessionError", "check_mail", "deliver"]
+__all__ = ["StaleSessionError", "begin", "check_mail", "hand_over"]
 
 _ADDRESS = re.compile(r"[^\x00-\x20\x7f-\xa0<>\u2028\u2029]*")
 _SLOWEST = 10_000  # bytes a second that a message may leave at
@@ -41,22 +42,22 @@ def check_mail(mail_from: str, rcpt: str, message: bytes) -> None:
         raise ValueError("the message has line ends that are not CRLF")
 
 
-async def deliver(
+async def begin(
     session: Session, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
-) -> Outcome:
-    """Send one mail that ``check_mail`` let pass.
+) -> Outcome | None:
+    """Send the envelope of a mail that ``check_mail`` let pass, up to the answer to DATA.
 
     Args:
         mail_from: the return path; empty for the null one.
-        guard: asked before the envelope is written and again before the message is; on False nothing is sent.
+        guard: asked before the envelope is written; on False nothing is sent.
+
+    Returns:
+        None if the server wants the message, which ``hand_over`` sends; otherwise how the delivery ended.
 
     Raises:
         StaleSessionError: nothing was sent, and the session is over.
-        asyncio.CancelledError: the session is over; ``session.handing_over`` and ``session.wire.unsent`` tell
-            what may have been sent.
+        asyncio.CancelledError: no message was sent, and the session is over.
     """
-    wire, timeouts = session.wire, session.timeouts
-    session.handing_over = False
     parameters = _parameters(session, mail_from, rcpt, message)
     if isinstance(parameters, Rejected):
         return parameters
@@ -70,22 +71,33 @@ async def deliver(
     ]
     if session.unclean:
         commands.insert(0, b"RSET\r\n")
-    refusal = await _envelope(session, commands)
-    if refusal is not None:
-        return refusal
+    return await _envelope(session, commands)
+
+
+async def hand_over(session: Session, message: bytes, guard: Callable[[], bool]) -> Outcome:
+    """Send the message after ``begin`` returned None, and return what the server's answer means.
+
+    Args:
+        guard: asked before the message is written; on False nothing is sent.
+
+    Cancelling cuts the connection off. The result then says whether the message may have gone out.
+    """
+    wire, timeouts = session.wire, session.timeouts
     if wire.lost is not None:
         return NotSent(Phase.DATA, wire.lost, False, session.name)
     if not guard():
         # After a 354 only a message or the end of the connection can follow.
         wire.abort("lease lost")
         return LeaseLost(Phase.DATA)
-    session.handing_over = True
-    answer = await wire.ask(
-        _stuffed(message),
-        1,
-        timeouts.after_dot,
-        flush_timeout=timeouts.block + len(message) / _SLOWEST,
-    )
+    try:
+        answer = await wire.ask(
+            _stuffed(message),
+            1,
+            timeouts.after_dot,
+            flush_timeout=timeouts.block + len(message) / _SLOWEST,
+        )
+    except asyncio.CancelledError:
+        answer = []
     return _verdict(session, answer)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from typing import Protocol, cast
 from uuid import UUID
 
@@ -60,7 +61,7 @@ Publish = Callable[[Sequence[Event], bytes | None], Awaitable[None]]
 # A claim that another holds is asked for again this often (seconds): most are settled long before their
 # lease ends.
 _LOOK_AGAIN = 0.5
-# What a cancelled handler still has to write is given this long (seconds).
+# What a cancelled handler still has to write is given this long (seconds), unless it handed its mail over.
 _LAST_WORDS = 5.0
 
 
@@ -82,6 +83,7 @@ class Sender:
 
     `hands` bounds the mails that are claimed and not settled, `sessions` those that the pool has. `owner`
     returns a token that no claim has had before; `now_us` the time in microseconds since the Unix epoch.
+    `handover` is how long (seconds) a mail that was handed over may go on without its handler.
     """
 
     def __init__(
@@ -96,26 +98,36 @@ class Sender:
         sessions: Slots,
         publish: Publish,
         owner: Callable[[], bytes],
+        handover: float = 620.0,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
         rng: random.Random | None = None,
     ) -> None:
         self._claims, self._leases, self._pool = claims, leases, pool
         self._composer, self._policy, self._hands, self._sessions = composer, policy, hands, sessions
         self._publish, self._owner, self._now_us = publish, owner, now_us
+        self._handover = handover
         self._rng = rng or random.Random()
         self._last_words: set[asyncio.Task[None]] = set()
+        self.handed_over = 0
+        """Mails that were handed over and go on without their handlers, not settled yet."""
 
     def handle(self, record: Record) -> Awaitable[Outcome]:
         """Return a coroutine that ends when the record's task has an outcome.
 
-        Cancelled, it leaves the claim free where the mail was surely not handed over, and in doubt otherwise.
+        Cancelled, it leaves the claim free where the mail was not handed over. What was handed over goes on:
+        the sender waits for the server's reply and settles the row; the record's next owner publishes it.
         """
         if isinstance(record.event, pb.TaskCancelled):
             return self._cancel(record.event)
         return self._deliver(record, cast(pb.MxOk, record.event))
 
     async def close(self) -> None:
-        """Return once cancelled handlers have left their claims as they should, or had the time to."""
+        """Return once cancelled handlers have left their claims as they should, or had the time to.
+
+        That takes seconds, or as long as `handover` where a mail was handed over and is not answered.
+        """
+        if self.handed_over:
+            log.info("mails were handed over: waiting for their replies", mails=self.handed_over)
         while self._last_words:
             await asyncio.wait(self._last_words)
 
@@ -140,16 +152,15 @@ class Sender:
                 await self._hands.acquire(task.domain)
             except Crowded:
                 return self._put_off(task.domain)
-            try:
+            with ExitStack() as held:
+                held.callback(self._hands.release, task.domain)
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
                 verdict = await self._claim(claim)
                 if isinstance(verdict, Taken):
-                    settled = await self._attempt(verdict, record, event)
+                    settled = await self._attempt(verdict, record, event, held)
                     if settled is None:
                         continue
                     return self._answer(settled)
-            finally:
-                self._hands.release(task.domain)
             if isinstance(verdict, Wait):
                 await _pause(verdict)
                 continue
@@ -164,13 +175,19 @@ class Sender:
         try:
             return await self._claims.claim(claim)
         except asyncio.CancelledError:
-            self._say(self._withdraw(claim))
+            self._go_on(self._withdraw(claim))
             raise
 
-    async def _attempt(self, taken: Taken, record: Record, event: pb.MxOk) -> Delivery | None:
-        """Send the claimed mail; return its settled row, or None where the claim must be asked for anew."""
+    async def _attempt(
+        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack
+    ) -> Delivery | None:
+        """Send the claimed mail; return its settled row, or None where the claim must be asked for anew.
+
+        `held` is what is given back when the attempt is over.
+        """
         row = taken.row
         lease = self._leases.hold(row, taken.since)
+        held.callback(self._leases.drop, lease)
         # Whether the row may be left to its next owner as if this one had never had it.
         clean = False
         try:
@@ -179,36 +196,42 @@ class Sender:
             try:
                 mail = self._composer.compose(event, row.message_id)
             except ValueError as error:
-                return await self._settle(self._policy.unsendable(row, self._now_us()), str(error))
-            born_us = max(event.task.created_at_us, event.at_us, event.epoch * 1000)
+                settled = self._policy.unsendable(row, self._now_us())
+                return await self._settle(settled, held, cause=str(error))
             await self._sessions.acquire(event.task.domain)
-            try:
+            with ExitStack() as session:
+                session.callback(self._sessions.release, event.task.domain)
                 # Not before: the wait may have been long.
-                expired = self._policy.expired(row, born_us, self._now_us())
+                expired = self._policy.expired(row, _born_us(event), self._now_us())
                 if expired is not None:
-                    return await self._settle(expired)
+                    return await self._settle(expired, held)
                 clean = False
                 started = time.perf_counter()
-                ended = await self._pool.send(*mail, lease.holds)
+                try:
+                    ended = await self._pool.send(*mail, lease.holds)
+                except SendCancelled as cancelled:
+                    clean = cancelled.rest is None
+                    if cancelled.rest is not None:
+                        held.push(session.pop_all())
+                        self._go_on(self._finish(cancelled.rest, row, event, started), held)
+                    raise
                 SENDER_SECONDS.observe(time.perf_counter() - started)
-            except SendCancelled as cancelled:
-                clean = isinstance(cancelled.outcome, replies.NotSent)
-                raise
-            finally:
-                self._sessions.release(event.task.domain)
-            if isinstance(ended, replies.LeaseLost) or (isinstance(ended, replies.NotSent) and ended.ours):
+            settled = self._outcome(row, ended, event)
+            if settled.state == "released":
                 clean = True
-                await self._claims.settle(row._replace(state="released"))
+                await self._claims.settle(settled)
                 return None
-            settled = self._policy.settled(row, ended, born_us, self._now_us(), self._rng)
-            lost_reply = isinstance(ended, replies.InDoubt)
-            return await self._settle(settled, getattr(ended, "cause", ""), lost_reply=lost_reply)
+            return await self._settle(settled, held, ended)
         except BaseException:
             if clean:
-                self._say(self._settle_in_time(row._replace(state="released")))
+                self._go_on(self._in_time(self._claims.settle(row._replace(state="released")), _LAST_WORDS))
             raise
-        finally:
-            self._leases.drop(lease)
+
+    def _outcome(self, row: Delivery, ended: replies.Outcome, event: pb.MxOk) -> Delivery:
+        """Return the row to store after an attempt; released where it was none."""
+        if isinstance(ended, replies.LeaseLost) or (isinstance(ended, replies.NotSent) and ended.ours):
+            return row._replace(state="released")
+        return self._policy.settled(row, ended, _born_us(event), self._now_us(), self._rng)
 
     async def _tell_doubt(self, taken: Taken, record: Record) -> None:
         """Have it on record that the mail may have gone out, before it goes out again."""
@@ -219,16 +242,24 @@ class Sender:
             await self._publish([found_in_doubt(taken.row, self._now_us())], record.traceparent)
 
     async def _settle(
-        self, settled: Delivery, cause: str = "", *, lost_reply: bool = False
+        self, settled: Delivery, held: ExitStack, ended: replies.Outcome | None = None, cause: str = ""
     ) -> Delivery | None:
+        """Store the outcome of an attempt that `ended` so; cancelled, go on without the handler."""
         try:
-            became = await self._claims.settle(settled)
+            return await self._store(settled, ended, cause)
         except asyncio.CancelledError:
-            self._say(self._settle_in_time(settled))
+            limit = self._handover if _handed_over(ended) else _LAST_WORDS
+            self._go_on(self._in_time(self._store(settled, ended, cause), limit), held)
             raise
+
+    async def _store(
+        self, settled: Delivery, ended: replies.Outcome | None, cause: str = ""
+    ) -> Delivery | None:
+        cause = cause or getattr(ended, "cause", "")
+        became = await self._claims.settle(settled)
         if became is Settlement.STORED:
             SENDER_OUTCOMES.labels(settled.state).inc()
-            if lost_reply:
+            if isinstance(ended, replies.InDoubt):
                 _doubt(settled, "lost reply", cause=cause)
             elif settled.state != "sent":
                 _log(settled, cause=cause)
@@ -255,15 +286,43 @@ class Sender:
 
     # --- what a cancelled handler leaves ------------------------------------------------------
 
-    def _say(self, words: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(words)
+    def _go_on(self, work: Coroutine[None, None, None], held: ExitStack | None = None) -> None:
+        """Do `work` without the handler, and give back afterwards what the handler held."""
+        kept = held.pop_all() if held is not None else ExitStack()
+        task = asyncio.get_running_loop().create_task(work)
         self._last_words.add(task)
-        task.add_done_callback(self._last_words.discard)
 
-    async def _settle_in_time(self, settled: Delivery) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS):
-                await self._claims.settle(settled)
+        def over(task: asyncio.Task[None]) -> None:
+            self._last_words.discard(task)
+            kept.close()
+
+        task.add_done_callback(over)
+
+    async def _finish(
+        self, rest: asyncio.Task[replies.Outcome], row: Delivery, event: pb.MxOk, started: float
+    ) -> None:
+        """Wait for the reply to a mail that was handed over, and settle its row; its next owner publishes."""
+        self.handed_over += 1
+        try:
+            now = asyncio.get_running_loop().time
+            until = now() + self._handover
+            await asyncio.wait({rest}, timeout=self._handover)
+            rest.cancel()
+            ended = await rest
+            SENDER_SECONDS.observe(time.perf_counter() - started)
+            settled = self._outcome(row, ended, event)
+            released = settled.state == "released"
+            work = self._claims.settle(settled) if released else self._store(settled, ended)
+            await self._in_time(work, max(until - now(), _LAST_WORDS))
+        finally:
+            self.handed_over -= 1
+
+    async def _in_time(self, work: Awaitable[object], seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await work
+        except TimeoutError:
+            log.warning("the database was away for too long: a claim is left in doubt")
 
     async def _withdraw(self, claim: Claim) -> None:
         """Give back a claim whose answer nobody waits for any more: asked again, it answers the same."""
@@ -282,6 +341,16 @@ def stage(sender: Sender, delays: Sequence[int]) -> Stage:
 
 async def _pause(wait: Wait) -> None:
     await asyncio.sleep(min(wait.seconds, _LOOK_AGAIN))
+
+
+def _born_us(event: pb.MxOk) -> int:
+    return max(event.task.created_at_us, event.at_us, event.epoch * 1000)
+
+
+def _handed_over(ended: replies.Outcome | None) -> bool:
+    return isinstance(ended, replies.Sent | replies.InDoubt) or (
+        isinstance(ended, replies.Rejected) and ended.phase is replies.Phase.AFTER_DOT
+    )
 
 
 def _doubt(row: Delivery, how: str, **more: object) -> None:

@@ -8,11 +8,13 @@ import signal
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import pytest
 
 from tests.e2e.road import Road, until
+from tests.forms import by_form
 from tests.stack import Stack
 
 LEASE = "3"
@@ -66,6 +68,40 @@ def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., 
         until(lambda: not any(road.lag().values()), "all committed", 30)
         again = {task.id: task for task in road.list_all()}
         assert all(again[id_].status == "completed" for id_ in ids + more)
+
+
+@pytest.mark.timeout(900)
+def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
+    new_stack: Callable[..., Stack],
+) -> None:
+    # The long form has the settings' own times.
+    mails, seconds = by_form((24, 4), (200, 25))
+    hasty = {"POSTROAD_REVOKE_SECONDS": "1", "POSTROAD_DRAIN_SECONDS": "1"}
+    stack = new_stack(**by_form(hasty, {}))
+    stack.up()
+    ids: list[str] = []
+
+    def hand_over(mark: str) -> None:
+        """Have mails under way whose replies come later than a revocation and a drain would wait."""
+        taken = len(stack.journal())
+        emails = [f"slow-{seconds * 1000}@{mark}{n}.ok.test" for n in range(mails // 4)]
+        ids.extend(road.create_many(emails, mark))
+        until(lambda: len(stack.journal()) >= taken + 6, f"mails are handed over: {mark}", 120)
+
+    with Road(stack) as road:
+        hand_over("one")
+        stack.scale("sender", 3)
+        hand_over("three")
+        stack.scale("sender", 1)
+        hand_over("again")
+        stack.stop("sender-1")
+        stack.start("sender-1")
+        hand_over("restarted")
+        tasks = road.settled(ids, by_form(60, 600))
+        assert Counter(task.status for task in tasks.values()) == {"completed": mails}
+        assert Counter(road.copies(ids).values()) == {1: mails}
+        assert sum(road.doubts(id_) for id_ in ids) == 0
+        until(lambda: not any(road.lag().values()), "all committed", 30)
 
 
 @pytest.mark.timeout(300)
@@ -133,3 +169,5 @@ def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
         again = {task.id: task for task in road.list_all()}
         assert {again[id_].attempts for id_ in stuck} == {0}, "to wait for others is no attempt"
         road.sent_once(others)
+        # A drain would wait for what hangs.
+        stack.kill("sender-1")

@@ -11,6 +11,7 @@ from services.common.fold import fold
 from services.common.topics import EVENT_TOPICS, READ_BY, Names
 
 if TYPE_CHECKING:
+    from tests.simulation.mail import Copy
     from tests.simulation.run import Schedule
 
 __all__ = ["TERMINAL", "check", "check_replay", "copies_of_settled"]
@@ -91,6 +92,7 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
         violation(f"{name} was sent {len(plain)} times, each time without a doubt")
     if len(copies) - max(1, len(plain)) > len(doubts):
         violation(f"{name} was sent {len(copies)} times with {len(doubts)} doubts on record")
+    _check_copies(schedule, name, copies)
     if len({copy.message_id for copy in copies} | {doubt.message_id for doubt in doubts}) > 1:
         violation(f"{name} has several Message-IDs")
     if row.status == "completed" and not copies:
@@ -107,6 +109,19 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
     recorded = sum(1 for kind, _ in stored if kind == "in_doubt")
     if doubts and not recorded:
         violation(f"{name} has doubts that its timeline does not show")
+
+
+def _check_copies(schedule: Schedule, name: str, copies: list[Copy]) -> None:
+    """A mail goes out again only where its sender died or froze, its reply was lost, or MySQL was away."""
+    faults = schedule.plan.faults
+    claims = ("claim", "settle", "renew")
+    if any(fault.what == "database" for fault in faults) or any(
+        fault.what in ("unheard", "refused", "again") and fault.on in claims for fault in faults
+    ):
+        return
+    for copy in copies[:-1]:
+        if copy.process not in schedule.struck and copy.owner not in schedule.mail.unheard:
+            schedule.world.violation(f"{name} was sent again, though nothing had died and no reply was lost")
 
 
 def _check_dead(schedule: Schedule) -> None:

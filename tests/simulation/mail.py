@@ -37,6 +37,7 @@ class Copy:
     message_id: str
     owner: bytes
     at: float
+    process: str
 
 
 class MailServer:
@@ -45,6 +46,8 @@ class MailServer:
     def __init__(self, world: World, ends: dict[str, tuple[str, ...]]) -> None:
         self.world = world
         self.journal: list[Copy] = []
+        self.unheard: set[bytes] = set()
+        """Owners of the claims whose mail's reply the server, or the connection, has lost."""
         self._ends = {rcpt: list(told) for rcpt, told in ends.items()}
 
     def end(self, rcpt: str) -> str:
@@ -84,24 +87,43 @@ class Pool:
         self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
     ) -> replies.Outcome:
         """Send one mail."""
+        try:
+            ended = await self._begin(rcpt, guard)
+        except asyncio.CancelledError:
+            raise SendCancelled from None
+        if not isinstance(ended, str):
+            return ended
+        rest = self._loop.create_task(self._hand_over(ended, message, guard))
+        try:
+            return await asyncio.shield(rest)
+        except asyncio.CancelledError:
+            raise SendCancelled(rest) from None
+
+    async def _begin(self, rcpt: str, guard: Callable[[], bool]) -> replies.Outcome | str:
+        """Send the envelope; return how the delivery will end, where the server wants the message."""
         latency = self._world.scheduler.latency
+        await asyncio.sleep(latency())
+        if self._lost():
+            self._down = True
+            return NotSent(Phase.CONNECT, "connection refused", True, _RELAY)
+        if not guard():
+            return LeaseLost(Phase.ENVELOPE)
+        end = self._server.end(rcpt)
+        self._world.trace(self._loop.process.name, f"sends to {rcpt}: {end}")
+        await asyncio.sleep(25.0 if end == "defer_slow" else latency())
+        if self._lost():
+            return NotSent(Phase.ENVELOPE, "connection lost", False, _RELAY)
+        if end in ("defer", "defer_slow"):
+            return Rejected(Phase.ENVELOPE, "451 4.7.1 greylisted", False, None, _RELAY)
+        if end == "reject":
+            return Rejected(Phase.ENVELOPE, "550 5.1.1 no such user", True, None, _RELAY)
+        return end
+
+    async def _hand_over(self, end: str, message: bytes, guard: Callable[[], bool]) -> replies.Outcome:
+        latency = self._world.scheduler.latency
+        owner = _owner(guard)
         handed_over = False
         try:
-            await asyncio.sleep(latency())
-            if self._lost():
-                self._down = True
-                return NotSent(Phase.CONNECT, "connection refused", True, _RELAY)
-            if not guard():
-                return LeaseLost(Phase.ENVELOPE)
-            end = self._server.end(rcpt)
-            self._world.trace(self._loop.process.name, f"sends to {rcpt}: {end}")
-            await asyncio.sleep(25.0 if end == "defer_slow" else latency())
-            if self._lost():
-                return NotSent(Phase.ENVELOPE, "connection lost", False, _RELAY)
-            if end in ("defer", "defer_slow"):
-                return Rejected(Phase.ENVELOPE, "451 4.7.1 greylisted", False, None, _RELAY)
-            if end == "reject":
-                return Rejected(Phase.ENVELOPE, "550 5.1.1 no such user", True, None, _RELAY)
             if not guard():
                 return LeaseLost(Phase.DATA)
             if end == "torn":
@@ -111,21 +133,20 @@ class Pool:
             handed_over = True
             if end not in ("lost_unheard", "reject_after_dot"):
                 # What is in the socket arrives, whatever becomes of the sender.
-                copy = Copy(_task(message), _message_id(message), _owner(guard), self._world.now)
+                process = self._loop.process.name
+                copy = Copy(_task(message), _message_id(message), owner, self._world.now, process)
                 self._world.scheduler.after(latency(), None, self._server.accept, copy, self._loop)
             await asyncio.sleep({"slow": 6.0, "hang": 45.0}.get(end, 0.005) + latency())
             if end in ("kept_unheard", "lost_unheard") or self._lost():
+                self._server.unheard.add(owner)
                 return InDoubt("connection lost", _RELAY)
             if end == "reject_after_dot":
                 return Rejected(Phase.AFTER_DOT, "554 5.7.1 refused", True, None, _RELAY)
             return Sent("250 2.0.0 queued", _RELAY)
         except asyncio.CancelledError:
-            left = (
-                InDoubt("cancelled", _RELAY)
-                if handed_over
-                else NotSent(Phase.DATA, "cancelled", False, _RELAY)
-            )
-            raise SendCancelled(left) from None
+            if handed_over:
+                return InDoubt("cancelled", _RELAY)
+            return NotSent(Phase.DATA, "cancelled", False, _RELAY)
 
     def _lost(self) -> bool:
         return not self._world.up("relay")

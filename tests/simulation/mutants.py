@@ -20,6 +20,7 @@ from services.common.stage.offsets import Offsets
 from services.common.stage.types import Dead
 from services.common.stage.work import Work
 from services.sender.async_claims import AsyncClaims
+from services.sender.stage import Sender
 from tests.simulation.database import Database
 from tests.simulation.patches import replaced
 from tests.simulation.threads import VirtualTime
@@ -82,6 +83,18 @@ def _stale_completion_counts() -> Patches:
                     assignment.offsets.finish(mark)
 
     return [(Ledger, "give_back", give_back)]
+
+
+def _cuts_off_what_was_handed_over() -> Patches:
+    """A cancelled handler ends the exchange with the mail server, whatever has been sent."""
+
+    original = Sender._finish
+
+    async def finish(self: Sender, rest: asyncio.Task[Any], *more: Any) -> None:
+        rest.cancel()
+        await original(self, rest, *more)
+
+    return [(Sender, "_finish", finish)]
 
 
 def _counts_offsets() -> Patches:
@@ -149,6 +162,7 @@ MUTANTS: dict[str, Callable[[], Patches]] = {
     "no-claim": _no_claim,
     "no-fencing-on-settle": _no_fencing_on_settle,
     "stale-completion-counts": _stale_completion_counts,
+    "cuts-off-what-was-handed-over": _cuts_off_what_was_handed_over,
     "counts-offsets": _counts_offsets,
     "outbox-before-ack": _outbox_before_ack,
     "scheduled-at-once": _scheduled_at_once,

@@ -104,6 +104,8 @@ def make(seed: int) -> Plan:
     if rng.random() < 0.2:
         tasks, fault = _amid_a_mail(rng, tasks)
         faults += (fault,)
+    if rng.random() < 0.1:
+        tasks, faults = _slow_replies(rng, tasks)
     replicas = (1, rng.choice((1, 1, 1, 1, 2)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 1, 1, 2)))
     return Plan(
         seed,
@@ -129,6 +131,24 @@ def _amid_a_mail(rng: random.Random, tasks: tuple[TaskPlan, ...]) -> tuple[tuple
         seconds=float(rng.choice((1, 12, 25, 35))),
     )
     return (first, *tasks[1:]), fault
+
+
+def _slow_replies(
+    rng: random.Random, tasks: tuple[TaskPlan, ...]
+) -> tuple[tuple[TaskPlan, ...], tuple[Fault, ...]]:
+    """Make replies take longer than a revocation and a drain wait, and let senders come and go meanwhile."""
+    slow = tuple(replace(task, smtp=(rng.choice(("hang", "hang", "torn", "slow")), "ok")) for task in tasks)
+    faults = tuple(
+        Fault(
+            rng.choice(("join", "join", "stop", "stop", "evict", "redeliver")),
+            at=round(0.1 + 50 * rng.random(), 3),
+            service="sender",
+            replica=rng.randrange(3),
+            seconds=round(0.1 + 40 * rng.random(), 3),
+        )
+        for _ in range(rng.choice((1, 2, 2, 3)))
+    )
+    return slow, faults
 
 
 def _task(rng: random.Random) -> TaskPlan:

@@ -135,6 +135,7 @@ class SenderService(Service):
             sessions=Slots(2, 1),
             publish=self._publish,
             owner=lambda: next(_tokens).to_bytes(16, "big"),
+            handover=settings.handover_seconds,
             now_us=_now_us,
             rng=here().rng,
         )

@@ -88,6 +88,8 @@ class Schedule:
         self.servers = Servers(self.broker, self.database, self.mail, dns, settings)
         Publisher.broker = self.broker
         self.replicas: list[_Replica] = []
+        self.struck: set[str] = set()
+        """Processes that were killed or frozen."""
         self.accepted: set[bytes] = set()
         self.unknown: set[bytes] = set()
         self.answers: list[Answer] = []
@@ -165,6 +167,8 @@ class Schedule:
         process = replica.process
         self.world.trace("fault", f"{fault.what} {process.name} {fault.seconds or ''}")
         self.busy_until(self.scheduler.now + fault.seconds)
+        if fault.what in ("kill", "freeze"):
+            self.struck.add(process.name)
         match fault.what:
             case "kill":
                 self._gone(replica, fault.seconds)

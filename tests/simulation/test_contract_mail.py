@@ -194,7 +194,10 @@ def test_a_guard_that_says_no_stops_it_before_the_envelope_and_before_the_messag
     assert next(left, None) is None, "it is asked no more often"
 
 
-def test_a_send_that_is_cancelled_says_what_became_of_the_mail(side: Memory | Real) -> None:
+@pytest.mark.parametrize(("cut", "ended"), [(False, Sent), (True, InDoubt)])
+def test_a_send_that_is_cancelled_goes_on_once_the_mail_is_handed_over_unless_it_is_cut_off(
+    side: Memory | Real, cut: bool, ended: type
+) -> None:
     id_ = str(uuid4())
 
     async def cancel(pool: Any) -> Any:
@@ -211,13 +214,33 @@ def test_a_send_that_is_cancelled_says_what_became_of_the_mail(side: Memory | Re
         task = asyncio.ensure_future(pool.send("a@post.test", side.names["slow"], message(id_), guard))
         await handed_over.wait()
         task.cancel()
-        try:
+        with pytest.raises(SendCancelled) as caught:
             await task
-        except SendCancelled as cancelled:
-            return cancelled.outcome
-        return None
+        rest = caught.value.rest
+        assert rest is not None
+        if cut:
+            rest.cancel()
+        return await rest
 
-    assert isinstance(side.run(cancel), InDoubt)
+    assert isinstance(side.run(cancel), ended)
+    assert side.copies(id_) == 1
+
+
+def test_a_send_that_is_cancelled_before_the_message_is_over(side: Memory | Real) -> None:
+    id_ = str(uuid4())
+
+    async def cancel(pool: Any) -> Any:
+        def guard() -> bool:
+            asyncio.get_running_loop().call_soon(task.cancel)
+            return True
+
+        task = asyncio.ensure_future(pool.send("a@post.test", side.names["ok"], message(id_), guard))
+        with pytest.raises(SendCancelled) as caught:
+            await task
+        return caught.value.rest
+
+    assert side.run(cancel) is None
+    assert side.copies(id_) == 0
 
 
 def test_a_relay_that_is_away_is_no_fault_of_the_mail_and_is_waited_for(side: Memory | Real) -> None:

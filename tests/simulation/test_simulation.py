@@ -124,6 +124,32 @@ def test_a_verdict_that_comes_again_changes_nothing_once_the_sender_has_the_task
         assert result.violations == [], smtp
 
 
+@pytest.mark.parametrize(
+    ("faults", "senders"),
+    [
+        ((Fault("stop", on="mail", nth=1),), 1),
+        ((Fault("stop", on="mail", nth=1),), 2),
+        ((Fault("join", at=3.0, service="sender", seconds=30.0),), 1),
+        ((Fault("evict", on="mail", nth=1),), 2),
+    ],
+)
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_mail_that_was_handed_over_survives_a_drain_and_a_revocation(
+    faults: tuple[Fault, ...], senders: int, hold: bool
+) -> None:
+    """The server answers after 45 s. A revocation waits 10 s, and a drain 20 s, for what is in flight."""
+    plan = Plan(
+        seed=1,
+        tasks=tuple(TaskPlan(0.0, smtp=("hang",)) for _ in range(4)),
+        faults=faults,
+        replicas=(1, 1, senders, 1),
+        hold=hold,
+    )
+    with prepared():
+        result = try_plan(plan)
+    assert (result.violations, result.copies, result.statuses) == ([], 4, ["completed"] * 4)
+
+
 def test_a_sender_that_drains_waits_for_its_mail_without_turning_idly() -> None:
     plan = Plan(
         seed=1,

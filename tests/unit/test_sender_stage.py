@@ -36,6 +36,7 @@ SENT = Sent("250 2.0.0 ok", "r:25")
 REJECTED = Rejected(Phase.ENVELOPE, "550 5.1.1 no", True, None, "r:25")
 GREYLISTED = Rejected(Phase.ENVELOPE, "451 later", False, None, "r:25")
 OURS = NotSent(Phase.CONNECT, "refused", True, "r:25")
+REFUSED_AFTER_DOT = Rejected(Phase.AFTER_DOT, "554 5.7.1 refused", True, None, "r:25")
 DROPPED = NotSent(Phase.DATA, "connection lost", False, "r:25")
 SILENT = InDoubt("timed out", "r:25")
 
@@ -71,7 +72,9 @@ class Pool:
 class World:
     """One sender, and everything around it."""
 
-    def __init__(self, pool: Pool, hold: bool = False, lease: float = 20, hands: int = 10) -> None:
+    def __init__(
+        self, pool: Pool, hold: bool = False, lease: float = 20, hands: int = 10, handover: float = 620
+    ) -> None:
         self.pool = pool
         self.claims = MemoryClaims(lease, hold)
         self.shared = AsyncClaims(self.claims)
@@ -79,6 +82,7 @@ class World:
         self.published: list[Event] = []
         self.broker = asyncio.Event()
         self.broker.set()
+        self.handover = handover
         self.sender = self.another(hands)
 
     def another(
@@ -95,6 +99,7 @@ class World:
             sessions=Slots(sessions or hands, 0),
             publish=self.publish,
             owner=owner_tokens(),
+            handover=self.handover,
             now_us=now_us,
             rng=random.Random(1),
         )
@@ -139,6 +144,12 @@ async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.002)
+
+
+async def turns() -> None:
+    """Let all that is due in the loop happen."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 def only_event(outcome: Outcome) -> Any:
@@ -450,8 +461,7 @@ async def test_nothing_is_claimed_while_the_relay_is_down(build: Callable[..., W
     world = build(SENT)
     world.pool.up.clear()
     task = asyncio.ensure_future(world.handle(mx_ok()))
-    for _ in range(10):
-        await asyncio.sleep(0)
+    await turns()
     assert world.claims.rows == {}
     world.pool.up.set()
     assert isinstance(only_event(await task), pb.MailSent)
@@ -503,11 +513,8 @@ async def cancel_and_close(world: World, task: asyncio.Future[Outcome]) -> None:
     await asyncio.wait_for(world.sender.close(), 10)
 
 
-@pytest.mark.parametrize(
-    ("became", "state"), [(NotSent(Phase.DATA, "cancelled", False), "released"), (SILENT, "sending")]
-)
-async def test_cancelled_while_it_sends_it_frees_the_claim_if_the_mail_is_surely_not_out(
-    build: Callable[..., World], became: NotSent | InDoubt, state: str
+async def test_cancelled_before_it_hands_the_mail_over_it_frees_the_claim(
+    build: Callable[..., World],
 ) -> None:
     sending = asyncio.Event()
 
@@ -516,14 +523,132 @@ async def test_cancelled_while_it_sends_it_frees_the_claim_if_the_mail_is_surely
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            raise SendCancelled(became) from None
+            raise SendCancelled from None
         return SENT
 
     world = build(send)
     task = asyncio.ensure_future(world.handle(mx_ok()))
     await sending.wait()
     await cancel_and_close(world, task)
-    assert world.row.state == state
+    assert world.row.state == "released"
+
+
+class Exchange:
+    """A message that was handed over. The server answers when the test sets `answer`; `cut` tells that the
+    sender cut it off."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.answer: asyncio.Future[replies.Outcome] = asyncio.get_running_loop().create_future()
+        self.cut = False
+
+    async def __call__(self, guard: Callable[[], bool]) -> replies.Outcome:
+        rest = asyncio.ensure_future(self._rest())
+        self.begun.set()
+        try:
+            return await asyncio.shield(rest)
+        except asyncio.CancelledError:
+            raise SendCancelled(rest) from None
+
+    async def _rest(self) -> replies.Outcome:
+        try:
+            return await self.answer
+        except asyncio.CancelledError:
+            self.cut = True
+            return InDoubt("cancelled", "r:25")
+
+
+async def cancel_amid_the_exchange(world: World, exchange: Exchange) -> None:
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await exchange.begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"), [(SENT, "sent"), (REFUSED_AFTER_DOT, "failed"), (SILENT, "deferred")]
+)
+async def test_what_was_handed_over_goes_on_without_its_handler_and_its_next_owner_tells_the_outcome(
+    build: Callable[..., World], answer: replies.Outcome, state: str
+) -> None:
+    exchange = Exchange()
+    world = build(exchange)
+    await cancel_amid_the_exchange(world, exchange)
+    closing = asyncio.ensure_future(world.sender.close())
+    # The record comes back, to this sender or another, while the mail is still under way.
+    calls = world.claims.calls
+    again = asyncio.ensure_future(world.another().handle(mx_ok()))
+    await until(lambda: world.claims.calls > calls + 1)
+    assert world.row.state == "sending"
+    assert world.sender.handed_over == len(world.leases) == 1, "its lease is renewed"
+    assert not closing.done(), "a drain waits"
+    exchange.answer.set_result(answer)
+    await asyncio.wait_for(closing, 10)
+    assert (world.row.state, world.row.takeovers) == (state, 0)
+    assert only_event(await again).at_us == NOW_US
+    assert len(world.pool.mails) == 1
+
+
+async def test_what_is_handed_over_keeps_its_place_until_it_is_settled(build: Callable[..., World]) -> None:
+    exchange = Exchange()
+    world = build(exchange, SENT, hands=1)
+    await cancel_amid_the_exchange(world, exchange)
+    other = asyncio.ensure_future(world.handle(mx_ok(id=bytes(16))))
+    await turns()
+    assert not other.done()
+    exchange.answer.set_result(SENT)
+    assert isinstance(only_event(await other), pb.MailSent)
+
+
+async def test_what_is_never_answered_is_cut_off_at_the_limit_and_on_record_as_in_doubt(
+    build: Callable[..., World],
+) -> None:
+    exchange = Exchange()
+    world = build(exchange, handover=0.05)
+    await cancel_amid_the_exchange(world, exchange)
+    await asyncio.wait_for(world.sender.close(), 10)
+    assert exchange.cut
+    assert (world.row.state, world.row.reason) == ("deferred", IN_DOUBT)
+
+
+async def test_the_outcome_of_what_was_handed_over_waits_for_the_database_longer_than_the_lease(
+    build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sender.stage._LAST_WORDS", 0)
+    exchange = Exchange()
+    world = build(exchange, handover=10)
+    await cancel_amid_the_exchange(world, exchange)
+    world.claims.errors = [refused(2003)] * 1000
+    exchange.answer.set_result(SENT)
+    await until(lambda: world.shared.trouble is not None)
+    await turns()
+    assert len(world.leases) == 1
+    world.claims.recover()
+    await asyncio.wait_for(world.sender.close(), 10)
+    assert world.row.state == "sent"
+
+
+async def test_a_sent_mail_whose_handler_is_cancelled_keeps_its_lease_until_it_is_stored(
+    build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sender.stage._LAST_WORDS", 0)
+
+    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+        world.claims.errors = [refused(2003)] * 1000
+        return SENT
+
+    world = build(send)
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: world.shared.trouble is not None)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await turns()
+    assert len(world.leases) == 1
+    world.claims.recover()
+    await asyncio.wait_for(world.sender.close(), 10)
+    assert world.row.state == "sent"
 
 
 async def test_cancelled_while_it_claims_it_gives_the_claim_back(build: Callable[..., World]) -> None:

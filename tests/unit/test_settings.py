@@ -42,12 +42,14 @@ BAD = [
         for name in (
             "POSTROAD_REVOKE_SECONDS",
             "POSTROAD_DRAIN_SECONDS",
+            "POSTROAD_HANDOVER_SECONDS",
             "POSTROAD_DNS_TIMEOUT",
             "POSTROAD_LEASE_SECONDS",
         )
         for value in ("", "soon", "0", "-1", "nan", "inf", "-inf", "1e300", "3601")
     ),
     ("POSTROAD_LEASE_SECONDS", "1", "greater than 1"),
+    ("POSTROAD_HANDOVER_SECONDS", "20", "greater than 20"),
     *(("POSTROAD_DOMAIN_RATE", value, "") for value in ("-1", "nan", "inf", "5e-324", "0.00001")),
     *(
         (name, value, "host:port")

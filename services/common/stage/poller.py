@@ -97,6 +97,8 @@ class Poller:
 
     def problems(self) -> list[str]:
         """Return why records may not be coming in."""
+        if not self._thread.is_alive():
+            return ["the consumer is closed"]
         now = time.monotonic()
         problems = [text for text, until in list(self._errors.values()) if now < until]
         if now - self._turned > self._revoke_seconds + 5:

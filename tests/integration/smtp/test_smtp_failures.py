@@ -456,16 +456,16 @@ async def test_the_lease_is_asked_again_on_a_second_session() -> None:
 # --- Cancelling
 
 
-async def cancelled(script: Script, ready: asyncio.Event, message: bytes = MESSAGE) -> NotSent | InDoubt:
+async def cancelled(script: Script, ready: asyncio.Event) -> None:
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
-        sending = asyncio.create_task(send(pool, message))
+        sending = asyncio.create_task(send(pool))
         await asyncio.wait_for(ready.wait(), 5)
         sending.cancel()
         with pytest.raises(SendCancelled) as caught:
             await sending
         assert sending.cancelled()
+        assert caught.value.rest is None
         assert pool.state.idle == pool.state.busy == pool.state.opening == 0
-        return caught.value.outcome
 
 
 async def test_cancelled_while_connecting() -> None:
@@ -475,9 +475,7 @@ async def test_cancelled_while_connecting() -> None:
         ready.set()
         await c.ended()
 
-    outcome = await cancelled(script, ready)
-    assert isinstance(outcome, NotSent)
-    assert outcome.phase is Phase.CONNECT
+    await cancelled(script, ready)
 
 
 async def test_cancelled_in_the_envelope() -> None:
@@ -489,12 +487,52 @@ async def test_cancelled_in_the_envelope() -> None:
         ready.set()
         await c.ended()
 
-    outcome = await cancelled(script, ready)
-    assert isinstance(outcome, NotSent)
-    assert outcome.phase is Phase.ENVELOPE
+    await cancelled(script, ready)
 
 
-async def test_cancelled_while_the_message_is_still_with_us() -> None:
+async def test_cancelled_once_the_message_is_sent_it_goes_on_and_its_session_is_used_again() -> None:
+    begun, release = asyncio.Event(), asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        begun.set()
+        await release.wait()
+        await c.say("250 queued")
+        await c.mail()
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
+        sending = asyncio.create_task(send(pool))
+        await asyncio.wait_for(begun.wait(), 5)
+        sending.cancel()
+        with pytest.raises(SendCancelled) as caught:
+            await sending
+        assert sending.cancelled()
+        assert caught.value.rest is not None
+        assert pool.state.busy == 1
+        release.set()
+        assert isinstance(await asyncio.wait_for(caught.value.rest, 5), Sent)
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 1
+
+
+async def cut_off(script: Script, ready: asyncio.Event, message: bytes = MESSAGE) -> Outcome:
+    async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
+        sending = asyncio.create_task(send(pool, message))
+        await asyncio.wait_for(ready.wait(), 5)
+        sending.cancel()
+        with pytest.raises(SendCancelled) as caught:
+            await sending
+        assert caught.value.rest is not None
+        caught.value.rest.cancel()
+        outcome = await caught.value.rest
+        assert pool.state.idle == pool.state.busy == 0
+        return outcome
+
+
+async def test_cut_off_while_the_message_is_still_with_us() -> None:
     ready = asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -504,12 +542,12 @@ async def test_cancelled_while_the_message_is_still_with_us() -> None:
         ready.set()
         await c.drained()
 
-    outcome = await cancelled(script, ready, HUGE)
+    outcome = await cut_off(script, ready, HUGE)
     assert isinstance(outcome, NotSent)
     assert outcome.phase is Phase.DATA
 
 
-async def test_cancelled_after_the_dot_is_in_doubt() -> None:
+async def test_cut_off_after_the_dot_is_in_doubt() -> None:
     ready = asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -519,4 +557,4 @@ async def test_cancelled_after_the_dot_is_in_doubt() -> None:
         ready.set()
         await c.ended()
 
-    assert isinstance(await cancelled(script, ready), InDoubt)
+    assert isinstance(await cut_off(script, ready), InDoubt)
