@@ -24,6 +24,8 @@ _TOGETHER = (
     "tests/integration/test_fold_sql",
     "tests/integration/smtp/test_smtp_postfix",
 )
+# The longest chains. A whole system keeps both cores busy: more than these at once only slow each other down.
+_CHAINS = ("own_stack", "stack", "breaks_servers")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,14 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups = {item: group for item in items if (group := _group(item))}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
-    # These two are the longest chains.
-    items.sort(key=lambda item: (groups.get(item) not in ("stack", "breaks_servers"), _rank(item)))
+    items.sort(key=lambda item: (groups.get(item) not in _CHAINS, _rank(item)))
 
 
 def _group(item: pytest.Item) -> str:
     if item.get_closest_marker("breaks_servers"):
         return "breaks_servers"
-    if "stack" in getattr(item, "fixturenames", ()):
+    fixtures = getattr(item, "fixturenames", ())
+    if "new_stack" in fixtures:
+        return "own_stack"
+    if "stack" in fixtures:
         return "stack"
     return next((start for start in _TOGETHER if item.nodeid.startswith(start)), "")
 
