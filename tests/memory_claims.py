@@ -28,7 +28,7 @@ class MemoryClaims:
     Calls wait while `gate` is not set; `calls` counts them, those that wait included.
     """
 
-    def __init__(self, lease_seconds: float, hold: bool) -> None:
+    def __init__(self, lease_seconds: float, hold: bool, max_resends: int = 1) -> None:
         self.rows: dict[bytes, Delivery] = {}
         self.now = datetime(2026, 3, 1)
         self.errors: list[Exception] = []
@@ -36,7 +36,7 @@ class MemoryClaims:
         self.gate = threading.Event()
         self.gate.set()
         self._lease = timedelta(seconds=lease_seconds)
-        self.hold = hold
+        self.hold, self.max_resends = hold, max_resends
         self._lock = threading.Lock()
 
     def expire(self) -> None:
@@ -54,7 +54,7 @@ class MemoryClaims:
         with self._begun():
             for request in requests:
                 found = self.rows.get(request.task_id)
-                verdict, row = decide(found, request, self.now, self._lease, self.hold)
+                verdict, row = decide(found, request, self.now, self._lease, self.hold, self.max_resends)
                 verdicts.append(verdict._replace(since=since) if isinstance(verdict, Taken) else verdict)
                 if row is not None:
                     self.rows[row.task_id] = row

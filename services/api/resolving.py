@@ -82,4 +82,4 @@ def row_of(id_: bytes, found: Standing) -> Delivery:
     if found.row is not None:
         return found.row
     attempt = max(1, found.attempts)
-    return Delivery(id_, "uncertain", found.epoch, attempt, 0, NOBODY, _NEVER, 0, 0, IN_DOUBT, "", "", "")
+    return Delivery(id_, "uncertain", found.epoch, attempt, 0, NOBODY, _NEVER, 0, 0, IN_DOUBT, "", "", "", 0)

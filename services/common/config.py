@@ -139,6 +139,12 @@ class Settings(BaseSettings):
         "resend",
         description="A mail that may have gone out: resend it (same Message-ID) or hold it as uncertain",
     )
+    max_resends: int = Field(
+        1,
+        ge=0,
+        le=1000,
+        description="How often a mail that may have gone out is sent again before its task is uncertain",
+    )
     sender_sessions: int = Field(20, ge=1, description="SMTP sessions a sender keeps open at most")
     domain_concurrency: int = Field(
         15, ge=0, description="SMTP sessions a sender uses for one recipient domain at most; 0: all"

@@ -153,6 +153,8 @@ deliveries = Table(
     Column("reply", String(1024), nullable=False),
     Column("relay", String(255), nullable=False),
     Column("message_id", String(255), nullable=False),
+    # A version before this column leaves it out.
+    Column("doubts", Integer, nullable=False, server_default="0"),
     **_OPTIONS,
 )
 

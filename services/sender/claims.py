@@ -48,17 +48,18 @@ _by_id = attrgetter("task_id")
 
 
 class Claims:
-    """Claims, settles and renews. `hold`: what is found in doubt is held as uncertain, not sent again.
+    """Claims, settles and renews. `hold`: what is found in doubt is held as uncertain, not sent again;
+    otherwise it is sent again `max_resends` times an epoch at most.
 
     Everything raises `sqlalchemy.exc.DBAPIError`.
     """
 
-    def __init__(self, engine: Engine, lease_seconds: float, hold: bool) -> None:
+    def __init__(self, engine: Engine, lease_seconds: float, hold: bool, max_resends: int = 1) -> None:
         self._engine = engine
         self._lease = timedelta(seconds=lease_seconds)
-        self._hold = hold
+        self._hold, self._max_resends = hold, max_resends
         lease = f"UTC_TIMESTAMP(6) + INTERVAL {self._lease // timedelta(microseconds=1)} MICROSECOND"
-        self._new_row = f"(%s, %s, %s, %s, 0, %s, {lease}, 0, 0, '', '', '', %s)"
+        self._new_row = f"(%s, %s, %s, %s, 0, %s, {lease}, 0, 0, '', '', '', %s, 0)"
         self._renew = f"UPDATE deliveries SET lease_until = {lease} WHERE"
 
     def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
@@ -101,7 +102,8 @@ class Claims:
         changed: dict[bytes, Delivery] = {}
         verdicts: list[Verdict] = []
         for request in requests:
-            verdict, row = decide(rows.get(request.task_id), request, now, self._lease, self._hold)
+            known = rows.get(request.task_id)
+            verdict, row = decide(known, request, now, self._lease, self._hold, self._max_resends)
             verdicts.append(verdict._replace(since=since) if isinstance(verdict, Taken) else verdict)
             if row is not None:
                 rows[row.task_id] = changed[row.task_id] = row

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.common.deliveries.decide import IN_DOUBT, Delivery
+from services.common.deliveries.decide import IN_DOUBT, Delivery, may_resend
 from services.common.stage.delays import schedule
 from services.sender.replies import InDoubt, NotSent, Rejected, Sent
 
@@ -28,12 +28,14 @@ class Policy:
     """The settings that decide how an attempt ends.
 
     `delays`: seconds before each further attempt, rising; the last one repeats. `max_age`: seconds after
-    which a task is not sent any more. `hold`: a mail in doubt is held, not sent again.
+    which a task is not sent any more. `hold`: a mail in doubt is held, not sent again;
+    otherwise it is sent again `max_resends` times an epoch at most.
     """
 
     delays: Sequence[int]
     max_age: int
     hold: bool
+    max_resends: int = 1
 
     def settled(
         self,
@@ -65,7 +67,7 @@ class Policy:
             case NotSent():
                 return self._again(row, CONNECTION_LOST, born_us, rng)
             case InDoubt():
-                if self.hold:
+                if not may_resend(claimed.doubts + 1, self.hold, self.max_resends):
                     return row._replace(state="uncertain", reason=IN_DOUBT)
                 return self._again(row, IN_DOUBT, born_us, rng)
 

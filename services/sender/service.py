@@ -43,7 +43,7 @@ class SenderService:
             composer = Composer(settings.email_from)
         # One connection each to claim, to settle and to renew.
         self._engine = engine_of(url, pool_size=3)
-        self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold))
+        self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold, settings.max_resends))
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
         self._pool = SmtpPool(
             relay_of(settings),
@@ -55,7 +55,7 @@ class SenderService:
             leases=self._leases,
             pool=self._pool,
             composer=composer,
-            policy=Policy(settings.sender_delays, settings.sender_max_age, hold),
+            policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
             hands=Slots(
                 hands * settings.sender_sessions,
                 hands * settings.domain_concurrency,

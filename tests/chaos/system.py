@@ -36,8 +36,12 @@ from tests.chaos.proxy import Proxies
 __all__ = ["System"]
 
 # A deferred task is due again soon: every task must settle within a minute of the last fault. A name server
-# that is away for a while fails nobody.
-SETTINGS = {"POSTROAD_SENDER_DELAYS": "2,5,10", "POSTROAD_VALIDATOR_DELAYS": "1,2,4,8,15,30"}
+# that is away for a while fails nobody. The faults hit some tasks again and again, and all must end as asked.
+SETTINGS = {
+    "POSTROAD_SENDER_DELAYS": "2,5,10",
+    "POSTROAD_VALIDATOR_DELAYS": "1,2,4,8,15,30",
+    "POSTROAD_MAX_RESENDS": "20",
+}
 _DISKS = {"mysql": "900m", "kafka-1": "700m"}
 _READY = 180.0
 

@@ -308,7 +308,7 @@ def test_of_many_claimers_in_many_processes_exactly_one_takes_each_task(database
 def test_claims_settles_and_renewals_of_the_same_rows_all_come_through(database_url: str) -> None:
     """Takeovers, settles and renewals cross each other's rows, as after a freeze of a whole sender."""
     engine = engine_of(database_url, pool_size=6)
-    claims = Claims(engine, 0.05, hold=False)
+    claims = Claims(engine, 0.05, hold=False, max_resends=1000)
     ids = [new_id() for _ in range(60)]
     stored: Counter[bytes] = Counter()
     lock = threading.Lock()

@@ -92,6 +92,9 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
         violation(f"{name} was sent {len(plain)} times, each time without a doubt")
     if len(copies) - max(1, len(plain)) > len(doubts):
         violation(f"{name} was sent {len(copies)} times with {len(doubts)} doubts on record")
+    limit = 1 + schedule.servers.settings.max_resends
+    if id_ not in schedule.reopened and len(copies) > limit:
+        violation(f"{name} was sent {len(copies)} times, {limit} are allowed")
     _check_copies(schedule, name, copies)
     if len({copy.message_id for copy in copies} | {doubt.message_id for doubt in doubts}) > 1:
         violation(f"{name} has several Message-IDs")

@@ -243,10 +243,10 @@ class Database:
 class MemoryClaims:
     """What `services.sender.claims.Claims` answers, over a Database."""
 
-    def __init__(self, database: Database, lease_seconds: float, hold: bool) -> None:
+    def __init__(self, database: Database, lease_seconds: float, hold: bool, max_resends: int = 1) -> None:
         self._database = database
         self._lease = timedelta(seconds=lease_seconds)
-        self._hold = hold
+        self._hold, self._max_resends = hold, max_resends
 
     def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
         """Answer each request, in order."""
@@ -263,7 +263,9 @@ class MemoryClaims:
 
     def _claim(self, database: Database, request: Claim | Cancel, since: float) -> Verdict:
         found = database.deliveries.get(request.task_id)
-        verdict, row = rules.decide(found, request, database.now(), self._lease, self._hold)
+        verdict, row = rules.decide(
+            found, request, database.now(), self._lease, self._hold, self._max_resends
+        )
         if row is not None:
             self._write(database, found, row)
         _trace(database, request.task_id, f"{type(request).__name__} -> {_told(verdict)}")

@@ -123,14 +123,16 @@ class SenderService(Service):
         super().__init__(servers)
         settings = servers.settings
         hold = settings.on_uncertain == "hold"
-        self._claims = AsyncClaims(MemoryClaims(servers.database, settings.lease_seconds, hold))
+        self._claims = AsyncClaims(
+            MemoryClaims(servers.database, settings.lease_seconds, hold, settings.max_resends)
+        )
         self._leases = Leases(self._claims.renew, settings.lease_seconds, clock=_monotonic)
         self._sender = Sender(
             claims=self._claims,
             leases=self._leases,
             pool=Pool(servers.mail),
             composer=Composer("shop@road.test"),
-            policy=Policy(settings.sender_delays, settings.sender_max_age, hold),
+            policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
             hands=Slots(4, 0),
             sessions=Slots(2, 1),
             publish=self._publish,

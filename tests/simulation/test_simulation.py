@@ -110,6 +110,13 @@ def test_a_task_in_doubt_that_is_cancelled_is_uncertain(before: tuple[str, ...])
     assert (reopened.violations, reopened.statuses) == ([], ["completed"])
 
 
+def test_a_mail_whose_reply_is_always_lost_is_sent_twice() -> None:
+    plan = Plan(seed=1, tasks=(TaskPlan(0.0, smtp=("kept_unheard", "kept_unheard", "ok")),))
+    with prepared():
+        result = try_plan(plan)
+    assert (result.violations, result.copies, result.statuses) == ([], 2, ["uncertain"])
+
+
 @pytest.mark.parametrize("dns", [("ok", "none"), ("ok", "soft", "none")])
 @pytest.mark.parametrize("hold", [False, True])
 def test_a_verdict_that_comes_again_changes_nothing_once_the_sender_has_the_task(

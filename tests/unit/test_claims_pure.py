@@ -264,6 +264,26 @@ def test_what_is_sent_stays_as_it_was_first_told() -> None:
     assert settlement(row("sent"), settled("sent")) == (Settlement.FENCED, None)
 
 
+@pytest.mark.parametrize("max_resends", [0, 1, 3])
+def test_a_mail_in_doubt_is_taken_so_often_in_its_epoch(max_resends: int) -> None:
+    known, taken, now = None, -1, NOW
+    for _ in range(max_resends + 3):
+        verdict, known = decide(known, claim(), now, LEASE, False, max_resends)
+        now += 2 * LEASE
+        if not isinstance(verdict, Taken):
+            break
+        taken += 1
+        _, known = settlement(known, verdict.row._replace(state="released"))
+        verdict, known = decide(known, claim(), now, LEASE, False, max_resends)
+        assert isinstance(verdict, Taken), "given back, it costs no resend"
+        assert verdict.row.doubts == taken
+        known = verdict.row._replace(owner=THEIRS)
+        now += 2 * LEASE
+    assert taken == max_resends
+    assert isinstance(verdict, Stored)
+    assert (verdict.row.state, verdict.row.reason) == ("uncertain", IN_DOUBT)
+
+
 # --- histories ------------------------------------------------------------------------------------
 
 

@@ -125,7 +125,8 @@ def test_the_topics_tell_a_settled_row(seed: int) -> None:
     # A mail that may have gone out is never taken for one that did not.
     assert bool(made.takeovers or made.reason == IN_DOUBT) == bool(row.takeovers or row.reason == IN_DOUBT)
     if row.state not in ("cancelled", "uncertain"):
-        assert made[7:] == row[7:]
+        assert made[7:13] == row[7:13]
+        assert made.doubts >= row.doubts, "no more resends than there were"
         if not any(isinstance(event, pb.MailFailed) and event.uncertain for event in events):
             assert made.takeovers == row.takeovers
 
@@ -145,7 +146,7 @@ def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
     assert tells is not None
     row = restored(tells, START)
     assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NOBODY, 2, START)
-    verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False)
+    verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False, max_resends=3)
     assert isinstance(verdict, Taken)
     assert verdict.doubtful
     verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=True)

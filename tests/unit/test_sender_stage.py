@@ -73,10 +73,17 @@ class World:
     """One sender, and everything around it."""
 
     def __init__(
-        self, pool: Pool, hold: bool = False, lease: float = 20, hands: int = 10, handover: float = 620
+        self,
+        pool: Pool,
+        *,
+        hold: bool = False,
+        lease: float = 20,
+        hands: int = 10,
+        handover: float = 620,
+        max_resends: int = 1,
     ) -> None:
         self.pool = pool
-        self.claims = MemoryClaims(lease, hold)
+        self.claims = MemoryClaims(lease, hold, max_resends)
         self.shared = AsyncClaims(self.claims)
         self.leases = Leases(self.shared.renew, lease)
         self.published: list[Event] = []
@@ -94,7 +101,7 @@ class World:
             leases=self.leases,
             pool=self.pool,
             composer=Composer("shop@a.test"),
-            policy=Policy(DELAYS, 86400, self.claims.hold),
+            policy=Policy(DELAYS, 86400, self.claims.hold, self.claims.max_resends),
             hands=Slots(hands, 0),
             sessions=Slots(sessions or hands, 0),
             publish=self.publish,
@@ -222,6 +229,29 @@ async def test_a_reply_that_was_lost_is_a_doubt_that_the_next_attempt_first_has_
     assert isinstance(only_event(await second), pb.MailSent)
     assert world.published == [first]
     assert world.pool.mails[0] == world.pool.mails[1], "the same mail, the same Message-ID"
+
+
+async def test_a_mail_whose_reply_is_always_lost_is_sent_twice_and_then_uncertain(
+    build: Callable[..., World],
+) -> None:
+    world = build(SILENT, SILENT, SILENT)
+    assert isinstance(await world.handle(mx_ok()), Retry)
+    event = only_event(await world.handle(mx_ok(attempt=2)))
+    assert (event.uncertain, event.reason) == (True, IN_DOUBT)
+    assert only_event(await world.handle(mx_ok(attempt=3))) == event
+    assert len(world.pool.mails) == 2
+    epoch = NOW_US // 1000
+    assert isinstance(await world.handle(mx_ok(epoch=epoch)), Retry), "opened again, it has a resend again"
+
+
+async def test_lost_replies_and_takeovers_count_alike(build: Callable[..., World]) -> None:
+    world = build(SILENT)
+    await world.handle(mx_ok())
+    world.someone_claims(attempt=2)
+    world.claims.expire()
+    event = only_event(await world.handle(mx_ok(attempt=2)))
+    assert (event.uncertain, event.reason) == (True, IN_DOUBT)
+    assert len(world.pool.mails) == 1
 
 
 async def test_under_hold_a_reply_that_was_lost_leaves_the_task_uncertain(
@@ -711,7 +741,7 @@ async def test_cancelled_while_it_claims_what_is_in_doubt_it_leaves_it_in_doubt(
 async def test_cancelled_before_a_doubt_is_on_record_it_leaves_the_claim_in_doubt(
     build: Callable[..., World],
 ) -> None:
-    world = build(SENT)
+    world = build(SENT, max_resends=2)
     world.someone_claims()
     world.claims.expire()
     world.broker.clear()

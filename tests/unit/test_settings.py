@@ -81,6 +81,7 @@ BAD = [
         for name in ("POSTROAD_BODY_RETENTION", "POSTROAD_SENDER_MAX_AGE")
         for value in ("-1", "1e9999", str(10**30))
     ),
+    *(("POSTROAD_MAX_RESENDS", value, "") for value in ("", "-1", "1.5", "1001")),
     ("POSTROAD_ON_UNCERTAIN", "retry", "'resend' or 'hold'"),
     ("POSTROAD_GROUP_PROTOCOL", "", "'consumer' or 'classic'"),
     ("POSTROAD_LOG_FORMAT", "text", "'json' or 'console'"),

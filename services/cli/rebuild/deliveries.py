@@ -124,4 +124,6 @@ def restored(known: Told, now: datetime) -> Delivery:
         known.reply,
         known.relay,
         known.message_id,
+        # Of all epochs: rather too few resends than too many.
+        doubts,
     )

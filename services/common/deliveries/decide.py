@@ -14,8 +14,9 @@ A row and a claim are compared by (epoch, attempt). What a Claim is answered:
 | `uncertain`            | Stale          | Stored          | Stored          | Taken           |
 | `cancelled`            | Stale          | Stored          | Stored          | Taken           |
 
-In doubt: the last owner is gone and may have handed the mail over. Policy `resend` takes the row
-(`Taken` with `doubtful`), policy `hold` makes it `uncertain` and answers that as Stored.
+In doubt: the last owner is gone and may have handed the mail over. While the epoch has a resend left the row
+is taken (`Taken` with `doubtful`), else it is made `uncertain` and that is answered as Stored. Policy `hold`
+has no resends.
 
 Stored: publish the row's outcome once more; its sender may have died before it did. Stale: the record
 was overtaken by a later one, which is told the outcome: nothing to do, nothing to tell. `sent` is told to
@@ -62,6 +63,7 @@ __all__ = [
     "Wait",
     "decide",
     "first",
+    "may_resend",
     "settlement",
 ]
 
@@ -95,6 +97,8 @@ class Delivery(NamedTuple):
     reply: str
     relay: str
     message_id: str
+    # How often the epoch's mail was in doubt before this claim; its mail goes out once more for each.
+    doubts: int = 0
 
 
 class Claim(NamedTuple):
@@ -173,13 +177,24 @@ def first(request: Claim | Cancel, lease_until: datetime) -> Delivery:
     )
 
 
-def decide(
-    row: Delivery | None, request: Claim | Cancel, now: datetime, lease: timedelta, hold: bool
+def may_resend(doubts: int, hold: bool, max_resends: int) -> bool:
+    """Return whether a mail that was in doubt so often in its epoch, this time included, goes out again."""
+    return not hold and doubts <= max_resends
+
+
+def decide(  # noqa: PLR0917
+    row: Delivery | None,
+    request: Claim | Cancel,
+    now: datetime,
+    lease: timedelta,
+    hold: bool,
+    max_resends: int = 1,
 ) -> tuple[Verdict, Delivery | None]:
     """Return the answer to `request` and the row to write, None where it stays as it is.
 
     `now` is the database's time, at or before the moment the row was read. `hold`: what is in doubt is
-    held, not sent again. Asked again by the same owner (its first answer was lost), it answers the same.
+    held, not sent again; otherwise it is sent again `max_resends` times at most. Asked again by the same
+    owner (its first answer was lost), it answers the same.
     """
     if isinstance(request, Cancel):
         return _cancel(row, request, now)
@@ -197,10 +212,10 @@ def decide(
     if row.state == "sending":
         if row.lease_until > now:
             return Wait((row.lease_until - now).total_seconds()), None
-        if hold:
+        new = _taken(row, request, until, doubtful=True)
+        if not may_resend(new.doubts, hold, max_resends):
             new = _uncertain(row, request.epoch, request.attempt, request.owner, now)
             return Stored(new), new
-        new = _taken(row, request, until, doubtful=True)
         return Taken(new, doubtful=True), new
     free = (
         row.state == "released"
@@ -237,7 +252,12 @@ def _cancel(row: Delivery | None, request: Cancel, now: datetime) -> tuple[Verdi
 
 def _taken(row: Delivery, claim: Claim, until: datetime, doubtful: bool) -> Delivery:
     takeovers = row.takeovers + (doubtful or row.reason == IN_DOUBT)
-    return first(claim, until)._replace(takeovers=takeovers, message_id=row.message_id or claim.message_id)
+    doubts = int(doubtful)
+    if row.epoch == claim.epoch:
+        doubts += row.doubts + (row.reason == IN_DOUBT)
+    return first(claim, until)._replace(
+        takeovers=takeovers, message_id=row.message_id or claim.message_id, doubts=doubts
+    )
 
 
 def _uncertain(row: Delivery, epoch: int, attempt: int, owner: bytes, now: datetime) -> Delivery:

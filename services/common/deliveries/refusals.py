@@ -38,7 +38,16 @@ _TAIL = "ON DUPLICATE KEY UPDATE " + ", ".join(
         f"takeovers = IF({_FREE} AND reason = '{IN_DOUBT}', takeovers + 1, takeovers)",
         *(
             f"{name} = IF({_FREE}, VALUES({name}), {name})"
-            for name in ("attempt", "owner", "settled_at", "next_attempt_at", "reason", "reply", "relay")
+            for name in (
+                "attempt",
+                "owner",
+                "settled_at",
+                "next_attempt_at",
+                "reason",
+                "reply",
+                "relay",
+                "doubts",
+            )
         ),
         f"state = IF({_FREE}, VALUES(state), state)",
         f"epoch = IF({_FREE}, VALUES(epoch), epoch)",

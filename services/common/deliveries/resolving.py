@@ -27,6 +27,7 @@ def resolved(row: Delivery, sent: bool, epoch: int, owner: bytes, now_us: int) -
         epoch=epoch,
         owner=owner,
         takeovers=0,
+        doubts=0,
         settled_at=now_us,
         next_attempt_at=0,
         reason=RESOLVED if sent else NOT_SENT,
