@@ -74,7 +74,8 @@ class Session:
     def size_limit(self) -> int | None:
         """Bytes that the server takes at most (RFC 1870 §4): None if it did not say, or said 0."""
         limit = self.extensions.get("SIZE", "")
-        return int(limit) or None if limit.isascii() and limit.isdigit() else None
+        # RFC 1870 §4 gives a size 20 digits at most.
+        return int(limit) or None if limit.isascii() and limit.isdigit() and len(limit) <= 20 else None
 
 
 async def open_session(relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts) -> Session:

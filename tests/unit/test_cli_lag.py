@@ -92,6 +92,11 @@ def test_a_clock_that_goes_fast_makes_no_negative_age() -> None:
     assert report(READS, ahead, None, partitions=False)["stages"][0]["oldest_waiting_seconds"] == 0
 
 
+def test_a_foreign_due_time_that_no_calendar_has_ends_nothing() -> None:
+    far = sample(heads={("sender", D60): Head(950.0, 1e15)})
+    assert report(READS, far, None, partitions=False)["delays"][0]["next_due_at"] == "9999-12-31T23:59:59.000Z"
+
+
 def test_delay_topics_are_told_by_their_names() -> None:
     assert [delay_of(t) for t in ("sender.delay.60", "mx.ok", "sender.dead", "delay.x")] == [
         60,

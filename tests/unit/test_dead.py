@@ -35,6 +35,12 @@ def test_a_marker_says_which_offsets_it_resolves(offsets: set[int]) -> None:
     assert written[1] == ("resolution", b"purged")
 
 
+def test_no_number_of_a_foreign_record_is_too_long_to_be_read() -> None:
+    digits = b"9" * 5000
+    assert marker.resolved(9, None, None, [("resolves", digits), ("resolution", b"purged")]) is None
+    assert letter_of(PLACE, 0, None, [("attempt", digits)]).attempt == 0
+
+
 def test_neighbours_are_one_range() -> None:
     assert marker.headers_of([9, 3, 4, 5], "replayed")[0] == ("resolves", b"3-5,9")
 

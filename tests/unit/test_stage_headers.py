@@ -10,6 +10,7 @@ from services.common.stage.headers import (
     dead,
     delayed,
     original,
+    parse_origin,
     parse_return,
     traceparent,
 )
@@ -66,6 +67,14 @@ def test_each_bad_header_is_refused(name: str, value: bytes) -> None:
     del good[name]
     with pytest.raises(Malformed, match=name):
         parse_return(list(good.items()))
+
+
+@pytest.mark.parametrize(
+    "origin", [b"t" * 250 + b"/0/0", b"t/" + b"1" * 20 + b"/0", b"t/0/" + b"1" * 5000, b"t/0/9223372036854775808"]
+)
+def test_an_origin_is_no_longer_than_a_topic_s_name_and_two_numbers(origin: bytes) -> None:
+    with pytest.raises(Malformed, match="origin"):
+        parse_origin([("origin", origin)])
 
 
 def test_a_long_cause_is_cut() -> None:

@@ -11,7 +11,7 @@ from uuid import UUID
 from google.protobuf.json_format import MessageToDict
 
 from services.common.events import DECODERS, task_id
-from services.common.stage.headers import Headers, LeftOut, Malformed, Origin, left_out, parse_origin
+from services.common.stage.headers import Headers, LeftOut, Malformed, Origin, left_out, number, parse_origin
 
 __all__ = ["Letter", "Place", "letter_of", "parse_place", "shown"]
 
@@ -71,8 +71,7 @@ def letter_of(place: Place, at_ms: int, key: bytes | None, headers: Headers | No
     except Malformed:
         origin = None
     cause = (found.get("cause") or b"").decode("utf-8", "replace")
-    attempt = found.get("attempt") or b""
-    tried = int(attempt) if attempt.isdigit() else 0
+    tried = number(found.get("attempt")) or 0
     return Letter(place, at_ms, cause, origin, tried, key, left_out(headers) if origin else ())
 
 

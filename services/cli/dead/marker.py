@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from services.common.stage.headers import RESOLUTION, RESOLVES, Headers
+from services.common.stage.headers import RESOLUTION, RESOLVES, Headers, number
 
 __all__ = ["MOST", "Resolution", "headers_of", "resolved"]
 
@@ -39,11 +39,11 @@ def resolved(
     if key is not None or value is not None or [name for name, _ in headers or ()] != [RESOLVES, RESOLUTION]:
         return None
     found = []
-    for part in (dict(headers or ())[RESOLVES] or b"").decode("ascii", "replace").split(","):
-        first, _, last = part.partition("-")
-        last = last or first
-        if first.isdecimal() and last.isdecimal():
-            found.append(range(int(first), min(int(last) + 1, offset)))
+    for part in (dict(headers or ())[RESOLVES] or b"").split(b","):
+        start, _, end = part.partition(b"-")
+        first, last = number(start), number(end or start)
+        if first is not None and last is not None:
+            found.append(range(first, min(last + 1, offset)))
     return [offsets for offsets in found if offsets] or None
 
 

@@ -15,7 +15,7 @@ from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.common.config import Settings
 from services.common.stage import group_description
 from services.common.stage.clients import plain_config
-from services.common.stage.headers import Headers, readable_headers
+from services.common.stage.headers import Headers, number, readable_headers
 from services.common.topics import READ_BY, Names
 
 __all__ = ["Reader"]
@@ -169,6 +169,6 @@ class Reader:
 
 def _due(headers: Headers) -> float | None:
     for name, value in headers:
-        if name == "due-at" and value and value.isdigit():
-            return int(value) / 1000
+        if name == "due-at" and (due := number(value)) is not None:
+            return due / 1000
     return None

@@ -10,6 +10,8 @@ from services.cli.lag.sample import Place, Sample
 
 __all__ = ["delay_of", "report"]
 
+_LAST_SECOND = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
+
 
 def delay_of(topic: str) -> int | None:
     """Return the seconds of a delay topic, None for another one."""
@@ -133,4 +135,5 @@ def _rate(now: Sample, before: Sample | None, count: Callable[[Sample], int]) ->
 
 
 def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    # A foreign record may be due after the last year that a datetime holds.
+    return datetime.fromtimestamp(min(seconds, _LAST_SECOND), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

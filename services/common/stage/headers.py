@@ -36,6 +36,7 @@ __all__ = [
     "dead",
     "delayed",
     "left_out",
+    "number",
     "original",
     "parse_attempt",
     "parse_origin",
@@ -55,6 +56,9 @@ _OWN = frozenset({"due-at", "attempt", "origin", "cause", RESOLVES, RESOLUTION})
     f"{part}-{what}" for part in ("value", "key") for what in ("size", "sha256")
 )
 _MAX_CAUSE = 2000
+# Kafka takes no longer names of topics.
+_MAX_TOPIC = 249
+_MAX_NUMBER = (1 << 63) - 1
 _asked = methodcaller("headers")
 
 
@@ -122,6 +126,17 @@ def readable_headers(message: _Message) -> Headers:
         return []
 
 
+def number(text: bytes | None) -> int | None:
+    """Return the number that a header gives in ASCII digits, at most an int64; None where it is anything else.
+
+    `int` also takes signs, blanks and underscores, and raises ValueError for more than 4,300 digits.
+    """
+    if not text or not text.isdigit() or len(text) > len(str(_MAX_NUMBER)):
+        return None
+    value = int(text)
+    return value if value <= _MAX_NUMBER else None
+
+
 def traceparent(headers: Headers | None) -> bytes | None:
     """Return the W3C trace context, None where there is none."""
     for name, value in reversed(headers or ()):
@@ -162,9 +177,9 @@ def left_out(headers: Headers | None) -> tuple[LeftOut, ...]:
     found = dict(headers or ())
     parts = []
     for part in ("value", "key"):
-        size, sha256 = found.get(f"{part}-size"), found.get(f"{part}-sha256")
-        if size and size.isdigit() and len(size) <= 18 and sha256:
-            parts.append(LeftOut(part, int(size), sha256.decode("ascii", "replace")))
+        size, sha256 = number(found.get(f"{part}-size")), found.get(f"{part}-sha256")
+        if size is not None and sha256:
+            parts.append(LeftOut(part, size, sha256.decode("ascii", "replace")))
     return tuple(parts)
 
 
@@ -203,18 +218,17 @@ def _ours(origin: Origin, attempt: int, cause: str) -> Headers:
 
 
 def _number(found: dict[str, bytes], name: str) -> int:
-    value = found.get(name)
-    # int() also takes signs, blanks and underscores; a number of ours has digits alone.
-    if not value or not value.isdigit() or len(value) > 18:
-        raise Malformed(f"{name} is not a number" if value else f"{name} is missing")
-    return int(value)
+    value = number(found.get(name))
+    if value is None:
+        raise Malformed(f"{name} is not a number" if found.get(name) else f"{name} is missing")
+    return value
 
 
 def _origin(found: dict[str, bytes]) -> Origin:
     parts = (found.get("origin") or b"").rsplit(b"/", 2)
-    if len(parts) != 3 or not parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
-        raise Malformed("origin is not topic/partition/offset")
-    try:
-        return Origin(parts[0].decode("ascii"), int(parts[1]), int(parts[2]))
-    except ValueError as error:
-        raise Malformed("origin is not topic/partition/offset") from error
+    # A dead letter carries its origin whatever else does not fit, so an origin is never longer than a topic's name.
+    if len(parts) == 3 and 0 < len(parts[0]) <= _MAX_TOPIC and parts[0].isascii():
+        partition, offset = number(parts[1]), number(parts[2])
+        if partition is not None and offset is not None:
+            return Origin(parts[0].decode("ascii"), partition, offset)
+    raise Malformed("origin is not topic/partition/offset")
