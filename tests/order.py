@@ -24,7 +24,7 @@ _TOGETHER = (
     "tests/integration/test_fold_sql",
     "tests/integration/smtp/test_smtp_postfix",
 )
-# The longest chains. A whole system keeps both cores busy: more than these at once only slow each other down.
+# The longest chains. A whole system keeps both cores busy: as many at once as there are cores are enough.
 _CHAINS = ("own_stack", "stack", "breaks_servers")
 
 
