@@ -94,7 +94,9 @@ def test_a_clock_that_goes_fast_makes_no_negative_age() -> None:
 
 def test_a_foreign_due_time_that_no_calendar_has_ends_nothing() -> None:
     far = sample(heads={("sender", D60): Head(950.0, 1e15)})
-    assert report(READS, far, None, partitions=False)["delays"][0]["next_due_at"] == "9999-12-31T23:59:59.000Z"
+    assert (
+        report(READS, far, None, partitions=False)["delays"][0]["next_due_at"] == "9999-12-31T23:59:59.000Z"
+    )
 
 
 def test_delay_topics_are_told_by_their_names() -> None:

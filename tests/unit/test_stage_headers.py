@@ -70,7 +70,8 @@ def test_each_bad_header_is_refused(name: str, value: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", [b"t" * 250 + b"/0/0", b"t/" + b"1" * 20 + b"/0", b"t/0/" + b"1" * 5000, b"t/0/9223372036854775808"]
+    "origin",
+    [b"t" * 250 + b"/0/0", b"t/" + b"1" * 20 + b"/0", b"t/0/" + b"1" * 5000, b"t/0/9223372036854775808"],
 )
 def test_an_origin_is_no_longer_than_a_topic_s_name_and_two_numbers(origin: bytes) -> None:
     with pytest.raises(Malformed, match="origin"):

@@ -136,4 +136,8 @@ def _rate(now: Sample, before: Sample | None, count: Callable[[Sample], int]) ->
 
 def _iso(seconds: float) -> str:
     # A foreign record may be due after the last year that a datetime holds.
-    return datetime.fromtimestamp(min(seconds, _LAST_SECOND), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return (
+        datetime.fromtimestamp(min(seconds, _LAST_SECOND), UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )

@@ -127,7 +127,7 @@ def readable_headers(message: _Message) -> Headers:
 
 
 def number(text: bytes | None) -> int | None:
-    """Return the number that a header gives in ASCII digits, at most an int64; None where it is anything else.
+    """Return the number that a header gives in ASCII digits, at most an int64; None for anything else.
 
     `int` also takes signs, blanks and underscores, and raises ValueError for more than 4,300 digits.
     """
@@ -226,7 +226,7 @@ def _number(found: dict[str, bytes], name: str) -> int:
 
 def _origin(found: dict[str, bytes]) -> Origin:
     parts = (found.get("origin") or b"").rsplit(b"/", 2)
-    # A dead letter carries its origin whatever else does not fit, so an origin is never longer than a topic's name.
+    # A dead letter carries its origin whatever else does not fit: so the origin has a bound.
     if len(parts) == 3 and 0 < len(parts[0]) <= _MAX_TOPIC and parts[0].isascii():
         partition, offset = number(parts[1]), number(parts[2])
         if partition is not None and offset is not None:
