@@ -61,6 +61,8 @@ class Road:
         topics = [NewTopic(self.prefix + name, 3, 1, config=config) for name in EVENT_TOPICS]
         for created in admin.create_topics(topics).values():
             created.result(30)
+        # A broker may answer before its own view of the cluster names a new topic.
+        eventually(lambda: {topic.topic for topic in topics} <= admin.list_topics(timeout=10).topics.keys())
 
     @property
     def environment(self) -> dict[str, str]:

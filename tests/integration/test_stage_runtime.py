@@ -110,9 +110,6 @@ def rubbish() -> dict[str, Outgoing]:
             TASK_CREATED, b"k", pb.TaskCreated(epoch=3).SerializeToString(), good.headers
         ),
         "origin is not": Outgoing("validator.delay.1", good.key, good.value, good.headers),
-        "further off": Outgoing(
-            "validator.delay.1", good.key, good.value, [*delay[1:], ("due-at", b"99999999999999")]
-        ),
         "is not read here": Outgoing(
             "validator.delay.1", good.key, good.value, [*delay, ("origin", b"nothing.known/1/2")]
         ),
@@ -126,7 +123,7 @@ async def test_what_cannot_be_decoded_becomes_a_dead_letter_and_the_stage_goes_o
         await kit.publish(bad.values())
         await kit.publish(created(n) for n in range(100))
         await until(lambda: sum(kit.committed().values()) == 103)
-        await until(lambda: sum(kit.committed("validator.delay.1").values()) == 4)
+        await until(lambda: sum(kit.committed("validator.delay.1").values()) == 3)
     letters = kit.read("validator.dead")
     causes = [dict(m.headers() or [])["cause"].decode() for m in letters]
     assert len(letters) == len(bad)
@@ -234,7 +231,7 @@ async def test_thousands_deferred_at_once_all_come_back_in_time(newest: Kit) -> 
 
     def handle(record: Record) -> Outcome:
         nonlocal early, back
-        due = base + 4000 + record.event.epoch % 2000
+        due = base + 200 + record.event.epoch % 2000
         if record.attempt == 1:
             return Retry(2, due, "later")
         back += 1
