@@ -16,7 +16,7 @@ from tests.stack import Infra
 @pytest.fixture(params=["mysql", "mariadb"])
 def server(request: pytest.FixtureRequest) -> Infra:
     """Each of the database servers in turn."""
-    servers: Infra = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb")
+    servers: Infra = request.getfixturevalue("servers" if request.param == "mysql" else "mariadb")
     return servers
 
 

@@ -243,6 +243,8 @@ def test_an_error_that_passes_is_known_by_its_number(
     assert (tries[0] is not tries[1]) == (code == 1047)
 
 
+@pytest.mark.breaks_servers
+@pytest.mark.parametrize("server", ["mysql"], indirect=True)
 async def test_until_back_waits_out_a_server_that_is_down(server: Infra, database_url: str) -> None:
     engine = engine_of(database_url)
     seen: list[BaseException] = []
