@@ -7,6 +7,9 @@ PYTHON := .venv/bin/python
 STACK := $(PYTHON) -m deploy.local
 BASELINE := protos/baseline.binpb
 
+# A process that may not keep what it compiled takes a second longer to start, and a run starts thousands.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Python, its stubs, and gRPC for the one file that has a service.
 define generate
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m grpc_tools.protoc -Iprotos \
