@@ -119,7 +119,7 @@ def _replay(dead: typer.Typer) -> None:
 
         Every stage that reads the topic sees the record again; a mail that went out is not sent again. What
         died on a retry comes back to its stage alone, as that attempt. A value that did not fit into its
-        letter is read where it came from, while that topic keeps it.
+        letter is read where it came from, while that topic keeps it. The exit code is 1 where a letter stays.
         """
         from services.cli.dead import resolve  # noqa: PLC0415
         from services.cli.dead.back import replayable  # noqa: PLC0415
@@ -131,14 +131,19 @@ def _replay(dead: typer.Typer) -> None:
         if not there:
             raise Failure("none of these letters can be replayed", FAILED)
         _ask("Replay", there, yes)
-        gone: list[Exception] = []
-        with progress("replay", len(there)) as bar:
-            done = resolve.replay(settings, there, bar.advance, gone.append)
-        for why in gone:
-            say(f"{why}; it stays.")
-        if len(gone) == len(there):
+        stay: list[str] = []
+        try:
+            with progress("replay", len(there)) as bar:
+                done = resolve.replay(settings, there, bar.advance, stay.append)
+        finally:
+            for why in stay:
+                say(f"{why}; it stays.")
+        if len(stay) == len(there):
             raise Failure("none of these letters can be replayed", FAILED)
-        frame.out.one({"replayed": done, "kept": len(meant) - len(there) + len(gone)})
+        kept = len(meant) - len(there) + len(stay)
+        frame.out.one({"replayed": done, "kept": kept})
+        if kept:
+            raise typer.Exit(FAILED)
 
 
 def _purge(dead: typer.Typer) -> None:

@@ -15,13 +15,14 @@ import typer
 from services.cli.completion import among, reopenable, statuses, topics
 from services.cli.errors import FAILED, INTERRUPTED, NOT_FOUND, USAGE, Failure
 from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
-from services.cli.replay_results import produced, result, show
+from services.cli.replay_results import produced, refused, result, show
 from services.cli.terminal import Bar, confirm, progress, say
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from services.cli.replay.asked import Asked
+    from services.cli.replay.records import Read
     from services.cli.replay.store import Replay
     from services.common.config import Settings
 
@@ -112,6 +113,7 @@ def register(app: typer.Typer) -> None:
         topic has when it begins, shows what would become of the records, asks (--yes: neither), and produces
         at a bounded rate.
 
+        A record that cannot be produced is told and counted as refused, and the exit code is 1 at the end.
         Ctrl-C stops it where it stands (exit code 130); --resume goes on from there, also after a crash.
         """
         from services.cli.replay.asked import Asked  # noqa: PLC0415
@@ -200,7 +202,7 @@ def _go_on(frame: Frame, settings: Settings, engine: Engine, id_: str, rate: flo
         raise Failure(f"there is no replay {id_}; those that are not at their end: {open_}", NOT_FOUND)
     if replay.finished:
         say(f"Replay {id_} is at its end.")
-        result(frame.out, replay.id, replay.counts, "finished")
+        _finished(frame, replay)
         return
     if rate is not None:
         try:
@@ -217,18 +219,31 @@ def _run(frame: Frame, settings: Settings, engine: Engine, replay: Replay) -> No
     total = replay.left
     try:
         with _stopped_by_signals() as stop, progress(f"replay {replay.topic}", total) as bar:
-            finished = run(settings, engine, replay, stop, _ticks(bar, total))
+            finished = run(settings, engine, replay, stop, _ticks(bar, total), refused=_say_refused)
     except Superseded as error:
         raise Failure(error, FAILED) from None
     except BaseException:
         say(f"Replay {replay.id} was cut off. Go on with: postroad replay --resume {replay.id}")
         raise
-    result(frame.out, replay.id, replay.counts, "finished" if finished else "stopped")
-    if not finished:
+    if finished:
+        _finished(frame, replay)
+    else:
+        result(frame.out, replay.id, replay.counts, "stopped")
         line = (
             f"interrupted with {replay.left} records left; go on with: postroad replay --resume {replay.id}"
         )
         raise Failure(line, INTERRUPTED)
+
+
+def _finished(frame: Frame, replay: Replay) -> None:
+    result(frame.out, replay.id, replay.counts, "finished")
+    number = refused(replay.counts)
+    if number:
+        raise Failure(f"{number} record{'s' if number > 1 else ''} could not be produced", FAILED)
+
+
+def _say_refused(record: Read, why: str) -> None:
+    say(f"{record.topic}/{record.partition}/{record.offset} was not produced: {why}")
 
 
 @contextmanager

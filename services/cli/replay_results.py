@@ -12,7 +12,7 @@ from services.cli.terminal import say
 if TYPE_CHECKING:
     from services.cli.replay.store import Counts
 
-__all__ = ["produced", "result", "show"]
+__all__ = ["produced", "refused", "result", "show"]
 
 _COLUMNS = (
     Column("status"),
@@ -27,6 +27,13 @@ def produced(counts: Counts) -> int:
     from services.cli.replay.decide import What  # noqa: PLC0415
 
     return sum(number for (_, _, what), number in counts.items() if What(what).produced)
+
+
+def refused(counts: Counts) -> int:
+    """Return how many of the records could not be produced."""
+    from services.cli.replay.decide import What  # noqa: PLC0415
+
+    return sum(number for (_, _, what), number in counts.items() if What(what) is What.REFUSED)
 
 
 def _rows(counts: Counts) -> list[dict[str, Any]]:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.cli.kafka import SILENT, TIMEOUT, missing
 from services.common.config import Settings
 from services.common.stage.clients import producer_config
 from services.common.stage.headers import Headers
+from services.common.stage.publisher import hopeless, refusal
 
-__all__ = ["LARGEST", "Sink"]
+__all__ = ["LARGEST", "Refused", "Sink"]
+
+Refused = Callable[[KafkaError], None]
+"""Told why a record cannot be produced."""
 
 LARGEST = 60 << 20
 """Bytes that a record may have. The broker counts them compressed, and may refuse fewer."""
 
 # Longer than the producer tries (seconds).
 _FLUSH = 40.0
+# A larger record shares a batch with no other.
+_BATCH_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    partition: int
+    refused: Refused | None
+
+    @property
+    def shares(self) -> bool:
+        return len(self.key or b"") + len(self.value or b"") <= _BATCH_BYTES
 
 
 class Sink:
@@ -26,39 +50,66 @@ class Sink:
         self._producer = Producer(
             producer_config(settings, client_id)
             # What another producer has compressed may be larger than what a stage writes.
-            | {"logger": SILENT, "linger.ms": 5, "message.max.bytes": LARGEST}
+            | {"logger": SILENT, "linger.ms": 5, "message.max.bytes": LARGEST, "batch.size": _BATCH_BYTES}
         )
         self._failed: KafkaError | None = None
+        self._again: list[_Item] = []
         self._there: set[str] = set()
 
     def put(
-        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers, partition: int = -1
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers,
+        *,
+        partition: int = -1,
+        refused: Refused | None = None,
     ) -> None:
         """Produce a record to a topic (full name), to the key's partition unless one is named.
+
+        `refused` is called, before `flush` returns, if the client or the broker would refuse this record each
+        time (it is too large, say). Without `refused` that raises, here or in `flush`.
 
         Waits while the client's queue is full. Raises Failure where the topic is not there, and
         `confluent_kafka.KafkaException` where the cluster cannot be asked.
         """
         if topic not in self._there:
             self._look(topic)
+        self._produce(_Item(topic, key, value, headers, partition, refused))
+
+    def flush(self) -> None:
+        """Return once all is acked or refused; raises `confluent_kafka.KafkaException` where it cannot be."""
+        self._wait()
+        # A broker refuses a batch whole, for the sake of one of its records: alone each gets its own answer.
+        again, self._again = self._again, []
+        for item in again:
+            self._produce(item, alone=True)
+            self._wait()
+
+    def _produce(self, item: _Item, alone: bool = False) -> None:
         while True:
             try:
                 self._producer.produce(
-                    topic,
-                    value,
-                    key,
-                    partition=partition,
-                    headers=headers,  # type: ignore[arg-type]
-                    on_delivery=self._delivered,
+                    item.topic,
+                    item.value,
+                    item.key,
+                    partition=item.partition,
+                    headers=item.headers,  # type: ignore[arg-type]
+                    on_delivery=partial(self._delivered, item, alone),
                 )
             except BufferError:
                 self._producer.poll(0.1)
-            else:
-                self._producer.poll(0)
-                return
+                continue
+            except Exception as error:
+                why = refusal(error)
+                if item.refused is None or not hopeless(why):
+                    raise
+                item.refused(why)
+            self._producer.poll(0)
+            return
 
-    def flush(self) -> None:
-        """Return once all is acked; raises `confluent_kafka.KafkaException` where it cannot be."""
+    def _wait(self) -> None:
         left = self._producer.flush(_FLUSH)
         if self._failed is not None:
             failed, self._failed = self._failed, None
@@ -75,8 +126,16 @@ class Sink:
             raise KafkaException(error)
         self._there.add(topic)
 
-    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+    def _delivered(self, item: _Item, alone: bool, error: KafkaError | None, message: Message) -> None:
         # Only what a broker has written has an offset; see Publisher.
         if error is None and message.offset() is None:
             error = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
-        self._failed = self._failed or error
+        if error is None:
+            return
+        for_good = hopeless(error) or error.code() == KafkaError._INVALID_DIFFERENT_RECORD
+        if for_good and item.shares and not alone:
+            self._again.append(item)
+        elif for_good and item.refused is not None:
+            item.refused(error)
+        else:
+            self._failed = self._failed or error

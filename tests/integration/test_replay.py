@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import random
 import re
 import signal
 import subprocess
@@ -20,6 +21,13 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
 from sqlalchemy import Engine
 
 from postroad.v1 import events_pb2 as pb
@@ -350,6 +358,34 @@ def test_a_task_that_the_validator_deferred_goes_to_it_at_once(site: Callable[[]
     assert counts(result) == {("pending", "dns_unavailable", "again"): 1}
     [again] = here.replayed(TASK_CREATED)
     assert DECODERS[TASK_CREATED](again.value()) == created
+
+
+def test_a_record_that_cannot_be_produced_is_told_and_counted_and_ends_nothing(
+    site: Callable[[], Site],
+) -> None:
+    here = site()
+    tasks = [task(n) for n in range(5)]
+    tasks[2].body = random.Random(1).randbytes(4000).hex()
+    here.publish(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks))
+    limit = ConfigEntry("max.message.bytes", "3000", incremental_operation=AlterConfigOpType.SET)
+    topic = ConfigResource(ResourceType.TOPIC, here.prefix + TASK_CREATED, incremental_configs=[limit])
+    admin = AdminClient({"bootstrap.servers": here.settings.kafka_bootstrap})
+    for changed in admin.incremental_alter_configs([topic]).values():
+        changed.result()
+    [large] = [r for r in here.records(TASK_CREATED) if r.key() == tasks[2].id]
+    place = f"task.created/{large.partition()}/{large.offset()}"
+
+    replay = here.start(TASK_CREATED, "--yes")
+    out, err = replay.communicate(timeout=60)
+    assert replay.returncode == 1
+    result = json.loads(out)
+    assert (result["state"], result["records"], result["produced"]) == ("finished", 5, 4)
+    assert counts(result) == {("pending", "", "again"): 4, ("pending", "", "refused"): 1}
+    _, said, last = err.splitlines()
+    assert said.startswith(f"{place} was not produced: ")
+    assert "too large" in said
+    assert last == "postroad: 1 record could not be produced"
+    assert {*ids(here.replayed(TASK_CREATED))} == {t.id for t in tasks} - {tasks[2].id}
 
 
 def test_what_only_folds_goes_as_it_is(site: Callable[[], Site]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import uuid
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,12 +16,15 @@ from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
 from services.cli.errors import Failure
+from services.cli.frame import Frame
 from services.cli.replay.asked import Asked, asked_from, check
 from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, working
 from services.cli.replay.records import Read, again, see
 from services.cli.replay.selection import Selection
 from services.cli.replay.span import parse_point
 from services.cli.replay.standing import Sending, Standing, first_seen, known
+from services.cli.replay.store import Replay
+from services.cli.replay_command import _finished
 from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
@@ -474,6 +479,18 @@ def test_a_selection_takes_what_fits_in_every_respect() -> None:
         task._replace(labels={"team": "red", "n": "1"}),
     ):
         assert not asked.selection().takes(ID, other)
+
+
+def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.CaptureFixture[str]) -> None:
+    replay = Replay("r", "mx.ok", {}, FRESH, {}, Counter({("pending", "", "again"): 3}))
+    _finished(Frame({"output": "json"}), replay)
+    assert json.loads(capsys.readouterr().out)["produced"] == 3
+    replay.counts["pending", "", "refused"] = 2
+    with pytest.raises(Failure, match="2 records could not be produced") as failed:
+        _finished(Frame({"output": "json"}), replay)
+    assert failed.value.code == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["records"], shown["produced"]) == (5, 3)
 
 
 def test_what_was_asked_for_is_kept_whole() -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from services.cli.dead.back import back
 from services.cli.dead.board import read_board, records
@@ -33,31 +34,38 @@ def replay(
     settings: Settings,
     letters: Sequence[Letter],
     advance: Callable[[int], None],
-    stays: Callable[[Gone], None] = lambda why: None,
+    stays: Callable[[str], None] = lambda why: None,
 ) -> int:
     """Produce the record of each of these letters again, where `back` says and as it says.
 
-    They must be `replayable`. What a letter does not carry is read where it came from; `stays` is told why
-    one cannot be. `advance` is told how many more are done. Returns how many are; a letter that somebody else
-    has resolved and that is deleted meanwhile is not.
+    They must be `replayable`. What a letter does not carry is read where it came from. A letter stays where
+    that is gone, or where its record cannot be produced; `stays` is told which one and why. `advance` is told
+    how many more are done. Returns how many are; a letter that somebody else has resolved and that is deleted
+    meanwhile is not.
     """
     names, sink = Names(settings.topic_prefix), Sink(settings)
     delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
-    done, batch = 0, []
+    done, batch = 0, dict[Place, None]()
+
+    def refused(place: Place, why: KafkaError) -> None:
+        batch.pop(place)
+        stays(f"{place}: {why.str()}")
+
     for record in records(settings, [letter.place for letter in letters]):
         key, value, carried = record.letter.key, record.value, record.headers
         if record.letter.left_out:
             try:
                 key, value, carried = source(settings, record.letter)
             except Gone as why:
-                stays(why)
+                stays(str(why))
                 continue
         topic, headers = back(record.letter, carried, delays)
-        sink.put(names.topic(topic), key, value, headers)
-        batch.append(record.letter.place)
+        place = record.letter.place
+        batch[place] = None
+        sink.put(names.topic(topic), key, value, headers, refused=partial(refused, place))
         if len(batch) == _BATCH:
             done += _replayed(sink, names, batch, advance)
-            batch = []
+            batch.clear()
     done += _replayed(sink, names, batch, advance)
     _delete(settings, {(letter.place.stage, letter.place.partition) for letter in letters})
     return done
@@ -72,14 +80,15 @@ def purge(settings: Settings, letters: Sequence[Letter], advance: Callable[[int]
     return len(letters)
 
 
-def _replayed(sink: Sink, names: Names, places: Sequence[Place], advance: Callable[[int], None]) -> int:
+def _replayed(sink: Sink, names: Names, places: Collection[Place], advance: Callable[[int], None]) -> int:
+    # Those that are refused leave `places`.
     sink.flush()
     _mark(sink, names, places, "replayed")
     advance(len(places))
     return len(places)
 
 
-def _mark(sink: Sink, names: Names, places: Sequence[Place], resolution: Resolution) -> None:
+def _mark(sink: Sink, names: Names, places: Collection[Place], resolution: Resolution) -> None:
     offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
     for place in places:
         offsets[place.stage, place.partition].append(place.offset)
@@ -87,7 +96,7 @@ def _mark(sink: Sink, names: Names, places: Sequence[Place], resolution: Resolut
         resolved.sort()
         for start in range(0, len(resolved), MOST):
             headers = headers_of(resolved[start : start + MOST], resolution)
-            sink.put(names.dead(stage), None, None, headers, partition)
+            sink.put(names.dead(stage), None, None, headers, partition=partition)
     sink.flush()
 
 

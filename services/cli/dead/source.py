@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from services.cli.dead.letter import Letter
-from services.cli.sink import LARGEST
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
 from services.common.stage.headers import Headers, LeftOut, readable_headers
@@ -55,8 +54,6 @@ def _checked(letter: Letter, found: Source) -> Source:
     for part in letter.left_out:
         if LeftOut.of(part.part, contents[part.part]) != part:
             raise Gone(f"{letter.place} has no {_parts(letter)}, and {letter.origin} is another record")
-    if len(found.value or b"") + len(found.key or b"") > LARGEST:
-        raise Gone(f"{letter.place}: the record at {letter.origin} is too large to be produced again")
     return found
 
 

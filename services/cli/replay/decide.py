@@ -37,7 +37,7 @@ OVERDUE_US = 60_000_000
 
 
 class What(StrEnum):
-    """What becomes of a record."""
+    """What becomes of a record. REFUSED is never decided: Kafka refused the record for good."""
 
     AGAIN = "again"
     NEXT_ATTEMPT = "next attempt"
@@ -48,6 +48,7 @@ class What(StrEnum):
     WAITS = "waits"
     UNDECODABLE = "undecodable"
     NOT_MEANT = "not meant"
+    REFUSED = "refused"
 
     @property
     def produced(self) -> bool:

@@ -6,8 +6,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
+from confluent_kafka import KafkaError
 from sqlalchemy import Engine
 
 from services.cli.replay import store
@@ -28,6 +30,8 @@ __all__ = ["Superseded", "judge", "run", "survey"]
 
 Tick = Callable[[int], None]
 """Told how many offsets are left, now and then."""
+Refused = Callable[[Read, str], None]
+"""Told which record cannot be produced, and why."""
 
 _BATCH = 500
 _SAVE_SECONDS = 1.0
@@ -87,12 +91,20 @@ def survey(settings: Settings, engine: Engine, asked: Asked, todo: Mapping[int, 
     return counts
 
 
-def run(settings: Settings, engine: Engine, replay: Replay, stop: threading.Event, tick: Tick) -> bool:
+def run(
+    settings: Settings,
+    engine: Engine,
+    replay: Replay,
+    stop: threading.Event,
+    tick: Tick,
+    *,
+    refused: Refused = lambda record, why: None,
+) -> bool:
     """Go on with a replay to its end, or until `stop` is set; return whether it has come to its end.
 
-    What is counted as done is on the topic. Its position is stored about once a second and at the end;
-    killed in between, it repeats what it did since, which is harmless. Raises KafkaException, DBAPIError
-    and Superseded.
+    What is counted as done is on the topic. A record that cannot be produced is counted as REFUSED, and
+    `refused` is told. The replay's position is stored about once a second and at the end; killed in between,
+    it repeats what it did since, which is harmless. Raises KafkaException, DBAPIError and Superseded.
     """
     asked = asked_from(replay.arguments)
     pace = Rate(asked.rate, burst=int(asked.rate / 20))
@@ -104,15 +116,26 @@ def run(settings: Settings, engine: Engine, replay: Replay, stop: threading.Even
     for batch in batches(
         settings, replay.topic, dict(replay.positions), max(1, min(_BATCH, int(asked.rate)))
     ):
-        done = []
+        done: list[Judged] = []
+        refusals: dict[int, KafkaError] = {}
         for one in judge(engine, asked, replay.epoch, batch):
             if one.decision.what.produced and one.seen is not None:
                 if not _wait(pace, stop):
                     break
                 record = again(one.record, one.seen, one.decision, replay.id, delay_topic)
-                sink.put(names.topic(record.topic), record.key, record.value, record.headers)
+                sink.put(
+                    names.topic(record.topic),
+                    record.key,
+                    record.value,
+                    record.headers,
+                    refused=partial(refusals.__setitem__, len(done)),
+                )
             done.append(one)
         sink.flush()
+        for index, why in sorted(refusals.items()):
+            one = done[index]
+            done[index] = one._replace(decision=one.decision._replace(what=What.REFUSED))
+            refused(one.record, why.str())
         _advance(replay, done)
         tick(replay.left)
         if stop.is_set():

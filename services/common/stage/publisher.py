@@ -18,7 +18,7 @@ from services.common.events import Outgoing
 from services.common.stage.clients import producer_config
 from services.common.stage.pace import PRODUCE, Pace
 
-__all__ = ["Failure", "Publisher", "hopeless"]
+__all__ = ["Failure", "Publisher", "hopeless", "refusal"]
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +43,14 @@ _UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps ne
 def hopeless(error: KafkaError) -> bool:
     """Return whether the same record would be refused every time."""
     return error.code() in _HOPELESS
+
+
+def refusal(error: Exception) -> KafkaError:
+    """Return why the client did not take a record: what `Producer.produce` raised, as Kafka's own error."""
+    if isinstance(error, KafkaException):
+        found: KafkaError = error.args[0]
+        return found
+    return KafkaError(KafkaError._INVALID_ARG, f"{type(error).__name__}: {error}")
 
 
 class _Batch:
@@ -164,12 +172,9 @@ class Publisher:
                 except BufferError:
                     # The producer's own queue is full: the next answers make room.
                     break
-                except KafkaException as error:
-                    self._refused.append(partial(delivered, error.args[0], None))
                 except Exception as error:
-                    # The client cannot write it. Left in front of the queue it would hold up all others.
-                    refusal = KafkaError(KafkaError._INVALID_ARG, f"{type(error).__name__}: {error}")
-                    self._refused.append(partial(delivered, refusal, None))
+                    # Left in front of the queue it would hold up all others.
+                    self._refused.append(partial(delivered, refusal(error), None))
                 waiting.popleft()
         self._pace.took(count - len(waiting), time.monotonic())
 
