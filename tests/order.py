@@ -29,11 +29,13 @@ _CHAINS = ("own_stack", "stack", "breaks_servers")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the long tests first; name the group that a test belongs to, for `--dist loadgroup`."""
     groups = {item: group for item in items if (group := _group(item))}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
+    # Without its plugin the marker is unknown, which `--strict-markers` makes an error.
+    if config.pluginmanager.has_plugin("xdist"):
+        for item, group in groups.items():
+            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: (groups.get(item) not in _CHAINS, _rank(item)))
 
 
