@@ -31,7 +31,6 @@ OTHERS: Final = frozenset(
         # The tests'.
         "POSTROAD_TEST_INFRA",
         "POSTROAD_TEST_LONG",
-        "POSTROAD_TEST_RUN",
     }
 )
 """What may stand in an environment beside the settings."""
