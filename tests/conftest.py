@@ -6,10 +6,20 @@ import tests.forms  # noqa: F401  (loads the profile of this run's form)
 from tests import reaper
 from tests.order import pytest_collection_modifyitems
 from tests.reaper import pytest_configure
-from tests.stack import breakable, end_shared_servers, infra, mariadb, new_stack, servers, stack
+from tests.stack import (
+    breakable,
+    breakable_mariadb,
+    end_shared_servers,
+    infra,
+    mariadb,
+    new_stack,
+    servers,
+    stack,
+)
 
 __all__ = [
     "breakable",
+    "breakable_mariadb",
     "infra",
     "mariadb",
     "new_stack",

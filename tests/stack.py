@@ -6,7 +6,8 @@ Fixtures (registered by conftest.py):
                `topic_prefix()` from it, so that no test sees another's rows or records
 - `mariadb`    one MariaDB server that all workers of the run share
 - `servers`    `infra`, but for a test marked `breaks_servers`: it has servers that it may stop, freeze and
-               misconfigure, as such tests run one after another
+               misconfigure, as such tests run one after another (`breakable`; `breakable_mariadb` is the
+               MariaDB for them)
 - `stack`      one whole system, one replica of each service; its tests run one after another
 - `new_stack`  makes further ones, with settings of their own; ended with the test
 
@@ -35,6 +36,7 @@ __all__ = [
     "Infra",
     "Stack",
     "breakable",
+    "breakable_mariadb",
     "end_shared_servers",
     "infra",
     "mariadb",
@@ -209,9 +211,8 @@ def infra() -> Infra:
     return servers
 
 
-@pytest.fixture(scope="session")
-def mariadb() -> Infra:
-    """A MariaDB server for all tests of this run, and nothing else."""
+def _mariadb(directory: Path, kind: type[Infra]) -> Infra:
+    """A MariaDB server and nothing else, not up yet; skips the test where MariaDB is not installed."""
     server = find_server("mariadb")
     if server is None:
         pytest.skip("MariaDB is not installed (Debian: mariadb-server-core)")
@@ -219,7 +220,13 @@ def mariadb() -> Infra:
     # What is given is not started.
     given = {"POSTROAD_KAFKA_BOOTSTRAP": "127.0.0.1:1", "POSTROAD_DNS_SERVERS": "127.0.0.1:1"}
     given |= {"EMAIL_HOST": "127.0.0.1", "EMAIL_PORT": "1", "POSTROAD_LOCAL_DB": "mariadb"}
-    servers = _Shared(Path(os.environ[RUN]) / "mariadb", given)
+    return kind(directory, given)
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Infra:
+    """A MariaDB server for all tests of this run, and nothing else."""
+    servers = _mariadb(Path(os.environ[RUN]) / "mariadb", _Shared)
     servers.up("--infra-only")
     return servers
 
@@ -231,15 +238,24 @@ def end_shared_servers() -> None:
             Stack(directory).down()
 
 
-@pytest.fixture(scope="session")
-def breakable() -> Iterator[Infra]:
-    """Servers of this worker alone, for its tests that are marked `breaks_servers`."""
-    servers = Infra(_directory())
+def _up_until_the_end(servers: Infra) -> Iterator[Infra]:
     try:
         servers.up("--infra-only")
         yield servers
     finally:
         servers.down()
+
+
+@pytest.fixture(scope="session")
+def breakable() -> Iterator[Infra]:
+    """Servers of this worker alone, for its tests that are marked `breaks_servers`."""
+    yield from _up_until_the_end(Infra(_directory()))
+
+
+@pytest.fixture(scope="session")
+def breakable_mariadb() -> Iterator[Infra]:
+    """A MariaDB server of this worker alone, for its tests that are marked `breaks_servers`."""
+    yield from _up_until_the_end(_mariadb(_directory(), Infra))
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ from tests.stack import Infra
 
 @pytest.fixture(params=["mysql", "mariadb"])
 def server(request: pytest.FixtureRequest) -> Infra:
-    """Each of the database servers in turn."""
-    servers: Infra = request.getfixturevalue("servers" if request.param == "mysql" else "mariadb")
+    """Each of the database servers in turn; a test marked `breaks_servers` has one that it may break."""
+    breaks = request.node.get_closest_marker("breaks_servers")
+    fixture = {"mysql": "servers", "mariadb": "breakable_mariadb" if breaks else "mariadb"}[request.param]
+    servers: Infra = request.getfixturevalue(fixture)
     return servers
 
 

@@ -121,7 +121,6 @@ async def test_a_database_that_is_not_migrated_is_no_records_fault(server: Infra
 
 
 @pytest.mark.breaks_servers
-@pytest.mark.parametrize("server", ["mysql"], indirect=True)
 async def test_a_batch_waits_while_the_database_is_away(
     server: Infra, engine: Engine, status: Status
 ) -> None:

@@ -244,7 +244,6 @@ def test_an_error_that_passes_is_known_by_its_number(
 
 
 @pytest.mark.breaks_servers
-@pytest.mark.parametrize("server", ["mysql"], indirect=True)
 async def test_until_back_waits_out_a_server_that_is_down(server: Infra, database_url: str) -> None:
     engine = engine_of(database_url)
     seen: list[BaseException] = []
