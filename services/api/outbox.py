@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
-from services.common.database import execute_rows, marks
+from services.common.statements import execute_rows, marks
 
 __all__ = [
     "CANCELLED",

@@ -15,8 +15,8 @@ from sqlalchemy import Connection
 from postroad.v1 import task_pb2
 from services.api import uuid7, views
 from services.api.filters import Filter
-from services.common.database import marks
 from services.common.schema import STATUSES
+from services.common.statements import marks
 
 __all__ = ["count", "count_statement", "get", "page", "statement", "tasks_of"]
 

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.api.errors import PATIENCE, overloaded, unavailable
-from services.common.database import said, transaction, transient
+from services.common.database_errors import said, transient
+from services.common.transactions import transaction
 
 __all__ = ["THREADS", "Reader"]
 

@@ -10,7 +10,8 @@ from grpc_health.v1 import health, health_pb2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.common.database import said, transaction
+from services.common.database_errors import said
+from services.common.transactions import transaction
 
 __all__ = ["Readiness"]
 

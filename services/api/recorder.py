@@ -23,10 +23,11 @@ from services.api.room import Room
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
-from services.common.database import said, transaction, transient
+from services.common.database_errors import said, transient
 from services.common.fold import delta
 from services.common.schema import from_micros
 from services.common.timeline import timeline
+from services.common.transactions import transaction
 
 __all__ = ["Recorded", "Recorder"]
 

@@ -23,8 +23,10 @@ from services.api.sweeper import Sweeper
 from services.api.watch.watching import Watches
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
-from services.common.database import engine_of, transaction, transient, url_of
+from services.common.database import engine_of, url_of
+from services.common.database_errors import transient
 from services.common.stage.publisher import Publisher
+from services.common.transactions import transaction
 
 __all__ = ["ApiService", "build"]
 

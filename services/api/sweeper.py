@@ -20,12 +20,13 @@ from services.api.outbox import CANCELLED, CREATED, OUTCOME, Decided, Item
 from services.api.relay import Relay
 from services.api.trace import traceparent
 from services.common import taskstore
-from services.common.database import transaction, transient
+from services.common.database_errors import transient
 from services.common.events import encode, event_key
 from services.common.schema import to_micros
 from services.common.stage.publisher import Publisher
 from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
 from services.common.topics import MAIL_FAILED, MAIL_SENT
+from services.common.transactions import transaction
 
 __all__ = ["Sweeper", "chunks", "rebuilt"]
 

@@ -165,7 +165,7 @@ def _settings(error: Any) -> Failure:
 
 
 def _database(error: Any) -> Failure:
-    from services.common.database import said, transient  # noqa: PLC0415
+    from services.common.database_errors import said, transient  # noqa: PLC0415
 
     number = getattr(getattr(error, "orig", None), "errno", None)
     code = DENIED if number in _MYSQL_DENIED else UNAVAILABLE if transient(error) else FAILED

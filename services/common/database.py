@@ -1,7 +1,4 @@
-"""MySQL or MariaDB: engines, multi-row statements, and which errors pass.
-
-Statements on the hot paths go through `exec_driver_sql` with one text for many rows: SQLAlchemy's
-`text()` and `insert().values()` spend more on such a statement than the server does.
+"""MySQL or MariaDB: engines, and what their sessions are like.
 
 Affected rows count what *matched* (the FOUND_ROWS flag, set by SQLAlchemy): an UPDATE that finds its
 row as it would leave it counts 1, and INSERT .. ON DUPLICATE KEY UPDATE counts 1 for a new row or one
@@ -11,53 +8,21 @@ left as it was, 2 for one changed.
 from __future__ import annotations
 
 import ctypes
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import _mysql_connector
 from mysql.connector.constants import DEFAULT_CONFIGURATION
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import ExceptionContext
-from sqlalchemy.exc import (
-    ArgumentError,
-    DataError,
-    DBAPIError,
-    IntegrityError,
-    OperationalError,
-    TimeoutError,
-)
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_after_delay,
-    wait_exponential_jitter,
-    wait_random_exponential,
-)
 
-from services.common.database_errors import TRANSIENT, Kind, numbers
-from services.common.statement_size import LOST, TOO_LARGE, Statements, StatementTooLong, portions
+from services.common.database_errors import Kind, numbers
+from services.common.statement_size import LOST, TOO_LARGE, Statements, StatementTooLong
+from services.common.statements import BOUNDS
 
-__all__ = [
-    "at_fault",
-    "deadlock",
-    "engine_of",
-    "execute_rows",
-    "marks",
-    "said",
-    "transaction",
-    "transient",
-    "until_back",
-    "url_of",
-]
-
-R = TypeVar("R")
+__all__ = ["engine_of", "url_of"]
 
 # MySQL's C library sets itself up at its first use, and not safely when two threads meet there: the
 # second one's connection has no methods and takes the process with it. So once, before there are
@@ -71,13 +36,8 @@ LOCK_SECONDS = 5
 # The server ends a session that has been silent for so long, and with it a transaction in which a process
 # froze or its network broke: the rows that it had locked would keep all others waiting for hours.
 SILENT_SECONDS = 20
-# An error that took longer (a lock wait, a read timeout) is not tried again at once, but raised.
-PATIENCE = 1.0
 
-_CONFLICT = numbers(Kind.CONFLICT)
 _SESSION_OVER = numbers(Kind.SESSION)
-
-_STATEMENTS = "postroad_statements"
 _SESSION = (
     "SET time_zone = '+00:00', innodb_lock_wait_timeout = %s, wait_timeout = %s,"
     " sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'"
@@ -154,7 +114,7 @@ def _begin_session(
     [(most,)] = cursor.fetchall()
     cursor.close()
     statements.guard(connection, int(most))
-    record.info[_STATEMENTS] = statements
+    record.info[BOUNDS] = statements
 
 
 def _on_error(context: ExceptionContext) -> Exception | None:
@@ -168,129 +128,3 @@ def _on_error(context: ExceptionContext) -> Exception | None:
     # would neither wrap it nor drop the connection.
     context.is_disconnect = context.is_disconnect or number in LOST
     return OperationalError(context.statement, None, error, connection_invalidated=context.is_disconnect)
-
-
-def marks(count: int) -> str:
-    """Return `count` placeholders, for `IN (...)`."""
-    return ",".join(["%s"] * count)
-
-
-def execute_rows(
-    connection: Connection, head: str, rows: Sequence[Sequence[object]], tail: str = "", limit: int = 500
-) -> int:
-    """Execute `head` + `(%s, ...)` a row + `tail`, at most `limit` rows a statement; blocks.
-
-    A statement that would have more bytes than the database takes (statement_size.py) is made in two. `head`
-    ends with VALUES; all rows are of the first one's length. Returns the affected rows. Raises
-    `sqlalchemy.exc.DataError` for a row that no statement can hold.
-    """
-    affected = 0
-    statements: Statements | None = connection.info.get(_STATEMENTS)
-    share = None if statements is None else statements.share()
-    for start in range(0, len(rows), limit):
-        part = rows[start : start + limit]
-        if share is None:
-            affected += _execute_part(connection, head, part, tail)
-        else:
-            room = share - len(head) - len(tail)
-            affected += sum(_execute_part(connection, head, few, tail) for few in portions(part, room))
-    return affected
-
-
-def _execute_part(connection: Connection, head: str, rows: Sequence[Sequence[object]], tail: str) -> int:
-    parameters = tuple(chain.from_iterable(rows))
-    row = f"({marks(len(parameters) // len(rows))})"
-    statement = f"{head} {','.join([row] * len(rows))} {tail}"
-    try:
-        return connection.exec_driver_sql(statement, parameters).rowcount
-    except DataError as error:
-        if len(rows) == 1 or not isinstance(error.orig, StatementTooLong):
-            raise
-    # It was not sent, so the transaction goes on.
-    middle = len(rows) // 2
-    return sum(_execute_part(connection, head, half, tail) for half in (rows[:middle], rows[middle:]))
-
-
-def _number(error: BaseException) -> int | None:
-    return getattr(error.orig if isinstance(error, DBAPIError) else error, "errno", None)
-
-
-def deadlock(error: BaseException) -> bool:
-    """Whether another transaction stood in the way, so that this one may be done again at once."""
-    return _number(error) in _CONFLICT
-
-
-def said(error: BaseException) -> str:
-    """Return what the database said, without what SQLAlchemy adds: its text has the whole statement in it."""
-    return str(getattr(error, "orig", error))
-
-
-def at_fault(error: BaseException) -> bool:
-    """Whether the database or its set-up is to blame, and no value that it was given.
-
-    That is also a refused login, a missing table and the like: an operator mends those, and until then no
-    task may fail for them.
-    """
-    if isinstance(error, DataError | IntegrityError):
-        return False
-    return isinstance(error, DBAPIError) or transient(error)
-
-
-def transient(error: BaseException) -> bool:
-    """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    return lost or isinstance(error, TimeoutError) or _number(error) in TRANSIENT
-
-
-def _at_once(error: BaseException) -> bool:
-    return deadlock(error) or (isinstance(error, DBAPIError) and error.connection_invalidated)
-
-
-_again = Retrying(
-    retry=retry_if_exception(_at_once),
-    wait=wait_random_exponential(multiplier=0.005, max=0.2),
-    stop=stop_after_attempt(8) | stop_after_delay(PATIENCE),
-    reraise=True,
-)
-
-
-def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
-    """Return `work(connection)`, committed; blocks.
-
-    It is done again after a deadlock, and where a pooled connection turns out to be dead. As the
-    connection may die while it commits, `work` must bear being done twice. Raises
-    `sqlalchemy.exc.DBAPIError`; `transient` tells what it means.
-    """
-
-    def once() -> R:
-        with engine.begin() as connection:
-            return work(connection)
-
-    started = time.monotonic()
-    try:
-        return once()
-    except DBAPIError as error:
-        if not _at_once(error) or time.monotonic() - started > PATIENCE:
-            raise
-    return _again(once)
-
-
-def until_back(
-    noticed: Callable[[BaseException], None], passes: Callable[[BaseException], bool] = transient
-) -> AsyncRetrying:
-    """Return a policy that waits as long as the database is away: `await until_back(f)(function, ...)`.
-
-    `noticed` is told each error that `passes`; all others are raised. Waits 0.1 s at first, 3 s at most.
-    """
-
-    def tell(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        if error is not None:
-            noticed(error)
-
-    return AsyncRetrying(
-        retry=retry_if_exception(passes),
-        wait=wait_exponential_jitter(multiplier=0.1, max=3, jitter=0.1),
-        before_sleep=tell,
-        reraise=True,
-    )

@@ -1,4 +1,6 @@
-"""Which of the database's errors pass by themselves: one table, each code with the reason and the source.
+"""Which of the database's errors pass by themselves, and which blame a value that it was given.
+
+One table has the codes that pass, each with the reason and the source.
 
 What is not listed stays: the statement, its data or the set-up is at fault, and trying again is of no use.
 
@@ -21,7 +23,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["ERRORS", "TRANSIENT", "Code", "Kind", "numbers"]
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, TimeoutError
+
+__all__ = ["ERRORS", "TRANSIENT", "Code", "Kind", "at_fault", "deadlock", "numbers", "said", "transient"]
 
 
 class Kind(Enum):
@@ -150,3 +154,37 @@ TRANSIENT = frozenset(code.number for code in ERRORS)
 def numbers(kind: Kind) -> frozenset[int]:
     """Return the numbers of one kind."""
     return frozenset(code.number for code in ERRORS if code.kind is kind)
+
+
+_CONFLICTS = numbers(Kind.CONFLICT)
+
+
+def _number(error: BaseException) -> int | None:
+    return getattr(error.orig if isinstance(error, DBAPIError) else error, "errno", None)
+
+
+def deadlock(error: BaseException) -> bool:
+    """Whether another transaction stood in the way, so that this one may be done again at once."""
+    return _number(error) in _CONFLICTS
+
+
+def said(error: BaseException) -> str:
+    """Return what the database said, without what SQLAlchemy adds: its text has the whole statement in it."""
+    return str(getattr(error, "orig", error))
+
+
+def at_fault(error: BaseException) -> bool:
+    """Whether the database or its set-up is to blame, and no value that it was given.
+
+    That is also a refused login, a missing table and the like: an operator mends those, and until then no
+    task may fail for them.
+    """
+    if isinstance(error, DataError | IntegrityError):
+        return False
+    return isinstance(error, DBAPIError) or transient(error)
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return lost or isinstance(error, TimeoutError) or _number(error) in TRANSIENT

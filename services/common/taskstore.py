@@ -14,10 +14,10 @@ from typing import NamedTuple, cast
 from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
-from services.common.database import execute_rows, marks
 from services.common.events import CREATED_KEY
 from services.common.fold import EPOCH_SHIFT, Row, merge
 from services.common.schema import to_micros
+from services.common.statements import execute_rows, marks
 from services.common.timeline import Entry
 
 __all__ = [

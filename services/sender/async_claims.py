@@ -10,8 +10,9 @@ from typing import Protocol, TypeVar
 import structlog
 
 from services.common.batching import Batcher
-from services.common.database import at_fault, until_back
+from services.common.database_errors import at_fault
 from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Verdict
+from services.common.transactions import until_back
 
 __all__ = ["AsyncClaims", "BlockingClaims"]
 

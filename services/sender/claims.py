@@ -18,7 +18,6 @@ from operator import attrgetter
 
 from sqlalchemy import Connection, Engine
 
-from services.common.database import execute_rows, marks, transaction
 from services.common.deliveries.decide import (
     Cancel,
     Claim,
@@ -32,6 +31,8 @@ from services.common.deliveries.decide import (
     settlement,
 )
 from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, locked, store
+from services.common.statements import execute_rows, marks
+from services.common.transactions import transaction
 
 __all__ = ["Claims"]
 

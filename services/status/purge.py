@@ -10,10 +10,11 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.common.database import said, transaction
+from services.common.database_errors import said
 from services.common.schema import from_micros
 from services.common.taskstore import purge_bodies
 from services.common.telemetry import STATUS_BODIES_PURGED
+from services.common.transactions import transaction
 
 __all__ = ["purge", "purge_forever"]
 

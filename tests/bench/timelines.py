@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from services.common.database import engine_of, marks, transaction
+from services.common.database import engine_of
+from services.common.statements import marks
+from services.common.transactions import transaction
 
 __all__ = ["LIFE", "Sample"]
 

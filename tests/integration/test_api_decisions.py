@@ -21,7 +21,7 @@ from services.api.reader import Reader
 from services.api.reopening import Refusal, Reopened, reopen
 from services.api.resolving import Resolution, Unresolved, resolve
 from services.common import taskstore
-from services.common.database import engine_of, transaction
+from services.common.database import engine_of
 from services.common.deliveries.decide import (
     IN_DOUBT,
     NOT_SENT,
@@ -41,6 +41,7 @@ from services.common.fold import Row, delta, fold
 from services.common.schema import from_micros
 from services.common.stage.types import Done
 from services.common.timeline import timeline
+from services.common.transactions import transaction
 from services.sender.answers import answer
 from services.sender.claims import Claims
 from tests.api_process import free_port

@@ -17,10 +17,12 @@ from sqlalchemy import Connection, Engine
 
 from services.api import queries, uuid7
 from services.api.filters import Filter
-from services.common.database import engine_of, execute_rows, transaction
+from services.common.database import engine_of
 from services.common.fold import Row
 from services.common.migrations import migrate
 from services.common.schema import STATUSES, from_micros
+from services.common.statements import execute_rows
+from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road
 from tests.reflection_client import ReflectionClient
 from tests.stack import Infra

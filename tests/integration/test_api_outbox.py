@@ -19,11 +19,11 @@ from services.api.recorder import Recorder
 from services.api.relay import Creation, Recording
 from services.api.validation import creation
 from services.common import taskstore
-from services.common.database import transaction
 from services.common.events import encode
 from services.common.fold import delta
 from services.common.schema import from_micros
 from services.common.timeline import timeline
+from services.common.transactions import transaction
 
 CLOCK = uuid7.Clock()
 

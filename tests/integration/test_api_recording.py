@@ -23,8 +23,9 @@ from postroad.v1.task_service_pb2 import CreateRequest, GetRequest, TaskData
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import outbox, sweeper, uuid7
 from services.common import taskstore
-from services.common.database import engine_of, transaction
+from services.common.database import engine_of
 from services.common.fold import delta
+from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually, request
 from tests.stack import Infra
 

@@ -31,12 +31,13 @@ from services.api.watch.folded import Folded
 from services.api.watch.topics import Topics
 from services.api.watch.watching import Watches
 from services.common import taskstore
-from services.common.database import engine_of, transaction
+from services.common.database import engine_of
 from services.common.events import Event, encode
 from services.common.fold import delta
 from services.common.stage.clients import consumer_config
 from services.common.timeline import timeline
 from services.common.topics import EVENT_TOPICS
+from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually
 from tests.groups import describe
 from tests.stack import Infra

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from services.common.database import engine_of, execute_rows
+from services.common.database import engine_of
 from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
@@ -30,6 +30,7 @@ from services.common.deliveries.decide import (
     decide,
 )
 from services.common.deliveries.rows import owner_tokens
+from services.common.statements import execute_rows
 from services.sender.claims import Claims
 from tests.claimers import claim_all, everyone
 

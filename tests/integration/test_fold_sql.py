@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine
 
-from services.common.database import engine_of, transaction
+from services.common.database import engine_of
 from services.common.events import Event, task_id
 from services.common.fold import Row, delta, fold
 from services.common.migrations import migrate
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import Entry, timeline
+from services.common.transactions import transaction
 from tests.event_strategies import histories
 
 on_a_server = settings(

@@ -27,14 +27,15 @@ from services.cli.rebuild.run import Report, Underway, rebuild
 from services.cli.rebuild.swapping import swap
 from services.common import kafka_admin
 from services.common.config import Settings
-from services.common.database import execute_rows, transaction
 from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery
 from services.common.deliveries.rows import COLUMNS, store
 from services.common.events import Event, encode
 from services.common.fold import delta
+from services.common.statements import execute_rows
 from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
 from services.common.timeline import timeline
 from services.common.topics import EVENT_TOPICS
+from services.common.transactions import transaction
 from services.sender.claims import Claims
 from tests.stack import Infra
 

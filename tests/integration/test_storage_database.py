@@ -15,16 +15,11 @@ from mysql.connector.connection_cext import CMySQLConnection
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from services.common import database
-from services.common.database import (
-    deadlock,
-    engine_of,
-    execute_rows,
-    marks,
-    transaction,
-    transient,
-    until_back,
-)
+from services.common import transactions
+from services.common.database import engine_of
+from services.common.database_errors import deadlock, transient
+from services.common.statements import execute_rows, marks
+from services.common.transactions import transaction, until_back
 from tests.stack import Infra
 
 
@@ -224,7 +219,7 @@ def test_an_error_that_passes_is_known_by_its_number(
     engine: Engine, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server itself raises it: a statement that timed out, a node of no use, a conflict, a proxy's."""
-    monkeypatch.setattr(database, "PATIENCE", 60.0)  # a session is not begun in a second everywhere
+    monkeypatch.setattr(transactions, "PATIENCE", 60.0)  # a session is not begun in a second everywhere
     tries = []
 
     def fail(connection: Connection) -> None:

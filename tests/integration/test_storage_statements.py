@@ -16,11 +16,14 @@ from postroad.v1 import events_pb2 as pb
 from services.api.recorder import Recorder
 from services.api.relay import Recording
 from services.common import statement_size
-from services.common.database import at_fault, engine_of, execute_rows, transaction, transient
+from services.common.database import engine_of
+from services.common.database_errors import at_fault, transient
 from services.common.events import event_key, task_id
 from services.common.fold import delta
 from services.common.stage.types import Done, Record
 from services.common.statement_size import LONG, Statements, StatementTooLong, bytes_at_most
+from services.common.statements import execute_rows
+from services.common.transactions import transaction
 from services.status.stage import Status
 from tests.event_strategies import mail_task
 from tests.stack import Infra

@@ -18,7 +18,7 @@ from services.api.sweeper import Sweeper
 from services.common import topics
 from services.common.batching import Batcher
 from services.common.config import Settings
-from services.common.database import transient
+from services.common.database_errors import transient
 from services.common.events import DECODERS, Event
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Stage

@@ -14,7 +14,7 @@ from postroad.v1 import events_pb2 as pb
 from services.api import outbox, standing
 from services.api.outbox import created
 from services.common import taskstore
-from services.common.database import engine_of, transaction
+from services.common.database import engine_of
 from services.common.deliveries import rows
 from services.common.deliveries.decide import (
     Cancel,
@@ -29,6 +29,7 @@ from services.common.deliveries.decide import (
 )
 from services.common.fold import Row, delta
 from services.common.migrations import migrate
+from services.common.transactions import transaction
 from services.sender.claims import Claims
 from tests.simulation.database import Database, MemoryClaims
 from tests.simulation.scheduler import Scheduler

@@ -11,8 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from services.api.errors import Problem
 from services.api.reader import Reader
-from services.common.database import deadlock, transient
-from services.common.database_errors import ERRORS, TRANSIENT, Code, Kind, numbers
+from services.common.database_errors import ERRORS, TRANSIENT, Code, Kind, deadlock, numbers, transient
 
 
 def error(number: int) -> OperationalError:

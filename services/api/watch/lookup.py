@@ -11,8 +11,8 @@ from postroad.v1 import task_pb2
 from services.api import views
 from services.api.watch.book import Mail
 from services.api.watch.changes import Change
-from services.common.database import marks
 from services.common.events import CREATED_KEY
+from services.common.statements import marks
 
 __all__ = ["Known", "known", "snapshot"]
 

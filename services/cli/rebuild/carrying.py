@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from services.cli.rebuild.pairs import EVENTS, STEP, TASKS, Pair, Range
-from services.common.database import marks
 from services.common.fold import Row
+from services.common.statements import marks
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import Entry
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Enum, String, Table
 
 from services.common import schema
-from services.common.database import marks
+from services.common.statements import marks
 
 __all__ = [
     "BODIES",

@@ -41,8 +41,9 @@ from services.cli.rebuild.writing import (
     write_rows,
 )
 from services.common.config import Settings
-from services.common.database import engine_of, transaction
+from services.common.database import engine_of
 from services.common.schema import from_micros
+from services.common.transactions import transaction
 
 __all__ = ["Report", "Steps", "Underway", "rebuild"]
 

@@ -14,11 +14,11 @@ from sqlalchemy import Connection
 from services.cli.rebuild.deliveries import Told, restored
 from services.cli.rebuild.folding import Folded
 from services.cli.rebuild.pairs import BODIES, DELIVERIES, EVENTS, TASKS, Range
-from services.common.database import execute_rows, marks
 from services.common.deliveries.decide import settlement
 from services.common.deliveries.rows import INSERT_NEW, locked, store
 from services.common.fold import Row
 from services.common.schema import from_micros
+from services.common.statements import execute_rows, marks
 from services.common.taskstore import Body, insert_bodies, insert_events, upsert
 from services.common.timeline import Entry
 

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from sqlalchemy import Engine
 
 from services.cli.replay.standing import Sending, Standing, known
-from services.common.database import marks, transaction
+from services.common.statements import marks
+from services.common.transactions import transaction
 
 __all__ = ["standings"]
 

@@ -13,8 +13,8 @@ from operator import attrgetter
 
 from sqlalchemy import Connection
 
-from services.common.database import execute_rows, marks
 from services.common.deliveries.decide import Delivery
+from services.common.statements import execute_rows, marks
 
 __all__ = ["COLUMNS", "INSERT", "INSERT_NEW", "UNKNOWN", "add", "locked", "owner_tokens", "store"]
 

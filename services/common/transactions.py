@@ -1,0 +1,83 @@
+"""Transactions that are done again after an error that passes, at once or when the database is back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential_jitter,
+    wait_random_exponential,
+)
+
+from services.common.database_errors import deadlock, transient
+
+__all__ = ["transaction", "until_back"]
+
+R = TypeVar("R")
+
+# An error that took longer (a lock wait, a read timeout) is not tried again at once, but raised.
+PATIENCE = 1.0
+
+
+def _at_once(error: BaseException) -> bool:
+    return deadlock(error) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+_again = Retrying(
+    retry=retry_if_exception(_at_once),
+    wait=wait_random_exponential(multiplier=0.005, max=0.2),
+    stop=stop_after_attempt(8) | stop_after_delay(PATIENCE),
+    reraise=True,
+)
+
+
+def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
+    """Return `work(connection)`, committed; blocks.
+
+    It is done again after a deadlock, and where a pooled connection turns out to be dead. As the
+    connection may die while it commits, `work` must bear being done twice. Raises
+    `sqlalchemy.exc.DBAPIError`; `database_errors.transient` tells what it means.
+    """
+
+    def once() -> R:
+        with engine.begin() as connection:
+            return work(connection)
+
+    started = time.monotonic()
+    try:
+        return once()
+    except DBAPIError as error:
+        if not _at_once(error) or time.monotonic() - started > PATIENCE:
+            raise
+    return _again(once)
+
+
+def until_back(
+    noticed: Callable[[BaseException], None], passes: Callable[[BaseException], bool] = transient
+) -> AsyncRetrying:
+    """Return a policy that waits as long as the database is away: `await until_back(f)(function, ...)`.
+
+    `noticed` is told each error that `passes`; all others are raised. Waits 0.1 s at first, 3 s at most.
+    """
+
+    def tell(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if error is not None:
+            noticed(error)
+
+    return AsyncRetrying(
+        retry=retry_if_exception(passes),
+        wait=wait_exponential_jitter(multiplier=0.1, max=3, jitter=0.1),
+        before_sleep=tell,
+        reraise=True,
+    )
