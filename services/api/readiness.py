@@ -57,6 +57,8 @@ class Readiness:
                 await asyncio.to_thread(transaction, self._engine, _ping)
             except SQLAlchemyError as error:
                 log.warning("the database does not answer", error=said(error))
+            except Exception:
+                log.exception("the database could not be asked")
             else:
                 back = bool(self.problems())
                 self._answered = time.monotonic()

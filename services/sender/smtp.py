@@ -201,20 +201,24 @@ class SmtpPool:
     async def _recover(self) -> None:
         while self._trouble is not None:
             await asyncio.sleep(pause(self._limits, self._failures))
-            if len(self._sessions):
-                # There are sessions, and yet it is down: it wanted AUTH at MAIL. Only another mail can tell
-                # whether that has changed.
-                self._back()
-            if self._trouble is None:
-                return
             try:
-                session = await self._sessions.open()
+                await self._check()
             except UnavailableError as error:
                 self._failures += 1
                 self._trouble = error.outcome
-            else:
-                self._sessions.release(session)
-                self._back()
+            except Exception:
+                # Nothing else would bring the pool up again.
+                self._failures += 1
+                _log.exception("relay_check_failed", relay=self.relay.name)
+
+    async def _check(self) -> None:
+        if len(self._sessions):
+            # There are sessions, and yet it is down: it wanted AUTH at MAIL. Only another mail can tell
+            # whether that has changed.
+            self._back()
+        if self._trouble is not None:
+            self._sessions.release(await self._sessions.open())
+            self._back()
 
     async def _hand_over(self, session: Session, message: bytes, guard: Callable[[], bool]) -> Outcome:
         try:

@@ -91,7 +91,10 @@ class Sessions:
         self.opening += 1
         try:
             session = await open_session(self._relay, self._context, self._timeouts)
-        except asyncio.CancelledError:
+        except UnavailableError:
+            raise
+        except BaseException:
+            # The relay is not to blame, so those that wait need not hear of it: one of them tries.
             asyncio.get_running_loop().call_soon(self._wake)
             raise
         finally:

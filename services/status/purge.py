@@ -46,6 +46,8 @@ async def purge_forever(engine: Engine, retention_seconds: int) -> None:
             purged = await asyncio.to_thread(purge, engine, retention_seconds, time.time_ns() // 1000)
         except SQLAlchemyError as error:
             log.warning("bodies were not purged", error=said(error))
+        except Exception:
+            log.exception("bodies were not purged")
         else:
             if purged:
                 log.info("bodies purged", count=purged)

@@ -1,15 +1,18 @@
 """The pool: how many sessions, for how long, what happens while the relay is away, and how it closes."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
 import pytest
+from structlog.testing import capture_logs
 
+from services.sender import smtp_sessions
 from services.sender.replies import InDoubt, NotSent, Phase, Sent
-from services.sender.smtp import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Tls
-from services.sender.smtp_session import Session
+from services.sender.smtp import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Timeouts, Tls
+from services.sender.smtp_session import Session, UnavailableError, open_session
 from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for, scripted, send, until
 
 
@@ -254,6 +257,46 @@ async def test_a_session_that_opens_after_all_ends_the_absence() -> None:
         await asyncio.wait_for(pool.wait_available(), 5)
         await asyncio.wait([first, second])
         assert isinstance(await send(pool), Sent)
+
+
+def opening(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
+    """Have the next sessions fail to open with these errors; the ones after them open."""
+    left = list(errors)
+
+    async def open_or_fail(relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts) -> Session:
+        await asyncio.sleep(0)
+        if left:
+            raise left.pop(0)
+        return await open_session(relay, context, timeouts)
+
+    monkeypatch.setattr(smtp_sessions, "open_session", open_or_fail)
+
+
+async def test_an_unexpected_error_does_not_end_the_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = UnavailableError.at(Phase.CONNECT, "refused", "relay")
+    opening(monkeypatch, away, RuntimeError("unexpected"), ValueError("too"))
+    async with scripted(serving) as server, pool_for(server) as pool:
+        with capture_logs() as logs:
+            assert isinstance(await send(pool), NotSent)
+            await asyncio.wait_for(pool.wait_available(), 5)
+        assert [
+            (log["log_level"], log["exc_info"]) for log in logs if log["event"] == "relay_check_failed"
+        ] == [
+            ("error", True),
+            ("error", True),
+        ]
+        assert isinstance(await send(pool), Sent)
+
+
+async def test_a_send_that_waits_takes_the_place_of_a_session_that_could_not_be_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opening(monkeypatch, RuntimeError("unexpected"))
+    async with scripted(serving) as server, pool_for(server) as pool:
+        fails, waits = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
+        with pytest.raises(RuntimeError, match="unexpected"):
+            await fails
+        assert isinstance(await asyncio.wait_for(waits, 5), Sent)
 
 
 async def test_sends_that_wait_learn_of_it_when_the_relay_goes_away() -> None:
