@@ -48,13 +48,15 @@ class MemoryClaims:
         with self._lock:
             self.errors.clear()
 
-    def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
         since = time.monotonic()
         verdicts: list[Verdict] = []
         with self._begun():
             for request in requests:
                 found = self.rows.get(request.task_id)
-                verdict, row = decide(found, request, self.now, self._lease, self.hold, self.max_resends)
+                verdict, row = decide(
+                    found, request, self.now, self._lease, self.hold, self.max_resends, take_over
+                )
                 verdicts.append(verdict._replace(since=since) if isinstance(verdict, Taken) else verdict)
                 if row is not None:
                     self.rows[row.task_id] = row

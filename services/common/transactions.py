@@ -63,11 +63,14 @@ def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
 
 
 def until_back(
-    noticed: Callable[[BaseException], None], passes: Callable[[BaseException], bool] = transient
+    noticed: Callable[[BaseException], None],
+    passes: Callable[[BaseException], bool] = transient,
+    most: float = 3.0,
 ) -> AsyncRetrying:
     """Return a policy that waits as long as the database is away: `await until_back(f)(function, ...)`.
 
-    `noticed` is told each error that `passes`; all others are raised. Waits 0.1 s at first, 3 s at most.
+    `noticed` is told each error that `passes`; all others are raised. Waits 0.1 s at first, `most` seconds
+    at most.
     """
 
     def tell(state: RetryCallState) -> None:
@@ -77,7 +80,7 @@ def until_back(
 
     return AsyncRetrying(
         retry=retry_if_exception(passes),
-        wait=wait_exponential_jitter(multiplier=0.1, max=3, jitter=0.1),
+        wait=wait_exponential_jitter(multiplier=0.1, max=most, jitter=0.1),
         before_sleep=tell,
         reraise=True,
     )

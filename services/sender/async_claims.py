@@ -22,26 +22,34 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LIMIT = 500
+# Once the database is back, no claim is taken over for so long (seconds): its owner may be there, with an
+# outcome to store or a lease to renew. It tries every second; a connection without an answer takes four more.
+OWNERS_FIRST = 6.0
+_AGAIN = 1.0
 
 
 class BlockingClaims(Protocol):
     """What is made asynchronous here; `Claims` says what each does."""
 
-    def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]: ...
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]: ...
 
     def settle(self, settled: Sequence[Delivery]) -> list[Settlement]: ...
 
-    def renew(self, rows: Sequence[Delivery]) -> list[bool]: ...
+    def renew(self, rows: Sequence[Delivery]) -> Sequence[bool | None]: ...
 
 
 class AsyncClaims:
     """`Claims` for the handlers. `claim` and `settle` wait as long as the database is away; a caller that has
-    had enough is cancelled. A cancelled call may still be made. Belongs to one event loop."""
+    had enough is cancelled. A cancelled call may still be made. When the database answers for the first time
+    or again, nothing is taken over for `owners_first` seconds. Belongs to one event loop."""
 
-    def __init__(self, claims: BlockingClaims) -> None:
+    def __init__(self, claims: BlockingClaims, owners_first: float = OWNERS_FIRST) -> None:
         self._claims = claims
+        self._owners_first = owners_first
+        self._take_over = not owners_first
+        self._until_take_over: asyncio.TimerHandle | None = None
         self._claim: Batcher[Claim | Cancel, Verdict] = Batcher(
-            claims.claim, _LIMIT, shared=at_fault, name="claims"
+            lambda requests: claims.claim(requests, self._take_over), _LIMIT, shared=at_fault, name="claims"
         )
         self._settle: Batcher[Delivery, Settlement] = Batcher(
             claims.settle, _LIMIT, shared=at_fault, name="settles"
@@ -58,19 +66,21 @@ class AsyncClaims:
         """Write one outcome; return what became of it."""
         return await self._patiently(self._settle, settled)
 
-    async def renew(self, rows: Sequence[Delivery]) -> Sequence[bool]:
+    async def renew(self, rows: Sequence[Delivery]) -> Sequence[bool | None]:
         """Renew once, at once; raises `sqlalchemy.exc.DBAPIError`."""
         loop = asyncio.get_running_loop()
         try:
             held = await loop.run_in_executor(self._renewals, self._claims.renew, rows)
         except Exception as error:
-            self.trouble = str(error)
+            self._failed(error)
             raise
-        self.trouble = None
+        self._answered()
         return held
 
     async def close(self) -> None:
         """Return once all that was asked for is done."""
+        if self._until_take_over is not None:
+            self._until_take_over.cancel()
         await self._claim.close()
         await self._settle.close()
         self._renewals.shutdown(wait=False)
@@ -82,11 +92,28 @@ class AsyncClaims:
             if not at_fault(error):
                 raise
             self._notice(error)
-            result = await until_back(self._notice, at_fault)(call, item)
-        self.trouble = None
+            result = await until_back(self._notice, at_fault, most=_AGAIN)(call, item)
+        self._answered()
         return result
 
     def _notice(self, error: BaseException) -> None:
         if self.trouble is None:
             log.warning("the database is away", error=str(error))
+        self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
         self.trouble = str(error)
+        self._take_over = not self._owners_first
+        if self._until_take_over is not None:
+            self._until_take_over.cancel()
+            self._until_take_over = None
+
+    def _answered(self) -> None:
+        self.trouble = None
+        if self._take_over or self._until_take_over is not None:
+            return
+        loop = asyncio.get_running_loop()
+        self._until_take_over = loop.call_later(self._owners_first, self._may_take_over)
+
+    def _may_take_over(self) -> None:
+        self._take_over, self._until_take_over = True, None

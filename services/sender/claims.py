@@ -61,10 +61,11 @@ class Claims:
         self._hold, self._max_resends = hold, max_resends
         lease = f"UTC_TIMESTAMP(6) + INTERVAL {self._lease // timedelta(microseconds=1)} MICROSECOND"
         self._new_row = f"(%s, %s, %s, %s, 0, %s, {lease}, 0, 0, '', '', '', %s, 0)"
-        self._renew = f"UPDATE deliveries SET lease_until = {lease} WHERE"
+        self._renew = f"UPDATE deliveries SET lease_until = {lease}"
 
-    def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
-        """Answer each request, in order. Several may be about one task."""
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
+        """Answer each request, in order. Several may be about one task. Without `take_over` nobody loses a
+        claim whose lease is over."""
         since = time.monotonic()
         rows = [first(request, UNKNOWN) for request in sorted(requests, key=_by_id)]
         statement = f"{INSERT_NEW} {','.join([self._new_row] * len(rows))}"
@@ -78,15 +79,18 @@ class Claims:
         won = transaction(self._engine, lambda c: c.exec_driver_sql(statement, parameters).rowcount)
         if won == len(requests):
             return [self._won(request, since) for request in requests]
-        return transaction(self._engine, lambda c: self._decide(c, requests, since))
+        return transaction(self._engine, lambda c: self._decide(c, requests, since, take_over))
 
     def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
         """Write the outcome of each claimed row unless its claim was lost; return what became of them."""
         return transaction(self._engine, lambda c: self._settle(c, settled))
 
-    def renew(self, rows: Sequence[Delivery]) -> list[bool]:
-        """Begin the lease of each claim anew; return which are still their owners', in order."""
-        held: list[bool] = []
+    def renew(self, rows: Sequence[Delivery]) -> list[bool | None]:
+        """Begin the lease of each claim anew; return which are still their owners', in order.
+
+        None: the row is locked, so its lease stays as it was. It holds up no other row's renewal.
+        """
+        held: list[bool | None] = []
         for start in range(0, len(rows), _RENEWALS):
             part = rows[start : start + _RENEWALS]
             held += transaction(self._engine, lambda c, p=part: self._renewed(c, p))  # type: ignore[misc]
@@ -97,14 +101,14 @@ class Claims:
         return Taken(row, since=since) if row.state == "sending" else Stored(row)
 
     def _decide(
-        self, connection: Connection, requests: Sequence[Claim | Cancel], since: float
+        self, connection: Connection, requests: Sequence[Claim | Cancel], since: float, take_over: bool
     ) -> list[Verdict]:
         rows, now = locked(connection, {request.task_id for request in requests})
         changed: dict[bytes, Delivery] = {}
         verdicts: list[Verdict] = []
         for request in requests:
             known = rows.get(request.task_id)
-            verdict, row = decide(known, request, now, self._lease, self._hold, self._max_resends)
+            verdict, row = decide(known, request, now, self._lease, self._hold, self._max_resends, take_over)
             verdicts.append(verdict._replace(since=since) if isinstance(verdict, Taken) else verdict)
             if row is not None:
                 rows[row.task_id] = changed[row.task_id] = row
@@ -128,12 +132,23 @@ class Claims:
             store(connection, changed.values())
         return found
 
-    def _renewed(self, connection: Connection, rows: Sequence[Delivery]) -> list[bool]:
-        # An owner token is one row's: two lists find the same rows as one list of pairs, and by the index.
-        which = f"task_id IN ({marks(len(rows))}) AND owner IN ({marks(len(rows))}) AND state = 'sending'"
-        parameters = (*(row.task_id for row in rows), *(row.owner for row in rows))
-        if connection.exec_driver_sql(f"{self._renew} {which}", parameters).rowcount == len(rows):
+    def _renewed(self, connection: Connection, rows: Sequence[Delivery]) -> list[bool | None]:
+        query, parameters = f"SELECT owner FROM deliveries {_mine(rows)}", _ids_and_owners(rows)
+        found = connection.exec_driver_sql(f"{query} FOR UPDATE SKIP LOCKED", parameters)
+        free = {bytes(owner) for (owner,) in found}
+        renewed = [row for row in rows if row.owner in free]
+        if renewed:
+            connection.exec_driver_sql(f"{self._renew} {_mine(renewed)}", _ids_and_owners(renewed))
+        if len(renewed) == len(rows):
             return [True] * len(rows)
-        query = f"SELECT owner FROM deliveries WHERE {which}"
         held = {bytes(owner) for (owner,) in connection.exec_driver_sql(query, parameters)}
-        return [row.owner in held for row in rows]
+        return [True if row.owner in free else None if row.owner in held else False for row in rows]
+
+
+def _mine(rows: Sequence[Delivery]) -> str:
+    # An owner token is one row's: two lists find the same rows as one list of pairs, and by the index.
+    return f"WHERE task_id IN ({marks(len(rows))}) AND owner IN ({marks(len(rows))}) AND state = 'sending'"
+
+
+def _ids_and_owners(rows: Sequence[Delivery]) -> tuple[bytes, ...]:
+    return (*(row.task_id for row in rows), *(row.owner for row in rows))

@@ -41,13 +41,14 @@ class Lease:
 class Leases:
     """The leases of all claims in hand, renewed together every quarter of their length.
 
-    `renew` gets the rows and answers which are still ours; what it raises (the database is away) leaves
-    the leases to run out by themselves. `seconds` is the lease's length. Belongs to one event loop.
+    `renew` gets the rows and answers which are still ours (None: not known, the lease stays as it was);
+    what it raises (the database is away) leaves the leases to run out by themselves. `seconds` is the
+    lease's length. Belongs to one event loop.
     """
 
     def __init__(
         self,
-        renew: Callable[[Sequence[Delivery]], Awaitable[Sequence[bool]]],
+        renew: Callable[[Sequence[Delivery]], Awaitable[Sequence[bool | None]]],
         seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,7 +90,7 @@ class Leases:
         since = self._clock()
         for lease, ours in zip(leases, await self._renew([lease.row for lease in leases]), strict=True):
             # One dropped meanwhile was settled meanwhile: nothing was lost.
-            if lease in self._held:
+            if lease in self._held and ours is not None:
                 lease.ends = since + self._seconds if ours else float("-inf")
                 if not ours:
                     self._held.discard(lease)

@@ -42,7 +42,8 @@ class SenderService:
         with refused("email_from"):
             composer = Composer(settings.email_from)
         # One connection each to claim, to settle and to renew.
-        self._engine = engine_of(url, pool_size=3)
+        # A renewal that is not answered must leave time for another one.
+        self._engine = engine_of(url, pool_size=3, read_seconds=max(1, int(settings.lease_seconds / 4)))
         self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold, settings.max_resends))
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
         self._pool = SmtpPool(
@@ -88,7 +89,6 @@ class SenderService:
         try:
             await self._runtime.run()
         finally:
-            await self._sender.close()
             renewing.cancel()
             await self._pool.close(grace=1.0)
             with contextlib.suppress(TimeoutError):

@@ -89,6 +89,12 @@ class Slots:
             del self._used[domain]
         self._serve()
 
+    def unspent(self, domain: str) -> None:
+        """Have the slot that was taken last not count for the domain's rate: nothing was sent in it."""
+        if domain in self._rates:
+            self._rates[domain].gave_back()
+            self._serve()
+
     def _may(self, domain: str, now: float) -> bool:
         return self._used.get(domain, 0) < self._per_domain and self._wait(domain, now) <= 0
 

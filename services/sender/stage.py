@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 from uuid import UUID
 
 import structlog
@@ -26,6 +26,7 @@ from services.common.deliveries.decide import (
     Delivery,
     Settlement,
     Stale,
+    Stored,
     Taken,
     Verdict,
     Wait,
@@ -54,6 +55,8 @@ from services.sender.smtp import SendCancelled
 __all__ = ["Pool", "Publish", "Sender", "stage"]
 
 log = structlog.get_logger(__name__)
+
+R = TypeVar("R")
 
 # Publishes and returns once all is acked, however long that takes.
 Publish = Callable[[Sequence[Event], bytes | None], Awaitable[None]]
@@ -107,7 +110,7 @@ class Sender:
         self._publish, self._owner, self._now_us = publish, owner, now_us
         self._handover = handover
         self._rng = rng or random.Random()
-        self._last_words: set[asyncio.Task[None]] = set()
+        self._last_words: set[asyncio.Task[object]] = set()
         self.handed_over = 0
         """Mails that were handed over and go on without their handlers, not settled yet."""
 
@@ -161,6 +164,7 @@ class Sender:
                     if settled is None:
                         continue
                     return self._answer(settled)
+            self._hands.unspent(task.domain)
             if isinstance(verdict, Wait):
                 await _pause(verdict)
                 continue
@@ -213,7 +217,8 @@ class Sender:
                     clean = cancelled.rest is None
                     if cancelled.rest is not None:
                         held.push(session.pop_all())
-                        self._go_on(self._finish(cancelled.rest, row, event, started), held)
+                        rest = self._finish(cancelled.rest, row, event, started)
+                        self._go_on(rest, held, handed_over=True)
                     raise
                 SENDER_SECONDS.observe(time.perf_counter() - started)
             settled = self._outcome(row, ended, event)
@@ -246,15 +251,16 @@ class Sender:
     ) -> Delivery | None:
         """Store the outcome of an attempt that `ended` so; cancelled, go on without the handler."""
         try:
-            return await self._store(settled, ended, cause)
+            became = await self._store(settled, ended, cause)
         except asyncio.CancelledError:
-            limit = self._handover if _handed_over(ended) else _LAST_WORDS
-            self._go_on(self._in_time(self._store(settled, ended, cause), limit), held)
+            handed_over = _handed_over(ended)
+            limit = self._handover if handed_over else _LAST_WORDS
+            work = self._in_time(self._store(settled, ended, cause), limit)
+            self._go_on(self._tell_if_late(work, settled), held, handed_over)
             raise
+        return settled if became is Settlement.STORED else None
 
-    async def _store(
-        self, settled: Delivery, ended: replies.Outcome | None, cause: str = ""
-    ) -> Delivery | None:
+    async def _store(self, settled: Delivery, ended: replies.Outcome | None, cause: str = "") -> Settlement:
         cause = cause or getattr(ended, "cause", "")
         became = await self._claims.settle(settled)
         if became is Settlement.STORED:
@@ -263,7 +269,7 @@ class Sender:
                 _doubt(settled, "lost reply", cause=cause)
             elif settled.state != "sent":
                 _log(settled, cause=cause)
-            return settled
+            return became
         SENDER_FENCED.labels(became.value).inc()
         log.warning(
             "the claim was lost before its outcome was stored",
@@ -273,7 +279,7 @@ class Sender:
             message_id=settled.message_id,
             reply=settled.reply,
         )
-        return None
+        return became
 
     def _put_off(self, domain: str) -> Outcome:
         SENDER_CROWDED.inc()
@@ -286,14 +292,18 @@ class Sender:
 
     # --- what a cancelled handler leaves ------------------------------------------------------
 
-    def _go_on(self, work: Coroutine[None, None, None], held: ExitStack | None = None) -> None:
+    def _go_on(
+        self, work: Coroutine[Any, Any, object], held: ExitStack | None = None, handed_over: bool = False
+    ) -> None:
         """Do `work` without the handler, and give back afterwards what the handler held."""
         kept = held.pop_all() if held is not None else ExitStack()
+        self.handed_over += handed_over
         task = asyncio.get_running_loop().create_task(work)
         self._last_words.add(task)
 
-        def over(task: asyncio.Task[None]) -> None:
+        def over(task: asyncio.Task[object]) -> None:
             self._last_words.discard(task)
+            self.handed_over -= handed_over
             kept.close()
 
         task.add_done_callback(over)
@@ -302,27 +312,33 @@ class Sender:
         self, rest: asyncio.Task[replies.Outcome], row: Delivery, event: pb.MxOk, started: float
     ) -> None:
         """Wait for the reply to a mail that was handed over, and settle its row; its next owner publishes."""
-        self.handed_over += 1
-        try:
-            now = asyncio.get_running_loop().time
-            until = now() + self._handover
-            await asyncio.wait({rest}, timeout=self._handover)
-            rest.cancel()
-            ended = await rest
-            SENDER_SECONDS.observe(time.perf_counter() - started)
-            settled = self._outcome(row, ended, event)
-            released = settled.state == "released"
-            work = self._claims.settle(settled) if released else self._store(settled, ended)
-            await self._in_time(work, max(until - now(), _LAST_WORDS))
-        finally:
-            self.handed_over -= 1
+        now = asyncio.get_running_loop().time
+        until = now() + self._handover
+        await asyncio.wait({rest}, timeout=self._handover)
+        rest.cancel()
+        ended = await rest
+        SENDER_SECONDS.observe(time.perf_counter() - started)
+        settled = self._outcome(row, ended, event)
+        released = settled.state == "released"
+        work = self._claims.settle(settled) if released else self._store(settled, ended)
+        await self._tell_if_late(self._in_time(work, max(until - now(), _LAST_WORDS)), settled)
 
-    async def _in_time(self, work: Awaitable[object], seconds: float) -> None:
+    async def _in_time(self, work: Awaitable[R], seconds: float) -> R | None:
         try:
             async with asyncio.timeout(seconds):
-                await work
+                return await work
         except TimeoutError:
-            log.warning("the database was away for too long: a claim is left in doubt")
+            log.warning("gave up what a cancelled handler had left to store or to publish", seconds=seconds)
+            return None
+
+    async def _tell_if_late(self, storing: Awaitable[Settlement | None], settled: Delivery) -> None:
+        """Store an outcome; publish it if that was late: the next owner may have published another one."""
+        if await storing is not Settlement.LATE:
+            return
+        claim = Claim(settled.task_id, settled.epoch, settled.attempt, self._owner(), settled.message_id)
+        verdict = await self._in_time(self._claims.claim(claim), _LAST_WORDS)
+        if isinstance(verdict, Stored):
+            await self._in_time(self._publish([event_of(verdict.row)], None), _LAST_WORDS)
 
     async def _withdraw(self, claim: Claim) -> None:
         """Give back a claim whose answer nobody waits for any more: asked again, it answers the same."""
@@ -336,7 +352,8 @@ class Sender:
 def stage(sender: Sender, delays: Sequence[int]) -> Stage:
     """The stage as the runtime takes it: what it reads, its handler and its delays (seconds)."""
     reads = topics.READ_BY["sender"]
-    return Stage("sender", reads, {topic: DECODERS[topic] for topic in reads}, sender.handle, delays=delays)
+    decoders = {topic: DECODERS[topic] for topic in reads}
+    return Stage("sender", reads, decoders, sender.handle, delays=delays, close=sender.close)
 
 
 async def _pause(wait: Wait) -> None:

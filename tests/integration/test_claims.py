@@ -260,6 +260,25 @@ def test_a_renewal_begins_the_lease_anew_and_tells_what_was_lost(engine: Engine,
     assert claims.renew(held) == [i % 3 == 2 for i in range(600)]
 
 
+def test_a_row_that_is_locked_holds_up_no_other_rows_renewal(engine: Engine, claims: Claims) -> None:
+    held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(3)])]
+    expire(engine)
+    with engine.begin() as other:
+        other.exec_driver_sql("SELECT 1 FROM deliveries WHERE task_id = %s FOR UPDATE", (held[1].task_id,))
+        started = time.monotonic()
+        assert claims.renew(held) == [True, None, True]
+        assert time.monotonic() - started < 3
+    assert claims.renew(held) == [True] * 3
+
+
+def test_nobody_takes_over_while_that_is_forbidden(engine: Engine, claims: Claims) -> None:
+    row = taken(claims.claim([claim(new_id())])[0]).row
+    expire(engine)
+    [verdict] = claims.claim([claim(row.task_id)], take_over=False)
+    assert verdict == Wait(0.0)
+    assert claims.settle([sent(row)]) == [Settlement.STORED]
+
+
 def test_an_owner_that_slept_past_its_lease_is_fenced_off(engine: Engine) -> None:
     claims = Claims(engine, 0.3, hold=False)
     task_id = new_id()

@@ -115,13 +115,7 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
 
 
 def _check_copies(schedule: Schedule, name: str, copies: list[Copy]) -> None:
-    """A mail goes out again only where its sender died or froze, its reply was lost, or MySQL was away."""
-    faults = schedule.plan.faults
-    claims = ("claim", "settle", "renew")
-    if any(fault.what == "database" for fault in faults) or any(
-        fault.what in ("unheard", "refused", "again") and fault.on in claims for fault in faults
-    ):
-        return
+    """A mail goes out again only where its sender died or froze, or its reply was lost."""
     for copy in copies[:-1]:
         if copy.process not in schedule.struck and copy.owner not in schedule.mail.unheard:
             schedule.world.violation(f"{name} was sent again, though nothing had died and no reply was lost")

@@ -248,10 +248,12 @@ class MemoryClaims:
         self._lease = timedelta(seconds=lease_seconds)
         self._hold, self._max_resends = hold, max_resends
 
-    def claim(self, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
         """Answer each request, in order."""
         since = self._database.world.scheduler.asked + VirtualTime.monotonic() - self._database.world.now
-        return self._database.transact(lambda db: [self._claim(db, r, since) for r in requests], "claim")
+        return self._database.transact(
+            lambda db: [self._claim(db, r, since, take_over) for r in requests], "claim"
+        )
 
     def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
         """Write each outcome unless its claim was lost."""
@@ -261,10 +263,10 @@ class MemoryClaims:
         """Begin each lease anew; say which are still held."""
         return self._database.transact(lambda db: [self._renew(db, row) for row in rows], "renew")
 
-    def _claim(self, database: Database, request: Claim | Cancel, since: float) -> Verdict:
+    def _claim(self, database: Database, request: Claim | Cancel, since: float, take_over: bool) -> Verdict:
         found = database.deliveries.get(request.task_id)
         verdict, row = rules.decide(
-            found, request, database.now(), self._lease, self._hold, self._max_resends
+            found, request, database.now(), self._lease, self._hold, self._max_resends, take_over
         )
         if row is not None:
             self._write(database, found, row)

@@ -97,6 +97,17 @@ def _cuts_off_what_was_handed_over() -> Patches:
     return [(Sender, "_finish", finish)]
 
 
+def _takes_over_at_once() -> Patches:
+    """When the database is back, a claim may be taken over before its owner has stored an outcome."""
+
+    original = AsyncClaims.__init__
+
+    def init(self: AsyncClaims, claims: Any) -> None:
+        original(self, claims, owners_first=0)
+
+    return [(AsyncClaims, "__init__", init)]
+
+
 def _counts_offsets() -> Patches:
     """The next position is the last one plus the number of records, as if there were no gaps."""
 
@@ -163,6 +174,7 @@ MUTANTS: dict[str, Callable[[], Patches]] = {
     "no-fencing-on-settle": _no_fencing_on_settle,
     "stale-completion-counts": _stale_completion_counts,
     "cuts-off-what-was-handed-over": _cuts_off_what_was_handed_over,
+    "takes-over-at-once": _takes_over_at_once,
     "counts-offsets": _counts_offsets,
     "outbox-before-ack": _outbox_before_ack,
     "scheduled-at-once": _scheduled_at_once,

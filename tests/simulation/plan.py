@@ -148,6 +148,9 @@ def _slow_replies(
         )
         for _ in range(rng.choice((1, 2, 2, 3)))
     )
+    if rng.random() < 0.3:
+        away = Fault("database", at=round(2 + 20 * rng.random(), 3), seconds=round(20 + 30 * rng.random(), 3))
+        faults += (away,)
     return slow, faults
 
 

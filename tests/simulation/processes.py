@@ -151,7 +151,6 @@ class SenderService(Service):
         try:
             await self.runtime.run()
         finally:
-            await self._sender.close()
             renewing.cancel()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):

@@ -157,6 +157,22 @@ def test_a_mail_that_was_handed_over_survives_a_drain_and_a_revocation(
     assert (result.violations, result.copies, result.statuses) == ([], 4, ["completed"] * 4)
 
 
+@pytest.mark.parametrize("what", ["evict", "stop"])
+@pytest.mark.parametrize("hold", [False, True])
+def test_an_owner_stores_its_outcome_first_when_the_database_is_back(what: str, hold: bool) -> None:
+    """The database is away for longer than a lease. Meanwhile the partition moves, and the reply comes."""
+    plan = Plan(
+        seed=1,
+        tasks=(TaskPlan(0.0, smtp=("hang",)),),
+        faults=(Fault(what, on="mail", nth=1), Fault("database", at=10.0, seconds=50.0)),
+        replicas=(1, 1, 2, 1),
+        hold=hold,
+    )
+    with prepared():
+        result = try_plan(plan)
+    assert (result.violations, result.copies, result.statuses) == ([], 1, ["completed"])
+
+
 def test_a_sender_that_drains_waits_for_its_mail_without_turning_idly() -> None:
     plan = Plan(
         seed=1,

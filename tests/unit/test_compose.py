@@ -25,7 +25,7 @@ def test_the_database_is_as_strict_as_the_strictest_that_postroad_meets() -> Non
 def test_a_sender_may_wait_for_what_it_handed_over_before_it_is_killed() -> None:
     [sender] = re.findall(r"^  sender:.*?^  status:", COMPOSE, re.MULTILINE | re.DOTALL)
     [grace] = re.findall(r"stop_grace_period: (\d+)s", sender)
-    assert int(grace) >= _default("drain_seconds") + _default("handover_seconds") + 10
+    assert int(grace) >= _default("drain_seconds") + _default("handover_seconds") + 40
 
 
 def test_the_local_stack_waits_as_long() -> None:

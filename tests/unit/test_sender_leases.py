@@ -20,17 +20,18 @@ class Renewals:
         self.now = 100.0
         self.takes = 0.0
         self.lost: set[bytes] = set()
+        self.locked: set[bytes] = set()
         self.error: Exception | None = None
         self.asked: list[int] = []
         self.meanwhile: Callable[[], object] = lambda: None
 
-    async def __call__(self, rows: Sequence[Delivery]) -> Sequence[bool]:
+    async def __call__(self, rows: Sequence[Delivery]) -> Sequence[bool | None]:
         self.asked.append(len(rows))
         self.now += self.takes
         self.meanwhile()
         if self.error is not None:
             raise self.error
-        return [row.owner not in self.lost for row in rows]
+        return [None if row.owner in self.locked else row.owner not in self.lost for row in rows]
 
 
 def build() -> tuple[Leases, Renewals]:
@@ -81,6 +82,17 @@ async def test_what_another_has_is_lost_at_once_and_renewed_no_more() -> None:
     assert other.holds()
     await leases.renew()
     assert world.asked == [2, 1]
+
+
+async def test_a_lease_of_which_nothing_is_known_stays_as_it_was() -> None:
+    leases, world = build()
+    lease = leases.hold(ROW, since=100.0)
+    world.now, world.locked = 105.0, {ROW.owner}
+    await leases.renew()
+    assert (lease.ends, len(leases)) == (120.0, 1)
+    world.locked = set()
+    await leases.renew()
+    assert lease.ends == 125.0
 
 
 async def test_a_lease_dropped_is_renewed_no_more() -> None:

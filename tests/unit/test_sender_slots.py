@@ -150,6 +150,20 @@ async def test_what_waits_too_long_for_a_slow_domain_in_a_crowd_is_sent_away(
         await asyncio.wait_for(task, 1)
 
 
+async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() -> None:
+    slots = Slots(10, 0, rate=0.01)
+    await slots.acquire("slow")
+    waiting = asyncio.ensure_future(slots.acquire("slow"))
+    await asyncio.sleep(0)
+    slots.unspent("slow")
+    await asyncio.wait_for(waiting, 1)
+    slots.release("slow")
+    more = asyncio.ensure_future(slots.acquire("slow"))
+    await asyncio.sleep(0)
+    assert not more.done(), "the second one was sent"
+    more.cancel()
+
+
 async def test_a_long_queue_that_moves_sends_nobody_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.sender.slots.PATIENCE", 0.5)
     monkeypatch.setattr("services.sender.slots._LOOK", 0.02)

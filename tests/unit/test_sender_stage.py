@@ -84,7 +84,7 @@ class World:
     ) -> None:
         self.pool = pool
         self.claims = MemoryClaims(lease, hold, max_resends)
-        self.shared = AsyncClaims(self.claims)
+        self.shared = AsyncClaims(self.claims, owners_first=0)
         self.leases = Leases(self.shared.renew, lease)
         self.published: list[Event] = []
         self.broker = asyncio.Event()
@@ -620,6 +620,23 @@ async def test_what_was_handed_over_goes_on_without_its_handler_and_its_next_own
     assert len(world.pool.mails) == 1
 
 
+async def test_a_late_outcome_is_published_where_the_next_owner_has_ended(
+    build: Callable[..., World],
+) -> None:
+    exchange = Exchange()
+    world = build(exchange, hold=True)
+    await cancel_amid_the_exchange(world, exchange)
+    world.claims.expire()
+    next_owner = only_event(await world.another().handle(mx_ok()))
+    assert next_owner.uncertain
+    exchange.answer.set_result(SENT)
+    await asyncio.wait_for(world.sender.close(), 10)
+    assert world.row.state == "sent"
+    [event] = world.published
+    assert isinstance(event, pb.MailSent)
+    assert event.id == ID
+
+
 async def test_what_is_handed_over_keeps_its_place_until_it_is_settled(build: Callable[..., World]) -> None:
     exchange = Exchange()
     world = build(exchange, SENT, hands=1)
@@ -675,7 +692,7 @@ async def test_a_sent_mail_whose_handler_is_cancelled_keeps_its_lease_until_it_i
     with pytest.raises(asyncio.CancelledError):
         await task
     await turns()
-    assert len(world.leases) == 1
+    assert len(world.leases) == world.sender.handed_over == 1
     world.claims.recover()
     await asyncio.wait_for(world.sender.close(), 10)
     assert world.row.state == "sent"

@@ -189,15 +189,17 @@ def decide(  # noqa: PLR0917
     lease: timedelta,
     hold: bool,
     max_resends: int = 1,
+    take_over: bool = True,
 ) -> tuple[Verdict, Delivery | None]:
     """Return the answer to `request` and the row to write, None where it stays as it is.
 
     `now` is the database's time, at or before the moment the row was read. `hold`: what is in doubt is
-    held, not sent again; otherwise it is sent again `max_resends` times at most. Asked again by the same
-    owner (its first answer was lost), it answers the same.
+    held, not sent again; otherwise it is sent again `max_resends` times at most. Without `take_over` a
+    lease that is over counts as running. Asked again by the same owner (its first answer was lost), it
+    answers the same.
     """
     if isinstance(request, Cancel):
-        return _cancel(row, request, now)
+        return _cancel(row, request, now, take_over)
     until = now + lease
     if row is None:
         new = first(request, until)
@@ -210,8 +212,8 @@ def decide(  # noqa: PLR0917
     if (request.epoch, request.attempt) < (row.epoch, row.attempt):
         return Stale(), None
     if row.state == "sending":
-        if row.lease_until > now:
-            return Wait((row.lease_until - now).total_seconds()), None
+        if row.lease_until > now or not take_over:
+            return _wait(row, now), None
         new = _taken(row, request, until, doubtful=True)
         if not may_resend(new.doubts, hold, max_resends):
             new = _uncertain(row, request.epoch, request.attempt, request.owner, now)
@@ -228,7 +230,13 @@ def decide(  # noqa: PLR0917
     return Taken(new, earlier=row if row.reason == IN_DOUBT else None), new
 
 
-def _cancel(row: Delivery | None, request: Cancel, now: datetime) -> tuple[Verdict, Delivery | None]:
+def _wait(row: Delivery, now: datetime) -> Wait:
+    return Wait(max(0.0, (row.lease_until - now).total_seconds()))
+
+
+def _cancel(
+    row: Delivery | None, request: Cancel, now: datetime, take_over: bool
+) -> tuple[Verdict, Delivery | None]:
     if row is None:
         new = first(request, now)
         return Stored(new), new
@@ -237,8 +245,8 @@ def _cancel(row: Delivery | None, request: Cancel, now: datetime) -> tuple[Verdi
     if row.epoch > request.epoch:
         return Stale(), None
     if row.state == "sending":
-        if row.lease_until > now:
-            return Wait((row.lease_until - now).total_seconds()), None
+        if row.lease_until > now or not take_over:
+            return _wait(row, now), None
         new = _uncertain(row, request.epoch, row.attempt, request.owner, now)
         return Stored(new), new
     if row.epoch == request.epoch and row.state in ("failed", "uncertain", "cancelled"):

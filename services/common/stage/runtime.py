@@ -132,6 +132,8 @@ class StageRuntime:
             stopped.cancel()
             poller.stop()
             work.cancel(None)
+            if self._stage.close is not None:
+                await self._stage.close()
             await self._publisher.close(1.0)
 
     async def publish(self, events: Sequence[Event], traceparent: bytes | None = None) -> None:

@@ -75,3 +75,5 @@ class Stage:
     handle: Handler | None = None
     handle_batch: BatchHandler | None = None
     delays: Sequence[int] = field(default=())
+    close: Callable[[], Awaitable[None]] | None = None
+    """Awaited after the last handler has ended or was cancelled, while events can still be published."""

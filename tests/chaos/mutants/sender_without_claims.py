@@ -22,7 +22,7 @@ from services.sender.claims import Claims
 __all__: list[str] = []
 
 
-def _claim(_: Claims, requests: Sequence[Claim | Cancel]) -> list[Verdict]:
+def _claim(_: Claims, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
     rows = [first(request, datetime.max) for request in requests]
     since = time.monotonic()
     return [Taken(row, since=since) if row.state == "sending" else Stored(row) for row in rows]
