@@ -172,6 +172,21 @@ def test_a_deadlock_is_tried_again(engine: Engine, table: str) -> None:
         assert [bytes(b) for (b,) in connection.exec_driver_sql(f"SELECT b FROM {table}")] == [b"xx", b"xx"]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("it's a delimiter // and so; it's", ""),
+        ("\"delimiter ' and '", "it's"),
+        ("delimiter ", " , CURRENT_USER() -- '"),
+        ("delimiter " * 100_000, ""),
+    ],
+    ids=["text", "backslash", "statement", "long"],
+)
+def test_no_value_is_read_as_a_command_of_the_mysql_client(engine: Engine, values: tuple[str, str]) -> None:
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT %s, %s", values).one() == values
+
+
 def test_a_statement_may_not_take_for_ever(database_url: str) -> None:
     engine = engine_of(database_url, read_seconds=1)
     tries = []
