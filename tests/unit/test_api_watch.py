@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,17 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as ev
+from postroad.v1.task_pb2 import Task
+from postroad.v1.task_service_pb2 import WatchRequest
 from services.api.errors import Problem, Refused
 from services.api.filters import Filter
-from services.api.watch import catchup, convoy, tokens
+from services.api.watch import catchup, convoy, tokens, traveller, watching
 from services.api.watch.book import MAYBE, SURE, Book
 from services.api.watch.catchup import STRIDE, strides
 from services.api.watch.changes import Change, Place, age, change
 from services.api.watch.feed import Joined
 from services.api.watch.lookup import Known
-from services.api.watch.members import Member
+from services.api.watch.members import Member, Sure
 from services.api.watch.merge import Merge
 from services.api.watch.watchers import MOST_QUEUED, Index, Told, Wanted, Watcher
+from services.common.config import Settings
 from services.common.events import Event, encode, task_id
 from services.common.fold import Row, delta, fold
 from services.common.topics import EVENT_TOPICS
@@ -488,11 +493,11 @@ async def test_several_catch_up_together_each_from_its_own_positions(monkeypatch
 async def test_who_takes_nothing_holds_up_those_who_go_with_it_only_so_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convoy, "PATIENCE", 0.05)
+    monkeypatch.setattr(traveller, "PATIENCE", 0.05)
     feed: Any = None
     watcher = Watcher(Wanted("default", None, Filter()), asyncio.timeout(None))
     monkeypatch.setattr(watcher, "end", lambda problem: setattr(watcher, "problem", problem))
-    slow = convoy.Traveller(feed, watcher, {})
+    slow = traveller.Traveller(feed, watcher, {}, lambda: False)
     told = 0
     while watcher.problem is None:
         await slow.put(Told(b"", "", ""))
@@ -500,7 +505,7 @@ async def test_who_takes_nothing_holds_up_those_who_go_with_it_only_so_long(
     assert "too many messages" in watcher.problem.message
     assert 10 < told < 1000
     # Whoever takes them goes on.
-    quick = convoy.Traveller(feed, watcher, {})
+    quick = traveller.Traveller(feed, watcher, {}, lambda: False)
     taken = asyncio.create_task(anext(quick.missed()))
     await quick.put(Told(b"1", "", ""))
     assert (await taken).body == b"1"
@@ -554,7 +559,16 @@ class Expiring:
 
 
 class Live:
-    """A feed that anybody may join."""
+    """A feed that anybody may join, and a database that has every task."""
+
+    async def stand(self) -> None:
+        pass
+
+    def leave(self, watcher: Watcher) -> None:
+        pass
+
+    async def read(self, query: object) -> tuple[Task, tuple[str, ...]]:
+        return Task(), ()
 
     def here(self) -> dict[Place, int]:
         return {}
@@ -599,6 +613,184 @@ async def test_an_expired_token_ends_nobody_else_though_its_client_leaves(leaves
             ended = await streams["stale"]
             assert isinstance(ended, Problem)
             assert ended.code is grpc.StatusCode.OUT_OF_RANGE
+
+
+class Backlog:
+    """A catch-up: the watchers of a group miss `count` changes each, but for such as miss nothing."""
+
+    def __init__(
+        self, members: Sequence[Member], nothing_for: Collection[Watcher] = (), count: int = 5000
+    ) -> None:
+        self._count = count
+        self._members = [member for member in members if member.watcher not in nothing_for]
+        self._read = False
+        self.sure = Sure.of({})
+
+    async def __aenter__(self) -> Backlog:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def check(self, here: object) -> Sequence[Member]:
+        return ()
+
+    async def begin_at_the_fold(self, folded: object) -> None:
+        pass
+
+    def left(self, here: object) -> int:
+        return 0 if self._read or not self._members else self._count * 1000
+
+    async def read(self, ends: object) -> AsyncIterator[tuple[Member, Told]]:
+        for _ in range(0 if self._read else self._count):
+            for member in self._members:
+                yield member, Told(b"", "", "")
+            await asyncio.sleep(0)
+        self._read = True
+
+    async def rest(self, held: object) -> AsyncIterator[Any]:
+        for nothing in ():
+            yield nothing
+
+
+async def nothing_taken(_: object) -> None:
+    await asyncio.Event().wait()
+
+
+async def few_taken(_: object) -> None:
+    await asyncio.sleep(0.005)
+
+
+async def all_taken(_: object) -> None:
+    pass
+
+
+Send = Callable[[Any], Awaitable[None]]
+
+
+LIVE: Any = Live()
+
+
+async def resumed(convoys: convoy.Convoys, watchers: set[Watcher], send: Send) -> Joined | Problem:
+    """Return where a watcher joined the feed, or what ended it."""
+    try:
+        async with asyncio.timeout(None) as scope:
+            watcher = Watcher(Wanted("default", None, Filter()), scope)
+            watchers.add(watcher)
+            return await convoys.resume(LIVE, watcher, {}, send)
+    except TimeoutError:
+        assert watcher.problem is not None
+        return watcher.problem
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is seconds for real clients is a moment."""
+    monkeypatch.setattr(traveller, "KEPT_WAITING", 0.1)
+    monkeypatch.setattr(traveller, "_LOOK_EVERY", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("slowly", [nothing_taken, few_taken])
+async def test_watchers_that_take_little_keep_no_other_from_resuming(slowly: Send) -> None:
+    slow, quick = set[Watcher](), set[Watcher]()
+    convoys = convoy.Convoys(asyncio.Semaphore(8), lambda m: Backlog(m, quick))  # type: ignore[arg-type,return-value]
+    async with asyncio.timeout(5):
+        streams = []
+        for _ in range(8):
+            begun = asyncio.Event()
+
+            async def send(told: Told, begun: asyncio.Event = begun) -> None:
+                begun.set()
+                await slowly(told)
+
+            streams.append(asyncio.create_task(resumed(convoys, slow, send)))
+            await begun.wait()
+        assert isinstance(await resumed(convoys, quick, all_taken), Joined)
+    ended = [watcher.problem for watcher in slow if watcher.problem is not None]
+    assert ended
+    assert {problem.code for problem in ended} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    for stream in streams:
+        stream.cancel()
+    await asyncio.wait(streams)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("slowly", [nothing_taken, few_taken])
+async def test_a_watcher_that_takes_little_does_not_hold_up_its_companions(slowly: Send) -> None:
+    watchers = set[Watcher]()
+    convoys = convoy.Convoys(asyncio.Semaphore(1), Backlog)  # type: ignore[arg-type]
+    async with asyncio.timeout(5):
+        together = [resumed(convoys, watchers, send) for send in (slowly, all_taken, all_taken)]
+        slow, *others = await asyncio.gather(*together)
+    assert isinstance(slow, Problem)
+    assert slow.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert others == [Joined({}, frozenset(), "")] * 2
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_companions_that_take_little_alike_go_on_together() -> None:
+    convoys = convoy.Convoys(asyncio.Semaphore(1), partial(Backlog, count=200))  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        ends = await asyncio.gather(*(resumed(convoys, set(), few_taken) for _ in range(3)))
+    assert ends == [Joined({}, frozenset(), "")] * 3
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_keeps_nobody_waiting_may_take_its_time() -> None:
+    feed: Any = None
+    looks = asyncio.Queue[None]()
+
+    def wanted() -> bool:
+        looks.put_nowait(None)
+        return False
+
+    watcher = Watcher(Wanted("default", None, Filter()), asyncio.timeout(None))
+    slow = traveller.Traveller(feed, watcher, {}, wanted)
+    for _ in range(100):
+        await slow.put(Told(b"", "", ""))
+    putting = asyncio.create_task(slow.put(Told(b"", "", "")))
+    async with asyncio.timeout(5):
+        for _ in range(20):
+            await looks.get()
+        assert watcher.problem is None
+        taking = slow.missed()
+        for _ in range(101):
+            await anext(taking)
+    assert putting.done()
+
+
+async def test_a_task_that_is_shown_to_who_takes_nothing_holds_no_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader: Any = Live()
+    watches = watching.Watches(Settings(), reader)
+    monkeypatch.setattr(watches, "_used", Live)
+    monkeypatch.setattr(watches, "_unused", lambda _: None)
+    monkeypatch.setattr(watching, "CatchUp", lambda *_: Backlog(()))
+    request = WatchRequest(id=str(uuid.UUID(bytes=mail().id)))
+    shown = asyncio.Event()
+
+    async def write(_: bytes) -> None:
+        shown.set()
+
+    async with asyncio.timeout(5):
+        streams = []
+        for _ in range(8):
+            offered = asyncio.Event()
+
+            async def block(_: bytes, offered: asyncio.Event = offered) -> None:
+                offered.set()
+                await nothing_taken(_)
+
+            streams.append(asyncio.create_task(watches.watch("default", request, block)))
+            await offered.wait()
+        streams.append(asyncio.create_task(watches.watch("default", request, write)))
+        await shown.wait()
+    for stream in streams:
+        stream.cancel()
+    await asyncio.wait(streams)
+    await watches.close()
 
 
 async def test_a_watcher_whose_stream_is_over_can_be_ended() -> None:

@@ -6,8 +6,7 @@ Cut off together, two hundred that read alone took each other the time in which 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
 import structlog
 
@@ -16,83 +15,18 @@ from services.api.watch.catchup import CatchUp
 from services.api.watch.changes import Place
 from services.api.watch.feed import Feed, Joined
 from services.api.watch.members import Member
-from services.api.watch.problems import gone, lagging, silent
+from services.api.watch.problems import silent
+from services.api.watch.traveller import Traveller
 from services.api.watch.watchers import Told, Watcher
 
-__all__ = ["PATIENCE", "Convoys", "Traveller", "join"]
+__all__ = ["Convoys"]
 
 log = structlog.get_logger(__name__)
-
-PATIENCE = 20.0
-"""Seconds that a watcher may let those wait who go with it."""
 
 # A watcher that is nearer than this many records joins the live feed; what comes meanwhile fits its queue.
 _NEAR = 1000
 # Who was cut off together comes back within a moment.
 _GATHER = 0.05
-_MOST_WAITING = 100
-
-
-class Traveller(Member):
-    """A member on its way; what was missed waits here until its stream takes it."""
-
-    def __init__(self, feed: Feed, watcher: Watcher, positions: Mapping[Place, int]) -> None:
-        super().__init__(watcher, positions)
-        self.feed = feed
-        self.joined: Joined | None = None
-        self.away = False
-        self.companions: set[Traveller] = set()
-        self.task: asyncio.Task[None] | None = None
-        self._queue: deque[Told] = deque()
-        self._filled, self._room = asyncio.Event(), asyncio.Event()
-
-    async def put(self, told: Told) -> None:
-        """Queue a message. Where many wait and too few are taken in time, the watcher is ended."""
-        if len(self._queue) >= _MOST_WAITING and not self.away:
-            self._room.clear()
-            try:
-                async with asyncio.timeout(PATIENCE):
-                    await self._room.wait()
-            except TimeoutError:
-                self.watcher.end(lagging())
-                self.leave()
-        self.add(told)
-
-    def add(self, told: Told) -> None:
-        """Queue a message, however many wait."""
-        if not self.away:
-            self._queue.append(told)
-            self._filled.set()
-
-    def arrive(self, joined: Joined) -> None:
-        """Nothing more was missed."""
-        self.joined = joined
-        self._filled.set()
-
-    async def missed(self) -> AsyncIterator[Told]:
-        """Yield what was missed, until it has joined."""
-        while self._queue or self.joined is None:
-            self._filled.clear()
-            if not self._queue:
-                await self._filled.wait()
-            while self._queue:
-                yield self._queue.popleft()
-                if len(self._queue) <= _MOST_WAITING // 2:
-                    self._room.set()
-
-    def lose(self) -> None:
-        """End its watcher, of what it missed records are gone; the others go on."""
-        self.watcher.end(gone())
-        self.leave()
-
-    def leave(self) -> None:
-        """Go no further; where nobody else goes on, nothing more is read."""
-        self.away = True
-        self._queue.clear()
-        self._room.set()
-        self.companions.discard(self)
-        if self.task is not None and not self.companions:
-            self.task.cancel()
 
 
 class Convoys:
@@ -101,6 +35,7 @@ class Convoys:
     def __init__(self, slots: asyncio.Semaphore, catch_up: Callable[[Sequence[Member]], CatchUp]) -> None:
         self._slots, self._catch_up = slots, catch_up
         self._waiting: list[Traveller] = []
+        self._waiting_alone = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def resume(
@@ -114,11 +49,29 @@ class Convoys:
 
         What keeps it from that ends the watcher.
         """
-        traveller = Traveller(feed, watcher, positions)
+        traveller = Traveller(feed, watcher, positions, self._wanted)
         self._waiting.append(traveller)
-        task = asyncio.create_task(self._lead())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._start(self._lead())
+        return await self._sent(traveller, send)
+
+    async def show(
+        self,
+        feed: Feed,
+        watcher: Watcher,
+        begin: Callable[[CatchUp], Awaitable[Told]],
+        send: Callable[[Told], Awaitable[None]],
+    ) -> Joined:
+        """Send the message that `begin` returns, and what follows from where it has the catch-up begin.
+
+        Return where the watcher joined the feed. What keeps it from that, also what `begin` raises, ends it.
+        """
+        traveller = Traveller(feed, watcher, {}, self._wanted)
+        traveller.companions = {traveller}
+        traveller.task = self._start(self._lead_alone(traveller, begin))
+        return await self._sent(traveller, send)
+
+    async def _sent(self, traveller: Traveller, send: Callable[[Told], Awaitable[None]]) -> Joined:
+        """Send all that it missed, outside of its slot: a client may take its time."""
         try:
             async for told in traveller.missed():
                 await send(told)
@@ -128,6 +81,16 @@ class Convoys:
             traveller.leave()
         assert traveller.joined is not None
         return traveller.joined
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _wanted(self) -> bool:
+        """Whether anybody waits for a slot."""
+        return self._slots.locked() and bool(self._waiting or self._waiting_alone)
 
     async def _lead(self) -> None:
         """Take along who waits. Each who waits brings one of these, so nobody is left behind."""
@@ -140,13 +103,29 @@ class Convoys:
             task = asyncio.current_task()
             for traveller in group:
                 traveller.task, traveller.companions = task, group
-            try:
-                await self._go(group)
-            except Exception as error:
-                if not isinstance(error, Problem):
-                    log.exception("unexpected")
-                for traveller in list(group):
-                    traveller.watcher.end(error if isinstance(error, Problem) else internal())
+            await self._guide(group)
+
+    async def _lead_alone(self, traveller: Traveller, begin: Callable[[CatchUp], Awaitable[Told]]) -> None:
+        self._waiting_alone += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting_alone -= 1
+        try:
+            await self._guide(traveller.companions, begin)
+        finally:
+            self._slots.release()
+
+    async def _guide(
+        self, group: set[Traveller], begin: Callable[[CatchUp], Awaitable[Told]] | None = None
+    ) -> None:
+        try:
+            await self._go(group, begin)
+        except Exception as error:
+            if not isinstance(error, Problem):
+                log.exception("unexpected")
+            for traveller in list(group):
+                traveller.watcher.end(error if isinstance(error, Problem) else internal())
 
     def _group(self) -> set[Traveller]:
         """Take out those of one feed who wait, but for such as have more than twice as far as the nearest."""
@@ -160,12 +139,17 @@ class Convoys:
         self._waiting = [t for t in self._waiting if t not in group]
         return group
 
-    async def _go(self, group: set[Traveller]) -> None:
+    async def _go(self, group: set[Traveller], begin: Callable[[CatchUp], Awaitable[Told]] | None) -> None:
         feed = next(iter(group)).feed
         by_watcher = {traveller.watcher: traveller for traveller in group}
         async with self._catch_up(list(group)) as missed:
-            for member in await missed.check(feed.here()):
-                by_watcher[member.watcher].lose()
+            if begin is not None:
+                first = await begin(missed)
+                for traveller in list(group):
+                    traveller.add(first)
+            else:
+                for member in await missed.check(feed.here()):
+                    by_watcher[member.watcher].lose()
 
             near = False
 
@@ -182,14 +166,14 @@ class Convoys:
                 near = True
                 return [traveller.watcher for traveller in group]
 
-            joined = await join(feed, missed, going, send)
+            joined = await _join(feed, missed, going, send)
             for traveller in list(group):
                 traveller.arrive(joined)
             # They are at their ends; none of them cancels this any more.
             group.clear()
 
 
-async def join(
+async def _join(
     feed: Feed,
     missed: CatchUp,
     going: Callable[[], list[Watcher]],

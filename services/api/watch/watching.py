@@ -18,13 +18,14 @@ from services.api.validation import task_id
 from services.api.watch import lookup, messages, tokens
 from services.api.watch.catchup import CatchUp
 from services.api.watch.changes import Change, Place
-from services.api.watch.convoy import PATIENCE, Convoys, join
+from services.api.watch.convoy import Convoys
 from services.api.watch.feed import Feed, Joined
 from services.api.watch.folded import Folded
 from services.api.watch.lookup import Known
 from services.api.watch.members import Member
-from services.api.watch.problems import crowded, gone, lagging
+from services.api.watch.problems import crowded, lagging
 from services.api.watch.topics import TIMEOUT
+from services.api.watch.traveller import PATIENCE
 from services.api.watch.watchers import Told, Wanted, Watcher
 from services.common.config import Settings
 from services.common.telemetry import WATCH_MESSAGES, WATCHERS
@@ -52,8 +53,7 @@ class Watches:
         self._old: set[Thread] = set()
         self._folded = Folded(settings)
         self._watchers: set[Watcher] = set()
-        self._catching_up = asyncio.Semaphore(_MOST_CATCHING_UP)
-        self._convoys = Convoys(self._catching_up, self._catch_up)
+        self._convoys = Convoys(asyncio.Semaphore(_MOST_CATCHING_UP), self._catch_up)
         # A consumer that is closed takes a thread beside those that read.
         self._executor = ThreadPoolExecutor(2 * _MOST_CATCHING_UP, thread_name_prefix="catchup")
 
@@ -109,21 +109,17 @@ class Watches:
         """Send the task as it stands in the database, then what is not in there yet and what comes."""
         tenant, task = watcher.wanted.tenant, watcher.wanted.task
         assert task is not None
-        async with self._catching_up, self._catch_up([Member(watcher, {})]) as missed:
+
+        async def begin(missed: CatchUp) -> Told:
             # Asked before the database is: what stands before these positions is in it by then.
             await missed.begin_at_the_fold(self._folded)
             found = await self._reader.read(lambda connection: lookup.snapshot(connection, tenant, task))
             if found is None:
                 raise not_found(id_)
             view, stream.said = found
-            await stream.send(Told(messages.found(view), missed.sure.text, ""))
+            return Told(messages.found(view), missed.sure.text, "")
 
-            async def send(_: Member, told: Told | None) -> None:
-                if told is None:
-                    raise gone()
-                await stream.send_soon(told)
-
-            await join(feed, missed, lambda: [watcher], send)
+        await self._convoys.show(feed, watcher, begin, stream.send_soon)
 
     async def _resume(
         self, feed: Feed, watcher: Watcher, stream: _Stream, positions: Mapping[Place, int]
@@ -181,7 +177,7 @@ class _Stream:
         await self.send(Told(b"", joined.text, ""))
 
     async def send_soon(self, told: Told) -> None:
-        """Send what was missed. Where it is not taken in time, another may catch up instead."""
+        """Send what was missed. Raises Problem where it is not taken in time."""
         try:
             async with asyncio.timeout(PATIENCE):
                 await self.send(told)
