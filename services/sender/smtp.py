@@ -204,8 +204,10 @@ class SmtpPool:
             try:
                 await self._check()
             except UnavailableError as error:
-                self._failures += 1
-                self._trouble = error.outcome
+                # A send may have opened a session meanwhile.
+                if self._trouble is not None:
+                    self._failures += 1
+                    self._trouble = error.outcome
             except Exception:
                 # Nothing else would bring the pool up again.
                 self._failures += 1

@@ -279,13 +279,44 @@ async def test_an_unexpected_error_does_not_end_the_recovery(monkeypatch: pytest
         with capture_logs() as logs:
             assert isinstance(await send(pool), NotSent)
             await asyncio.wait_for(pool.wait_available(), 5)
-        assert [
-            (log["log_level"], log["exc_info"]) for log in logs if log["event"] == "relay_check_failed"
-        ] == [
-            ("error", True),
-            ("error", True),
-        ]
+        failed = [(log["log_level"], log["exc_info"]) for log in logs if log["event"] == "relay_check_failed"]
+        assert failed == [("error", True)] * 2
         assert isinstance(await send(pool), Sent)
+
+
+async def test_a_check_that_fails_after_a_session_opened_does_not_end_the_sending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    away = UnavailableError.at(Phase.CONNECT, "refused", "relay")
+    opens, fails, checks = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    calls = 0
+
+    async def open_in_turn(relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts) -> Session:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            await asyncio.sleep(0)
+            raise away
+        if calls == 2:
+            await opens.wait()
+            return await open_session(relay, context, timeouts)
+        checks.set()
+        await fails.wait()
+        raise UnavailableError.at(Phase.CONNECT, "timed out", "relay")
+
+    monkeypatch.setattr(smtp_sessions, "open_session", open_in_turn)
+    limits = Limits(sessions=2, backoff=0.01)
+    async with scripted(serving) as server, pool_for(server, limits=limits) as pool:
+        first, second = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
+        assert isinstance(await first, NotSent)
+        await asyncio.wait_for(checks.wait(), 5)
+        opens.set()
+        assert isinstance(await second, Sent)
+        fails.set()
+        # As many turns of the loop as the check needs to end.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert pool.available
 
 
 async def test_a_send_that_waits_takes_the_place_of_a_session_that_could_not_be_opened(
