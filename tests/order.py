@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 
 __all__ = ["pytest_collection_modifyitems"]
@@ -28,22 +30,28 @@ _TOGETHER = (
 _CHAINS = ("own_stack", "stack", "breaks_servers")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the long tests first; name the group that a test belongs to, for `--dist loadgroup`."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    """Put the long tests first; name the group that a test belongs to, for `--dist loadgroup`.
+
+    A wrapper: pytest-xdist reads the groups in its own hook, which it has called before any plain one.
+    """
     groups = {item: group for item in items if (group := _group(item))}
     # Without its plugin the marker is unknown, which `--strict-markers` makes an error.
     if config.pluginmanager.has_plugin("xdist"):
         for item, group in groups.items():
             item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: (groups.get(item) not in _CHAINS, _rank(item)))
+    yield
 
 
 def _group(item: pytest.Item) -> str:
     if item.get_closest_marker("breaks_servers"):
         return "breaks_servers"
     fixtures = getattr(item, "fixturenames", ())
-    if "new_stack" in fixtures:
+    if "new_servers" in fixtures:
         return "own_stack"
     if "stack" in fixtures:
         return "stack"

@@ -9,7 +9,9 @@ Fixtures (registered by conftest.py):
                misconfigure, as such tests run one after another (`breakable`; `breakable_mariadb` is the
                MariaDB for them)
 - `stack`      one whole system, one replica of each service; its tests run one after another
-- `new_stack`  makes further ones, with settings of their own; ended with the test
+- `new_stack`  makes further systems, with settings, a mail server and a name server of their own, on the
+               shared Kafka and MySQL; ended with the test
+- `new_servers`  makes stacks with all servers of their own; ended with the test
 
 `POSTROAD_TEST_INFRA=DIRECTORY` makes `infra` use, and leave running, the servers under that directory.
 """
@@ -30,6 +32,7 @@ import pytest
 from sqlalchemy import make_url
 
 from deploy.local.database_tree import find_server, make_template
+from services.common.topics import Names
 from tests.reaper import RUN
 
 __all__ = [
@@ -40,8 +43,10 @@ __all__ = [
     "end_shared_servers",
     "infra",
     "mariadb",
+    "new_servers",
     "new_stack",
     "servers",
+    "shared",
     "stack",
 ]
 
@@ -102,6 +107,11 @@ class Stack:
         """stack.env as it is now."""
         lines = (self.directory / "stack.env").read_text().splitlines()
         return dict(line.partition("=")[::2] for line in lines)
+
+    @property
+    def names(self) -> Names:
+        """The names of its topics and groups."""
+        return Names(self.env().get("POSTROAD_TOPIC_PREFIX", ""))
 
     def pid(self, name: str) -> int:
         """The process id of `name`, from its pid file."""
@@ -278,8 +288,8 @@ def stack() -> Iterator[Stack]:
 
 
 @pytest.fixture
-def new_stack() -> Iterator[Callable[..., Stack]]:
-    """`new_stack(POSTROAD_ON_UNCERTAIN="hold")` is a stack with that setting, not up yet."""
+def new_servers() -> Iterator[Callable[..., Stack]]:
+    """`new_servers(POSTROAD_LOCAL_DB="mariadb")` is a stack with that variable, not up yet."""
     made: list[Stack] = []
 
     def make(**given: str) -> Stack:
@@ -289,3 +299,18 @@ def new_stack() -> Iterator[Callable[..., Stack]]:
     yield make
     for system in made:
         system.down()
+
+
+@pytest.fixture
+def new_stack(infra: Infra, new_servers: Callable[..., Stack]) -> Callable[..., Stack]:
+    """`new_stack(POSTROAD_ON_UNCERTAIN="hold")` is a system with that setting, not up yet."""
+    return lambda **given: new_servers(**shared(infra), **given)
+
+
+def shared(infra: Infra) -> dict[str, str]:
+    """Return the variables of a further installation on the shared Kafka and MySQL."""
+    return {
+        "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
+        "POSTROAD_DATABASE_URL": infra.new_database(),
+        "POSTROAD_TOPIC_PREFIX": infra.topic_prefix(),
+    }

@@ -138,7 +138,8 @@ class Road:
             assert copies - 1 <= (self.doubts(id_) if copies > 1 else 0), f"{id_} was sent {copies} times"
 
     def records(self, topic: str) -> list[Any]:
-        """Return all records of a topic as they stand."""
+        """Return all records of a topic, named without the installation's prefix, as they stand."""
+        topic = self.stack.names.topic(topic)
         config = {"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], "group.id": "e2e-reader"}
         consumer = Consumer(config)
         try:
@@ -164,11 +165,11 @@ class Road:
 
     def lag(self) -> dict[str, int]:
         """Return the records that each stage's group has still to commit, delay topics apart."""
-        bootstrap = self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]
+        bootstrap, names = self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], self.stack.names
         lags = {}
         for stage, topics in READ_BY.items():
-            with Offsets(bootstrap, f"postroad.{stage}") as group:
-                committed = group.committed(group.partitions(topics))
+            with Offsets(bootstrap, names.group(stage)) as group:
+                committed = group.committed(group.partitions(map(names.topic, topics)))
                 bounds = group.bounds(TopicPartition(*at) for at in committed)
             lags[stage] = sum(bounds[at][1] - offset for at, offset in committed.items())
         return lags

@@ -18,7 +18,8 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
     postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": "6"})
     refused = postroad("topics", "apply")
     assert (refused.code, refused.out) == (1, "")
-    assert "differs mx.ok: 3 partitions, wanted 6" in refused.err.splitlines()
+    prefix = stack.names.prefix
+    assert f"differs {prefix}mx.ok: 3 partitions, wanted 6" in refused.err.splitlines()
     asked = postroad("topics", "apply", "--grow")
     assert (asked.code, asked.out) == (2, "")
     assert "use --yes" in asked.err
@@ -50,12 +51,8 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         grown = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
         assert grown.code == 0, grown.err
         assert {row["state"] for row in grown.json} == {"grown"}
-        assert {row["topic"] for row in grown.json} >= {
-            "task.created",
-            "mx.ok",
-            "sender.delay.1",
-            "sender.dead",
-        }
+        topics = ("task.created", "mx.ok", "sender.delay.1", "sender.dead")
+        assert {row["topic"] for row in grown.json} >= {prefix + topic for topic in topics}
         waiting = [row for row in lag()["delays"] if row["waiting"]]
         assert waiting, "tasks were deferred when the topics grew"
         before = len(ids)

@@ -94,11 +94,12 @@ class Load:
 
 def _spread(road: Road) -> dict[str, int]:
     """How many partitions of mx.ok each member of the senders' group owns, by member."""
-    group = describe(road.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], "postroad.sender")
+    names = road.stack.names
+    group = describe(road.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], names.group("sender"))
     owned: list[int] = []
     spread = {}
     for member in group.members:
-        mine = member.owned.get("mx.ok", ())
+        mine = member.owned.get(names.topic("mx.ok"), ())
         owned += mine
         if mine:
             spread[member.id] = len(mine)

@@ -20,7 +20,7 @@ from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
 from tests.forms import by_form
 from tests.groups import Offsets, describe
-from tests.stack import Stack
+from tests.stack import Infra, Stack, shared
 
 SENT = by_form(300, 5000)
 REJECTED = max(30, SENT * 6 // 100)
@@ -56,10 +56,11 @@ def became(result: dict[str, Any], what: str) -> int:
 
 def reset_to_earliest(stack: Stack, stage: str) -> None:
     """As `kafka-consumer-groups --reset-offsets --all-topics --to-earliest --execute` on a stage's group."""
-    bootstrap, name = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], f"postroad.{stage}"
+    bootstrap, name = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names.group(stage)
     until(lambda: not describe(bootstrap, name).members, f"{name} without members", 30)
     with Offsets(bootstrap, name) as group:
-        committed = group.committed(group.partitions())
+        mine = [at for at in group.partitions() if at.topic.startswith(stack.names.prefix)]
+        committed = group.committed(mine)
         assert committed
         bounds = group.bounds(TopicPartition(*at) for at in committed)
         group.reset(TopicPartition(*at, low) for at, (low, _) in bounds.items())
@@ -67,11 +68,12 @@ def reset_to_earliest(stack: Stack, stage: str) -> None:
 
 def caught_up(stack: Stack) -> None:
     """Wait until each stage has committed all that is on its topics now; more may come meanwhile."""
-    bootstrap = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]
+    bootstrap, names = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names
     for stage, topics in READ_BY.items():
         started = time.monotonic()
-        with Offsets(bootstrap, f"postroad.{stage}") as group:
-            partitions = [TopicPartition(*at) for at in group.committed(group.partitions(topics))]
+        with Offsets(bootstrap, names.group(stage)) as group:
+            all_partitions = group.partitions(map(names.topic, topics))
+            partitions = [TopicPartition(*at) for at in group.committed(all_partitions)]
             ends = {at: high for at, (_, high) in group.bounds(partitions).items()}
 
             def there(group: Offsets = group, ends: dict[tuple[str, int], int] = ends) -> bool:
@@ -140,13 +142,13 @@ class Before:
         producer = Producer({"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
         for id_ in self.cancelled:
             out = encode(events.TaskCancelled(id=bytes.fromhex(id_.replace("-", "")), at_us=1), "api")
-            producer.produce(out.topic, out.value, out.key, headers=out.headers)  # type: ignore[arg-type]
+            producer.produce(self.stack.names.topic(out.topic), out.value, out.key, headers=out.headers)  # type: ignore[arg-type]
         assert producer.flush(20) == 0
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Before]:
-    stack = Stack(tmp_path_factory.mktemp("replayed"), SETTINGS)
+def before(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Before]:
+    stack = Stack(tmp_path_factory.mktemp("replayed"), {**SETTINGS, **shared(infra)})
     try:
         stack.up()
         with Road(stack) as road:

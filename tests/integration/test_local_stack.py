@@ -59,8 +59,8 @@ def test_mysql_is_durable_and_reads_committed(infra: Infra) -> None:
     assert version.startswith(("9.7", "8.4"))
 
 
-def test_killed_servers_come_back_at_their_places(new_stack: Callable[..., Stack]) -> None:
-    servers = new_stack()
+def test_killed_servers_come_back_at_their_places(new_servers: Callable[..., Stack]) -> None:
+    servers = new_servers()
     servers.up("--infra-only")
     env = servers.env()
     for name in SERVERS:

@@ -93,7 +93,7 @@ def test_unknown_names_are_refused(stack: Stack) -> None:
     assert stack.command("scale", "postman", "2", check=False).returncode == 2
 
 
-def test_what_the_environment_names_is_not_started(new_stack: NewStack, infra: Infra) -> None:
+def test_what_the_environment_names_is_not_started(new_servers: NewStack, infra: Infra) -> None:
     given = {
         "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
         "POSTROAD_DATABASE_URL": infra.new_database(),
@@ -101,7 +101,7 @@ def test_what_the_environment_names_is_not_started(new_stack: NewStack, infra: I
         "EMAIL_PORT": "2525",
         "POSTROAD_ON_UNCERTAIN": "hold",
     }
-    stack = new_stack(**given)
+    stack = new_servers(**given)
     stack.up("--infra-only")
     assert _running(stack) == {"dns"}
     env = stack.env()
@@ -109,9 +109,9 @@ def test_what_the_environment_names_is_not_started(new_stack: NewStack, infra: I
     assert "EMAIL_TLS" not in env
 
 
-def test_given_variables_hold_until_down(new_stack: NewStack, infra: Infra) -> None:
+def test_given_variables_hold_until_down(new_servers: NewStack, infra: Infra) -> None:
     given = {"POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap, "POSTROAD_DATABASE_URL": infra.new_database()}
-    stack = new_stack(**given, POSTROAD_DNS_SERVERS="127.0.0.9:53")
+    stack = new_servers(**given, POSTROAD_DNS_SERVERS="127.0.0.9:53")
     stack.up("--infra-only")
     assert _running(stack) == {"catcher"}
     elsewhere = Stack(stack.directory)
@@ -133,9 +133,9 @@ def test_a_shell_that_has_read_stack_env_replaces_nothing(infra: Infra) -> None:
 
 
 def test_a_pid_file_that_lies_harms_nobody(
-    new_stack: NewStack, infra: Infra, bystander: subprocess.Popen[bytes]
+    new_servers: NewStack, infra: Infra, bystander: subprocess.Popen[bytes]
 ) -> None:
-    stack = new_stack(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
+    stack = new_servers(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
     stack.up("--infra-only")
     stack.kill("dns")
     (stack.directory / "pids" / "dns.pid").write_text(f"{bystander.pid}\n")
@@ -146,8 +146,8 @@ def test_a_pid_file_that_lies_harms_nobody(
     assert bystander.poll() is None
 
 
-def test_down_finds_what_has_no_pid_file(new_stack: NewStack, infra: Infra) -> None:
-    stack = new_stack(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
+def test_down_finds_what_has_no_pid_file(new_servers: NewStack, infra: Infra) -> None:
+    stack = new_servers(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
     stack.up("--infra-only")
     pid = stack.pid("dns")
     (stack.directory / "pids" / "dns.pid").unlink()
@@ -155,8 +155,8 @@ def test_down_finds_what_has_no_pid_file(new_stack: NewStack, infra: Infra) -> N
     assert not _is_of(Path(f"/proc/{pid}"), stack.directory)
 
 
-def test_down_keeps_the_data_even_after_kills(new_stack: NewStack) -> None:
-    stack = new_stack()
+def test_down_keeps_the_data_even_after_kills(new_servers: NewStack) -> None:
+    stack = new_servers()
     stack.up("--infra-only")
     ports = stack.env()
     _query(stack, "CREATE TABLE kept (id INT PRIMARY KEY)")
@@ -170,8 +170,8 @@ def test_down_keeps_the_data_even_after_kills(new_stack: NewStack) -> None:
     assert stack.env() == ports
 
 
-def test_two_ups_at_once_start_one_stack(new_stack: NewStack, infra: Infra) -> None:
-    stack = new_stack(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
+def test_two_ups_at_once_start_one_stack(new_servers: NewStack, infra: Infra) -> None:
+    stack = new_servers(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
     env = {
         **clean,
@@ -197,8 +197,8 @@ def _is_of(entry: Path, directory: Path) -> bool:
         return False
 
 
-def test_three_kafka_nodes_lose_one_and_keep_what_was_acked(new_stack: NewStack) -> None:
-    stack = new_stack(POSTROAD_DATABASE_URL="mysql+mysqlconnector://nobody@127.0.0.1:1/none")
+def test_three_kafka_nodes_lose_one_and_keep_what_was_acked(new_servers: NewStack) -> None:
+    stack = new_servers(POSTROAD_DATABASE_URL="mysql+mysqlconnector://nobody@127.0.0.1:1/none")
     stack.up("--infra-only", "--kafka-nodes", "3")
     env = stack.env()
     assert env["POSTROAD_REPLICATION"] == "3"
