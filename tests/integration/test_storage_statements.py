@@ -140,6 +140,7 @@ def test_a_row_that_is_lost_on_the_way_for_its_length_is_given_up(
     engine: Engine, told: Callable[[int], Engine], table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statement_size, "_SECONDS", 0.0)
+    monkeypatch.setattr(statement_size, "_LOSSES", 2)
     row = (1, b"x" * (server_takes(engine) + LONG))
     deceived = told(1 << 30)
     with pytest.raises(DataError):

@@ -70,7 +70,7 @@ def test_more_rows_than_a_statement_takes(engine: Engine) -> None:
 
 
 def test_bodies_that_no_single_statement_could_hold(engine: Engine) -> None:
-    tasks = [mail_task(n) for n in range(36)]
+    tasks = [mail_task(n) for n in range(18)]
     for number, task in enumerate(tasks):
         task.body = "'" * (2 << 20 if number == 5 else 1 << 20)  # each is escaped to two bytes
     record(engine, *tasks)
