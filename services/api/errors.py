@@ -35,6 +35,7 @@ __all__ = [
     "not_open_to_retry",
     "overloaded",
     "retry_info",
+    "too_long_for_database",
     "unauthenticated",
     "unavailable",
 ]
@@ -183,6 +184,15 @@ def unavailable(retry_seconds: float = 2.0) -> Problem:
         grpc.StatusCode.UNAVAILABLE,
         "the database does not answer",
         (error_info("DATABASE_UNAVAILABLE"), retry_info(retry_seconds)),
+    )
+
+
+def too_long_for_database() -> Problem:
+    """Return FAILED_PRECONDITION: no statement holds the task until the database takes more."""
+    return Problem(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "the task does not fit into the database's max_allowed_packet, which an operator must raise",
+        (error_info("MAX_ALLOWED_PACKET"),),
     )
 
 

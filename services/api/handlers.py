@@ -24,6 +24,7 @@ from services.api.errors import (
     draining,
     internal,
     not_found,
+    too_long_for_database,
 )
 from services.api.reader import Reader
 from services.api.recorder import Recorder
@@ -32,6 +33,7 @@ from services.api.trace import traceparent
 from services.api.validation import creation, task_id
 from services.api.views import recorded
 from services.api.watch.watching import Watches
+from services.common.database_errors import said, too_long
 from services.common.telemetry import API_REQUESTS, API_SECONDS
 
 __all__ = ["SERVICE", "TaskService"]
@@ -262,5 +264,8 @@ def _problem(rpc: str, error: BaseException) -> Problem:
         API_REQUESTS.labels(rpc, "CANCELLED").inc()
     if not isinstance(error, Exception):
         raise error
+    if too_long(error):
+        log.error("not recorded", rpc=rpc, error=said(error))
+        return too_long_for_database()
     log.error("unexpected", rpc=rpc, exc_info=error)
     return internal()

@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from services.common.database_errors import Kind, numbers
-from services.common.statement_size import LOST, TOO_LARGE, Statements, StatementTooLong
+from services.common.statement_size import LOST, TOO_LARGE, Statements
 from services.common.statements import BOUNDS
 
 __all__ = ["engine_of", "url_of"]
@@ -126,7 +126,7 @@ def _begin_session(
 def _on_error(context: ExceptionContext) -> Exception | None:
     error = context.original_exception
     number = getattr(error, "errno", None)
-    if number in _SESSION_OVER or (number == TOO_LARGE and not isinstance(error, StatementTooLong)):
+    if number in _SESSION_OVER or (number == TOO_LARGE and getattr(error, "sent", True)):
         context.is_disconnect = True
     if context.sqlalchemy_exception is not None or number is None:
         return None

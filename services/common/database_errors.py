@@ -25,7 +25,21 @@ from typing import NamedTuple
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, TimeoutError
 
-__all__ = ["ERRORS", "TRANSIENT", "Code", "Kind", "at_fault", "deadlock", "numbers", "said", "transient"]
+from services.common.statement_size import StatementTooLong
+
+__all__ = [
+    "ERRORS",
+    "TRANSIENT",
+    "Code",
+    "Kind",
+    "at_fault",
+    "deadlock",
+    "numbers",
+    "said",
+    "session_lost",
+    "too_long",
+    "transient",
+]
 
 
 class Kind(Enum):
@@ -184,7 +198,16 @@ def at_fault(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) or transient(error)
 
 
+def too_long(error: BaseException) -> bool:
+    """Whether the statement has more bytes than the database takes, so that it is of no use to try again."""
+    return isinstance(error, DBAPIError) and isinstance(error.orig, StatementTooLong)
+
+
+def session_lost(error: BaseException) -> bool:
+    """Whether the session is over, and another one may well execute the statement."""
+    return isinstance(error, DBAPIError) and error.connection_invalidated and not too_long(error)
+
+
 def transient(error: BaseException) -> bool:
     """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    return lost or isinstance(error, TimeoutError) or _number(error) in TRANSIENT
+    return session_lost(error) or isinstance(error, TimeoutError) or _number(error) in TRANSIENT

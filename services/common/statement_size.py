@@ -5,8 +5,9 @@ hears the same when the server goes away. So each session asks for that size, an
 sent. The driver has its text whole by then, so the check costs next to nothing.
 
 A proxy may take less than the server behind it, and drop the session too. A long statement that lost its
-session is a hint: from then on a statement with several rows is half as long. One that cannot be shortened,
-and that loses its session again and again while no such statement passes, is not sent any more either.
+session is a hint: from then on a statement with several rows is half as long. A hint may be wrong, so one
+that cannot be shortened is always sent if the server takes it. It counts as too long where it loses its
+session again and again while none as long passes: nobody is to try it for ever.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mysql.connector import Error
 from mysql.connector.errors import DataError
 
-__all__ = ["LONG", "LOST", "TOO_LARGE", "StatementTooLong", "Statements", "bytes_at_most", "portions"]
+__all__ = [
+    "LONG",
+    "LOST",
+    "TOO_LARGE",
+    "StatementTooLong",
+    "Statements",
+    "bytes_at_most",
+    "most",
+    "portions",
+]
 
 LONG = 1 << 20
 """Bytes. A session that is lost in a statement no longer than this was not lost for its length."""
@@ -39,11 +50,16 @@ _MEMORY = 600.0
 
 
 class StatementTooLong(DataError):
-    """A statement that was not sent, for its length: its data is to blame. Its session is as it was."""
+    """A statement that cannot be executed, for its length: its data is to blame.
 
-    def __init__(self, size: int, most: int) -> None:
-        text = f"a statement has {size} bytes, the database takes {most} (max_allowed_packet)"
+    Unless it was `sent`, its session is as it was.
+    """
+
+    def __init__(self, size: int, most: int, *, sent: bool = False) -> None:
+        takes = f"less than {most}" if sent else str(most)
+        text = f"a statement has {size} bytes, the database takes {takes} (max_allowed_packet)"
         super().__init__(msg=text, errno=TOO_LARGE)
+        self.sent = sent
 
 
 class Statements:
@@ -55,34 +71,39 @@ class Statements:
         # When statements of how many bytes lost their sessions; none so long has passed since.
         self._losses: deque[tuple[float, int]] = deque(maxlen=50)
         self._share: tuple[int, float] | None = None
-        self._most: tuple[int, float] | None = None
+        self._thread = threading.local()
 
     def share(self) -> int | None:
         """Return the bytes that a statement with several rows may have; None: what the server takes."""
         share = self._share
         return share[0] if share is not None and self._clock() < share[1] else None
 
-    def most(self, server: int) -> int:
-        """Return the bytes that any statement may have, given the server's `max_allowed_packet`."""
-        bound = max(server - _MARGIN, server // 2)
-        most = self._most
-        return min(bound, most[0]) if most is not None and self._clock() < most[1] else bound
+    @contextmanager
+    def several(self) -> Iterator[None]:
+        """Say that what this thread sends meanwhile has several rows: its caller can make two of it."""
+        self._thread.several = True
+        try:
+            yield
+        finally:
+            self._thread.several = False
 
-    def lost(self, size: int) -> None:
-        """Note that a session was lost in a statement of more than LONG bytes."""
+    def lost(self, size: int) -> bool:
+        """Note that a session was lost in a statement of more than LONG bytes.
+
+        Return whether as many losses of such statements, for as long, show that it is too long.
+        """
         with self._lock:
             now, share = self._clock(), self.share()
             if share is None or size <= share:
                 self._share = max(LONG, size // 2), now + _MEMORY
             self._losses.append((now, size))
-            shorter = [at for at, lost in self._losses if lost <= size]
-            if len(shorter) >= _LOSSES and now - shorter[0] >= _SECONDS:
-                self._most = size - 1, now + _MEMORY
+            shorter = [at for at, lost in self._losses if lost <= size and now - at < _MEMORY]
+            return len(shorter) >= _LOSSES and now - shorter[0] >= _SECONDS
 
     def refused(self, size: int) -> None:
-        """Note that the server said of a statement that it is too large."""
+        """Note that the server said of a statement with several rows that it is too large."""
         with self._lock:
-            self._most = size - 1, self._clock() + _MEMORY
+            self._share = size // 2, self._clock() + _MEMORY
 
     def passed(self, size: int) -> None:
         """Note that a statement of more than LONG bytes was answered."""
@@ -98,24 +119,33 @@ class Statements:
         """
         # The connection is not to hold itself: it would outlive its session until a garbage collection.
         itself, send = weakref.proxy(connection), type(connection).cmd_query
+        bound = most(server)
 
         def cmd_query(query: bytes | str, *options: Any, **named: Any) -> Any:
-            size, most = len(query), self.most(server)
-            if size > most:
-                raise StatementTooLong(size, most)
+            size, several = len(query), getattr(self._thread, "several", False)
+            if size > bound:
+                raise StatementTooLong(size, bound)
             try:
                 answer = send(itself, query, *options, **named)
             except Error as error:
-                if error.errno == TOO_LARGE:
+                too_long = error.errno == TOO_LARGE
+                if too_long and several:
                     self.refused(size)
                 elif size > LONG and error.errno in LOST:
-                    self.lost(size)
+                    too_long = self.lost(size)
+                if too_long and not several:
+                    raise StatementTooLong(size, size, sent=True) from error
                 raise
             if size > LONG:
                 self.passed(size)
             return answer
 
         connection.cmd_query = cmd_query
+
+
+def most(server: int) -> int:
+    """Return the bytes that any statement may have, given the server's `max_allowed_packet`."""
+    return max(server - _MARGIN, server // 2)
 
 
 def bytes_at_most(row: Iterable[object]) -> int:

@@ -7,6 +7,7 @@ Those on the hot paths go through `exec_driver_sql` with one text for many rows:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Final
 
@@ -52,8 +53,10 @@ def _execute_part(connection: Connection, head: str, rows: Sequence[Sequence[obj
     parameters = tuple(chain.from_iterable(rows))
     row = f"({marks(len(parameters) // len(rows))})"
     statement = f"{head} {','.join([row] * len(rows))} {tail}"
+    bounds: Statements | None = connection.info.get(BOUNDS)
     try:
-        return connection.exec_driver_sql(statement, parameters).rowcount
+        with bounds.several() if bounds is not None and len(rows) > 1 else nullcontext():
+            return connection.exec_driver_sql(statement, parameters).rowcount
     except DataError as error:
         if len(rows) == 1 or not isinstance(error.orig, StatementTooLong):
             raise

@@ -19,7 +19,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from services.common.database_errors import deadlock, transient
+from services.common.database_errors import deadlock, session_lost, transient
 
 __all__ = ["transaction", "until_back"]
 
@@ -30,7 +30,7 @@ PATIENCE = 1.0
 
 
 def _at_once(error: BaseException) -> bool:
-    return deadlock(error) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+    return deadlock(error) or session_lost(error)
 
 
 _again = Retrying(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
+import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError
 
 from postroad.v1 import events_pb2 as pb
+from postroad.v1.task_service_pb2 import CreateRequest, TaskData
+from services.api.auth import Tenants
+from services.api.handlers import TaskService
 from services.api.recorder import Recorder
 from services.api.relay import Recording
 from services.common import statement_size
@@ -21,12 +25,31 @@ from services.common.database_errors import at_fault, transient
 from services.common.events import event_key, task_id
 from services.common.fold import delta
 from services.common.stage.types import Done, Record
-from services.common.statement_size import LONG, Statements, StatementTooLong, bytes_at_most
+from services.common.statement_size import LONG, Statements, StatementTooLong, bytes_at_most, most
 from services.common.statements import execute_rows
 from services.common.transactions import transaction
 from services.status.stage import Status
 from tests.event_strategies import mail_task
 from tests.stack import Infra
+
+
+class Aborted(Exception):
+    """What gRPC raises to end an RPC."""
+
+
+class Call:
+    """An RPC as gRPC hands it on: its details and its context."""
+
+    invocation_metadata = staticmethod(tuple)
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.aborted: tuple[grpc.StatusCode, str] | None = None
+
+    async def abort(self, code: grpc.StatusCode, message: str, trailers: object) -> NoReturn:
+        self.aborted = code, message
+        raise Aborted
+
 
 INSERT = "INSERT INTO t (a, b) VALUES"
 
@@ -95,7 +118,7 @@ async def test_a_batch_of_the_widest_tasks_is_recorded(told: Callable[[int], Eng
 
 def test_a_statement_as_long_as_the_server_takes_is_sent(engine: Engine) -> None:
     select = "SELECT LENGTH(%s)"
-    size = Statements().most(server_takes(engine)) - len("SELECT LENGTH('')")
+    size = most(server_takes(engine)) - len("SELECT LENGTH('')")
     with engine.connect() as connection:
         assert connection.exec_driver_sql(select, (b"x" * size,)).scalar() == size
         with pytest.raises(DataError):
@@ -114,6 +137,24 @@ def test_a_row_that_no_statement_can_hold_is_its_own_fault(told: Callable[[int],
     del rows[2]
     assert transaction(engine, lambda connection: execute_rows(connection, INSERT, rows)) == 4
     assert count(engine, table) == 4
+
+
+async def test_a_task_that_no_statement_can_hold_is_answered_so(told: Callable[[int], Engine]) -> None:
+    recorder = Recorder(told(64 << 10), lambda recorded: None, 5000, 256 << 20)
+    unused: Any = None
+    tasks = TaskService(Tenants(""), recorder, unused, unused, watches=unused, max_body=1 << 20)
+    create = tasks.handler().service(Call("/postroad.v1.TaskService/Create"))  # type: ignore[arg-type]
+    data = TaskData(email="ada@shop.test", subject="s", body="x" * (64 << 10))
+    call = Call("")
+    with pytest.raises(Aborted):
+        await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)  # type: ignore[union-attr]
+    assert call.aborted is not None
+    code, message = call.aborted
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "max_allowed_packet" in message
+    data.body = "short"
+    assert await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)  # type: ignore[union-attr]
+    await recorder.close()
 
 
 def patiently(engine: Engine, work: Callable[[Connection], int]) -> int:

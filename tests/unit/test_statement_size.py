@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mysql.connector import Error
 
-from services.common.statement_size import LONG, Statements, bytes_at_most, portions
+from services.common.statement_size import (
+    LONG,
+    TOO_LARGE,
+    Statements,
+    StatementTooLong,
+    bytes_at_most,
+    most,
+    portions,
+)
 
 SERVER = 16 << 20
 
@@ -31,17 +40,80 @@ def statements(clock: Clock) -> Statements:
 
 @pytest.mark.parametrize("server", [1024, 1 << 20, SERVER, 1 << 30])
 def test_a_statement_is_shorter_than_what_the_server_takes(statements: Statements, server: int) -> None:
-    assert server // 2 <= statements.most(server) < server
+    assert server // 2 <= most(server) < server
     assert statements.share() is None
 
 
-def test_what_the_server_refuses_is_not_sent_again_until_it_may_be_otherwise(
-    statements: Statements, clock: Clock
+class Driver:
+    """A driver's connection; the server answers each statement with `error`, or takes it."""
+
+    def __init__(self) -> None:
+        self.error: Error | None = None
+        self.sent = 0
+
+    def cmd_query(self, query: bytes) -> None:
+        self.sent += 1
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def driver(statements: Statements) -> Driver:
+    driver = Driver()
+    statements.guard(driver, SERVER)
+    return driver
+
+
+def test_what_the_server_refuses_of_several_rows_is_halved_until_it_may_be_otherwise(
+    statements: Statements, driver: Driver, clock: Clock
 ) -> None:
-    statements.refused(5 << 20)
-    assert statements.most(SERVER) == (5 << 20) - 1
+    driver.error = Error(errno=TOO_LARGE)
+    with statements.several(), pytest.raises(Error) as caught:
+        driver.cmd_query(bytes(5 << 20))
+    assert not isinstance(caught.value, StatementTooLong)
+    assert statements.share() == 5 << 19
+    with statements.several(), pytest.raises(Error):
+        driver.cmd_query(bytes(1000))
+    assert statements.share() == 500
     clock.now += 601
-    assert statements.most(SERVER) > 5 << 20
+    assert statements.share() is None
+
+
+def test_a_single_row_is_always_sent_if_the_server_takes_it(driver: Driver, clock: Clock) -> None:
+    longest = bytes(most(SERVER))
+    driver.error = Error(errno=2013)
+    for _ in range(20):
+        clock.now += 5
+        with pytest.raises(Error):
+            driver.cmd_query(longest)
+    driver.error = Error(errno=TOO_LARGE)
+    with pytest.raises(StatementTooLong):
+        driver.cmd_query(longest)
+    assert driver.sent == 21
+    driver.error = None
+    driver.cmd_query(longest)
+    with pytest.raises(StatementTooLong, match="max_allowed_packet"):
+        driver.cmd_query(longest + b"x")
+    assert driver.sent == 22
+
+
+def test_a_single_row_that_is_lost_for_long_is_too_long_as_long_as_it_is_lost(
+    driver: Driver, clock: Clock
+) -> None:
+    driver.error = Error(errno=2013)
+    for _ in range(4):
+        with pytest.raises(Error) as caught:
+            driver.cmd_query(bytes(3 << 20))
+        assert not isinstance(caught.value, StatementTooLong)
+        clock.now += 5
+    with pytest.raises(StatementTooLong, match="max_allowed_packet"):
+        driver.cmd_query(bytes(3 << 20))
+    driver.error = None
+    driver.cmd_query(bytes(3 << 20))
+    driver.error = Error(errno=2013)
+    with pytest.raises(Error) as caught:
+        driver.cmd_query(bytes(3 << 20))
+    assert not isinstance(caught.value, StatementTooLong)
 
 
 def test_each_loss_halves_the_share_of_many_rows(statements: Statements, clock: Clock) -> None:
@@ -58,31 +130,28 @@ def test_each_loss_halves_the_share_of_many_rows(statements: Statements, clock: 
     assert statements.share() is None
 
 
-def test_a_statement_that_is_lost_for_long_is_refused(statements: Statements, clock: Clock) -> None:
-    for _ in range(20):
-        statements.lost(3 << 20)
-    assert statements.most(SERVER) > 3 << 20  # all in one moment: the server may just have gone away
+def test_losses_show_a_length_if_they_last_and_are_not_old(statements: Statements, clock: Clock) -> None:
+    # All in one moment: the server may just have gone away.
+    assert not any(statements.lost(3 << 20) for _ in range(20))
     clock.now += 21
-    statements.lost(3 << 20)
-    assert statements.most(SERVER) == (3 << 20) - 1
+    assert statements.lost(3 << 20)
+    clock.now += 601
+    assert not statements.lost(3 << 20)
 
 
 def test_one_that_passes_acquits_all_that_are_no_longer(statements: Statements, clock: Clock) -> None:
     for _ in range(20):
         clock.now += 5
-        statements.lost(3 << 20)
+        assert not statements.lost(3 << 20)
         statements.passed(3 << 20)
-    assert statements.most(SERVER) > 3 << 20
 
 
 def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(statements: Statements, clock: Clock) -> None:
     for size in (9, 9, 8, 8, 3):
         clock.now += 10
-        statements.lost(size << 20)
-    assert statements.most(SERVER) > 9 << 20
+        assert not statements.lost(size << 20)
     clock.now += 10
-    statements.lost(9 << 20)
-    assert statements.most(SERVER) == (9 << 20) - 1
+    assert statements.lost(9 << 20)
 
 
 @given(st.lists(st.tuples(st.integers(), st.binary(max_size=300))), st.integers(0, 2000))
