@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deploy.local.cache import cache_root, entry_path, make_entry
 from deploy.local.commands import SetupError, run, say
-from deploy.local.debian import fetch_packages, install_packages, is_debian
+from deploy.local.debian import fetch_packages, has_debian_mirror, install_packages
 
 __all__ = ["MARIADB", "Server", "find_server", "make_server", "make_template", "template_path", "wanted_kind"]
 
@@ -106,12 +106,16 @@ def make_server(kind: str) -> Server:
         return server
     if kind == "mariadb":
         install_packages(MARIADB)
-    elif is_debian():
+    elif has_debian_mirror():
         say("fetching MySQL from Debian (60 MB)")
         make_entry("mysql", RECIPE, _fetch_tree)
     if server := find_server(kind):
         return server
-    raise SetupError("no MySQL 8.4 or later: please install one so that mysqld is on the PATH")
+    raise SetupError(
+        "no MySQL 8.4 or later, which is fetched on Debian itself alone: please install one so that mysqld is"
+        " on the PATH (on Ubuntu: package mysql-server-core, where the release has 8.4),"
+        " or set POSTROAD_LOCAL_DB=mariadb"
+    )
 
 
 def _template_recipe(server: Server) -> bytes:

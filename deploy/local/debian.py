@@ -13,14 +13,15 @@ from pathlib import Path
 from deploy.local.cache import locked
 from deploy.local.commands import SetupError, run, say
 
-__all__ = ["fetch_packages", "install_packages", "is_debian", "mirror", "preseed"]
+__all__ = ["fetch_packages", "has_debian_mirror", "install_packages", "is_debian", "mirror", "preseed"]
 
+OS_RELEASE = Path("/etc/os-release")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 def _os_release() -> dict[str, str]:
     try:
-        text = Path("/etc/os-release").read_text()
+        text = OS_RELEASE.read_text()
     except OSError:
         return {}
     return {key: value.strip('"') for key, _, value in (line.partition("=") for line in text.splitlines())}
@@ -31,6 +32,11 @@ def is_debian() -> bool:
     release = _os_release()
     family = (release.get("ID", ""), *release.get("ID_LIKE", "").split())
     return "debian" in family and shutil.which("apt-get") is not None
+
+
+def has_debian_mirror() -> bool:
+    """Whether this machine's mirror has Debian's own suites; that of a kin, such as Ubuntu, has not."""
+    return is_debian() and _os_release().get("ID") == "debian"
 
 
 def install_packages(names: Iterable[str]) -> None:

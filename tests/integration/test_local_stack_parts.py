@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import cache, debian
+from deploy.local import cache, database_tree, debian
 from deploy.local.commands import SetupError, run
 from deploy.local.demo_cases import CASES, plan
 from deploy.local.environment import given_variables, replaced, service_environment, stack_environment
@@ -103,6 +103,30 @@ def test_the_mirror_is_the_machines_own(tmp_path: Path, file: str, text: str) ->
 def test_no_mirror_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="mirror"):
         debian.mirror(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("release", "fetched"),
+    [
+        ("ID=debian\nVERSION_CODENAME=trixie\n", True),
+        ("ID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n", False),
+        ('ID=linuxmint\nID_LIKE="ubuntu debian"\n', False),
+        ("ID=fedora\n", False),
+    ],
+)
+def test_mysql_is_fetched_from_debians_mirrors_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, fetched: bool
+) -> None:
+    (tmp_path / "os-release").write_text(release)
+    monkeypatch.setattr(debian, "OS_RELEASE", tmp_path / "os-release")
+    monkeypatch.setattr(debian.shutil, "which", lambda *_, **__: "/usr/bin/apt-get")
+    monkeypatch.setattr(database_tree, "find_server", lambda _: None)
+    asked = []
+    monkeypatch.setattr(database_tree, "make_entry", lambda *_: asked.append("mysql"))
+    # What an operator is to do stands in the error.
+    with pytest.raises(SetupError, match=r"MySQL 8\.4.*mysqld.*PATH.*POSTROAD_LOCAL_DB=mariadb"):
+        database_tree.make_server("mysql")
+    assert bool(asked) == fetched
 
 
 def test_a_command_that_fails_tells_why_and_is_tried_again(tmp_path: Path) -> None:
