@@ -18,7 +18,7 @@ from tests.e2e.road import Road, until
 from tests.forms import by_form
 from tests.stack import Stack
 
-RACES = by_form(400, 2000)
+RACES = by_form(200, 2000)
 CALLERS = 32
 # What the mail server does to them, and so how long the sender has them in hand.
 KINDS = ("a", "a", "slow-20", "slow-80", "slow-300", "greylist", "reject5", "drop-before")

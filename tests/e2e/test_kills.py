@@ -14,7 +14,7 @@ from tests.forms import by_form
 from tests.groups import describe
 from tests.stack import Stack
 
-TASKS = by_form(400, 2000)
+TASKS = by_form(300, 2000)
 SERVICES = ("api", "validator", "sender", "status")
 
 
@@ -60,10 +60,11 @@ def test_senders_come_and_go(new_stack: Callable[..., Stack]) -> None:
 
 
 class Load:
-    """Careful callers that create tasks until told to end. A context manager; `end` raises what they met."""
+    """Careful callers that create tasks until told to end, `rate` a second. A context manager; `end` raises
+    what they met."""
 
-    def __init__(self, road: Road, mark: str, callers: int = 8) -> None:
-        self._road, self._mark = road, mark
+    def __init__(self, road: Road, mark: str, callers: int = 8, rate: float = 40.0) -> None:
+        self._road, self._mark, self._pause = road, mark, callers / rate
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(callers)
         self.ids: list[str] = []
@@ -75,6 +76,7 @@ class Load:
                 return
             email = f"u{lane}-{number}@d{number % 50}.ok.test"
             self.ids.append(self._road.create_surely(email, f"{self._mark}-{lane}-{number}"))
+            self._stop.wait(self._pause)
 
     def end(self) -> None:
         """Let each caller finish its task."""

@@ -11,9 +11,10 @@ import pytest
 
 from tests.cli import Command
 from tests.e2e.road import Road, until
+from tests.forms import by_form
 from tests.stack import Stack
 
-AWAY = 20.0
+AWAY = by_form(6.0, 20.0)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ class Load:
                 self.refused.append(error.code())  # type: ignore[attr-defined]
             self.slowest = max(self.slowest, time.monotonic() - began)
             number += 1
-            self._stop.wait(0.05)
+            self._stop.wait(0.2)
 
     def __enter__(self) -> Load:
         self._threads = [threading.Thread(target=self._run, args=(lane,)) for lane in range(4)]
@@ -70,7 +71,7 @@ def test_mysql_away(road: Road, stack: Stack) -> None:
     with Load(road, "m") as load:
         _away(stack, "mysql", load)
         before = len(load.accepted)
-        until(lambda: len(load.accepted) > before + 40, "Creates are taken again", 15)
+        until(lambda: len(load.accepted) > before + 20, "Creates are taken again", 15)
     assert load.refused, "nothing was refused while there was no database"
     assert set(load.refused) == {grpc.StatusCode.UNAVAILABLE}
     assert load.slowest < 15, "a Create hung"
@@ -89,7 +90,7 @@ def test_kafka_away(road: Road, stack: Stack) -> None:
         until(lambda: watch.objects, "a first sample of the lag")
         _away(stack, "kafka-1", load)
         before, samples = len(load.accepted), len(watch.objects)
-        until(lambda: len(load.accepted) > before + 40, "Creates go on", 15)
+        until(lambda: len(load.accepted) > before + 20, "Creates go on", 15)
         until(
             lambda: (
                 len(watch.objects) > samples

@@ -15,8 +15,10 @@ from sqlalchemy import Engine
 from services.common.database import engine_of
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
+from tests.forms import by_form
 from tests.stack import ROOT, Stack
 
+TASKS = by_form(120, 400)
 ENDS = ("user@d{}.ok.test", "reject5+{}@good.test", "user{}@nullmx.test", "greylist+{}@good.test")
 
 
@@ -55,13 +57,13 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
     stack.up()
     engine = engine_of(stack.env()["POSTROAD_DATABASE_URL"])
     with Road(stack) as road:
-        emails = [ENDS[n % 4].format(n) for n in range(400)]
+        emails = [ENDS[n % 4].format(n) for n in range(TASKS)]
         ids = road.create_many(emails, "before")
         road.settled(ids, 90)
         until(lambda: not any(road.lag().values()), "all committed", 30)
         until(lambda: not one(engine, "SELECT COUNT(*) FROM outbox"), "all published", 30)
         before = dump(engine)
-        assert len(before["tasks"]) == 400
+        assert len(before["tasks"]) == TASKS
         assert rebuilt(stack)["differing"] == 0
 
         with engine.begin() as connection:
@@ -72,8 +74,8 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
             count = len(load.ids)
             report = rebuilt(stack, "--yes")
             assert report["swapped"]
-            assert report["missing"] >= 400
-            until(lambda: len(load.ids) > count + 200, "tasks go on arriving")
+            assert report["missing"] >= TASKS
+            until(lambda: len(load.ids) > count + 60, "tasks go on arriving")
         tasks = road.settled(load.ids, 90)
         assert {task.status for task in tasks.values()} == {"completed"}
         road.sent_once(load.ids)
@@ -82,7 +84,7 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
             assert {key: after[table].get(key) for key in before[table]} == before[table]
         lost = before["deliveries"].keys() - after["deliveries"].keys()
         assert not lost, Counter(state for _, state in lost)
-        assert len(after["tasks"]) == 400 + len(load.ids)
+        assert len(after["tasks"]) == TASKS + len(load.ids)
         assert rebuilt(stack)["differing"] == 0
 
         # The senders meet every record again, and know each mail for sent.
