@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import forked
+
 __all__ = ["Command", "Done", "Following"]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,17 +102,8 @@ class Command:
 
     def __call__(self, *arguments: str, given: str = "", **variables: str) -> Done:
         """Run it with pipes; `given` is its stdin."""
-        done = subprocess.run(
-            [*ARGV, *arguments],
-            env=self.environment | variables,
-            cwd=ROOT,
-            input=given,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=90,
-        )
-        return Done(done.returncode, done.stdout, done.stderr)
+        done = forked.run("services.cli", arguments, self.environment | variables, given=given, seconds=90)
+        return Done(*done)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start it with pipes and leave it running; it heeds Ctrl-C however the tests were started."""

@@ -3,7 +3,7 @@
 import pytest
 
 import tests.forms  # noqa: F401  (loads the profile of this run's form)
-from tests import reaper
+from tests import forked, reaper
 from tests.order import pytest_collection_modifyitems
 from tests.reaper import pytest_configure
 from tests.stack import (
@@ -39,4 +39,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         if not hasattr(config, "workerinput"):
             end_shared_servers()
     finally:
+        forked.end()
         reaper.pytest_unconfigure(config)

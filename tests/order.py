@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator
 
 import pytest
+
+from tests.forms import LONG
 
 __all__ = ["pytest_collection_modifyitems"]
 
@@ -13,6 +16,8 @@ _FIRST = (
     "tests/chaos/test_chaos",
     "tests/e2e",
     "tests/integration/test_local_stack",
+    "tests/integration/test_api_list",
+    "tests/integration/test_api_watch",
     "tests/integration/test_stage",
     "tests/integration/test_re",
     "tests/integration",
@@ -26,18 +31,31 @@ _TOGETHER = (
     "tests/integration/test_fold_sql",
     "tests/integration/smtp/test_smtp_postfix",
 )
-# The longest chains. A whole system keeps both cores busy: as many at once as there are cores are enough.
-_CHAINS = ("own_stack", "stack", "breaks_servers")
+# The longest chains. A whole system keeps a core busy: a few more at once than there are cores are enough.
+_CHAINS = ("own_stack_1", "own_stack_2", "stack", "breaks_servers")
+
+
+# The short form runs these under the first variant only: the default protocol, MySQL. Other modules run both.
+_FIRST_VARIANT = (
+    "tests/integration/test_api_list",
+    "tests/integration/test_rebuild",
+    "tests/integration/test_stage_invariants",
+)
+_SECOND = {"kit": "classic", "server": "mariadb", "large": "mariadb"}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, None, None]:
-    """Put the long tests first; name the group that a test belongs to, for `--dist loadgroup`.
+    """Put the long tests first; name the group that a test belongs to, for `--dist loadgroup`. In the short
+    form, leave out second variants.
 
     A wrapper: pytest-xdist reads the groups in its own hook, which it has called before any plain one.
     """
+    if left_out := [] if LONG else [item for item in items if _is_second(item)]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not _is_second(item)]
     groups = {item: group for item in items if (group := _group(item))}
     # Without its plugin the marker is unknown, which `--strict-markers` makes an error.
     if config.pluginmanager.has_plugin("xdist"):
@@ -47,12 +65,19 @@ def pytest_collection_modifyitems(
     yield
 
 
+def _is_second(item: pytest.Item) -> bool:
+    if not item.nodeid.startswith(_FIRST_VARIANT):
+        return False
+    params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    return any((params or {}).get(name) == second for name, second in _SECOND.items())
+
+
 def _group(item: pytest.Item) -> str:
     if item.get_closest_marker("breaks_servers"):
         return "breaks_servers"
     fixtures = getattr(item, "fixturenames", ())
     if "new_servers" in fixtures:
-        return "own_stack"
+        return f"own_stack_{1 + zlib.crc32(item.nodeid.encode()) % 2}"
     if "stack" in fixtures:
         return "stack"
     return next((start for start in _TOGETHER if item.nodeid.startswith(start)), "")

@@ -21,7 +21,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from sqlalchemy import make_url
 
 from deploy.local.database_tree import find_server, make_template
 from services.common.topics import Names
+from tests import forked
 from tests.reaper import RUN
 
 __all__ = [
@@ -65,18 +65,11 @@ class Stack:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
         # A test's broker ends before the second compiler has earned what it costs.
         clean["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
-        done = subprocess.run(
-            [sys.executable, "-m", "deploy.local", *arguments],
-            env={**clean, **self._given, "POSTROAD_LOCAL_DIR": str(self.directory)},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-        if check and done.returncode:
-            raise AssertionError(f"deploy.local {' '.join(arguments)}: {done.stdout}{done.stderr}")
-        return done
+        environment = {**clean, **self._given, "POSTROAD_LOCAL_DIR": str(self.directory)}
+        done = forked.run("deploy.local", arguments, environment)
+        if check and done[0]:
+            raise AssertionError(f"deploy.local {' '.join(arguments)}: {done[1]}{done[2]}")
+        return subprocess.CompletedProcess(arguments, *done)
 
     def up(self, *options: str) -> None:
         """Start what does not run, with options such as `--sender`, `3`; returns when all is ready."""
@@ -304,7 +297,7 @@ def new_servers() -> Iterator[Callable[..., Stack]]:
 @pytest.fixture
 def new_stack(infra: Infra, new_servers: Callable[..., Stack]) -> Callable[..., Stack]:
     """`new_stack(POSTROAD_ON_UNCERTAIN="hold")` is a system with that setting, not up yet."""
-    return lambda **given: new_servers(**shared(infra), **given)
+    return lambda **given: new_servers(**{**shared(infra), **given})
 
 
 def shared(infra: Infra) -> dict[str, str]:
@@ -313,4 +306,5 @@ def shared(infra: Infra) -> dict[str, str]:
         "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
         "POSTROAD_DATABASE_URL": infra.new_database(),
         "POSTROAD_TOPIC_PREFIX": infra.topic_prefix(),
+        "POSTROAD_PARTITIONS": "3",
     }

@@ -14,7 +14,7 @@ from tests.stack import Stack
 
 def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., Stack]) -> None:
     """Keys move to other partitions with tasks in every state, deferred ones among them."""
-    stack = new_stack(POSTROAD_PARTITIONS="3", POSTROAD_SENDER_DELAYS="1,3", POSTROAD_VALIDATOR_DELAYS="1,3")
+    stack = new_stack(POSTROAD_SENDER_DELAYS="1,3", POSTROAD_VALIDATOR_DELAYS="1,3")
     stack.up("--sender", "2", "--status", "2")
     postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": "6"})
     refused = postroad("topics", "apply")
@@ -61,7 +61,7 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         # The stages' producers learn of the new partitions within five minutes; a restart is sooner.
         for name in ("validator-1", "sender-1", "sender-2", "status-1", "status-2", "api-1"):
             stack.stop(name)
-            stack.start(name)
+        stack.up()
         until(lambda: len(ids) > before + 100, "more tasks")
         enough.set()
         thread.join(60)

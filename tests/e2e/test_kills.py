@@ -37,7 +37,7 @@ def test_each_service_killed_in_turn(stack: Stack) -> None:
 
 @pytest.mark.timeout(600)
 def test_senders_come_and_go(new_stack: Callable[..., Stack]) -> None:
-    stack = new_stack()
+    stack = new_stack(POSTROAD_PARTITIONS="12")
     stack.up("--sender", "3")
     with Road(stack) as road:
         until(lambda: len(_spread(road)) == 3, "three owners", 30)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,27 +11,21 @@ import pytest
 from sqlalchemy import Engine
 
 from services.common.database import engine_of
+from tests import forked
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
 from tests.forms import by_form
-from tests.stack import ROOT, Stack
+from tests.stack import Stack
 
 TASKS = by_form(120, 400)
 ENDS = ("user@d{}.ok.test", "reject5+{}@good.test", "user{}@nullmx.test", "greylist+{}@good.test")
 
 
 def rebuilt(stack: Stack, *arguments: str, code: int = 0) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "services.cli", "rebuild", "-o", "json", *arguments],
-        env={"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "PATH": "/usr/bin:/bin"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    environment = {"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "PATH": "/usr/bin:/bin"}
+    ended, out, err = forked.run("services.cli", ["rebuild", "-o", "json", *arguments], environment)
+    assert ended == code, out + err
+    return json.loads(out)  # type: ignore[no-any-return]
 
 
 def rows(engine: Engine, query: str) -> dict[Any, Any]:

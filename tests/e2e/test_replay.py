@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +14,7 @@ from confluent_kafka import Producer, TopicPartition
 from postroad.v1 import events_pb2 as events
 from services.common.events import encode
 from services.common.topics import EVENT_TOPICS, READ_BY, TASK_CREATED
+from tests import forked
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
 from tests.forms import by_form
@@ -36,16 +35,10 @@ SETTINGS = {
 def replay(stack: Stack, *arguments: str) -> dict[str, Any]:
     """Run `postroad replay` to its end and return its result."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "services.cli", "replay", *arguments, "--yes", "-o", "json"],
-        env={**clean, **stack.env(), **SETTINGS},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
+    command = ("replay", *arguments, "--yes", "-o", "json")
+    code, out, err = forked.run("services.cli", command, {**clean, **stack.env(), **SETTINGS})
+    assert code == 0, err
+    result: dict[str, Any] = json.loads(out)
     print(*arguments, *(f"{c['status']}/{c['reason']} {c['what']} {c['records']};" for c in result["counts"]))
     return result
 

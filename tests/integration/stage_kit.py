@@ -44,9 +44,11 @@ def passed_on(record: Record) -> Done:
 async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     """Return once `condition` holds; fails after `seconds`."""
     deadline = time.monotonic() + seconds
+    pause = 0.01
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come to hold in time"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
+        pause = min(1.2 * pause, 0.1)
 
 
 class Watched(Consumer):

@@ -23,10 +23,11 @@ from services.common.schema import from_micros
 from services.common.timeline import timeline
 from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually
+from tests.forms import by_form
 from tests.stack import Infra
 
 SECOND = 1_000_000
-STANDING = 50_000
+STANDING = by_form(10_000, 50_000)
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_each_goes_at_its_time_though_tens_of_thousands_wait_and_api_and_databas
     with ApiProcess(road) as first, ApiProcess(road) as second:
         start = now_us() + 2 * SECOND
         times = {create(first, start + n * 150_000).id: start + n * 150_000 for n in range(10)}
-        late = now_us() + 15 * SECOND
+        late = now_us() + 10 * SECOND
         times |= {create(second, late + n * 150_000).id: late + n * 150_000 for n in range(10)}
         eventually(lambda: len(published_at(road)) >= 10)
         # Two replicas, one record each.

@@ -39,6 +39,7 @@ from services.common.timeline import timeline
 from services.common.topics import EVENT_TOPICS
 from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually
+from tests.forms import by_form
 from tests.groups import describe
 from tests.stack import Infra
 
@@ -321,6 +322,7 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(road: Road, stages: Tel
     def work(api: ApiProcess) -> None:
         while not enough.is_set():
             batch = [create(api) for _ in range(8)]
+            enough.wait(0.05)
             tasks.extend(batch)
             steps: list[Sequence[Event]] = [(ok(t), deferred(t, 1), sent(t, 2)) for t in batch]
             # Within a task the topics' order is anybody's.
@@ -332,7 +334,7 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(road: Road, stages: Tel
         worker = threading.Thread(target=work, args=(api,))
         worker.start()
         try:
-            for _ in range(20):
+            for _ in range(by_form(8, 20)):
                 with Stream(chance.choice((api, other)), token) as watch:
                     eventually(partial(reached, watch, chance.randint(1, 60)))
                 # A client knows no more than what it read.

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from services.common import topics
 from services.common.config import Settings
+from tests import forked
 from tests.stack import Infra
 
 
 def postroad(bootstrap: str, prefix: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"POSTROAD_KAFKA_BOOTSTRAP": bootstrap, "POSTROAD_TOPIC_PREFIX": prefix}
-    return subprocess.run(
-        [sys.executable, "-m", "services.cli", "topics", "apply"],
-        env=environment | {"POSTROAD_PARTITIONS": "2"} | more,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    command = ("topics", "apply")
+    done = forked.run("services.cli", command, environment | {"POSTROAD_PARTITIONS": "2"} | more)
+    return subprocess.CompletedProcess(command, *done)
 
 
 def test_missing_topics_are_created_and_the_rest_is_compared(infra: Infra) -> None:

@@ -2,13 +2,13 @@
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import mysql.connector
+import pytest
 from sqlalchemy import make_url
 
-from tests.stack import Infra, Stack
+from tests.stack import Infra
 
 SERVERS = ("catcher", "dns", "kafka-1", "mysql")
 
@@ -59,9 +59,8 @@ def test_mysql_is_durable_and_reads_committed(infra: Infra) -> None:
     assert version.startswith(("9.7", "8.4"))
 
 
-def test_killed_servers_come_back_at_their_places(new_servers: Callable[..., Stack]) -> None:
-    servers = new_servers()
-    servers.up("--infra-only")
+@pytest.mark.breaks_servers
+def test_killed_servers_come_back_at_their_places(servers: Infra) -> None:
     env = servers.env()
     for name in SERVERS:
         pid = servers.pid(name)

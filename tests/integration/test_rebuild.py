@@ -37,6 +37,7 @@ from services.common.timeline import timeline
 from services.common.topics import EVENT_TOPICS
 from services.common.transactions import transaction
 from services.sender.claims import Claims
+from tests.forms import by_form
 from tests.stack import Infra
 
 NOW_US = time.time_ns() // 1000
@@ -463,7 +464,7 @@ def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
     api_thread = guarded(api)
     threads = [api_thread, guarded(status), guarded(reader)]
     try:
-        for _ in range(4):
+        for _ in range(by_form(2, 4)):
             road.do("UPDATE tasks SET subject = 'wrong' ORDER BY id LIMIT 1")
             road.rebuild()
     finally:
@@ -529,7 +530,7 @@ def test_there_is_one_at_a_time(road: Road, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_that_is_killed_leaves_the_tables_and_can_be_run_again(road: Road) -> None:
-    road.travel(4000)
+    road.travel(by_form(1500, 4000))
     before = road.dump()
     road.do("DELETE FROM tasks LIMIT 100")
     less = road.dump()

@@ -48,6 +48,7 @@ from services.common.stage.clients import producer_config
 from services.common.stage.headers import Origin, delayed, parse_return
 from services.common.taskstore import upsert
 from services.common.topics import MAIL_SENT, MX_OK, TASK_CREATED
+from tests import forked
 from tests.stack import Infra
 
 pytestmark = pytest.mark.timeout(120)
@@ -130,9 +131,9 @@ class Site:
 
     def replay(self, *arguments: str, code: int = 0) -> dict[str, Any]:
         """Run it to its end; returns its result."""
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
+        command = ("replay", *arguments, "-o", "json")
+        ended, out, err = forked.run("services.cli", command, self.environment, seconds=60)
+        assert ended == code, err
         return json.loads(out) if out else {"said": err}
 
     def records(self, topic: str) -> list[Any]:

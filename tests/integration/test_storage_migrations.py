@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from services.common.database import engine_of
 from services.common.migrations import migrate
 from services.common.schema import metadata
+from tests import forked
 from tests.stack import Infra
 
 
@@ -103,14 +103,7 @@ def test_a_database_that_is_not_there_is_an_error(server: Infra) -> None:
 
 def postroad(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"POSTROAD_DATABASE_URL": url}
-    return subprocess.run(
-        [sys.executable, "-m", "services.cli", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    return subprocess.CompletedProcess(arguments, *forked.run("services.cli", arguments, environment))
 
 
 def test_the_command_migrates(server: Infra) -> None:

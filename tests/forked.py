@@ -1,0 +1,80 @@
+"""Commands of this project, run in processes of their own that have nothing left to import.
+
+To start Python and import what a command needs costs a second, more than most commands do. One process a
+worker has imported it all, and is forked for each command.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker, util
+from pathlib import Path
+
+__all__ = ["end", "run"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "confluent_kafka.admin",
+        "deploy.local.command_line",
+        "grpc",
+        "services.cli.channel",
+        "services.cli.database",
+        "services.cli.dead.back",
+        "services.cli.lag.read",
+        "services.cli.main",
+        "services.cli.rebuild.run",
+        "services.cli.replay.run",
+        "services.common.migrations",
+        "services.common.topics",
+    ]
+)
+
+
+def run(
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    given: str = "",
+    seconds: float = 240,
+) -> tuple[int, str, str]:
+    """Run `python -m module arguments`; `given` is its stdin. Return its exit code, stdout and stderr.
+
+    Its working directory is this process's. Blocks; raises TimeoutError after `seconds`.
+    """
+    with tempfile.TemporaryDirectory(prefix="postroad-command-") as directory:
+        streams = [str(Path(directory) / name) for name in ("stdin", "stdout", "stderr")]
+        Path(streams[0]).write_text(given)
+        process = _context.Process(target=_main, args=(module, list(arguments), dict(environment), streams))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutError(f"{module} {' '.join(arguments)} still runs after {seconds:g} s")
+        return process.exitcode, Path(streams[1]).read_text(), Path(streams[2]).read_text()
+
+
+def end() -> None:
+    """End what `multiprocessing` keeps running until this process exits: the run counts it as left over."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+    util._run_finalizers()  # type: ignore[attr-defined]
+
+
+def _main(module: str, arguments: list[str], environment: dict[str, str], streams: list[str]) -> None:
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
