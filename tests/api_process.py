@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -26,6 +24,7 @@ from services.api import uuid7
 from services.common.config import Settings
 from services.common.migrations import migrate
 from services.common.topics import EVENT_TOPICS, TASK_CREATED
+from tests import forked
 from tests.stack import Infra
 
 __all__ = ["ApiProcess", "Road", "eventually", "request"]
@@ -132,16 +131,11 @@ class ApiProcess:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
         given = {"POSTROAD_LISTEN": self.target, "POSTROAD_HTTP_LISTEN": self.http} | environment
         self._environment = clean | road.environment | given
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: forked.Process | None = None
 
     def start(self) -> None:
         """Start the process, whether or not it will become ready."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.api"],
-            env=self._environment,
-            cwd=Path(__file__).parents[1],
-            stderr=self._log,
-        )
+        self.process = forked.Process("services.api", self._environment, Path(self._log.name))
 
     def __enter__(self) -> ApiProcess:
         self.start()

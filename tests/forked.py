@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 
-__all__ = ["end", "run"]
+__all__ = ["Process", "end", "run"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -28,6 +28,7 @@ _context.set_forkserver_preload(
         "services.cli.database",
         "services.cli.dead.back",
         "services.cli.lag.read",
+        "services.api.service",
         "services.cli.main",
         "services.cli.rebuild.run",
         "services.cli.replay.run",
@@ -60,6 +61,37 @@ def run(
             process.join()
             raise TimeoutError(f"{module} {' '.join(arguments)} still runs after {seconds:g} s")
         return process.exitcode, Path(streams[1]).read_text(), Path(streams[2]).read_text()
+
+
+class Process:
+    """`python -m module`, running; `log` gets its stdout and stderr. Its methods are `subprocess.Popen`'s."""
+
+    def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
+        streams = [os.devnull, str(log), str(log)]
+        self._process = _context.Process(target=_main, args=(module, [], dict(environment), streams))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return its exit code (of a signal, its negative number); None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send it SIGKILL."""
+        self._process.kill()
+
+    def wait(self, seconds: float) -> int:
+        """Return its exit code; raises TimeoutError if it still runs after `seconds`."""
+        self._process.join(seconds)
+        if (code := self._process.exitcode) is None:
+            raise TimeoutError(f"process {self.pid} still runs after {seconds:g} s")
+        return code
 
 
 def end() -> None:

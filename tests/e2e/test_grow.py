@@ -61,7 +61,7 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         # The stages' producers learn of the new partitions within five minutes; a restart is sooner.
         for name in ("validator-1", "sender-1", "sender-2", "status-1", "status-2", "api-1"):
             stack.stop(name)
-        stack.up()
+        Stack(stack.directory, {"POSTROAD_PARTITIONS": "6"}).up()
         until(lambda: len(ids) > before + 100, "more tasks")
         enough.set()
         thread.join(60)

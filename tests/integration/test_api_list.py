@@ -24,12 +24,13 @@ from services.common.schema import STATUSES, from_micros
 from services.common.statements import execute_rows
 from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road
+from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
 from tests.stack import Infra
 
 Table = tuple[Engine, list[Row]]
 
-ROWS = 100_000
+ROWS = by_form(30_000, 100_000)
 FIRST_US = 1_790_000_000_000_000
 STEP_US = 1000
 CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"

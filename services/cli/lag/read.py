@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
-from confluent_kafka import OFFSET_INVALID, KafkaError, TopicPartition
+from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.cli import kafka
@@ -30,6 +30,7 @@ class Reader:
     def __init__(self, settings: Settings, stages: Sequence[str]) -> None:
         self._names = Names(settings.topic_prefix)
         self._config = plain_config(settings, "postroad")
+        self._settings = settings
         self._admin = kafka.admin(settings)
         self._onlookers = {stage: kafka.onlooker(settings, self._names.group(stage)) for stage in stages}
         self._consumer = kafka.reader(
@@ -102,7 +103,13 @@ class Reader:
 
     def _offsets(self, spec: OffsetSpec) -> dict[Place, int]:
         asked = {self._full(place): spec for place in self._places}
-        return {self._place(partition): offset for partition, offset in kafka.offsets(self._admin, asked)}
+        try:
+            return {self._place(partition): offset for partition, offset in kafka.offsets(self._admin, asked)}
+        except KafkaException:
+            # An AdminClient goes on asking with the leader epochs that it knows. After an election each
+            # answer is FENCED_LEADER_EPOCH (KIP-320); a new client knows the new epochs.
+            self._admin = kafka.admin(self._settings)
+            raise
 
     def _groups(self) -> dict[str, Group]:
         names = {stage: self._names.group(stage) for stage in self.reads}
