@@ -7,12 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from services.common.stage import group_description
 from services.common.stage.group_description import Group
 
 __all__ = ["Offsets", "describe"]
+
+_NO_COORDINATOR = frozenset(
+    {
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.NOT_COORDINATOR,
+    }
+)
+
+
+def _moves(error: BaseException) -> bool:
+    return isinstance(error, KafkaException) and error.args[0].code() in _NO_COORDINATOR
+
+
+_patiently = Retrying(
+    retry=retry_if_exception(_moves), stop=stop_after_delay(20), wait=wait_fixed(0.1), reraise=True
+)
 
 
 class Offsets:
@@ -57,13 +75,18 @@ class Offsets:
     def committed(self, partitions: Iterable[TopicPartition]) -> dict[tuple[str, int], int]:
         """Return the next offset of each of these partitions, without those of no commit.
 
-        Raises KafkaException.
+        Waits for the group's coordinator, which a broker that has just started may not be yet. Raises
+        KafkaException.
         """
-        found = self._consumer.committed(list(partitions), timeout=20)
+        found = _patiently(self._committed, list(partitions))
+        return {(at.topic, at.partition): at.offset for at in found if at.offset >= 0}
+
+    def _committed(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        found: list[TopicPartition] = self._consumer.committed(partitions, timeout=20)
         for at in found:
             if at.error is not None:
                 raise KafkaException(at.error)
-        return {(at.topic, at.partition): at.offset for at in found if at.offset >= 0}
+        return found
 
     def reset(self, offsets: Iterable[TopicPartition]) -> None:
         """Commit these offsets for a group that has no members. Raises KafkaException."""

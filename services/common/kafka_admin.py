@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException
@@ -86,6 +87,7 @@ def grow(settings: Settings) -> Sequence[str]:
         new = [NewPartitions(name, settings.partitions) for name in small]
         for done in admin.create_partitions(new, operation_timeout=TIMEOUT, request_timeout=TIMEOUT).values():
             done.result()
+        _wait_until_shown(admin, dict.fromkeys(small, settings.partitions))
     return list(small)
 
 
@@ -112,7 +114,25 @@ def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
             # Another one applies them at the same time.
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
+    _wait_until_shown(admin, {topic.name: topic.partitions for topic in topics if topic.name in created})
     return created
+
+
+def _wait_until_shown(admin: AdminClient, partitions: Mapping[str, int]) -> None:
+    """Wait until the topics are shown with so many partitions: a broker's metadata follow the controller's.
+
+    Raises `confluent_kafka.KafkaException` where that takes too long.
+    """
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        known = admin.list_topics(timeout=TIMEOUT).topics
+        if all(name in known and len(known[name].partitions) >= n for name, n in partitions.items()):
+            return
+        if time.monotonic() > deadline:
+            raise KafkaException(
+                KafkaError(KafkaError._TIMED_OUT, "the brokers do not show the new partitions")
+            )
+        time.sleep(0.05)
 
 
 def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[list[Topic], list[str]]:

@@ -61,14 +61,15 @@ class Telling:
         self.engine = engine_of(road.database_url)
 
     def tell(self, *events: Event, fold: bool = True, header: tuple[str, bytes] | None = None) -> None:
-        """Publish, and return when all are acked."""
+        """Publish, and return when all are acked. All have one time, however long this takes."""
+        at = time.time_ns() // 1_000_000
         for event in events:
             record = encode(event, "test")
             topic = self._road.prefix + record.topic
             headers = [*record.headers, *([header] if header else [])]
             while True:
                 try:
-                    self._producer.produce(topic, record.value, record.key, headers=headers)  # type: ignore[arg-type]
+                    self._producer.produce(topic, record.value, record.key, headers=headers, timestamp=at)  # type: ignore[arg-type]
                     break
                 except BufferError:
                     self._producer.poll(0.1)
