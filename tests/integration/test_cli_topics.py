@@ -10,6 +10,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from services.common import topics
 from services.common.config import Settings
 from tests import forked
+from tests.api_process import eventually
 from tests.stack import Infra
 
 
@@ -43,6 +44,13 @@ def alter(bootstrap: str, topic: str, setting: str, value: str) -> None:
     admin = AdminClient({"bootstrap.servers": bootstrap})
     for done in admin.incremental_alter_configs([resource]).values():
         done.result(10)
+    eventually(lambda: setting_of(admin, topic, setting) == value)
+
+
+def setting_of(admin: AdminClient, topic: str, setting: str) -> str | None:
+    [described] = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic)]).values()
+    value: str | None = described.result(10)[setting].value
+    return value
 
 
 def test_a_setting_that_differs_is_named(infra: Infra) -> None:
@@ -64,6 +72,8 @@ def test_a_retention_that_is_too_short_is_raised_and_a_longer_one_stays(infra: I
     applied = postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7")
     assert (applied.returncode, applied.stderr) == (0, "")
     assert applied.stdout.splitlines() == [f"kept longer {short}", "The topics are as they must be."]
+    admin = AdminClient({"bootstrap.servers": infra.bootstrap})
+    eventually(lambda: setting_of(admin, short, "retention.ms") not in ("604800000", None))
     again = postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7")
     assert (again.returncode, again.stdout) == (0, "The topics are as they must be.\n")
 
