@@ -22,7 +22,6 @@ from postroad.v1 import events_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api import uuid7
 from services.common.config import Settings
-from services.common.migrations import migrate
 from services.common.topics import EVENT_TOPICS, TASK_CREATED
 from tests import forked
 from tests.stack import Infra
@@ -55,9 +54,8 @@ class Road:
 
     def __init__(self, infra: Infra) -> None:
         self.infra = infra
-        self.database_url = infra.new_database()
+        self.database_url = infra.migrated_database()
         self.prefix = infra.topic_prefix()
-        migrate(self.database_url)
         admin = AdminClient({"bootstrap.servers": infra.bootstrap})
         config = {"max.message.bytes": str(5 << 20)}
         topics = [NewTopic(self.prefix + name, 3, 1, config=config) for name in EVENT_TOPICS]

@@ -59,11 +59,13 @@ class Offsets:
 
     def partitions(self, topics: Iterable[str] | None = None) -> list[TopicPartition]:
         """Return the partitions of these topics, where they exist; without topics, of all but Kafka's own."""
-        known = self._consumer.list_topics(timeout=20).topics
-        wanted = [name for name in known if name[0] != "_"] if topics is None else topics
-        return [
-            TopicPartition(topic, n) for topic in wanted if topic in known for n in known[topic].partitions
-        ]
+        if topics is None:
+            everything = self._consumer.list_topics(timeout=20).topics
+            found = {name: topic for name, topic in everything.items() if name[0] != "_"}
+        else:
+            # One by one: a broker with a thousand topics would else describe them all.
+            found = {name: self._consumer.list_topics(name, timeout=20).topics[name] for name in topics}
+        return [TopicPartition(name, n) for name, topic in found.items() for n in topic.partitions]
 
     def bounds(self, partitions: Iterable[TopicPartition]) -> dict[tuple[str, int], tuple[int, int]]:
         """Return the first and the next offset of each of these partitions. Raises KafkaException."""

@@ -23,6 +23,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ import pytest
 from sqlalchemy import make_url
 
 from deploy.local.database_tree import find_server, make_template
+from services.common.migrations import VERSION_TABLE, migrate
 from services.common.topics import Names
 from tests import forked
 from tests.reaper import RUN
@@ -161,16 +164,50 @@ class Infra(Stack):
 
     def new_database(self) -> str:
         """Create an empty database; returns its SQLAlchemy URL."""
-        url = make_url(self.database_url)
         name = f"test_{secrets.token_hex(6)}"
+        with self._cursor() as cursor:
+            cursor.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
+        return make_url(self.database_url).set(database=name).render_as_string(hide_password=False)
+
+    def migrated_database(self) -> str:
+        """Create a database with this version's tables; returns its SQLAlchemy URL."""
+        url = self.new_database()
+        with self._cursor(make_url(url).database) as cursor:
+            for statement in self._tables:
+                cursor.execute(statement)
+        return url
+
+    @cached_property
+    def _tables(self) -> list[str]:
+        """What makes the tables of a migrated database: much quicker than to migrate another one."""
+        url = self.new_database()
+        migrate(url)
+        with self._cursor(make_url(url).database) as cursor:
+            cursor.execute("SHOW TABLES")
+            statements = []
+            for (name,) in cursor.fetchall():
+                cursor.execute(f"SHOW CREATE TABLE {name}")
+                [(_, statement)] = cursor.fetchall()
+                statements.append(statement)
+            cursor.execute(f"SELECT version_num FROM {VERSION_TABLE}")
+            [(version,)] = cursor.fetchall()
+        return [*statements, f"INSERT INTO {VERSION_TABLE} VALUES ('{version}')"]
+
+    @contextmanager
+    def _cursor(self, database: str | None = None) -> Iterator[Any]:
+        url = make_url(self.database_url)
         with (
             mysql.connector.connect(
-                host=url.host, port=url.port, user=url.username, password=url.password
+                host=url.host,
+                port=url.port,
+                user=url.username,
+                password=url.password,
+                database=database or "",
+                autocommit=True,
             ) as connection,
             connection.cursor() as cursor,
         ):
-            cursor.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
-        return url.set(database=name).render_as_string(hide_password=False)
+            yield cursor
 
     def topic_prefix(self) -> str:
         """A prefix for topic and group names that no other test has."""

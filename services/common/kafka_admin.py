@@ -114,7 +114,8 @@ def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
             # Another one applies them at the same time.
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
-    _wait_until_shown(admin, {topic.name: topic.partitions for topic in topics if topic.name in created})
+    # Also what another one has made at the same time, with as many partitions as that one wanted.
+    _wait_until_shown(admin, {t.name: t.partitions if t.name in created else 1 for t in topics})
     return created
 
 

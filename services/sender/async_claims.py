@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -26,6 +27,8 @@ _LIMIT = 500
 # outcome to store or a lease to renew. It tries every second; a connection without an answer takes four more.
 OWNERS_FIRST = 6.0
 _AGAIN = 1.0
+# Whoever waits asks the database every second or so: trouble that is so old (seconds) may be over.
+_FORGOTTEN = 30.0
 
 
 class BlockingClaims(Protocol):
@@ -40,14 +43,16 @@ class BlockingClaims(Protocol):
 
 class AsyncClaims:
     """`Claims` for the handlers. `claim` and `settle` wait as long as the database is away; a caller that has
-    had enough is cancelled. A cancelled call may still be made. When the database answers for the first time
-    or again, nothing is taken over for `owners_first` seconds. Belongs to one event loop."""
+    waits no longer is cancelled. A cancelled call may still be made. When the database answers for the first
+    time, or after trouble or silence, nothing is taken over for `owners_first` seconds. Belongs to one event
+    loop."""
 
     def __init__(self, claims: BlockingClaims, owners_first: float = OWNERS_FIRST) -> None:
         self._claims = claims
         self._owners_first = owners_first
         self._take_over = not owners_first
         self._until_take_over: asyncio.TimerHandle | None = None
+        self._answered_at = float("-inf")
         self._claim: Batcher[Claim | Cancel, Verdict] = Batcher(
             lambda requests: claims.claim(requests, self._take_over), _LIMIT, shared=at_fault, name="claims"
         )
@@ -55,11 +60,19 @@ class AsyncClaims:
             claims.settle, _LIMIT, shared=at_fault, name="settles"
         )
         self._renewals = ThreadPoolExecutor(1, thread_name_prefix="renewals")
-        self.trouble: str | None = None
-        """What the database last said, while it is of no use."""
+        self._trouble: str | None = None
+        self._trouble_at = 0.0
+
+    @property
+    def trouble(self) -> str | None:
+        """What the database last said, while it is of no use; None once nobody has asked it for a while."""
+        return self._trouble if time.monotonic() - self._trouble_at < _FORGOTTEN else None
 
     async def claim(self, request: Claim | Cancel) -> Verdict:
         """Answer one request. Requests are made in the order in which they were asked for."""
+        # Whoever asked nothing for a while does not know whether the database was away.
+        if asyncio.get_running_loop().time() - self._answered_at > self._owners_first:
+            self._forbid_take_over()
         return await self._patiently(self._claim, request)
 
     async def settle(self, settled: Delivery) -> Settlement:
@@ -102,17 +115,21 @@ class AsyncClaims:
         self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
-        self.trouble = str(error)
+        self._trouble, self._trouble_at = str(error), time.monotonic()
+        self._forbid_take_over()
+
+    def _forbid_take_over(self) -> None:
         self._take_over = not self._owners_first
         if self._until_take_over is not None:
             self._until_take_over.cancel()
             self._until_take_over = None
 
     def _answered(self) -> None:
-        self.trouble = None
+        self._trouble = None
+        loop = asyncio.get_running_loop()
+        self._answered_at = loop.time()
         if self._take_over or self._until_take_over is not None:
             return
-        loop = asyncio.get_running_loop()
         self._until_take_over = loop.call_later(self._owners_first, self._may_take_over)
 
     def _may_take_over(self) -> None:

@@ -15,7 +15,8 @@ __all__ = ["Lease", "Leases"]
 
 log = structlog.get_logger(__name__)
 
-# Seconds until a renewal that failed is tried again, where a quarter of the lease would be longer.
+# Seconds until a renewal that failed, or that a lock kept from a row, is tried again, where a quarter of the
+# lease would be longer.
 _AGAIN = 1.0
 
 
@@ -76,22 +77,28 @@ class Leases:
         while True:
             await asyncio.sleep(pause)
             try:
-                await self.renew()
-                pause = self._seconds / 4
+                known = await self.renew()
+                pause = self._seconds / 4 if known else min(self._seconds / 4, _AGAIN)
             except Exception as error:
                 pause = min(self._seconds / 4, _AGAIN)
                 log.warning("leases not renewed", leases=len(self._held), error=str(error))
 
-    async def renew(self) -> None:
-        """Renew all leases in hand once. Raises what `renew` raised."""
+    async def renew(self) -> bool:
+        """Renew all leases in hand once; return whether it is known of each what became of it.
+
+        Raises what `renew` raised.
+        """
         leases = list(self._held)
         if not leases:
-            return
+            return True
+        known = True
         since = self._clock()
         for lease, ours in zip(leases, await self._renew([lease.row for lease in leases]), strict=True):
+            known = known and ours is not None
             # One dropped meanwhile was settled meanwhile: nothing was lost.
             if lease in self._held and ours is not None:
                 lease.ends = since + self._seconds if ours else float("-inf")
                 if not ours:
                     self._held.discard(lease)
                     SENDER_LEASES_LOST.inc()
+        return known

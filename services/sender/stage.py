@@ -357,7 +357,8 @@ def stage(sender: Sender, delays: Sequence[int]) -> Stage:
 
 
 async def _pause(wait: Wait) -> None:
-    await asyncio.sleep(min(wait.seconds, _LOOK_AGAIN))
+    # A lease that is over and may not be taken over yet has no time left to wait for.
+    await asyncio.sleep(min(wait.seconds, _LOOK_AGAIN) or _LOOK_AGAIN)
 
 
 def _born_us(event: pb.MxOk) -> int:

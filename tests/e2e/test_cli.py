@@ -163,6 +163,8 @@ def test_watch_ends_when_its_task_is_settled(postroad: Command, road: Road) -> N
     assert {row["task"]["id"] for row in rows} == {id_}
     assert rows[-1]["task"]["status"] == "completed"
     told = [row["change"]["kind"] for row in rows if row["change"]]
+    # A watch is ahead of the fold.
+    road.settled([id_])
     timeline = [step.kind for step in road.get(id_).timeline]
     assert told == timeline[len(timeline) - len(told) :]
     settled = postroad("watch", id_, "--exit-status")

@@ -8,7 +8,6 @@ import pytest
 from sqlalchemy import Engine
 
 from services.common.database import engine_of
-from services.common.migrations import migrate
 from tests.integration.stage_kit import Kit
 from tests.stack import Infra
 
@@ -25,9 +24,7 @@ def server(request: pytest.FixtureRequest) -> Infra:
 @pytest.fixture
 def database_url(server: Infra) -> str:
     """A migrated database of the test's own."""
-    url = server.new_database()
-    migrate(url)
-    return url
+    return server.migrated_database()
 
 
 @pytest.fixture

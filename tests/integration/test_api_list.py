@@ -19,7 +19,6 @@ from services.api import queries, uuid7
 from services.api.filters import Filter
 from services.common.database import engine_of
 from services.common.fold import Row
-from services.common.migrations import migrate
 from services.common.schema import STATUSES, from_micros
 from services.common.statements import execute_rows
 from services.common.transactions import transaction
@@ -68,8 +67,7 @@ def row(number: int, chance: random.Random) -> Row:
 @pytest.fixture(scope="module", params=["mysql", "mariadb"])
 def large(request: pytest.FixtureRequest) -> Iterator[Table]:
     server: Infra = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb")
-    url = server.new_database()
-    migrate(url)
+    url = server.migrated_database()
     engine = engine_of(url)
     chance = random.Random(1)
     rows = [row(number, chance) for number in range(ROWS)]

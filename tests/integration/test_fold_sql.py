@@ -13,7 +13,6 @@ from sqlalchemy import Connection, Engine
 from services.common.database import engine_of
 from services.common.events import Event, task_id
 from services.common.fold import Row, delta, fold
-from services.common.migrations import migrate
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import Entry, timeline
 from services.common.transactions import transaction
@@ -27,8 +26,7 @@ on_a_server = settings(
 @pytest.fixture(scope="module", params=["mysql", "mariadb"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """One database for all examples."""
-    url = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb").new_database()
-    migrate(url)
+    url = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb").migrated_database()
     engine = engine_of(url)
     yield engine
     engine.dispose()

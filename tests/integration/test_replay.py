@@ -43,7 +43,6 @@ from services.common.deliveries.decide import Delivery
 from services.common.deliveries.rows import store
 from services.common.events import DECODERS, Event, Outgoing, encode
 from services.common.fold import delta
-from services.common.migrations import migrate
 from services.common.stage.clients import producer_config
 from services.common.stage.headers import Origin, delayed, parse_return
 from services.common.taskstore import upsert
@@ -79,8 +78,7 @@ class Site:
 
     def __init__(self, infra: Infra) -> None:
         self.prefix = infra.topic_prefix()
-        self.url = infra.new_database()
-        migrate(self.url)
+        self.url = infra.migrated_database()
         self.engine = engine_of(self.url)
         self.settings = Settings(
             kafka_bootstrap=infra.bootstrap,

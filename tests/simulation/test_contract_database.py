@@ -28,7 +28,6 @@ from services.common.deliveries.decide import (
     Wait,
 )
 from services.common.fold import Row, delta
-from services.common.migrations import migrate
 from services.common.transactions import transaction
 from services.sender.claims import Claims
 from tests.simulation.database import Database, MemoryClaims
@@ -122,8 +121,7 @@ Side = Memory | Real
 
 @pytest.fixture(scope="session")
 def mysql(infra: Infra) -> Iterator[Engine]:
-    url = infra.new_database()
-    migrate(url)
+    url = infra.migrated_database()
     engine = engine_of(url)
     yield engine
     engine.dispose()

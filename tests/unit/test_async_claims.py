@@ -55,6 +55,14 @@ async def test_a_new_process_takes_nothing_over_at_first_but_claims_what_is_free
     assert await taken_over(claims) > 0.15
 
 
+async def test_after_a_silence_the_owners_come_first_again(claims: AsyncClaims, memory: MemoryClaims) -> None:
+    await taken_over(claims)
+    memory.expire()
+    await asyncio.sleep(0.25)  # longer than `owners_first`
+    assert await claims.claim(claim(b"3")) == Wait(0.0)
+    assert await taken_over(claims, b"3") > 0.1
+
+
 async def test_after_trouble_the_owners_come_first_again(claims: AsyncClaims, memory: MemoryClaims) -> None:
     await taken_over(claims)
     memory.expire()

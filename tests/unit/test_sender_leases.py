@@ -88,11 +88,25 @@ async def test_a_lease_of_which_nothing_is_known_stays_as_it_was() -> None:
     leases, world = build()
     lease = leases.hold(ROW, since=100.0)
     world.now, world.locked = 105.0, {ROW.owner}
-    await leases.renew()
+    assert not await leases.renew()
     assert (lease.ends, len(leases)) == (120.0, 1)
     world.locked = set()
-    await leases.renew()
+    assert await leases.renew()
     assert lease.ends == 125.0
+
+
+async def test_what_a_lock_kept_from_a_row_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sender.leases._AGAIN", 0.01)
+    leases, world = build()
+    leases._seconds = 1.0
+    leases.hold(ROW, since=100.0)
+    world.locked = {ROW.owner}
+    several = asyncio.Event()
+    world.meanwhile = lambda: len(world.asked) < 4 or several.set()
+    running = asyncio.create_task(leases.run())
+    # One a quarter of the lease would be four in a second.
+    await asyncio.wait_for(several.wait(), 0.9)
+    running.cancel()
 
 
 async def test_a_lease_dropped_is_renewed_no_more() -> None:

@@ -620,6 +620,24 @@ async def test_what_was_handed_over_goes_on_without_its_handler_and_its_next_own
     assert len(world.pool.mails) == 1
 
 
+async def test_a_claim_that_may_not_be_taken_over_yet_is_asked_for_with_pauses(
+    build: Callable[..., World],
+) -> None:
+    world = build(SENT)
+    world.shared = AsyncClaims(world.claims, owners_first=60)
+    world.someone_claims()
+    world.claims.expire()
+    calls = world.claims.calls
+    waiting = asyncio.ensure_future(world.another().handle(mx_ok()))
+    await until(lambda: world.claims.calls > calls)
+    # A loop without pauses would ask thousands of times.
+    await asyncio.sleep(0.3)
+    assert world.claims.calls <= calls + 2
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
 async def test_a_late_outcome_is_published_where_the_next_owner_has_ended(
     build: Callable[..., World],
 ) -> None:

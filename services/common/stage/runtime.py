@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 # Beyond the drain: the last commit, leaving the group, the producer's last records.
 _CLOSE_SECONDS = 15.0
+# What a cancelled handler may take to end.
+_CANCEL_SECONDS = 5.0
 
 
 class StageRuntime:
@@ -132,6 +134,7 @@ class StageRuntime:
             stopped.cancel()
             poller.stop()
             work.cancel(None)
+            await work.ended(_CANCEL_SECONDS)
             if self._stage.close is not None:
                 await self._stage.close()
             await self._publisher.close(1.0)

@@ -98,6 +98,11 @@ class Work:
         if self._batches is not None:
             self._batches.cancel(meant)
 
+    async def ended(self, seconds: float) -> None:
+        """Return once the handlers have ended that were cancelled, or after so long."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=seconds)
+
     def problems(self) -> list[str]:
         """Return what keeps this stage from getting on. May be called from another thread."""
         problems = self._batches.problems() if self._batches is not None else []
