@@ -149,7 +149,7 @@ class Output:
     def table(self, rows: Sequence[Row], columns: Sequence[Column]) -> None:
         """Write a table for people."""
         cells = [[column.text(row) for column in columns] for row in rows]
-        natural = [max(len(c.heading), *(_cells(line[i]) for line in cells)) for i, c in enumerate(columns)]
+        natural = [max([len(c.heading), *(_cells(line[i]) for line in cells)]) for i, c in enumerate(columns)]
         self._print(columns, natural, cells, heading=True)
 
     def lines(self, columns: Sequence[Column]) -> Callable[[Row], None]:

@@ -298,3 +298,31 @@ async def test_a_consumer_that_never_reaches_its_coordinator_is_replaced(
     async with kit.running(handle=passed_on, consumer=make):
         await until(lambda: sum(kit.committed().values()) == 20, 30)
     assert len(made) == 2
+
+
+async def test_a_stage_that_fails_closes_after_its_handlers_have_ended(newest: Kit) -> None:
+    """What a cancelled handler leaves to `close` must be there when it is called."""
+    begun, told = asyncio.Event(), list[str]()
+
+    class Breaking(Consumer):
+        def consume(self, *arguments: Any, **named: Any) -> Any:
+            if begun.is_set():
+                raise RuntimeError("broken")
+            return super().consume(*arguments, **named)
+
+    async def handle(record: Record) -> Outcome:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            told.append("handler")
+        return passed_on(record)
+
+    async def close() -> None:
+        told.append("close")
+
+    running = asyncio.create_task(newest.runtime(handle=handle, close=close, consumer=Breaking).run())
+    await newest.publish([created()])
+    with pytest.raises(RuntimeError, match="broken"):
+        await asyncio.wait_for(running, 40)
+    assert told == ["handler", "close"]

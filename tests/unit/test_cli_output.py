@@ -46,6 +46,11 @@ def test_a_table_fits_its_width_and_keeps_ids(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.splitlines()[1] == "01a2-0001  failed"
 
 
+def test_a_table_without_rows_is_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(Form.TABLE, 40).table([], COLUMNS)
+    assert capsys.readouterr().out.splitlines() == ["ID  STATUS  REPLY  LABELS"]
+
+
 def test_into_a_pipe_nothing_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     Output(Form.TABLE).rows(ROWS, COLUMNS)
     assert ROWS[0]["reply"] in capsys.readouterr().out  # type: ignore[operator]
