@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -20,7 +18,6 @@ from services.cli.dead import resolve
 from services.cli.dead.board import Board, read_board
 from services.cli.dead.letter import Letter
 from services.cli.errors import NOT_FOUND, Failure
-from services.cli.main import _run as run
 from services.cli.sink import Sink
 from services.common import kafka_admin
 from services.common.events import DECODERS, encode
@@ -28,35 +25,18 @@ from services.common.stage import headers
 from services.common.stage.headers import Origin, parse_return
 from services.common.stage.types import Dead, Done, Record, Retry
 from services.common.topics import TASK_CREATED
+from tests import forked
 from tests.event_strategies import mail_task
 from tests.integration.stage_kit import Kit, created, passed_on, until
 from tests.librdkafka import produce_with_header
-from tests.stack import Infra
-
-
-@pytest.fixture(autouse=True)
-def environment(infra: Infra, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's settings, and none of the user's; `infra` reads its own before."""
-    for name in [name for name in os.environ if name.startswith("POSTROAD_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("POSTROAD_VALIDATOR_DELAYS", "1,2")
-    monkeypatch.setenv("POSTROAD_SENDER_DELAYS", "1")
 
 
 def postroad(kit: Kit, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in this process: to start Python costs more than most commands do."""
     connection = ["--kafka", kit.infra.bootstrap, "--topic-prefix", kit.prefix]
-    argv = ["postroad", "dead", *arguments, *connection]
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", argv)
-        patch.setattr(sys, "stdin", io.StringIO())
-        code = run()
-    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")}
+    delays = {"POSTROAD_VALIDATOR_DELAYS": "1,2", "POSTROAD_SENDER_DELAYS": "1"}
+    command = ["dead", *arguments, *connection]
+    return subprocess.CompletedProcess(command, *forked.run("services.cli", command, environment | delays))
 
 
 def answer(kit: Kit, *arguments: str) -> Any:
