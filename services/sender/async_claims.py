@@ -42,10 +42,12 @@ class BlockingClaims(Protocol):
 
 
 class AsyncClaims:
-    """`Claims` for the handlers. `claim` and `settle` wait as long as the database is away; a caller that has
-    waits no longer is cancelled. A cancelled call may still be made. When the database answers for the first
-    time, or after trouble or silence, nothing is taken over for `owners_first` seconds. Belongs to one event
-    loop."""
+    """`Claims` for the handlers. Belongs to one event loop.
+
+    `claim` and `settle` wait as long as the database is away; a caller that waits no longer cancels them. A
+    cancelled call may still be made. When the database answers for the first time, or after trouble or
+    silence, nothing is taken over for `owners_first` seconds.
+    """
 
     def __init__(self, claims: BlockingClaims, owners_first: float = OWNERS_FIRST) -> None:
         self._claims = claims

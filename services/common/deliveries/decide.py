@@ -134,7 +134,10 @@ class Taken(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Another's claim runs for these seconds more unless renewed; ask again then."""
+    """Another's claim runs for these seconds more unless renewed; ask again then.
+
+    0: its lease is over, and it may not be taken over yet.
+    """
 
     seconds: float
 
