@@ -18,7 +18,6 @@ __all__ = [
     "Reply",
     "Sent",
     "is_ours",
-    "retry_hint",
 ]
 
 
@@ -42,7 +41,8 @@ class Reply(NamedTuple):
 
     code: int
     lines: tuple[str, ...]
-    """The texts after the codes; printable characters only, since operators see them on terminals."""
+    """The texts after the codes; printable characters only, since operators see them on terminals. Lines of
+    another code than the last one, which decides, stand behind the others with their codes."""
 
     @property
     def ok(self) -> bool:
@@ -145,36 +145,3 @@ def is_ours(phase: Phase, reply: Reply) -> bool:
     if phase in (Phase.CONNECT, Phase.TLS, Phase.AUTH):
         return True
     return reply.code in _AUTH_CODES
-
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
-_AMOUNT = r"(?:\d{1,7} ?(?:hours?|hrs?|h|minutes?|mins?|m|seconds?|secs?|s)\b[ ,]*(?:and )?)+"
-_CLOCK = r"\d{1,3}:\d{2}(?::\d{2})?"
-# An amount of time counts only after a word that asks to come back: "try again in", "greylisted for",
-# "retry=".
-_HINT = re.compile(
-    r"(?:retry|try|again|back|wait|delay|gr[ae]ylist|defer)[^0-9\n]{0,40}?(?P<clock>" + _CLOCK + r")(?![:\d])"
-    r"|(?:retry|try|again|back|wait|delay|gr[ae]ylist|defer)[^0-9\n]{0,40}?(?P<amount>" + _AMOUNT + ")",
-    re.IGNORECASE,
-)
-_PART = re.compile(r"(\d+) ?([hms])", re.IGNORECASE)
-
-
-def retry_hint(reply: Reply, *, at_most: float = 86_400.0) -> float | None:
-    """The seconds that a 4yz reply asks to wait, at least 1 and not more than ``at_most``, or None.
-
-    No standard defines this; the forms are those that greylisting servers print: ``retry in 300 seconds``,
-    ``try again in 5 minutes``, ``come back in 00:05:00``, ``retry=00:05:00``, ``Greylisted for 1h 30m``.
-    """
-    if not reply.transient:
-        return None
-    found = _HINT.search(" ".join(reply.lines)[:1000])
-    if found is None:
-        return None
-    if clock := found["clock"]:
-        fields = [int(field) for field in clock.split(":")]
-        hours, minutes, seconds = fields if len(fields) == 3 else [0, *fields]
-        total = hours * 3600 + minutes * 60 + seconds
-    else:
-        total = sum(int(n) * _SECONDS[unit.lower()] for n, unit in _PART.findall(found["amount"]))
-    return float(min(max(total, 1), at_most))

@@ -97,6 +97,8 @@ async def open_session(relay: Relay, context: ssl.SSLContext | None, timeouts: T
             encrypted = await _start_tls(session, relay, context)
         if relay.credentials is not None:
             await _authenticate(session, relay, context if encrypted else None)
+        if wire.lost is not None:
+            raise UnavailableError.at(Phase.CONNECT, wire.lost, name)
     except _HandshakeError as error:
         # Credentials would not go in clear either, and the certificate's trouble is what to show.
         if relay.tls is Tls.OPPORTUNISTIC and relay.credentials is None:
@@ -160,10 +162,12 @@ async def _hello(session: Session, relay: Relay) -> None:
         session.learn(answer[0])
         return
     if answer and answer[0].permanent:
+        refused = answer
         answer = await session.wire.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.opening)
         if answer and answer[0].ok:
             session.learn(Reply(250, ("",)))
             return
+        answer = answer or refused
     raise _refused(session, Phase.CONNECT, answer, "EHLO")
 
 
@@ -202,12 +206,13 @@ async def _authenticate(session: Session, relay: Relay, context: ssl.SSLContext 
         answer = await session.wire.ask(line, 1, session.timeouts.opening)
         if not answer or not answer[0].intermediate:
             break
-    if not answer or not answer[0].ok:
+    if session.wire.lost is not None or not answer[0].ok:
         raise _refused(session, Phase.AUTH, answer, "AUTH")
 
 
 def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> UnavailableError:
-    cause = str(answer[0]) if answer else f"no answer to {to}: {session.wire.lost}"
+    said = str(answer[0]) if answer else f"no answer to {to}"
+    cause = said if answer and not answer[0].ok else f"{said}: {session.wire.lost}"
     return UnavailableError.at(phase, cause, session.name)
 
 

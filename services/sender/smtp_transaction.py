@@ -14,8 +14,8 @@ from services.sender.replies import (
     Reply,
     Sent,
     is_ours,
-    retry_hint,
 )
+from services.sender.retry_hints import retry_hint
 from services.sender.smtp_session import Session
 
 __all__ = ["StaleSessionError", "begin", "check_mail", "hand_over"]
@@ -95,9 +95,10 @@ async def hand_over(session: Session, message: bytes, guard: Callable[[], bool])
             1,
             timeouts.after_dot,
             flush_timeout=timeouts.block + len(message) / _SLOWEST,
+            patient=True,
         )
     except asyncio.CancelledError:
-        answer = []
+        answer = wire.replies
     return _verdict(session, answer)
 
 
@@ -151,7 +152,7 @@ async def _envelope(session: Session, commands: list[bytes]) -> Outcome | None:
         if len(replies) > last:
             session.unclean = False
             return None
-        if not replies and not session.fresh and wire.lost != "timed out":
+        if not replies and not session.fresh and not wire.timed_out:
             raise StaleSessionError(wire.lost)
         phase = Phase.DATA if len(replies) == last else Phase.ENVELOPE
         return NotSent(phase, wire.lost or "no answer", False, session.name)

@@ -35,6 +35,7 @@ class Wire(asyncio.Protocol):
         "_wanted",
         "closed",
         "lost",
+        "timed_out",
         "transport",
         "unsent",
     )
@@ -54,6 +55,8 @@ class Wire(asyncio.Protocol):
         self._on_lost: Callable[[], None] | None = None
         self.lost: str | None = None
         """Why no more replies will come; None while they may."""
+        self.timed_out = False
+        """Whether it is over because the server did not answer in time."""
         self.unsent = False
         """Whether some of the bytes written were certainly not handed over when the last question ended."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -64,27 +67,42 @@ class Wire(asyncio.Protocol):
         return await self._answers(timeout, timeout)
 
     async def ask(
-        self, data: bytes, count: int, timeout: float, *, flush_timeout: float | None = None
+        self,
+        data: bytes,
+        count: int,
+        timeout: float,
+        *,
+        flush_timeout: float | None = None,
+        patient: bool = False,
     ) -> list[Reply]:
         """Write ``data`` and wait for ``count`` replies.
 
         Args:
             timeout: seconds to wait, from the moment that all was written.
             flush_timeout: seconds that writing may take; ``timeout`` if not given.
+            patient: lines without a code are a part of the reply behind them, and do not end the connection.
 
         Returns:
             The replies. Fewer than ``count`` only if the connection is over, and then ``lost`` says why: it
-            was closed, broke or timed out, the server sent 421, or answered garbage or out of turn.
+            was closed, broke or timed out, the server sent 421, or answered garbage or out of turn. A reply
+            that had begun by then, and whose code can be read, is among them.
 
         Raises:
-            asyncio.CancelledError: and the connection is aborted.
+            asyncio.CancelledError: and the connection is aborted; ``replies`` has what was answered.
         """
+        self._replies = []
         if self.lost is not None:
             return []
+        self._parser.patient = patient
         self._wanted = count
         self._waiter = self._loop.create_future()
         self.transport.write(data)
         return await self._answers(timeout, flush_timeout or timeout)
+
+    @property
+    def replies(self) -> list[Reply]:
+        """What was answered to the last question."""
+        return self._replies
 
     async def start_tls(self, context: ssl.SSLContext, host: str, timeout: float) -> None:
         """Put TLS under the connection.
@@ -114,7 +132,10 @@ class Wire(asyncio.Protocol):
     def abort(self, cause: str) -> None:
         """End the connection at once; what was not handed over yet never will be."""
         if self.lost is None:
-            self.lost = cause
+            unfinished, said = self._parser.unfinished, self._parser.said
+            if unfinished is not None and self._waiter is not None and len(self._replies) < self._wanted:
+                self._replies.append(unfinished)
+            self.lost = f"{cause}, after {said[:200]!r}" if said else cause
             self.unsent = self._buffered
             if self._on_lost is not None:
                 self._on_lost()
@@ -146,8 +167,7 @@ class Wire(asyncio.Protocol):
     def _wake(self) -> None:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
-            replies, self._replies = self._replies, []
-            waiter.set_result(replies)
+            waiter.set_result(self._replies)
 
     def _timed_out(self) -> None:
         if self._buffered:
@@ -158,6 +178,7 @@ class Wire(asyncio.Protocol):
 
     def _give_up(self) -> None:
         if self._waiter is not None and not self._waiter.done():
+            self.timed_out = True
             self.abort("timed out")
 
     def _use(self, transport: asyncio.BaseTransport) -> None:
@@ -181,7 +202,8 @@ class Wire(asyncio.Protocol):
             replies, over = error.replies, str(error)
         waiter = self._waiter
         if waiter is None or waiter.done():
-            self.abort(over or (str(replies[0]) if replies else "data that was not asked for"))
+            if over is not None or replies or not self._parser.empty:
+                self.abort(over or (str(replies[0]) if replies else "data that was not asked for"))
             return
         self._replies += replies
         count = len(self._replies)

@@ -1,10 +1,8 @@
-"""Replies: what they mean, what counts as ours, how long a server asks to wait."""
+"""Replies: what they mean, and what counts as ours."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from services.sender.replies import Phase, Reply, is_ours, retry_hint
+from services.sender.replies import Phase, Reply, is_ours
 
 
 def reply(text: str) -> Reply:
@@ -77,50 +75,3 @@ def test_before_mail_every_refusal_is_ours(phase: Phase, text: str) -> None:
 )
 def test_from_mail_on_only_a_demand_for_auth_is_ours(phase: Phase, text: str, ours: bool) -> None:
     assert is_ours(phase, reply(text)) is ours
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("451 4.7.1 Greylisted, retry in 300 seconds", 300),
-        ("451 4.7.1 greylisted, try again in 5 minutes", 300),
-        ("450 4.2.0 Greylisting in action, please come back in 00:05:00", 300),
-        ("450 4.7.1 <a@b.example>: Greylisted; retry=00:05:00", 300),
-        ("451 Greylisted for 5 minutes (code 17)", 300),
-        ("451 4.7.1 Greylisted for 1h 30m", 5400),
-        ("451 4.7.1 Please try again after 1 minute and 30 seconds", 90),
-        ("450 please wait 10 mins", 600),
-        ("450 try again in 01:30", 90),
-        ("450 retry in 0 seconds", 1),
-        ("450 retry in 9999999 hours", 86_400),
-        ("421 4.7.0 try again in 2h", 7200),
-        ("450 4.2.0 Greylisted, see http://postgrey.example/help/300.html", None),
-        ("450 4.2.0 try again later", None),
-        ("452 4.2.2 mailbox over quota by 300 seconds of mail", None),
-        ("450 retry 12:30:45:10", None),
-        ("451 try again, 10.0.0.300 sent 5 messages", None),
-        ("550 5.7.1 try again in 5 minutes", None),
-        ("250 retry in 5 minutes", None),
-    ],
-)
-def test_retry_hint(text: str, seconds: float | None) -> None:
-    assert retry_hint(reply(text)) == seconds
-
-
-def test_retry_hint_reads_over_several_lines() -> None:
-    assert retry_hint(Reply(451, ("4.7.1 Greylisted,", "retry in 60 seconds"))) == 60
-
-
-@given(st.integers(400, 499), st.text(max_size=2500))
-def test_retry_hint_is_bounded_whatever_the_server_says(code: int, text: str) -> None:
-    hint = retry_hint(Reply(code, (text,)), at_most=3600)
-    assert hint is None or 1 <= hint <= 3600
-
-
-@pytest.mark.timeout(5)
-@pytest.mark.parametrize(
-    "text", ["retry" * 400, "retry " + "1h " * 400 + "x", "retry 1" + "0" * 2000, "wait:" * 500]
-)
-def test_retry_hint_is_quick_on_hostile_text(text: str) -> None:
-    for _ in range(100):
-        retry_hint(Reply(450, (text,)))

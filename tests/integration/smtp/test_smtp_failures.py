@@ -128,7 +128,6 @@ async def test_a_demand_for_auth_is_ours() -> None:
         ["220 hello", "334 ", "503"],
         ["hello"],
         ["250 ok", "+OK"],
-        ["250-ok", "251 ok"],
         ["250 ok", "250 ok", "354 go on", "250 and more"],
     ],
 )
@@ -341,7 +340,7 @@ async def test_a_hang_after_the_dot_is_in_doubt() -> None:
     assert outcome.relay.startswith("127.0.0.1:")
 
 
-@pytest.mark.parametrize("answer", ["hello", "354 go on", "250-queued", "250_ok"])
+@pytest.mark.parametrize("answer", ["hello", "354 go on", "2500 ok"])
 async def test_no_clear_answer_after_the_dot_is_in_doubt(answer: str) -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")

@@ -1,0 +1,165 @@
+"""Replies as servers in use write them: what can be read counts, and what was said is shown."""
+
+import asyncio
+
+import pytest
+
+from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
+from services.sender.smtp import SendCancelled, Timeouts
+from tests.integration.smtp.script import Conversation, Script, outcome_of, pool_for, scripted, send
+
+HASTY = Timeouts(connect=5, tls=5, opening=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
+
+
+def after_the_dot(answer: bytes, *, close: bool = True) -> Script:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await c.raw(answer)
+        if close:
+            c.close()
+        else:
+            await c.ended()
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply"),
+    [
+        (b"250 2.0.0 queued as 1\n", "250 2.0.0 queued as 1"),
+        (b"\r\n250 2.0.0 queued as 1\r\n", "250 2.0.0 queued as 1"),
+        (b"250-2.0.0 queued\n250 as 1\n", "250 2.0.0 queued as 1"),
+        (b"250_queued\r\n", "250 _queued"),
+        (b"250 " + b"x" * 3000 + b"\r\n", "250 " + "x" * 2044),
+        (b"what a nice mail\r\n250 queued\r\n", "250 what a nice mail queued"),
+        # The server closes before the reply is over.
+        (b"250 queued", "250 queued"),
+        (b"250", "250"),
+        (b"250-queued\r\n", "250 queued"),
+    ],
+)
+async def test_a_yes_after_the_dot_whose_code_can_be_read_is_no_doubt(answer: bytes, reply: str) -> None:
+    outcome = await outcome_of(after_the_dot(answer))
+    assert isinstance(outcome, Sent)
+    assert outcome.reply == reply
+
+
+@pytest.mark.parametrize(
+    "answer", [b"554 5.7.1 spam\n", b"554-5.7.1 spam\r\n", b"250-hm\r\n554 5.7.1 spam\r\n"]
+)
+async def test_a_no_after_the_dot_whose_code_can_be_read_is_no_doubt(answer: bytes) -> None:
+    outcome = await outcome_of(after_the_dot(answer))
+    assert isinstance(outcome, Rejected)
+    assert (outcome.phase, outcome.permanent) == (Phase.AFTER_DOT, True)
+    assert outcome.reply.startswith("554 5.7.1 spam")
+
+
+@pytest.mark.parametrize("answer", [b"25", b"hello\r\n", b"2500 ok\r\n", b"\r\n", b"queued, 250\r\n"])
+async def test_without_a_code_it_is_a_doubt_and_the_words_are_shown(answer: bytes) -> None:
+    outcome = await outcome_of(after_the_dot(answer))
+    assert isinstance(outcome, InDoubt)
+    assert answer.decode().strip() in outcome.cause
+
+
+async def test_a_reply_after_the_dot_that_does_not_end_counts_once_the_time_is_over() -> None:
+    outcome = await outcome_of(after_the_dot(b"250-queued\r\n", close=False), timeouts=HASTY)
+    assert isinstance(outcome, Sent)
+
+
+async def test_a_delivery_that_is_cut_off_knows_what_was_answered() -> None:
+    answered = asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        await c.raw(b"250-queued\r\n")
+        answered.set()
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        sending = asyncio.create_task(send(pool))
+        await asyncio.wait_for(answered.wait(), 5)
+        wire = next(iter(pool._sessions._ready)).wire
+        async with asyncio.timeout(5):
+            while wire._parser.unfinished is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        sending.cancel()
+        with pytest.raises(SendCancelled) as caught:
+            await sending
+        assert caught.value.rest is not None
+        caught.value.rest.cancel()
+        assert isinstance(await caught.value.rest, Sent)
+
+
+async def test_a_server_that_ends_no_line_with_cr() -> None:
+    async def script(c: Conversation) -> None:
+        await c.raw(b"220 scripted\n")
+        await c.expect("EHLO ")
+        await c.raw(b"250-scripted\n250 PIPELINING\n")
+        for _ in range(2):
+            await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+            await c.raw(b"250 ok\n\n250 ok\n354 go on\n")
+            await c.message()
+            # The empty line behind it is no answer to the next command.
+            await c.raw(b"250 queued\n\n")
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Sent)
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("banner", "said"),
+    [
+        (
+            b"220-mail.example.org\r\n521 5.7.1 blocked, see https://bl.example/1\r\n",
+            "521 5.7.1 blocked, see https://bl.example/1",
+        ),
+        (b"220-mail.example.org\r\n554-blocked\r\n", "554 blocked"),
+        (b"554 blocked, see https://bl.example/1", "554 blocked, see https://bl.example/1"),
+        (b"220-mail.example.org\r\n", "220-mail.example.org"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH-2.0-OpenSSH_9.2"),
+        (b"mail is blocked", "mail is blocked"),
+    ],
+)
+async def test_a_banner_that_is_no_welcome_is_shown_and_nothing_is_sent(banner: bytes, said: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.raw(banner)
+        c.half_close()
+        assert await c.drained() == 0
+
+    outcome = await outcome_of(script)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert said in outcome.cause
+
+
+async def test_what_was_said_to_ehlo_is_shown_though_helo_gets_no_answer() -> None:
+    async def script(c: Conversation) -> None:
+        await c.say("220 hi")
+        await c.expect("EHLO ")
+        await c.say("550 5.7.1 literal not allowed")
+        await c.expect("HELO ")
+        c.close()
+
+    outcome = await outcome_of(script)
+    assert isinstance(outcome, NotSent)
+    assert outcome.cause == "550 5.7.1 literal not allowed"
+
+
+async def test_a_session_that_ends_as_it_opens_takes_no_mail() -> None:
+    async def script(c: Conversation) -> None:
+        await c.say("220 hi")
+        await c.expect("EHLO ")
+        await c.raw(b"250-scripted\r\n")
+        c.close()
+
+    outcome = await outcome_of(script)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert "250-scripted" in outcome.cause
