@@ -11,6 +11,7 @@ from services.api import uuid7
 from services.api.addresses import normalise
 from services.api.errors import Refused, Violation, invalid
 from services.api.times import micros
+from services.common.header_fields import written
 
 __all__ = [
     "MAX_AHEAD",
@@ -32,6 +33,7 @@ MAX_HEADERS = 50
 MAX_LABELS = 64
 # RFC 5322 section 2.1.1: a line of a header field, its name and colon included, before folding.
 _MAX_HEADER = 998
+_TOO_LONG = f"has {_MAX_HEADER} bytes at most, its name included, encoded"
 _MAX_LABEL_KEY, _MAX_LABEL_VALUE = 63, 255
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -64,8 +66,7 @@ def creation(
     email, domain = _address(data.email, found)
     _subject(data.subject, found)
     _bodies(data, max_body, found)
-    if data.headers:
-        _headers(data.headers, found)
+    headers = _headers(data.headers, found) if data.headers else {}
     if data.labels:
         found += label_problems("data.labels", data.labels)
     key = request.idempotency_key or key_in_metadata
@@ -81,12 +82,12 @@ def creation(
         subject=data.subject,
         body=data.body if data.HasField("body") else None,
         html=data.html if data.HasField("html") else None,
-        headers=data.headers,
+        headers=headers,
         labels=data.labels,
     )
     if key:
         task.idempotency_key = key
-        task.request_hash = _request_hash(task, send_at_us)
+        task.request_hash = _request_hash(task, data.headers, send_at_us)
     # What has passed means at once, as none given does; as a request it is another one.
     return events_pb2.TaskCreated(task=task, send_at_us=send_at_us if send_at_us > now_us else 0)
 
@@ -183,10 +184,12 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _headers(headers: Mapping[str, str], found: list[Violation]) -> None:
+def _headers(headers: Mapping[str, str], found: list[Violation]) -> dict[str, str]:
+    """Return the fields as the mail will have them."""
     if len(headers) > MAX_HEADERS:
         found.append(Violation("data.headers", f"{MAX_HEADERS} at most"))
-        return
+        return {}
+    kept: dict[str, str] = {}
     seen = set()
     for name, value in sorted(headers.items()):
         lower = name.lower()
@@ -200,12 +203,20 @@ def _headers(headers: Mapping[str, str], found: list[Violation]) -> None:
             problem = "is empty"
         elif _CONTROL_IN_TEXT.search(value):
             problem = "has control characters"
-        elif len(name) + 2 + encoded_length(value) > _MAX_HEADER:
-            problem = f"has {_MAX_HEADER} bytes at most, its name included, encoded"
+        elif len(value) > _MAX_HEADER:
+            problem = _TOO_LONG
         else:
             seen.add(lower)
-            continue
+            try:
+                kept[name] = written(name, value)
+            except ValueError as error:
+                problem = str(error)
+            else:
+                if len(name) + 2 + encoded_length(kept[name]) <= _MAX_HEADER:
+                    continue
+                problem = _TOO_LONG
         found.append(Violation(_member("data.headers", name), problem))
+    return kept
 
 
 def _member(field: str, key: str) -> str:
@@ -214,11 +225,11 @@ def _member(field: str, key: str) -> str:
     return f'{field}["{shown}{"…" if len(key) > 40 else ""}"]'
 
 
-def _request_hash(task: events_pb2.MailTask, send_at_us: int) -> bytes:
-    """Return SHA-256 over what was asked for, normalised; each part stands with its length."""
+def _request_hash(task: events_pb2.MailTask, headers: Mapping[str, str], send_at_us: int) -> bytes:
+    """Return SHA-256 over what was asked for, normalised, its headers as given; each part with its length."""
     digest = sha256(b"1")
     bodies = [getattr(task, name) if task.HasField(name) else None for name in ("body", "html")]
-    pairs = [part for field in (task.headers, task.labels) for part in (str(len(field)), *_flat(field))]
+    pairs = [part for field in (headers, task.labels) for part in (str(len(field)), *_flat(field))]
     for part in (task.email, task.subject, *bodies, *pairs):
         raw = b"" if part is None else part.encode()
         digest.update(b"-" if part is None else b"%d:" % len(raw))

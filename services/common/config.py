@@ -167,7 +167,9 @@ class Settings(BaseSettings):
         "empty: none on loopback, else starttls",
     )
     email_from: str = _email(
-        "EMAIL_FROM", "Postroad <postroad@localhost>", "The From address, also the envelope's"
+        "EMAIL_FROM",
+        "Postroad <postroad@localhost>",
+        "The From mailbox, its address also the envelope's; a name with a comma or the like in double quotes",
     )  # type: ignore[assignment]
 
     @property

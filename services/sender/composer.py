@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 from uuid import UUID
 
-import idna
-
 from postroad.v1 import events_pb2 as pb
+from services.common.header_fields import mailbox
 from services.sender.headers import address
 from services.sender.message import build
 from services.sender.smtp_transaction import check_mail
 
 __all__ = ["Composer", "Mail"]
-
-# The standard library's parser makes something of anything.
-_FROM = re.compile(r'\s*(?:"?(?P<name>[^"<>]*?)"?\s*<(?P<address>[^<>]+)>|(?P<bare>[^<>\s]+))\s*')
 
 
 class Mail(NamedTuple):
@@ -28,24 +23,15 @@ class Mail(NamedTuple):
 
 
 class Composer:
-    """Writes the mails of one sender address, `EMAIL_FROM`: `Name <address>` or `address`.
+    """Writes the mails of one sender, the mailbox of `EMAIL_FROM` (RFC 5322 section 3.4).
 
-    Raises ValueError where no mail can be from it: each task would fail as unsendable.
+    Raises ValueError, with the form, where no mail can be from it: each task would fail as unsendable.
     """
 
     def __init__(self, email_from: str) -> None:
-        parts = _FROM.fullmatch(email_from)
-        if parts is None:
-            raise ValueError(f"not a sender address, Name <address> or address: {email_from!r}")
-        self._name = parts["name"] or ""
-        local, _, domain = (parts["address"] or parts["bare"]).rpartition("@")
-        if not domain.isascii():
-            domain = idna.encode(domain, uts46=True).decode()
-        self._domain = domain
-        # RFC 5321 section 4.5.3.1: relays refuse longer ones, at every mail.
-        if len(local.encode()) > 64 or len(domain) > 253:
-            raise ValueError("an address has 64 bytes before its @ and 253 after it at most")
-        self._address = address(f"{local}@{domain}")
+        self._name, spec = mailbox(email_from)
+        self._address = address(spec)
+        self._domain = spec.rpartition("@")[2]
         trial = pb.MxOk(task=pb.MailTask(id=bytes(16), email=self._address, body=""))
         self.compose(trial, self.message_id(trial.task.id))
 

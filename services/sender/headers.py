@@ -66,10 +66,7 @@ def unstructured(name: str, value: str) -> str:
 
 
 def structured(name: str, value: str) -> str:
-    """A field whose value has a grammar that this module does not know (List-Unsubscribe, References).
-
-    It is folded at its own white space and never encoded: an encoded word inside a URL or a message id would
-    change its meaning.
+    """A field whose value is ASCII as it is to be sent (List-Unsubscribe, References); folded at white space.
 
     Raises:
         ValueError: a malformed name, a value that is not ASCII, has control characters, or cannot be folded
@@ -79,7 +76,7 @@ def structured(name: str, value: str) -> str:
     value = value.strip(" \t")
     if not value.isascii() or not value.replace("\t", " ").isprintable():
         raise ValueError(f"header {name}: only printable ASCII can stand here")
-    lines = _fold(f"{_name(name)}: ", value)
+    lines = _fold(f"{_name(name)}: ", value, _ENCODED_LINE if "=?" in value else _LINE)
     if max(map(len, lines)) > _MAX_LINE:
         raise ValueError(f"header {name}: a word too long to fold")
     return "\r\n".join(lines) + "\r\n"
@@ -123,11 +120,11 @@ def _refuse_breaks(name: str, value: str) -> None:
         raise ValueError(f"header {name}: CR, LF and NUL cannot stand in a header")
 
 
-def _fold(prefix: str, value: str) -> list[str]:
-    """Lines of 78 where white space allows; it opens the next line, so unfolding gives it back."""
+def _fold(prefix: str, value: str, most: int = _LINE) -> list[str]:
+    """Lines of ``most`` where white space allows; it opens the next line, so unfolding gives it back."""
     lines, line = [], prefix
     for word in _WORDS.findall(value):
-        if len(line) + len(word) > _LINE and line != prefix:
+        if len(line) + len(word) > most and line != prefix:
             lines.append(line)
             line = word
         else:

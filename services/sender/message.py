@@ -18,6 +18,7 @@ from email.utils import format_datetime
 from functools import lru_cache
 from zlib import crc32
 
+from services.common.header_fields import written
 from services.sender.headers import address, mailbox, structured, unstructured
 
 __all__ = ["OWN_HEADERS", "build"]
@@ -66,7 +67,8 @@ def build(
         text, html: the bodies, any text; CR, LF and CRLF all count as a line end, and a body that is not
             empty is given a last one. Both together make a multipart/alternative.
         from_name: the display name beside ``from_addr``.
-        headers: more fields. ASCII values are folded but never encoded; others are taken as free text.
+        headers: more fields. ASCII values are folded but never encoded; others are encoded where their class
+            has text.
 
     Raises:
         ValueError: no body, a malformed address, id, date or header, a header of ``OWN_HEADERS``, or text
@@ -147,8 +149,17 @@ def _more(headers: Mapping[str, str], has_reply_to: bool) -> str:
         lower = name.lower()
         if lower in OWN_HEADERS or (has_reply_to and lower == "reply-to"):
             raise ValueError(f"header {name} is written by the sender itself")
-        fields.append(structured(name, value) if value.isascii() else unstructured(name, value))
+        # The api writes known fields in ASCII; an older record has what its client gave.
+        shown = value if value.isascii() else _written(name, value)
+        fields.append(structured(name, shown) if shown.isascii() else unstructured(name, shown))
     return "".join(fields)
+
+
+def _written(name: str, value: str) -> str:
+    try:
+        return written(name, value)
+    except ValueError as error:
+        raise ValueError(f"header {name}: {error}") from None
 
 
 @lru_cache(maxsize=256)

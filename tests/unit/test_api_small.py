@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import uuid
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -11,8 +15,10 @@ from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postroad.v1.task_service_pb2 import BatchCreateRequest, BatchCreateResponse, CreateRequest, TaskData
 from services.api import errors, pages, uuid7
 from services.api.auth import Tenants
+from services.api.handlers import TaskService
 
 # --- pages --------------------------------------------------------------------------------------
 
@@ -170,3 +176,26 @@ def test_what_passes_says_when_to_come_back() -> None:
 def test_a_conflict_names_the_original() -> None:
     [info] = unpack(errors.conflict("the-id"))
     assert info.metadata["id"] == "the-id"  # type: ignore[attr-defined]
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+async def test_a_batch_whose_items_take_long_leaves_the_loop_to_others_meanwhile() -> None:
+    async def record_batch(items: list[object]) -> list[None]:
+        return [None] * len(items)
+
+    recorder: Any = SimpleNamespace(batch=lambda _: nullcontext(), record_batch=record_batch)
+    unused: Any = None
+    service = TaskService(Tenants(""), recorder, unused, unused, watches=unused, max_body=1000)
+    # Each is parsed anew, for some milliseconds.
+    senders = [", ".join(f"Ann <a{number}.{n}@example.org>" for n in range(20)) for number in range(30)]
+    data = [TaskData(email="a@b.test", subject="s", body="", headers={"Reply-To": many}) for many in senders]
+    request = BatchCreateRequest(requests=[CreateRequest(data=one) for one in data])
+    batch = asyncio.create_task(service.batch_create(request.SerializeToString(), {}))
+    turns = 0
+    while not batch.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert len(BatchCreateResponse.FromString(batch.result()).results) == len(data)
+    assert turns >= 5

@@ -81,8 +81,55 @@ def test_what_is_no_mail_is_a_value_error(task: pb.MailTask) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "shop", "shop@", "@a.test", "Shop <shop@a test>", "Shop shop@a.test"]
+    ("email_from", "name", "address"),
+    [
+        (r'"Ann \"AJ\" Lee, Inc. (EU)" <ann@example.org>', 'Ann "AJ" Lee, Inc. (EU)', "ann@example.org"),
+        (r'"back\\slash" <b@example.org>', "back\\slash", "b@example.org"),
+        ("=?UTF-8?B?QsOpY2Fzc2luZQ==?= <b@example.org>", "Bécassine", "b@example.org"),
+        ("=?iso-8859-1?q?B=E9cassine?= <b@example.org>", "Bécassine", "b@example.org"),
+        (
+            "=?UTF-8?Q?B=C3=A9cas?= =?UTF-8?Q?sine=2C_Inc=2E?= <b@example.org>",
+            "Bécassine, Inc.",
+            "b@example.org",
+        ),
+        ("Bécassine <b@example.org>", "Bécassine", "b@example.org"),
+        # Decoded once: what comes out is text, whatever it looks like.
+        ("=?UTF-8?B?PT9VVEYtOD9RP3g/PQ==?= <b@example.org>", "=?UTF-8?Q?x?=", "b@example.org"),
+        ("Ann (of the (EU) office) <ann@example.org> (main)", "Ann", "ann@example.org"),
+        ("ann@example.org (Ann)", "", "ann@example.org"),
+        ("Joe Q. Public <j@example.org>", "Joe Q. Public", "j@example.org"),
+        ("  Shop   <shop@example.org> ", "Shop", "shop@example.org"),
+        ("<shop@example.org>", "", "shop@example.org"),
+        ("Größe <größe@bücher.test>", "Größe", "größe@xn--bcher-kva.test"),
+        ("Postroad <postroad@localhost>", "Postroad", "postroad@localhost"),
+    ],
 )
-def test_a_sender_that_is_no_address_is_a_value_error(address: str) -> None:
-    with pytest.raises(ValueError, match=r".+"):
+def test_the_sender_is_read_as_a_header_field_is(email_from: str, name: str, address: str) -> None:
+    mail = Composer(email_from).compose(pb.MxOk(task=TASK), "<i@a.test>")
+    assert mail.mail_from == address
+    parsed = email.message_from_string(mail.message.decode(), policy=default)
+    [found] = parsed["From"].addresses
+    assert (found.display_name, found.addr_spec) == (name, address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", " ", "shop", "shop@", "@a.test", "Shop <shop@a test>", "Shop shop@a.test", "<>"),
+        *("Shop, Inc. <shop@a.test>", "Shop: shop@a.test;", "shop@a.test, b@a.test", "Shop <shop@a.test> x"),
+        *('"Shop <shop@a.test>', '"Shop" shop@a.test', "Shop <shop@a.test", "Shop [EU] <shop@a.test>"),
+        *("=?UTF-8?B?!!!?= <b@a.test>", "=?nonsense?q?x?= <b@a.test>", '"=?UTF-8?Q?x?=" <b@a.test>'),
+        *(
+            "Shop <=?UTF-8?Q?shop?=@a.test>",
+            '"a b"@a.test',
+            "a@b..test",
+            "a@-b.test",
+            "Post\nroad <a@b.test>",
+        ),
+        *("=?UTF-8?Q?a=0D=0ABcc:_x@y.test?= <b@a.test>", "a@" + "b" * 64 + ".test", "ü" * 33 + "@b.test"),
+    ],
+)
+def test_a_sender_that_is_no_mailbox_is_a_value_error_with_the_form_on_one_line(address: str) -> None:
+    with pytest.raises(ValueError, match=r"Name <address>|254 octets") as caught:
         Composer(address)
+    assert "\n" not in str(caught.value)

@@ -118,6 +118,8 @@ BAD_FOR_ITS_READER = [
             "Postroad <postroad>",
             "a@b.test, c@d.test",
             "Post\nroad <a@b.test>",
+            "Shop, Inc. <a@b.test>",
+            '"=?UTF-8?Q?x?=" <a@b.test>',
             "a b@c.test",
             "x" * 65 + "@b.test",
             "a@" + "b" * 254,

@@ -106,7 +106,10 @@ class TaskData(_message.Message):
     def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Further header fields of the mail, such as Reply-To or List-Unsubscribe: up to 50, of 998 bytes
         each. Those that say from whom, to whom, when and what (From, To, Date, Content-*, Resent-*,
-        Received, DKIM-Signature and the like) are not a client's to write.
+        Received, DKIM-Signature and the like) are not a client's to write. Fields of mailboxes (Reply-To),
+        URIs (List-Unsubscribe), ids (References, List-Id) and tokens (Precedence) are taken by their
+        grammar: a name beside an address may be any text; URIs, ids and tokens are ASCII. All others
+        are free text.
         """
 
     @_builtins.property
@@ -147,7 +150,7 @@ class CreateRequest(_message.Message):
     SEND_AT_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """Makes a repeated Create answer the first one's task; up to 255 bytes of UTF-8. The metadata
-    key `idempotency-key` means the same.
+    key `idempotency-key` means the same. A key does not expire.
     """
     @_builtins.property
     def data(self) -> Global___TaskData: ...
