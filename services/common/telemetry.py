@@ -117,6 +117,11 @@ SENDER_SECONDS = Histogram(
 )
 SENDER_SESSIONS = Gauge("postroad_sender_sessions", "SMTP sessions, by state: busy or idle", ["state"])
 SENDER_RELAY_UP = Gauge("postroad_sender_relay_up", "0 while the relay cannot be used", ["relay"])
+SENDER_RELAY_TROUBLE = Gauge(
+    "postroad_sender_relay_trouble",
+    "1 while the relay cannot be used, with how far a session came and what was said last",
+    ["relay", "phase", "reply"],
+)
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 __all__ = [
+    "OPENING",
     "InDoubt",
     "LeaseLost",
     "NotSent",
@@ -17,7 +18,6 @@ __all__ = [
     "Rejected",
     "Reply",
     "Sent",
-    "is_ours",
 ]
 
 
@@ -34,6 +34,10 @@ class Phase(StrEnum):
     """The DATA command and the message up to, not including, its last byte."""
     AFTER_DOT = "after_dot"
     """The last byte was handed over; only a reply can tell whether the server has the mail."""
+
+
+OPENING = frozenset({Phase.CONNECT, Phase.TLS, Phase.AUTH})
+"""The phases before MAIL: what fails in them is the relay's trouble, whatever was said."""
 
 
 class Reply(NamedTuple):
@@ -98,17 +102,19 @@ class Rejected:
     retry_after: float | None = None
     """Seconds that the server asked to wait (greylisting), if it did."""
     relay: str = ""
+    about_session: bool = False
+    """The refusal is the session's end and says nothing about this mail: it may go at once on a new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotSent:
-    """No answer about this mail, and its last byte was never handed over: it certainly was not delivered."""
+    """No answer about this mail itself, and the server certainly does not have it."""
 
     phase: Phase
     cause: str
     ours: bool
-    """True when no session could be had, or the relay wants other credentials: it says nothing about this
-    mail, so it spends no attempt."""
+    """True when no session could be had, or the relay refuses what the account sends: it says nothing about
+    this mail, so it spends no attempt."""
     relay: str = ""
 
 
@@ -128,20 +134,3 @@ class LeaseLost:
 
 
 Outcome = Sent | Rejected | NotSent | InDoubt | LeaseLost
-
-
-# RFC 4954 §6: the server wants AUTH first, or other AUTH. That is the relay's configuration, not the mail's
-# fault.
-_AUTH_CODES = frozenset({530, 534, 535, 538})
-
-
-def is_ours(phase: Phase, reply: Reply) -> bool:
-    """Whether a refusal tells about our standing with the relay instead of about the mail.
-
-    Until MAIL is sent every refusal does: a banner of 421 or 554, a refused STARTTLS, failed AUTH. From then
-    on only a demand for authentication does; a 421 there may be about this very recipient, and counting it as
-    ours would let one mail hold all others.
-    """
-    if phase in (Phase.CONNECT, Phase.TLS, Phase.AUTH):
-        return True
-    return reply.code in _AUTH_CODES

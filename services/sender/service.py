@@ -12,12 +12,13 @@ from services.common.database import engine_of, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.stage.runtime import StageRuntime
-from services.common.telemetry import SENDER_CLAIMS, SENDER_RELAY_UP, SENDER_SESSIONS
+from services.common.telemetry import SENDER_CLAIMS, SENDER_RELAY_TROUBLE, SENDER_RELAY_UP, SENDER_SESSIONS
 from services.sender.async_claims import AsyncClaims
 from services.sender.claims import Claims
 from services.sender.composer import Composer
 from services.sender.leases import Leases
 from services.sender.policy import Policy
+from services.sender.replies import NotSent
 from services.sender.slots import Slots
 from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from services.sender.stage import Sender, stage
@@ -29,6 +30,7 @@ __all__ = ["SenderService", "build", "relay_of"]
 # under `hold` an operator must look at each. (2,400 mails/s with 2, 2,900 with 4.)
 _CLAIMS_A_SESSION = {"resend": 4, "hold": 2}
 _CLOSE_SECONDS = 5.0
+_MAX_SHOWN = 300
 
 
 class SenderService:
@@ -50,6 +52,7 @@ class SenderService:
             relay_of(settings),
             limits=Limits(sessions=settings.sender_sessions),
             timeouts=Timeouts(after_dot=settings.handover_seconds - SETTLE_SECONDS),
+            on_trouble=_show,
         )
         self._sender = Sender(
             claims=self._claims,
@@ -110,6 +113,13 @@ class SenderService:
         if (trouble := self._pool.state.trouble) is not None:
             problems.append(f"relay {trouble.relay}: {trouble.phase}: {trouble.cause}")
         return problems
+
+
+def _show(trouble: NotSent | None) -> None:
+    # One series at a time: replies name mails and times, and would otherwise pile up.
+    SENDER_RELAY_TROUBLE.clear()
+    if trouble is not None:
+        SENDER_RELAY_TROUBLE.labels(trouble.relay, trouble.phase, trouble.cause[:_MAX_SHOWN]).set(1)
 
 
 def relay_of(settings: Settings) -> Relay:

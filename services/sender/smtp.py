@@ -4,7 +4,9 @@
 >>> outcome = await pool.send("shop@example.org", "ann@example.net", message, lambda: lease.holds)
 
 While the relay cannot be reached the pool is *down*: every send returns ``NotSent(ours=True)`` at once, the
-pool itself tries to get a session with growing pauses, and ``wait_available`` returns when it has one.
+pool itself tries to get a session with growing pauses, and ``wait_available`` returns when it has one. The
+same while the relay refuses what the account sends. Only a mail can tell whether that is over:
+``wait_available`` then lets one waiter go after each pause, and its mail is tried.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.sender.replies import NotSent, Outcome, Rejected, Sent
+from services.sender.replies import OPENING, NotSent, Outcome, Rejected, Sent
 from services.sender.smtp_relay import Credentials, Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError
 from services.sender.smtp_sessions import Sessions, pause
@@ -71,11 +73,17 @@ class SmtpPool:
     """Sends mail over sessions with one relay, kept open and reused. Belongs to one event loop.
 
     A relay that takes fewer sessions than ``limits.sessions`` is respected: when a further one is refused
-    while others work, those carry on alone for a while.
+    while others work, those carry on alone for a while. ``on_trouble`` is told what keeps the relay from
+    being used whenever that changes, and None when it is over.
     """
 
     def __init__(
-        self, relay: Relay, *, limits: Limits | None = None, timeouts: Timeouts | None = None
+        self,
+        relay: Relay,
+        *,
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+        on_trouble: Callable[[NotSent | None], None] = lambda trouble: None,
     ) -> None:
         self.relay = relay
         self._limits = limits or Limits()
@@ -83,8 +91,11 @@ class SmtpPool:
         self._trouble: NotSent | None = None
         self._last_trouble: NotSent | None = None
         self._failures = 0
-        self._up = asyncio.Event()
-        self._up.set()
+        self._on_trouble = on_trouble
+        self._waiting: dict[asyncio.Future[None], None] = {}
+        # Whether one mail may be sent though the pool is down, and whether nobody was woken for it.
+        self._trial = False
+        self._offered = False
         self._recovery: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -107,13 +118,31 @@ class SmtpPool:
                 session; from then on the delivery goes on without the caller.
         """
         check_mail(mail_from, rcpt, message)
-        if self._trouble is not None:
+        if self._trouble is not None and not self._trial:
             return self._trouble
+        trial, self._trial = self._trial, False
+        again = False
+        while True:
+            outcome = await self._send(mail_from, rcpt, message, guard, trial=trial, fresh=again)
+            if again or not (isinstance(outcome, Rejected) and outcome.about_session):
+                return outcome
+            again = True
+
+    async def _send(
+        self,
+        mail_from: str,
+        rcpt: str,
+        message: bytes,
+        guard: Callable[[], bool],
+        *,
+        trial: bool,
+        fresh: bool,
+    ) -> Outcome:
         session: Session | None = None
         try:
             while True:
-                session = await self._sessions.acquire()
-                if session.fresh:
+                session = await self._sessions.acquire(fresh=fresh)
+                if session.fresh and self._trouble is not None and self._trouble.phase in OPENING:
                     self._back()
                 try:
                     outcome = await begin(session, mail_from, rcpt, message, guard)
@@ -133,8 +162,10 @@ class SmtpPool:
                 session.wire.abort("internal error")
             raise
         if outcome is not None:
-            return self._ended(session, outcome)
-        rest = asyncio.get_running_loop().create_task(self._hand_over(session, message, guard))
+            return self._ended(session, outcome, trial)
+        rest = asyncio.get_running_loop().create_task(
+            self._hand_over(session, mail_from, message, guard, trial)
+        )
         try:
             return await asyncio.shield(rest)
         except asyncio.CancelledError:
@@ -146,14 +177,21 @@ class SmtpPool:
         return self._trouble is None and not self._closing
 
     async def wait_available(self) -> None:
-        """Wait, without limit, until the relay can be used.
+        """Wait, without limit, until the relay can be used, or until the caller's mail may be tried.
 
         Raises:
             PoolClosedError: the pool is closed, or is closed meanwhile.
         """
-        await self._up.wait()
+        if self._trouble is not None and not self._closing and not self._offered:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting[waiter] = None
+            try:
+                await waiter
+            finally:
+                self._waiting.pop(waiter, None)
         if self._closing:
             raise PoolClosedError
+        self._offered = False
 
     @property
     def state(self) -> PoolState:
@@ -173,20 +211,23 @@ class SmtpPool:
         What is still under way then is aborted: those sends return ``NotSent`` or ``InDoubt``.
         """
         self._closing = True
-        self._up.set()
+        self._wake(len(self._waiting))
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.wait([self._recovery])
         await self._sessions.close(grace)
 
     def _down(self, trouble: NotSent) -> None:
-        """Stop sending until a session can be had again."""
+        """Stop sending until a session can be had again, or until a mail that is tried is taken."""
         # Those that waited learn of it a turn of the loop later, when it may be over.
-        if self._closing or self._trouble is not None or trouble is self._last_trouble:
+        if self._closing or trouble is self._last_trouble:
+            return
+        new = self._trouble is None
+        self._last_trouble = trouble
+        self._tell(trouble)
+        if not new:
             return
         self._failures += 1
-        self._trouble = self._last_trouble = trouble
-        self._up.clear()
         _log.warning("relay_down", relay=trouble.relay, phase=trouble.phase, cause=trouble.cause)
         self._sessions.dismiss(UnavailableError(trouble))
         if self._recovery is None or self._recovery.done():
@@ -194,46 +235,63 @@ class SmtpPool:
 
     def _back(self) -> None:
         if self._trouble is not None:
-            self._trouble = None
-            self._up.set()
+            self._trial = self._offered = False
+            self._tell(None)
+            self._wake(len(self._waiting))
             _log.info("relay_up", relay=self.relay.name)
+
+    def _tell(self, trouble: NotSent | None) -> None:
+        self._trouble = trouble
+        self._on_trouble(trouble)
+
+    def _wake(self, count: int) -> int:
+        """Let so many go that wait for the relay, the first to come first; return how many went."""
+        woken = [waiter for waiter in self._waiting if not waiter.done()][:count]
+        for waiter in woken:
+            waiter.set_result(None)
+        return len(woken)
 
     async def _recover(self) -> None:
         while self._trouble is not None:
             await asyncio.sleep(pause(self._limits, self._failures))
+            if self._trouble is None:
+                return
+            if self._trouble.phase not in OPENING:
+                # There are sessions, and no mail is taken: only another mail can tell whether that is over.
+                self._failures += 1
+                self._trial = True
+                self._offered = not self._wake(1)
+                continue
             try:
-                await self._check()
+                self._sessions.release(await self._sessions.open())
+                self._back()
             except UnavailableError as error:
                 # A send may have opened a session meanwhile.
                 if self._trouble is not None:
                     self._failures += 1
-                    self._trouble = error.outcome
+                    self._tell(error.outcome)
             except Exception:
                 # Nothing else would bring the pool up again.
                 self._failures += 1
                 _log.exception("relay_check_failed", relay=self.relay.name)
 
-    async def _check(self) -> None:
-        if len(self._sessions):
-            # There are sessions, and yet it is down: it wanted AUTH at MAIL. Only another mail can tell
-            # whether that has changed.
-            self._back()
-        if self._trouble is not None:
-            self._sessions.release(await self._sessions.open())
-            self._back()
-
-    async def _hand_over(self, session: Session, message: bytes, guard: Callable[[], bool]) -> Outcome:
+    async def _hand_over(
+        self, session: Session, mail_from: str, message: bytes, guard: Callable[[], bool], trial: bool
+    ) -> Outcome:
         try:
-            outcome = await hand_over(session, message, guard)
+            outcome = await hand_over(session, mail_from, message, guard)
         except BaseException:
             session.wire.abort("internal error")
             raise
-        return self._ended(session, outcome)
+        return self._ended(session, outcome, trial)
 
-    def _ended(self, session: Session, outcome: Outcome) -> Outcome:
-        if isinstance(outcome, Sent | Rejected):
-            self._failures = 0
-        elif isinstance(outcome, NotSent) and outcome.ours:
+    def _ended(self, session: Session, outcome: Outcome, trial: bool) -> Outcome:
+        if isinstance(outcome, NotSent) and outcome.ours:
             self._down(outcome)
+        elif isinstance(outcome, Rejected) and outcome.about_session:
+            self._sessions.end(session)
+        elif isinstance(outcome, Sent | Rejected) and (trial or self._trouble is None):
+            self._failures = 0
+            self._back()
         self._sessions.release(session)
         return outcome

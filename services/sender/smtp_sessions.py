@@ -4,12 +4,19 @@ closed."""
 import asyncio
 import random
 from collections import deque
+from typing import NamedTuple
 
 from services.sender.replies import Phase
 from services.sender.smtp_relay import Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError, open_session
 
 __all__ = ["Sessions", "pause"]
+
+
+class _Waiter(NamedTuple):
+    turn: asyncio.Future[Session | None]
+    fresh: bool
+    """Whether only a new session will do."""
 
 
 def pause(limits: Limits, failures: int) -> float:
@@ -32,7 +39,7 @@ class Sessions:
         self._ready: set[Session] = set()
         self._idle: deque[Session] = deque()  # the one used last on the right
         self._sockets: set[asyncio.Future[None]] = set()
-        self._waiters: deque[asyncio.Future[Session | None]] = deque()
+        self._waiters: deque[_Waiter] = deque()
         self._reaper: asyncio.TimerHandle | None = None
         self._refusals = 0
         self._rest: asyncio.TimerHandle | None = None
@@ -51,16 +58,21 @@ class Sessions:
     def waiting(self) -> int:
         return len(self._waiters)
 
-    async def acquire(self) -> Session:
+    async def acquire(self, *, fresh: bool = False) -> Session:
         """An idle session, or a new one, or the first that comes free. It must be given to ``release``.
+
+        Args:
+            fresh: only a new one, within the same limits.
 
         Raises:
             UnavailableError: no session can be had.
         """
         while not self._closing:
-            if self._idle:
+            if self._idle and not fresh:
                 return self._idle.pop()
-            session = await (self._grow() if self._may_grow() else self._wait())
+            if self._idle and not self._may_grow() and self._lacks_room(1):
+                self._idle.popleft().wire.quit(self._timeouts.quit)
+            session = await (self._grow() if self._may_grow() else self._wait(fresh))
             if session is not None:
                 return session
         raise self._closed()
@@ -73,14 +85,22 @@ class Sessions:
         if self._closing or session.mails >= self._limits.mails_per_session:
             session.wire.quit(self._timeouts.quit)
             return
-        while self._waiters:
-            if _answer(self._waiters.popleft(), session):
+        while (waiter := next((w for w in self._waiters if not w.fresh), None)) is not None:
+            self._waiters.remove(waiter)
+            if _answer(waiter, session):
                 return
+        if self._lacks_room(0):
+            session.wire.quit(self._timeouts.quit)
+            return
         loop = asyncio.get_running_loop()
         session.idle_since = loop.time()
         self._idle.append(session)
         if self._reaper is None:
             self._reaper = loop.call_later(self._limits.idle, self._reap)
+
+    def end(self, session: Session) -> None:
+        """Close a session that was acquired. It is given to ``release`` all the same."""
+        session.wire.quit(self._timeouts.quit)
 
     async def open(self) -> Session:
         """A new session, whoever waits.
@@ -136,6 +156,10 @@ class Sessions:
             return False
         return not self._ready or self._rest is None
 
+    def _lacks_room(self, more: int) -> bool:
+        """Whether so many more than wait need a new session than old ones are closing."""
+        return len(self._waiters) + more > len(self._sockets) - len(self._ready)
+
     async def _grow(self) -> Session | None:
         """A new session; None if the relay refuses more of them while it serves others."""
         try:
@@ -153,15 +177,16 @@ class Sessions:
         self._rest = None
         self._wake()
 
-    async def _wait(self) -> Session | None:
+    async def _wait(self, fresh: bool) -> Session | None:
         """Wait for what another gives back: its session, or None for the place of a lost one."""
-        waiter: asyncio.Future[Session | None] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), fresh)
         self._waiters.append(waiter)
+        turn = waiter.turn
         try:
-            return await waiter
+            return await turn
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                given = waiter.result()
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                given = turn.result()
                 if given is None:
                     self._wake()
                 else:
@@ -196,12 +221,12 @@ class Sessions:
         return UnavailableError.at(Phase.CONNECT, "the pool is closed", self._relay.name)
 
 
-def _answer(waiter: "asyncio.Future[Session | None]", answer: Session | UnavailableError | None) -> bool:
+def _answer(waiter: _Waiter, answer: Session | UnavailableError | None) -> bool:
     """Give a waiter its answer; False if it no longer waits."""
-    if waiter.done():
+    if waiter.turn.done():
         return False
     if isinstance(answer, UnavailableError):
-        waiter.set_exception(answer)
+        waiter.turn.set_exception(answer)
     else:
-        waiter.set_result(answer)
+        waiter.turn.set_result(answer)
     return True

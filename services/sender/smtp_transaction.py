@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import Callable
 
+from services.sender.refusals import At, Whose, whose
 from services.sender.replies import (
     InDoubt,
     LeaseLost,
@@ -13,13 +14,13 @@ from services.sender.replies import (
     Rejected,
     Reply,
     Sent,
-    is_ours,
 )
 from services.sender.retry_hints import retry_hint
 from services.sender.smtp_session import Session
 
 __all__ = ["StaleSessionError", "begin", "check_mail", "hand_over"]
 
+_COMMANDS = (At.MAIL, At.RCPT, At.DATA)
 _ADDRESS = re.compile(r"[^\x00-\x20\x7f-\xa0<>\u2028\u2029]*")
 _SLOWEST = 10_000  # bytes a second that a message may leave at
 
@@ -71,13 +72,14 @@ async def begin(
     ]
     if session.unclean:
         commands.insert(0, b"RSET\r\n")
-    return await _envelope(session, commands)
+    return await _envelope(session, commands, mail_from)
 
 
-async def hand_over(session: Session, message: bytes, guard: Callable[[], bool]) -> Outcome:
+async def hand_over(session: Session, mail_from: str, message: bytes, guard: Callable[[], bool]) -> Outcome:
     """Send the message after ``begin`` returned None, and return what the server's answer means.
 
     Args:
+        mail_from: that of ``begin``.
         guard: asked before the message is written; on False nothing is sent.
 
     Cancelling cuts the connection off. The result then says whether the message may have gone out.
@@ -99,7 +101,7 @@ async def hand_over(session: Session, message: bytes, guard: Callable[[], bool])
         )
     except asyncio.CancelledError:
         answer = wire.replies
-    return _verdict(session, answer)
+    return await _verdict(session, mail_from, answer)
 
 
 def _parameters(session: Session, mail_from: str, rcpt: str, message: bytes) -> str | Rejected:
@@ -129,7 +131,7 @@ def _never(session: Session, reply: str) -> Rejected:
     return Rejected(Phase.ENVELOPE, reply, True, None, session.name)
 
 
-async def _envelope(session: Session, commands: list[bytes]) -> Outcome | None:
+async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> Outcome | None:
     """Everything up to the 354: None when it came, and what stopped it otherwise.
 
     The replies are read in order, and the first that is not the expected one decides: those behind it, to
@@ -158,30 +160,48 @@ async def _envelope(session: Session, commands: list[bytes]) -> Outcome | None:
         return NotSent(phase, wire.lost or "no answer", False, session.name)
     reply = replies[stopped]
     mail = last - 2
-    if stopped < mail or (stopped == mail and reply.code in (421, 503)):
+    if stopped < mail or (stopped == mail and reply.code == 503):
         # RSET refused, or MAIL out of sequence: that is about the session and never about this mail.
         wire.abort(str(reply))
         if not session.fresh:
             raise StaleSessionError(str(reply))
-        if reply.code == 503:
-            return NotSent(Phase.ENVELOPE, str(reply), True, session.name)
     session.unclean = True
     if pipelined and stopped < last < len(replies) and replies[last].intermediate:
         # RFC 2920 §3.1: a server that takes DATA without a recipient gets a lone dot.
         await wire.ask(b".\r\n", 1, timeouts.command)
-    return _refusal(session, Phase.DATA if stopped == last else Phase.ENVELOPE, reply)
+    phase = Phase.DATA if stopped == last else Phase.ENVELOPE
+    return await _refusal(session, phase, _COMMANDS[stopped - mail], reply, mail_from)
 
 
-def _refusal(session: Session, phase: Phase, reply: Reply) -> Outcome:
+async def _refusal(session: Session, phase: Phase, at: At, reply: Reply, mail_from: str) -> Outcome:
+    """What a reply other than yes means: to this mail, to the session, or to all mails."""
     if not (reply.transient or reply.permanent):
         session.wire.abort(f"out of step: {reply}")
         return NotSent(phase, f"out of step: {reply}", False, session.name)
-    if is_ours(phase, reply):
+    about = whose(at, reply, mail_from)
+    if about is Whose.MAIL and reply.transient:
+        try:
+            about = whose(at, reply, mail_from, closed=await _closed(session))
+        except asyncio.CancelledError:
+            # After the dot the answer counts, also where nobody waits for what follows it.
+            if phase is not Phase.AFTER_DOT:
+                raise
+    if about is Whose.ACCOUNT:
         return NotSent(phase, str(reply), True, session.name)
-    return Rejected(phase, str(reply), reply.permanent, retry_hint(reply), session.name)
+    hint = retry_hint(reply)
+    return Rejected(phase, str(reply), reply.permanent, hint, session.name, about is Whose.SESSION)
 
 
-def _verdict(session: Session, answer: list[Reply]) -> Outcome:
+async def _closed(session: Session) -> bool:
+    """Whether the server closed the connection with what it said last. RSET finds it out."""
+    wire = session.wire
+    if wire.lost is None:
+        answer = await wire.ask(b"RSET\r\n", 1, session.timeouts.quit)
+        session.unclean = not (answer and answer[0].ok)
+    return wire.lost is not None and not wire.timed_out
+
+
+async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> Outcome:
     """What the answer to the message, or its absence, means."""
     wire = session.wire
     if not answer:
@@ -193,13 +213,13 @@ def _verdict(session: Session, answer: list[Reply]) -> Outcome:
     # Postfix keeps the transaction open when it refuses at the end of data, and then takes no MAIL.
     session.unclean = not reply.ok
     if wire.unsent:
-        return _refusal(session, Phase.DATA, reply)
+        return await _refusal(session, Phase.DATA, At.MESSAGE, reply, mail_from)
     if reply.ok:
         return Sent(str(reply), session.name)
     if reply.intermediate:
         wire.abort(f"out of step: {reply}")
         return InDoubt(f"out of step: {reply}", session.name)
-    return _refusal(session, Phase.AFTER_DOT, reply)
+    return await _refusal(session, Phase.AFTER_DOT, At.MESSAGE, reply, mail_from)
 
 
 def _stuffed(message: bytes) -> bytes:

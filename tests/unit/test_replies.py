@@ -1,8 +1,8 @@
-"""Replies: what they mean, and what counts as ours."""
+"""Replies: what they mean."""
 
 import pytest
 
-from services.sender.replies import Phase, Reply, is_ours
+from services.sender.replies import Reply
 
 
 def reply(text: str) -> Reply:
@@ -51,27 +51,3 @@ def test_shown_with_the_code_first() -> None:
 
 def test_only_421_closes() -> None:
     assert [c for c in range(200, 600) if Reply(c, ("",)).closes] == [421]
-
-
-@pytest.mark.parametrize("phase", [Phase.CONNECT, Phase.TLS, Phase.AUTH])
-@pytest.mark.parametrize("text", ["421 busy", "454 TLS not available", "535 bad password", "554 go away"])
-def test_before_mail_every_refusal_is_ours(phase: Phase, text: str) -> None:
-    assert is_ours(phase, reply(text))
-
-
-@pytest.mark.parametrize("phase", [Phase.ENVELOPE, Phase.DATA, Phase.AFTER_DOT])
-@pytest.mark.parametrize(
-    ("text", "ours"),
-    [
-        ("530 5.7.0 Must issue a STARTTLS command first", True),
-        ("530 5.7.0 Authentication required", True),
-        ("535 5.7.8 Credentials invalid", True),
-        ("421 4.3.2 shutting down", False),
-        ("451 4.7.1 greylisted", False),
-        ("454 4.7.1 Relay access denied", False),
-        ("550 5.1.1 no such user", False),
-        ("554 5.7.1 rejected", False),
-    ],
-)
-def test_from_mail_on_only_a_demand_for_auth_is_ours(phase: Phase, text: str, ours: bool) -> None:
-    assert is_ours(phase, reply(text)) is ours

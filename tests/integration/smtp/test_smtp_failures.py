@@ -83,9 +83,7 @@ async def test_lost_waiting_for_the_354(end: Callable[[Conversation], None]) -> 
 @pytest.mark.parametrize(
     ("replies", "reply", "permanent"),
     [
-        (["550 5.1.8 bad sender"], "550 5.1.8 bad sender", True),
         (["250 ok", "550 5.1.1 who?"], "550 5.1.1 who?", True),
-        (["250 ok", "450 4.2.0 later"], "450 4.2.0 later", False),
     ],
 )
 async def test_a_refusal_counts_though_the_session_is_lost_behind_it(
@@ -111,7 +109,8 @@ async def test_421_is_transient_and_ends_the_session(replies: list[str], phase: 
         assert (outcome.phase, outcome.permanent) == (phase, False)
         assert outcome.reply == "421 4.3.2 shutting down"
         assert pool.state.idle == 0
-        assert server.connections == 1
+        # It was tried once more, on a new session.
+        assert server.connections == 2
 
 
 async def test_a_demand_for_auth_is_ours() -> None:
@@ -369,8 +368,10 @@ async def test_refused_after_the_dot(answer: str, permanent: bool, retry_after: 
         await c.say(answer)
         if not answer.startswith("421"):
             # Some servers keep a transaction open that they refused at its end.
-            await c.expect("RSET", "MAIL FROM:", "RCPT TO:", "DATA")
-            await c.say("250 ok", "250 ok", "250 ok", "354 go on")
+            await c.expect("RSET")
+            await c.say("250 ok")
+            await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+            await c.say("250 ok", "250 ok", "354 go on")
             await c.message()
             await c.say("250 queued")
         await c.ended()

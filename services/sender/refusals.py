@@ -1,0 +1,196 @@
+"""Whose a refusal is: the mail's, the session's, or our standing with the relay. One table. Pure."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import NamedTuple
+
+from services.sender.replies import Reply
+
+__all__ = ["RULES", "At", "Rule", "Whose", "whose"]
+
+
+class Whose(StrEnum):
+    """Whom a refusal is about, and so what follows from it."""
+
+    MAIL = "mail"
+    """This mail or its recipient: it ends the attempt."""
+    SESSION = "session"
+    """The session: it ends, and the mail goes at once on a new one."""
+    ACCOUNT = "account"
+    """Our standing with the relay: all mails wait, and no attempt is spent."""
+
+
+class At(StrEnum):
+    """What was refused."""
+
+    MAIL = "MAIL"
+    RCPT = "RCPT"
+    DATA = "DATA"
+    MESSAGE = "message"
+
+
+class Rule(NamedTuple):
+    """One row: what a reply must be for it to apply. An empty pattern fits all."""
+
+    whose: Whose
+    code: str
+    """The whole basic code."""
+    enhanced: str
+    """The subject and the detail of the enhanced code (RFC 3463), without its class."""
+    words: str
+    """Found in the text, whatever the case."""
+    source: str
+    unless: str = ""
+    """Not found in the text."""
+    at: At | None = None
+    closes: bool = False
+    """Only where the server closed the connection with the reply."""
+    names_sender: bool = False
+    """Only where the text names the return path."""
+
+
+# Of these limits, none is on what the account sends.
+_OTHER_LIMITS = (
+    r"recipient\b|receiv|mailbox|inbox|storage|disk|\bsize|large|\bbig\b|length|header|hops?\b|spam|score"
+)
+_LIMIT = r"(?:quota|limits?|threshold|credits)"
+_EXCEEDED = rf"{_LIMIT}\b.{{0,60}}\b(?:exceed|reached|hit\b)|(?:exceed\w*|reached|over)\b.{{0,60}}\b{_LIMIT}"
+_SENDING = (
+    r"\b(?:sending|sent|send|daily|hourly|per (?:day|hour|minute)|\d+ (?:hours|minutes)"
+    r"|e?-?mails|messages|rate|credits)\b"
+)
+
+RULES: tuple[Rule, ...] = (
+    # The session.
+    Rule(Whose.SESSION, "421", "", "", "RFC 5321 section 3.8: the server closes the channel"),
+    Rule(Whose.SESSION, "4..", r"4\.2", "", "RFC 3463 X.4.2, bad connection; Gmail: 451 4.4.2 Timeout"),
+    Rule(
+        Whose.SESSION,
+        "4..",
+        r"4\.5",
+        "",
+        "RFC 3463 X.4.5, congestion; Stalwart: 452 4.4.5 Maximum number of messages per session exceeded",
+    ),
+    Rule(
+        Whose.SESSION,
+        "4..",
+        "",
+        r"(?:per|in one|in this|this) (?:smtp )?(?:session|connection)",
+        "IONOS: 451 Mails per session limit exceeded; Exim: too many messages in one connection",
+        unless=_OTHER_LIMITS,
+    ),
+    Rule(
+        Whose.SESSION,
+        "4..",
+        # Of these, X.4.1 and those behind it are about the way to the recipient's host.
+        r"(?!1\.|2\.|4\.[13467]).*",
+        r"time(?:d)?[ -]?out",
+        "RFC 5321 section 4.5.3.2: the server's own timeouts",
+    ),
+    Rule(
+        Whose.SESSION, "4..", "", "", "RFC 5321 section 3.8, where the server says another code", closes=True
+    ),
+    # The message's size and its content.
+    Rule(Whose.MAIL, "552", "", "", "RFC 1870 section 6.1: message size exceeds the limit"),
+    Rule(Whose.MAIL, "5..", r"(?:3\.4|2\.3)", "", "RFC 3463 X.3.4 and X.2.3: message too big"),
+    Rule(Whose.MAIL, "5..", r"6\.\d+", "", "RFC 3463 X.6.z: message content or media"),
+    # The account.
+    Rule(Whose.ACCOUNT, "53[0458]", "", "", "RFC 4954 section 6: authentication required, or another one"),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        "",
+        "",
+        "RFC 5321 section 3.3: MAIL names no recipient, and all mails have the same return path",
+        at=At.MAIL,
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        r"4\.5",
+        "",
+        "RFC 3463 X.4.5, congestion; Gmail: 550 5.4.5 Daily user sending limit exceeded",
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        r"7\.0",
+        _EXCEEDED,
+        "RFC 3463 X.7.0, a policy; relays: 554 5.7.0 limit exceeded, try again later",
+        unless=_OTHER_LIMITS,
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        r"(?![12]\.).*",
+        rf"(?=.*{_SENDING}).*(?:{_EXCEEDED})|(?:limit of|only) \d+ (?:rcpts|recipients|e?-?mails|messages)",
+        "SendGrid: Maximum credits exceeded; Dovecot and Postfix policies: limit of 400 rcpts per 24 hours",
+        unless=_OTHER_LIMITS,
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        "",
+        r"submission ?quota ?exceeded|tenant.{0,40}exceeded",
+        "Exchange Online: 554 5.2.0 SubmissionQuotaExceededException, 5.7.705 tenant has exceeded threshold",
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        r"1\.[78]",
+        "",
+        "RFC 3463 X.1.7 and X.1.8: bad sender's address; Exchange Online: 550 5.1.8 bad outbound sender",
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        r"7\.(?:60|50[1-3]|70[58]|750)|2\.252",
+        "",
+        "Exchange Online: 5.7.60 and 5.2.252 SendAsDenied, 5.7.501 banned sender, 5.7.750 unregistered",
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        "",
+        r"sender address rejected|not owned by|sendasdenied|permissions? to send as"
+        r"|not (?:authori[sz]ed|allowed|permitted) to send (?:mail )?(?:as|from|using)"
+        r"|from address does not match|unauthenticated senders? not allowed",
+        "Postfix reject_sender_login_mismatch: 553 5.7.1 Sender address rejected: not owned by user;"
+        " Exchange: 550 5.7.1 Client does not have permission to send as this sender;"
+        " SendGrid: 550 The from address does not match a verified Sender Identity",
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        "",
+        "not verified",
+        "Amazon SES: 554 Message rejected: Email address is not verified, and the addresses",
+        names_sender=True,
+    ),
+)
+
+
+def whose(at: At, reply: Reply, mail_from: str = "", *, closed: bool = False) -> Whose:
+    """Return whom a refusal, from MAIL on, is about: the first row of the table that fits it decides.
+
+    Args:
+        at: what was refused.
+        mail_from: the return path.
+        closed: whether the server closed the connection with the reply.
+    """
+    text = " ".join(reply.lines)[:1000]
+    enhanced = (reply.enhanced or "").partition(".")[2]
+    for rule in RULES:
+        if (
+            (rule.at is None or rule.at is at)
+            and (closed or not rule.closes)
+            and re.fullmatch(rule.code, str(reply.code))
+            and (not rule.enhanced or re.fullmatch(rule.enhanced, enhanced))
+            and (not rule.words or re.search(rule.words, text, re.IGNORECASE))
+            and not (rule.unless and re.search(rule.unless, text, re.IGNORECASE))
+            and not (rule.names_sender and (not mail_from or mail_from.lower() not in text.lower()))
+        ):
+            return rule.whose
+    return Whose.MAIL

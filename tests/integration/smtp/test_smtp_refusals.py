@@ -1,0 +1,328 @@
+"""Refusals of the session and of the account: the mail goes on a new session, or waits with all others."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from services.sender.replies import LeaseLost, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.smtp import Limits, SendCancelled, SmtpPool
+from tests.integration.smtp.script import (
+    FROM,
+    MESSAGE,
+    Conversation,
+    Script,
+    pool_for,
+    scripted,
+    send,
+    until,
+)
+
+Answer = Callable[[int], str | None]
+
+
+async def serve(c: Conversation, answers: dict[str, Answer], *, pipelining: bool = True) -> None:
+    """Take mails until the client leaves.
+
+    `answers` has, by command ("MAIL", "RCPT", "DATA", "."), what refuses the n-th mail of the session; None
+    takes it. A refusal that begins with "!" is followed by the end of the connection.
+    """
+    await c.greet(*(["PIPELINING"] if pipelining else []))
+    mails = 0
+    refused = False
+    while (line := await c.line()) and line != b"QUIT":
+        command = line[:4].decode()
+        if command == "RSET":
+            refused = False
+            await c.say("250 reset")
+            continue
+        if command == "MAIL":
+            mails += 1
+            refused = False
+        answer = None if refused else answers.get(command, lambda n: None)(mails)
+        if refused:
+            answer = "503 5.5.1 no"
+        if answer is not None:
+            refused = True
+            await c.say(*answer.removeprefix("!").split("\n"))
+            if answer.startswith("!"):
+                return
+        elif command == "DATA":
+            await c.say("354 go on")
+            await c.message()
+            end = answers.get(".", lambda n: None)(mails)
+            await c.say(end.removeprefix("!") if end else "250 queued")
+            if end and end.startswith("!"):
+                return
+        else:
+            await c.say("250 ok")
+    if line:
+        await c.say("221 bye")
+
+
+def from_the(n: int, answer: str) -> Answer:
+    return lambda mails: answer if mails >= n else None
+
+
+def playing(**answers: Answer) -> Script:
+    async def script(c: Conversation) -> None:
+        await serve(c, {("." if name == "message" else name): answer for name, answer in answers.items()})
+
+    return script
+
+
+async def until_taken(pool: SmtpPool) -> Outcome:
+    """Send a mail as the stage does: wait for the relay, and try again while the refusal is the account's."""
+    while True:
+        await pool.wait_available()
+        outcome = await send(pool)
+        if not (isinstance(outcome, NotSent) and outcome.ours):
+            return outcome
+
+
+# --- Of the session
+
+
+@pytest.mark.parametrize("command", ["MAIL", "RCPT", "DATA", "message"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "452 4.4.5 Maximum number of messages per session exceeded",
+        "451-Requested action aborted\n451 Mails per session limit exceeded",
+    ],
+)
+async def test_a_relay_that_takes_few_mails_a_session_gets_each_at_once(command: str, reply: str) -> None:
+    if command == "message":
+        reply = reply.partition("\n")[2] or reply
+    async with (
+        scripted(playing(**{command: from_the(6, reply)})) as server,
+        pool_for(server, limits=Limits(sessions=4)) as pool,
+    ):
+        outcomes = await asyncio.wait_for(asyncio.gather(*(send(pool) for _ in range(100))), 30)
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert pool.available
+        # No session hears of a mail again once it has refused one.
+        for c in server.conversations:
+            assert sum(line.startswith(b"MAIL") for line in c.heard) <= 6
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize("command", ["MAIL", "RCPT", "DATA", "."])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "!451 4.4.2 Timeout waiting for data from client.",
+        "!421 4.7.0 Too many messages",
+        "!450 4.7.1 that is enough",
+        "450 4.4.2 bad connection",
+    ],
+)
+async def test_a_refusal_that_ends_the_session_is_no_attempt(
+    command: str, reply: str, pipelining: bool
+) -> None:
+    async def first(c: Conversation) -> None:
+        await serve(c, {command: from_the(2, reply)}, pipelining=pipelining)
+
+    async with scripted(first, playing()) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Sent)
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 2
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 2
+
+
+async def test_it_goes_once_more_only_and_counts_then() -> None:
+    script = playing(RCPT=lambda n: "!421 4.7.0 try again in 5 minutes")
+    async with scripted(script) as server, pool_for(server) as pool:
+        outcome = await send(pool)
+        assert isinstance(outcome, Rejected)
+        assert (outcome.permanent, outcome.retry_after) == (False, 300)
+        assert outcome.reply == "421 4.7.0 try again in 5 minutes"
+        assert server.connections == 2
+        assert pool.available
+        assert pool.state.idle == pool.state.busy == 0
+
+
+async def test_a_4yz_that_leaves_the_session_open_is_the_mails() -> None:
+    script = playing(RCPT=lambda n: "451 4.7.1 greylisted" if n == 1 else None)
+    async with scripted(script) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Rejected)
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 1
+
+
+async def test_a_server_that_neither_answers_nor_closes_has_not_closed() -> None:
+    async def mute(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+        await c.say("250 ok", "451 4.7.1 greylisted", "503 no")
+        await c.expect("RSET")
+        await c.drained()
+
+    async with scripted(mute, playing()) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), Rejected)
+        assert server.connections == 1
+
+
+async def test_the_lease_is_asked_again_before_the_mail_goes_on_a_new_session() -> None:
+    left = [True, False]
+    script = playing(RCPT=lambda n: "!421 no")
+    async with scripted(script) as server, pool_for(server) as pool:
+        assert await send(pool, guard=lambda: left.pop(0)) == LeaseLost(Phase.ENVELOPE)
+        assert server.connections == 2
+
+
+async def test_a_new_session_that_cannot_be_had_spends_no_attempt() -> None:
+    async def full(c: Conversation) -> None:
+        await c.say("421 4.7.0 too many connections")
+        await c.drained()
+
+    async with scripted(playing(MAIL=lambda n: "!421 bye"), full) as server, pool_for(server) as pool:
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent)
+        assert outcome.ours
+        assert server.connections >= 2
+
+
+async def test_refused_after_the_dot_it_is_cancelled_with_a_refusal_and_not_sent_again() -> None:
+    ready, release = asyncio.Event(), asyncio.Event()
+
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.envelope()
+        await c.message()
+        ready.set()
+        await release.wait()
+        await c.say("451 4.4.2 timeout")
+        await c.ended()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        sending = asyncio.create_task(send(pool))
+        await asyncio.wait_for(ready.wait(), 5)
+        sending.cancel()
+        with pytest.raises(SendCancelled) as caught:
+            await sending
+        release.set()
+        assert caught.value.rest is not None
+        outcome = await asyncio.wait_for(caught.value.rest, 5)
+        assert isinstance(outcome, Rejected)
+        assert not outcome.permanent
+        assert server.connections == 1
+
+
+async def test_a_new_session_is_within_the_limit_though_others_are_busy_or_idle() -> None:
+    now = most = 0
+
+    async def counting(c: Conversation) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await serve(c, {"MAIL": from_the(3, "452 4.4.5 enough")})
+        now -= 1
+
+    async with scripted(counting) as server, pool_for(server, limits=Limits(sessions=3)) as pool:
+        outcomes = await asyncio.wait_for(asyncio.gather(*(send(pool) for _ in range(60))), 20)
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+    assert most <= 3
+
+
+# --- Of the account
+
+
+@pytest.mark.parametrize(
+    ("command", "reply"),
+    [
+        ("MAIL", "550 5.4.5 Daily user sending quota exceeded"),
+        ("message", "554 5.7.0 Daily limit of messages exceeded. Try again later."),
+        ("MAIL", f"553 5.7.1 <{FROM}>: Sender address rejected: not owned by auth user"),
+        ("RCPT", f"553 5.7.1 <{FROM}>: Sender address rejected: not owned by auth user"),
+        ("MAIL", "550 5.7.1 whatever"),
+    ],
+)
+async def test_a_refusal_of_the_account_has_all_mails_wait(command: str, reply: str) -> None:
+    taken = 0
+    refusing = False
+    told: list[str | None] = []
+
+    def answer(mails: int) -> str | None:
+        nonlocal taken
+        if refusing:
+            return reply
+        return None
+
+    limits = Limits(sessions=4, backoff=0.01, backoff_max=0.05)
+    async with scripted(playing(**{command: answer})) as server, pool_for(server, limits=limits) as pool:
+        pool._on_trouble = lambda trouble: told.append(trouble and trouble.cause)
+        outcomes = [await send(pool) for _ in range(10)]
+        refusing = True
+        waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
+        await until(lambda: not pool.available and sum(told == [] or t == reply for t in told) >= 5)
+        assert pool.state.trouble is not None
+        assert (pool.state.trouble.cause, pool.state.trouble.ours) == (reply, True)
+        assert not any(task.done() for task in waiting)
+        refusing = False
+        outcomes += await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert pool.state.trouble is None
+        assert told[-1] is None
+
+
+async def test_only_one_mail_at_a_time_is_tried_while_the_account_is_refused() -> None:
+    asked = 0
+
+    def answer(mails: int) -> str:
+        nonlocal asked
+        asked += 1
+        return "550 5.4.5 quota"
+
+    limits = Limits(sessions=4, backoff=0.01, backoff_max=0.02)
+    async with scripted(playing(MAIL=answer)) as server, pool_for(server, limits=limits) as pool:
+        waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
+        await until(lambda: not pool.available and pool.state.busy == 0)
+        first = asked
+        assert first <= 4
+        woken = 0
+        wake = pool._wake
+
+        def counted(count: int) -> int:
+            nonlocal woken
+            woken += wake(count)
+            return woken
+
+        pool._wake = counted  # type: ignore[method-assign]
+        await until(lambda: woken >= 5)
+        assert asked <= first + woken
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_mail_that_comes_while_nobody_waits_is_the_next_to_be_tried() -> None:
+    script = playing(MAIL=lambda n: "550 5.4.5 quota" if n == 1 else None)
+    async with scripted(script) as server, pool_for(server) as pool:
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent)
+        await until(lambda: pool._offered)
+        assert not pool.available
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+        assert pool.available
+
+
+async def test_a_refusal_of_another_mail_shows_that_the_account_is_taken_again() -> None:
+    script = playing(
+        MAIL=lambda n: "550 5.4.5 quota" if n == 1 else None,
+        RCPT=lambda n: "550 5.1.1 who?" if n == 2 else None,
+    )
+    async with scripted(script) as server, pool_for(server) as pool:
+        assert isinstance(await send(pool), NotSent)
+        assert isinstance(await until_taken(pool), Rejected)
+        assert pool.available
+
+
+async def test_the_message_size_is_the_mails_own() -> None:
+    script = playing(MAIL=lambda n: "552 5.3.4 message too big")
+    async with scripted(script) as server, pool_for(server) as pool:
+        outcome = await send(pool, MESSAGE * 10)
+        assert isinstance(outcome, Rejected)
+        assert outcome.permanent
+        assert pool.available

@@ -1,0 +1,150 @@
+"""The table of refusals: whom each is about."""
+
+import pytest
+
+from services.sender.refusals import RULES, At, Whose, whose
+from services.sender.replies import Reply
+
+FROM = "shop@example.org"
+FROM_MAIL_ON = list(At)
+
+
+def reply(text: str) -> Reply:
+    return Reply(int(text[:3]), (text[4:],))
+
+
+def test_every_row_has_a_source() -> None:
+    for rule in RULES:
+        assert any(
+            name in rule.source
+            for name in (
+                "RFC",
+                "Gmail",
+                "Exchange",
+                "SendGrid",
+                "SES",
+                "IONOS",
+                "Postfix",
+                "Stalwart",
+                "Exim",
+            )
+        ), rule
+
+
+@pytest.mark.parametrize("at", FROM_MAIL_ON)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "421 4.7.0 Too many messages",
+        "421 4.3.2 shutting down",
+        "451 4.4.2 Timeout waiting for data from client.",
+        "452 4.4.5 Maximum number of messages per session exceeded",
+        "451 Mails per session limit exceeded",
+        "450 too many messages in one connection",
+        "452 4.3.2 Connection rate limit: 100 mails per connection",
+        "451 timed out waiting for a command",
+        "451 4.3.0 session timeout",
+    ],
+)
+def test_of_the_session(at: At, text: str) -> None:
+    assert whose(at, reply(text)) is Whose.SESSION
+
+
+@pytest.mark.parametrize("at", FROM_MAIL_ON)
+@pytest.mark.parametrize(
+    "text", ["451 4.7.1 greylisted", "450 4.2.0 later", "451 local error", "454 4.7.1 no"]
+)
+def test_a_4yz_is_the_mails_unless_the_server_closes_with_it(at: At, text: str) -> None:
+    assert whose(at, reply(text)) is Whose.MAIL
+    assert whose(at, reply(text), closed=True) is Whose.SESSION
+
+
+@pytest.mark.parametrize("at", FROM_MAIL_ON)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "530 5.7.0 Must issue a STARTTLS command first",
+        "530 5.7.0 Authentication required",
+        "535 5.7.8 Credentials invalid",
+        "550 5.4.5 Daily user sending quota exceeded",
+        "550 5.4.5 Daily SMTP relay limit exceeded for user.",
+        "554 5.7.0 Your hourly limit of messages was exceeded. Try again later.",
+        "554 5.7.0 Limit exceeded. Try again later.",
+        "554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException",
+        "550 5.7.705 Access denied, tenant has exceeded threshold",
+        "554 5.7.1 <DATA>: Data command rejected: limit of 400 rcpts per 24 hours for client x reached",
+        "550 Maximum credits exceeded",
+        "550 You have exceeded your sending limit",
+        "553 5.7.1 <shop@example.org>: Sender address rejected: not owned by user ann",
+        "553 5.7.1 Sender address rejected: not owned by auth user",
+        "550 5.1.8 <shop@example.org>: Sender address rejected: Domain not found",
+        "550 5.1.8 Access denied, bad outbound sender",
+        "550 5.7.60 SMTP; Client does not have permissions to send as this sender",
+        "550 5.7.1 Client does not have permission to send as this sender",
+        "554 5.2.252 SendAsDenied; ann@example.org not allowed to send as shop@example.org",
+        "550 The from address does not match a verified Sender Identity.",
+        "550 You are not authorized to send from that email address",
+        "554 Message rejected: Email address is not verified. Identities that failed: Shop@example.org",
+    ],
+)
+def test_of_the_account(at: At, text: str) -> None:
+    assert whose(at, reply(text), FROM) is Whose.ACCOUNT
+
+
+@pytest.mark.parametrize("at", [At.RCPT, At.DATA, At.MESSAGE])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "550 5.1.1 no such user",
+        "554 5.7.1 rejected",
+        "554 5.7.1 Relay access denied",
+        "554 5.7.0 spam score exceeds the threshold",
+        "550 5.7.0 message size limit exceeded",
+        # What the recipient has.
+        "552 5.2.2 The email account that you tried to reach is over quota.",
+        "550 5.2.2 mailbox quota exceeded",
+        "550 mailbox is over its message limit, quota exceeded",
+        "550 the recipient has exceeded the limit of messages per hour",
+        # The message's size and content.
+        "552 5.3.4 too big",
+        "554 5.3.4 message too big for system",
+        "550 5.6.7 no SMTPUTF8 for this address",
+        # In the sandbox the recipient must be verified too.
+        "554 Message rejected: Email address is not verified. Identities that failed: ann@example.net",
+    ],
+)
+def test_of_the_mail(at: At, text: str) -> None:
+    assert whose(at, reply(text), FROM) is Whose.MAIL
+
+
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ("550 5.7.1 no", Whose.ACCOUNT),
+        ("503 5.5.1 authenticate first", Whose.ACCOUNT),
+        ("554 5.7.1 blocked", Whose.ACCOUNT),
+        ("501 5.1.7 bad sender address syntax", Whose.ACCOUNT),
+        ("552 5.3.4 message size exceeds the limit", Whose.MAIL),
+        ("552 too big", Whose.MAIL),
+        ("554 5.3.4 message too big", Whose.MAIL),
+        ("550 5.6.7 no SMTPUTF8", Whose.MAIL),
+        ("451 4.7.1 later", Whose.MAIL),
+        ("452 4.3.1 disk full", Whose.MAIL),
+    ],
+)
+def test_a_5yz_to_mail_is_the_accounts_unless_it_speaks_of_the_message(text: str, about: Whose) -> None:
+    assert whose(At.MAIL, reply(text)) is about
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "450 4.4.1 connection to mx.example.net timed out",
+        "451 4.4.3 DNS timeout",
+        "450 4.1.8 domain lookup timed out",
+        "452 4.2.2 mailbox over quota",
+        "450 4.2.1 the recipient takes no more messages per session",
+    ],
+)
+def test_a_4yz_about_the_way_to_the_recipient_is_the_mails(text: str) -> None:
+    assert whose(At.RCPT, reply(text)) is Whose.MAIL
