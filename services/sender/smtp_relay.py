@@ -67,7 +67,7 @@ class Timeouts:
     """Seconds to wait in each phase. From `command` on they are RFC 5321 §4.5.3.2's minimums."""
 
     connect: float = 30.0
-    """For each of the relay's addresses."""
+    """For the relay's name, and for each of its addresses."""
     tls: float = 30.0
     opening: float = 30.0
     """For each answer until a session stands: the greeting, EHLO, STARTTLS, AUTH. RFC 5321 would have five

@@ -5,13 +5,15 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from services.sender.replies import NotSent, Phase, Reply
+from services.sender.smtp_addresses import Address, Addresses, ConnectError
 from services.sender.smtp_auth import UnsupportedAuthError, auth_lines, secret_may_go
 from services.sender.smtp_relay import Relay, Timeouts, Tls
 from services.sender.smtp_wire import Wire
 
-__all__ = ["Session", "UnavailableError", "open_session"]
+__all__ = ["Learnt", "Session", "UnavailableError", "open_session"]
 
 
 class UnavailableError(Exception):
@@ -24,6 +26,13 @@ class UnavailableError(Exception):
     @classmethod
     def at(cls, phase: Phase, cause: str, relay: str) -> "UnavailableError":
         return cls(NotSent(phase, cause, True, relay))
+
+
+@dataclass(slots=True)
+class Learnt:
+    """What sessions with a relay have shown, for those that are opened later."""
+
+    addresses: Addresses = field(default_factory=Addresses)
 
 
 class Session:
@@ -78,17 +87,22 @@ class Session:
         return int(limit) or None if limit.isascii() and limit.isdigit() and len(limit) <= 20 else None
 
 
-async def open_session(relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts) -> Session:
-    """Open a session with ``relay``, trying each of its addresses in turn.
+async def open_session(
+    relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, learnt: Learnt | None = None
+) -> Session:
+    """Open a session with ``relay``: with the first of its addresses that answers (RFC 8305).
 
     Args:
         context: for every TLS mode but ``none``.
+        learnt: what earlier sessions have shown; this one adds to it.
 
     Raises:
         UnavailableError: the relay cannot be reached, refuses us, or offers less than ``relay`` asks for.
         asyncio.CancelledError: and nothing is left open.
     """
-    wire, name = await _connect(relay, context if relay.tls is Tls.IMPLICIT else None, timeouts)
+    learnt = learnt or Learnt()
+    implicit = context if relay.tls is Tls.IMPLICIT else None
+    wire, name, address = await _connect(relay, implicit, timeouts, learnt.addresses)
     session = Session(wire, name, timeouts)
     try:
         await _greet(session, relay)
@@ -102,10 +116,14 @@ async def open_session(relay: Relay, context: ssl.SSLContext | None, timeouts: T
     except _HandshakeError as error:
         # Credentials would not go in clear either, and the certificate's trouble is what to show.
         if relay.tls is Tls.OPPORTUNISTIC and relay.credentials is None:
-            return await open_session(relay, None, timeouts)
+            return await open_session(relay, None, timeouts, learnt)
+        learnt.addresses.mark(address)
         raise UnavailableError.at(Phase.TLS, str(error), name) from error
-    except BaseException:
+    except BaseException as error:
         wire.abort("session not opened")
+        if isinstance(error, UnavailableError) and error.outcome.phase in (Phase.CONNECT, Phase.TLS):
+            # Another address may be better off.
+            learnt.addresses.mark(address)
         raise
     return session
 
@@ -114,38 +132,56 @@ class _HandshakeError(Exception):
     pass
 
 
-async def _connect(relay: Relay, implicit: ssl.SSLContext | None, timeouts: Timeouts) -> tuple[Wire, str]:
-    loop = asyncio.get_running_loop()
+async def _connect(
+    relay: Relay, implicit: ssl.SSLContext | None, timeouts: Timeouts, addresses: Addresses
+) -> tuple[Wire, str, Address]:
     where = f"{relay.host}:{relay.port}"
     try:
         async with asyncio.timeout(timeouts.connect):
-            found = await loop.getaddrinfo(relay.host, relay.port, type=socket.SOCK_STREAM)
+            left = await addresses.resolve(relay.host, relay.port)
     except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
         raise UnavailableError.at(
             Phase.CONNECT, f"name lookup: {str(error) or 'timed out'}", where
         ) from error
-    phase, cause = Phase.CONNECT, "no address"
-    for family, _, _, _, address in found:
-        ip = str(address[0])
-        name = where if ip == relay.host else f"{relay.host}[{ip}]:{relay.port}"
+    refused: UnavailableError | None = None
+    while left or refused is None:
         try:
-            async with asyncio.timeout(timeouts.connect + (timeouts.tls if implicit else 0)):
-                _, wire = await loop.create_connection(
-                    Wire,
-                    ip,
-                    relay.port,
-                    family=family,
-                    ssl=implicit,
-                    server_hostname=relay.host if implicit else None,
-                    ssl_handshake_timeout=timeouts.tls if implicit else None,
-                )
-        except ssl.SSLError as error:
-            phase, cause, where = Phase.TLS, f"TLS handshake: {error}", name
+            address, sock = await addresses.connect(left, timeouts.connect)
+        except ConnectError as error:
+            name = _name(relay, left[0]) if len(left) == 1 else where
+            raise refused or UnavailableError.at(Phase.CONNECT, str(error), name) from error
+        name = _name(relay, address)
+        try:
+            return await _wire(relay, sock, implicit, timeouts), name, address
         except OSError as error:
-            phase, cause, where = Phase.CONNECT, str(error) or "connection timed out", name
-        else:
-            return wire, name
-    raise UnavailableError.at(phase, cause, where)
+            addresses.mark(address)
+            left.remove(address)
+            refused = UnavailableError.at(Phase.TLS, f"TLS handshake: {error}", name)
+    raise refused
+
+
+async def _wire(
+    relay: Relay, sock: socket.socket, implicit: ssl.SSLContext | None, timeouts: Timeouts
+) -> Wire:
+    loop = asyncio.get_running_loop()
+    try:
+        _, wire = await loop.create_connection(
+            Wire,
+            sock=sock,
+            ssl=implicit,
+            server_hostname=relay.host if implicit else None,
+            ssl_handshake_timeout=timeouts.tls if implicit else None,
+        )
+    except BaseException:
+        sock.close()
+        raise
+    return wire
+
+
+def _name(relay: Relay, address: Address) -> str:
+    """How the relay is shown: with its address, where its host is a name."""
+    shown = relay.host if address.ip == relay.host else f"{relay.host}[{address.ip}]"
+    return f"{shown}:{relay.port}"
 
 
 async def _greet(session: Session, relay: Relay) -> None:

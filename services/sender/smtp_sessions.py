@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from services.sender.replies import Phase
 from services.sender.smtp_relay import Limits, Relay, Timeouts, Tls
-from services.sender.smtp_session import Session, UnavailableError, open_session
+from services.sender.smtp_session import Learnt, Session, UnavailableError, open_session
 
 __all__ = ["Sessions", "pause"]
 
@@ -35,6 +35,7 @@ class Sessions:
         self._relay = relay
         self._limits = limits
         self._timeouts = timeouts
+        self._learnt = Learnt()
         self._context = None if relay.tls is Tls.NONE else relay.tls_context()
         self._ready: set[Session] = set()
         self._idle: deque[Session] = deque()  # the one used last on the right
@@ -110,7 +111,7 @@ class Sessions:
         """
         self.opening += 1
         try:
-            session = await open_session(self._relay, self._context, self._timeouts)
+            session = await open_session(self._relay, self._context, self._timeouts, self._learnt)
         except UnavailableError:
             raise
         except BaseException:

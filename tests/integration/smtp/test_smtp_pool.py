@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from services.sender import smtp_sessions
 from services.sender.replies import InDoubt, NotSent, Phase, Sent
 from services.sender.smtp import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Timeouts, Tls
-from services.sender.smtp_session import Session, UnavailableError, open_session
+from services.sender.smtp_session import Learnt, Session, UnavailableError, open_session
 from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for, scripted, send, until
 
 
@@ -263,11 +263,13 @@ def opening(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
     """Have the next sessions fail to open with these errors; the ones after them open."""
     left = list(errors)
 
-    async def open_or_fail(relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts) -> Session:
+    async def open_or_fail(
+        relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, learnt: Learnt
+    ) -> Session:
         await asyncio.sleep(0)
         if left:
             raise left.pop(0)
-        return await open_session(relay, context, timeouts)
+        return await open_session(relay, context, timeouts, learnt)
 
     monkeypatch.setattr(smtp_sessions, "open_session", open_or_fail)
 
@@ -291,7 +293,9 @@ async def test_a_check_that_fails_after_a_session_opened_does_not_end_the_sendin
     opens, fails, checks = asyncio.Event(), asyncio.Event(), asyncio.Event()
     calls = 0
 
-    async def open_in_turn(relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts) -> Session:
+    async def open_in_turn(
+        relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, learnt: Learnt
+    ) -> Session:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -299,7 +303,7 @@ async def test_a_check_that_fails_after_a_session_opened_does_not_end_the_sendin
             raise away
         if calls == 2:
             await opens.wait()
-            return await open_session(relay, context, timeouts)
+            return await open_session(relay, context, timeouts, learnt)
         checks.set()
         await fails.wait()
         raise UnavailableError.at(Phase.CONNECT, "timed out", "relay")
