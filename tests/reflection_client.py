@@ -5,21 +5,30 @@ What grpcurl does, in Python: requests and answers are JSON as protobuf maps it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 __all__ = ["ReflectionClient"]
 
 
 class ReflectionClient:
-    """Calls the unary methods of the services that a server reflects. A context manager."""
+    """Calls the unary methods of the services that a server reflects. A context manager.
 
-    def __init__(self, target: str) -> None:
-        self.channel = grpc.insecure_channel(target, [("grpc.max_receive_message_length", 64 << 20)])
-        self._stub = reflection_pb2_grpc.ServerReflectionStub(self.channel)
+    `version` is that of reflection, v1 or v1alpha: their messages are the same on the wire.
+    """
+
+    def __init__(self, target: str, version: str = "v1", options: Sequence[tuple[str, int]] = ()) -> None:
+        most = ("grpc.max_receive_message_length", 64 << 20)
+        self.channel = grpc.insecure_channel(target, [most, *options])
+        self._reflect = self.channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
         self._pool = descriptor_pool.DescriptorPool()
         self._known: set[str] = set()
 
@@ -61,7 +70,7 @@ class ReflectionClient:
         return call(payload, timeout=options.pop("timeout", 20), **options)  # type: ignore[no-any-return]
 
     def _ask(self, request: Any) -> Any:
-        [answer] = self._stub.ServerReflectionInfo(iter([request]), timeout=20)
+        [answer] = self._reflect(iter([request]), timeout=20)
         return answer
 
     def _learn(self, answer: Any) -> None:

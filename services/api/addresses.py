@@ -10,6 +10,8 @@ from email_validator import EmailNotValidError, validate_email
 from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES
 from email_validator.syntax import validate_email_domain_name
 
+from services.common.header_fields import ADDRESS_LIMITS
+
 __all__ = ["ascii_domain", "normalise"]
 
 # Domains like any other here: whether they take mail is the DNS's to say. What has no place in the
@@ -19,8 +21,11 @@ email_validator.SPECIAL_USE_DOMAIN_NAMES[:] = [
     name for name in email_validator.SPECIAL_USE_DOMAIN_NAMES if name not in ("test", "example", "invalid")
 ]
 
-# The library's own bound is 254 characters; its parser takes time for every one that it is given.
+# The library's own bound is 254; its parser takes time for every character that it is given.
 _LONGEST = 320
+_DOMAIN_LIMITS = "a domain has 253 octets at most, and 63 octets in each label"
+# What the library says of lengths: by how much, never beyond what.
+_LENGTHS = re.compile("too (?:long|many)|so many")
 # RFC 5322 section 3.2.3, a dot-atom of at most 64 characters; and what may be a host name.
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _PLAIN = re.compile(rf"({_ATOM}(?:\.{_ATOM})*)@([A-Za-z0-9.-]+)")
@@ -42,13 +47,16 @@ def normalise(address: str) -> tuple[str, str]:
         if known and len(local) <= 64 and local.lower() not in CASE_INSENSITIVE_MAILBOX_NAMES:
             return f"{local}@{known}", known
     if len(address) > _LONGEST:
-        raise ValueError("an address has 254 characters at most")
+        raise ValueError(ADDRESS_LIMITS)
     if _BREAKS.search(address):
         raise ValueError("control characters and line separators cannot stand in an address")
     try:
         found = validate_email(address, strict=True, check_deliverability=False)
     except EmailNotValidError as error:
-        raise ValueError(str(error)) from None
+        raise _refusal(error, ADDRESS_LIMITS) from None
+    # The library counts characters.
+    if len(found.local_part.encode()) > 64:
+        raise ValueError(ADDRESS_LIMITS)
     return found.normalized, found.ascii_domain
 
 
@@ -65,8 +73,12 @@ def _plain_domain(domain: str) -> str:
 def ascii_domain(domain: str) -> str:
     """Return a domain in the A-label form that tasks have; raise ValueError where it is no mail domain."""
     if len(domain) > _LONGEST:
-        raise ValueError("a domain has 253 characters at most")
+        raise ValueError(_DOMAIN_LIMITS)
     try:
         return validate_email_domain_name(domain)["ascii_domain"]
     except EmailNotValidError as error:
-        raise ValueError(str(error)) from None
+        raise _refusal(error, _DOMAIN_LIMITS) from None
+
+
+def _refusal(error: EmailNotValidError, limits: str) -> ValueError:
+    return ValueError(limits if _LENGTHS.search(str(error)) else str(error))

@@ -1,8 +1,8 @@
 """What the api answers when it cannot do what was asked: gRPC status codes with google.rpc details.
 
 The details ride in the trailing metadata `grpc-status-details-bin`, as google.rpc.Status does for
-every client that knows the richer error model. All of a status stays below the 8 KiB that clients
-take as metadata by default, so a refusal with many long names is cut, never lost.
+every client that knows the richer error model. All of a status, as it is encoded, stays below the 8 KiB
+that clients take as metadata by default, so a refusal with many long names is cut, never lost.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ PATIENCE = 4.5
 """Seconds that an RPC waits for the database before it answers UNAVAILABLE."""
 DOMAIN = "postroad"
 _MOST_VIOLATIONS = 50
-_MOST_DETAIL_BYTES = 5000
-_MOST_MESSAGE = 300
+# Of 8192 bytes 300 are for the entries' names and heads. The message stands there percent-encoded, and again
+# in the details, which are in base64: 900 + 4/3 * (900 + 3900 + 200 for what frames the details).
+_MOST_DETAIL_BYTES = 3900
+_MOST_MESSAGE, _MOST_MESSAGE_BYTES = 300, 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Problem(Exception):
     def __init__(self, code: grpc.StatusCode, message: str, details: Sequence[Message] = ()) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message if len(message) <= _MOST_MESSAGE else message[: _MOST_MESSAGE - 1] + "…"
+        self.message = _fitting(message)
         self.details = tuple(details)
 
     def status(self) -> status_pb2.Status:
@@ -211,6 +213,19 @@ def unauthenticated() -> Problem:
 def internal() -> Problem:
     """Return INTERNAL for what should not happen; the log has the cause, the client does not."""
     return Problem(grpc.StatusCode.INTERNAL, "internal error", (error_info("INTERNAL"),))
+
+
+def _fitting(message: str) -> str:
+    """Return a status message, cut where it is too long as gRPC encodes it."""
+    message = _cut(message, _MOST_MESSAGE)
+    while _encoded(message) > _MOST_MESSAGE_BYTES:
+        message = message[:-2] + "…"
+    return message
+
+
+def _encoded(message: str) -> int:
+    """Return the bytes of a message in the trailers: percent-encoded but for printable ASCII."""
+    return sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in message.encode())
 
 
 def _cut(text: str, most: int) -> str:

@@ -26,6 +26,7 @@ from services.api.errors import (
     not_found,
     too_long_for_database,
 )
+from services.api.metadata import Metadata, idempotency_key
 from services.api.reader import Reader
 from services.api.recorder import Recorder
 from services.api.relay import Creation, Recording
@@ -46,7 +47,6 @@ _TURN = 0.01
 """Seconds that a batch's items may keep the event loop at a time."""
 _RESOLUTIONS = {task_service_pb2.RESOLUTION_SENT: True, task_service_pb2.RESOLUTION_NOT_SENT: False}
 
-Metadata: TypeAlias = dict[str, str | bytes]
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -104,8 +104,7 @@ class TaskService:
         """Answer a serialized Task for a serialized CreateRequest; raise Problem."""
         tenant = self._tenants.tenant(metadata)
         request = decode(raw, task_service_pb2.CreateRequest)
-        key = str(metadata.get("idempotency-key", ""))
-        recording = self._asked(request, tenant, key, len(raw), metadata)
+        recording = self._asked(request, tenant, idempotency_key(metadata), len(raw), metadata)
         original = await self._recorder.record(recording)
         return (original or recorded(recording.event)).SerializeToString()
 
@@ -232,7 +231,7 @@ class TaskService:
             try:
                 if self._draining:
                     raise draining()
-                result = await answer(raw, dict(context.invocation_metadata() or ()))
+                result = await answer(raw, Metadata(context.invocation_metadata() or ()))
                 answered.inc()
                 return result
             except BaseException as error:
@@ -252,7 +251,7 @@ class TaskService:
         try:
             if self._draining:
                 raise draining()
-            await self.watch(raw, dict(context.invocation_metadata() or ()), context.write)
+            await self.watch(raw, Metadata(context.invocation_metadata() or ()), context.write)
             return
         except BaseException as error:
             problem = _problem("Watch", error)

@@ -23,7 +23,7 @@ _LENGTH = len(_VERSION) + 16 + _CHECK
 def page_size(asked: int) -> int:
     """Return the rows of a page: 50 for 0, 1000 at most; raise Refused for a negative size."""
     if asked < 0:
-        raise invalid("page_size", "is negative")
+        raise invalid("page_size", f"is 0 to {MAX_SIZE}, not negative")
     return min(asked, MAX_SIZE) or DEFAULT_SIZE
 
 

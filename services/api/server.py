@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from services.api import reflection
 from services.api.handlers import SERVICE, TaskService
 
 __all__ = ["serve_on"]
@@ -38,8 +38,7 @@ def serve_on(
     server = grpc.aio.server(options=_OPTIONS)
     server.add_generic_rpc_handlers((tasks.handler(),))
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    reflection.enable((SERVICE, health.SERVICE_NAME), server)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:

@@ -13,5 +13,5 @@ def micros(moment: Timestamp) -> int:
     Raises ValueError outside RFC 3339's years, which google.protobuf.Timestamp demands.
     """
     if not (-62135596800 <= moment.seconds < 253402300800 and 0 <= moment.nanos < 10**9):
-        raise ValueError("is no point in time between the years 1 and 9999")
+        raise ValueError("is no time of RFC 3339: the years 1 to 9999, and nanos from 0 to 999999999")
     return moment.seconds * 10**6 - (-moment.nanos // 1000)

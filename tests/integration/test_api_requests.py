@@ -273,9 +273,55 @@ def test_a_question_as_large_as_a_mail_is_refused_unread(client: ReflectionClien
     ]
 
 
-def test_reflection_and_health(client: ReflectionClient) -> None:
-    assert {TASKS, "grpc.health.v1.Health"} <= set(client.services())
-    assert client.call("grpc.health.v1.Health/Check", {}) == {"status": "SERVING"}
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_and_health(api: ApiProcess, version: str) -> None:
+    with ReflectionClient(api.target, version) as client:
+        reflections = {f"grpc.reflection.{each}.ServerReflection" for each in ("v1", "v1alpha")}
+        assert {TASKS, "grpc.health.v1.Health", *reflections} == set(client.services())
+        assert client.call("grpc.health.v1.Health/Check", {}) == {"status": "SERVING"}
+        for service in reflections:
+            assert client.method(f"{service}/ServerReflectionInfo").input_type.full_name.startswith(
+                service.removesuffix("ServerReflection")
+            )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ([("idempotency-key-bin", b"\0key")], "idempotency-key-bin"),
+        ([("idempotency-key-bin", b"a"), ("idempotency-key-bin", b"b")], "idempotency-key-bin"),
+        ([("idempotency-key", "a"), ("idempotency-key-bin", b"a")], "idempotency-key-bin"),
+        ([("idempotency-key", "a"), ("idempotency-key", "b")], "idempotency-key"),
+    ],
+)
+def test_a_key_that_could_go_unheard_is_refused_by_its_name(
+    client: ReflectionClient, metadata: list[tuple[str, Any]], named: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        client.call(CREATE, mail(), metadata=metadata)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    [violation] = details(caught.value)["BadRequest"].field_violations
+    assert violation.field == named
+
+
+def test_the_same_key_given_twice_is_one(client: ReflectionClient) -> None:
+    metadata = [("idempotency-key", "twice"), ("idempotency-key", "twice")]
+    first, second = (client.call(CREATE, mail(), metadata=metadata) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("character", ["a", "👍"])
+def test_a_refusal_of_everything_stays_below_8_kib_of_trailers(api: ApiProcess, character: str) -> None:
+    asked = mail(
+        email=character * 200,
+        headers={f"{character * 30}{n}": character * 900 for n in range(50)},
+        labels={f"{character * 60}{n}": character * 300 for n in range(64)},
+    )
+    limits = [("grpc.max_metadata_size", 8192), ("grpc.absolute_max_metadata_size", 8192)]
+    with ReflectionClient(api.target, options=limits) as client, pytest.raises(grpc.RpcError) as caught:
+        client.call(CREATE, asked)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
+    assert len(details(caught.value)["BadRequest"].field_violations) >= 5
 
 
 def test_unknown_fields_are_tolerated(client: ReflectionClient) -> None:

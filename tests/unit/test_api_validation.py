@@ -1,5 +1,7 @@
 """What a Create may ask for: each refusal names its field, each limit is met exactly."""
 
+import re
+
 import pytest
 from email_validator import EmailNotValidError, validate_email
 from hypothesis import given
@@ -94,6 +96,31 @@ def test_an_address_is_normalised_and_its_domain_is_in_a_labels(given: str, kept
 )
 def test_what_is_no_single_address_is_refused(email: str) -> None:
     assert refused(email=email) == ["data.email"]
+
+
+@pytest.mark.parametrize(
+    "email",
+    [
+        "a" * 65 + "@b.test",
+        "é" * 33 + "@b.test",
+        "é" * 64 + "@b.test",
+        "a@" + "b" * 64 + ".test",
+        "a@" + "é" * 60 + ".test",
+        "a@" + "b." * 126 + "test",
+        "a@" + "é." * 60 + "test",
+        "a" * 64 + "@" + ("b" * 60 + ".") * 3 + "b.testing",
+        "a" * 100_000,
+    ],
+)
+def test_an_address_that_is_too_long_is_refused_with_the_limits(email: str) -> None:
+    with pytest.raises(ValueError, match=r"254 octets.* 64 octets.* 63 octets"):
+        normalise(email)
+
+
+@pytest.mark.parametrize("domain", ["b" * 64 + ".test", "b." * 126 + "test", "é" * 60 + ".test", "b." * 1000])
+def test_a_domain_that_is_too_long_is_refused_with_the_limits(domain: str) -> None:
+    with pytest.raises(ValueError, match=r"253 octets.* 63 octets"):
+        ascii_domain(domain)
 
 
 @given(st.emails())
@@ -326,6 +353,7 @@ def test_a_time_that_is_none_or_too_far_ahead_is_named_beside_all_else(seconds: 
     with pytest.raises(Refused) as caught:
         creation(asked, "t", "", MAX_BODY, NOW)
     assert [v.field for v in caught.value.violations] == ["data.email", "send_at"]
+    assert re.search("RFC 3339|365 days", caught.value.violations[1].description)
 
 
 def test_the_request_hash_tells_times_apart_and_the_same_request_stays_the_same_when_its_time_has_come() -> (
