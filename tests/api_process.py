@@ -157,10 +157,15 @@ class ApiProcess:
         code = self.process.poll()
         assert code is None, f"ended with {code}: {self.log()}"
         try:
-            with urllib.request.urlopen(f"http://{self.http}/readyz", timeout=3) as answer:
-                return bool(json.load(answer)["status"] == "ok")
+            return bool(self.readiness()["status"] in ("ok", "degraded"))
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
+
+    def readiness(self) -> dict[str, Any]:
+        """Return what /readyz says; raise OSError where that is not 200."""
+        with urllib.request.urlopen(f"http://{self.http}/readyz", timeout=3) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
 
     def stop(self) -> int:
         """SIGTERM; return the exit code."""

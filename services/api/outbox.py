@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from services.common.statements import execute_rows, marks
+from services.common.unpublished import LEASE
 
 __all__ = [
     "CANCELLED",
@@ -37,8 +38,6 @@ __all__ = [
 
 GRACE = 10
 """Seconds that the relay of the replica that recorded a task has before a sweeper looks at it."""
-LEASE = 45
-"""Seconds that a sweeper has for what it took; longer than its producer tries (`delivery.timeout.ms`)."""
 
 CREATED = "created"
 """The kind of a TaskCreated: the first one, or a later epoch's, which reopens the task."""
@@ -50,7 +49,7 @@ OUTCOME = "outcome"
 Decided: TypeAlias = pb.TaskCreated | pb.TaskCancelled | pb.MailSent | pb.MailFailed
 """An event that the api publishes."""
 
-_PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at) VALUES"
+_PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at, due_at) VALUES"
 _DUE = (
     "SELECT task_id, kind, epoch FROM outbox WHERE available_at <= UTC_TIMESTAMP(6)"
     " ORDER BY available_at LIMIT {limit} FOR UPDATE SKIP LOCKED"
@@ -94,8 +93,8 @@ def item_of(event: Decided) -> Item:
 
 
 def put(connection: Connection, items: Sequence[Item], seconds: int = GRACE) -> None:
-    """Add items, due `seconds` from now; those that stand there already stay as they are."""
-    due = f"UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND"
+    """Add items, due now, which a sweeper may take `seconds` from now. Items already there stay."""
+    due = f"UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND,UTC_TIMESTAMP(6)"
     for start in range(0, len(items), 500):
         part = items[start : start + 500]
         rows = ",".join([f"(%s,%s,%s,{due})"] * len(part))
@@ -104,7 +103,7 @@ def put(connection: Connection, items: Sequence[Item], seconds: int = GRACE) -> 
 
 def schedule(connection: Connection, items: Sequence[tuple[Item, datetime]]) -> None:
     """Add items, each due at its time (naive UTC); those that stand there already stay as they are."""
-    execute_rows(connection, _PUT, [(*item, due) for item, due in items])
+    execute_rows(connection, _PUT, [(*item, due, due) for item, due in items])
 
 
 def delete(connection: Connection, items: Sequence[Item]) -> None:
@@ -117,7 +116,7 @@ def delete(connection: Connection, items: Sequence[Item]) -> None:
 
 
 def take(connection: Connection, limit: int) -> list[Item]:
-    """Return up to `limit` due items, which are then due again only after LEASE.
+    """Return up to `limit` items whose turn it is; the next sweeper may take them only after LEASE.
 
     What another sweeper is taking at the same moment is passed over. To be committed at once.
     """
@@ -136,7 +135,7 @@ def next_due(connection: Connection, within: float) -> float:
 
 
 def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
-    """Make items due `seconds` from now."""
+    """Leave items to the sweeper that comes `seconds` from now; since when they are due stays."""
     for (kind, epoch), ids in _by_event(items):
         connection.exec_driver_sql(
             f"UPDATE outbox SET available_at = UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND"
@@ -148,7 +147,7 @@ def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
 def hasten(connection: Connection, task_id: bytes) -> None:
     """Make due now what of the task was scheduled; what a relay or a sweeper has in hand stays as it is."""
     connection.exec_driver_sql(
-        "UPDATE outbox SET available_at = UTC_TIMESTAMP(6) WHERE task_id = %s"
+        "UPDATE outbox SET available_at = UTC_TIMESTAMP(6), due_at = UTC_TIMESTAMP(6) WHERE task_id = %s"
         f" AND available_at > UTC_TIMESTAMP(6) + INTERVAL {LEASE} SECOND",
         (task_id,),
     )

@@ -11,6 +11,7 @@ from grpc_health.v1 import health
 
 from services.api import outbox
 from services.api.auth import Tenants
+from services.api.backlog import Backlog
 from services.api.decider import Decider
 from services.api.handlers import SERVICE, TaskService
 from services.api.outbox import Item
@@ -25,7 +26,10 @@ from services.common.batching import Batcher
 from services.common.config import Settings, refused
 from services.common.database import engine_of, url_of
 from services.common.database_errors import transient
+from services.common.health import Degraded
+from services.common.stage.cluster_check import ClusterCheck
 from services.common.stage.publisher import Publisher
+from services.common.topics import EVENT_TOPICS, Names
 from services.common.transactions import transaction
 
 __all__ = ["ApiService", "build"]
@@ -35,8 +39,8 @@ log = structlog.get_logger(__name__)
 _SENDING_AWAY = 0.2
 _LAST_WORDS = 1.0
 _MOST_SWEPT = 500
-# The recorder's two, the settling of the outbox, the sweeper, readiness, the readers, and the deciders.
-_CONNECTIONS = 5 + 2 * THREADS
+# The recorder's two, the settling of the outbox, the sweeper, readiness, backlog, the readers, the deciders.
+_CONNECTIONS = 6 + 2 * THREADS
 
 
 class ApiService:
@@ -62,6 +66,10 @@ class ApiService:
         decider = Decider(self._deciding, self._relay.publish)
         self._health = health.aio.HealthServicer()
         self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
+        self._backlog = Backlog(self._engine)
+        # It publishes to some of these, and Watch reads all.
+        names = Names(settings.topic_prefix)
+        self._cluster = ClusterCheck(settings, [names.topic(name) for name in EVENT_TOPICS])
         self._watches = watches = Watches(settings, self._reader)
         self._tasks = tasks = TaskService(
             tenants, self._recorder, self._reader, decider, watches=watches, max_body=settings.max_body
@@ -78,10 +86,14 @@ class ApiService:
         log.info("serving", port=self.port)
         sweeping = asyncio.create_task(self._sweeper.run())
         readiness = asyncio.create_task(self._readiness.run())
+        backlog = asyncio.create_task(self._backlog.run())
+        self._cluster.start()
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait((sweeping, readiness, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         readiness.cancel()
+        backlog.cancel()
+        self._cluster.stop()
         await self._drain(sweeping)
         for task in (sweeping, readiness):
             if task.done() and not task.cancelled():
@@ -92,8 +104,12 @@ class ApiService:
         self._stopping.set()
 
     def problems(self) -> list[str]:
-        """Return why the api is not ready: it drains, or the database is silent."""
-        return (["draining"] if self._stopping.is_set() else []) + self._readiness.problems()
+        """Return why the api is not ready: it drains, or the database is silent.
+
+        While Kafka does not answer or a topic is missing, Create goes on: that makes it degraded.
+        """
+        problems = (["draining"] if self._stopping.is_set() else []) + self._readiness.problems()
+        return [*problems, *map(Degraded, self._cluster.problems()), *self._backlog.problems()]
 
     async def _drain(self, sweeping: asyncio.Task[None]) -> None:
         deadline = time.monotonic() + self._seconds

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from services.cli.errors import UNAVAILABLE, explain
-from services.cli.frame import KAFKA, Frame, command
+from services.cli.frame import DATABASE, KAFKA, Frame, command
 from services.cli.output import Column, Row
 from services.cli.terminal import say
 from services.cli.times import ago, short
@@ -71,6 +72,11 @@ _PARTITIONS = (
     Column("end", right=True, rank=2),
     Column("host", rank=4),
 )
+_OUTBOX = (
+    Column("table"),
+    Column("due", right=True, cell=_count),
+    Column("oldest_due_seconds", "oldest", right=True, cell=ago),
+)
 _DELAYS = (
     Column("topic"),
     Column("waiting", right=True, cell=_count),
@@ -83,7 +89,7 @@ _DELAYS = (
 def register(app: typer.Typer) -> None:
     """Add `lag` to the app."""
 
-    @command(app, "lag", uses=(KAFKA,), examples=EXAMPLES)
+    @command(app, "lag", uses=(KAFKA, DATABASE), examples=EXAMPLES)
     def lag(
         frame: Frame,
         *,
@@ -109,12 +115,19 @@ def register(app: typer.Typer) -> None:
         Lag is what a stage has not committed, oldest how long its first record has waited. What lies on
         delay topics waits on purpose and is shown apart; one whose due time is long past, or that nobody
         reads, is a fault. Stages commit twice a second: an interval below 2 makes rates jump.
+
+        Without --stage the database is asked for the outbox: how many events are due and not on their topic
+        yet, and since when. While the api publishes, none is older than a few seconds.
+
         --watch says when Kafka does not answer, and goes on when it does again.
         """
+        from services.cli.lag.outbox import Outbox  # noqa: PLC0415
         from services.cli.lag.read import Reader  # noqa: PLC0415
         from services.cli.lag.report import report  # noqa: PLC0415
 
-        with Reader(frame.settings(), [str(one) for one in stage or Stage]) as reader:
+        with ExitStack() as stack:
+            reader = stack.enter_context(Reader(frame.settings(), [str(one) for one in stage or Stage]))
+            outbox = None if stage else stack.enter_context(Outbox(frame.settings()))
             before = reader.sample(heads=False) if interval else None
             write, said = frame.out.lines(()), ""
             while True:
@@ -131,6 +144,8 @@ def register(app: typer.Typer) -> None:
                     time.sleep(1)
                     continue
                 found = report(reader.reads, now, before, partitions=partitions)
+                if outbox is not None:
+                    found["outbox"] = outbox.ask()
                 if not watch:
                     frame.out.one(found, lambda found: _show(frame, found))
                     return
@@ -164,7 +179,9 @@ def _show(frame: Frame, found: Row) -> None:
     out.table(stages, _STAGES)
     members = [{"stage": row["stage"]} | member for row in found["stages"] for member in row["members"]]
     waiting = [row for row in found["delays"] if row["waiting"]]
+    outbox = found.get("outbox")
     for rows, columns in (
+        ([{"table": "outbox"} | outbox] if outbox else (), _OUTBOX),
         (members, _MEMBERS),
         (found.get("partitions", ()), _PARTITIONS),
         (waiting, _DELAYS),

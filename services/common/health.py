@@ -16,7 +16,13 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import make_wsgi_app
 
-__all__ = ["HealthServer", "Heartbeat"]
+__all__ = ["Degraded", "HealthServer", "Heartbeat"]
+
+
+class Degraded(str):
+    """A problem with which the service is ready all the same."""
+
+    __slots__ = ()
 
 
 class Heartbeat:
@@ -64,8 +70,8 @@ class _Silent(WSGIRequestHandler):
 class HealthServer:
     """Serves the three paths until the context ends.
 
-    `listen` is host:port (port 0: any free one); `problems` returns why the service is not ready.
-    Raises OSError when the port is taken.
+    `listen` is host:port (port 0: any free one); `problems` returns why the service is not ready, and what
+    is wrong though it is (`Degraded`). Raises OSError when the port is taken.
     """
 
     # Longer than a garbage collection or a busy second, shorter than an orchestrator's patience.
@@ -90,8 +96,10 @@ class HealthServer:
         else:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"/healthz /readyz /metrics\n"]
-        body = json.dumps({"status": "unavailable" if problems else "ok", "problems": problems}).encode()
-        status = "503 Service Unavailable" if problems else "200 OK"
+        ready = all(isinstance(problem, Degraded) for problem in problems)
+        said = "ok" if not problems else "degraded" if ready else "unavailable"
+        body = json.dumps({"status": said, "problems": problems}).encode()
+        status = "200 OK" if ready else "503 Service Unavailable"
         start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
         return [body]
 

@@ -33,7 +33,10 @@ class Service(Protocol):
         """Begin to drain. Called on the loop's thread, once; may not block."""
 
     def problems(self) -> list[str]:
-        """Return why the service is not ready, empty when it is. Called on another thread; may not block."""
+        """Return why the service is not ready, and as `health.Degraded` what is wrong though it is.
+
+        Called on another thread; may not block.
+        """
 
 
 class _BadSetting(Exception):

@@ -125,6 +125,7 @@ task_events = Table(
 )
 
 # What must still be published. No payload: the sweeper makes the event from tasks and task_bodies.
+# `available_at` is when a sweeper may take a row, and moves ahead with each; `due_at` stays.
 outbox = Table(
     "outbox",
     metadata,
@@ -132,7 +133,9 @@ outbox = Table(
     Column("kind", String(16), primary_key=True),
     Column("epoch", BIGINT(unsigned=True), primary_key=True),
     _time("available_at", nullable=False),
-    Index("outbox_by_time", "available_at"),
+    # A version before this column leaves it out.
+    _time("due_at"),
+    Index("outbox_by_time", "available_at", "due_at"),
     **_OPTIONS,
 )
 

@@ -55,6 +55,12 @@ API_PUBLISHED = Counter(
     ["way"],
 )
 API_RELAY_HELD = Gauge("postroad_api_relay_held_tasks", "Recorded tasks that are being published")
+OUTBOX_DUE = Gauge(
+    "postroad_api_outbox_due_rows", "Events in the outbox that are due; all replicas show the same"
+)
+OUTBOX_OLDEST_SECONDS = Gauge(
+    "postroad_api_outbox_oldest_due_seconds", "Time since the first of them became due: alert on it"
+)
 WATCHERS = Gauge("postroad_api_watchers", "Watch streams that are open")
 WATCH_MESSAGES = Counter("postroad_api_watch_messages_total", "Messages written to Watch streams")
 WATCH_HELD = Gauge(

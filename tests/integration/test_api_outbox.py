@@ -24,6 +24,7 @@ from services.common.fold import delta
 from services.common.schema import from_micros
 from services.common.timeline import timeline
 from services.common.transactions import transaction
+from services.common.unpublished import Unpublished, unpublished
 
 CLOCK = uuid7.Clock()
 
@@ -268,6 +269,43 @@ def taken(engine: Engine, limit: int) -> Sequence[outbox.Item]:
     return transaction(engine, lambda c: outbox.take(c, limit))
 
 
+def test_sweeps_leave_the_time_at_which_an_event_became_due(engine: Engine) -> None:
+    def found() -> Unpublished:
+        return transaction(engine, unpublished)
+
+    def age(seconds: int) -> None:
+        shift = f"due_at = due_at - INTERVAL {seconds} SECOND"
+        transaction(engine, lambda c: c.exec_driver_sql(f"UPDATE outbox SET {shift}"))
+
+    assert found() == (0, 0)
+    now, later, older = (outbox.created(CLOCK.draw()[0]) for _ in range(3))
+    [at] = transaction(engine, lambda c: c.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").one())
+    transaction(engine, lambda c: outbox.put(c, [now]))
+    transaction(engine, lambda c: outbox.schedule(c, [(later, at + timedelta(seconds=3600))]))
+    # The relay has it in hand: it is due from the moment at which it was recorded.
+    assert found().due == 1
+    assert 0 <= found().oldest_seconds < 60
+    age(300)
+    for _ in range(3):
+        transaction(engine, lambda c: outbox.defer(c, [now], -1))
+        assert taken(engine, 9) == [now]
+        transaction(engine, lambda c: outbox.put(c, [now]))
+        assert found().due == 1
+        assert 300 <= found().oldest_seconds < 360
+    # A cancelled task's first event waits no longer, and is due from then on.
+    transaction(engine, lambda c: outbox.hasten(c, later.task_id))
+    transaction(engine, lambda c: outbox.delete(c, [now]))
+    assert found().due == 1
+    assert 0 <= found().oldest_seconds < 60
+    # A version before the column leaves it out.
+    transaction(engine, lambda c: outbox.delete(c, [later]))
+    due = "UTC_TIMESTAMP(6) - INTERVAL 100 SECOND"
+    insert = f"INSERT INTO outbox (task_id, kind, epoch, available_at) VALUES (%s, %s, %s, {due})"
+    transaction(engine, lambda c: c.exec_driver_sql(insert, tuple(older)))
+    assert found().due == 1
+    assert 100 <= found().oldest_seconds < 160
+
+
 def test_sweeping_does_not_hold_up_recording(engine: Engine) -> None:
     """Under REPEATABLE READ a poller that skips locked rows locks the gaps that inserts need."""
     items = [outbox.created(CLOCK.draw()[0]) for _ in range(100)]
@@ -299,6 +337,7 @@ def test_a_sweep_among_many_scheduled_looks_at_what_is_due_only(engine: Engine) 
         connection.exec_driver_sql("FLUSH STATUS")
         assert outbox.take(connection, 500) == []
         outbox.next_due(connection, 0.5)
+        assert unpublished(connection) == (0, 0)
         status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
         assert sum(int(count) for _, count in status) < 20, status
     # The next one due is told to the moment, and is not taken before.

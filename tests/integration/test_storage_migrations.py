@@ -75,7 +75,7 @@ def test_a_database_that_a_later_version_has_migrated_is_left_alone(database_url
     assert done.stdout.startswith("The database is newer than this version")
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0005"])
 def test_an_older_database_becomes_the_same(server: Infra, revision: str) -> None:
     url = server.new_database()
     migrate(url, revision)

@@ -21,6 +21,7 @@ from services.common.stage.ledger import Fetched, Ledger
 from services.sender import async_claims
 from services.sender import stage as sender_stage
 from services.status import stage as status_stage
+from tests.simulation.cluster_check import ClusterCheck
 from tests.simulation.database import Database
 from tests.simulation.loop import Executor
 from tests.simulation.poller import Poller
@@ -85,6 +86,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "_PAUSED_TURN", 1.0),
     (runtime, "Poller", Poller),
     (runtime, "Publisher", Publisher),
+    (runtime, "ClusterCheck", ClusterCheck),
     (decider, "time", VirtualTime),
     (reader, "ThreadPoolExecutor", Executor),
     (reader, "transaction", _transaction),

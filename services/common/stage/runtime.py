@@ -14,6 +14,7 @@ from services.common.config import Settings
 from services.common.events import Event, encode
 from services.common.stage.broker_view import BrokerView
 from services.common.stage.clients import consumer_config
+from services.common.stage.cluster_check import ClusterCheck
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
@@ -23,6 +24,7 @@ from services.common.stage.poller import Poller
 from services.common.stage.publisher import Publisher, hopeless
 from services.common.stage.types import Stage
 from services.common.stage.work import Work
+from services.common.topics import Names
 
 __all__ = ["StageRuntime"]
 
@@ -57,6 +59,7 @@ class StageRuntime:
         self._stop = asyncio.Event()
         self._poller: Poller | None = None
         self._work: Work | None = None
+        self._cluster: ClusterCheck | None = None
         self._publisher = Publisher(settings, client_id=settings.replica_name)
         self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
 
@@ -119,6 +122,10 @@ class StageRuntime:
         work = self._work = Work(
             self._stage, Render(self._stage, self._source), self._publisher, poller.give_back
         )
+        # What the stage writes to as well shows itself once it cannot be published.
+        dead = Names(self._settings.topic_prefix).dead(self._stage.name)
+        self._cluster = ClusterCheck(self._settings, [*intake.topics, dead])
+        self._cluster.start()
         poller.start()
         stopped = asyncio.create_task(self._stop.wait())
         ends: set[asyncio.Future[Any]] = {stopped, ended}
@@ -132,6 +139,7 @@ class StageRuntime:
                 log.warning("the consumer did not close in time; its partitions wait for its session to end")
         finally:
             stopped.cancel()
+            self._cluster.stop()
             poller.stop()
             work.cancel(None)
             await work.ended(_CANCEL_SECONDS)
@@ -168,9 +176,9 @@ class StageRuntime:
 
     def problems(self) -> list[str]:
         """Return what keeps the stage from getting on, empty when nothing does. Safe from any thread."""
-        if self._poller is None or self._work is None:
+        if self._poller is None or self._work is None or self._cluster is None:
             return ["not started"]
-        problems = [*self._poller.problems(), *self._work.problems()]
+        problems = [*self._cluster.problems(), *self._poller.problems(), *self._work.problems()]
         if self._stop.is_set():
             problems.append("draining")
         return problems

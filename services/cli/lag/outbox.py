@@ -1,0 +1,49 @@
+"""Asks the database what the api has recorded and not published. Blocks."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from services.cli.database import url_of
+from services.cli.errors import explain
+from services.cli.terminal import say
+from services.common.config import Settings
+from services.common.database import engine_of
+from services.common.transactions import transaction
+from services.common.unpublished import unpublished
+
+__all__ = ["Outbox"]
+
+
+class Outbox:
+    """Counts what is due; a context manager. Trouble is told on stderr, once for each kind, and not raised:
+    Kafka's part of the answer needs no database.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._engine = engine_of(url_of(settings), pool_size=1)
+        self._said = ""
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.dispose()
+
+    def ask(self) -> dict[str, Any] | None:
+        """Return `due`, how many events should be published, and `oldest_due_seconds`; None in trouble."""
+        try:
+            found = transaction(self._engine, unpublished)
+        except Exception as error:
+            failure = explain(error)
+            if failure is None:
+                raise
+            if failure.line != self._said:
+                self._said = failure.line
+                say(f"postroad: the outbox is not shown: {failure.line}")
+            return None
+        self._said = ""
+        return {"due": found.due, "oldest_due_seconds": round(found.oldest_seconds, 3) if found.due else None}

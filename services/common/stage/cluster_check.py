@@ -1,0 +1,73 @@
+"""Whether Kafka answers and has the topics that a service needs, asked on a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import structlog
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+
+from services.common.config import Settings
+from services.common.stage.clients import client_config
+
+__all__ = ["ClusterCheck"]
+
+log = structlog.get_logger(__name__)
+
+_EVERY = 5.0
+_AFTER_TROUBLE = 1.0
+_TIMEOUT = 3.0
+
+
+class ClusterCheck:
+    """Asks for these topics (full names) every few seconds.
+
+    Its own clients tell a service of neither fault: while there is nothing to send, a producer does not see
+    that the brokers are away, and a consumer waits without a word for a topic that is not there.
+    """
+
+    def __init__(self, settings: Settings, topics: Sequence[str]) -> None:
+        self._settings, self._topics = settings, topics
+        self._problems: list[str] = []
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cluster check", daemon=True)
+
+    def start(self) -> None:
+        """Start asking. Does not block."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask no more; a question under way ends by itself. Does not block."""
+        self._stopping.set()
+
+    def problems(self) -> list[str]:
+        """Return what is wrong, empty before the first answer. Safe from any thread."""
+        return self._problems
+
+    def _run(self) -> None:
+        admin = AdminClient(client_config(self._settings, self._settings.replica_name))
+        while not self._stopping.is_set():
+            found = self._ask(admin)
+            if found != self._problems:
+                log.warning("the cluster", problems=found)
+            self._problems = found
+            self._stopping.wait(_AFTER_TROUBLE if found else _EVERY)
+
+    def _ask(self, admin: AdminClient) -> list[str]:
+        try:
+            return [text for name in self._topics if (text := _problem(admin, name))]
+        except KafkaException as error:
+            return [f"Kafka at {self._settings.kafka_bootstrap} does not answer: {error.args[0].str()}"]
+
+
+def _problem(admin: AdminClient, name: str) -> str:
+    topic = admin.list_topics(name, timeout=_TIMEOUT).topics[name]
+    error = topic.error
+    if error is not None and error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+        return f"Kafka has no topic {name}"
+    if error is not None and error.code() != KafkaError.LEADER_NOT_AVAILABLE:
+        return f"Kafka's topic {name}: {error.str()}"
+    leaderless = sum(partition.leader < 0 for partition in topic.partitions.values())
+    return f"Kafka's topic {name}: {leaderless} partitions have no leader" if leaderless else ""
