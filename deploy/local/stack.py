@@ -121,7 +121,7 @@ class Stack:
                     kafka = [start for name, start in starts.items() if name.startswith("kafka-")]
                     database = [start for name, start in starts.items() if name == "mysql"]
                     starts["migrate"] = pool.submit(self._command, "migrate", database)
-                    starts["topics"] = pool.submit(self._command, "topics apply", kafka)
+                    starts["topics"] = pool.submit(self._command, "topics apply --yes", kafka)
                 self._results(starts.values())
             self._start_all(wanted)
             for service in SERVICES:

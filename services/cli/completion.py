@@ -42,14 +42,17 @@ def stages() -> Iterable[str]:
 
 
 def topics() -> Iterable[str]:
-    """Return the topics that can be replayed; the delay topics are those of the environment's settings."""
+    """Return the topics that can be replayed, without delay topics where Kafka does not answer at once."""
+    from services.cli.kafka import admin  # noqa: PLC0415
+    from services.cli.replay.records import replayable  # noqa: PLC0415
     from services.cli.settings import settings_of, values  # noqa: PLC0415
-    from services.common.topics import EVENT_TOPICS, Names  # noqa: PLC0415
+    from services.common.topics import EVENT_TOPICS  # noqa: PLC0415
 
     found = list(EVENT_TOPICS)
     # A shell that completes shows no errors; the command itself will.
     with contextlib.suppress(Exception):
         settings = settings_of(values({}, os.environ))
-        delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
-        found += [Names().delay(stage, seconds) for stage, all_ in delays.items() for seconds in all_]
+        known = admin(settings).list_topics(timeout=1).topics
+        bare = (name.removeprefix(settings.topic_prefix) for name in known)
+        found += sorted(name for name in bare if name not in EVENT_TOPICS and replayable(name))
     return found

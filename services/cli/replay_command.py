@@ -165,7 +165,7 @@ def _begin(
     from services.cli.replay.store import Replay, create, new_id  # noqa: PLC0415
 
     try:
-        check(asked, {"validator": settings.validator_delays, "sender": settings.sender_delays})
+        check(asked)
     except ValueError as error:
         raise Failure(error, USAGE) from None
     now = datetime.now(UTC)

@@ -1,19 +1,25 @@
-"""`postroad migrate` and `postroad topics apply`: what an installation needs before it runs."""
+"""`postroad migrate` and `postroad topics`: what an installation needs before it runs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from services.cli.errors import FAILED
 from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
+from services.cli.output import Column
 from services.cli.terminal import confirm, say
 
 if TYPE_CHECKING:
     from services.common.config import Settings
+    from services.common.kafka_admin import Plan
 
 __all__ = ["register"]
+
+_AS_THEY_MUST_BE = "The topics are as they must be."
+_COLUMNS = (Column("topic"), Column("state"), Column("detail", least=20))
 
 
 def register(app: typer.Typer, topics: typer.Typer) -> None:
@@ -34,11 +40,33 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
 
     @command(
         topics,
+        "check",
+        uses=(KAFKA,),
+        examples="""
+            postroad topics check
+            POSTROAD_PARTITIONS=24 postroad topics check -o json
+        """,
+    )
+    def check(frame: Frame) -> None:
+        """Compare the topics with what they must be. Changes nothing; exit code 1 where one differs.
+
+        Partitions, replicas and delays that no setting gives are those that the cluster has.
+        """
+        from services.common import kafka_admin  # noqa: PLC0415
+
+        settings = _settings(frame)
+        rows = _rows(kafka_admin.plan(settings), settings)
+        frame.out.rows(rows, _COLUMNS, _AS_THEY_MUST_BE)
+        if rows:
+            raise typer.Exit(FAILED)
+
+    @command(
+        topics,
         "apply",
         uses=(KAFKA,),
         examples="""
             postroad topics apply
-            POSTROAD_REPLICATION=3 postroad topics apply -o json
+            POSTROAD_REPLICATION=3 postroad topics apply --yes -o json
             POSTROAD_PARTITIONS=24 postroad topics apply --grow
         """,
     )
@@ -52,16 +80,34 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
     ) -> None:
         """Create the topics that are missing, and fail where one that exists is not as it must be.
 
-        Partitions, replicas and delays are those of the settings (POSTROAD_PARTITIONS, POSTROAD_REPLICATION,
-        POSTROAD_VALIDATOR_DELAYS, POSTROAD_SENDER_DELAYS). A topic that keeps its records too short a time is
-        made to keep them longer. Of all else that exists --grow alone changes anything. It asks first: Kafka
-        never takes a partition back. docs/operations.md says what to heed.
+        It lists what it will do and asks. Partitions, replicas and delays are those of the settings
+        (POSTROAD_PARTITIONS, POSTROAD_REPLICATION, POSTROAD_VALIDATOR_DELAYS, POSTROAD_SENDER_DELAYS). Those
+        that no setting gives are what the cluster has, or the defaults where it has no topics yet.
+
+        A topic that keeps its records too short a time is made to keep them longer. Of all else that exists
+        --grow alone changes anything: Kafka never takes a partition back. docs/operations.md says what to
+        heed.
         """
         from services.common import kafka_admin  # noqa: PLC0415
 
-        settings = frame.settings()
-        rows = _grown(settings, yes) if grow else []
-        applied = kafka_admin.apply(settings)
+        settings = _settings(frame)
+        plan = kafka_admin.plan(settings)
+        small = plan.small if grow else {}
+        todo = [
+            *(f"create {topic.name}, {topic.partitions} partitions" for topic in plan.missing),
+            *(f"keep longer {name}" for name in plan.short),
+            *(
+                f"grow {name} from {n} to {settings.partitions} partitions, for good"
+                for name, n in small.items()
+            ),
+        ]
+        if todo and not yes:
+            for line in todo:
+                say(line)
+            confirm(f"Change {len(todo)} topics?", yes)
+        kafka_admin.grow(settings, small)
+        applied = kafka_admin.apply(settings, replace(plan, small={} if grow else plan.small))
+        rows = [{"topic": name, "state": "grown"} for name in small]
         rows += [{"topic": name, "state": "created"} for name in applied.created]
         rows += [{"topic": name, "state": "kept longer"} for name in applied.raised]
         for difference in applied.differences:
@@ -77,16 +123,25 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         if applied.differences:
             raise typer.Exit(FAILED)
         if frame.out.is_table:
-            print("The topics are as they must be.")
+            print(_AS_THEY_MUST_BE)
 
 
-def _grown(settings: Settings, yes: bool) -> list[dict[str, str]]:
-    """Grow the topics that are too small, if the user agrees; return a row for each."""
-    from services.common import kafka_admin  # noqa: PLC0415
+def _settings(frame: Frame) -> Settings:
+    from services.cli.installation import completed  # noqa: PLC0415
 
-    small = kafka_admin.too_small(settings)
-    if not small:
-        return []
-    has = "-".join(str(number) for number in sorted({min(small.values()), max(small.values())}))
-    confirm(f"Grow {len(small)} topics from {has} to {settings.partitions} partitions, for good?", yes)
-    return [{"topic": name, "state": "grown"} for name in kafka_admin.grow(settings)]
+    return completed(frame.settings())
+
+
+def _rows(plan: Plan, settings: Settings) -> list[dict[str, str]]:
+    """Return a row for each way in which a topic is not as it must be."""
+    rows = [{"topic": topic.name, "state": "missing", "detail": ""} for topic in plan.missing]
+    for name, has in plan.short.items():
+        detail = f"retention.ms is {has}, wanted {plan.retention[name]}"
+        rows.append({"topic": name, "state": "kept too short", "detail": detail})
+    for name, number in plan.small.items():
+        detail = f"{number} partitions, wanted {settings.partitions}"
+        rows.append({"topic": name, "state": "too small", "detail": detail})
+    for difference in plan.differences:
+        name, _, detail = difference.partition(": ")
+        rows.append({"topic": name, "state": "differs", "detail": detail})
+    return rows

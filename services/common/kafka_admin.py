@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException
@@ -21,7 +21,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from services.common.config import Settings
 from services.common.topics import Topic, wanted
 
-__all__ = ["Applied", "apply", "grow", "too_small"]
+__all__ = ["Applied", "Plan", "apply", "grow", "plan"]
 
 TIMEOUT = 15.0
 _RETENTION = "retention.ms"
@@ -29,6 +29,24 @@ _RETENTION = "retention.ms"
 _silent = logging.getLogger("postroad.kafka_admin")
 _silent.addHandler(logging.NullHandler())
 _silent.propagate = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What of an installation's topics is not as it must be.
+
+    `missing` are not there. `short` keep their records too short a time (milliseconds, by name), `small` have
+    too few partitions. `differences` are all others, a line each; Postroad changes none of these.
+    """
+
+    missing: Sequence[Topic]
+    short: Mapping[str, int]
+    small: Mapping[str, int]
+    differences: Sequence[str]
+    retention: Mapping[str, str]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.short or self.small or self.differences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,52 +61,59 @@ class Applied:
     differences: Sequence[str]
 
 
-def apply(settings: Settings) -> Applied:
-    """Create the missing topics and compare the others.
+def plan(settings: Settings) -> Plan:
+    """Compare the cluster's topics with those that the settings want. Changes nothing.
 
-    It changes one thing of a topic that exists: a retention that is too short. Longer ones stay.
-    Raises `confluent_kafka.KafkaException` where the cluster cannot be asked or refuses.
+    Raises `confluent_kafka.KafkaException` where the cluster cannot be asked.
     """
     admin = _client(settings)
     topics = wanted(settings)
     known = admin.list_topics(timeout=5).topics
-    missing = [topic for topic in topics if topic.name not in known]
-    created = _create(admin, missing) if missing else []
     there = [topic for topic in topics if topic.name in known]
-    differences = [
-        f"{topic.name}: {len(known[topic.name].partitions)} partitions, wanted {topic.partitions}"
-        for topic in there
-        if len(known[topic.name].partitions) != topic.partitions
-    ]
+    has = {topic.name: len(known[topic.name].partitions) for topic in there}
     short, others = _other_settings(admin, there)
-    _raise_retention(admin, short)
-    return Applied(created, [topic.name for topic in short], [*differences, *others])
+    return Plan(
+        [topic for topic in topics if topic.name not in known],
+        short,
+        {topic.name: has[topic.name] for topic in there if has[topic.name] < topic.partitions},
+        [
+            *(
+                f"{t.name}: {has[t.name]} partitions, wanted {t.partitions}"
+                for t in there
+                if has[t.name] > t.partitions
+            ),
+            *others,
+        ],
+        {topic.name: topic.config[_RETENTION] for topic in topics},
+    )
 
 
-def too_small(settings: Settings) -> dict[str, int]:
-    """Return the topics that have fewer partitions than is wanted, with the number that they have.
+def apply(settings: Settings, planned: Plan | None = None) -> Applied:
+    """Create the missing topics and compare the others, or do what was `planned`.
 
-    Raises `confluent_kafka.KafkaException`, as `grow` does.
+    It changes one thing of a topic that exists: a retention that is too short. Longer ones stay.
+    Raises `confluent_kafka.KafkaException` where the cluster cannot be asked or refuses.
     """
-    known = _client(settings).list_topics(timeout=5).topics
-    has = {name: len(topic.partitions) for name, topic in known.items()}
-    return {t.name: has[t.name] for t in wanted(settings) if has.get(t.name, t.partitions) < t.partitions}
+    planned = planned or plan(settings)
+    admin = _client(settings)
+    created = _create(admin, planned.missing) if planned.missing else []
+    _raise_retention(admin, {name: planned.retention[name] for name in planned.short})
+    small = [f"{name}: {n} partitions, wanted {settings.partitions}" for name, n in planned.small.items()]
+    return Applied(created, list(planned.short), [*small, *planned.differences])
 
 
-def grow(settings: Settings) -> Sequence[str]:
-    """Give those topics the partitions that are wanted, and return their names.
+def grow(settings: Settings, small: Collection[str]) -> None:
+    """Give these topics the partitions that are wanted.
 
     Keys move to other partitions by it: of one task, older records may then stand in another partition than
-    newer ones. Kafka never takes a partition back.
+    newer ones. Kafka never takes a partition back. Raises `confluent_kafka.KafkaException`.
     """
-    small = too_small(settings)
     if small:
         admin = _client(settings)
         new = [NewPartitions(name, settings.partitions) for name in small]
         for done in admin.create_partitions(new, operation_timeout=TIMEOUT, request_timeout=TIMEOUT).values():
             done.result()
         _wait_until_shown(admin, dict.fromkeys(small, settings.partitions))
-    return list(small)
 
 
 def _client(settings: Settings) -> AdminClient:
@@ -136,12 +161,12 @@ def _wait_until_shown(admin: AdminClient, partitions: Mapping[str, int]) -> None
         time.sleep(0.05)
 
 
-def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[list[Topic], list[str]]:
-    """Return the topics whose retention is too short, and what else differs."""
+def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[dict[str, int], list[str]]:
+    """Return the retention, in milliseconds, of the topics where it is too short, and what else differs."""
     if not topics:
-        return [], []
+        return {}, []
     asked = {ConfigResource(ResourceType.TOPIC, topic.name): topic for topic in topics}
-    short, differences = [], []
+    short, differences = dict[str, int](), list[str]()
     for resource, done in admin.describe_configs(list(asked), request_timeout=TIMEOUT).items():
         topic, entries = asked[resource], done.result()
         for key, value in topic.config.items():
@@ -149,24 +174,24 @@ def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[list[T
             if key == _RETENTION:
                 # -1 is for ever.
                 if 0 <= int(has) < int(value):
-                    short.append(topic)
+                    short[topic.name] = int(has)
             elif has != value:
                 differences.append(f"{topic.name}: {key} is {has}, wanted {value}")
     return short, differences
 
 
-def _raise_retention(admin: AdminClient, topics: Sequence[Topic]) -> None:
+def _raise_retention(admin: AdminClient, topics: Mapping[str, str]) -> None:
     if not topics:
         return
     changes = [
         ConfigResource(
             ResourceType.TOPIC,
-            topic.name,
+            name,
             incremental_configs=[
-                ConfigEntry(_RETENTION, topic.config[_RETENTION], incremental_operation=AlterConfigOpType.SET)
+                ConfigEntry(_RETENTION, retention, incremental_operation=AlterConfigOpType.SET)
             ],
         )
-        for topic in topics
+        for name, retention in topics.items()
     ]
     for done in admin.incremental_alter_configs(changes, request_timeout=TIMEOUT).values():
         done.result()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from services.common.config import Settings
 
 __all__ = [
+    "DELAYING",
     "EVENT_TOPICS",
     "MAIL_DEFERRED",
     "MAIL_FAILED",
@@ -20,6 +21,7 @@ __all__ = [
     "TASK_CREATED",
     "Names",
     "Topic",
+    "delay_of",
     "wanted",
 ]
 
@@ -37,6 +39,9 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "sender": (MX_OK, TASK_CANCELLED),
     "status": EVENT_TOPICS,
 }
+
+DELAYING = ("validator", "sender")
+"""The stages that have delay topics."""
 
 # The largest body allowed by the settings (2 MiB), its headers and its envelope fit twice over.
 MAX_RECORD_BYTES = 5 << 20
@@ -77,6 +82,12 @@ class Names:
     def dead(self, stage: str) -> str:
         """Return the stage's dead-letter topic."""
         return f"{self.prefix}{stage}.dead"
+
+
+def delay_of(topic: str) -> int | None:
+    """Return the seconds of a delay topic (bare name), None for another one."""
+    head, dot, seconds = topic.rpartition(".")
+    return int(seconds) if dot and head.endswith(".delay") and seconds.isdigit() else None
 
 
 def wanted(settings: Settings) -> Sequence[Topic]:

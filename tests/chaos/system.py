@@ -133,7 +133,7 @@ class System:
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.start, servers))
             list(pool.map(self.wait_ready, servers))
-        for command in ("migrate", "topics apply"):
+        for command in ("migrate", "topics apply --yes"):
             self._postroad(command)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         services = self._state.service_names()

@@ -1,7 +1,8 @@
-"""`postroad topics apply` on a real cluster."""
+"""`postroad topics` on a real cluster."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 
@@ -11,12 +12,13 @@ from services.common import topics
 from services.common.config import Settings
 from tests import forked
 from tests.api_process import eventually
+from tests.cli import Command
 from tests.stack import Infra
 
 
-def postroad(bootstrap: str, prefix: str, **more: str) -> subprocess.CompletedProcess[str]:
+def postroad(bootstrap: str, prefix: str, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"POSTROAD_KAFKA_BOOTSTRAP": bootstrap, "POSTROAD_TOPIC_PREFIX": prefix}
-    command = ("topics", "apply")
+    command = ("topics", *(command or ("apply", "--yes")))
     done = forked.run("services.cli", command, environment | {"POSTROAD_PARTITIONS": "2"} | more)
     return subprocess.CompletedProcess(command, *done)
 
@@ -76,6 +78,80 @@ def test_a_retention_that_is_too_short_is_raised_and_a_longer_one_stays(infra: I
     eventually(lambda: setting_of(admin, short, "retention.ms") not in ("604800000", None))
     again = postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7")
     assert (again.returncode, again.stdout) == (0, "The topics are as they must be.\n")
+
+
+def existing(bootstrap: str, prefix: str) -> dict[str, int]:
+    known = AdminClient({"bootstrap.servers": bootstrap}).list_topics(timeout=10).topics
+    return {name: len(topic.partitions) for name, topic in known.items() if name.startswith(prefix)}
+
+
+def test_check_changes_nothing_and_names_each_difference(infra: Infra) -> None:
+    prefix, delay = infra.topic_prefix(), {"POSTROAD_VALIDATOR_DELAYS": "7"}
+    before = postroad(infra.bootstrap, prefix, "check", **delay)
+    assert before.returncode == 1
+    assert f"{prefix}task.created" in before.stdout
+    assert existing(infra.bootstrap, prefix) == {}
+    assert postroad(infra.bootstrap, prefix, **delay).returncode == 0
+    fine = postroad(infra.bootstrap, prefix, "check", **delay)
+    assert (fine.returncode, fine.stdout, fine.stderr) == (0, "", "The topics are as they must be.\n")
+    alter(infra.bootstrap, f"{prefix}validator.delay.7", "retention.ms", "604800000")
+    alter(infra.bootstrap, f"{prefix}mx.ok", "cleanup.policy", "compact")
+    more = {"POSTROAD_VALIDATOR_DELAYS": "7,8", "POSTROAD_PARTITIONS": "3"}
+    for _ in range(2):
+        found = postroad(infra.bootstrap, prefix, "check", "-o", "json", **more)
+        assert found.returncode == 1
+        rows = {(row["topic"].removeprefix(prefix), row["state"]) for row in json.loads(found.stdout)}
+        assert {("validator.delay.8", "missing"), ("mx.ok", "differs"), ("mx.ok", "too small")} < rows
+        assert ("validator.delay.7", "kept too short") in rows
+    assert set(existing(infra.bootstrap, prefix).values()) == {2}
+
+
+def test_apply_lists_what_it_will_do_and_asks(infra: Infra) -> None:
+    prefix, delay = infra.topic_prefix(), {"POSTROAD_VALIDATOR_DELAYS": "7"}
+    asked = postroad(infra.bootstrap, prefix, "apply", **delay)
+    assert (asked.returncode, asked.stdout) == (2, "")
+    *listed, last = asked.stderr.splitlines()
+    assert f"create {prefix}mx.ok, 2 partitions" in listed
+    assert "use --yes" in last
+    assert existing(infra.bootstrap, prefix) == {}
+    terminal = Command(
+        {
+            "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
+            "POSTROAD_TOPIC_PREFIX": prefix,
+            "POSTROAD_PARTITIONS": "2",
+            **delay,
+        }
+    )
+    no = terminal.on_terminal("topics", "apply", typed="n\n")
+    assert (no.code, no.out) == (1, "")
+    assert no.err.splitlines() == [*listed, f"Change {len(listed)} topics? [y/N] postroad: nothing was done"]
+    assert existing(infra.bootstrap, prefix) == {}
+    assert terminal.on_terminal("topics", "apply", typed="y\n").code == 0
+    assert len(existing(infra.bootstrap, prefix)) == len(listed)
+    # Where there is nothing to do there is nothing to ask.
+    assert postroad(infra.bootstrap, prefix, "apply", **delay).returncode == 0
+
+
+def test_what_no_setting_gives_is_as_the_cluster_has_it(infra: Infra) -> None:
+    prefix = infra.topic_prefix()
+    given = {"POSTROAD_VALIDATOR_DELAYS": "7", "POSTROAD_SENDER_DELAYS": "9,11"}
+    assert postroad(infra.bootstrap, prefix, POSTROAD_PARTITIONS="3", **given).returncode == 0
+    before = existing(infra.bootstrap, prefix)
+    # An operator's environment has none of these settings.
+    nothing = Command({"POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap, "POSTROAD_TOPIC_PREFIX": prefix})
+    assert nothing("topics", "check").code == 0
+    assert nothing("topics", "apply").code == 0
+    assert existing(infra.bootstrap, prefix) == before
+    admin = AdminClient({"bootstrap.servers": infra.bootstrap})
+    admin.delete_topics([f"{prefix}mx.failed"])[f"{prefix}mx.failed"].result(20)
+    eventually(lambda: f"{prefix}mx.failed" not in existing(infra.bootstrap, prefix))
+    missing = nothing("topics", "check", "-o", "json")
+    assert [(row["topic"], row["state"]) for row in missing.json] == [(f"{prefix}mx.failed", "missing")]
+    assert nothing("topics", "apply", "--yes").code == 0
+    assert existing(infra.bootstrap, prefix) == before
+    # What is given wins.
+    other = nothing("topics", "check", "-o", "json", POSTROAD_SENDER_DELAYS="9,12")
+    assert [(row["topic"], row["state"]) for row in other.json] == [(f"{prefix}sender.delay.12", "missing")]
 
 
 def test_a_cluster_that_is_away_is_told_by_the_exit_code() -> None:

@@ -34,7 +34,8 @@ from tests.librdkafka import produce_with_header
 def postroad(kit: Kit, *arguments: str) -> subprocess.CompletedProcess[str]:
     connection = ["--kafka", kit.infra.bootstrap, "--topic-prefix", kit.prefix]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")}
-    delays = {"POSTROAD_VALIDATOR_DELAYS": "1,2", "POSTROAD_SENDER_DELAYS": "1"}
+    # Not the services': an operator's environment need not know them.
+    delays = {"POSTROAD_VALIDATOR_DELAYS": "77", "POSTROAD_SENDER_DELAYS": "99"}
     command = ["dead", *arguments, *connection]
     return subprocess.CompletedProcess(command, *forked.run("services.cli", command, environment | delays))
 

@@ -208,7 +208,7 @@ def test_three_kafka_nodes_lose_one_and_keep_what_was_acked(new_servers: NewStac
     assert "--wipe" in refused.stderr
 
     done = subprocess.run(
-        [sys.executable, "-m", "services.cli", "topics", "apply"],
+        [sys.executable, "-m", "services.cli", "topics", "apply", "--yes"],
         env={**os.environ, **env},
         capture_output=True,
         text=True,

@@ -87,6 +87,7 @@ def test_a_bad_flag_is_a_line_and_exit_code_2(postroad: Command, arguments: str,
         (f"lag --kafka {AWAY}", "Kafka at 127.0.0.1:1 does not answer: "),
         (f"topics apply --kafka {AWAY}", "Kafka at 127.0.0.1:1 does not answer: "),
         (f"topics apply --grow --kafka {AWAY}", "Kafka at 127.0.0.1:1 does not answer: "),
+        (f"topics check --kafka {AWAY}", "Kafka at 127.0.0.1:1 does not answer: "),
         (f"dead list --kafka {AWAY}", "Kafka at 127.0.0.1:1 does not answer: "),
         (f"migrate --database {URL}", "the database: "),
     ],
@@ -213,6 +214,7 @@ def test_help_has_examples_and_loads_nothing_heavy(postroad: Command) -> None:
         "lag",
         "migrate",
         "topics apply",
+        "topics check",
     ):
         done = postroad(*name.split(), "--help")
         assert done.code == 0

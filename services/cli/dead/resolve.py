@@ -14,6 +14,7 @@ from functools import partial
 
 from confluent_kafka import KafkaError, TopicPartition
 
+from services.cli import installation
 from services.cli.dead.back import back
 from services.cli.dead.board import read_board, records
 from services.cli.dead.letter import Letter, Place
@@ -22,7 +23,7 @@ from services.cli.dead.source import Gone, source
 from services.cli.kafka import TIMEOUT, admin
 from services.cli.sink import Sink
 from services.common.config import Settings
-from services.common.topics import Names
+from services.common.topics import DELAYING, Names
 
 __all__ = ["purge", "replay"]
 
@@ -44,7 +45,8 @@ def replay(
     meanwhile is not.
     """
     names, sink = Names(settings.topic_prefix), Sink(settings)
-    delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
+    stages = {letter.place.stage for letter in letters if letter.attempt > 1} & {*DELAYING}
+    delays = installation.delays(settings, stages) if stages else {}
     done, batch = 0, dict[Place, None]()
 
     def refused(place: Place, why: KafkaError) -> None:

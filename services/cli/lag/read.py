@@ -10,13 +10,12 @@ from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, TopicPar
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.cli import kafka
-from services.cli.lag.report import delay_of
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.common.config import Settings
 from services.common.stage import group_description
 from services.common.stage.clients import plain_config
 from services.common.stage.headers import Headers, number, readable_headers
-from services.common.topics import READ_BY, Names
+from services.common.topics import READ_BY, Names, delay_of
 
 __all__ = ["Reader"]
 
@@ -52,25 +51,6 @@ class Reader:
         if missing:
             raise kafka.missing(prefix + missing[0])
         self._places = [Place(topic, number) for topic in wanted for number in range(bare[topic])]
-        self._leave_out_idle(settings)
-
-    def _leave_out_idle(self, settings: Settings) -> None:
-        """Leave out delay topics of earlier settings, but not where something waits: it waits for ever."""
-        delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
-        earlier = {
-            (stage, topic)
-            for stage, topics in self.reads.items()
-            for topic in topics
-            if (delay := delay_of(topic)) and delay not in delays.get(stage, ())
-        }
-        if not earlier:
-            return
-        sample = self.sample(heads=False)
-        for stage, topic in earlier:
-            places = [place for place in self._places if place.topic == topic]
-            if not any(sample.waiting(stage, place) for place in places):
-                self.reads[stage].remove(topic)
-                self._places = [place for place in self._places if place.topic != topic]
 
     def __enter__(self) -> Reader:
         return self

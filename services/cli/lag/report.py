@@ -7,16 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from services.cli.lag.sample import Place, Sample
+from services.common.topics import delay_of
 
-__all__ = ["delay_of", "report"]
+__all__ = ["report"]
 
 _LAST_SECOND = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
-
-
-def delay_of(topic: str) -> int | None:
-    """Return the seconds of a delay topic, None for another one."""
-    head, dot, seconds = topic.rpartition(".")
-    return int(seconds) if dot and head.endswith(".delay") and seconds.isdigit() else None
 
 
 def report(
@@ -24,9 +19,11 @@ def report(
 ) -> dict[str, Any]:
     """Return `{at, stages, delays}`, and `partitions` where asked for.
 
-    `reads` names the topics of each stage. A rate needs a sample from `before`; it is None without one. What
-    waits on a delay topic is not lag, unless it is overdue.
+    `reads` names the topics of each stage. A delay topic that no replica reads is left out, unless something
+    waits there or the stage has no replica: it is of earlier settings. A rate needs a sample from `before`,
+    and is None without one. What waits on a delay topic is not lag, unless it is overdue.
     """
+    reads = {stage: [t for t in topics if _counts(stage, t, now)] for stage, topics in reads.items()}
     found: dict[str, Any] = {
         "at": _iso(now.at),
         "stages": [_stage(stage, topics, now, before) for stage, topics in reads.items()],
@@ -37,6 +34,13 @@ def report(
             row for stage, topics in reads.items() for row in _partitions(stage, topics, now)
         ]
     return found
+
+
+def _counts(stage: str, topic: str, now: Sample) -> bool:
+    if delay_of(topic) is None or not (members := now.groups[stage].members):
+        return True
+    places = _places([topic], now, delayed=True)
+    return any(member.owns & {*places} for member in members) or any(now.waiting(stage, p) for p in places)
 
 
 def _stage(stage: str, topics: Sequence[str], now: Sample, before: Sample | None) -> dict[str, Any]:

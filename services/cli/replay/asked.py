@@ -11,7 +11,7 @@ from services.cli.replay.decide import REOPENABLE
 from services.cli.replay.records import WORK, replayable
 from services.cli.replay.selection import Selection
 from services.common.schema import STATUSES
-from services.common.topics import EVENT_TOPICS
+from services.common.topics import DELAYING, EVENT_TOPICS
 
 __all__ = ["Asked", "asked_from", "check", "check_rate"]
 
@@ -59,13 +59,10 @@ def asked_from(arguments: Mapping[str, Any]) -> Asked:
     return Asked(**given)
 
 
-def check(asked: Asked, delays: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the argument, where something is asked for that cannot be.
-
-    `delays`: each stage's delays in seconds, which name its delay topics.
-    """
-    if not replayable(asked.topic, delays):
-        others = ", ".join(f"{stage}.delay.N" for stage in delays)
+def check(asked: Asked) -> None:
+    """Raise ValueError, naming the argument, where something is asked for that cannot be."""
+    if not replayable(asked.topic):
+        others = ", ".join(f"{stage}.delay.N" for stage in DELAYING)
         raise ValueError(f"TOPIC: {asked.topic!r} is none of {', '.join(EVENT_TOPICS)}, {others}")
     _among("--status", asked.status, STATUSES)
     _among("--reopen", asked.reopen, REOPENABLE)

@@ -6,7 +6,6 @@ the event is written anew, the same in every replay in that epoch: what is produ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import copy
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from services.common.stage.headers import (
     parse_return,
     traceparent,
 )
-from services.common.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names
+from services.common.topics import DELAYING, EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names, delay_of
 
 __all__ = ["WORK", "Read", "Seen", "again", "replayable", "see"]
 
@@ -49,12 +48,10 @@ class Seen(NamedTuple):
     back: Return | None = None
 
 
-def replayable(topic: str, delays: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a topic (bare name) can be replayed. `delays`: each stage's delays in seconds."""
-    names = Names()
-    return topic in EVENT_TOPICS or any(
-        topic == names.delay(stage, seconds) for stage, all_ in delays.items() for seconds in all_
-    )
+def replayable(topic: str) -> bool:
+    """Whether a topic (bare name) can be replayed: an event topic, or a delay topic of a stage."""
+    seconds = delay_of(topic)
+    return topic in EVENT_TOPICS or topic in {Names().delay(stage, seconds or 0) for stage in DELAYING}
 
 
 def see(record: Read) -> Seen:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from confluent_kafka import KafkaError
 from sqlalchemy import Engine
 
+from services.cli import installation
+from services.cli.errors import NOT_FOUND, Failure
 from services.cli.replay import store
 from services.cli.replay.asked import Asked, asked_from
 from services.cli.replay.decide import Decision, What, delayed, working
@@ -108,8 +110,8 @@ def run(
     """
     asked = asked_from(replay.arguments)
     pace = Rate(asked.rate, burst=int(asked.rate / 20))
-    delay_topic = Names().delay("sender", settings.sender_delays[0])
     names = Names(settings.topic_prefix)
+    delay_topic = _delay_topic(settings) if replay.topic == MX_OK else ""
     sink = Sink(settings, f"replay-{replay.id}")
     saved = time.monotonic()
     # A second's worth at most, so that a batch is never long under way.
@@ -182,3 +184,11 @@ def _advance(replay: Replay, done: Sequence[Judged]) -> None:
 def _save(engine: Engine, replay: Replay) -> None:
     if not store.save(engine, replay):
         raise Superseded(f"another process has gone on with replay {replay.id}")
+
+
+def _delay_topic(settings: Settings) -> str:
+    """Return the bare name of the sender's first delay topic. Raises Failure where it has none."""
+    delays = installation.delays(settings, ["sender"])["sender"]
+    if not delays:
+        raise Failure("the sender has no delay topic: 'postroad topics apply' creates them", NOT_FOUND)
+    return Names().delay("sender", delays[0])
