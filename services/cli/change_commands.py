@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-Ids: TypeAlias = Annotated[list[str], typer.Argument(help="The tasks' ids.", metavar="ID")]
+Ids: TypeAlias = Annotated[
+    list[str], typer.Argument(help="The tasks' ids; -: those on stdin, one a line.", metavar="ID")
+]
 Call: TypeAlias = "Callable[[TaskServiceStub, str], task_pb2.Task]"
 
 _ENDS = frozenset({DENIED, UNAVAILABLE})
@@ -40,7 +44,7 @@ def register(app: typer.Typer) -> None:
         examples="""
             postroad retry 019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071
             postroad list --status failed --reason rejected --all -o jsonl |
-                jq -r .id | xargs postroad retry
+                jq -r .id | postroad retry -
         """,
     )
     def retry(frame: Frame, ids: Ids) -> None:
@@ -64,7 +68,7 @@ def register(app: typer.Typer) -> None:
         examples="""
             postroad cancel 019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071
             postroad list --status pending --label list=news --all -o jsonl |
-                jq -r .id | xargs postroad cancel
+                jq -r .id | postroad cancel -
         """,
     )
     def cancel(frame: Frame, ids: Ids) -> None:
@@ -130,7 +134,7 @@ def _each(frame: Frame, ids: list[str], call: Call, judge: Callable[[task_pb2.Ta
         nonlocal worst
         with frame.channel() as channel:
             stub = TaskServiceStub(channel)
-            for id_ in dict.fromkeys(ids):
+            for id_ in _each_once(ids):
                 try:
                     task = call(stub, id_)
                     worst = max(worst, judge(task))
@@ -147,3 +151,12 @@ def _each(frame: Frame, ids: list[str], call: Call, judge: Callable[[task_pb2.Ta
     frame.out.rows(shown, _CHANGED)
     if worst:
         raise typer.Exit(worst)
+
+
+def _each_once(ids: list[str]) -> Iterator[str]:
+    """Yield each id once, those on stdin where `-` stands."""
+    seen = set[str]()
+    for id_ in chain.from_iterable(map(str.strip, sys.stdin) if id_ == "-" else (id_,) for id_ in ids):
+        if id_ and id_ not in seen:
+            seen.add(id_)
+            yield id_

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.errors import UNAVAILABLE, explain
+from services.cli.errors import UNAVAILABLE, USAGE, Failure, explain
 from services.cli.frame import DATABASE, KAFKA, Frame, command
 from services.cli.output import Column, Row
 from services.cli.terminal import say
@@ -22,6 +22,7 @@ EXAMPLES = """
     postroad lag
     postroad lag --watch
     postroad lag --stage sender --partitions
+    postroad lag --stage sender --domains
     postroad lag -o json | jq '.stages[] | select(.lag > 1000)'
 """
 
@@ -40,6 +41,10 @@ def _rate(value: Any) -> str:
 
 def _count(value: Any) -> str:
     return "" if value is None else f"{value:,}"
+
+
+def _due(value: Any) -> str:
+    return f"overdue {ago(-value)}" if value is not None and value < 0 else ago(value)
 
 
 _STAGES = (
@@ -77,11 +82,19 @@ _OUTBOX = (
     Column("due", right=True, cell=_count),
     Column("oldest_due_seconds", "oldest", right=True, cell=ago),
 )
+_DOMAINS = (
+    Column("domain", least=12),
+    Column("sending", right=True, cell=_count),
+    Column("waiting", right=True, cell=_count),
+    Column("finished", right=True, cell=_count),
+    Column("oldest_seconds", "oldest", right=True, cell=ago),
+)
+_WORST = 10
 _DELAYS = (
     Column("topic"),
     Column("waiting", right=True, cell=_count),
     Column("read"),
-    Column("next_due_in_seconds", "next due in", right=True, cell=ago),
+    Column("next_due_in_seconds", "next due in", right=True, cell=_due),
     Column("next_due_at", "at", rank=1, cell=short),
 )
 
@@ -102,6 +115,10 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         partitions: Annotated[bool, typer.Option("--partitions", help="Show each partition too.")] = False,
+        domains: Annotated[
+            bool,
+            typer.Option("--domains", help="Show whose mails the sender has in hand; with --stage sender."),
+        ] = False,
         watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
         interval: Annotated[
             float,
@@ -116,24 +133,33 @@ def register(app: typer.Typer) -> None:
         delay topics waits on purpose and is shown apart; one whose due time is long past, or that nobody
         reads, is a fault. Stages commit twice a second: an interval below 2 makes rates jump.
 
+        --domains shows the ten recipients' domains (JSON: all) that hold most of the senders, by the first
+        1000 records of each partition that are not committed: mails that are SENDING or wait for a session,
+        records WAITING for their turn, and those FINISHED whose commit waits for one before them.
+
         Without --stage the database is asked for the outbox: how many events are due and not on their topic
         yet, and since when. While the api publishes, none is older than a few seconds.
 
         --watch says when Kafka does not answer, and goes on when it does again.
         """
+        from services.cli.lag.domains import domains as whose  # noqa: PLC0415
         from services.cli.lag.outbox import Outbox  # noqa: PLC0415
         from services.cli.lag.read import Reader  # noqa: PLC0415
         from services.cli.lag.report import report  # noqa: PLC0415
 
+        if domains and (stage or []) != [Stage.SENDER]:
+            raise Failure("--domains is of the sender: it goes with --stage sender", USAGE)
         with ExitStack() as stack:
             reader = stack.enter_context(Reader(frame.settings(), [str(one) for one in stage or Stage]))
-            outbox = None if stage else stack.enter_context(Outbox(frame.settings()))
+            outbox = stack.enter_context(Outbox(frame.settings())) if domains or not stage else None
             before = reader.sample(heads=False) if interval else None
             write, said = frame.out.lines(()), ""
             while True:
                 time.sleep(interval)
                 try:
-                    now, said = reader.sample(), ""
+                    now = reader.sample()
+                    shown = whose(frame.settings(), outbox.engine, now) if domains and outbox else None
+                    said = ""
                 except Exception as error:
                     failure = explain(error, frame.settings().kafka_bootstrap)
                     if not watch or failure is None or failure.code != UNAVAILABLE:
@@ -144,7 +170,9 @@ def register(app: typer.Typer) -> None:
                     time.sleep(1)
                     continue
                 found = report(reader.reads, now, before, partitions=partitions)
-                if outbox is not None:
+                if domains:
+                    found["domains"] = shown
+                elif outbox is not None:
                     found["outbox"] = outbox.ask()
                 if not watch:
                     frame.out.one(found, lambda found: _show(frame, found))
@@ -183,6 +211,7 @@ def _show(frame: Frame, found: Row) -> None:
     for rows, columns in (
         ([{"table": "outbox"} | outbox] if outbox else (), _OUTBOX),
         (members, _MEMBERS),
+        (found.get("domains", ())[:_WORST], _DOMAINS),
         (found.get("partitions", ()), _PARTITIONS),
         (waiting, _DELAYS),
     ):

@@ -30,7 +30,7 @@ EXAMPLES = """
     postroad list --status failed --reason null_mx --from -2d
     postroad list --label list=news --domain example.org --count
     postroad list --status uncertain --all -o jsonl |
-        jq -r .id | xargs postroad retry
+        jq -r .id | postroad retry -
 """
 _PAGE = 1000
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 __all__ = ["configure_logs"]
 
@@ -122,6 +125,50 @@ SENDER_SECONDS = Histogram(
     buckets=_LATENCY,
 )
 SENDER_SESSIONS = Gauge("postroad_sender_sessions", "SMTP sessions, by state: busy or idle", ["state"])
+
+
+class WorstDomains(Collector):
+    """Figures of the recipients' domains that hold most of a sender, ten at a time: series stay few."""
+
+    MOST = 10
+    _FIGURES = (
+        (
+            "postroad_sender_domain_sessions",
+            "SMTP sessions that the domain's mails have; the ten worst domains",
+        ),
+        ("postroad_sender_domain_claims", "Claims in hand of the domain; the ten worst domains"),
+        (
+            "postroad_sender_domain_waiting",
+            "Records that wait for a claim of the domain; the ten worst domains",
+        ),
+        (
+            "postroad_sender_domain_still_seconds",
+            "Time since a session of the domain was taken or given back; the ten worst domains",
+        ),
+    )
+
+    def __init__(self) -> None:
+        self._source: Callable[[], Iterable[tuple[str, float, float, float, float]]] = tuple
+        REGISTRY.register(self)
+
+    def set_function(self, source: Callable[[], Iterable[tuple[str, float, float, float, float]]]) -> None:
+        """Have `source`, called on any thread, give each domain and its figures in order, worst first."""
+        self._source = source
+
+    def describe(self) -> Sequence[GaugeMetricFamily]:
+        """Return the metrics without figures."""
+        return [GaugeMetricFamily(name, text, labels=["domain"]) for name, text in self._FIGURES]
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the metrics."""
+        metrics = self.describe()
+        for domain, *figures in list(self._source())[: self.MOST]:
+            for metric, figure in zip(metrics, figures, strict=True):
+                metric.add_metric([domain], figure)
+        yield from metrics
+
+
+SENDER_DOMAINS = WorstDomains()
 SENDER_RELAY_UP = Gauge("postroad_sender_relay_up", "0 while the relay cannot be used", ["relay"])
 SENDER_RELAY_TROUBLE = Gauge(
     "postroad_sender_relay_trouble",

@@ -12,7 +12,13 @@ from services.common.database import engine_of, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.stage.runtime import StageRuntime
-from services.common.telemetry import SENDER_CLAIMS, SENDER_RELAY_TROUBLE, SENDER_RELAY_UP, SENDER_SESSIONS
+from services.common.telemetry import (
+    SENDER_CLAIMS,
+    SENDER_DOMAINS,
+    SENDER_RELAY_TROUBLE,
+    SENDER_RELAY_UP,
+    SENDER_SESSIONS,
+)
 from services.sender.async_claims import AsyncClaims
 from services.sender.claims import Claims
 from services.sender.composer import Composer
@@ -73,6 +79,7 @@ class SenderService:
         )
         self._runtime = StageRuntime(stage(self._sender, settings.sender_delays), settings, source="sender")
         SENDER_CLAIMS.set_function(self._leases.__len__)
+        SENDER_DOMAINS.set_function(self._sender.domains)
         SENDER_RELAY_UP.labels(f"{settings.email_host}:{settings.email_port}").set_function(
             lambda: self._pool.available
         )

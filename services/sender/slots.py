@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 from services.common.rate import Rate
 
-__all__ = ["Crowded", "Slots"]
+__all__ = ["Crowded", "Held", "Slots"]
 
 # How long (seconds) the first of a queue waits before that is a reason to leave: one that moves, however
 # long, is worked off sooner than it could come back.
 PATIENCE = 5.0
+# How long (seconds) a domain that has all the slots it can get gets no other one before it stands still.
+STANDSTILL = 30.0
 _LOOK = 1.0
 # Domains whose rates are remembered, before those that are at rest are forgotten.
 _MOST_RATES = 10_000
@@ -21,6 +24,15 @@ _MOST_RATES = 10_000
 
 class Crowded(Exception):
     """The domain is slow and holds up the rest: come back later."""
+
+
+class Held(NamedTuple):
+    """The domain's slots in use, its callers that wait, and the seconds since it got or gave back a slot."""
+
+    domain: str
+    used: int
+    waiting: int
+    still: float
 
 
 class _Waiter(NamedTuple):
@@ -35,7 +47,8 @@ class Slots:
     delay another domain's only mail by one turn, not by a thousand. A domain gets `rate` slots a second at
     most, a second's worth of them at once (0: no such bound). While it is `crowded`, the domains that have
     more than an equal share of the queue and whose first in line has waited for PATIENCE lose the later
-    half of theirs, every second anew. Belongs to one event loop.
+    half of theirs, every second anew. So does, crowded or not, a domain that `stands` still. Belongs to one
+    event loop.
     """
 
     def __init__(
@@ -49,6 +62,9 @@ class Slots:
         self._free = total
         self._per_domain = per_domain or total
         self._used: dict[str, int] = {}
+        # When a domain in use last got a slot or gave one back.
+        self._moved: dict[str, float] = {}
+        self._time: Callable[[], float] = time.monotonic
         # The domains that have callers waiting, in the order of their turns.
         self._waiting: dict[str, deque[_Waiter]] = {}
         self._crowded = crowded
@@ -60,6 +76,7 @@ class Slots:
     async def acquire(self, domain: str) -> None:
         """Wait for a slot; every return needs one `release`. Raises Crowded."""
         loop = asyncio.get_running_loop()
+        self._time = loop.time
         now = loop.time()
         if self._free and domain not in self._waiting and self._may(domain, now):
             self._take(domain, now)
@@ -68,7 +85,7 @@ class Slots:
         self._waiting.setdefault(domain, deque()).append(waiter)
         if self._free and self._timer is None:
             self._wake_for_rates(loop, now)
-        if self._crowded is not None and self._watch is None:
+        if self._watch is None:
             self._watch = loop.call_later(_LOOK, self._thin_out)
         try:
             await waiter.turn
@@ -85,9 +102,28 @@ class Slots:
         left = self._used[domain] - 1
         if left:
             self._used[domain] = left
+            self._moved[domain] = asyncio.get_running_loop().time()
         else:
-            del self._used[domain]
+            del self._used[domain], self._moved[domain]
         self._serve()
+
+    def stands(self, domain: str) -> bool:
+        """Tell whether callers wait for the domain, all of whose slots have been in use for STANDSTILL."""
+        used = self._used.get(domain, 0)
+        full = used >= self._per_domain or not self._free
+        return bool(used) and full and domain in self._waiting and self._still(domain) > STANDSTILL
+
+    def held(self) -> list[Held]:
+        """Return the domains that have slots in use or callers waiting. Safe from any thread."""
+        used, waiting = dict(self._used), dict(self._waiting)
+        return [
+            Held(domain, used.get(domain, 0), len(waiting.get(domain, ())), self._still(domain))
+            for domain in used.keys() | waiting.keys()
+        ]
+
+    def _still(self, domain: str) -> float:
+        now = self._time()
+        return max(0.0, now - self._moved.get(domain, now))
 
     def unspent(self, domain: str) -> None:
         """Have the slot that was taken last not count for the domain's rate: nothing was sent in it."""
@@ -101,6 +137,7 @@ class Slots:
     def _take(self, domain: str, now: float) -> None:
         self._free -= 1
         self._used[domain] = self._used.get(domain, 0) + 1
+        self._moved[domain] = now
         if self._rate:
             self._count(domain, now)
 
@@ -158,12 +195,14 @@ class Slots:
     def _thin_out(self) -> None:
         loop = asyncio.get_running_loop()
         self._watch = loop.call_later(_LOOK, self._thin_out) if self._waiting else None
-        if not self._waiting or self._crowded is None or not self._crowded():
+        if not self._waiting:
             return
+        crowded = self._crowded is not None and self._crowded()
         long_ago = loop.time() - PATIENCE
         share = sum(map(len, self._waiting.values())) / len(self._waiting)
-        for queue in self._waiting.values():
-            if len(queue) >= max(2, share) and queue[0].since < long_ago:
+        for domain, queue in self._waiting.items():
+            slow = crowded and len(queue) >= max(2, share) and queue[0].since < long_ago
+            if slow or self.stands(domain):
                 for _ in range(len(queue) // 2):
                     turn = queue.pop().turn
                     if not turn.done():

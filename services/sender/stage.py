@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from uuid import UUID
 
 import structlog
@@ -52,7 +52,7 @@ from services.sender.policy import Policy
 from services.sender.slots import Crowded, Slots
 from services.sender.smtp import SendCancelled
 
-__all__ = ["Pool", "Publish", "Sender", "stage"]
+__all__ = ["Domain", "Pool", "Publish", "Sender", "stage"]
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +66,17 @@ Publish = Callable[[Sequence[Event], bytes | None], Awaitable[None]]
 _LOOK_AGAIN = 0.5
 # What a cancelled handler still has to write is given this long (seconds), unless it handed its mail over.
 _LAST_WORDS = 5.0
+
+
+class Domain(NamedTuple):
+    """What a recipients' domain has of a sender: sessions, claims (those with a session among them), records
+    that wait for a claim, and the seconds since one of its sessions was taken or given back."""
+
+    name: str
+    sessions: int
+    claims: int
+    waiting: int
+    still_seconds: float
 
 
 class Pool(Protocol):
@@ -151,6 +162,9 @@ class Sender:
             # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
             if not self._pool.available:
                 await self._pool.wait_available()
+            # One that waits is enough to see that the domain moves again.
+            if self._sessions.stands(task.domain):
+                return self._put_off(task.domain)
             try:
                 await self._hands.acquire(task.domain)
             except Crowded:
@@ -160,7 +174,10 @@ class Sender:
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
                 verdict = await self._claim(claim)
                 if isinstance(verdict, Taken):
-                    settled = await self._attempt(verdict, record, event, held)
+                    try:
+                        settled = await self._attempt(verdict, record, event, held)
+                    except Crowded:
+                        return self._put_off(task.domain)
                     if settled is None:
                         continue
                     return self._answer(settled)
@@ -187,7 +204,8 @@ class Sender:
     ) -> Delivery | None:
         """Send the claimed mail; return its settled row, or None where the claim must be asked for anew.
 
-        `held` is what is given back when the attempt is over.
+        `held` is what is given back when the attempt is over. Raises Crowded where the domain's sessions
+        stand still; the claim is free again then.
         """
         row = taken.row
         lease = self._leases.hold(row, taken.since)
@@ -202,7 +220,11 @@ class Sender:
             except ValueError as error:
                 settled = self._policy.unsendable(row, self._now_us())
                 return await self._settle(settled, held, cause=str(error))
-            await self._sessions.acquire(event.task.domain)
+            try:
+                await self._sessions.acquire(event.task.domain)
+            except Crowded:
+                await self._claims.settle(row._replace(state="released"))
+                raise
             with ExitStack() as session:
                 session.callback(self._sessions.release, event.task.domain)
                 # Not before: the wait may have been long.
@@ -231,6 +253,16 @@ class Sender:
             if clean:
                 self._go_on(self._in_time(self._claims.settle(row._replace(state="released")), _LAST_WORDS))
             raise
+
+    def domains(self) -> list[Domain]:
+        """Return the domains that hold sessions or claims, or wait for them, worst first; on any thread."""
+        sessions = {held.domain: held for held in self._sessions.held()}
+        found = []
+        for held in self._hands.held():
+            session = sessions.get(held.domain)
+            used, still = (session.used, session.still) if session else (0, 0.0)
+            found.append(Domain(held.domain, used, held.used, held.waiting, still))
+        return sorted(found, key=lambda one: (-one.sessions, -one.claims, -one.waiting, one.name))
 
     def _outcome(self, row: Delivery, ended: replies.Outcome, event: pb.MxOk) -> Delivery:
         """Return the row to store after an attempt; released where it was none."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from tests.cli import Command
 from tests.e2e.road import Road, until
 from tests.forms import by_form
 from tests.stack import Stack
@@ -167,6 +168,12 @@ def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
         assert {task.status for task in tasks.values()} == {"completed"}
         assert took < 30
         assert metric(stack, "sender-1", "postroad_sender_crowded_total") > 0
+        held = 'postroad_sender_domain_sessions{domain="stuck.ok.test"}'
+        assert metric(stack, "sender-1", held) == 15
+        postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env")})
+        found = postroad("lag", "--stage", "sender", "--domains", "--interval", "0", "-o", "json").json
+        assert found["domains"][0]["domain"] == "stuck.ok.test"
+        assert found["domains"][0]["sending"] >= 15
         # Some of their events are still being folded.
         until(lambda: _statuses(road, stuck) == {"processing"}, "what is stuck is being processed", 30)
         again = {task.id: task for task in road.list_all()}

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 from confluent_kafka import Producer
 
+from postroad.v1 import events_pb2 as pb
+from services.api import outbox
+from services.common.database import engine_of
+from services.common.events import encode
+from services.common.stage.headers import Origin, delayed
 from tests.cli import Command
 from tests.stack import Infra
 
@@ -42,7 +48,7 @@ def test_without_topics_it_says_what_to_do(infra: Infra) -> None:
 def test_what_nobody_ever_read_waits_from_the_start(infra: Infra) -> None:
     """Two stages read one topic, and each has its own head there."""
     postroad, prefix = installation(infra)
-    assert postroad("topics", "apply").code == 0
+    assert postroad("topics", "apply", "--yes").code == 0
     put(infra, f"{prefix}task.created")
     time.sleep(0.3)  # the record has an age
     put(infra, f"{prefix}task.created")
@@ -56,18 +62,64 @@ def test_what_nobody_ever_read_waits_from_the_start(infra: Infra) -> None:
     assert stages["sender"]["oldest_waiting_seconds"] is None
 
 
-def test_a_delay_that_was_taken_out_is_shown_as_long_as_something_waits(infra: Infra) -> None:
-    postroad, prefix = installation(infra)
-    assert postroad("topics", "apply").code == 0
-    others = {"POSTROAD_VALIDATOR_DELAYS": "8"}
-    assert postroad("topics", "apply", **others).code == 0
+def test_the_domains_of_what_the_sender_has_not_committed_are_named(infra: Infra) -> None:
+    url = infra.migrated_database()
+    postroad, prefix = installation(infra, POSTROAD_DATABASE_URL=url)
+    assert postroad("topics", "apply", "--yes").code == 0
+    producer = Producer({"bootstrap.servers": infra.bootstrap, "acks": "all"})
+    tasks = {uuid.uuid4().bytes: "hangs.test" if n % 4 else "quick.test" for n in range(40)}
+    for id_, domain in tasks.items():
+        event = encode(pb.MxOk(task=pb.MailTask(id=id_, domain=domain), attempt=1, at_us=7), "validator")
+        producer.produce(f"{prefix}mx.ok", event.value, event.key, headers=event.headers)  # type: ignore[arg-type]
+    # Another make's record, and two of a delay topic: one is due, one is not.
+    producer.produce(f"{prefix}mx.ok", b"\xff", b"foreign", partition=0)
+    for due_at_ms in (1000, 32_503_680_000_000):
+        event = encode(
+            pb.MxOk(task=pb.MailTask(id=bytes(16), domain="deferred.test"), attempt=1, at_us=7), "validator"
+        )
+        origin = Origin("mx.ok", 0, 0)
+        carried = delayed(event.headers, origin=origin, attempt=2, cause="x", due_at_ms=due_at_ms)
+        producer.produce(f"{prefix}sender.delay.9", event.value, event.key, headers=carried, partition=1)  # type: ignore[arg-type]
+    assert producer.flush(20) == 0
+    engine = engine_of(url)
+    with engine.begin() as connection:
+        for id_, domain in tasks.items():
+            connection.exec_driver_sql(
+                "INSERT INTO deliveries VALUES"
+                " (%s, %s, 0, 1, 0, %s, UTC_TIMESTAMP(6), 0, 0, '', '', '', '', 0)",
+                (id_, "sending" if domain == "hangs.test" else "sent", id_),
+            )
+    engine.dispose()
+    asked = ("lag", "--stage", "sender", "--domains", "--interval", "0")
+    found = postroad(*asked, "-o", "json").json
+    shown = [(r["domain"], r["sending"], r["waiting"], r["finished"]) for r in found["domains"]]
+    assert shown == [("hangs.test", 30, 0, 0), ("deferred.test", 0, 1, 0), ("quick.test", 0, 0, 10)]
+    assert found["stages"][0]["lag"] == 41
+    assert ["hangs.test", "30", "0", "0"] in [line.split()[:4] for line in postroad(*asked).lines]
+    for options in ((), ("--stage", "status"), ("--stage", "status", "--stage", "sender")):
+        assert postroad("lag", "--domains", *options).code == 2
 
-    def delays() -> list[tuple[str, int, bool]]:
-        asked = ("lag", "--stage", "validator", "--interval", "0", "-o", "json")
-        return [
-            (row["topic"], row["waiting"], row["read"]) for row in postroad(*asked, **others).json["delays"]
-        ]
 
-    assert delays() == [("validator.delay.8", 0, False)]
-    put(infra, f"{prefix}validator.delay.7", ("due-at", b"1000"))
-    assert delays() == [("validator.delay.7", 1, False), ("validator.delay.8", 0, False)]
+def test_events_that_are_due_and_not_published_are_counted(infra: Infra) -> None:
+    url = infra.migrated_database()
+    postroad, _ = installation(infra, POSTROAD_DATABASE_URL=url)
+    assert postroad("topics", "apply", "--yes").code == 0
+    asked = ("lag", "--interval", "0")
+    assert postroad(*asked, "-o", "json").json["outbox"] == {"due": 0, "oldest_due_seconds": None}
+    engine = engine_of(url)
+    items = [outbox.created(bytes([n]) * 16) for n in range(40)]
+    with engine.begin() as connection:
+        outbox.put(connection, items)
+        connection.exec_driver_sql("UPDATE outbox SET due_at = due_at - INTERVAL 300 SECOND")
+        # As after a sweep that could not publish them.
+        outbox.defer(connection, items, outbox.LEASE)
+    engine.dispose()
+    found = postroad(*asked, "-o", "json").json["outbox"]
+    assert found["due"] == 40
+    assert 300 <= found["oldest_due_seconds"] < 360
+    assert ["outbox", "40"] in [line.split()[:2] for line in postroad(*asked).lines]
+    # It is the database's part of the answer alone that is missing without a database.
+    away = postroad(*asked, "-o", "json", POSTROAD_DATABASE_URL="mysql://postroad@127.0.0.1:1/postroad")
+    assert (away.code, away.json["outbox"]) == (0, None)
+    assert away.err.startswith("postroad: the outbox is not shown: the database: ")
+    assert "outbox" not in postroad(*asked, "--stage", "sender", "-o", "json").json

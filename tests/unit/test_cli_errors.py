@@ -259,3 +259,12 @@ def test_completion_knows_what_an_argument_may_be(postroad: Command, typed: str,
     asked = {"_POSTROAD_COMPLETE": "complete_bash", "POSTROAD_SENDER_DELAYS": "60,300"}
     done = postroad(**asked, COMP_WORDS=f"postroad {typed}", COMP_CWORD=str(len(typed.split())))
     assert (done.out.split(), done.err) == (words, "")
+
+
+@pytest.mark.parametrize("name", ["retry", "cancel", "resolve --sent"])
+def test_no_ids_on_stdin_are_nothing_to_do(postroad: Command, name: str) -> None:
+    """With xargs the command ran without a task, and failed."""
+    done = postroad(*name.split(), "-", "--api", AWAY, given="\n")
+    assert (done.code, done.err) == (0, "")
+    one = postroad(*name.split(), "-", "--api", AWAY, given=f"{ID}\n")
+    assert one.code == UNAVAILABLE

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
-from services.cli.lag import read
-from services.cli.lag.report import delay_of, report
+from services.cli.lag import outbox, read
+from services.cli.lag.domains import State, Waiting, figures
+from services.cli.lag.report import report
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
-from services.cli.lag_command import _MEMBERS, _PARTITIONS
+from services.cli.lag_command import _DELAYS, _MEMBERS, _PARTITIONS
 from services.cli.main import app
 from services.cli.output import Form, Output
+from services.common.topics import delay_of
 
 READS = {"sender": ["mx.ok", "sender.delay.60", "sender.delay.300"]}
 MX0, MX1 = Place("mx.ok", 0), Place("mx.ok", 1)
@@ -40,7 +42,7 @@ def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
     found = report(READS, sample(), None, partitions=False)
     (stage,) = found["stages"]
     assert (stage["lag"], stage["oldest_waiting_seconds"], stage["delayed"]) == (10, 30.0, 2)
-    assert (stage["partitions"], stage["unowned"]) == (4, 1)
+    assert (stage["partitions"], stage["unowned"]) == (3, 0)
     assert [(m["client"], m["partitions"], m["lag"]) for m in stage["members"]] == [
         *(("sender-1", 2, 10), ("sender-2", 1, 0))
     ]
@@ -53,9 +55,63 @@ def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
         "next_due_at": "1970-01-01T00:16:52.500Z",
         "next_due_in_seconds": 12.5,
     }
-    other = found["delays"][1]
-    assert (other["waiting"], other["read"], other["next_due_at"]) == (0, False, None)
     assert "partitions" not in found
+
+
+def test_a_delay_topic_that_nobody_reads_counts_while_something_waits_there_or_no_replica_is_left() -> None:
+    def shown(now: Sample) -> tuple[list[str], int]:
+        found = report(READS, now, None, partitions=True)
+        assert {row["topic"] for row in found["partitions"]} == {
+            "mx.ok",
+            *(d["topic"] for d in found["delays"]),
+        }
+        return [row["topic"] for row in found["delays"]], found["stages"][0]["unowned"]
+
+    # sender.delay.300 is of earlier settings: its partition is none that a replica should own.
+    assert shown(sample()) == (["sender.delay.60"], 0)
+    ends = {MX0: 100, MX1: 50, D60: 7, D300: 1}
+    assert shown(sample(ends=ends)) == (["sender.delay.60", "sender.delay.300"], 1)
+    alone = {"sender": Group("postroad.sender", "empty", [])}
+    assert shown(sample(groups=alone)) == (["sender.delay.60", "sender.delay.300"], 4)
+
+
+def test_a_due_time_that_is_past_is_no_negative_time(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"topic": "sender.delay.60", "waiting": 1, "read": True, "next_due_in_seconds": seconds}
+        for seconds in (-83.2, -0.5, 0.0, 12.0, None)
+    ]
+    Output(Form.TABLE, 80).table(rows, _DELAYS)
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3:] for line in lines] == [
+        *(["overdue", "1m23s"], ["overdue", "500ms"], ["0ms"], ["12s"], []),
+    ]
+
+
+def test_the_domains_that_hold_the_sender_come_first() -> None:
+    def task(number: int) -> bytes:
+        return number.to_bytes(16, "big")
+
+    records = [Waiting(task(n), "hangs.test", 0, 1, 400.0 + n) for n in range(5)]
+    records += [Waiting(task(10), "quick.test", 0, 1, 990.0), Waiting(task(11), "deferred.test", 0, 2, 900.0)]
+    records += [Waiting(task(12), "again.test", 7, 1, 995.0), Waiting(task(13), "claimed.test", 0, 1, 999.0)]
+    states = {
+        **{task(n): State("sending", 0, 1) for n in range(3)},
+        # Sent, and its commit waits for one that hangs.
+        task(10): State("sent", 0, 1),
+        # Its second attempt has not begun.
+        task(11): State("deferred", 0, 1),
+        # Reopened since: the row is of the epoch before.
+        task(12): State("failed", 0, 3),
+        task(13): State("released", 0, 1),
+    }
+    rows = figures(records, states, 1000.0)
+    assert [tuple(row.values()) for row in rows] == [
+        ("hangs.test", 3, 2, 0, 600.0),
+        ("again.test", 0, 1, 0, 5.0),
+        ("claimed.test", 0, 1, 0, 1.0),
+        ("deferred.test", 0, 1, 0, 100.0),
+        ("quick.test", 0, 0, 1, None),
+    ]
 
 
 def test_what_was_never_committed_waits_from_the_first_record_that_is_left() -> None:
@@ -66,7 +122,7 @@ def test_what_was_never_committed_waits_from_the_first_record_that_is_left() -> 
         partitions=True,
     )
     lags = {(row["topic"], row["partition"]): row["lag"] for row in found["partitions"]}
-    assert lags == {("mx.ok", 0): 5, ("mx.ok", 1): 50, ("sender.delay.60", 0): 7, ("sender.delay.300", 0): 0}
+    assert lags == {("mx.ok", 0): 5, ("mx.ok", 1): 50, ("sender.delay.60", 0): 7}
 
 
 def test_each_partition_has_its_owner() -> None:
@@ -74,7 +130,6 @@ def test_each_partition_has_its_owner() -> None:
     assert [(row["topic"], row["client"], row["host"]) for row in rows] == [
         ("mx.ok", "sender-1", "10.0.0.1"),
         ("mx.ok", "sender-2", "10.0.0.2"),
-        ("sender.delay.300", "", ""),
         ("sender.delay.60", "sender-1", "10.0.0.1"),
     ]
 
@@ -155,6 +210,7 @@ class _Reader:
 
 def _lag(monkeypatch: pytest.MonkeyPatch, answers: list[Sample | KafkaException], *options: str) -> object:
     monkeypatch.setattr(read, "Reader", lambda settings, stages: _Reader(answers))
+    monkeypatch.setattr(outbox.Outbox, "ask", lambda self: {"due": 0, "oldest_due_seconds": None})
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return app(["lag", "--interval", "0", "-o", "jsonl", *options], standalone_mode=False)
 

@@ -175,3 +175,50 @@ async def test_a_long_queue_that_moves_sends_nobody_away(monkeypatch: pytest.Mon
         slots.release("busy")
 
     await asyncio.gather(*(one() for _ in range(300)))
+
+
+async def test_a_domain_that_stands_still_sends_away_whoever_waits_long_before_there_is_a_crowd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.sender.slots.STANDSTILL", 0.2)
+    monkeypatch.setattr("services.sender.slots._LOOK", 0.02)
+    slots = Slots(5, 3)
+    for _ in range(3):
+        await slots.acquire("hangs")
+    waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(12)]
+    await asyncio.wait_for(slots.acquire("quick"), 1)
+    assert not slots.stands("hangs"), "it has moved just now"
+    async with asyncio.timeout(5):
+        await asyncio.wait(waiting[1:])
+    assert all(isinstance(task.exception(), Crowded) for task in waiting[1:])
+    assert not waiting[0].done(), "one stays, to go on as soon as the domain moves"
+    assert slots.stands("hangs")
+    assert not slots.stands("quick")
+    [hangs] = [held for held in slots.held() if held.domain == "hangs"]
+    assert (hangs.used, hangs.waiting) == (3, 1)
+    assert hangs.still > 0.2
+    slots.release("hangs")
+    await asyncio.wait_for(waiting[0], 1)
+    assert not slots.stands("hangs")
+
+
+async def test_a_domain_that_moves_or_that_its_rate_alone_holds_does_not_stand_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.sender.slots.STANDSTILL", 1)
+    monkeypatch.setattr("services.sender.slots._LOOK", 0.01)
+    slots = Slots(4, 2, rate=0.01)
+    await slots.acquire("limited")
+    limited = [asyncio.ensure_future(slots.acquire("limited")) for _ in range(5)]
+    busy = Slots(1, 1)
+
+    async def one() -> None:
+        await busy.acquire("busy")
+        await asyncio.sleep(0.02)
+        busy.release("busy")
+
+    await asyncio.gather(*(one() for _ in range(60)))
+    assert not any(task.done() for task in limited)
+    assert not slots.stands("limited")
+    for task in limited:
+        task.cancel()

@@ -886,6 +886,30 @@ async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
     waiting[0].cancel()
 
 
+async def test_a_claimed_mail_does_not_wait_for_the_sessions_of_a_domain_that_stands_still(
+    build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sender.slots.STANDSTILL", 0.05)
+    monkeypatch.setattr("services.sender.slots._LOOK", 0.01)
+    world = build()
+    world.sender._sessions = sessions = Slots(2, 1)
+    await sessions.acquire("b.test")
+    first = asyncio.ensure_future(sessions.acquire("b.test"))
+    claimed = asyncio.ensure_future(world.handle(mx_ok(attempt=2)))
+    async with asyncio.timeout(5):
+        outcome = await claimed
+    assert isinstance(outcome, Retry)
+    assert not outcome.counts
+    assert {row.state for row in world.claims.rows.values()} == {"released"}, "nobody finds it in doubt"
+    [domain] = world.sender.domains() or [None]
+    assert domain is None, "nothing of it is in hand"
+    # What comes while it stands is not even claimed.
+    world.claims.rows.clear()
+    assert isinstance(await world.handle(mx_ok(attempt=2)), Retry)
+    assert not world.claims.rows
+    first.cancel()
+
+
 async def test_the_stage_reads_and_decodes_what_the_topics_say(build: Callable[..., World]) -> None:
     made = stage(build().sender, DELAYS)
     assert made.name == "sender"

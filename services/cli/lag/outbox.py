@@ -22,7 +22,7 @@ class Outbox:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._engine = engine_of(url_of(settings), pool_size=1)
+        self.engine = engine_of(url_of(settings), pool_size=1)
         self._said = ""
 
     def __enter__(self) -> Outbox:
@@ -31,12 +31,12 @@ class Outbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._engine.dispose()
+        self.engine.dispose()
 
     def ask(self) -> dict[str, Any] | None:
         """Return `due`, how many events should be published, and `oldest_due_seconds`; None in trouble."""
         try:
-            found = transaction(self._engine, unpublished)
+            found = transaction(self.engine, unpublished)
         except Exception as error:
             failure = explain(error)
             if failure is None:
