@@ -224,6 +224,7 @@ class Sender:
                 await self._sessions.acquire(event.task.domain)
             except Crowded:
                 await self._claims.settle(row._replace(state="released"))
+                clean = False
                 raise
             with ExitStack() as session:
                 session.callback(self._sessions.release, event.task.domain)

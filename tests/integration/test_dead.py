@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -241,6 +242,26 @@ async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(n
         (3, 0, "mx.ok"),
     ]
     assert {(message.key(), message.value()) for message in delayed} == {(event.key, event.value)}
+
+
+async def test_a_record_that_died_in_two_stages_is_sent_back_once(newest: Kit) -> None:
+    """It is one letter each in two stages, and both read the topic that it goes back to."""
+    kit = newest
+    kafka_admin.apply(kit.settings)
+    producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
+    events = [encode(pb.MxOk(task=mail_task(n), attempt=1, at_us=7), "validator") for n in range(3)]
+    for number, event in enumerate(events):
+        carried = headers.dead(event.headers, origin=Origin("mx.ok", 2, number), attempt=1, cause="KeyError")
+        for stage in ("sender", "status")[: 1 + (number > 0)]:
+            producer.produce(kit.names.dead(stage), event.value, event.key, headers=carried)  # type: ignore[arg-type]
+    # The same place of a topic that was made anew holds another record.
+    carried = headers.dead(events[0].headers, origin=Origin("mx.ok", 2, 1), attempt=1, cause="KeyError")
+    producer.produce(kit.names.dead("status"), events[0].value, events[0].key, headers=carried)  # type: ignore[arg-type]
+    assert producer.flush(10) == 0
+    assert answer(kit, "replay", "--all", "--yes") == {"replayed": 6, "kept": 0}
+    came = Counter(message.key() for message in kit.read("mx.ok"))
+    assert came == {events[0].key: 2, events[1].key: 1, events[2].key: 1}
+    assert answer(kit, "list") == []
 
 
 async def test_what_is_resolved_before_an_open_letter_is_deleted_and_the_rest_is_marked(newest: Kit) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from hashlib import sha256
 
 from confluent_kafka import KafkaError, TopicPartition
 
@@ -23,7 +24,7 @@ from services.cli.dead.source import Gone, source
 from services.cli.kafka import TIMEOUT, admin
 from services.cli.sink import Sink
 from services.common.config import Settings
-from services.common.topics import DELAYING, Names
+from services.common.topics import DELAYING, EVENT_TOPICS, Names
 
 __all__ = ["purge", "replay"]
 
@@ -40,8 +41,9 @@ def replay(
     """Produce the record of each of these letters again, where `back` says and as it says.
 
     They must be `replayable`. What a letter does not carry is read where it came from. A letter stays where
-    that is gone, or where its record cannot be produced; `stays` is told which one and why. `advance` is told
-    how many more are done. Returns how many are; a letter that somebody else has resolved and that is deleted
+    that is gone, or where its record cannot be produced; `stays` is told which one and why. A record that
+    died in several stages is produced once for all of its letters that go to one topic. `advance` is told how
+    many more are done. Returns how many are; a letter that somebody else has resolved and that is deleted
     meanwhile is not.
     """
     names, sink = Names(settings.topic_prefix), Sink(settings)
@@ -49,9 +51,14 @@ def replay(
     delays = installation.delays(settings, stages) if stages else {}
     done, batch = 0, dict[Place, None]()
 
-    def refused(place: Place, why: KafkaError) -> None:
-        batch.pop(place)
-        stays(f"{place}: {why.str()}")
+    places: dict[bytes, list[Place]] = {}
+    refusals: dict[bytes, KafkaError] = {}
+
+    def refused(same: bytes, why: KafkaError) -> None:
+        refusals[same] = why
+        for place in places[same]:
+            batch.pop(place)
+            stays(f"{place}: {why.str()}")
 
     for record in records(settings, [letter.place for letter in letters]):
         key, value, carried = record.letter.key, record.value, record.headers
@@ -62,9 +69,14 @@ def replay(
                 stays(str(why))
                 continue
         topic, headers = back(record.letter, carried, delays)
-        place = record.letter.place
+        place, same = record.letter.place, _identity(record.letter, topic, key, value)
+        if same in refusals:
+            stays(f"{place}: {refusals[same].str()}")
+            continue
         batch[place] = None
-        sink.put(names.topic(topic), key, value, headers, refused=partial(refused, place))
+        places.setdefault(same, []).append(place)
+        if len(places[same]) == 1:
+            sink.put(names.topic(topic), key, value, headers, refused=partial(refused, same))
         if len(batch) == _BATCH:
             done += _replayed(sink, names, batch, advance)
             batch.clear()
@@ -80,6 +92,15 @@ def purge(settings: Settings, letters: Sequence[Letter], advance: Callable[[int]
     advance(len(letters))
     _delete(settings, {(letter.place.stage, letter.place.partition) for letter in letters})
     return len(letters)
+
+
+def _identity(letter: Letter, topic: str, key: bytes | None, value: bytes | None) -> bytes:
+    """Return what is the same for letters of one record that goes to one topic (bare name) as one attempt."""
+    attempt = letter.attempt if topic not in EVENT_TOPICS else 0
+    # Not the origin alone: a topic that was deleted and made anew begins at 0 again.
+    found = sha256(repr((topic, str(letter.origin), attempt, key, value is None)).encode())
+    found.update(value or b"")
+    return found.digest()
 
 
 def _replayed(sink: Sink, names: Names, places: Collection[Place], advance: Callable[[int], None]) -> int:
