@@ -51,9 +51,11 @@ _TOLERATED = (ObsoleteHeaderDefect, NonASCIILocalPartDefect)
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_PLAIN_PHRASE = re.compile(rf"{_ATOM}(?: {_ATOM})*")
+_PHRASE = rf"{_ATOM}(?: {_ATOM})*"
+_PLAIN_PHRASE = re.compile(_PHRASE)
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Za-z:.]+\]")
-_PLAIN_ADDRESS = re.compile(rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})*")
+_ADDRESS = rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})*"
+_PLAIN_MAILBOX = re.compile(rf"({_ADDRESS})|{_PHRASE} <({_ADDRESS})>")
 _WORD = r"=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?="
 _ENCODED_WORD = re.compile(_WORD)
 _ADJACENT_WORDS = re.compile(rf"{_WORD}(?:[ \t]+{_WORD})+")
@@ -95,8 +97,9 @@ def mailbox(value: str) -> Mailbox:
 
 @lru_cache(maxsize=1024)
 def _mailboxes(value: str) -> str:
-    plain = _PLAIN_ADDRESS.fullmatch(value)
-    if plain is not None and _ENCODED_WORD.search(value) is None and _fits(value):
+    plain = _PLAIN_MAILBOX.fullmatch(value)
+    if plain is not None and "=?" not in value and _fits(plain[1] or plain[2]):
+        # What most are; the parser takes 0.3 ms for it.
         return value
     parts = []
     for group in _groups(value, _MAILBOXES_FORM):

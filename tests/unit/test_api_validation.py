@@ -318,6 +318,12 @@ def test_the_request_hash_tells_requests_apart_by_what_they_ask_for() -> None:
     assert {len(value) for value in hashes} == {32}
 
 
+def test_the_request_hash_is_over_headers_as_they_were_given() -> None:
+    # So a key that was given before an upgrade goes on to stand for its task.
+    given = {"Reply-To": "Zoë Tester  <z.t@Example.org>", "X-A": "é"}
+    assert hash_of(headers=given).hex() == "63fa7ce2687e7b2edfb1a33121c76bf1d7dd97faf5b2321dae4e42a5958807dc"
+
+
 def scheduled(seconds: int, nanos: int = 0, key: str = "") -> TaskCreated:
     asked = request()
     asked.send_at.seconds, asked.send_at.nanos = seconds, nanos
