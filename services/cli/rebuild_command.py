@@ -11,6 +11,7 @@ from services.cli.errors import FAILED, UNAVAILABLE, Failure
 from services.cli.frame import DATABASE, KAFKA, Frame, command
 from services.cli.output import Column, Row
 from services.cli.terminal import progress, say
+from services.cli.times import short
 
 if TYPE_CHECKING:
     from services.cli.rebuild.run import Report
@@ -24,6 +25,12 @@ _SAMPLES = (
     Column("line", least=12, rank=2),
     Column("columns", least=12, rank=1),
 )
+_GONE = (
+    Column("topic"),
+    Column("cause"),
+    Column("records", right=True),
+    Column("since", cell=short),
+)
 _TITLES = {
     "events": "events folded",
     "undecodable": "records that do not decode",
@@ -34,6 +41,8 @@ _TITLES = {
     "extra": "  unknown to the topics, kept",
     "recorded": "  recorded and not published yet",
     "older": "  older than the topics, kept",
+    "kept": "  ahead of the topics, kept",
+    "partial": "  without recipient: their task.created is gone",
     "lines_missing": "timeline lines missing",
     "lines_differing": "timeline lines differing",
     "lines_extra": "timeline lines unknown to the topics, kept",
@@ -67,7 +76,8 @@ def register(app: typer.Typer) -> None:
 
         Every row and every column of tasks and timelines is compared. Nothing is changed without --yes;
         with it the rebuilt tables take the place of the others, and bodies and deliveries that are missing
-        come back. The services may go on running. What the topics hold no more stays as it is.
+        come back. The services may go on running. What the topics hold no more stays as it is; a topic that
+        was created again, truncated, or lacks records is named with what it lacks.
 
         Exit code 1: something differs, and was left so.
         """
@@ -83,6 +93,8 @@ def register(app: typer.Typer) -> None:
         except Busy as error:
             raise Failure(f"{error}; run it again", UNAVAILABLE) from None
         frame.out.one(_row(report), lambda row: _show(frame, row))
+        if report.gone:
+            say("The topics do not hold everything that the tables know; that stays in the tables as it is.")
         if not report.equal and not yes:
             say("The tables are not what the topics make of them; --yes exchanges them.")
             say("What the status stage has not folded yet differs as well: see postroad lag.")
@@ -95,6 +107,10 @@ def _row(report: Report) -> dict[str, Any]:
         asdict(sample) | {"task": str(sample.task), "columns": list(sample.columns)}
         for sample in report.samples
     ]
+    row["gone"] = [
+        asdict(gone) | {"since": None if gone.since is None else f"{gone.since.isoformat()}Z"}
+        for gone in report.gone
+    ]
     row["seconds"] = round(report.seconds, 3)
     return row
 
@@ -102,6 +118,7 @@ def _row(report: Report) -> dict[str, Any]:
 def _show(frame: Frame, row: Row) -> None:
     always = ("events", "tasks", "missing", "differing", "swapped", "seconds")
     frame.out.values(row, {key: title for key, title in _TITLES.items() if key in always or row[key]})
-    if row["samples"]:
-        print()
-        frame.out.table(row["samples"], _SAMPLES)
+    for key, columns in (("gone", _GONE), ("samples", _SAMPLES)):
+        if row[key]:
+            print()
+            frame.out.table(row[key], columns)

@@ -26,6 +26,7 @@ __all__ = [
     "task_events",
     "tasks",
     "to_micros",
+    "topic_ids",
     "widths",
 ]
 
@@ -174,5 +175,15 @@ replays = Table(
     _time("started_at", nullable=False),
     _time("updated_at", nullable=False),
     _time("finished_at"),
+    **_OPTIONS,
+)
+
+# The ids that Kafka gave to each topic, and when each was first seen: one that is created again has another.
+topic_ids = Table(
+    "topic_ids",
+    metadata,
+    Column("topic", String(249), primary_key=True),
+    Column("id", BINARY(16), primary_key=True),
+    _time("seen_at", nullable=False),
     **_OPTIONS,
 )

@@ -10,6 +10,7 @@ from services.common.config import Settings
 __all__ = [
     "DELAYING",
     "EVENT_TOPICS",
+    "KEEP_DAYS",
     "MAIL_DEFERRED",
     "MAIL_FAILED",
     "MAIL_SENT",
@@ -48,7 +49,9 @@ MAX_RECORD_BYTES = 5 << 20
 
 _DAY_MS = 86_400_000
 # docs/operations.md promises it: a stage may stand this long, and loses nothing.
-_KEEP_MS = 30 * _DAY_MS
+KEEP_DAYS = 30
+"""Days that event topics keep their records."""
+_KEEP_MS = KEEP_DAYS * _DAY_MS
 
 
 @dataclass(frozen=True, slots=True)

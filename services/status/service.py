@@ -1,4 +1,4 @@
-"""The status service: its stage, running, and the purge of old bodies beside it."""
+"""The status service: its stage, running, and beside it the purge of old bodies and a note of topic ids."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from services.common.database import engine_of, url_of
 from services.common.stage.runtime import StageRuntime
 from services.status.purge import purge_forever
 from services.status.stage import Status, stage
+from services.status.topic_ids import note_topic_ids
 
 __all__ = ["StatusService", "build"]
 
@@ -20,17 +21,21 @@ class StatusService:
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self._engine = engine
-        self._retention = settings.body_retention
+        self._settings = settings
         self._status = Status(engine)
         self._runtime = StageRuntime(stage(self._status), settings, source="status")
 
     async def run(self) -> None:
         """Fold until stopped and drained. Raises what ended the stage otherwise."""
-        purging = asyncio.create_task(purge_forever(self._engine, self._retention))
+        beside = [
+            asyncio.create_task(purge_forever(self._engine, self._settings.body_retention)),
+            asyncio.create_task(note_topic_ids(self._engine, self._settings)),
+        ]
         try:
             await self._runtime.run()
         finally:
-            purging.cancel()
+            for task in beside:
+                task.cancel()
             await self._status.close()
             self._engine.dispose()
 
@@ -50,5 +55,5 @@ async def build(settings: Settings) -> StatusService:
     """
     with refused("database_url"):
         url = url_of(settings.database_url)
-    # One connection folds, one purges.
+    # One connection folds, one is for what runs beside it.
     return StatusService(settings, engine_of(url, pool_size=2))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from services.common import kafka_admin
 from services.common.config import Settings
 from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery
 from services.common.deliveries.rows import COLUMNS, store
-from services.common.events import Event, encode
+from services.common.events import Event, encode, event_key
 from services.common.fold import delta
 from services.common.statements import execute_rows
 from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
@@ -37,6 +39,8 @@ from services.common.timeline import timeline
 from services.common.topics import EVENT_TOPICS
 from services.common.transactions import transaction
 from services.sender.claims import Claims
+from services.status.topic_ids import note_topic_ids
+from tests import forked
 from tests.forms import by_form
 from tests.stack import Infra
 
@@ -361,6 +365,174 @@ def test_bodies_that_were_purged_stay_so(road: Road) -> None:
     assert rebuild(settings, True, Silent()).bodies == 6
     kept = {bytes(id_) for (id_,) in road.rows("SELECT task_id FROM task_bodies")}
     assert kept == {first(events).id for number, events in enumerate(histories) if number % 8 in (0, 6, 7)}
+
+
+# --- topics that lost their records ----------------------------------------------------------------
+
+
+def recreate(settings: Settings, *topics: str) -> None:
+    """Delete these topics and create them again, empty."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
+    names = {settings.topic_prefix + topic for topic in topics}
+    for answer in admin.delete_topics(list(names)).values():
+        answer.result(10)
+    deadline = time.monotonic() + 20
+    while names & admin.list_topics(timeout=5).topics.keys():
+        assert time.monotonic() < deadline
+    assert set(kafka_admin.apply(settings).created) == names
+
+
+def truncate(settings: Settings, *topics: str) -> None:
+    """Delete the first records of each partition of these topics."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
+    starts = [
+        TopicPartition(settings.topic_prefix + topic, number, 1)
+        for topic in topics
+        for number in range(settings.partitions)
+    ]
+    for answer in admin.delete_records(starts).values():
+        answer.result(10)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is on its way: what differs need not be watched for long."""
+    monkeypatch.setattr(run, "_SETTLE", 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("topic", by_form(("task.created", "mail.sent", "task.cancelled"), EVENT_TOPICS))
+def test_a_topic_that_was_created_again_takes_nothing_from_the_rows(road: Road, topic: str) -> None:
+    histories = road.travel(24)
+    before, deliveries = road.dump(), road.rows("SELECT * FROM deliveries ORDER BY 1")
+    lost = sum(event_key(event).startswith(f"{topic}:") for events in histories for event in events)
+    recreate(road.settings, topic)
+    new = road.task(0)
+    road.publish([created(new)])
+    report = road.rebuild()
+    assert report.swapped
+    assert {table: [row for row in rows if row[0] != new.id] for table, rows in road.dump().items()} == before
+    assert road.rows("SELECT * FROM deliveries ORDER BY 1") == deliveries
+    assert (report.missing, report.differing) == (1, 0)
+    assert [(gone.topic, gone.cause, gone.records) for gone in report.gone] == [(topic, "lacks", lost)]
+    assert road.rebuild(swap_in=False).equal
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_topics_that_were_created_again_take_nothing_from_the_rows(road: Road) -> None:
+    road.travel(24)
+    before = road.dump()
+    recreate(road.settings, *EVENT_TOPICS)
+    new = road.task(0)
+    road.publish([created(new)])
+    report = road.rebuild()
+    assert (report.swapped, report.missing, report.extra, report.differing) == (True, 1, 24, 0)
+    assert {gone.topic for gone in report.gone} == set(EVENT_TOPICS)
+    assert {table: [row for row in rows if row[0] != new.id] for table, rows in road.dump().items()} == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_stay_as_they_are_where_the_timelines_are_lost_as_well(road: Road) -> None:
+    road.travel(24)
+    before = road.dump()["tasks"]
+    recreate(road.settings, "task.created", "mx.ok", "mail.sent", "mail.failed")
+    road.do("TRUNCATE task_events")
+    report = road.rebuild()
+    assert road.dump()["tasks"] == before
+    assert (report.swapped, report.kept) == (True, 12)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_row_is_mended_whose_version_alone_is_too_high(road: Road) -> None:
+    histories = road.travel(24)
+    before = road.dump()
+    id_ = first(histories[2]).id.hex()
+    road.do(f"UPDATE tasks SET version = version + 1, status = 'failed' WHERE id = 0x{id_}")
+    report = road.rebuild()
+    assert (report.differing, report.kept, report.gone) == (1, 0, [])
+    assert road.dump() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_topics_contradict_is_mended_also_where_one_was_created_again(road: Road) -> None:
+    histories = road.travel(24)
+    before = road.dump()
+    recreate(road.settings, "task.created")
+    road.do(f"UPDATE tasks SET subject = 'wrong' WHERE id = 0x{first(histories[2]).id.hex()}")
+    assert road.rebuild().differing == 1
+    assert road.dump() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_task_that_has_an_idempotency_key_keeps_it(road: Road) -> None:
+    # Records of one partition are read in turn: the first one read would get the key.
+    one, other = (road.task(1) for _ in range(2))
+    other.idempotency_key = one.idempotency_key
+    road.publish([created(one)])
+    road.publish([created(other)])
+    for owner in (one, other):
+        road.do("DELETE FROM tasks", "DELETE FROM task_events")
+        road.fold([created(owner)])
+        road.rebuild()
+        keys = dict(road.rows("SELECT id, idempotency_key FROM tasks"))
+        assert keys == {owner.id: owner.idempotency_key.encode(), (other if owner is one else one).id: None}
+        assert road.rebuild(swap_in=False).equal
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_topic_with_another_id_is_recognised_where_nothing_else_tells(road: Road) -> None:
+    asyncio.run(note_topic_ids(road.engine, road.settings))
+    assert road.rebuild(swap_in=False).gone == []
+    recreate(road.settings, "mx.ok")
+    for _ in range(2):
+        [gone] = road.rebuild(swap_in=False).gone
+        assert (gone.topic, gone.cause, gone.records) == ("mx.ok", "recreated", 0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_topic_that_was_truncated_is_named(road: Road) -> None:
+    road.travel(24)
+    before = road.dump()
+    truncate(road.settings, "mail.sent")
+    report = road.rebuild()
+    assert report.equal
+    assert report.older > 0
+    assert [(gone.topic, gone.cause) for gone in report.gone] == [("mail.sent", "truncated")]
+    assert road.dump() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_task_whose_mail_no_topic_holds_is_counted(road: Road) -> None:
+    histories = road.travel(8)
+    recreate(road.settings, "task.created")
+    road.do(f"DELETE FROM tasks WHERE id = 0x{first(histories[1]).id.hex()}")
+    report = road.rebuild(swap_in=False)
+    assert (report.missing, report.partial) == (1, 1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mail_that_a_timeline_knows_as_sent_is_not_sent_again(road: Road) -> None:
+    histories = road.travel(24)
+    recreate(road.settings, "mail.sent")
+    road.do("TRUNCATE deliveries")
+    road.rebuild()
+    states = dict(road.rows("SELECT task_id, state FROM deliveries"))
+    sent = [first(events).id for number, events in enumerate(histories) if number % 8 in (2, 3)]
+    assert {states.get(id_) for id_ in sent} == {"sent"}
+
+
+def test_the_command_says_what_it_cannot_rebuild(road: Road) -> None:
+    road.travel(8)
+    recreate(road.settings, "task.created")
+    environment = {
+        "POSTROAD_KAFKA_BOOTSTRAP": road.settings.kafka_bootstrap,
+        "POSTROAD_DATABASE_URL": road.settings.database_url,
+        "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
+    }
+    code, out, err = forked.run("services.cli", ["rebuild"], os.environ | environment)
+    assert code == 0, err
+    assert re.search(r"TOPIC +CAUSE +RECORDS +SINCE\ntask.created +lacks +9$", out, re.MULTILINE), out
+    assert "The topics do not hold everything that the tables know" in err
 
 
 # --- deliveries ------------------------------------------------------------------------------------

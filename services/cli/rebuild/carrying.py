@@ -5,6 +5,7 @@ All functions work on the caller's connection and block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection
@@ -15,7 +16,9 @@ from services.common.statements import marks
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import Entry
 
-__all__ = ["carry_found", "carry_older", "carry_recorded"]
+__all__ = ["carry_found", "carry_older", "carry_recorded", "join"]
+
+_PART = 500
 
 # Of a table's rows, those that the rebuilt one has not.
 _NEW = {
@@ -23,12 +26,14 @@ _NEW = {
     f" WHERE {pair.shadow}.{pair.id} IS NULL"
     for pair in (TASKS, EVENTS)
 }
-# Of tasks' rows, those that are ahead of the rebuilt one, or that alone know the mail.
+# Of tasks' rows, those that are ahead of the rebuilt one, or that alone know the mail or all attempts.
 _AHEAD = (
     f"SELECT {', '.join(f'{TASKS.name}.{column}' for column in Row._fields)} FROM {TASKS.name}"
     f" LEFT JOIN {TASKS.shadow} ON {TASKS.joined(TASKS.shadow, TASKS.name)}"
     f" WHERE ({TASKS.shadow}.id IS NULL OR {TASKS.shadow}.version < {TASKS.name}.version"
-    f" OR ({TASKS.shadow}.created_at IS NULL AND {TASKS.name}.created_at IS NOT NULL))"
+    f" OR ({TASKS.shadow}.created_at IS NULL AND {TASKS.name}.created_at IS NOT NULL)"
+    f" OR ({TASKS.shadow}.version = {TASKS.name}.version"
+    f" AND {TASKS.shadow}.attempts < {TASKS.name}.attempts))"
 )
 
 
@@ -74,6 +79,13 @@ def carry_found(connection: Connection, pair: Pair, range_: Range) -> None:
         f" WHERE {where} AND {pair.shadow}.{pair.id} IS NULL",
         parameters,
     )
+
+
+def join(connection: Connection, ids: Sequence[bytes]) -> None:
+    """Join the rebuilt rows of these tasks with the originals', so that they say what both know."""
+    for start in range(0, len(ids), _PART):
+        part = tuple(ids[start : start + _PART])
+        _join(connection, f"{TASKS.name}.id IN ({marks(len(part))})", part)
 
 
 def _copy(connection: Connection, pair: Pair, where: str, parameters: tuple[Any, ...]) -> int:

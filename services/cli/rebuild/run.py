@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from services.cli.database import url_of
+from services.cli.kafka import admin
 from services.cli.rebuild.carrying import carry_found, carry_older, carry_recorded
 from services.cli.rebuild.comparing import Difference, Kind, count, note, samples, strike_off
 from services.cli.rebuild.feeding import Feed
+from services.cli.rebuild.keeping import keep_owners_of_keys, keep_rows, lacking
 from services.cli.rebuild.pairs import (
     BODIES,
     DELIVERIES,
@@ -37,15 +40,18 @@ from services.cli.rebuild.writing import (
     delivery_rows,
     missing_bodies,
     missing_deliveries,
+    sent_by_timelines,
     write_lines,
     write_rows,
 )
+from services.common import topic_ids
 from services.common.config import Settings
 from services.common.database import engine_of
 from services.common.schema import from_micros
+from services.common.topics import EVENT_TOPICS, KEEP_DAYS, Names
 from services.common.transactions import transaction
 
-__all__ = ["Report", "Steps", "Underway", "rebuild"]
+__all__ = ["Gone", "Report", "Steps", "Underway", "rebuild"]
 
 R = TypeVar("R")
 
@@ -76,6 +82,22 @@ class Steps(Protocol):
     def note(self, text: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A topic (bare name) that does not hold all that it once held, as far as that can be seen.
+
+    `recreated`: it has another id than before, first seen at `since`. `truncated`: its oldest records are
+    gone, by its retention or by hand; it holds all from `since` on. `lacks`: only timelines tell.
+    `records`: so many of their lines stand for records that it lacks, those of older tasks not counted.
+    Times are naive UTC.
+    """
+
+    topic: str
+    cause: Literal["recreated", "truncated", "lacks"]
+    records: int
+    since: datetime | None = None
+
+
 @dataclass(slots=True)
 class Report:
     """What a rebuild found, and what it did. Rows of `tasks` where nothing else is said.
@@ -83,7 +105,9 @@ class Report:
     `missing`: in the topics and not in the table; `differing`: not equal in some column; `extra`: in the
     table, and the topics know nothing of them though they hold their time. `recorded`: not published yet
     (scheduled, say); `older`: than what the topics hold; both, like the extra ones, are carried over as
-    they are. `lines_*` are the same for timelines. `bodies` and `deliveries` were missing.
+    they are. `kept`: they know more than the topics, which lack records (`gone`); they stay as they are.
+    `partial`: neither the topics nor the table know more of them than what came after `task.created`.
+    `lines_*` are the same for timelines. `bodies` and `deliveries` were missing.
     """
 
     events: int = 0
@@ -95,6 +119,8 @@ class Report:
     extra: int = 0
     recorded: int = 0
     older: int = 0
+    kept: int = 0
+    partial: int = 0
     lines_missing: int = 0
     lines_differing: int = 0
     lines_extra: int = 0
@@ -104,6 +130,7 @@ class Report:
     locked_ms: int = 0
     seconds: float = 0.0
     samples: list[Difference] = field(default_factory=list)
+    gone: list[Gone] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
@@ -141,6 +168,7 @@ def rebuild(settings: Settings, swap_in: bool, steps: Steps) -> Report:
                 report.missing or report.differing or report.lines_missing or report.lines_differing
             ):
                 run.swap()
+            run.recognise()
             run.count()
             report.seconds = time.monotonic() - started
             return report
@@ -166,7 +194,10 @@ class _Rebuild:
     def __init__(self, settings: Settings, engine: Engine, steps: Steps) -> None:
         self._engine, self._steps = engine, steps
         self._retention_us = settings.body_retention * 1_000_000
+        self._names = Names(settings.topic_prefix)
+        self._admin = admin(settings)
         self._feed = Feed(settings, engine, steps.advance)
+        self._lacking: Counter[str] = Counter()
         self.report = Report()
 
     def __enter__(self) -> _Rebuild:
@@ -207,12 +238,19 @@ class _Rebuild:
 
     def _oldest(self) -> bytes | None:
         """Return the id below which a task may have had events that the topics hold no more, if any."""
-        shortened = [at for at, offset in self._feed.log.start.items() if offset > 0]
-        if not shortened:
+        if not (shortened := self._shortened()):
             return None
-        now = time.time_ns() // 1_000_000
-        since = max(self._feed.log.first_ms.get(at, now) for at in shortened) + _SKEW_MS
+        since = max(shortened.values()) + _SKEW_MS
         return (since << 80).to_bytes(16)  # a UUIDv7 begins with 48 bits of milliseconds
+
+    def _shortened(self) -> dict[str, int]:
+        """Return the topics (full names) that lost old records, and since when (ms) they hold all."""
+        now = time.time_ns() // 1_000_000
+        since: dict[str, int] = {}
+        for at, offset in self._feed.log.start.items():
+            if offset > 0:
+                since[at.topic] = max(since.get(at.topic, 0), self._feed.log.first_ms.get(at, now))
+        return since
 
     def compare(self) -> None:
         """Compare every row, until those that differ do so for good."""
@@ -222,6 +260,7 @@ class _Rebuild:
                 for range_ in self._ranges(table, pair.id):
                     self._now(partial(note, pair=pair, range_=range_))
         self._await_settled()
+        self._keep()
         tasks, lines = (self._now(partial(count, pair=pair)) for pair in PAIRS)
         report = self.report
         report.missing, report.differing, report.extra = _three(tasks)
@@ -231,9 +270,20 @@ class _Rebuild:
         for pair in PAIRS:
             for range_ in self._ranges(pair.found, pair.id):
                 self._now(partial(carry_found, pair=pair, range_=range_))
-        report.tasks = int(
-            self._now(lambda c: c.exec_driver_sql(f"SELECT COUNT(*) FROM {TASKS.shadow}").scalar_one())
-        )
+        tasks_known = f"SELECT COUNT(*), COUNT(created_at) FROM {TASKS.shadow}"
+        all_, known = self._now(lambda c: c.exec_driver_sql(tasks_known).one())
+        report.tasks, report.partial = int(all_), int(all_ - known)
+
+    def _keep(self) -> None:
+        """Keep what the originals know and the topics do not hold."""
+        for range_ in self._ranges(EVENTS.found, EVENTS.id):
+            self._lacking += self._now(partial(lacking, range_=range_))
+        for range_ in self._ranges(TASKS.found, TASKS.id):
+            self._now(partial(keep_owners_of_keys, range_=range_))
+        differing = self._now(partial(strike_off, pair=TASKS))
+        for range_ in self._ranges(TASKS.found, TASKS.id):
+            self._now(partial(keep_rows, range_=range_))
+        self.report.kept = differing - self._now(partial(strike_off, pair=TASKS))
 
     def _await_settled(self) -> None:
         least, deadline = 1 << 62, time.monotonic() + _SETTLE
@@ -253,6 +303,8 @@ class _Rebuild:
     def deliveries(self, restore: bool) -> None:
         """Count the deliveries that are missing, or restore them: early, since senders ask for them."""
         self._steps.note("deliveries")
+        for range_ in self._ranges(EVENTS.name, EVENTS.id):
+            self._now(partial(sent_by_timelines, range_=range_))
         act = delivery_rows if restore else missing_deliveries
         for range_ in self._ranges(DELIVERIES, "task_id"):
             self.report.deliveries += self._now(partial(act, range_=range_))
@@ -279,6 +331,22 @@ class _Rebuild:
             self._feed.log.next = dict(here)
             swap(self._engine, pair, partial(self._bring_up, pair))
         self.report.swapped = True
+
+    def recognise(self) -> None:
+        """Note which topics do not hold all that they once held."""
+        ids = topic_ids.topic_ids(self._admin, [self._names.topic(topic) for topic in EVENT_TOPICS])
+        self._now(partial(topic_ids.note, ids=ids))
+        recreated = self._now(partial(topic_ids.recreated, ids=ids, days=KEEP_DAYS))
+        shortened = self._shortened() if self.report.older else {}
+        for topic in EVENT_TOPICS:
+            name, records = self._names.topic(topic), self._lacking[topic]
+            if name in recreated:
+                self.report.gone.append(Gone(topic, "recreated", records, recreated[name]))
+            elif name in shortened:
+                since = from_micros(1000 * shortened[name])
+                self.report.gone.append(Gone(topic, "truncated", records, since))
+            elif records:
+                self.report.gone.append(Gone(topic, "lacks", records))
 
     def count(self) -> None:
         """Note what was read."""

@@ -14,10 +14,10 @@ from sqlalchemy import Connection
 from services.cli.rebuild.deliveries import Told, restored
 from services.cli.rebuild.folding import Folded
 from services.cli.rebuild.pairs import BODIES, DELIVERIES, EVENTS, TASKS, Range
-from services.common.deliveries.decide import settlement
+from services.common.deliveries.decide import RESOLVED, settlement
 from services.common.deliveries.rows import INSERT_NEW, locked, store
 from services.common.fold import Row
-from services.common.schema import from_micros
+from services.common.schema import from_micros, to_micros
 from services.common.statements import execute_rows, marks
 from services.common.taskstore import Body, insert_bodies, insert_events, upsert
 from services.common.timeline import Entry
@@ -27,6 +27,7 @@ __all__ = [
     "delivery_rows",
     "missing_bodies",
     "missing_deliveries",
+    "sent_by_timelines",
     "write",
     "write_lines",
     "write_rows",
@@ -99,6 +100,39 @@ def body_rows(connection: Connection, range_: Range, purged_before: datetime | N
     return connection.exec_driver_sql(
         f"INSERT IGNORE INTO task_bodies ({columns}) SELECT {chosen} {condition}", parameters
     ).rowcount
+
+
+def sent_by_timelines(connection: Connection, range_: Range) -> None:
+    """Add the deliveries that are missing or other than sent where the timeline says that the mail was sent.
+
+    The topics may no longer hold that event, and would have the mail sent again.
+    """
+    where, parameters = range_.where("task_events.task_id")
+    found = connection.exec_driver_sql(
+        "SELECT task_id, event_id, at, stage, task_events.attempt, detail, task_events.reply,"
+        f" task_events.relay FROM task_events LEFT JOIN deliveries USING (task_id) WHERE {where}"
+        " AND kind = 'sent' AND (state IS NULL OR state <> 'sent')",
+        parameters,
+    )
+    rows = [
+        Told(
+            bytes(id_),
+            # Only the event itself is later.
+            1 << 63,
+            "sent",
+            int(event_id.split(":")[1]),
+            attempt,
+            0,
+            to_micros(at),
+            0,
+            RESOLVED if stage == "api" else "",
+            reply,
+            relay,
+            message_id,
+        )
+        for id_, event_id, at, stage, attempt, message_id, reply, relay in found
+    ]
+    execute_rows(connection, _INSERT_TOLD, sorted(rows), _MERGE_TOLD)
 
 
 def missing_deliveries(connection: Connection, range_: Range) -> int:

@@ -1,0 +1,49 @@
+"""Notes the ids of the event topics when the service starts: `postroad rebuild` compares them later."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import structlog
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from services.common import topic_ids
+from services.common.config import Settings
+from services.common.database_errors import said
+from services.common.topics import EVENT_TOPICS, Names
+from services.common.transactions import transaction
+
+__all__ = ["note_topic_ids"]
+
+log = structlog.get_logger(__name__)
+
+_AGAIN = 30.0
+# The stage itself tells of a broker that is away; librdkafka's own lines would say it twice.
+_silent = logging.getLogger("postroad.topic_ids")
+_silent.addHandler(logging.NullHandler())
+_silent.propagate = False
+
+
+async def note_topic_ids(engine: Engine, settings: Settings) -> None:
+    """Note the ids, once Kafka and the database can be asked. Cancel it to stop."""
+    while True:
+        try:
+            await asyncio.to_thread(_note, engine, settings)
+        except KafkaException as error:
+            log.info("topic ids not noted", error=str(error))
+        except DBAPIError as error:
+            log.info("topic ids not noted", error=said(error))
+        else:
+            return
+        await asyncio.sleep(_AGAIN)
+
+
+def _note(engine: Engine, settings: Settings) -> None:
+    names = Names(settings.topic_prefix)
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
+    ids = topic_ids.topic_ids(admin, [names.topic(topic) for topic in EVENT_TOPICS])
+    transaction(engine, lambda connection: topic_ids.note(connection, ids))
