@@ -54,7 +54,8 @@ class Settings(BaseSettings):
         description="SQLAlchemy URL of MySQL or MariaDB",
     )
     dns_servers: str = Field(
-        "", description="DNS servers, host[:port], comma separated; empty: the system's resolver"
+        "",
+        description="DNS servers, host[:port], comma separated, asked in turn; empty: the system's resolver",
     )
 
     listen: Listen = Field("127.0.0.1:50051", description="Where the api serves gRPC, host:port")

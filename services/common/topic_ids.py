@@ -23,7 +23,7 @@ _HALF = (1 << 64) - 1
 
 
 def topic_ids(admin: AdminClient, topics: Collection[str]) -> dict[str, bytes]:
-    """Return the id that each topic (full name) has present.
+    """Return the id that each topic (full name) has now.
 
     Raises `confluent_kafka.KafkaException`, also where a topic is not there.
     """
@@ -39,7 +39,7 @@ def _bytes(id_: Any) -> bytes:
 
 
 def note(connection: Connection, ids: Mapping[str, bytes]) -> None:
-    """Note the ids that are not known yet, as seen present."""
+    """Note the ids that are not known yet, as seen now."""
     rows = ", ".join(["(%s, %s, UTC_TIMESTAMP(6))"] * len(ids))
     connection.exec_driver_sql(
         f"INSERT IGNORE INTO topic_ids (topic, id, seen_at) VALUES {rows}", tuple(chain(*sorted(ids.items())))

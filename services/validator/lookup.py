@@ -1,15 +1,16 @@
 """The walk over the DNS that finds out whether a domain takes mail: which questions are asked, and when.
 
-What the answers mean stands in `mx`; this file turns dnspython's results and exceptions into plain values.
+What the answers mean stands in `mx`, who is asked in `servers`; this file turns dnspython's results into
+plain values.
 """
 
 import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TypeVar, cast
 
-import dns.asyncbackend
 import dns.asyncresolver
 import dns.exception
 import dns.name
@@ -35,6 +36,7 @@ from services.validator.mx import (
     host_state,
     usable,
 )
+from services.validator.servers import NameServers, Unanswered, negative_ttl
 
 __all__ = ["Lookup", "make_resolver", "parse_servers"]
 
@@ -82,7 +84,7 @@ def _split(item: str) -> tuple[str, int]:
 
 def make_resolver(servers: str, timeout: float = 2.0) -> dns.asyncresolver.Resolver:
     """A stub resolver that asks `servers` (see `parse_servers`), or the system's if that is empty, each for
-    `timeout` seconds at a time. It has no cache. A truncated answer is asked for again over TCP.
+    `timeout` seconds at a time at most. It has no cache. A truncated answer is asked for again over TCP.
 
     May block; raises ValueError for servers that cannot be used, and when the system has none.
     """
@@ -107,34 +109,36 @@ class Lookup:
     def __init__(
         self, resolver: dns.asyncresolver.Resolver, *, lifetime: float = 5.0, walks: int = 200, hosts: int = 4
     ) -> None:
-        self._resolver = resolver
-        self._backend = dns.asyncbackend.get_backend("asyncio")
+        self._servers = NameServers(resolver, lifetime)
         self._lifetime = lifetime
         self._walks = asyncio.Semaphore(walks)
         self._hosts = hosts
         self._usable: dict[str, float] = {}
 
-    async def __call__(self, domain: str) -> Verdict:
+    async def __call__(self, domain: str, fresh: bool = False) -> Verdict:
         """The verdict on `domain`, which is in A-label form (`names.to_ascii`).
 
-        Never raises for what the DNS or the network does: that is a transient verdict.
+        `fresh`: mail hosts that are known to be usable are asked for all the same. Never raises for what the
+        DNS or the network does: that is a transient verdict.
         """
         async with self._walks:
             with VALIDATOR_LOOKUP_SECONDS.time():
-                return await self._walk(domain)
+                return await self._walk(domain, fresh)
 
-    async def _walk(self, domain: str) -> Verdict:
-        deadline = asyncio.get_running_loop().time() + self._lifetime
+    async def _walk(self, domain: str, fresh: bool) -> Verdict:
+        deadline = monotonic() + self._lifetime
         answer = await self._ask(domain, dns.rdatatype.MX, deadline, _mx)
         first = first_verdict(domain, answer)
         if isinstance(first, Verdict):
             return first
-        return final_verdict(domain, answer, await self._look_up([name for _, name in first], deadline))
+        known = {} if fresh else self._recall([name for _, name in first])
+        hosts = await self._look_up([name for _, name in first], known, deadline)
+        return final_verdict(domain, answer, hosts)
 
-    async def _look_up(self, names: Sequence[str], deadline: float) -> dict[str, Host]:
-        """The states of the hosts that could be looked up in time."""
-        now = asyncio.get_running_loop().time
-        known = {name: host for name in names if (host := self._recall(name, now())) is not None}
+    async def _look_up(
+        self, names: Sequence[str], known: dict[str, Host], deadline: float
+    ) -> dict[str, Host]:
+        """The states of the hosts that are known or could be looked up in time."""
         gate = asyncio.Semaphore(self._hosts)
         tasks = {
             asyncio.create_task(self._host(name, gate, deadline)): name for name in names if name not in known
@@ -143,9 +147,9 @@ class Lookup:
         try:
             while pending:
                 if any(host.state is HostState.USABLE for host in known.values()):
-                    deadline = min(deadline, now() + _PATIENCE)
+                    deadline = min(deadline, monotonic() + _PATIENCE)
                 done, pending = await asyncio.wait(
-                    pending, timeout=max(0.0, deadline - now()), return_when=asyncio.FIRST_COMPLETED
+                    pending, timeout=max(0.0, deadline - monotonic()), return_when=asyncio.FIRST_COMPLETED
                 )
                 if not done:
                     break
@@ -168,57 +172,37 @@ class Lookup:
             self._remember(name, host)
         return host
 
-    def _recall(self, name: str, now: float) -> Host | None:
-        left = self._usable.get(name, 0.0) - now
-        return Host(HostState.USABLE, int(left)) if left >= 1 else None
+    def _recall(self, names: Sequence[str]) -> dict[str, Host]:
+        now = monotonic()
+        left = {name: int(self._usable.get(name, 0.0) - now) for name in names}
+        return {name: Host(HostState.USABLE, seconds) for name, seconds in left.items() if seconds >= 1}
 
     def _remember(self, name: str, host: Host) -> None:
         if len(self._usable) >= _MAX_KNOWN_HOSTS:
             self._usable.clear()
-        self._usable[name] = asyncio.get_running_loop().time() + min(host.ttl, _LONGEST_KNOWN)
+        self._usable[name] = monotonic() + min(host.ttl or 0, _LONGEST_KNOWN)
 
     async def _ask(
         self, name: str, kind: dns.rdatatype.RdataType, deadline: float, read: Callable[[dns.rdata.Rdata], T]
     ) -> Answer[T]:
         """One question, its records turned into plain values by `read`."""
-        now = asyncio.get_running_loop().time
         try:
             question = dns.name.from_text(name)
             for _ in range(_MAX_ALIASES):
-                found = await self._resolver.resolve(
-                    question,
-                    kind,
-                    raise_on_no_answer=False,
-                    lifetime=deadline - now(),
-                    backend=self._backend,
-                )
-                ttl = found.chaining_result.minimum_ttl
+                found = await self._servers.ask(question, kind, deadline)
                 if found.rrset is not None:
+                    ttl = found.chaining_result.minimum_ttl
                     return Answer(Said.RECORDS, tuple(read(record) for record in found.rrset), ttl)
                 if found.canonical_name == question:
-                    return Answer(Said.NO_DATA, (), ttl)
+                    return Answer(Said.NO_DATA, (), negative_ttl(found.response))
                 # Servers that only know their own zones leave an alias into another one unfollowed.
                 question = found.canonical_name
         except dns.resolver.NXDOMAIN as error:
-            return Answer(Said.NO_NAME, (), _negative_ttl(error))
-        except (dns.exception.DNSException, OSError) as error:
-            return Answer(Said.NOTHING, detail=_trouble(error))
+            (response,) = error.kwargs["responses"].values()
+            return Answer(Said.NO_NAME, (), negative_ttl(response))
+        except (Unanswered, dns.exception.DNSException) as error:
+            return Answer(Said.NOTHING, detail=str(error) or type(error).__name__)
         return Answer(Said.NOTHING, detail="too many aliases")
-
-
-def _negative_ttl(error: dns.resolver.NXDOMAIN) -> int:
-    (response,) = error.kwargs["responses"].values()
-    return int(response.resolve_chaining().minimum_ttl)
-
-
-def _trouble(error: Exception) -> str:
-    """The trouble in a few words: dnspython's own text repeats question, server and port of every try."""
-    if isinstance(error, dns.resolver.NoNameservers):
-        said = {str(trial[3]) or type(trial[3]).__name__ for trial in error.kwargs["errors"]}
-        return ", ".join(sorted(said)) or "no DNS server"
-    if isinstance(error, dns.exception.Timeout):
-        return "no answer in time"
-    return str(error) or type(error).__name__
 
 
 def _mx(record: dns.rdata.Rdata) -> Mx:

@@ -5,7 +5,7 @@ check, their addresses, `host_state` each; then `final_verdict`.
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
@@ -42,6 +42,8 @@ MAX_HOSTS = 20
 
 _OK_TTL = (60, 3600)
 _NEGATIVE_TTL = (30, 300)
+# What no SOA vouches for may be a server's mistake of a moment.
+_UNPROVEN_TTL = 5
 _TRANSIENT_TTL = 30
 _MAX_DETAIL = 400
 
@@ -57,12 +59,13 @@ class Said(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[T]):
-    """One answer: what was said, the records if any, its TTL in seconds (RFC 2308 for negative ones), and for
-    `NOTHING` the trouble in words."""
+    """One answer: what was said, the records if any, its TTL in seconds, for `NOTHING` the trouble in words.
+
+    The TTL of a negative one is its SOA's (RFC 2308); None: it has none."""
 
     said: Said
     records: tuple[T, ...] = ()
-    ttl: int = 0
+    ttl: int | None = 0
     detail: str = ""
 
 
@@ -77,10 +80,10 @@ class HostState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A mail host's state and how many seconds it may be believed."""
+    """A mail host's state and how many seconds it may be believed; None: no SOA says so."""
 
     state: HostState
-    ttl: int = 0
+    ttl: int | None = 0
     detail: str = ""
 
 
@@ -108,7 +111,7 @@ class Verdict:
 
     `hosts` are the usable mail hosts, best preference first, when `kind` is `OK`; otherwise `reason` is set
     and `detail` says it in words for operators. `ttl` is the seconds that the verdict may be kept, within
-    60 s-1 h (ok), 30 s-5 min (failed), 30 s (transient).
+    60 s-1 h (ok), 30 s-5 min (failed), 30 s (transient); 5 s where it rests on a negative answer without SOA.
     """
 
     kind: Kind
@@ -130,11 +133,11 @@ def host_state(answers: tuple[Answer[Address], ...]) -> Host:
     settles it: a usable address, or no such name at all (RFC 8020)."""
     addresses = [address for answer in answers for address in answer.records]
     if any(usable(address) for address in addresses):
-        good = (answer.ttl for answer in answers if any(map(usable, answer.records)))
+        good = (answer.ttl or 0 for answer in answers if any(map(usable, answer.records)))
         return Host(HostState.USABLE, max(good))
     if trouble := [answer.detail for answer in answers if answer.said is Said.NOTHING]:
         return Host(HostState.UNKNOWN, 0, "; ".join(trouble))
-    ttl = min(answer.ttl for answer in answers)
+    ttl = _least(answer.ttl for answer in answers)
     if addresses:
         return Host(HostState.LOOPBACK, ttl, ", ".join(map(str, addresses)))
     return Host(HostState.ABSENT, ttl)
@@ -164,7 +167,7 @@ def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, Host]) ->
     found = {name: known.get(name, unknown) for _, name in hosts if not _misnamed(name)}
     good = tuple(mx for mx in hosts if mx[1] in found and found[mx[1]].state is HostState.USABLE)
     if good:
-        ttl = min(answer.ttl, max(found[name].ttl for _, name in good))
+        ttl = _least([answer.ttl, max(found[name].ttl or 0 for _, name in good)])
         return Verdict(Kind.OK, None, good, "", _within(_OK_TTL, ttl))
     if dark := [f"{name}: {host.detail}" for name, host in found.items() if host.state is HostState.UNKNOWN]:
         return _transient(f"mail host {', '.join(dark)}")
@@ -197,11 +200,11 @@ def _no_usable_host(answer: Answer[Mx], hosts: tuple[Mx, ...], found: Mapping[st
     looped = [f"{n} resolves to {h.detail}" for n, h in found.items() if h.state is HostState.LOOPBACK]
     absent = [f"{n} {h.state}" for n, h in found.items() if h.state is HostState.ABSENT]
     reason = Reason.UNUSABLE_MX if misnamed or looped else Reason.NO_MAIL_HOST
-    ttl = min([answer.ttl, *(host.ttl for host in found.values())])
+    ttl = _least([answer.ttl, *(host.ttl for host in found.values())])
     return _failed(reason, "; ".join(misnamed + looped + absent), ttl)
 
 
-def _failed(reason: Reason, detail: str, ttl: int) -> Verdict:
+def _failed(reason: Reason, detail: str, ttl: int | None) -> Verdict:
     return Verdict(Kind.FAILED, reason, (), _short(detail), _within(_NEGATIVE_TTL, ttl))
 
 
@@ -209,9 +212,14 @@ def _transient(detail: str) -> Verdict:
     return Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), _short(detail), _TRANSIENT_TTL)
 
 
-def _within(bounds: tuple[int, int], ttl: int) -> int:
+def _least(ttls: Iterable[int | None]) -> int | None:
+    known = list(ttls)
+    return None if None in known else min(ttl for ttl in known if ttl is not None)
+
+
+def _within(bounds: tuple[int, int], ttl: int | None) -> int:
     low, high = bounds
-    return max(low, min(ttl, high))
+    return _UNPROVEN_TTL if ttl is None else max(low, min(ttl, high))
 
 
 def _short(detail: str) -> str:

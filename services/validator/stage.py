@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 from typing import cast
 from uuid import UUID
 
@@ -34,12 +35,17 @@ class Validator:
 
     def handle(self, record: Record) -> Outcome | Awaitable[Outcome]:
         """The outcome at once where the domain's verdict is known, else a coroutine that looks it up."""
-        domain = _domain(cast(pb.TaskCreated, record.event).task)
-        verdict = self._cache.get(domain)
-        return self._resolve(record, domain) if verdict is None else self._outcome(record, verdict)
+        created = cast(pb.TaskCreated, record.event)
+        domain, max_age = _domain(created.task), self._max_age(created)
+        verdict = self._cache.get(domain, max_age)
+        return self._resolve(record, domain, max_age) if verdict is None else self._outcome(record, verdict)
 
-    async def _resolve(self, record: Record, domain: str) -> Outcome:
-        return self._outcome(record, await self._cache.resolve(domain))
+    async def _resolve(self, record: Record, domain: str, max_age: float) -> Outcome:
+        return self._outcome(record, await self._cache.resolve(domain, max_age))
+
+    def _max_age(self, created: pb.TaskCreated) -> float:
+        """Who opens a task again wants the DNS to be asked since then: it may have been mended just now."""
+        return max(0.0, (self._now_us() - created.at_us) / 1e6) if created.epoch else inf
 
     def _outcome(self, record: Record, verdict: Verdict) -> Outcome:
         created = cast(pb.TaskCreated, record.event)

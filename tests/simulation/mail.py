@@ -173,7 +173,7 @@ class Dns:
         self._world = world
         self._finds = {domain: list(told) for domain, told in finds.items()}
 
-    async def __call__(self, domain: str) -> Verdict:
+    async def __call__(self, domain: str, fresh: bool) -> Verdict:
         """Return the verdict on a domain."""
         await asyncio.sleep(self._world.scheduler.latency(0.02))
         told = self._finds[domain]

@@ -20,13 +20,16 @@ class World:
         self.verdict = verdict
         self.now = 1000.0
         self.asked: list[str] = []
+        self.fresh: list[bool] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def lookup(self, domain: str) -> Verdict:
+    async def lookup(self, domain: str, fresh: bool) -> Verdict:
         self.asked.append(domain)
+        self.fresh.append(fresh)
+        verdict = self.verdict
         await self.gate.wait()
-        return self.verdict(domain) if callable(self.verdict) else self.verdict
+        return verdict(domain) if callable(verdict) else verdict
 
     def cache(self, *, transient_ttl: float = 30.0, size: int = 50_000) -> VerdictCache:
         return VerdictCache(self.lookup, lambda: self.now, transient_ttl=transient_ttl, size=size)
@@ -177,6 +180,74 @@ async def test_it_keeps_no_more_than_its_size_the_newest() -> None:
     await cache.resolve("d")
     assert len(cache) == 3
     assert [cache.get(name) is OK for name in "abcd"] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("verdict", [OK, FAILED, DARK])
+async def test_with_an_age_what_is_kept_counts_only_if_it_was_asked_anew_since(verdict: Verdict) -> None:
+    world = World(verdict)
+    cache = world.cache()
+    await cache.resolve("a.test")
+    world.now += 2
+    assert cache.get("a.test", 1.0) is None
+    # Asked for a moment ago, but of mail hosts that were known it took that for granted.
+    assert cache.get("a.test", 3.0) is None
+    assert cache.get("a.test") is verdict
+    world.verdict = OK
+    assert await cache.resolve("a.test", 0.0) is OK
+    assert world.fresh == [False, True]
+    world.now += 2
+    assert cache.get("a.test", 2.0) is cache.get("a.test") is OK
+    assert cache.get("a.test", 1.9) is None
+
+
+async def test_with_an_age_a_lookup_that_began_before_is_not_waited_for() -> None:
+    world = World(FAILED)
+    world.gate.clear()
+    cache = world.cache()
+    early = asyncio.create_task(cache.resolve("a.test", 0.0))
+    await asleep()
+    world.now += 1
+    world.verdict = OK
+    late = [asyncio.create_task(cache.resolve("a.test", 0.5)) for _ in range(3)]
+    await asleep()
+    world.now += 1
+    joined = asyncio.create_task(cache.resolve("a.test"))
+    await asleep()
+    world.gate.set()
+    assert await early is FAILED
+    assert [await task for task in (*late, joined)] == [OK] * 4
+    assert world.asked == ["a.test"] * 2
+    assert cache.get("a.test") is OK
+
+
+async def test_a_verdict_that_comes_late_does_not_replace_one_that_was_asked_for_later() -> None:
+    world = World(FAILED)
+    world.gate.clear()
+    cache = world.cache()
+    early = asyncio.create_task(cache.resolve("a.test"))
+    await asleep()
+    world.now += 1
+    world.verdict = OK
+    gate, world.gate = world.gate, asyncio.Event()
+    world.gate.set()
+    assert await cache.resolve("a.test", 0.5) is OK
+    gate.set()
+    assert await early is FAILED
+    assert cache.get("a.test") is OK
+
+
+async def test_close_ends_the_lookups_that_were_replaced_too() -> None:
+    world = World()
+    world.gate.clear()
+    cache = world.cache()
+    callers = [asyncio.create_task(cache.resolve("a.test"))]
+    await asleep()
+    callers.append(asyncio.create_task(cache.resolve("a.test", 0.0)))
+    await asleep()
+    await cache.close()
+    assert [type(r) for r in await asyncio.gather(*callers, return_exceptions=True)] == [
+        asyncio.CancelledError
+    ] * 2
 
 
 async def test_close_ends_the_lookups_under_way() -> None:

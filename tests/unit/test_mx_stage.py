@@ -40,7 +40,7 @@ class Dns:
         self.verdict = verdict
         self.asked: list[str] = []
 
-    async def __call__(self, domain: str) -> Verdict:
+    async def __call__(self, domain: str, fresh: bool) -> Verdict:
         self.asked.append(domain)
         await asyncio.sleep(0)
         return self.verdict
@@ -59,6 +59,35 @@ def record(attempt: int = 1, epoch: int = 7, task: pb.MailTask = TASK) -> Record
 async def outcome(validator: Validator, what: Record) -> Outcome:
     handled = validator.handle(what)
     return handled if isinstance(handled, Done | Retry) else await cast(Awaitable[Outcome], handled)
+
+
+def opened_again(at_us: int) -> Record:
+    return Record(TASK_CREATED, ID, pb.TaskCreated(task=TASK, epoch=at_us // 1000, at_us=at_us))
+
+
+async def test_a_task_that_is_opened_again_asks_the_dns_whatever_is_known() -> None:
+    validator, cache, dns = build(NULL)
+    first = await outcome(validator, record(epoch=0))
+    assert isinstance(first, Done)
+    assert isinstance(first.events[0], pb.MxFailed)
+    # The domain is mended; who asks for it the first time is told what is known.
+    dns.verdict = OK
+    assert await outcome(validator, record(epoch=0)) == first
+    again = await outcome(validator, opened_again(NOW_US - 1_000_000))
+    assert isinstance(again, Done)
+    assert isinstance(again.events[0], pb.MxOk)
+    assert len(dns.asked) == 2
+    # Others that were opened again before it was asked need no further question; later ones do.
+    await outcome(validator, opened_again(NOW_US - 2_000_000))
+    assert len(dns.asked) == 2
+    assert cache.get("a.test") is OK
+
+
+async def test_a_task_that_was_opened_again_by_a_clock_ahead_asks_the_dns() -> None:
+    validator, _, dns = build(NULL)
+    await outcome(validator, record(epoch=0))
+    await outcome(validator, opened_again(NOW_US + 5_000_000))
+    assert len(dns.asked) == 2
 
 
 async def test_ok_hands_on_the_whole_task_and_the_hosts() -> None:
@@ -94,7 +123,7 @@ async def test_failed_says_why() -> None:
 async def test_a_known_verdict_is_answered_without_a_coroutine(verdict: Verdict) -> None:
     validator, cache, dns = build(verdict)
     await cache.resolve("a.test")
-    assert isinstance(validator.handle(record()), Done | Retry)
+    assert isinstance(validator.handle(record(epoch=0)), Done | Retry)
     assert dns.asked == ["a.test"]
 
 
