@@ -8,6 +8,7 @@ import typer
 
 from services.cli.frame import API, Frame, command
 from services.cli.output import Row, safe_text
+from services.cli.terminal import say
 
 __all__ = ["register"]
 
@@ -41,8 +42,11 @@ def register(app: typer.Typer) -> None:
 
         def show(row: Row) -> None:
             frame.out.values({key: row[key] for key in row if key not in {"body", "html", "timeline"}})
-            print()
-            frame.out.table(row["timeline"], TIMELINE)
+            if row["timeline"]:
+                print()
+                frame.out.table(row["timeline"], TIMELINE)
+            else:
+                say("No event of it is folded yet: see 'postroad lag --stage status'.")
             for part in ("body", "html"):
                 if body and row[part]:
                     print(f"\n{safe_text(row[part])}".rstrip("\n"))
