@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from services.cli.errors import USAGE, Failure
+from services.common.forms import without_line_end
 
 __all__ = ["DEADLINE", "open_channel"]
 
@@ -31,7 +32,7 @@ def open_channel(values: Mapping[str, str]) -> grpc.Channel:
     wanted = values.get("POSTROAD_TLS", "").lower()
     if wanted not in _TRUE | _FALSE:
         raise Failure(f"POSTROAD_TLS is {wanted!r}, neither true nor false", USAGE)
-    token = values.get("POSTROAD_TOKEN")
+    token = without_line_end(values.get("POSTROAD_TOKEN", ""))
     if token and not all("!" <= character <= "~" for character in token):
         raise Failure("the token has other characters than visible ASCII", USAGE)
     options = [("grpc.max_receive_message_length", _MOST_BYTES), ("grpc.max_reconnect_backoff_ms", 1000)]

@@ -159,8 +159,31 @@ class Settings(BaseSettings):
 
     email_host: Host = _email("EMAIL_HOST", "127.0.0.1", "The relay that takes the mail")  # type: ignore[assignment]
     email_port: int = _email("EMAIL_PORT", 25, "The relay's port", ge=1, le=65535)  # type: ignore[assignment]
+    email_helo: Annotated[str, AfterValidator(forms.helo)] = _email(  # type: ignore[assignment]
+        "EMAIL_HELO",
+        "",
+        "The name that the sender gives itself at EHLO; empty: the host's full name, else its address",
+    )
     email_user: str = _email("EMAIL_USER", "", "User name at the relay; empty: no AUTH")  # type: ignore[assignment]
     email_pass: str = _email("EMAIL_PASS", "", "Password at the relay")  # type: ignore[assignment]
+    email_auth: Literal["auto", "plain", "login", "xoauth2"] = _email(  # type: ignore[assignment]
+        "EMAIL_AUTH",
+        "auto",
+        "How EMAIL_USER is proven: plain, login, xoauth2 (by EMAIL_OAUTH_...), or auto: plain, then login",
+    )
+    email_oauth_token_url: Annotated[str, AfterValidator(forms.token_url)] = _email(  # type: ignore[assignment]
+        "EMAIL_OAUTH_TOKEN_URL", "", "Where xoauth2 fetches its access tokens, by client credentials"
+    )
+    email_oauth_client_id: str = _email("EMAIL_OAUTH_CLIENT_ID", "", "The client's id there")  # type: ignore[assignment]
+    email_oauth_client_secret: SecretStr = _email(  # type: ignore[assignment]
+        "EMAIL_OAUTH_CLIENT_SECRET", SecretStr(""), "The client's secret"
+    )
+    email_oauth_client_secret_file: str = _email(  # type: ignore[assignment]
+        "EMAIL_OAUTH_CLIENT_SECRET_FILE", "", "A file with the secret, read at each fetch, in its place"
+    )
+    email_oauth_scope: str = _email(  # type: ignore[assignment]
+        "EMAIL_OAUTH_SCOPE", "", "The scope asked for, such as https://outlook.office365.com/.default"
+    )
     email_tls: Literal["", "implicit", "starttls", "opportunistic", "none"] = _email(  # type: ignore[assignment]
         "EMAIL_TLS",
         "",
@@ -182,6 +205,16 @@ class Settings(BaseSettings):
     @classmethod
     def _is_text(cls, value: object) -> object:
         return forms.text(value) if isinstance(value, str) else value
+
+    @field_validator("email_pass", "email_oauth_client_secret", "api_tokens", "database_url", mode="before")
+    @classmethod
+    def _is_secret(cls, value: object) -> object:
+        return forms.without_line_end(value) if isinstance(value, str) else value
+
+    @field_validator("email_auth", mode="before")
+    @classmethod
+    def _is_mechanism(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("validator_delays", "sender_delays", mode="before")
     @classmethod

@@ -8,8 +8,22 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
-__all__ = ["LONGEST_DELAY", "addresses", "delays", "host", "listen", "rising", "text", "topic_prefix"]
+__all__ = [
+    "LONGEST_DELAY",
+    "addresses",
+    "delays",
+    "helo",
+    "host",
+    "is_fqdn",
+    "listen",
+    "rising",
+    "text",
+    "token_url",
+    "topic_prefix",
+    "without_line_end",
+]
 
 LONGEST_DELAY = 30 * 86400
 """Seconds: event topics keep their records no longer, so a rebuild would miss what waits longer."""
@@ -19,6 +33,15 @@ _PORT = re.compile(r"[0-9]{1,5}")
 _SECONDS = re.compile(r"[0-9]{1,9}")
 # Kafka's names have 249 characters at most; ours come after the prefix.
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{0,200}")
+
+
+# RFC 5321 section 4.1.3.
+_LITERAL = re.compile(r"\[(?:(?i:IPv6):(?P<six>[^\]]+)|(?P<four>[^\]]+))\]")
+# RFC 1123; a last label of digits alone would be an address.
+_FQDN = re.compile(r"(?=.{4,253}\Z)(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z][A-Za-z0-9-]*")
+_VISIBLE = re.compile(r"[!-~]+")
+# What a host calls itself that has no name.
+_NO_NAMES = ("localhost", "localdomain", "localdomain6")
 
 
 def text(value: str) -> str:
@@ -35,6 +58,35 @@ def host(value: str) -> str:
     if not _is_host(value):
         raise ValueError("must be a host name or an IP address, without a port")
     return value
+
+
+def is_fqdn(value: str) -> bool:
+    """Whether a value is a fully qualified host name that others may know this host by."""
+    return _FQDN.fullmatch(value) is not None and value.lower().rpartition(".")[2] not in _NO_NAMES
+
+
+def helo(value: str) -> str:
+    """Check what EHLO may say: a full host name or an address literal. Empty leaves it to the host."""
+    literal = _LITERAL.fullmatch(value)
+    if not value or is_fqdn(value):
+        return value
+    if literal and (_is_ipv6(literal["six"]) if literal["six"] else _is_ipv4(literal["four"])):
+        return value
+    raise ValueError(
+        "must be a full host name such as mail.example.org, or [192.0.2.1], or [IPv6:2001:db8::1]"
+    )
+
+
+def token_url(value: str) -> str:
+    """Check the URL of a token: https, since a secret goes there; http to loopback only."""
+    if value and not _is_token_url(value):
+        raise ValueError("must be a URL such as https://login.example.org/token")
+    return value
+
+
+def without_line_end(value: str) -> str:
+    """Return a secret without the line end that a file or `echo` has left at its end."""
+    return value.rstrip("\r\n")
 
 
 def listen(value: str) -> str:
@@ -86,6 +138,31 @@ def _is_address(value: str, least: int) -> bool:
     bracketed = name.startswith("[") and name.endswith("]")
     known = _is_ipv6(name[1:-1]) if bracketed else ":" not in name and _is_host(name)
     return known and _PORT.fullmatch(port) is not None and least <= int(port) <= 65535
+
+
+def _is_token_url(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return False
+    secure = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
+    return bool(host) and port != 0 and secure and _VISIBLE.fullmatch(value) is not None
+
+
+def _is_loopback(value: str) -> bool:
+    try:
+        return ipaddress.ip_address(value).is_loopback
+    except ValueError:
+        return value == "localhost"
+
+
+def _is_ipv4(value: str) -> bool:
+    try:
+        ipaddress.IPv4Address(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_ipv6(value: str) -> bool:

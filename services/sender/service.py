@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import ipaddress
 from collections.abc import Sequence
+from pathlib import Path
 
-from services.common.config import SETTLE_SECONDS, Settings, refused
+from services.common.config import SETTLE_SECONDS, Settings, refused, variable
 from services.common.database import engine_of, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
+from services.common.forms import without_line_end
 from services.common.stage.runtime import StageRuntime
 from services.common.telemetry import (
     SENDER_CLAIMS,
@@ -21,15 +23,17 @@ from services.common.telemetry import (
 )
 from services.sender.async_claims import AsyncClaims
 from services.sender.claims import Claims
+from services.sender.client_name import own_name
 from services.sender.composer import Composer
 from services.sender.leases import Leases
+from services.sender.oauth import OAuthTokens
 from services.sender.policy import Policy
 from services.sender.replies import NotSent
 from services.sender.slots import Slots
 from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from services.sender.stage import Sender, stage
 
-__all__ = ["SenderService", "build", "relay_of"]
+__all__ = ["SenderService", "build", "relay_of", "tokens_of"]
 
 # While a session sends a mail, its next ones are being claimed and its last ones settled; the more there are,
 # the larger the database's batches. After a crash all are in doubt, also those of which nothing was sent, and
@@ -42,20 +46,22 @@ _MAX_SHOWN = 300
 class SenderService:
     """What services/common/process.py runs."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, client_name: str | None = None) -> None:
         hold = settings.on_uncertain == "hold"
         hands = _CLAIMS_A_SESSION[settings.on_uncertain]
         with refused("database_url"):
             url = url_of(settings.database_url)
         with refused("email_from"):
             composer = Composer(settings.email_from)
+        self._tokens = tokens_of(settings)
+        relay = relay_of(settings, self._tokens, client_name)
         # One connection each to claim, to settle and to renew.
         # A renewal that is not answered must leave time for another one.
         self._engine = engine_of(url, pool_size=3, read_seconds=max(1, int(settings.lease_seconds / 4)))
         self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold, settings.max_resends))
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
         self._pool = SmtpPool(
-            relay_of(settings),
+            relay,
             limits=Limits(sessions=settings.sender_sessions),
             timeouts=Timeouts(after_dot=settings.handover_seconds - SETTLE_SECONDS),
             on_trouble=_show,
@@ -95,11 +101,14 @@ class SenderService:
     async def run(self) -> None:
         """Send until stopped and drained, and what was handed over is settled. Raises what ended the stage
         otherwise."""
-        renewing = asyncio.create_task(self._leases.run())
+        renewing = [asyncio.create_task(self._leases.run())]
+        if self._tokens is not None:
+            renewing.append(asyncio.create_task(self._tokens.run()))
         try:
             await self._runtime.run()
         finally:
-            renewing.cancel()
+            for task in renewing:
+                task.cancel()
             await self._pool.close(grace=1.0)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
@@ -117,6 +126,8 @@ class SenderService:
             problems.append(f"{waiting} mails handed over wait for their replies")
         if (said := self._claims.trouble) is not None:
             problems.append(f"database: {said}")
+        if self._tokens is not None and (said := self._tokens.trouble) is not None:
+            problems.append(f"OAuth token: {said}")
         if (trouble := self._pool.state.trouble) is not None:
             problems.append(f"relay {trouble.relay}: {trouble.phase}: {trouble.cause}")
         return problems
@@ -129,12 +140,62 @@ def _show(trouble: NotSent | None) -> None:
         SENDER_RELAY_TROUBLE.labels(trouble.relay, trouble.phase, trouble.cause[:_MAX_SHOWN]).set(1)
 
 
-def relay_of(settings: Settings) -> Relay:
-    """Return the relay that the settings name. Unless they say so, only loopback is spoken to in clear."""
+def relay_of(settings: Settings, tokens: OAuthTokens | None = None, client_name: str | None = None) -> Relay:
+    """Return the relay that the settings name. Unless they say so, only loopback is spoken to in clear.
+
+    Raises ValueError, naming the variable, where EMAIL_AUTH lacks a setting that it needs.
+    """
     host = settings.email_host
     tls = Tls(settings.email_tls) if settings.email_tls else Tls.NONE if _loopback(host) else Tls.STARTTLS
-    credentials = Credentials(settings.email_user, settings.email_pass) if settings.email_user else None
-    return Relay(host, settings.email_port, tls, credentials)
+    mechanism = None if settings.email_auth == "auto" else settings.email_auth
+    if mechanism is not None and not settings.email_user:
+        raise ValueError(f"{variable('email_user')}: must be set where EMAIL_AUTH is {mechanism}")
+    credentials = (
+        Credentials(settings.email_user, settings.email_pass, mechanism, tokens)
+        if settings.email_user
+        else None
+    )
+    return Relay(host, settings.email_port, tls, credentials, settings.email_helo or client_name)
+
+
+def tokens_of(settings: Settings) -> OAuthTokens | None:
+    """Return where the access tokens come from; None where EMAIL_AUTH is not xoauth2.
+
+    Raises ValueError, naming the variable, where a setting is missing, is too much or cannot be read.
+    """
+    url, client, file = (
+        settings.email_oauth_token_url,
+        settings.email_oauth_client_id,
+        settings.email_oauth_client_secret_file,
+    )
+    secret, scope = settings.email_oauth_client_secret.get_secret_value(), settings.email_oauth_scope
+    if settings.email_auth != "xoauth2":
+        if url:
+            raise ValueError("EMAIL_AUTH: must be xoauth2 where EMAIL_OAUTH_TOKEN_URL is set")
+        return None
+    for field, value in (("email_oauth_token_url", url), ("email_oauth_client_id", client)):
+        if not value:
+            raise ValueError(f"{variable(field)}: must be set where EMAIL_AUTH is xoauth2")
+    if bool(secret) == bool(file):
+        raise ValueError(
+            f"{variable('email_oauth_client_secret')}: must be set where EMAIL_AUTH is xoauth2,"
+            f" or {variable('email_oauth_client_secret_file')}, and not both"
+        )
+    if not file:
+        return OAuthTokens(url, client, lambda: secret, scope)
+    with refused("email_oauth_client_secret_file"):
+        _secret_in(file)
+    return OAuthTokens(url, client, lambda: _secret_in(file), scope)
+
+
+def _secret_in(file: str) -> str:
+    try:
+        secret = without_line_end(Path(file).read_text("utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not secret:
+        raise ValueError("the file is empty")
+    return secret
 
 
 def _loopback(host: str) -> bool:
@@ -145,8 +206,8 @@ def _loopback(host: str) -> bool:
 
 
 async def build(settings: Settings) -> SenderService:
-    """Return the service; it connects to nothing before it runs.
+    """Return the service; it connects to nothing but DNS, for the host's own name, before it runs.
 
-    Raises ValueError for a database URL or an EMAIL_FROM that cannot be used.
+    Raises ValueError for a database URL, an EMAIL_FROM or an EMAIL_AUTH that cannot be used.
     """
-    return SenderService(settings)
+    return SenderService(settings, None if settings.email_helo else await own_name())

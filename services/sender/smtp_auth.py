@@ -1,13 +1,18 @@
 """The client's side of AUTH: PLAIN (RFC 4616), LOGIN and XOAUTH2. Pure: which lines to send, in which
 order."""
 
+import binascii
 import ssl
-from base64 import b64encode
-from collections.abc import Collection
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Collection, Generator
 
+from services.sender.replies import Reply
 from services.sender.smtp_relay import Credentials, Tls
 
-__all__ = ["UnsupportedAuthError", "auth_lines", "secret_may_go"]
+__all__ = ["Exchange", "UnsupportedAuthError", "exchange", "mechanisms", "reason", "secret_may_go"]
+
+Exchange = Generator[bytes, Reply, None]
+"""The lines of one mechanism, each sent after a 334. They hold the secret: never log them."""
 
 
 class UnsupportedAuthError(Exception):
@@ -29,8 +34,8 @@ def secret_may_go(tls: Tls, context: ssl.SSLContext | None) -> bool:
     return context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
 
 
-def auth_lines(credentials: Credentials, offered: Collection[str]) -> list[bytes]:
-    """The lines to send, each after a 334 to the one before it. They hold the secret: never log them.
+def mechanisms(credentials: Credentials, offered: Collection[str]) -> list[str]:
+    """Return the mechanisms to try, in this order.
 
     Args:
         offered: the mechanisms that EHLO named, in capitals.
@@ -39,26 +44,54 @@ def auth_lines(credentials: Credentials, offered: Collection[str]) -> list[bytes
         UnsupportedAuthError: none of them can be used.
     """
     wanted = [credentials.mechanism.upper()] if credentials.mechanism else ["PLAIN", "LOGIN"]
-    mechanism = next((name for name in wanted if name in offered), None)
-    if mechanism is None or mechanism not in _LINES:
+    usable = [name for name in wanted if name in offered and name in _EXCHANGES]
+    if not offered:
+        raise UnsupportedAuthError("AUTH not offered by the relay, and credentials are set")
+    if not usable:
         raise UnsupportedAuthError(
-            f"the relay offers AUTH {' '.join(sorted(offered)) or 'not at all'}, not {' or '.join(wanted)}"
+            f"the relay offers AUTH {' '.join(sorted(offered))}, not {' or '.join(wanted)}"
         )
-    return _LINES[mechanism](credentials.user, credentials.secret)
+    return usable
 
 
-def _plain(user: str, secret: str) -> list[bytes]:
-    return [b"AUTH PLAIN " + b64encode(f"\0{user}\0{secret}".encode()) + b"\r\n"]
+def exchange(mechanism: str, user: str, secret: str) -> Exchange:
+    """Return the lines of a mechanism; a 334 that comes when they are at their end is to be cancelled."""
+    return _EXCHANGES[mechanism](user, secret)
 
 
-def _login(user: str, secret: str) -> list[bytes]:
-    return [b"AUTH LOGIN\r\n", b64encode(user.encode()) + b"\r\n", b64encode(secret.encode()) + b"\r\n"]
+def reason(challenge: Reply) -> str:
+    """Return what a 334 says in the clear, such as XOAUTH2's reason for a refusal; empty if nothing."""
+    try:
+        text = b64decode(challenge.lines[0].strip(), validate=True).decode()
+    except (binascii.Error, ValueError):
+        return ""
+    return "".join(c if c.isprintable() else " " for c in text)[:300].strip()
 
 
-def _xoauth2(user: str, secret: str) -> list[bytes]:
+def _plain(user: str, secret: str) -> Exchange:
+    response = b64encode(f"\0{user}\0{secret}".encode()) + b"\r\n"
+    yield b"AUTH PLAIN " + response
+    # Some servers do not read what stands behind the mechanism, and ask for it.
+    yield response
+
+
+def _login(user: str, secret: str) -> Exchange:
+    yield b"AUTH LOGIN\r\n"
+    yield b64encode(user.encode()) + b"\r\n"
+    yield b64encode(secret.encode()) + b"\r\n"
+
+
+def _xoauth2(user: str, secret: str) -> Exchange:
+    response = b64encode(f"user={user}\1auth=Bearer {secret}\1\1".encode()) + b"\r\n"
+    challenge = yield b"AUTH XOAUTH2 " + response
+    if not challenge.lines[0].strip():
+        yield response
     # A refusal comes as a 334 with the reason; the empty line asks for the 535 itself.
-    token = b64encode(f"user={user}\1auth=Bearer {secret}\1\1".encode())
-    return [b"AUTH XOAUTH2 " + token + b"\r\n", b"\r\n"]
+    yield b"\r\n"
 
 
-_LINES = {"PLAIN": _plain, "LOGIN": _login, "XOAUTH2": _xoauth2}
+_EXCHANGES: dict[str, Callable[[str, str], Exchange]] = {
+    "PLAIN": _plain,
+    "LOGIN": _login,
+    "XOAUTH2": _xoauth2,
+}

@@ -3,8 +3,9 @@
 import ssl
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
-__all__ = ["Credentials", "Limits", "Relay", "Timeouts", "Tls"]
+__all__ = ["Credentials", "Limits", "Relay", "Timeouts", "Tls", "Tokens"]
 
 
 class Tls(StrEnum):
@@ -22,14 +23,24 @@ class Tls(StrEnum):
     """Never."""
 
 
+class Tokens(Protocol):
+    """Where access tokens come from; `OAuthTokens` says what each does."""
+
+    async def get(self) -> str: ...
+
+    def forget(self, token: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who to be for AUTH (RFC 4954). With ``mechanism`` XOAUTH2 the secret is an access token."""
+    """Who to be for AUTH (RFC 4954)."""
 
     user: str
     secret: str = field(repr=False)
     mechanism: str | None = None
-    """PLAIN, LOGIN or XOAUTH2; None takes PLAIN or LOGIN, what the server offers."""
+    """PLAIN, LOGIN or XOAUTH2, whatever the case; None tries PLAIN, then LOGIN, of what the server offers."""
+    tokens: Tokens | None = field(default=None, repr=False)
+    """For XOAUTH2: asked for the secret, an access token, at each session."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,28 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from services.sender.oauth import TokenError
 from services.sender.replies import NotSent, Phase, Reply
 from services.sender.smtp_addresses import Address, Addresses, ConnectError
-from services.sender.smtp_auth import UnsupportedAuthError, auth_lines, secret_may_go
+from services.sender.smtp_auth import (
+    Exchange,
+    UnsupportedAuthError,
+    exchange,
+    mechanisms,
+    reason,
+    secret_may_go,
+)
 from services.sender.smtp_relay import Relay, Timeouts, Tls
 from services.sender.smtp_wire import Wire
 
 __all__ = ["Learnt", "Session", "UnavailableError", "open_session"]
+
+
+# RFC 4954 section 4: it ends an exchange that has come to nothing.
+_CANCEL = b"*\r\n"
 
 
 class UnavailableError(Exception):
@@ -33,6 +45,8 @@ class Learnt:
     """What sessions with a relay have shown, for those that are opened later."""
 
     addresses: Addresses = field(default_factory=Addresses)
+    mechanism: str | None = None
+    """The one that AUTH succeeded with: it is tried first, so that no session begins with a refusal."""
 
 
 class Session:
@@ -70,13 +84,15 @@ class Session:
         """Take the extensions from an EHLO reply; what was known before is forgotten (RFC 3207 §4.2)."""
         self.extensions = {}
         auth: set[str] = set()
-        for line in ehlo.lines[1:]:
+        # The first line has the server's name; of some servers, which give none, it is a keyword already.
+        for line in ehlo.lines:
+            keyword, _, parameters = line.strip().partition(" ")
             # "AUTH=LOGIN" is how servers wrote it before RFC 2554.
-            keyword, _, parameters = line.replace("AUTH=", "AUTH ", 1).partition(" ")
-            if keyword.upper() == "AUTH":
-                auth.update(parameters.upper().split())
+            keyword, equals, value = keyword.upper().partition("=")
+            if keyword == "AUTH":
+                auth.update(f"{value} {parameters}".upper().split())
             else:
-                self.extensions[keyword.upper()] = parameters.strip()
+                self.extensions[keyword + equals + value] = parameters.strip()
         self.auth = auth
 
     @property
@@ -88,13 +104,19 @@ class Session:
 
 
 async def open_session(
-    relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, learnt: Learnt | None = None
+    relay: Relay,
+    context: ssl.SSLContext | None,
+    timeouts: Timeouts,
+    learnt: Learnt | None = None,
+    *,
+    refused: Mapping[str, str] | None = None,
 ) -> Session:
     """Open a session with ``relay``: with the first of its addresses that answers (RFC 8305).
 
     Args:
         context: for every TLS mode but ``none``.
         learnt: what earlier sessions have shown; this one adds to it.
+        refused: mechanisms that are not tried again, and what was said to them.
 
     Raises:
         UnavailableError: the relay cannot be reached, refuses us, or offers less than ``relay`` asks for.
@@ -110,7 +132,7 @@ async def open_session(
         if context is not None and relay.tls in (Tls.STARTTLS, Tls.OPPORTUNISTIC):
             encrypted = await _start_tls(session, relay, context)
         if relay.credentials is not None:
-            await _authenticate(session, relay, context if encrypted else None)
+            await _authenticate(session, relay, context if encrypted else None, learnt, dict(refused or {}))
         if wire.lost is not None:
             raise UnavailableError.at(Phase.CONNECT, wire.lost, name)
     except _HandshakeError as error:
@@ -119,6 +141,9 @@ async def open_session(
             return await open_session(relay, None, timeouts, learnt)
         learnt.addresses.mark(address)
         raise UnavailableError.at(Phase.TLS, str(error), name) from error
+    except _ClosedAtAuthError as error:
+        # A further mechanism is left to try, and the server closed with its refusal of this one.
+        return await open_session(relay, context, timeouts, learnt, refused=error.refused)
     except BaseException as error:
         wire.abort("session not opened")
         if isinstance(error, UnavailableError) and error.outcome.phase in (Phase.CONNECT, Phase.TLS):
@@ -130,6 +155,12 @@ async def open_session(
 
 class _HandshakeError(Exception):
     pass
+
+
+class _ClosedAtAuthError(Exception):
+    def __init__(self, refused: dict[str, str]) -> None:
+        super().__init__()
+        self.refused = refused
 
 
 async def _connect(
@@ -228,22 +259,56 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
     return True
 
 
-async def _authenticate(session: Session, relay: Relay, context: ssl.SSLContext | None) -> None:
-    assert relay.credentials is not None
+async def _authenticate(
+    session: Session,
+    relay: Relay,
+    context: ssl.SSLContext | None,
+    learnt: Learnt,
+    refused: dict[str, str],
+) -> None:
+    """Try the mechanisms that both sides know, one after the other, until one is taken."""
+    credentials, wire = relay.credentials, session.wire
+    assert credentials is not None
     if not secret_may_go(relay.tls, context):
         cause = "credentials go only to a relay whose certificate is verified, unless TLS is switched off"
         raise UnavailableError.at(Phase.AUTH, cause, session.name)
     try:
-        lines = auth_lines(relay.credentials, session.auth)
-    except UnsupportedAuthError as error:
-        raise UnavailableError.at(Phase.AUTH, str(error), session.name) from error
-    answer: list[Reply] = []
-    for line in lines:
-        answer = await session.wire.ask(line, 1, session.timeouts.opening)
-        if not answer or not answer[0].intermediate:
+        names = mechanisms(credentials, session.auth)
+        secret = await credentials.tokens.get() if credentials.tokens is not None else credentials.secret
+    except (UnsupportedAuthError, TokenError) as error:
+        cause = f"OAuth token: {error}" if isinstance(error, TokenError) else str(error)
+        raise UnavailableError.at(Phase.AUTH, cause, session.name) from error
+    left = sorted((name for name in names if name not in refused), key=lambda name: name != learnt.mechanism)
+    for name in left:
+        answer, reasons = await _exchange(session, exchange(name, credentials.user, secret))
+        if wire.lost is None and answer[0].ok:
+            learnt.mechanism = name
+            return
+        if not answer and name != left[0]:
+            # The server closed with its refusal of the one before.
+            raise _ClosedAtAuthError(refused)
+        refused[name] = " ".join([_refused(session, Phase.AUTH, answer, "AUTH").outcome.cause, *reasons])
+        if not answer or not answer[0].permanent:
             break
-    if session.wire.lost is not None or not answer[0].ok:
-        raise _refused(session, Phase.AUTH, answer, "AUTH")
+        if credentials.tokens is not None:
+            credentials.tokens.forget(secret)
+    causes = [f"AUTH {name}: {said}" if len(refused) > 1 else said for name, said in refused.items()]
+    raise UnavailableError.at(Phase.AUTH, "; ".join(causes), session.name)
+
+
+async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], list[str]]:
+    """Send a mechanism's lines; return the last answer, and what the ones before said in the clear."""
+    line = next(lines)
+    reasons: list[str] = []
+    while True:
+        answer = await session.wire.ask(line, 1, session.timeouts.opening)
+        if not answer or not answer[0].intermediate or line == _CANCEL:
+            return answer, [said for said in reasons if said.startswith("{")]
+        reasons.append(reason(answer[0]))
+        try:
+            line = lines.send(answer[0])
+        except StopIteration:
+            line = _CANCEL
 
 
 def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> UnavailableError:

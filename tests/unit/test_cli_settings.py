@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from services.cli.channel import open_channel
 from services.cli.errors import USAGE, Failure
 from services.cli.settings import settings_of, values
 
@@ -127,3 +128,9 @@ def test_a_variable_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
             values(given, environment)
         assert (failed.value.line, failed.value.code) == (nearest, USAGE)
     assert values({}, {"POSTROAD_HTTP_API_1": "127.0.0.1:1", "POSTROAD_PARTITIONS": "3"})
+
+
+def test_a_tokens_line_end_is_no_part_of_it() -> None:
+    open_channel({"POSTROAD_TOKEN": "secret-of-near\r\n"}).close()
+    with pytest.raises(Failure, match="visible ASCII"):
+        open_channel({"POSTROAD_TOKEN": "secret\nof-near"})

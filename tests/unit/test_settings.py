@@ -89,6 +89,23 @@ BAD = [
     *(("EMAIL_HOST", value, "without a port") for value in ("", " ", "relay:25", "[::1]", "a b", "https://relay")),
     *(("EMAIL_PORT", value, "") for value in ("", "0", "-1", "65536", "smtp")),
     ("EMAIL_TLS", "yes", "'starttls'"),
+    *(
+        ("EMAIL_HELO", value, "a full host name such as mail.example.org, or [192.0.2.1]")
+        for value in (" ", "mail", "a b.example", "mail.example.org.", "192.0.2.1", "::1",
+                      "[mail.example.org]", "[IPv6:192.0.2.1]", "[::1]", "ü.example",
+                      "localhost.localdomain", "a.b\r\nRSET")
+    ),
+    *(("EMAIL_AUTH", value, "'auto', 'plain', 'login' or 'xoauth2'") for value in ("", "none", "cram-md5")),
+    *(
+        ("EMAIL_OAUTH_TOKEN_URL", value, "a URL such as https://")
+        for value in ("login.example.org", "http://login.example.org/token", "https://", "https:///token",
+                      "https://a b/", "https://login.example.org:x/", "https://[::1/", "ftp://localhost/")
+    ),
+    *(
+        (name, os.fsdecode(b"\xff"), "UTF-8")
+        for name in ("EMAIL_OAUTH_CLIENT_ID", "EMAIL_OAUTH_CLIENT_SECRET", "EMAIL_OAUTH_CLIENT_SECRET_FILE",
+                     "EMAIL_OAUTH_SCOPE")
+    ),
     ("EMAIL_USER", os.fsdecode(b"\xff"), "UTF-8"),
     ("EMAIL_PASS", os.fsdecode(b"\xff"), "UTF-8"),
 ]  # fmt: skip
@@ -174,11 +191,32 @@ def test_its_reader_refuses_a_value_before_it_runs(
         ("POSTROAD_SENDER_DELAYS", " 60, 300 "),
         ("POSTROAD_SENDER_DELAYS", str(30 * DAY)),
         ("POSTROAD_DOMAIN_RATE", "0.0001"),
+        ("EMAIL_HELO", "Mail-1.example.org"),
+        ("EMAIL_HELO", "[192.0.2.1]"),
+        ("EMAIL_HELO", "[IPv6:2001:db8::1]"),
+        ("EMAIL_AUTH", "LOGIN"),
+        ("EMAIL_AUTH", "XOAuth2"),
+        ("EMAIL_OAUTH_TOKEN_URL", "https://login.example.org/tenant/token?a=b"),
+        ("EMAIL_OAUTH_TOKEN_URL", "http://127.0.0.1:8080/token"),
+        ("EMAIL_OAUTH_TOKEN_URL", "http://[::1]/token"),
     ],
 )
 def test_what_can_be_used_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     Settings()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_a_secret_loses_the_line_end_at_its_end_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    secrets = ("EMAIL_PASS", "EMAIL_OAUTH_CLIENT_SECRET", "POSTROAD_API_TOKENS", "POSTROAD_DATABASE_URL")
+    for name in secrets:
+        monkeypatch.setenv(name, f" a\nb {end}")
+    taken = Settings()
+    assert taken.email_pass == taken.database_url == " a\nb "
+    assert taken.email_oauth_client_secret.get_secret_value() == " a\nb "
+    assert taken.api_tokens.get_secret_value() == " a\nb "
 
 
 def test_the_validator_does_without_further_attempts(monkeypatch: pytest.MonkeyPatch) -> None:

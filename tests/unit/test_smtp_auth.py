@@ -5,7 +5,8 @@ import ssl
 
 import pytest
 
-from services.sender.smtp_auth import UnsupportedAuthError, auth_lines, secret_may_go
+from services.sender.replies import Reply
+from services.sender.smtp_auth import UnsupportedAuthError, exchange, mechanisms, reason, secret_may_go
 from services.sender.smtp_relay import Credentials, Relay, Tls
 
 
@@ -36,35 +37,71 @@ def test_whoever_is_given_credentials_is_verified(tls: Tls) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offered", "mechanism", "first"),
+    ("offered", "mechanism", "expected"),
     [
-        ({"PLAIN", "LOGIN"}, None, b"AUTH PLAIN "),
-        ({"LOGIN"}, None, b"AUTH LOGIN\r\n"),
-        ({"PLAIN", "LOGIN"}, "login", b"AUTH LOGIN\r\n"),
-        ({"PLAIN", "XOAUTH2"}, "XOAUTH2", b"AUTH XOAUTH2 "),
+        ({"PLAIN", "LOGIN"}, None, ["PLAIN", "LOGIN"]),
+        ({"LOGIN", "CRAM-MD5"}, None, ["LOGIN"]),
+        ({"PLAIN", "LOGIN"}, "login", ["LOGIN"]),
+        ({"PLAIN", "XOAUTH2"}, "XOAUTH2", ["XOAUTH2"]),
+        ({"PLAIN", "XOAUTH2"}, "xoauth2", ["XOAUTH2"]),
     ],
 )
-def test_which_mechanism(offered: set[str], mechanism: str | None, first: bytes) -> None:
-    assert auth_lines(Credentials("ann", "pw", mechanism), offered)[0].startswith(first)
+def test_which_mechanisms(offered: set[str], mechanism: str | None, expected: list[str]) -> None:
+    assert mechanisms(Credentials("ann", "pw", mechanism), offered) == expected
 
 
 @pytest.mark.parametrize(
-    ("offered", "mechanism"),
-    [(set(), None), ({"XOAUTH2"}, None), ({"PLAIN"}, "LOGIN"), ({"CRAM-MD5"}, "CRAM-MD5")],
+    ("offered", "mechanism", "says"),
+    [
+        (set(), None, "AUTH not offered"),
+        ({"XOAUTH2"}, None, "offers AUTH XOAUTH2, not PLAIN or LOGIN"),
+        ({"PLAIN"}, "LOGIN", "offers AUTH PLAIN, not LOGIN"),
+        ({"CRAM-MD5"}, "CRAM-MD5", "not CRAM-MD5"),
+    ],
 )
-def test_no_mechanism(offered: set[str], mechanism: str | None) -> None:
-    with pytest.raises(UnsupportedAuthError) as caught:
-        auth_lines(Credentials("ann", "pw-s3cret", mechanism), offered)
+def test_no_mechanism(offered: set[str], mechanism: str | None, says: str) -> None:
+    with pytest.raises(UnsupportedAuthError, match=says) as caught:
+        mechanisms(Credentials("ann", "pw-s3cret", mechanism), offered)
     assert "s3cret" not in str(caught.value)
+
+
+def lines(mechanism: str, user: str, secret: str, *challenges: str) -> list[bytes]:
+    """The lines that are sent while the server answers each with a 334."""
+    exchanged = exchange(mechanism, user, secret)
+    sent = [next(exchanged)]
+    for challenge in challenges:
+        try:
+            sent.append(exchanged.send(Reply(334, (challenge,))))
+        except StopIteration:
+            break
+    return sent
 
 
 def test_every_line_is_one_line() -> None:
     for mechanism in ("PLAIN", "LOGIN", "XOAUTH2"):
-        for line in auth_lines(Credentials("a\r\nRSET", "b\nc" * 40, mechanism), {mechanism}):
+        for line in lines(mechanism, "a\r\nRSET", "b\nc" * 40, *[""] * 5):
             assert line.endswith(b"\r\n")
             assert line.count(b"\r") == line.count(b"\n") == 1
 
 
-def test_plain_is_what_rfc_4616_says() -> None:
-    (line,) = auth_lines(Credentials("zoë", "pässword"), {"PLAIN"})
+def test_plain_is_what_rfc_4616_says_and_its_response_is_sent_once_more_where_the_server_asks() -> None:
+    line, again = lines("PLAIN", "zoë", "pässword", *[""] * 5)
     assert base64.b64decode(line.split()[2]) == "\0zoë\0pässword".encode()
+    assert again == line.split()[2] + b"\r\n"
+
+
+def test_xoauth2_sends_its_token_once_more_where_the_server_asks_and_asks_for_a_refusals_code() -> None:
+    first, empty = lines("XOAUTH2", "ann", "token", "eyJzdGF0dXMiOiI0MDEifQ==")
+    assert first.startswith(b"AUTH XOAUTH2 ")
+    assert empty == b"\r\n"
+    first, again, empty = lines("XOAUTH2", "ann", "token", "", "eyJzdGF0dXMiOiI0MDEifQ==", "")
+    assert again == first.split()[2] + b"\r\n"
+    assert empty == b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("challenge", "expected"),
+    [("eyJzdGF0dXMiOiI0MDEifQ==", '{"status":"401"}'), ("", ""), ("no base64!", ""), ("/w==", "")],
+)
+def test_what_a_challenge_says(challenge: str, expected: str) -> None:
+    assert reason(Reply(334, (challenge,))) == expected

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from services.sender.oauth import TokenError
 from services.sender.replies import InDoubt, NotSent, Outcome, Phase, Rejected, Sent
 from services.sender.smtp import Credentials, Relay, SmtpPool, Timeouts, Tls
 from tests.certificates import Certificates, make_certificates
@@ -107,6 +108,52 @@ async def test_helo_for_a_server_that_knows_no_ehlo() -> None:
         await c.ended()
 
     assert isinstance(await outcome_of(script), Sent)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "421 4.7.0 Try again later, closing connection. (EHLO)",
+        "501 5.5.4 invalid HELO",
+        "550 5.7.1 literal not allowed",
+    ],
+)
+async def test_a_relay_that_takes_no_address_literal(refusal: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.say("220 hi")
+        while (line := await c.line()) and line != b"QUIT":
+            if line != b"EHLO mail.example.org":
+                await c.say(refusal)
+                continue
+            await c.say("250-hi", "250 PIPELINING")
+            await c.mail()
+
+    assert isinstance(await outcome_of(script, client_name="mail.example.org"), Sent)
+    outcome = await refusal_of(script)
+    assert (outcome.phase, outcome.cause) == (Phase.CONNECT, refusal)
+
+
+async def test_keywords_are_read_whatever_their_case(certificates: Certificates) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("StartTls")
+        await c.expect("STARTTLS")
+        await c.say("220 go on")
+        await c.start_tls(certificates.server())
+        await c.expect("EHLO ")
+        await c.say("250-scripted", "250-Pipelining", "250-Size 1000", "250-8BitMime", "250 Auth Plain")
+        await c.expect("AUTH PLAIN ")
+        await c.say("235 welcome")
+        await c.mail()
+        [line] = [line for line in c.heard if line.startswith(b"MAIL")]
+        assert b" SIZE=" in line
+        assert b" BODY=8BITMIME" in line
+        await c.ended()
+
+    message = "Subject: hi\r\n\r\nGrüße\r\n".encode()
+    outcome = await outcome_of(
+        script, message, tls=Tls.STARTTLS, context=certificates.client(), credentials=USER
+    )
+    assert isinstance(outcome, Sent)
 
 
 async def test_the_client_name_can_be_given() -> None:
@@ -235,7 +282,7 @@ async def test_auth_xoauth2_refused_is_told_with_its_reason() -> None:
         await c.ended()
 
     outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-token", "XOAUTH2"))
-    assert (outcome.phase, outcome.cause) == (Phase.AUTH, "535 5.7.8 token expired")
+    assert (outcome.phase, outcome.cause) == (Phase.AUTH, '535 5.7.8 token expired {"status":"401"}')
 
 
 @pytest.mark.parametrize("reply", ["535 5.7.8 no", "534 5.7.9 too weak", "454 4.7.0 later", "421 no", "250-"])
@@ -254,13 +301,197 @@ async def test_auth_refused(reply: str, capsys: pytest.CaptureFixture[str]) -> N
         assert secret not in said.out + said.err
 
 
-@pytest.mark.parametrize("extensions", [[], ["AUTH CRAM-MD5"], ["AUTH"]])
-async def test_auth_that_is_not_offered(extensions: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("extensions", "says"),
+    [([], "AUTH not offered"), (["AUTH CRAM-MD5"], "CRAM-MD5"), (["AUTH"], "AUTH not offered")],
+)
+async def test_auth_that_is_not_offered(extensions: list[str], says: str) -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING", *extensions)
         await c.ended()
 
-    assert (await refusal_of(script, credentials=USER)).phase is Phase.AUTH
+    outcome = await refusal_of(script, credentials=USER)
+    assert outcome.phase is Phase.AUTH
+    assert says in outcome.cause
+
+
+PLAIN = encoded("\0ann\0s3cret-of-ann")
+
+
+async def log_in(c: Conversation) -> None:
+    assert await c.line() == b"AUTH LOGIN"
+    await c.say(f"334 {encoded('Username:')}")
+    assert await c.line() == encoded("ann").encode()
+    await c.say(f"334 {encoded('Password:')}")
+    assert await c.line() == encoded("s3cret-of-ann").encode()
+    await c.say("235 2.7.0 welcome")
+
+
+@pytest.mark.parametrize(
+    "refusal", ["504 5.5.4 mechanism", "502 Invalid input", "535 Login fail", "553 5.3.0 Auth failure"]
+)
+@pytest.mark.parametrize(
+    "ehlo", ["250 AUTH PLAIN LOGIN", "250-scripted\r\n250-PIPELINING\r\n250 auth=plain Login"]
+)
+async def test_login_is_tried_where_plain_is_refused_and_first_from_then_on(refusal: str, ehlo: str) -> None:
+    async def hello(c: Conversation) -> None:
+        await c.say("220 scripted")
+        await c.expect("EHLO ")
+        await c.say(*ehlo.split("\r\n"))
+
+    async def one_mail(c: Conversation) -> None:
+        if "PIPELINING" in ehlo:
+            await c.mail()
+        else:
+            for command in ("MAIL", "RCPT", "DATA"):
+                await c.expect(command)
+                await c.say("354 go on" if command == "DATA" else "250 ok")
+            await c.message()
+            await c.say("250 ok")
+        c.close()
+
+    async def first(c: Conversation) -> None:
+        await hello(c)
+        await c.expect("AUTH PLAIN ")
+        await c.say(refusal)
+        await log_in(c)
+        await one_mail(c)
+
+    async def second(c: Conversation) -> None:
+        await hello(c)
+        await log_in(c)
+        await one_mail(c)
+
+    async with scripted(first, second) as server, pool_for(server, credentials=USER) as pool:
+        assert isinstance(await send(pool), Sent)
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 2
+
+
+async def test_login_is_tried_on_another_connection_where_the_server_closes_with_its_refusal() -> None:
+    async def first(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH PLAIN LOGIN")
+        await c.expect("AUTH PLAIN ")
+        await c.say("535 5.7.8 no")
+        c.close()
+
+    async def second(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH PLAIN LOGIN")
+        await log_in(c)
+        await c.mail()
+        await c.ended()
+
+    async with scripted(first, second) as server, pool_for(server, credentials=USER) as pool:
+        assert isinstance(await send(pool), Sent)
+        assert server.connections == 2
+
+
+async def test_every_mechanisms_refusal_is_shown() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH LOGIN PLAIN")
+        await c.expect("AUTH PLAIN ")
+        await c.say("504 5.5.4 mechanism")
+        await c.expect("AUTH LOGIN")
+        await c.say("535 5.7.8 wrong password")
+        await c.ended()
+
+    outcome = await refusal_of(script, credentials=USER)
+    assert outcome.cause == "AUTH PLAIN: 504 5.5.4 mechanism; AUTH LOGIN: 535 5.7.8 wrong password"
+
+
+async def test_no_other_mechanism_is_tried_where_one_is_chosen_or_the_refusal_is_for_now() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH LOGIN PLAIN")
+        await c.expect("AUTH PLAIN ")
+        await c.say(refusal)
+        await c.ended()
+
+    refusal = "535 5.7.8 no"
+    credentials = Credentials("ann", "s3cret-of-ann", "plain")
+    assert (await refusal_of(script, credentials=credentials)).cause == refusal
+    refusal = "454 4.7.0 temporary authentication failure"
+    assert (await refusal_of(script, credentials=USER)).cause == refusal
+
+
+async def test_plains_response_is_sent_once_more_where_the_server_asks_for_it() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH PLAIN LOGIN")
+        assert await c.line() == f"AUTH PLAIN {PLAIN}".encode()
+        await c.say("334 ")
+        assert await c.line() == PLAIN.encode()
+        await c.say("235 welcome")
+        await c.mail()
+        await c.ended()
+
+    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+
+
+async def test_an_exchange_that_comes_to_nothing_is_cancelled_before_login_is_tried() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH PLAIN LOGIN")
+        assert await c.line() == f"AUTH PLAIN {PLAIN}".encode()
+        await c.say("334 ")
+        assert await c.line() == PLAIN.encode()
+        await c.say("334 ")
+        assert await c.line() == b"*"
+        await c.say("501 5.7.0 cancelled")
+        await log_in(c)
+        await c.mail()
+        await c.ended()
+
+    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+
+
+class OneToken:
+    """Gives the tokens one after the other, and remembers which were refused."""
+
+    def __init__(self, *tokens: str) -> None:
+        self.left = list(tokens)
+        self.forgotten: list[str] = []
+
+    async def get(self) -> str:
+        if not self.left:
+            raise TokenError("401 invalid_client")
+        return self.left[0]
+
+    def forget(self, token: str) -> None:
+        self.forgotten.append(token)
+        self.left.pop(0)
+
+
+async def test_a_refused_token_is_fetched_anew_and_trouble_with_it_is_the_relays() -> None:
+    async def refuses(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH XOAUTH2")
+        await c.expect("AUTH XOAUTH2 ")
+        await c.say("535 5.7.8 token expired")
+        await c.ended()
+
+    async def takes(c: Conversation) -> None:
+        await c.greet("PIPELINING", "auth Xoauth2")
+        assert (
+            await c.line()
+            == f"AUTH XOAUTH2 {encoded('user=ann' + chr(1) + 'auth=Bearer new' + chr(1) * 2)}".encode()
+        )
+        await c.say("235 welcome")
+        await c.mail()
+        c.close()
+
+    async def unused(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH XOAUTH2")
+        await c.ended()
+
+    tokens = OneToken("old", "new")
+    credentials = Credentials("ann", "", "xoauth2", tokens)
+    async with scripted(refuses, takes, unused) as server, pool_for(server, credentials=credentials) as pool:
+        assert isinstance(await send(pool), NotSent)
+        await asyncio.wait_for(pool.wait_available(), 5)
+        assert isinstance(await send(pool), Sent)
+        assert tokens.forgotten == ["old"]
+        tokens.left.clear()
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent)
+        assert (outcome.phase, outcome.ours) == (Phase.AUTH, True)
+        assert outcome.cause == "OAuth token: 401 invalid_client"
 
 
 # --- TLS

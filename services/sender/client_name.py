@@ -1,0 +1,28 @@
+"""Which name the sender gives itself at EHLO where no setting says it."""
+
+import asyncio
+import socket
+
+from services.common.forms import is_fqdn
+
+__all__ = ["own_name"]
+
+_SECONDS = 5.0
+
+
+async def own_name() -> str | None:
+    """Return this host's fully qualified name, or None if it has none or DNS does not tell it in time.
+
+    RFC 5321 section 4.1.4 wants the name where there is one, else the address literal.
+    """
+    try:
+        async with asyncio.timeout(_SECONDS):
+            name = (await asyncio.to_thread(_fqdn)).rstrip(".")
+    except (OSError, UnicodeError):  # TimeoutError is an OSError
+        return None
+    return name if is_fqdn(name) else None
+
+
+def _fqdn() -> str:
+    name = socket.gethostname()
+    return name if "." in name else socket.getfqdn(name)

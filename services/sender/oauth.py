@@ -1,0 +1,144 @@
+"""Access tokens by OAuth's client credentials (RFC 6749 section 4.4), fetched over HTTPS and cached."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import structlog
+
+__all__ = ["OAuthTokens", "TokenError"]
+
+_log = structlog.get_logger(__name__)
+
+_MAX_ANSWER = 1 << 20
+_MAX_SHOWN = 300
+# For a server that does not say how long a token lasts (seconds).
+_LIFETIME = 300.0
+# Of a token's lifetime, the part after which another one is fetched.
+_RENEW_AFTER = 0.8
+# Seconds between attempts, and while an attempt that failed is not repeated by whoever asks.
+_AGAIN = 1.0
+_AGAIN_MAX = 60.0
+
+
+class TokenError(Exception):
+    """No token could be had. The text says why, and holds no secret."""
+
+
+class OAuthTokens:
+    """The access token of one client. Belongs to one event loop.
+
+    `secret` is asked for at each fetch, so that a file may change. `trouble` says why the last fetch failed,
+    also while an older token still holds; None once one has succeeded.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client_id: str,
+        secret: Callable[[], str],
+        scope: str = "",
+        *,
+        timeout: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._url, self._client_id, self._secret, self._scope = url, client_id, secret, scope
+        self._timeout, self._clock = timeout, clock
+        self._lock = asyncio.Lock()
+        self._token: str | None = None
+        self._expires = self._renew_at = float("-inf")
+        self._failed_at = float("-inf")
+        self.trouble: str | None = None
+
+    async def get(self) -> str:
+        """Return a token that holds; fetch one if there is none.
+
+        Raises:
+            TokenError: none can be had.
+        """
+        async with self._lock:
+            if self._token is None or self._clock() >= self._expires:
+                if self.trouble is not None and self._clock() < self._failed_at + _AGAIN:
+                    raise TokenError(self.trouble)
+                await self._fetch()
+            assert self._token is not None
+            return self._token
+
+    def forget(self, token: str) -> None:
+        """Fetch another one next time, since this one was refused."""
+        if token == self._token:
+            self._token = None
+
+    async def run(self) -> None:
+        """Renew the token ahead of time, for ever; ends by being cancelled."""
+        pause = _AGAIN
+        while True:
+            try:
+                async with self._lock:
+                    if self._token is None or self._clock() >= self._renew_at:
+                        await self._fetch()
+                pause = _AGAIN
+            except TokenError:
+                pause = min(pause * 2, _AGAIN_MAX)
+            await asyncio.sleep(pause if self.trouble else max(self._renew_at - self._clock(), _AGAIN))
+
+    async def _fetch(self) -> None:
+        asked_at = self._clock()
+        try:
+            answer = await asyncio.to_thread(self._ask)
+            token = answer.get("access_token")
+            if not isinstance(token, str) or not token:
+                raise TokenError("the answer has no access_token")
+            lifetime = float(answer.get("expires_in") or _LIFETIME)
+        except (TokenError, ValueError, TypeError, OSError, HTTPException) as error:
+            self._failed_at = self._clock()
+            if self.trouble is None:
+                _log.warning("no OAuth token", error=str(error))
+            self.trouble = str(error) or type(error).__name__
+            raise TokenError(self.trouble) from None
+        self._token, self.trouble = token, None
+        self._expires = asked_at + lifetime
+        self._renew_at = asked_at + lifetime * _RENEW_AFTER
+
+    def _ask(self) -> dict[str, Any]:
+        secret = self._secret()
+        form = {"grant_type": "client_credentials", "client_id": self._client_id, "client_secret": secret}
+        if self._scope:
+            form["scope"] = self._scope
+        request = Request(self._url, urlencode(form).encode(), {"Accept": "application/json"})
+        try:
+            with _opener.open(request, timeout=self._timeout) as response:
+                answer = json.loads(response.read(_MAX_ANSWER))
+        except HTTPError as error:
+            said = f"{error.code} {_described(error.read(_MAX_ANSWER))}".rstrip()
+            raise TokenError(said.replace(secret, "***")) from None
+        except ValueError:
+            raise TokenError("the answer is not JSON") from None
+        if not isinstance(answer, dict):
+            raise TokenError("the answer is not a JSON object")
+        return answer
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    # The secret goes where the setting says, and nowhere else.
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_opener = build_opener(_NoRedirects)
+
+
+def _described(raw: bytes) -> str:
+    """What an error says (RFC 6749 section 5.2), on one line."""
+    try:
+        answer = json.loads(raw)
+        text = " ".join(str(answer[key]) for key in ("error", "error_description") if key in answer)
+    except (ValueError, TypeError):
+        text = raw.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else " " for c in text)[:_MAX_SHOWN].strip()

@@ -1,0 +1,172 @@
+"""OAuth tokens: fetched by client credentials, cached, renewed ahead of time; trouble is told."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from urllib.parse import parse_qs
+
+import pytest
+
+from services.sender.oauth import OAuthTokens, TokenError
+
+SECRET = "s3cret of the client"
+
+
+class TokenServer:
+    """Answers each request with what `answer` returns: a status and a body."""
+
+    def __init__(self) -> None:
+        self.forms: list[dict[str, list[str]]] = []
+        self.answer: Callable[[int], tuple[str, str]] = lambda n: ("200 OK", token(f"token-{n}"))
+        self.url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        [length] = [
+            line.split()[1] for line in head.split("\r\n") if line.lower().startswith("content-length")
+        ]
+        assert head.startswith("POST /token ")
+        assert "application/x-www-form-urlencoded" in head
+        self.forms.append(parse_qs((await reader.readexactly(int(length))).decode()))
+        status, body = self.answer(len(self.forms))
+        extra = "Location: /elsewhere\r\n" if status.startswith("3") else ""
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{extra}\r\n{body}".encode())
+        await writer.drain()
+        writer.close()
+
+
+def token(value: str, **more: object) -> str:
+    return json.dumps({"access_token": value, "token_type": "Bearer", "expires_in": 1000} | more)
+
+
+@asynccontextmanager
+async def token_server() -> AsyncIterator[TokenServer]:
+    server = TokenServer()
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/token"
+    try:
+        yield server
+    finally:
+        listener.close()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tokens_from(server: TokenServer, clock: Clock, scope: str = "mail.send") -> OAuthTokens:
+    return OAuthTokens(server.url, "client-1", lambda: SECRET, scope, timeout=5, clock=clock)
+
+
+async def test_a_token_is_fetched_by_client_credentials_and_kept_while_it_holds() -> None:
+    clock = Clock()
+    async with token_server() as server:
+        tokens = tokens_from(server, clock)
+        assert await asyncio.gather(*(tokens.get() for _ in range(20))) == ["token-1"] * 20
+        assert server.forms == [
+            {
+                "grant_type": ["client_credentials"],
+                "client_id": ["client-1"],
+                "client_secret": [SECRET],
+                "scope": ["mail.send"],
+            }
+        ]
+        clock.now = 999
+        assert await tokens.get() == "token-1"
+        clock.now = 1000
+        assert await tokens.get() == "token-2"
+
+
+async def test_a_refused_token_is_forgotten_and_no_other() -> None:
+    async with token_server() as server:
+        tokens = tokens_from(server, Clock())
+        assert await tokens.get() == "token-1"
+        tokens.forget("another")
+        assert await tokens.get() == "token-1"
+        tokens.forget("token-1")
+        assert await tokens.get() == "token-2"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_it_is_renewed_ahead_of_time_and_trouble_with_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.sender.oauth._AGAIN", 0.01)
+    clock = Clock()
+    async with token_server() as server:
+        tokens = tokens_from(server, clock)
+        running = asyncio.create_task(tokens.run())
+        await until(lambda: len(server.forms) == 1 and tokens.trouble is None)
+        server.answer = lambda n: ("503 Service Unavailable", "busy")
+        # The loop sleeps by another clock, for as long as the token needs no renewal.
+        running.cancel()
+        clock.now = 801
+        running = asyncio.create_task(tokens.run())
+        await until(lambda: tokens.trouble is not None)
+        assert tokens.trouble == "503 busy"
+        assert await tokens.get() == "token-1"
+        server.answer = lambda n: ("200 OK", token("token-new"))
+        await until(lambda: tokens.trouble is None)
+        assert await tokens.get() == "token-new"
+        running.cancel()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            (
+                "401 Unauthorized",
+                json.dumps({"error": "invalid_client", "error_description": "bad\r\nsecret"}),
+            ),
+            "401 invalid_client bad  secret",
+        ),
+        (("400 Bad Request", json.dumps({"error": f"not {SECRET}"})), r"400 not \*\*\*"),
+        (("500 Oops", "<html>"), "500 <html>"),
+        (("302 Found", ""), "302"),
+        (("200 OK", "no json"), "not JSON"),
+        (("200 OK", "[]"), "not a JSON object"),
+        (("200 OK", "{}"), "no access_token"),
+        (("200 OK", token("t", expires_in="soon")), "soon"),
+    ],
+)
+async def test_why_there_is_no_token_is_told_without_the_secret(answer: tuple[str, str], says: str) -> None:
+    async with token_server() as server:
+        server.answer = lambda n: answer
+        clock = Clock()
+        tokens = tokens_from(server, clock)
+        with pytest.raises(TokenError, match=says) as caught:
+            await tokens.get()
+        assert tokens.trouble == str(caught.value)
+        assert SECRET not in str(caught.value)
+        # Those that ask at the same moment ask nobody else.
+        with pytest.raises(TokenError):
+            await tokens.get()
+        assert len(server.forms) == 1
+        server.answer = lambda n: ("200 OK", token("good"))
+        clock.now += 2
+        assert await tokens.get() == "good"
+        assert tokens.trouble is None
+
+
+async def test_a_server_that_is_away_is_trouble() -> None:
+    async with token_server() as server:
+        pass
+    with pytest.raises(TokenError, match="refused"):
+        await tokens_from(server, Clock()).get()
+
+
+async def test_without_a_scope_none_is_asked_for() -> None:
+    async with token_server() as server:
+        await tokens_from(server, Clock(), scope="").get()
+        assert "scope" not in server.forms[0]

@@ -1,0 +1,126 @@
+"""What the settings say about the relay: the name at EHLO, how AUTH is made, what is missing."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.config import Settings
+from services.common.telemetry import SENDER_RELAY_TROUBLE
+from services.sender import client_name
+from services.sender.client_name import own_name
+from services.sender.replies import NotSent, Phase
+from services.sender.service import _show, relay_of, tokens_of
+
+OAUTH = {
+    "email_user": "shop@example.org",
+    "email_auth": "xoauth2",
+    "email_oauth_token_url": "https://login.example.org/token",
+    "email_oauth_client_id": "client-1",
+    "email_oauth_client_secret": "s3cret",
+}
+
+
+def settings(**given: Any) -> Settings:
+    return Settings(**given)
+
+
+@pytest.mark.parametrize(
+    ("hostname", "fqdn", "name"),
+    [
+        ("mail-1.example.org", None, "mail-1.example.org"),
+        ("mail-1", "mail-1.example.org.", "mail-1.example.org"),
+        ("3f2a1b9c8d7e", "3f2a1b9c8d7e", None),
+        ("box", "localhost", None),
+        ("box", "localhost.localdomain", None),
+        ("box", "192.0.2.1", None),
+        ("under_score.example.org", None, None),
+    ],
+)
+async def test_the_hosts_full_name_is_the_clients_and_none_is_left_to_the_address(
+    monkeypatch: pytest.MonkeyPatch, hostname: str, fqdn: str | None, name: str | None
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: hostname)
+    monkeypatch.setattr(socket, "getfqdn", lambda asked: fqdn)
+    assert await own_name() == name
+
+
+async def test_a_resolver_that_does_not_answer_holds_up_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> str:
+        raise OSError("no DNS")
+
+    monkeypatch.setattr(client_name, "_fqdn", fails)
+    assert await own_name() is None
+
+
+def test_the_setting_is_the_clients_name_before_the_hosts() -> None:
+    assert (
+        relay_of(settings(email_helo="mail.example.org"), None, "host.example").client_name
+        == "mail.example.org"
+    )
+    assert relay_of(settings(), None, "host.example").client_name == "host.example"
+    assert relay_of(settings()).client_name is None
+
+
+def test_auth_is_made_as_the_setting_says() -> None:
+    assert relay_of(settings()).credentials is None
+    for auth, mechanism in (("auto", None), ("plain", "plain"), ("LOGIN", "login")):
+        credentials = relay_of(settings(email_user="ann", email_pass="pw", email_auth=auth)).credentials
+        assert credentials is not None
+        assert (credentials.user, credentials.secret, credentials.mechanism) == ("ann", "pw", mechanism)
+        assert credentials.tokens is None
+    given = settings(**OAUTH)
+    tokens = tokens_of(given)
+    assert tokens is not None
+    credentials = relay_of(given, tokens).credentials
+    assert credentials is not None
+    assert (credentials.mechanism, credentials.tokens) == ("xoauth2", tokens)
+    assert "s3cret" not in f"{credentials} {given!r}"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"email_auth": "plain"}, "^EMAIL_USER: must be set where EMAIL_AUTH is plain"),
+        (OAUTH | {"email_user": ""}, "^EMAIL_USER: must be set where EMAIL_AUTH is xoauth2"),
+        (OAUTH | {"email_oauth_token_url": ""}, "^EMAIL_OAUTH_TOKEN_URL: must be set"),
+        (OAUTH | {"email_oauth_client_id": ""}, "^EMAIL_OAUTH_CLIENT_ID: must be set"),
+        (OAUTH | {"email_oauth_client_secret": "\n"}, "^EMAIL_OAUTH_CLIENT_SECRET: must be set"),
+        (OAUTH | {"email_oauth_client_secret_file": "/x"}, "^EMAIL_OAUTH_CLIENT_SECRET: .* not both"),
+        (
+            OAUTH | {"email_oauth_client_secret": "", "email_oauth_client_secret_file": "/no/such/file"},
+            "^EMAIL_OAUTH_CLIENT_SECRET_FILE: cannot be read",
+        ),
+        (OAUTH | {"email_auth": "auto"}, "^EMAIL_AUTH: must be xoauth2"),
+    ],
+)
+def test_what_is_missing_or_too_much_is_named(given: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        relay_of(settings(**given), tokens_of(settings(**given)))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_the_secrets_file_is_read_at_each_fetch_without_its_line_end(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("first\r\n")
+    given = OAUTH | {"email_oauth_client_secret": "", "email_oauth_client_secret_file": str(file)}
+    tokens = tokens_of(settings(**given))
+    assert tokens is not None
+    assert tokens._secret() == "first"
+    file.write_text("second\n")
+    assert tokens._secret() == "second"
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=r"^EMAIL_OAUTH_CLIENT_SECRET_FILE: the file is empty"):
+        tokens_of(settings(**given))
+
+
+def test_what_keeps_the_relay_from_being_used_is_one_series_while_it_lasts() -> None:
+    def series() -> list[dict[str, str]]:
+        return [sample.labels for metric in SENDER_RELAY_TROUBLE.collect() for sample in metric.samples]
+
+    for said in ("550 5.4.5 quota id-1", "550 5.4.5 quota id-2"):
+        _show(NotSent(Phase.ENVELOPE, said, True, "relay:25"))
+        assert series() == [{"relay": "relay:25", "phase": "envelope", "reply": said}]
+    _show(None)
+    assert series() == []
