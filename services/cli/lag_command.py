@@ -195,6 +195,8 @@ def _clear(found: dict[str, Any]) -> None:
 
 
 def _show(frame: Frame, found: Row) -> None:
+    from services.cli.lag.report import remarks  # noqa: PLC0415
+
     out = frame.out
     stages = [
         row
@@ -218,3 +220,5 @@ def _show(frame: Frame, found: Row) -> None:
         if rows:
             print()
             out.table(rows, columns)
+    for line in remarks(found):
+        say(line)

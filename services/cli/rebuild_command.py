@@ -92,7 +92,7 @@ def register(app: typer.Typer) -> None:
             raise Failure(error, FAILED) from None
         except Busy as error:
             raise Failure(f"{error}; run it again", UNAVAILABLE) from None
-        frame.out.one(_row(report), lambda row: _show(frame, row))
+        frame.out.one(_row(report), lambda row: _show(frame, row, yes))
         if report.gone:
             say("The topics do not hold everything that the tables know; that stays in the tables as it is.")
         if not report.equal and not yes:
@@ -115,9 +115,17 @@ def _row(report: Report) -> dict[str, Any]:
     return row
 
 
-def _show(frame: Frame, row: Row) -> None:
-    always = ("events", "tasks", "missing", "differing", "swapped", "seconds")
-    frame.out.values(row, {key: title for key, title in _TITLES.items() if key in always or row[key]})
+def _show(frame: Frame, row: Row, yes: bool) -> None:
+    always = {"events", "tasks", "missing", "differing", "swapped", "seconds"}
+    titles = dict(_TITLES)
+    if yes:
+        titles |= {"bodies": "bodies restored", "deliveries": "deliveries restored"}
+        if not any(
+            row[key] for key in ("swapped", "missing", "differing", "lines_missing", "lines_differing")
+        ):
+            # There was nothing to exchange.
+            always.discard("swapped")
+    frame.out.values(row, {key: title for key, title in titles.items() if key in always or row[key]})
     for key, columns in (("gone", _GONE), ("samples", _SAMPLES)):
         if row[key]:
             print()

@@ -10,7 +10,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from services.cli.lag import outbox, read
 from services.cli.lag.domains import State, Waiting, figures
-from services.cli.lag.report import report
+from services.cli.lag.report import remarks, report
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.cli.lag_command import _DELAYS, _MEMBERS, _PARTITIONS
 from services.cli.main import app
@@ -73,6 +73,27 @@ def test_a_delay_topic_that_nobody_reads_counts_while_something_waits_there_or_n
     assert shown(sample(ends=ends)) == (["sender.delay.60", "sender.delay.300"], 1)
     alone = {"sender": Group("postroad.sender", "empty", [])}
     assert shown(sample(groups=alone)) == (["sender.delay.60", "sender.delay.300"], 4)
+
+
+def test_what_figures_mean_is_said() -> None:
+    def row(stage: str, **figures: object) -> dict[str, object]:
+        return {"stage": stage, "members": [{}], "lag": 0, "oldest_waiting_seconds": None} | figures
+
+    late = row("status", lag=3, oldest_waiting_seconds=60.0, read_per_second=0.0, members=[])
+    [said] = remarks({"stages": [late]})
+    assert said.startswith("status is behind: ")
+    still = row("sender", lag=84, oldest_waiting_seconds=60.0, read_per_second=0.0)
+    [said] = remarks({"stages": [still]})
+    assert "--domains" in said
+    assert remarks({"stages": [still], "domains": []}) == []
+    fine = [
+        row("status", lag=3, oldest_waiting_seconds=0.4, read_per_second=9.0),
+        row("sender", lag=84, oldest_waiting_seconds=9.0, read_per_second=5.0),
+        row("sender", lag=84, oldest_waiting_seconds=9.0, read_per_second=None),
+        row("sender", read_per_second=0.0),
+        row("sender", lag=84, read_per_second=0.0, members=[]),
+    ]
+    assert remarks({"stages": fine}) == []
 
 
 def test_a_due_time_that_is_past_is_no_negative_time(capsys: pytest.CaptureFixture[str]) -> None:

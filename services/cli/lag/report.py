@@ -9,8 +9,10 @@ from typing import Any
 from services.cli.lag.sample import Place, Sample
 from services.common.topics import delay_of
 
-__all__ = ["report"]
+__all__ = ["remarks", "report"]
 
+# A stage's first record waits longer only where it does not keep up (seconds).
+_BEHIND = 5.0
 _LAST_SECOND = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 
 
@@ -34,6 +36,24 @@ def report(
             row for stage, topics in reads.items() for row in _partitions(stage, topics, now)
         ]
     return found
+
+
+def remarks(found: Mapping[str, Any]) -> list[str]:
+    """Return what a report means that its figures alone do not tell."""
+    said = []
+    for row in found["stages"]:
+        if row["stage"] == "status" and (row["oldest_waiting_seconds"] or 0) > _BEHIND:
+            said.append(
+                "status is behind: until it has caught up, tasks show an older state than they have;"
+                " a mail may be out though its task is pending or processing."
+            )
+        still = row["members"] and row["lag"] and row["read_per_second"] == 0
+        if row["stage"] == "sender" and still and "domains" not in found:
+            said.append(
+                "The sender commits nothing: postroad lag --stage sender --domains shows whose mails it has"
+                " in hand."
+            )
+    return said
 
 
 def _counts(stage: str, topic: str, now: Sample) -> bool:
