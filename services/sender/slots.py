@@ -47,8 +47,8 @@ class Slots:
     delay another domain's only mail by one turn, not by a thousand. A domain gets `rate` slots a second at
     most, a second's worth of them at once (0: no such bound). While it is `crowded`, the domains that have
     more than an equal share of the queue and whose first in line has waited for PATIENCE lose the later
-    half of theirs, every second anew. So does, crowded or not, a domain that `stands` still. Belongs to one
-    event loop.
+    half of theirs, every second anew. So does, crowded or not, a domain that `stands` still, down to one
+    caller a slot. Belongs to one event loop.
     """
 
     def __init__(
@@ -108,10 +108,13 @@ class Slots:
         self._serve()
 
     def stands(self, domain: str) -> bool:
-        """Tell whether callers wait for the domain, all of whose slots have been in use for STANDSTILL."""
-        used = self._used.get(domain, 0)
+        """Tell whether all of the domain's slots have been in use for STANDSTILL, and as many callers wait.
+
+        Those take all of the slots at once when the domain moves again; who waits behind them waits in vain.
+        """
+        used, waiting = self._used.get(domain, 0), len(self._waiting.get(domain, ()))
         full = used >= self._per_domain or not self._free
-        return bool(used) and full and domain in self._waiting and self._still(domain) > STANDSTILL
+        return 0 < used <= waiting and full and self._still(domain) > STANDSTILL
 
     def held(self) -> list[Held]:
         """Return the domains that have slots in use or callers waiting. Safe from any thread."""
@@ -201,9 +204,12 @@ class Slots:
         long_ago = loop.time() - PATIENCE
         share = sum(map(len, self._waiting.values())) / len(self._waiting)
         for domain, queue in self._waiting.items():
-            slow = crowded and len(queue) >= max(2, share) and queue[0].since < long_ago
-            if slow or self.stands(domain):
-                for _ in range(len(queue) // 2):
-                    turn = queue.pop().turn
-                    if not turn.done():
-                        turn.set_exception(Crowded())
+            leave = 0
+            if crowded and len(queue) >= max(2, share) and queue[0].since < long_ago:
+                leave = len(queue) // 2
+            elif self.stands(domain):
+                leave = min(len(queue) // 2, len(queue) - self._used[domain])
+            for _ in range(leave):
+                turn = queue.pop().turn
+                if not turn.done():
+                    turn.set_exception(Crowded())

@@ -162,7 +162,6 @@ class Sender:
             # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
             if not self._pool.available:
                 await self._pool.wait_available()
-            # One that waits is enough to see that the domain moves again.
             if self._sessions.stands(task.domain):
                 return self._put_off(task.domain)
             try:

@@ -886,6 +886,38 @@ async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
     waiting[0].cancel()
 
 
+async def test_of_72_mails_to_a_domain_that_never_answers_most_are_put_off_though_there_is_room(
+    build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sender.slots.STANDSTILL", 0.3)
+    monkeypatch.setattr("services.sender.slots._LOOK", 0.02)
+    answered = asyncio.Event()
+
+    async def hang(guard: Callable[[], bool]) -> replies.Outcome:
+        await answered.wait()
+        return SENT
+
+    world = build(*[hang] * 15, *[SENT] * 16)
+    world.sender._hands, world.sender._sessions = Slots(80, 60, crowded=lambda: False), Slots(20, 15)
+    ids = [number.to_bytes(16, "big") for number in range(1, 74)]
+    records = [mx_ok(id=id_, domain="hangs.test") for id_ in ids[:72]]
+    tasks = [asyncio.ensure_future(world.sender.handle(record)) for record in records]
+    await until(lambda: len(world.pool.mails) == 15)
+    quick = only_event(await world.handle(mx_ok(id=ids[72], domain="quick.test")))
+    assert isinstance(quick, pb.MailSent)
+    await until(lambda: sum(task.done() for task in tasks) == 42)
+    worst = world.sender.domains()[0]
+    assert worst[:4] == ("hangs.test", 15, 30, 0)
+    assert worst.still_seconds > 0.3
+    put_off = [task.result() for task in tasks if task.done()]
+    assert all(isinstance(outcome, Retry) and not outcome.counts for outcome in put_off)
+    answered.set()
+    ended = [outcome for outcome in await asyncio.gather(*tasks) if not isinstance(outcome, Retry)]
+    assert len(ended) == 30
+    assert {type(only_event(outcome)) for outcome in ended} == {pb.MailSent}
+    assert world.sender.domains() == []
+
+
 async def test_a_claimed_mail_does_not_wait_for_the_sessions_of_a_domain_that_stands_still(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
