@@ -170,6 +170,8 @@ class Lookup:
         host = host_state(answers)
         if host.state is HostState.USABLE:
             self._remember(name, host)
+        elif host.state is not HostState.UNKNOWN:
+            self._usable.pop(name, None)
         return host
 
     def _recall(self, names: Sequence[str]) -> dict[str, Host]:

@@ -272,3 +272,26 @@ async def test_a_domain_that_is_its_own_host_without_soa_is_believed_for_seconds
 async def test_negative_answers_with_soa_are_believed_for_its_time(start: Start) -> None:
     verdict = await look(lookup(*await start(lambda query: reply(query, authority=SOA, flags=0))))
     assert (verdict.reason, verdict.ttl) == (Reason.NO_MAIL_HOST, 120)
+
+
+# --- asked anew ------------------------------------------------------------------------------------
+
+
+async def test_asked_anew_no_mail_host_is_taken_for_granted(start: Start) -> None:
+    def script(query: dns.message.Message) -> bytes:
+        kind = query.question[0].rdtype
+        return reply(query, "MX 10 mx.test." if kind == dns.rdatatype.MX else "A 192.0.2.1")
+
+    (server,) = await start(script)
+    walk = lookup(server)
+    await look(walk)
+    await look(walk, "b.test")
+    assert server.asked["A"] == 1
+    # The host loses its address.
+    server.script = lambda query: (
+        script(query) if query.question[0].rdtype == dns.rdatatype.MX else reply(query, authority=SOA)
+    )
+    assert (await look(walk)).kind is Kind.OK
+    assert (await walk("a.test", fresh=True)).reason is Reason.NO_MAIL_HOST
+    # What was found then counts for all.
+    assert (await look(walk, "b.test")).reason is Reason.NO_MAIL_HOST

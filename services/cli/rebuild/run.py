@@ -163,12 +163,12 @@ def rebuild(settings: Settings, swap_in: bool, steps: Steps) -> Report:
             run.deliveries(swap_in)
             run.carry()
             run.compare()
+            run.recognise()
             run.bodies(swap_in)
             if swap_in and (
                 report.missing or report.differing or report.lines_missing or report.lines_differing
             ):
                 run.swap()
-            run.recognise()
             run.count()
             report.seconds = time.monotonic() - started
             return report
