@@ -50,7 +50,7 @@ class Policy:
         `born_us`: when the task's age began; like `now_us` in microseconds since the Unix epoch. A NotSent
         that is `ours` ends no attempt and does not belong here.
         """
-        reply = ended.reply if isinstance(ended, Sent | Rejected) else ""
+        reply = ended.reply if isinstance(ended, Sent | Rejected) else ended.said
         row = claimed._replace(
             settled_at=now_us,
             reason="",

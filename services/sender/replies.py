@@ -116,6 +116,8 @@ class NotSent:
     """True when no session could be had, or the relay refuses what the account sends: it says nothing about
     this mail, so it spends no attempt."""
     relay: str = ""
+    said: str = ""
+    """What the server said last, if that was no answer that could be understood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ class InDoubt:
 
     cause: str
     relay: str
+    said: str = ""
+    """As for ``NotSent``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,13 @@ class GarbageError(Exception):
     replies: list[Reply]
     """The whole replies that came before it in the same bytes."""
 
-    def __init__(self, cause: str) -> None:
-        super().__init__(cause)
+    said: str
+    """The line that is no reply, as it came."""
+
+    def __init__(self, cause: str, said: str = "") -> None:
+        super().__init__(f"{cause}: {said!r}" if said else cause)
         self.replies = []
+        self.said = said
 
 
 class _Line(NamedTuple):
@@ -101,14 +105,14 @@ class ReplyParser:
             elif not self._first and not self.patient:
                 self._lines.clear()
                 self._rest = b""
-                raise _garbage(f"not a reply: {line.text[:200]!r}", replies)
+                raise _garbage("not a reply", replies, line.text[:200])
         if self._size + len(self._rest) > _MAX_REPLY:
             raise _garbage("a reply that does not end", replies)
         return replies
 
 
-def _garbage(cause: str, replies: list[Reply]) -> GarbageError:
-    error = GarbageError(cause)
+def _garbage(cause: str, replies: list[Reply], said: str = "") -> GarbageError:
+    error = GarbageError(cause, said)
     error.replies = replies
     return error
 

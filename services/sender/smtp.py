@@ -126,6 +126,7 @@ class SmtpPool:
             outcome = await self._send(mail_from, rcpt, message, guard, trial=trial, fresh=again)
             if again or not (isinstance(outcome, Rejected) and outcome.about_session):
                 return outcome
+            _log.debug("session_refused", relay=outcome.relay, phase=outcome.phase, reply=outcome.reply)
             again = True
 
     async def _send(

@@ -7,8 +7,9 @@ from collections import deque
 from typing import NamedTuple
 
 from services.sender.replies import Phase
+from services.sender.smtp_opening import open_session
 from services.sender.smtp_relay import Limits, Relay, Timeouts, Tls
-from services.sender.smtp_session import Learnt, Session, UnavailableError, open_session
+from services.sender.smtp_session import Learnt, Session, UnavailableError
 
 __all__ = ["Sessions", "pause"]
 

@@ -86,7 +86,7 @@ async def hand_over(session: Session, mail_from: str, message: bytes, guard: Cal
     """
     wire, timeouts = session.wire, session.timeouts
     if wire.lost is not None:
-        return NotSent(Phase.DATA, wire.lost, False, session.name)
+        return NotSent(Phase.DATA, wire.lost, False, session.name, wire.said)
     if not guard():
         # After a 354 only a message or the end of the connection can follow.
         wire.abort("lease lost")
@@ -157,7 +157,7 @@ async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> 
         if not replies and not session.fresh and not wire.timed_out:
             raise StaleSessionError(wire.lost)
         phase = Phase.DATA if len(replies) == last else Phase.ENVELOPE
-        return NotSent(phase, wire.lost or "no answer", False, session.name)
+        return NotSent(phase, wire.lost or "no answer", False, session.name, wire.said)
     reply = replies[stopped]
     mail = last - 2
     if stopped < mail or (stopped == mail and reply.code == 503):
@@ -177,7 +177,7 @@ async def _refusal(session: Session, phase: Phase, at: At, reply: Reply, mail_fr
     """What a reply other than yes means: to this mail, to the session, or to all mails."""
     if not (reply.transient or reply.permanent):
         session.wire.abort(f"out of step: {reply}")
-        return NotSent(phase, f"out of step: {reply}", False, session.name)
+        return NotSent(phase, f"out of step: {reply}", False, session.name, str(reply))
     about = whose(at, reply, mail_from)
     if about is Whose.MAIL and reply.transient:
         try:
@@ -206,9 +206,9 @@ async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> Out
     wire = session.wire
     if not answer:
         cause = wire.lost or "no answer"
-        return (
-            NotSent(Phase.DATA, cause, False, session.name) if wire.unsent else InDoubt(cause, session.name)
-        )
+        if wire.unsent:
+            return NotSent(Phase.DATA, cause, False, session.name, wire.said)
+        return InDoubt(cause, session.name, wire.said)
     reply = answer[0]
     # Postfix keeps the transaction open when it refuses at the end of data, and then takes no MAIL.
     session.unclean = not reply.ok
@@ -218,7 +218,7 @@ async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> Out
         return Sent(str(reply), session.name)
     if reply.intermediate:
         wire.abort(f"out of step: {reply}")
-        return InDoubt(f"out of step: {reply}", session.name)
+        return InDoubt(f"out of step: {reply}", session.name, str(reply))
     return await _refusal(session, Phase.AFTER_DOT, At.MESSAGE, reply, mail_from)
 
 

@@ -35,6 +35,7 @@ class Wire(asyncio.Protocol):
         "_wanted",
         "closed",
         "lost",
+        "said",
         "timed_out",
         "transport",
         "unsent",
@@ -55,6 +56,8 @@ class Wire(asyncio.Protocol):
         self._on_lost: Callable[[], None] | None = None
         self.lost: str | None = None
         """Why no more replies will come; None while they may."""
+        self.said = ""
+        """What had come of the server by then and was no whole reply, or was not asked for."""
         self.timed_out = False
         """Whether it is over because the server did not answer in time."""
         self.unsent = False
@@ -136,6 +139,7 @@ class Wire(asyncio.Protocol):
             if unfinished is not None and self._waiter is not None and len(self._replies) < self._wanted:
                 self._replies.append(unfinished)
             self.lost = f"{cause}, after {said[:200]!r}" if said else cause
+            self.said = self.said or said
             self.unsent = self._buffered
             if self._on_lost is not None:
                 self._on_lost()
@@ -200,6 +204,7 @@ class Wire(asyncio.Protocol):
             replies = self._parser.feed(data)
         except GarbageError as error:
             replies, over = error.replies, str(error)
+            self.said = error.said
         waiter = self._waiter
         if waiter is None or waiter.done():
             if over is not None or replies or not self._parser.empty:
@@ -216,6 +221,9 @@ class Wire(asyncio.Protocol):
             over = "the server answered before it had everything"
         if over is None and (count > self._wanted or not self._parser.empty):
             over = "more replies than commands"
+            if count > self._wanted:
+                self.said = str(self._replies[self._wanted])
+                over += f": {self.said!r}"
         if over is not None:
             del self._replies[self._wanted :]
             self.abort(over)

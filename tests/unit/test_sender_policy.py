@@ -1,6 +1,7 @@
 """How attempts end, and what a settled row tells the others."""
 
 import random
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -59,7 +60,13 @@ def test_a_5yz_reply_ends_the_task() -> None:
 
 @pytest.mark.parametrize(
     ("ended", "reason", "reply"),
-    [(GREYLISTED, "deferred", "451 4.7.1 later"), (DROPPED, "connection_lost", ""), (SILENT, IN_DOUBT, "")],
+    [
+        (GREYLISTED, "deferred", "451 4.7.1 later"),
+        (DROPPED, "connection_lost", ""),
+        (replace(DROPPED, said="hello"), "connection_lost", "hello"),
+        (SILENT, IN_DOUBT, ""),
+        (replace(SILENT, said="hello"), IN_DOUBT, "hello"),
+    ],
 )
 def test_the_delays_are_used_in_turn_and_the_last_repeats(
     ended: Rejected | NotSent | InDoubt, reason: str, reply: str

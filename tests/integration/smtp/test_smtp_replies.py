@@ -61,6 +61,25 @@ async def test_without_a_code_it_is_a_doubt_and_the_words_are_shown(answer: byte
     outcome = await outcome_of(after_the_dot(answer))
     assert isinstance(outcome, InDoubt)
     assert answer.decode().strip() in outcome.cause
+    assert outcome.said == answer.decode().strip()
+
+
+@pytest.mark.parametrize(
+    ("replies", "said"),
+    [(["hello"], "hello"), (["250 ok", "+OK"], "+OK"), (["250 a", "250 b", "250 c"], "250 c")],
+)
+async def test_what_was_said_before_the_message_is_told_though_it_is_no_answer(
+    replies: list[str], said: str
+) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
+        await c.say(*replies)
+        await c.ended()
+
+    outcome = await outcome_of(script)
+    assert isinstance(outcome, NotSent)
+    assert (outcome.said, outcome.ours) == (said, False)
 
 
 async def test_a_reply_after_the_dot_that_does_not_end_counts_once_the_time_is_over() -> None:
