@@ -32,8 +32,11 @@ def completed(settings: Settings) -> Settings:
 
     Where the cluster has no event topic of the installation they are the defaults.
     """
-    known = kafka.admin(settings).list_topics(timeout=kafka.TIMEOUT).topics
     names, given = Names(settings.topic_prefix), settings.model_fields_set
+    stages = [stage for stage in DELAYING if f"{stage}_delays" not in given]
+    if not stages and {"partitions", "replication"} <= given:
+        return settings
+    known = kafka.admin(settings).list_topics(timeout=kafka.TIMEOUT).topics
     there = [known[name] for name in map(names.topic, EVENT_TOPICS) if name in known]
     if not there:
         return settings
@@ -43,9 +46,10 @@ def completed(settings: Settings) -> Settings:
         "partitions": max(len(topic.partitions) for topic in there),
         "replication": max(len(partition.replicas) for partition in partitions),
     }
-    found |= {f"{stage}_delays": all_ for stage, all_ in _delays(settings, DELAYING, known).items()}
-    if not found["sender_delays"]:
-        del found["sender_delays"]
+    found |= {f"{stage}_delays": all_ for stage, all_ in _delays(settings, stages, known).items()}
+    if not found.get("sender_delays"):
+        # It has at least one.
+        found.pop("sender_delays", None)
     return settings.model_copy(update={name: value for name, value in found.items() if name not in given})
 
 
@@ -61,6 +65,8 @@ def _delays(
         )
         for stage in stages
     }
+    if not any(there.values()):
+        return dict.fromkeys(there, ())
     groups = group_description.describe(
         plain_config(settings, "postroad"), [names.group(stage) for stage in there], kafka.TIMEOUT
     )

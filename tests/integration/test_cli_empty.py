@@ -96,6 +96,7 @@ COMMANDS = {
     "replay mx.ok --yes": "There are no records.",
     "lag --interval 0": "",
     "lag --interval 0 --partitions --stage sender": "",
+    "lag --interval 0 --domains --stage sender": "",
     "topics apply": "",
     "topics check": "",
     "migrate": "",

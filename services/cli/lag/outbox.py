@@ -15,6 +15,9 @@ from services.common.unpublished import unpublished
 
 __all__ = ["Outbox"]
 
+_PATIENCE = 5
+"""Seconds that one answer may take: while the database hangs, Kafka's figures are still wanted."""
+
 
 class Outbox:
     """Counts what is due; a context manager. Trouble is told on stderr, once for each kind, and not raised:
@@ -22,7 +25,7 @@ class Outbox:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.engine = engine_of(url_of(settings), pool_size=1)
+        self.engine = engine_of(url_of(settings), pool_size=1, read_seconds=_PATIENCE)
         self._said = ""
 
     def __enter__(self) -> Outbox:
