@@ -113,6 +113,7 @@ MISBEHAVED: dict[str, Script] = {
     "another question": another_question,
     "the query": lambda query: query.to_wire(),
     "a referral": lame,
+    "truncated, and no TCP": lambda query: reply(query, flags=dns.flags.TC),
     "silence": silent,
 }
 
