@@ -83,8 +83,8 @@ class Slots:
             return
         waiter = _Waiter(loop.create_future(), now)
         self._waiting.setdefault(domain, deque()).append(waiter)
-        if self._free and self._timer is None:
-            self._wake_for_rates(loop, now)
+        if self._free:
+            self._wake_within(loop, self._wait(domain, now))
         if self._watch is None:
             self._watch = loop.call_later(_LOOK, self._thin_out)
         try:
@@ -182,14 +182,17 @@ class Slots:
 
     def _wake_for_rates(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         """Come back when the first domain that only its rate holds may go on."""
-        if not self._rate:
+        if self._rate:
+            waits = (wait for domain in self._waiting if (wait := self._wait(domain, now)) > 0)
+            self._wake_within(loop, min(waits, default=0.0))
+
+    def _wake_within(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """Come back in so many seconds, or sooner where a timer is set already; 0: no timer is needed."""
+        if seconds <= 0 or (self._timer is not None and self._timer.when() <= loop.time() + seconds):
             return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        waits = [w for domain in self._waiting if (w := self._wait(domain, now)) > 0]
-        if waits:
-            self._timer = loop.call_later(min(waits), self._go_on)
+        self._timer = loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         self._timer = None

@@ -150,6 +150,24 @@ async def test_what_waits_too_long_for_a_slow_domain_in_a_crowd_is_sent_away(
         await asyncio.wait_for(task, 1)
 
 
+async def test_a_domain_waits_for_its_own_rate_whatever_another_waits_for() -> None:
+    slots = Slots(10, 0, rate=1)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    await slots.acquire("first")
+    await asyncio.sleep(0.6)
+    await slots.acquire("second")
+    turns: dict[str, float] = {}
+
+    async def take(domain: str) -> None:
+        await slots.acquire(domain)
+        turns[domain] = loop.time() - started
+
+    # The later turn is asked for first.
+    await asyncio.gather(take("second"), take("first"))
+    assert turns["first"] < 1.4 < 1.5 < turns["second"]
+
+
 async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() -> None:
     slots = Slots(10, 0, rate=0.01)
     await slots.acquire("slow")
