@@ -11,9 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from confluent_kafka import Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -119,21 +119,30 @@ def request(number: int = 0, key: str = "", **data: Any) -> CreateRequest:
     return CreateRequest(data=TaskData(**mail), idempotency_key=key)
 
 
+class Installation(Protocol):
+    """What an api can be started on."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The settings that name its Kafka, its database and its topics."""
+
+
 class ApiProcess:
     """`python -m services.api`, ready when the context is entered; SIGTERM at its end, and exit code 0."""
 
-    def __init__(self, road: Road, **environment: str) -> None:
+    def __init__(self, road: Installation, **environment: str) -> None:
         self.target = f"127.0.0.1:{free_port()}"
         self.http = f"127.0.0.1:{free_port()}"
         self._log = tempfile.NamedTemporaryFile("w+b", suffix=".log")  # noqa: SIM115
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
         given = {"POSTROAD_LISTEN": self.target, "POSTROAD_HTTP_LISTEN": self.http} | environment
-        self._environment = clean | road.environment | given
+        self._environment = clean | dict(road.environment) | given
         self.process: forked.Process | None = None
 
     def start(self) -> None:
         """Start the process, whether or not it will become ready."""
-        self.process = forked.Process("services.api", self._environment, Path(self._log.name))
+        streams = (os.devnull, self._log.name, self._log.name)
+        self.process = forked.Process("services.api", [], self._environment, streams)
 
     def __enter__(self) -> ApiProcess:
         self.start()

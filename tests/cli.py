@@ -126,7 +126,7 @@ class Command:
         *arguments: str,
         columns: int = 80,
         typed: str = "",
-        act: Callable[[subprocess.Popen[bytes], str], None] | None = None,
+        act: Callable[[forked.Process, str], None] | None = None,
         **variables: str,
     ) -> Done:
         """Run it with stdin, stdout and stderr on terminals of this width.
@@ -137,22 +137,19 @@ class Command:
         pairs = [pty.openpty() for _ in range(3)]
         for _, slave in pairs:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        process = subprocess.Popen(
-            [*LISTENING, *arguments],
-            env=self.environment | variables,
-            cwd=ROOT,
-            stdin=pairs[0][1],
-            stdout=pairs[1][1],
-            stderr=pairs[2][1],
-            start_new_session=True,
-        )
-        for _, slave in pairs:
-            os.close(slave)
+        stdin, stdout, stderr = (os.ttyname(slave) for _, slave in pairs)
+        environment = self.environment | variables
+        process = forked.Process("services.cli", arguments, environment, (stdin, stdout, stderr))
         os.write(pairs[0][0], typed.encode())
         masters, texts, end = {pairs[1][0]: 0, pairs[2][0]: 1}, ["", ""], time.monotonic() + 90
+        slaves = [slave for _, slave in pairs]
         while masters:
             assert time.monotonic() < end, f"still running: {texts}"
-            for master in select.select(list(masters), [], [], 1)[0]:
+            if slaves and process.poll() is not None:
+                # Nobody has a terminal open any more, so that its end can be read.
+                while slaves:
+                    os.close(slaves.pop())
+            for master in select.select(list(masters), [], [], 0.05)[0]:
                 try:
                     data = os.read(master, 65536)
                 except OSError:  # EIO: the other side is closed

@@ -64,11 +64,20 @@ def run(
 
 
 class Process:
-    """`python -m module`, running; `log` gets its stdout and stderr. Its methods are `subprocess.Popen`'s."""
+    """`python -m module arguments`, running. Its methods are `subprocess.Popen`'s.
 
-    def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
-        streams = [os.devnull, str(log), str(log)]
-        self._process = _context.Process(target=_main, args=(module, [], dict(environment), streams))
+    `streams` are the paths of what it has for stdin, stdout and stderr.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        streams: tuple[str, str, str],
+    ) -> None:
+        given = (module, list(arguments), dict(environment), list(streams))
+        self._process = _context.Process(target=_main, args=given)
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid

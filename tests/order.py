@@ -25,6 +25,7 @@ _FIRST = (
 )
 # What their modules' fixtures prepare costs more than several of their tests.
 _TOGETHER = (
+    "tests/e2e/test_hold",
     "tests/e2e/test_replay",
     "tests/integration/test_api_list",
     "tests/integration/test_api_requests",
@@ -78,9 +79,9 @@ def _group(item: pytest.Item) -> str:
     fixtures = getattr(item, "fixturenames", ())
     if "new_servers" in fixtures:
         return f"own_stack_{1 + zlib.crc32(item.nodeid.encode()) % 2}"
-    if "stack" in fixtures:
-        return "stack"
-    return next((start for start in _TOGETHER if item.nodeid.startswith(start)), "")
+    if together := next((start for start in _TOGETHER if item.nodeid.startswith(start)), ""):
+        return together
+    return "stack" if "stack" in fixtures else ""
 
 
 def _rank(item: pytest.Item) -> int:

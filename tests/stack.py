@@ -20,10 +20,11 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ class Stack:
         """End one process by SIGKILL."""
         self.command("kill", name)
 
+    @contextmanager
+    def frozen(self, name: str) -> Iterator[None]:
+        """Have one process stand still (SIGSTOP) within the block."""
+        pid = self.pid(name)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def down(self) -> None:
         """End everything and delete the data."""
         self.command("down", "--wipe")
@@ -103,6 +114,12 @@ class Stack:
         """stack.env as it is now."""
         lines = (self.directory / "stack.env").read_text().splitlines()
         return dict(line.partition("=")[::2] for line in lines)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The settings that put a further process on its Kafka, its database and its topics."""
+        named = ("POSTROAD_KAFKA_BOOTSTRAP", "POSTROAD_DATABASE_URL", "POSTROAD_TOPIC_PREFIX")
+        return {name: value for name, value in self.env().items() if name in named}
 
     @property
     def names(self) -> Names:
@@ -320,15 +337,14 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture
 def new_servers() -> Iterator[Callable[..., Stack]]:
     """`new_servers(POSTROAD_LOCAL_DB="mariadb")` is a stack with that variable, not up yet."""
-    made: list[Stack] = []
+    with ExitStack() as made:
 
-    def make(**given: str) -> Stack:
-        made.append(Stack(_directory(), given))
-        return made[-1]
+        def make(**given: str) -> Stack:
+            system = Stack(_directory(), given)
+            made.callback(system.down)
+            return system
 
-    yield make
-    for system in made:
-        system.down()
+        yield make
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -125,56 +124,3 @@ def _keys(road: Road, topic: str) -> set[str]:
     from services.api.uuid7 import text
 
     return {text(record.key()) for record in road.records(topic)}
-
-
-@pytest.mark.timeout(300)
-def test_failed_and_uncertain_tasks_are_sent_when_opened_again_and_sent_ones_never(
-    new_stack: Callable[..., Stack],
-) -> None:
-    stack = new_stack(POSTROAD_ON_UNCERTAIN="hold")
-    stack.up()
-    with Road(stack) as road:
-        stack.control_mail(
-            rules=[
-                {"rcpt": "no*@*", "fault": "reject5"},
-                {"rcpt": "lost*@*", "fault": "drop-lost-always"},
-            ]
-        )
-        refused = [road.create(f"no{n}@d{n}.ok.test") for n in range(20)]
-        lost = [road.create(f"lost{n}@d{n}.ok.test") for n in range(20)]
-        sent = [road.create(f"yes{n}@d{n}.ok.test") for n in range(20)]
-        tasks = road.settled([*refused, *lost, *sent])
-        for ids, status in ((refused, "failed"), (lost, "uncertain"), (sent, "completed")):
-            assert {tasks[id_].status for id_ in ids} == {status}
-        # A Cancel answers what has really happened; it closes a task whose mail may be out.
-        for ids, status in ((refused, "failed"), (lost[:10], "cancelled"), (sent, "completed")):
-            assert {cancel(road, id_).status for id_ in ids} == {status}
-        assert {_refused(road, id_) for id_ in sent} == {
-            (grpc.StatusCode.FAILED_PRECONDITION, "ALREADY_SENT")
-        }
-        stack.control_mail(rules=[])
-        with ThreadPoolExecutor(8) as callers:
-            opened = list(callers.map(lambda id_: _opened(road, id_), [*refused, *lost] * 3))
-        # Asked for thrice at once, each is opened once, or anew where it had ended meanwhile.
-        assert Counter(id_ for id_, done in opened if done).keys() == {*refused, *lost}
-        done = road.settled([*refused, *lost])
-        assert {task.status for task in done.values()} == {"completed"}
-        quiet(road)
-        assert set(road.copies([*refused, *lost, *sent]).values()) == {1}
-        assert {_refused(road, id_)[1] for id_ in [*refused, *lost]} == {"ALREADY_SENT"}
-
-
-def _opened(road: Road, id_: str) -> tuple[str, bool]:
-    try:
-        retry(road, id_)
-    except grpc.RpcError as error:
-        if reason(error) not in ("NOT_OVER", "ALREADY_SENT"):
-            raise
-        return id_, False
-    return id_, True
-
-
-def _refused(road: Road, id_: str) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        retry(road, id_)
-    return caught.value.code(), reason(caught.value)  # type: ignore[attr-defined]

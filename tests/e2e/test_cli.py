@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import forked
+from tests.api_process import ApiProcess
 from tests.cli import Command, Done
 from tests.e2e.road import Road, until
 from tests.stack import Stack
@@ -261,21 +262,21 @@ def test_flags_beat_the_environment(postroad: Command, stack: Stack) -> None:
     assert postroad("list", "-n", "1", POSTROAD_API="127.0.0.1:1").code == 5
 
 
-def test_a_token_opens_what_it_may(new_stack: Callable[..., Stack], tmp_path: Path) -> None:
-    stack = new_stack(POSTROAD_API_TOKENS="blue:blue-token-1,red:red-token-22")
-    stack.up()
-    api = stack.env()["POSTROAD_API"]
-    config = tmp_path / "config.toml"
-    config.write_text(f'[profiles.blue]\napi = "{api}"\ntoken = "blue-token-1"\n')
-    postroad = Command({"POSTROAD_CONFIG": str(config)})
-    for flags in ([], ["--token", "wrong-token"]):
-        done = postroad("list", "--api", api, *flags)
-        assert (done.code, done.out) == (DENIED, "")
-        assert done.err == "postroad: a known bearer token is needed\n"
-    id_ = created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "--profile", "blue", "-o", "json"))
-    assert postroad("get", id_, POSTROAD_PROFILE="blue").code == 0
-    assert postroad("get", id_, "--profile", "blue", "--token", "red-token-22").code == NOT_FOUND
-    assert postroad("watch", id_, "--profile", "blue", "--timeout", "30").code == 0
+def test_a_token_opens_what_it_may(stack: Stack, tmp_path: Path) -> None:
+    with ApiProcess(stack, POSTROAD_API_TOKENS="blue:blue-token-1,red:red-token-22") as api:
+        config = tmp_path / "config.toml"
+        config.write_text(f'[profiles.blue]\napi = "{api.target}"\ntoken = "blue-token-1"\n')
+        config.chmod(0o600)
+        postroad = Command({"POSTROAD_CONFIG": str(config)})
+        for flags in ([], ["--token", "wrong-token"]):
+            done = postroad("list", "--api", api.target, *flags)
+            assert (done.code, done.out) == (DENIED, "")
+            assert done.err == "postroad: a known bearer token is needed\n"
+        mail = ("a@good.test", "-S", "s", "-b", "b")
+        id_ = created(postroad("create", *mail, "--profile", "blue", "-o", "json"))
+        assert postroad("get", id_, POSTROAD_PROFILE="blue").code == 0
+        assert postroad("get", id_, "--profile", "blue", "--token", "red-token-22").code == NOT_FOUND
+        assert postroad("watch", id_, "--profile", "blue", "--timeout", "30").code == 0
 
 
 def test_lag_tells_who_is_behind(postroad: Command, road: Road, stack: Stack) -> None:
@@ -323,7 +324,7 @@ def test_what_waits_on_purpose_is_no_lag(postroad: Command, road: Road) -> None:
 
 
 def test_tables_that_are_watched_are_drawn_anew(postroad: Command) -> None:
-    def stop(process: subprocess.Popen[bytes], text: str) -> None:
+    def stop(process: forked.Process, text: str) -> None:
         if not stopped and text.count("\x1b[H\x1b[2J") >= 2 and text.count("STAGE") >= 3:
             stopped.append(True)
             process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ from tests.stack import Stack
 def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., Stack]) -> None:
     """Keys move to other partitions with tasks in every state, deferred ones among them."""
     stack = new_stack(POSTROAD_SENDER_DELAYS="1,3", POSTROAD_VALIDATOR_DELAYS="1,3")
-    stack.up("--sender", "2", "--status", "2")
+    stack.up()
     postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": "6"})
     refused = postroad("topics", "apply")
     assert (refused.code, refused.out) == (1, "")
@@ -41,15 +41,15 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
 
         def load() -> None:
             number = 0
-            while not enough.is_set() or number % 100:
+            while not enough.is_set() or number % 20:
                 kind = "greylist" if number % 10 == 0 else "x"
                 ids.append(road.create_surely(f"{kind}+{number}@good.test", f"grow-{number}"))
                 number += 1
-                time.sleep(0.01)
+                time.sleep(0.04)
 
         thread = threading.Thread(target=load)
         thread.start()
-        until(lambda: len(ids) > 200, "under load")
+        until(lambda: len(ids) > 60, "under load")
         grown = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
         assert grown.code == 0, grown.err
         assert {row["state"] for row in grown.json} == {"grown"}
@@ -59,10 +59,10 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         assert waiting, "tasks were deferred when the topics grew"
         before = len(ids)
         # The stages' producers learn of the new partitions within five minutes; a restart is sooner.
-        for name in ("validator-1", "sender-1", "sender-2", "status-1", "status-2", "api-1"):
+        for name in ("validator-1", "sender-1", "status-1", "api-1"):
             stack.stop(name)
         Stack(stack.directory, {"POSTROAD_PARTITIONS": "6"}).up()
-        until(lambda: len(ids) > before + 100, "more tasks")
+        until(lambda: len(ids) > before + 40, "more tasks")
         enough.set()
         thread.join(60)
         road.settled(ids, 120)

@@ -14,7 +14,8 @@ from tests.e2e.road import Road, until
 from tests.forms import by_form
 from tests.stack import Stack
 
-AWAY = by_form(6.0, 20.0)
+# The time that a server needs to start comes on top.
+AWAY = by_form(3.0, 20.0)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ class Load:
             self._stop.wait(0.2)
 
     def __enter__(self) -> Load:
-        self._threads = [threading.Thread(target=self._run, args=(lane,)) for lane in range(4)]
+        self._threads = [threading.Thread(target=self._run, args=(lane,)) for lane in range(2)]
         for thread in self._threads:
             thread.start()
         return self

@@ -17,7 +17,7 @@ from tests.e2e.test_kills import Load
 from tests.forms import by_form
 from tests.stack import Stack
 
-TASKS = by_form(120, 400)
+TASKS = by_form(60, 400)
 ENDS = ("user@d{}.ok.test", "reject5+{}@good.test", "user{}@nullmx.test", "greylist+{}@good.test")
 
 
@@ -62,12 +62,12 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
             for table in ("tasks", "task_events", "task_bodies", "deliveries"):
                 connection.exec_driver_sql(f"TRUNCATE {table}")
         with Load(road, "meanwhile") as load:
-            until(lambda: len(load.ids) > 50, "tasks arrive")
+            until(lambda: len(load.ids) > 20, "tasks arrive")
             count = len(load.ids)
             report = rebuilt(stack, "--yes")
             assert report["swapped"]
             assert report["missing"] >= TASKS
-            until(lambda: len(load.ids) > count + 60, "tasks go on arriving")
+            until(lambda: len(load.ids) > count + 30, "tasks go on arriving")
         tasks = road.settled(load.ids, 90)
         assert {task.status for task in tasks.values()} == {"completed"}
         road.sent_once(load.ids)

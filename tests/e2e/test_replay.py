@@ -21,9 +21,9 @@ from tests.forms import by_form
 from tests.groups import Offsets, describe
 from tests.stack import Infra, Stack, shared
 
-SENT = by_form(150, 5000)
-REJECTED = max(30, SENT * 6 // 100)
-UNANSWERED, WAITING, CANCELLED = 5, 5, 5
+SENT = by_form(60, 5000)
+REJECTED = by_form(15, 300)
+UNANSWERED, WAITING, CANCELLED = 3, 3, 3
 STAGES = ("validator", "sender", "status")
 SETTINGS = {
     # Out of attempts soon; and what is deferred stays so.
@@ -171,7 +171,7 @@ def nothing_is_left(before: Before, load: Load) -> None:
 @pytest.mark.timeout(900)
 def test_replays_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
     road, stack = before.road, before.stack
-    with Load(road, "meanwhile", callers=2, rate=10) as load:
+    with Load(road, "meanwhile", callers=2, rate=5) as load:
         result = replay(stack, TASK_CREATED)
         assert became(result, "already sent") >= SENT
         assert became(result, "settled") == len(before.failed) + CANCELLED
@@ -188,7 +188,7 @@ def test_replays_send_nothing_again_while_new_tasks_arrive(before: Before) -> No
 @pytest.mark.timeout(900)
 def test_groups_reset_to_earliest_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
     road, stack = before.road, before.stack
-    with Load(road, "resets", callers=2, rate=10) as load:
+    with Load(road, "resets", callers=2, rate=5) as load:
         for stage in STAGES:
             stack.stop(f"{stage}-1")
         for stage in STAGES:

@@ -11,9 +11,11 @@ import pytest
 
 from postroad.v1 import task_service_pb2 as pb
 from tests.e2e.road import Road, until
+from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
 from tests.stack import Stack
 
+PAGED = by_form(600, 3000)
 ENDS = [
     # recipient, status, reason, reply begins with, mails that were taken
     ("ada@good.test", "completed", "", "250", 1),
@@ -127,8 +129,8 @@ def test_a_repeated_create_makes_one_task(road: Road) -> None:
 
 
 def test_pages_to_the_end_while_tasks_arrive(road: Road) -> None:
-    ids = set(road.create_many([f"u{n}@paged.test" for n in range(3000)], "paged", 32))
-    assert len(ids) == 3000
+    ids = set(road.create_many([f"u{n}@paged.test" for n in range(PAGED)], "paged", 32))
+    assert len(ids) == PAGED
     stop = threading.Event()
     failed: list[BaseException] = []
 
@@ -147,9 +149,9 @@ def test_pages_to_the_end_while_tasks_arrive(road: Road) -> None:
         seen: list[str] = []
         token = ""
         while True:
-            request = pb.ListRequest(domain="paged.test", page_size=70, page_token=token)
+            request = pb.ListRequest(domain="paged.test", page_size=PAGED // 40, page_token=token)
             page = road.stub.List(request, timeout=20)
-            assert len(page.results) <= 70
+            assert len(page.results) <= PAGED // 40
             seen += [row.id for row in page.results]
             token = page.next_page_token
             if not token:

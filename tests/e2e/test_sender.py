@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 import urllib.error
 import urllib.request
@@ -52,19 +50,16 @@ def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., 
     stack.up("--sender", "2")
     with Road(stack) as road:
         # Slow ones, so that the freeze finds mails under way.
-        emails = [f"{'slow-2000' if n % 2 else f'f{n}'}@f{n}.ok.test" for n in range(120)]
+        emails = [f"{'slow-2000' if n % 2 else f'f{n}'}@f{n}.ok.test" for n in range(60)]
         ids = road.create_many(emails, "freeze")
         until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
-        os.kill(stack.pid("sender-1"), signal.SIGSTOP)
-        try:
+        with stack.frozen("sender-1"):
             # Its partitions go to the other after the session timeout, its claims after their leases.
             tasks = road.settled(ids, 60)
-        finally:
-            os.kill(stack.pid("sender-1"), signal.SIGCONT)
         assert {task.status for task in tasks.values()} == {"completed"}
         assert sum(road.doubts(id_) for id_ in ids) > 0, "the freeze hit nothing"
         until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") == 0, "the sleeper lets go")
-        more = road.create_many([f"g{n}@f{n}.ok.test" for n in range(60)], "thaw")
+        more = road.create_many([f"g{n}@f{n}.ok.test" for n in range(20)], "thaw")
         road.settled(more, 60)
         road.sent_once(ids + more)
         until(lambda: not any(road.lag().values()), "all committed", 30)
@@ -77,7 +72,7 @@ def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
     new_stack: Callable[..., Stack],
 ) -> None:
     # The long form has the settings' own times.
-    mails, seconds = by_form((24, 4), (200, 25))
+    mails, seconds = by_form((24, 3), (200, 25))
     hasty = {"POSTROAD_REVOKE_SECONDS": "1", "POSTROAD_DRAIN_SECONDS": "1"}
     stack = new_stack(**by_form(hasty, {}))
     stack.up()
@@ -104,27 +99,6 @@ def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
         assert Counter(road.copies(ids).values()) == {1: mails}
         assert sum(road.doubts(id_) for id_ in ids) == 0
         until(lambda: not any(road.lag().values()), "all committed", 30)
-
-
-@pytest.mark.timeout(300)
-def test_under_hold_a_killed_senders_mails_are_never_sent_again(new_stack: Callable[..., Stack]) -> None:
-    stack = new_stack(POSTROAD_LEASE_SECONDS=LEASE, POSTROAD_ON_UNCERTAIN="hold")
-    stack.up()
-    with Road(stack) as road:
-        ids = road.create_many([f"slow-1500@h{n}.ok.test" for n in range(60)], "hold")
-        until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
-        stack.kill("sender-1")
-        stack.start("sender-1")
-        tasks = road.settled(ids, 60)
-        copies = road.copies(ids)
-        assert max(copies.values()) == 1
-        statuses = {task.status for task in tasks.values()}
-        assert statuses == {"completed", "uncertain"}
-        for task in tasks.values():
-            if task.status == "completed":
-                assert copies[task.id] == 1
-            else:
-                assert (task.reason, road.doubts(task.id)) == ("in_doubt", 1)
 
 
 @pytest.mark.timeout(300)

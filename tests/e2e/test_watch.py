@@ -14,6 +14,7 @@ from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from tests.e2e.road import SETTLED, Road
+from tests.forms import by_form
 from tests.stack import Stack
 
 # Every way to an end that needs no long wait. The mail server spoils a recipient's first try: these are
@@ -23,7 +24,7 @@ RECIPIENTS = [
     "drop-lost+watch@good.test", "reject5@good.test", "ada@nowhere.test", "ada@bücher.test",
 ]  # fmt: skip
 LABELS = {"watched": "yes"}
-ROUNDS = 25
+ROUNDS = by_form(10, 25)
 
 Story = list[task_pb2.TimelineEntry]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -142,15 +140,12 @@ def test_batches_that_wait_keep_no_single_create_out(servers: Infra, road: Road)
     ):
         tasks = TaskServiceStub(channel)
         tasks.Create(request(), timeout=20)
-        os.kill(servers.pid("mysql"), signal.SIGSTOP)
-        try:
+        with servers.frozen("mysql"):
             calls = [threads.submit(tasks.BatchCreate, batch, timeout=60) for _ in range(3)]
             eventually(lambda: sum(call.done() for call in calls) == 2)
             assert code(tasks.Create, request()) is grpc.StatusCode.UNAVAILABLE
             no_batch = channel.unary_unary("/postroad.v1.TaskService/BatchCreate")
             assert code(no_batch, b"\xff") is grpc.StatusCode.RESOURCE_EXHAUSTED
-        finally:
-            os.kill(servers.pid("mysql"), signal.SIGCONT)
         errors = [call.exception() for call in calls]
         assert [error.code() for error in errors if isinstance(error, grpc.RpcError)] == [
             grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -29,7 +29,8 @@ from tests.stack import Infra
 
 Table = tuple[Engine, list[Row]]
 
-ROWS = by_form(30_000, 100_000)
+ROWS = by_form(10_000, 100_000)
+ARRIVED = by_form(600, 3000)
 FIRST_US = 1_790_000_000_000_000
 STEP_US = 1000
 CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"
@@ -277,13 +278,13 @@ def test_paging_to_the_end_misses_and_doubles_no_row_while_new_ones_arrive(infra
             return str(client.call(CREATE, {"data": data})["id"])
 
         client.method(CREATE)
-        before = set(threads.map(create, range(3000)))
+        before = set(threads.map(create, range(ARRIVED)))
         found: list[str] = []
         token = ""
         for _ in range(1000):
-            arriving = [threads.submit(create) for _ in range(20)]
+            arriving = [threads.submit(create) for _ in range(10)]
             page = client.call(
-                LIST, {"page_size": 97, "page_token": token, "_filters": {"status": "pending"}}
+                LIST, {"page_size": ARRIVED // 30, "page_token": token, "_filters": {"status": "pending"}}
             )
             found += [task["id"] for task in page["results"]]
             for future in arriving:
@@ -310,7 +311,7 @@ def test_a_page_of_large_tasks_stays_below_what_clients_take(infra: Infra) -> No
     labels = {f"{n:060}": "v" * 250 for n in range(64)}
     with ApiProcess(road) as api, ReflectionClient(api.target) as client:
         data = {"email": "a@shop.test", "subject": "s", "body": "", "labels": labels}
-        ids = [client.call(CREATE, {"data": data})["id"] for _ in range(300)]
+        ids = [client.call(CREATE, {"data": data})["id"] for _ in range(240)]
         found: list[str] = []
         request: dict[str, Any] = {"page_size": 1000}
         while True:

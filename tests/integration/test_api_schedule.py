@@ -27,7 +27,7 @@ from tests.forms import by_form
 from tests.stack import Infra
 
 SECOND = 1_000_000
-STANDING = by_form(10_000, 50_000)
+STANDING = by_form(4_000, 50_000)
 
 
 @pytest.fixture

@@ -318,7 +318,7 @@ def test_under_hold_a_takeover_is_stored_as_uncertain(engine: Engine) -> None:
 
 
 def test_of_many_claimers_in_many_processes_exactly_one_takes_each_task(database_url: str) -> None:
-    ids = [new_id() for _ in range(600)]
+    ids = [new_id() for _ in range(300)]
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
         runs = [pool.submit(claim_all, database_url, ids, seed, 3) for seed in range(3)]
         won = Counter(task_id for run in runs for task_id in run.result(timeout=120))

@@ -23,6 +23,7 @@ from services.common.events import Outgoing
 from services.common.stage.headers import LeftOut, left_out
 from services.common.stage.types import Dead, Outcome, Record, Retry
 from services.common.topics import MX_OK, TASK_CREATED
+from tests.forms import by_form
 from tests.integration.stage_kit import Kit, Watched, created, passed_on, until
 from tests.stack import ROOT
 
@@ -215,7 +216,7 @@ async def test_i4_what_a_stalled_handler_holds_is_bounded(kit: Kit) -> None:
         return passed_on(record)
 
     settings = kit.with_(max_in_flight=300, max_in_flight_bytes=8 << 20)
-    await kit.publish(created(n, body="x" * 20_000) for n in range(3000))
+    await kit.publish(created(n, body="x" * 20_000) for n in range(800))
     async with kit.running(settings, handle=handle):
         await until(lambda: len(holding) >= 190)
         held = len(holding)
@@ -229,20 +230,20 @@ async def test_i4_what_a_stalled_handler_holds_is_bounded(kit: Kit) -> None:
         gauge = telemetry.STAGE_IN_FLIGHT.labels("validator")
         assert gauge.collect()[0].samples[0].value == len(holding)
         go.set()
-        await until(lambda: sum(kit.committed().values()) == 3000, 60)
+        await until(lambda: sum(kit.committed().values()) == 800, 60)
     assert Counter(r.key for r in holding).most_common(1)[0][1] == 1
 
 
-async def test_i4_a_hundred_thousand_deferred_records_take_no_memory(newest: Kit) -> None:
+async def test_i4_deferred_records_take_no_memory(newest: Kit) -> None:
     kit = newest
     due = int(time.time() * 1000) + 60_000
-    template = created(body="x" * 300)
+    template = created(body="x" * 1000)
     headers = [
         *template.headers,
         ("due-at", b"%d" % due), ("attempt", b"2"), ("origin", b"task.created/0/0"), ("cause", b"x"),
     ]  # fmt: skip
-    count = 100_000
-    for start in range(0, count, 20_000):
+    # Held in memory, the fewest of them would take more than the assertion allows.
+    for start in range(0, by_form(40_000, 100_000), 20_000):
         await kit.publish(
             Outgoing("validator.delay.2", b"%d" % n, template.value, headers)
             for n in range(start, start + 20_000)
@@ -478,8 +479,8 @@ async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) 
 async def test_i10_sigterm_under_load_drains_commits_and_exits_0(kit: Kit, child: Any) -> None:
     first = child(0.2)
     await until(lambda: "partitions assigned" in first.log(), 30)
-    publishing = asyncio.create_task(kit.publish(created(n) for n in range(5000)))
-    await until(lambda: len(first.handled()) > 500, 30)
+    publishing = asyncio.create_task(kit.publish(created(n) for n in range(2000)))
+    await until(lambda: len(first.handled()) > 200, 30)
     started = time.monotonic()
     first.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(first.process.wait, 20) == 0
@@ -487,23 +488,23 @@ async def test_i10_sigterm_under_load_drains_commits_and_exits_0(kit: Kit, child
     await publishing
     handled = first.handled()
     # All that it took is committed, and no more: what the next one gets is the rest, each once.
-    assert sum(kit.committed().values()) == len(handled) < 5000
+    assert sum(kit.committed().values()) == len(handled) < 2000
     second = child(0)
-    await until(lambda: len(second.handled()) == 5000 - len(handled), 60)
+    await until(lambda: len(second.handled()) == 2000 - len(handled), 60)
     await until(lambda: kit.committed() == kit.end())
-    assert sorted(handled + second.handled()) == list(range(5000))
+    assert sorted(handled + second.handled()) == list(range(2000))
 
 
 async def test_a_killed_replicas_records_are_handled_by_the_next(kit: Kit, child: Any) -> None:
     first = child(0.05)
     await until(lambda: "partitions assigned" in first.log(), 30)
-    publishing = asyncio.create_task(kit.publish(created(n) for n in range(3000)))
-    await until(lambda: len(first.handled()) > 500, 30)
+    publishing = asyncio.create_task(kit.publish(created(n) for n in range(1000)))
+    await until(lambda: len(first.handled()) > 200, 30)
     first.process.kill()
     await publishing
     second = child(0)
-    await until(lambda: len({m.key() for m in kit.read(MX_OK)}) == 3000, 60)
-    assert set(first.handled()) | set(second.handled()) == set(range(3000))
+    await until(lambda: len({m.key() for m in kit.read(MX_OK)}) == 1000, 60)
+    assert set(first.handled()) | set(second.handled()) == set(range(1000))
 
 
 def _rebalances() -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import time
 from typing import Any
 
@@ -91,11 +89,8 @@ async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
             await others.aclose()
             await until(lambda: made[0].missed, 30)
             # Heartbeats are not answered in time only while a broker is in trouble.
-            os.kill(kit.infra.pid("kafka-1"), signal.SIGSTOP)
-            try:
+            with kit.infra.frozen("kafka-1"):
                 await until(lambda: remaining._poller._membership._doubted_at is not None, 30)
-            finally:
-                os.kill(kit.infra.pid("kafka-1"), signal.SIGCONT)
             await kit.publish(created(n) for n in range(100))
             await until(lambda: sum(kit.committed().values()) == 200, 30)
             await until(lambda: not remaining.problems(), 30)

@@ -16,7 +16,7 @@ from tests.simulation.plan import Act, Fault, Plan, TaskPlan, dump, load, make
 
 @pytest.mark.timeout(1200)
 def test_thousands_of_schedules_go_well() -> None:
-    count = by_form(600, 10_000)
+    count = by_form(400, 10_000)
     report = explore(0, schedules=count)
     assert report.schedules == count
     assert [f"seed {f.plan.seed}: {f.violations}" for f in report.failures] == []

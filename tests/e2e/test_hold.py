@@ -1,0 +1,97 @@
+"""A system that holds what is in doubt: an operator decides whether it is sent again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from tests.e2e.road import Road, until
+from tests.e2e.test_cancel_races import cancel, quiet, reason, retry
+from tests.e2e.test_sender import LEASE, metric
+from tests.stack import Infra, Stack, shared
+
+
+@pytest.fixture(scope="module")
+def stack(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One system for the tests of this module."""
+    given = {"POSTROAD_LEASE_SECONDS": LEASE, "POSTROAD_ON_UNCERTAIN": "hold", **shared(infra)}
+    stack = Stack(tmp_path_factory.mktemp("hold"), given)
+    try:
+        stack.up()
+        yield stack
+    finally:
+        stack.down()
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_senders_mails_are_never_sent_again(stack: Stack) -> None:
+    with Road(stack) as road:
+        ids = road.create_many([f"slow-1500@h{n}.ok.test" for n in range(40)], "hold")
+        until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
+        stack.kill("sender-1")
+        stack.start("sender-1")
+        tasks = road.settled(ids, 60)
+        copies = road.copies(ids)
+        assert max(copies.values()) == 1
+        statuses = {task.status for task in tasks.values()}
+        assert statuses == {"completed", "uncertain"}
+        for task in tasks.values():
+            if task.status == "completed":
+                assert copies[task.id] == 1
+            else:
+                assert (task.reason, road.doubts(task.id)) == ("in_doubt", 1)
+
+
+@pytest.mark.timeout(300)
+def test_failed_and_uncertain_tasks_are_sent_when_opened_again_and_sent_ones_never(
+    stack: Stack,
+) -> None:
+    with Road(stack) as road:
+        stack.control_mail(
+            rules=[
+                {"rcpt": "no*@*", "fault": "reject5"},
+                {"rcpt": "lost*@*", "fault": "drop-lost-always"},
+            ]
+        )
+        refused = [road.create(f"no{n}@d{n}.ok.test") for n in range(8)]
+        lost = [road.create(f"lost{n}@d{n}.ok.test") for n in range(8)]
+        sent = [road.create(f"yes{n}@d{n}.ok.test") for n in range(8)]
+        tasks = road.settled([*refused, *lost, *sent])
+        for ids, status in ((refused, "failed"), (lost, "uncertain"), (sent, "completed")):
+            assert {tasks[id_].status for id_ in ids} == {status}
+        # A Cancel answers what has really happened; it closes a task whose mail may be out.
+        for ids, status in ((refused, "failed"), (lost[:4], "cancelled"), (sent, "completed")):
+            assert {cancel(road, id_).status for id_ in ids} == {status}
+        assert {_refused(road, id_) for id_ in sent} == {
+            (grpc.StatusCode.FAILED_PRECONDITION, "ALREADY_SENT")
+        }
+        stack.control_mail(rules=[])
+        with ThreadPoolExecutor(8) as callers:
+            opened = list(callers.map(lambda id_: _opened(road, id_), [*refused, *lost] * 3))
+        # Asked for thrice at once, each is opened once, or anew where it had ended meanwhile.
+        assert Counter(id_ for id_, done in opened if done).keys() == {*refused, *lost}
+        done = road.settled([*refused, *lost])
+        assert {task.status for task in done.values()} == {"completed"}
+        quiet(road)
+        assert set(road.copies([*refused, *lost, *sent]).values()) == {1}
+        assert {_refused(road, id_)[1] for id_ in [*refused, *lost]} == {"ALREADY_SENT"}
+
+
+def _opened(road: Road, id_: str) -> tuple[str, bool]:
+    try:
+        retry(road, id_)
+    except grpc.RpcError as error:
+        if reason(error) not in ("NOT_OVER", "ALREADY_SENT"):
+            raise
+        return id_, False
+    return id_, True
+
+
+def _refused(road: Road, id_: str) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        retry(road, id_)
+    return caught.value.code(), reason(caught.value)  # type: ignore[attr-defined]
