@@ -7,6 +7,8 @@ The control file, read again when it changes, makes names misbehave while the st
 A value is a label of zone.py's table of misbehaviours (`servfail`, `refused`, `timeout`, `nxdomain`,
 `truncated`, `delay-N`, `flaky-N`); `*` is for every name. Each change also starts the counts of the `flaky`
 names anew.
+
+With `--forward` it answers for `.test` alone and asks the machine's resolver for all other names.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import dns.rdatatype
 import dns.rrset
 import uvloop
 
+from deploy.local.forwarding import Forwarder, system_resolvers
 from deploy.local.zone import TABLE, Misbehaviour, misbehaviour, records
 
 __all__ = ["NameServer", "main", "serve"]
@@ -147,13 +150,19 @@ def _fill(reply: dns.message.Message, name: dns.name.Name, kind: dns.rdatatype.R
 
 
 class _Udp(asyncio.DatagramProtocol):
-    def __init__(self, server: NameServer) -> None:
-        self._server = server
+    def __init__(self, server: NameServer, forwarder: Forwarder | None) -> None:
+        self._server, self._forwarder = server, forwarder
+        self._forwarding: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        if self._forwarder and self._forwarder.takes(data):
+            task = asyncio.create_task(self._forward(self._forwarder, data, addr))
+            self._forwarding.add(task)
+            task.add_done_callback(self._forwarding.discard)
+            return
         wire, delay = self._server.answer(data, tcp=False)
         if wire is None:
             return
@@ -162,13 +171,26 @@ class _Udp(asyncio.DatagramProtocol):
         else:
             self._transport.sendto(wire, addr)
 
+    async def _forward(self, forwarder: Forwarder, question: bytes, addr: tuple[str, int]) -> None:
+        self._transport.sendto(await forwarder.answer(question, tcp=False), addr)
 
-async def _tcp(server: NameServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+async def _tcp(
+    server: NameServer,
+    forwarder: Forwarder | None,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> None:
     """One connection: messages with their length in front (RFC 1035, 4.2.2)."""
     try:
         while True:
             (length,) = struct.unpack("!H", await reader.readexactly(2))
-            wire, delay = server.answer(await reader.readexactly(length), tcp=True)
+            question = await reader.readexactly(length)
+            wire: bytes | None
+            if forwarder and forwarder.takes(question):
+                wire, delay = await forwarder.answer(question, tcp=True), 0.0
+            else:
+                wire, delay = server.answer(question, tcp=True)
             if wire is None:
                 continue
             await asyncio.sleep(delay)
@@ -180,16 +202,19 @@ async def _tcp(server: NameServer, reader: asyncio.StreamReader, writer: asyncio
         writer.close()
 
 
-async def serve(host: str, port: int, control: Path | None) -> None:
-    """Serve until SIGTERM or SIGINT. Raises OSError when the port is taken."""
+async def serve(host: str, port: int, control: Path | None, forwarder: Forwarder | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OSError when the port is taken.
+
+    `forwarder` answers for the names outside `test.`; without one, this world's table does.
+    """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     server = NameServer(control)
-    listener = await asyncio.start_server(lambda r, w: _tcp(server, r, w), host, port)
+    listener = await asyncio.start_server(lambda r, w: _tcp(server, forwarder, r, w), host, port)
     port = listener.sockets[0].getsockname()[1]
-    udp, _ = await loop.create_datagram_endpoint(lambda: _Udp(server), (host, port))
+    udp, _ = await loop.create_datagram_endpoint(lambda: _Udp(server, forwarder), (host, port))
     print(f"listening on {host}:{port}", flush=True)
     await ended.wait()
     udp.close()
@@ -197,10 +222,15 @@ async def serve(host: str, port: int, control: Path | None) -> None:
 
 
 def main() -> None:
-    """The command line: `--listen HOST:PORT`, `--control FILE`, `--table`."""
+    """The command line: `--listen HOST:PORT`, `--control FILE`, `--forward`, `--table`."""
     parser = argparse.ArgumentParser(prog="python -m deploy.local.dns", description="The local name server.")
     parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
     parser.add_argument("--control", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--forward",
+        action="store_true",
+        help="answer for .test alone; ask the machine's resolver for the rest",
+    )
     parser.add_argument("--table", action="store_true", help="print what the names are, and end")
     arguments = parser.parse_args()
     if arguments.table:
@@ -208,7 +238,8 @@ def main() -> None:
             print(f"{label:16} {text}")
         return
     host, _, port = arguments.listen.rpartition(":")
-    uvloop.run(serve(host, int(port), arguments.control))
+    forwarder = Forwarder(system_resolvers()) if arguments.forward else None
+    uvloop.run(serve(host, int(port), arguments.control, forwarder))
 
 
 if __name__ == "__main__":

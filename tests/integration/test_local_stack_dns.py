@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import dns.rcode
 import pytest
 
 from deploy.local.dns import NameServer
+from deploy.local.forwarding import Forwarder
 from tests.stack import Infra
 
 
@@ -163,3 +165,42 @@ def test_a_wrong_control_file_changes_nothing(tmp_path: Path) -> None:
         wire, _ = server.answer(question, tcp=False)
         assert wire
         assert dns.message.from_wire(wire).rcode() == dns.rcode.SERVFAIL
+
+
+@pytest.mark.parametrize(
+    ("name", "forwarded"),
+    [("good.test", False), ("a.b.TEST", False), ("test", False), ("good.example", True), ("protest", True)],
+)
+def test_all_but_test_is_forwarded(name: str, forwarded: bool) -> None:
+    question = dns.message.make_query(name, "MX").to_wire()
+    assert Forwarder([]).takes(question) == forwarded
+
+
+def test_garbage_is_not_forwarded() -> None:
+    assert not any(Forwarder([]).takes(garbage) for garbage in (b"", b"\0", b"\xff" * 40))
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+async def test_a_forwarded_question_gets_the_resolvers_answer(infra: Infra, tcp: bool) -> None:
+    host, _, port = infra.dns.partition(":")
+    query = dns.message.make_query("good.example", "MX")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        forwarder = Forwarder([("127.0.0.1", silent.getsockname()[1]), (host, int(port))], seconds=0.2)
+        reply = dns.message.from_wire(await forwarder.answer(query.to_wire(), tcp=tcp))
+    assert reply.id == query.id
+    assert _texts(reply) == GOOD
+
+
+async def test_a_truncated_answer_is_passed_on_so_that_the_client_asks_over_tcp(infra: Infra) -> None:
+    host, _, port = infra.dns.partition(":")
+    question = dns.message.make_query("truncated.example", "MX").to_wire()
+    forwarder = Forwarder([(host, int(port))])
+    assert dns.message.from_wire(await forwarder.answer(question, tcp=False)).flags & dns.flags.TC
+    assert _texts(dns.message.from_wire(await forwarder.answer(question, tcp=True))) == GOOD
+
+
+async def test_a_forwarded_question_that_nobody_answers_is_servfail() -> None:
+    query = dns.message.make_query("good.example", "MX")
+    reply = dns.message.from_wire(await Forwarder([]).answer(query.to_wire(), tcp=False))
+    assert (reply.rcode(), reply.id) == (dns.rcode.SERVFAIL, query.id)

@@ -7,7 +7,11 @@ from deploy.local.database import FLAGS, KIND_FLAGS
 from deploy.local.services import PATIENCE
 from services.common.config import Settings
 
-COMPOSE = (Path(__file__).parents[2] / "compose.yaml").read_text()
+ROOT = Path(__file__).parents[2]
+COMPOSE = (ROOT / "compose.yaml").read_text()
+DOCKERFILE = (ROOT / "deploy/docker/Dockerfile").read_text()
+IGNORED = (ROOT / ".dockerignore").read_text()
+LOCAL = ROOT / "deploy/local"
 
 
 def test_a_stage_may_drain_before_it_is_killed() -> None:
@@ -26,6 +30,26 @@ def test_a_sender_may_wait_for_what_it_handed_over_before_it_is_killed() -> None
     [sender] = re.findall(r"^  sender:.*?^  status:", COMPOSE, re.MULTILINE | re.DOTALL)
     [grace] = re.findall(r"stop_grace_period: (\d+)s", sender)
     assert int(grace) >= _default("drain_seconds") + _default("handover_seconds") + 40
+
+
+def test_the_validator_knows_the_domains_of_the_readme() -> None:
+    """No real name server knows `good.test`; a name server of the user's own comes first."""
+    servers = dict(re.findall(r"^  (\w+):\n((?:    .*\n|\n)+)", COMPOSE, re.MULTILINE))
+    assert "POSTROAD_DNS_SERVERS: ${POSTROAD_DNS_SERVERS-dns:5353}" in servers["validator"]
+    assert "target: dns" in servers["dns"]
+    [command] = re.findall(r"^FROM runtime AS dns\n(?:.+\n)*CMD (.*)$", DOCKERFILE, re.MULTILINE)
+    assert '"0.0.0.0:5353", "--forward"' in command
+    # What the container needs is what the modules import.
+    copied = set(re.findall(r"deploy/local/(\w+)\.py", DOCKERFILE))
+    imported = {
+        name
+        for module in copied
+        for name in re.findall(
+            r"^from deploy\.local\.(\w+) import", (LOCAL / f"{module}.py").read_text(), re.M
+        )
+    }
+    assert copied == imported | {"__init__", "dns"}
+    assert {f"!deploy/local/{name}.py" for name in copied} <= set(IGNORED.splitlines())
 
 
 def test_the_local_stack_waits_as_long() -> None:
