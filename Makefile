@@ -36,7 +36,7 @@ down: ## stop it; ARGS=--wipe deletes its data too
 status: ## what runs, where, and how it is
 	@$(STACK) status
 
-logs: ## what one process wrote: make logs NAME=sender-1
+logs: ## the end of each log; all of one: make logs NAME=sender-1
 	@$(STACK) logs $(NAME)
 
 check: setup lint types imports schema ## all that is checked without running: style, types, imports, protos

@@ -66,7 +66,7 @@ def run(
 class Process:
     """`python -m module arguments`, running. Its methods are `subprocess.Popen`'s.
 
-    `streams` are the paths of what it has for stdin, stdout and stderr.
+    `streams` are the paths of what it has for stdin, stdout and stderr, `directory` is its working directory.
     """
 
     def __init__(
@@ -75,8 +75,9 @@ class Process:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         streams: tuple[str, str, str],
+        directory: str = ".",
     ) -> None:
-        given = (module, list(arguments), dict(environment), list(streams))
+        given = (module, list(arguments), dict(environment), list(streams), directory)
         self._process = _context.Process(target=_main, args=given)
         self._process.start()
         assert self._process.pid is not None
@@ -95,7 +96,7 @@ class Process:
         """Send it SIGKILL."""
         self._process.kill()
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float | None = None) -> int:
         """Return its exit code; raises TimeoutError if it still runs after `seconds`."""
         self._process.join(seconds)
         if (code := self._process.exitcode) is None:
@@ -110,9 +111,17 @@ def end() -> None:
     util._run_finalizers()  # type: ignore[attr-defined]
 
 
-def _main(module: str, arguments: list[str], environment: dict[str, str], streams: list[str]) -> None:
+def _main(
+    module: str, arguments: list[str], environment: dict[str, str], streams: list[str], directory: str = "."
+) -> None:
     for number, path in enumerate(streams):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+        # A pipe that is open for writing too would never end for its reader.
+        way = os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY
+        opened = os.open(path, way | os.O_NOCTTY)
+        os.dup2(opened, number)
+        if opened > 2:
+            os.close(opened)
+    os.chdir(directory)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()

@@ -25,6 +25,7 @@ _FIRST = (
 )
 # What their modules' fixtures prepare costs more than several of their tests.
 _TOGETHER = (
+    "tests/e2e/test_documented_commands",
     "tests/e2e/test_hold",
     "tests/e2e/test_replay",
     "tests/integration/test_api_list",

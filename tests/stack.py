@@ -58,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Stack:
-    """The stack under `directory`, through `python -m deploy.local`. `given` are variables that win in it."""
+    """The stack under `directory`, through `python3 -m deploy.local`. `given`: variables that win in it."""
 
     def __init__(self, directory: Path, given: Mapping[str, str] | None = None) -> None:
         self.directory = directory
@@ -69,6 +69,8 @@ class Stack:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
         # A test's broker ends before the second compiler has earned what it costs.
         clean["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
+        # The port of the documents' examples is for the stack whose tests run them.
+        clean["POSTROAD_LOCAL_API_PORT"] = "0"
         environment = {**clean, **self._given, "POSTROAD_LOCAL_DIR": str(self.directory)}
         done = forked.run("deploy.local", arguments, environment)
         if check and done[0]:

@@ -1,4 +1,4 @@
-"""`python -m deploy.local`: the stack without Docker. See `--help` and the README beside this file."""
+"""`python3 -m deploy.local`: the stack without Docker. See `--help` and the README beside this file."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The commands of `python -m deploy.local`."""
+"""The commands of `python3 -m deploy.local`."""
 
 import argparse
 import sys
@@ -10,10 +10,14 @@ from rich.table import Table
 
 from deploy.local.commands import SetupError
 from deploy.local.layout import Layout
+from deploy.local.process import log_tail
 from deploy.local.stack import Stack, StackError
 from deploy.local.state import SERVICES
 
 __all__ = ["main"]
+
+# Of each log, where none is named: enough to see what a process does now.
+LINES = 10
 
 
 def _count(text: str) -> int:
@@ -25,7 +29,7 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.local",
+        prog="python3 -m deploy.local",
         description="The whole system as processes of this user, under .local/ (or POSTROAD_LOCAL_DIR).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -41,9 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         ("start", "start one process; returns when it is ready"),
         ("stop", "end one process by SIGTERM"),
         ("kill", "end one process by SIGKILL"),
-        ("logs", "print what one process wrote"),
     ):
         commands.add_parser(name, help=text).add_argument("name", metavar="NAME")
+    logs = commands.add_parser("logs", help="print what one process wrote; without NAME, the end of each log")
+    logs.add_argument("name", metavar="NAME", nargs="?")
     commands.add_parser("status", help="what runs, where, and how it is")
     down = commands.add_parser("down", help="end all that runs")
     down.add_argument("--wipe", action="store_true", help="delete the data too")
@@ -65,11 +70,16 @@ def _show(stack: Stack) -> int:
     return 0 if rows and all(row.ready for row in rows) else 1
 
 
-def _logs(layout: Layout, name: str) -> int:
+def _logs(layout: Layout, name: str | None) -> int:
+    names = layout.names_in("logs", ".log")
+    if name is None:
+        for each in names:
+            print(f"==> {each} <==", log_tail(layout, each, LINES), sep="\n")
+        return 0
     try:
         sys.stdout.write(layout.log(name).read_text(errors="replace"))
     except FileNotFoundError:
-        there = ", ".join(layout.names_in("logs", ".log"))
+        there = ", ".join(names) or "none"
         raise StackError(f"no log of {name}; there are {there}") from None
     return 0
 

@@ -1,4 +1,4 @@
-"""`python -m deploy.local.dns`: an authoritative name server for zone.py's world, UDP and TCP, on one port.
+"""`python3 -m deploy.local.dns`: an authoritative name server for zone.py's world, UDP and TCP, on one port.
 
 The control file, read again when it changes, makes names misbehave while the stack runs:
 
@@ -223,7 +223,7 @@ async def serve(host: str, port: int, control: Path | None, forwarder: Forwarder
 
 def main() -> None:
     """The command line: `--listen HOST:PORT`, `--control FILE`, `--forward`, `--table`."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.local.dns", description="The local name server.")
+    parser = argparse.ArgumentParser(prog="python3 -m deploy.local.dns", description="The local name server.")
     parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
     parser.add_argument("--control", type=Path, metavar="FILE")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Debian packages that only tests want: a second database and a second mail server to be held against.
+"""Debian packages that only tests want: a second database, a second mail server, and the documents' tools.
 
 Standard library only: `make test` runs it on a bare python3. Where they cannot be had, the tests that need
 them are skipped and say so.
@@ -13,7 +13,13 @@ from deploy.local.debian import install_packages, preseed
 __all__ = ["install_test_packages", "missing_test_packages"]
 
 # What proves that a package is there.
-EVERYONE = {"/usr/sbin/mariadbd": MARIADB, "/usr/bin/my_print_defaults": MARIADB}
+EVERYONE = {
+    "/usr/sbin/mariadbd": MARIADB,
+    "/usr/bin/my_print_defaults": MARIADB,
+    # The documents' commands call them.
+    "/usr/bin/jq": ("jq",),
+    "/usr/bin/curl": ("curl",),
+}
 # The Postfix tests need root anyway; on anyone's desk no mail server is installed behind their back.
 ROOT = {"/usr/sbin/postfix": ("postfix",), "/usr/sbin/saslpasswd2": ("sasl2-bin", "libsasl2-modules")}
 

@@ -12,13 +12,13 @@ import json
 import random
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from deploy.local.cache import cache_root, locked
 from deploy.local.files import write_whole
 
-__all__ = ["HOST", "free_port", "is_free"]
+__all__ = ["HOST", "claim", "free_port", "is_free", "release"]
 
 HOST = "127.0.0.1"
 LOWEST = 15_000
@@ -54,6 +54,37 @@ def free_port(taken: Collection[int]) -> int:
     highest = _ephemeral_start()
     if highest <= LOWEST + 1000:
         highest = 61_000
+    with _notes() as noted:
+        for _ in range(1000):
+            port = random.randrange(LOWEST, highest)
+            if port not in taken and str(port) not in noted and is_free(port):
+                noted[str(port)] = time.time()
+                return port
+    raise RuntimeError(f"no free port on {HOST} between {LOWEST} and {highest}")
+
+
+def claim(port: int) -> bool:
+    """Choose this very port; False when somebody listens on it or another stack chose it just now.
+
+    Blocks while another process of this user chooses.
+    """
+    with _notes() as noted:
+        if str(port) in noted or not is_free(port):
+            return False
+        noted[str(port)] = time.time()
+        return True
+
+
+def release(ports: Collection[int]) -> None:
+    """Forget that these ports were chosen: what listened on them has ended."""
+    with _notes() as noted:
+        for port in ports:
+            noted.pop(str(port), None)
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[dict[str, float]]:
+    """The ports chosen lately, with their times; what the block changes in them is kept."""
     notes = cache_root() / "ports.json"
     with locked("ports"):
         noted: dict[str, float] = {}
@@ -61,9 +92,5 @@ def free_port(taken: Collection[int]) -> int:
             noted = json.loads(notes.read_text())
         now = time.time()
         noted = {port: at for port, at in noted.items() if now - NOTED_SECONDS < at <= now}
-        for _ in range(1000):
-            port = random.randrange(LOWEST, highest)
-            if port not in taken and str(port) not in noted and is_free(port):
-                write_whole(notes, json.dumps({**noted, str(port): now}))
-                return port
-    raise RuntimeError(f"no free port on {HOST} between {LOWEST} and {highest}")
+        yield noted
+        write_whole(notes, json.dumps(noted))

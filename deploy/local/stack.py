@@ -26,8 +26,19 @@ from deploy.local.state import SERVICES, State
 __all__ = ["Row", "Stack", "StackError"]
 
 
+API_PORT = 50051
+"""The port of the README's examples, which the first api takes where it is free."""
+
+
 class StackError(Exception):
     """The stack cannot do what was asked. The text is for the person at the terminal."""
+
+
+def _api_port() -> int:
+    said = os.environ.get("POSTROAD_LOCAL_API_PORT") or str(API_PORT)
+    if not (said.isdecimal() and int(said) < 65_536):
+        raise StackError(f"POSTROAD_LOCAL_API_PORT is {said!r}; write a port, or 0 for any")
+    return int(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +142,7 @@ class Stack:
         state, running = self.state, process.find_all(self.layout)
         if not running:
             state.drop_busy_ports()
+            state.prefer_api_port(_api_port())
         if kafka_nodes and kafka_nodes != state.kafka_nodes:
             if self.layout.data("kafka-1").exists():
                 raise StackError(
@@ -176,6 +188,7 @@ class Stack:
                 self._end_all((names - servers) or servers)
             shutil.rmtree(self.layout.root / "pids", ignore_errors=True)
             self.state.given = {}
+            self.state.release_ports()
             if wipe:
                 for directory in ("data", "logs", "mail", "dns"):
                     shutil.rmtree(self.layout.root / directory, ignore_errors=True)

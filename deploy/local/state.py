@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from deploy.local.files import write_whole
-from deploy.local.ports import free_port, is_free
+from deploy.local.ports import claim, free_port, is_free, release
 
 __all__ = ["SERVICES", "State"]
 
@@ -59,6 +59,16 @@ class State:
         for name, needed in uses.items():
             for use in needed:
                 self.port(name, use)
+
+    def prefer_api_port(self, port: int) -> None:
+        """Let the first api listen on `port` where that is free; 0: on any. Call it while nothing runs."""
+        mine = self.ports.setdefault("api-1", {})
+        if port and mine.get("grpc") != port and claim(port):
+            mine["grpc"] = port
+
+    def release_ports(self) -> None:
+        """Let other stacks choose these ports; this one takes those that are free when it comes up again."""
+        release([port for uses in self.ports.values() for port in uses.values()])
 
     def drop_busy_ports(self) -> None:
         """Forget ports that others took while the whole stack was down."""

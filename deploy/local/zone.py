@@ -1,7 +1,7 @@
 """The names that the local name server knows: a world of mail domains, good and bad.
 
 The first label under `test.` or `example.` says what a domain is, so `good.test` and `good.example` are alike
-(TABLE below; `python -m deploy.local.dns --table` prints it). `example.com`, `.net` and `.org` take mail too.
+(TABLE below; `python3 -m deploy.local.dns --table` prints it). `example.com`, `.net` and `.org` take mail.
 Every other name does not exist. All addresses are of 192.0.2.0/24 and 2001:db8::/32 (RFC 5737, RFC 3849).
 
 Names that misbehave take any name below them as well (`a.flaky-2.test`, `b.flaky-2.test`), each with a count

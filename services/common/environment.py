@@ -20,6 +20,7 @@ OTHERS: Final = frozenset(
         "POSTROAD_TOKEN",
         "POSTROAD_TRACEBACK",
         # The local stack's.
+        "POSTROAD_LOCAL_API_PORT",
         "POSTROAD_LOCAL_DB",
         "POSTROAD_LOCAL_DIR",
         "POSTROAD_LOCAL_NAME",

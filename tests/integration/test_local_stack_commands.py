@@ -1,4 +1,4 @@
-"""`python -m deploy.local` by its contract: the commands, the files, and what the environment does."""
+"""`python3 -m deploy.local` by its contract: the commands, the files, and what the environment does."""
 
 import os
 import subprocess

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.stack import Stack
@@ -13,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def _demo(stack: Stack, count: int) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
     return subprocess.run(
-        [sys.executable, "-m", "deploy.local.demo"],
+        # `make test` has set everything up.
+        ["make", "-o", "setup", "demo"],
         env={**clean, "POSTROAD_LOCAL_DIR": str(stack.directory), "DEMO_TASKS": str(count)},
         cwd=ROOT,
         capture_output=True,

@@ -2,16 +2,20 @@
 
 import multiprocessing
 import os
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from deploy.local import cache, database_tree, debian
+from deploy.local.command_line import main
 from deploy.local.commands import SetupError, run
 from deploy.local.demo_cases import CASES, plan
 from deploy.local.environment import given_variables, replaced, service_environment, stack_environment
-from deploy.local.ports import free_port, is_free
+from deploy.local.layout import Layout
+from deploy.local.ports import claim, free_port, is_free, release
+from deploy.local.stack import Stack, StackError
 from deploy.local.state import State
 from deploy.local.zone import misbehaviour
 
@@ -63,6 +67,49 @@ def test_ports_are_remembered_and_distinct(tmp_path: Path) -> None:
     assert stack_environment(State.load(tmp_path / "state.json")) == env
     used = [port for uses in state.ports.values() for port in uses.values()]
     assert len(set(used)) == len(used)
+
+
+def test_the_first_api_takes_the_port_that_is_wanted_where_it_is_free() -> None:
+    wanted = free_port(())
+    release([wanted])
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", wanted))
+        state = State(replicas={"api": 2})
+        state.prefer_api_port(wanted)
+        state.choose_ports()
+        assert wanted not in {state.port(name, "grpc") for name in ("api-1", "api-2")}
+    before = state.port("api-2", "grpc")
+    state.prefer_api_port(wanted)
+    state.choose_ports()
+    assert (state.port("api-1", "grpc"), state.port("api-2", "grpc")) == (wanted, before)
+    # Another stack that begins at the same moment must not choose it too.
+    assert not claim(wanted)
+    state.release_ports()
+    assert claim(wanted)
+    release([wanted])
+
+
+@pytest.mark.parametrize("said", ["x", "-1", "65536"])
+def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str) -> None:
+    monkeypatch.setenv("POSTROAD_LOCAL_API_PORT", said)
+    with pytest.raises(StackError, match="POSTROAD_LOCAL_API_PORT"):
+        Stack(Layout(tmp_path)).up({}, None)
+
+
+def test_logs_without_a_name_are_the_end_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POSTROAD_LOCAL_DIR", str(tmp_path))
+    layout = Layout(tmp_path)
+    layout.log("dns").parent.mkdir()
+    for name in ("dns", "api-1"):
+        layout.log(name).write_text("".join(f"{name} line {number}\n" for number in range(100)))
+    assert main(["logs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "==> api-1 <=="
+    assert lines[lines.index("==> dns <==") - 1] == "api-1 line 99"
+    assert lines[-1] == "dns line 99"
+    assert len(lines) < 50
 
 
 def test_free_ports_lie_below_those_of_outgoing_connections() -> None:

@@ -1,4 +1,4 @@
-"""`python -m deploy.local.catcher`: one catcher. It prints `listening on HOST:PORT` when it does."""
+"""`python3 -m deploy.local.catcher`: one catcher. It prints `listening on HOST:PORT` when it does."""
 
 import argparse
 import asyncio
@@ -66,7 +66,7 @@ async def serve(host: str, port: int, directory: Path, tls: ssl.SSLContext | Non
 def main() -> None:
     """The command line: where to listen, where to keep the mail, and with which TLS."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.local.catcher",
+        prog="python3 -m deploy.local.catcher",
         description="An SMTP server that keeps what it is sent; with EMAIL_USER set it asks for AUTH.",
     )
     parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")

@@ -1,0 +1,59 @@
+"""The commands that the documents tell a reader to type, as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["ROOT", "Command", "commands", "programs", "python_samples"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_PROGRAM = re.compile(
+    r"(?:[A-Z_]+=\S+ )*"
+    r"(?:postroad|\.venv/bin/postroad|docker|make|python3|grpcurl|curl|kafka-[a-z-]+\.sh|SELECT)\s"
+)
+# What another program has to do with the text is not a reader's to type.
+_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+class Command(NamedTuple):
+    """One command with all its lines; `text` is what a reader copies."""
+
+    document: str
+    text: str
+
+
+def commands(document: str) -> list[Command]:
+    """Return the commands of a document, each once: those of its code blocks, then those within its lines."""
+    text = _FENCE.sub("", (ROOT / document).read_text())
+    found = []
+    lines = iter(re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE))
+    for line in lines:
+        whole = _bare(line)
+        while whole.endswith(("\\", "|")):
+            whole += "\n" + _bare(next(lines))
+        if _PROGRAM.match(whole):
+            found.append(whole)
+    for line in re.findall(r"`([^`\n]+)`", re.sub(r"^ {4,}\S.*$", "", text, flags=re.MULTILINE)):
+        if _PROGRAM.match(line) and "..." not in line and "COMMAND" not in line:
+            found.append(line)
+    return [Command(document, text) for text in dict.fromkeys(found)]
+
+
+def programs(document: str) -> set[str]:
+    """Return the first words of the code blocks' lines that are no command."""
+    text = _FENCE.sub("", (ROOT / document).read_text())
+    lines = re.findall(r"(?<!\\\n)(?<!\|\n)^ {4,}(\S.*)$", text, re.MULTILINE)
+    return {line.split()[0] for line in lines if not _PROGRAM.match(line)}
+
+
+def python_samples(document: str) -> list[str]:
+    """Return the document's blocks of Python."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def _bare(line: str) -> str:
+    """Return a line of a block without the remark behind it."""
+    return re.sub(r"\s{2,}# .*$", "", line).rstrip()

@@ -1,0 +1,220 @@
+"""What README.md and docs/operations.md tell a reader to type, typed word for word on a stack that is up.
+
+A word in capitals (ID, REASON, HOST:PORT), or an example of what only the reader has (`tasks.example`), is
+replaced by one that is there. tests/e2e/test_compose.py runs the commands of Docker.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Message, Producer
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from postroad.v1 import events_pb2
+from services.common import taskstore
+from services.common.database import engine_of
+from services.common.events import encode
+from services.common.stage.headers import Origin, dead
+from tests.documents import ROOT, commands, programs, python_samples
+from tests.e2e.road import Road, until
+from tests.shell import Done, Shell
+from tests.stack import Infra, Stack, _directory, shared
+
+DOCUMENTS = ("README.md", "docs/operations.md")
+
+# Commands that cannot run here, by how they begin, and why.
+CANNOT = {
+    "docker ": "needs Docker: tests/e2e/test_compose.py",
+    "POSTROAD_DOMAIN_CONCURRENCY=2 POSTROAD_DOMAIN_RATE=5 docker ": "needs Docker: tests/e2e/test_compose.py",
+    "make demo": "tests/integration/test_local_stack_demo.py runs it",
+    "make test": "this is a part of it",
+    "make bench": "measures for minutes",
+    "kafka-": "Kafka's own tools are not in the local stack",
+    "postroad --install-completion": "changes the shell that it is called from",
+    "postroad lag --watch ": "runs until Ctrl-C: tests/e2e/test_cli.py",
+}
+# Exit codes other than 0, which the documents name.
+CODES = {"POSTROAD_PARTITIONS=24 postroad topics apply": 1}
+# These change what all others find, and the last of them ends it.
+LATE = ("POSTROAD_PARTITIONS=24 postroad topics ", "make down")
+
+ALL = [command for document in DOCUMENTS for command in commands(document)]
+HERE = sorted(
+    (c for c in dict.fromkeys(c.text for c in ALL) if not c.startswith(tuple(CANNOT))),
+    key=lambda text: next((n for n, start in enumerate(LATE, 1) if text.startswith(start)), 0),
+)
+
+
+class Field:
+    """The stack, and what there must be for a command to have something to do."""
+
+    def __init__(self, stack: Stack, directory: Path) -> None:
+        self.stack, self.env = stack, stack.env()
+        self.road = Road(stack)
+        here = {"POSTROAD_LOCAL_DIR": str(stack.directory), "POSTROAD_ENV_FILE": ".local/stack.env"}
+        self.shell = Shell(directory, stack.directory, here)
+        profile = directory / ".config/postroad/config.toml"
+        profile.parent.mkdir(parents=True)
+        profile.write_text(f'[profiles.production]\napi = "{self.env["POSTROAD_API"]}"\n')
+        profile.chmod(0o600)
+        self.rejected = [self.road.create("reject5@good.test") for _ in range(2)]
+        self.doubtful = [self.road.create("drop-lost-always@good.test") for _ in range(4)]
+        self.replay = ""
+        self._engine = engine_of(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
+
+    def close(self) -> None:
+        """Let go of what it has open."""
+        self._engine.dispose()
+
+    def sql(self, statement: str) -> None:
+        """Run a statement of SQL; raises sqlalchemy.exc.DBAPIError."""
+        with self._engine.connect() as connection:
+            connection.exec_driver_sql(statement).all()
+
+    def scheduled(self, **more: Any) -> str:
+        """Create a task that nothing sends while this runs; return its id."""
+        later = Timestamp(seconds=int(time.time()) + 3600)
+        from postroad.v1 import task_service_pb2 as pb
+
+        data = pb.TaskData(email="later@good.test", subject="Later", body="Later.", **more)
+        return str(self.road.stub.Create(pb.CreateRequest(data=data, send_at=later), timeout=20).id)
+
+    def ended(self, ids: list[str], status: str) -> str:
+        """Wait until these tasks have ended as `status`; return the first, which leaves the list."""
+        until(lambda: all(self.road.get(id_).status == status for id_ in ids), f"tasks that are {status}", 30)
+        return ids.pop(0)
+
+    def letter(self) -> str:
+        """Put a dead letter with the cause of the examples there; return its place."""
+        id_ = bytes.fromhex(self.scheduled().replace("-", ""))
+        with self._engine.connect() as connection:
+            task = taskstore.load_tasks(connection, [id_])[id_]
+        record = encode(events_pb2.MxOk(task=task, attempt=1), "validator", None)
+        headers = dead(record.headers, origin=Origin("mx.ok", 0, 0), attempt=1, cause="KeyError: 'name'")
+        written: list[Message] = []
+        producer = Producer({"bootstrap.servers": self.env["POSTROAD_KAFKA_BOOTSTRAP"]})
+        producer.produce(
+            self.stack.names.dead("sender"),
+            record.value,
+            record.key,
+            headers=headers,
+            on_delivery=lambda error, message: written.append(message),
+        )
+        assert producer.flush(20) == 0
+        return f"sender/{written[0].partition()}/{written[0].offset()}"
+
+
+@pytest.fixture(scope="module")
+def field(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
+    stack = Stack(_directory(), {**shared(infra), "POSTROAD_LOCAL_API_PORT": "50051"})
+    try:
+        stack.up()
+        field = Field(stack, tmp_path_factory.mktemp("reader"))
+        with field.shell, field.road, closing(field):
+            yield field
+    finally:
+        stack.down()
+
+
+def run(field: Field, text: str) -> Done:
+    """Run a command after what it needs has been put there, and put back what others need."""
+    if "dead " in text:
+        place = field.letter()
+        text = text.replace("sender/3/17", place)
+    if "template=NAME" in text:
+        field.scheduled(labels={"template": "NAME"})
+    if " --reason REASON " in text and "xargs" in text:
+        field.ended([*field.rejected], "failed")
+    typed = re.sub(r"\bID\b", lambda _: task_for(field, text), text)
+    for example, real in {
+        "127.0.0.1:50051": field.env["POSTROAD_API"],
+        "tasks.example:50051": field.env["POSTROAD_API"],
+        # Each partition more costs the broker files; tests/e2e/test_grow.py grows to many.
+        "POSTROAD_PARTITIONS=24": "POSTROAD_PARTITIONS=4",
+        "HOST:PORT": field.env["POSTROAD_HTTP_SENDER_1"],
+        "--reason REASON": "--reason rejected",
+        "DOMAIN": "good.test",
+        "TOPIC": "mx.ok",
+    }.items():
+        typed = re.sub(rf"(?<!\w){re.escape(example)}\b", real, typed)
+    done = field.shell.run(typed.removesuffix(" ..."))
+    if begun := re.search(r"Replay (\S+) begins", done.errors):
+        field.replay = begun[1]
+    return done
+
+
+def task_for(field: Field, text: str) -> str:
+    """Return the id of a task, or of a replay, that this command is for."""
+    if "--resume" in text:
+        return field.replay
+    if " resolve " in text:
+        return field.ended(field.doubtful, "uncertain")
+    if " retry " in text:
+        return field.ended(field.rejected, "failed")
+    return field.scheduled()
+
+
+@pytest.mark.parametrize("sample", python_samples("README.md"))
+def test_the_python_sample_shows_how_the_mail_went_out(
+    field: Field, sample: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(sample.replace("127.0.0.1:50051", field.env["POSTROAD_API"]), "README.md", "exec"), {})
+    assert re.search(r"sender sent 250 ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("text", HERE)
+def test_a_command_does_what_it_says(field: Field, text: str) -> None:
+    program = re.split(r"[ \n]", re.sub(r"^(?:[A-Z_]+=\S+ )*", "", text))[0]
+    if text.startswith("SELECT"):
+        field.sql(text)
+        return
+    for needed in {program, *(word for word in ("jq", "curl") if f"{word} " in text)} - {
+        ".venv/bin/postroad"
+    }:
+        if needed not in {"postroad", "grpcurl"} and not shutil.which(needed):
+            pytest.skip(f"{needed} is not installed")
+    done = run(field, text)
+    assert done.code == CODES.get(text, 0), f"{done.output}\n{done.errors}"
+    if " postroad.v1.TaskService/Create" in text:
+        until(lambda: "ada@good.test" in str(field.stack.journal()), "the mail of the README", 30)
+    if mend := MENDS.get(text):
+        mend(field)
+
+
+def _start_sender(field: Field) -> None:
+    assert "sender-1" in field.shell.run("python3 -m deploy.local status").output
+    field.stack.start("sender-1")
+
+
+def _one_sender(field: Field) -> None:
+    field.stack.scale("sender", 1)
+
+
+# What a command took away that others need.
+MENDS: dict[str, Callable[[Field], None]] = {
+    "python3 -m deploy.local stop sender-1": _start_sender,
+    "python3 -m deploy.local scale sender 3": _one_sender,
+}
+
+
+def test_every_line_of_a_code_block_is_a_command_or_known() -> None:
+    assert programs("README.md") == set()
+    assert programs("docs/operations.md") == {'{"version":'}
+
+
+@pytest.mark.parametrize("begin", CANNOT)
+def test_what_cannot_run_here_stands_in_a_document(begin: str) -> None:
+    assert any(command.text.startswith(begin) for command in ALL)
+
+
+def test_python_is_called_by_the_name_that_debian_has() -> None:
+    for document in DOCUMENTS:
+        assert not re.findall(r"(?<![\w/.])python -m", (ROOT / document).read_text())
