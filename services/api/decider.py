@@ -69,7 +69,7 @@ class Decider:
         return answer.task
 
     async def retry(self, tenant: str, id_: bytes, traceparent: bytes) -> task_pb2.Task:
-        """Return the task, which is pending again.
+        """Return the task, which is pending again, until its `send_at` where that has not come yet.
 
         Raises Problem: NOT_FOUND, FAILED_PRECONDITION where it is completed, under way or without its body,
         UNAVAILABLE where the database does not answer.
@@ -89,7 +89,9 @@ class Decider:
         if isinstance(answer, reopening.Refusal):
             refuse = body_purged if answer.purged else not_open_to_retry
             raise refuse(text(id_), answer.status)
-        self._publish([Recording(answer.event, traceparent, answer.event.ByteSize())])
+        # What is scheduled, a sweeper publishes at its time.
+        if not answer.event.send_at_us:
+            self._publish([Recording(answer.event, traceparent, answer.event.ByteSize())])
         return answer.task
 
     async def resolve(self, tenant: str, id_: bytes, sent: bool, traceparent: bytes) -> task_pb2.Task:

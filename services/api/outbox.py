@@ -33,6 +33,7 @@ __all__ = [
     "outcome",
     "put",
     "schedule",
+    "send_at",
     "take",
 ]
 
@@ -90,6 +91,15 @@ def item_of(event: Decided) -> Item:
     if isinstance(event, pb.TaskCancelled):
         return cancelled(event.id, event.epoch)
     return outcome(event.id, event.epoch)
+
+
+def send_at(epoch: int, send_at_us: int) -> int:
+    """Return when a task that was created for `send_at_us` is sent in this epoch; 0: at once.
+
+    An epoch is the time (Unix ms) at which the task was opened again. Each who makes the event must find the
+    same: the api when it reopens the task, and the sweeper.
+    """
+    return send_at_us if send_at_us > epoch * 1000 else 0
 
 
 def put(connection: Connection, items: Sequence[Item], seconds: int = GRACE) -> None:

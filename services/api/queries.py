@@ -29,7 +29,7 @@ _COLUMNS = ", ".join(f"t.{name}" for name in views.COLUMNS.split(", "))
 _TASK = f"SELECT {views.COLUMNS} FROM tasks WHERE id = %s AND tenant = %s"
 _TASKS = f"SELECT {views.COLUMNS} FROM tasks WHERE id IN "
 _BODY = "SELECT body, html FROM task_bodies WHERE task_id = %s"
-_EVENTS = f"SELECT {views.EVENT_COLUMNS} FROM task_events WHERE task_id = %s"
+_EVENTS = f"SELECT {views.EVENT_COLUMNS}, {views.EVENT_ID} FROM task_events WHERE task_id = %s"
 
 
 def get(connection: Connection, tenant: str, id_: bytes) -> task_pb2.Task | None:
@@ -41,7 +41,8 @@ def get(connection: Connection, tenant: str, id_: bytes) -> task_pb2.Task | None
     bodies = connection.exec_driver_sql(_BODY, (id_,)).first()
     if bodies is not None:
         view.body, view.html = bodies[0] or "", bodies[1] or ""
-    view.timeline.extend(views.timeline(connection.exec_driver_sql(_EVENTS, (id_,)).all()))
+    rows = connection.exec_driver_sql(_EVENTS, (id_,)).all()
+    view.timeline.extend(views.timeline(views.without_late_verdicts(rows)))
     return view
 
 

@@ -14,6 +14,7 @@ from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
 from services.api import outbox, standing
 from services.common import taskstore
+from services.common.schema import from_micros
 
 __all__ = ["Refusal", "Reopened", "reopen"]
 
@@ -37,6 +38,8 @@ def reopen(
 ) -> Reopened | Refusal | None:
     """Open a task again if it is failed, uncertain or cancelled. None: this tenant has no such task.
 
+    A `send_at` that has not come yet still holds: the event is due then, not now.
+
     `tried`: the epoch that an earlier run of the same call chose, if any. Its connection may have died after
     the commit; a task that stands in that epoch is then the work of this call.
     """
@@ -54,7 +57,11 @@ def reopen(
     if not task.HasField("body") and not task.HasField("html"):
         return Refusal(found.status, purged=True)
     epoch = tried if again else found.next_epoch(now_ms)
-    event = pb.TaskCreated(task=task, epoch=epoch, at_us=epoch * 1000)
+    send_at_us = outbox.send_at(epoch, taskstore.send_times(connection, [id_]).get(id_, 0))
+    event = pb.TaskCreated(task=task, epoch=epoch, at_us=epoch * 1000, send_at_us=send_at_us)
     standing.record(connection, event)
-    outbox.put(connection, [outbox.item_of(event)])
+    if send_at_us:
+        outbox.schedule(connection, [(outbox.item_of(event), from_micros(send_at_us))])
+    else:
+        outbox.put(connection, [outbox.item_of(event)])
     return Reopened(standing.view(connection, id_), event)

@@ -166,7 +166,7 @@ def rebuilt(connection: Connection, items: Sequence[Item]) -> Mapping[Item, Deci
     for item in items:
         if item.kind == CREATED and (task := tasks.get(item.task_id)) is not None:
             at_us = item.epoch * 1000 or task.created_at_us
-            send_at_us = 0 if item.epoch else send_times.get(item.task_id, 0)
+            send_at_us = outbox.send_at(item.epoch, send_times.get(item.task_id, 0))
             events[item] = pb.TaskCreated(task=task, epoch=item.epoch, at_us=at_us, send_at_us=send_at_us)
     for key, (item, event) in cancellations.items():
         if (line := lines.get(key)) is not None:

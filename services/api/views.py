@@ -12,7 +12,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from postroad.v1 import events_pb2, task_pb2
 from services.api.uuid7 import text
 
-__all__ = ["COLUMNS", "EVENT_COLUMNS", "recorded", "task", "timeline"]
+__all__ = [
+    "COLUMNS",
+    "EVENT_COLUMNS",
+    "EVENT_ID",
+    "recorded",
+    "task",
+    "timeline",
+    "without_late_verdicts",
+]
 
 # What `task` takes, in its order.
 COLUMNS = (
@@ -21,6 +29,8 @@ COLUMNS = (
 )
 # What `timeline` takes, in its order.
 EVENT_COLUMNS = "at, stage, kind, attempt, relay, reply, detail, next_attempt_at"
+EVENT_ID = "event_id"
+"""The column that `without_late_verdicts` takes behind those."""
 
 # Which of several things that carry the same microsecond came first.
 _ORDER = ("created", "retried", "mx_ok", "mx_failed", "in_doubt", "deferred", "sent", "failed", "cancelled")
@@ -69,7 +79,7 @@ def _set(field: Timestamp, us: int) -> None:
 def timeline(rows: Sequence[Sequence[Any]]) -> list[task_pb2.TimelineEntry]:
     """Return what happened to a task, from rows of EVENT_COLUMNS, oldest first."""
     entries = []
-    for at, stage, kind, attempt, relay, reply, detail, next_at in sorted(rows, key=_age):
+    for at, stage, kind, attempt, relay, reply, detail, next_at, *_ in sorted(rows, key=_age):
         entry = task_pb2.TimelineEntry(
             stage=stage, kind=kind, attempt=attempt, relay=relay, reply=reply, detail=detail
         )
@@ -78,6 +88,23 @@ def timeline(rows: Sequence[Sequence[Any]]) -> list[task_pb2.TimelineEntry]:
             entry.next_attempt_at.FromDatetime(next_at)
         entries.append(entry)
     return entries
+
+
+def without_late_verdicts(rows: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Return rows of EVENT_COLUMNS and EVENT_ID without what the validator found for an epoch that was over.
+
+    It had the task in hand when that was cancelled or opened again, or got it afterwards, as the topics keep
+    each task's first event. Nothing follows from what it found then.
+    """
+    kept = []
+    latest = 0
+    for row in sorted(rows, key=_age):
+        epoch = int(row[8].split(":")[1])
+        if row[2] in ("cancelled", "retried"):
+            latest = max(latest, epoch)
+        if row[1] != "validator" or epoch >= latest:
+            kept.append(row)
+    return kept
 
 
 def _age(row: Sequence[Any]) -> tuple[datetime, int, int]:

@@ -128,10 +128,8 @@ def _row(
 
 
 def _created(event: pb.TaskCreated) -> Row:
-    # A reopened task goes at once.
-    send_at_us = 0 if event.epoch else event.send_at_us
     version = _version(event.epoch, _CREATED)
-    return _row(event, "pending", version, mail=_mail(event.task), next_at_us=send_at_us)
+    return _row(event, "pending", version, mail=_mail(event.task), next_at_us=event.send_at_us)
 
 
 def _mx_ok(event: pb.MxOk) -> Row:

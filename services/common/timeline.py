@@ -67,9 +67,8 @@ def timeline(event: Event) -> Entry:
     """
     match event:
         case pb.TaskCreated():
-            if event.epoch:
-                return _entry(event, "api", "retried")
-            return _entry(event, "api", "created", next_at_us=event.send_at_us)
+            kind = "retried" if event.epoch else "created"
+            return _entry(event, "api", kind, next_at_us=event.send_at_us)
         case pb.MxOk():
             hosts = ", ".join(host.name for host in event.hosts)
             return _entry(event, "validator", "mx_ok", event.attempt, hosts)

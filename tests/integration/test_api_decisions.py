@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
-from services.api import outbox, sweeper, uuid7
+from services.api import outbox, queries, sweeper, uuid7
 from services.api.cancelling import Cancelled, cancel
 from services.api.decider import Decider
 from services.api.errors import Problem
@@ -288,6 +288,55 @@ def test_a_scheduled_tasks_first_event_waits_no_longer(book: Book) -> None:
     [event] = transaction(book.engine, lambda c: sweeper.rebuilt(c, [outbox.created(id_)])).values()
     assert event == book.events[id_][0]
     book.is_what_was_told(id_)
+
+
+def test_a_retry_keeps_a_time_that_has_not_come(book: Book) -> None:
+    at_us = time.time_ns() // 1000 + 3600 * 10**6
+    id_ = book.create(send_at_us=at_us)
+    book.cancelled(id_)
+    epoch = book.reopened(id_)
+    assert book.row(id_).next_attempt_at == from_micros(at_us)
+    assert outbox.created(id_, epoch) not in book.outbox(id_, due=True)
+    book.is_what_was_told(id_)
+    # Cancelled once more, its event waits no longer either, and says what it said.
+    book.cancelled(id_)
+    assert outbox.created(id_, epoch) in book.outbox(id_, due=True)
+    assert book.reopened(id_) > epoch
+    assert book.row(id_).next_attempt_at == from_micros(at_us)
+    book.is_what_was_told(id_)
+
+
+def test_a_retry_after_its_time_goes_at_once(book: Book) -> None:
+    id_ = book.create(send_at_us=time.time_ns() // 1000 - 10**6)
+    book.cancelled(id_)
+    book.reopened(id_)
+    assert book.row(id_).next_attempt_at is None
+
+
+@pytest.mark.parametrize("kind", ["mx_ok", "mx_failed", "deferred"])
+def test_a_cancelled_tasks_timeline_shows_no_later_validation(book: Book, kind: str) -> None:
+    id_ = book.create(send_at_us=time.time_ns() // 1000 + 3600 * 10**6)
+    cancelled = book.cancelled(id_).event
+    assert cancelled is not None
+    task, late = pb.MailTask(id=id_, tenant=TENANT), cancelled.at_us + 1000
+    verdict: dict[str, Event] = {
+        "mx_ok": pb.MxOk(task=task, attempt=1, at_us=late),
+        "mx_failed": pb.MxFailed(id=id_, attempt=1, reason="null_mx", at_us=late),
+        "deferred": pb.MailDeferred(id=id_, attempt=1, stage="validator", reason="x", at_us=late),
+    }
+    book.tell(id_, verdict[kind])
+    with book.engine.connect() as connection:
+        task_ = queries.get(connection, TENANT, id_)
+    assert task_ is not None
+    assert [line.kind for line in task_.timeline] == ["created", "cancelled"]
+    # What is found once it is opened again is shown.
+    epoch = book.reopened(id_)
+    later = pb.MxOk(task=task, epoch=epoch, attempt=1, at_us=epoch * 1000 + 1)
+    book.tell(id_, later)
+    with book.engine.connect() as connection:
+        task_ = queries.get(connection, TENANT, id_)
+    assert task_ is not None
+    assert [line.kind for line in task_.timeline] == ["created", "cancelled", "retried", "mx_ok"]
 
 
 def test_a_deferred_task_keeps_its_attempts_and_is_not_tried_again(book: Book) -> None:

@@ -179,8 +179,9 @@ def test_a_scheduled_task_waits_for_its_time_until_more_is_known_of_it() -> None
     assert (row.status, row.next_attempt_at) == ("pending", from_micros(AT + 7))
     for event, _ in LIFE[1:]:
         assert fold(row, event).next_attempt_at is None
-    # Reopened, it goes at once.
-    assert delta(pb.TaskCreated(task=TASK, epoch=LATER, at_us=AT, send_at_us=AT + 7)).next_attempt_at is None
+    # Opened again before its time, it still waits for it.
+    row = delta(pb.TaskCreated(task=TASK, epoch=LATER, at_us=AT, send_at_us=AT + 7))
+    assert row.next_attempt_at == from_micros(AT + 7)
 
 
 @unhurried

@@ -103,7 +103,8 @@ def test_a_line_carries_time_relay_and_reply() -> None:
     [
         (pb.TaskCreated(task=TASK, send_at_us=7), 7),
         (pb.TaskCreated(task=TASK), 0),
-        (pb.TaskCreated(task=TASK, epoch=5, send_at_us=7), 0),
+        (pb.TaskCreated(task=TASK, epoch=5, send_at_us=7), 7),
+        (pb.TaskCreated(task=TASK, epoch=5), 0),
         (pb.MailDeferred(id=ID, attempt=1, stage="validator", next_attempt_at_us=8), 8),
         (pb.MailDeferred(id=ID, attempt=1, stage="sender", next_attempt_at_us=9), 9),
         (pb.MailDeferred(id=ID, attempt=1, stage="sender", in_doubt=True), 0),

@@ -18,7 +18,7 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.errors import Failure
 from services.cli.frame import Frame
 from services.cli.replay.asked import Asked, asked_from, check
-from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, working
+from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, in_time, working
 from services.cli.replay.records import Read, again, see
 from services.cli.replay.selection import Selection
 from services.cli.replay.span import parse_point
@@ -87,6 +87,13 @@ def test_a_record_of_an_earlier_epoch_goes_in_the_task_s_own() -> None:
 def test_a_record_of_a_later_epoch_than_the_row_knows_is_no_settled_task_s() -> None:
     assert ask(Standing("failed", "rejected", 0), epoch=9) == Decision(What.AGAIN, 9)
     assert ask(Standing("failed", "rejected", 0), "failed", epoch=9) == Decision(What.AGAIN, 9)
+
+
+@pytest.mark.parametrize("what", What)
+def test_nothing_goes_before_its_time(what: What) -> None:
+    decision = Decision(what, 5)
+    assert in_time(decision, 3, 100, 100) == in_time(decision, 3, 0, 100) == decision
+    assert in_time(decision, 3, 101, 100) == (Decision(What.WAITS, 3) if what.produced else decision)
 
 
 def test_what_failed_again_after_this_replay_reopened_it_is_left_to_the_next_one() -> None:

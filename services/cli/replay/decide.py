@@ -9,6 +9,7 @@ Records that make a stage work (`task.created`, `mx.ok`):
 | ... in this replay's epoch or later | REOPENED_SINCE, left out: by this replay or by somebody else       |
 | deferred by the sender            | WAITS, left out, until its next attempt is overdue (or `--reopen     |
 |                                   | deferred`): then `mx.ok` goes as that attempt, NEXT_ATTEMPT          |
+| scheduled for later (`send_at`)    | WAITS, left out: it would go before its time                         |
 | pending or processing             | AGAIN, in the epoch that the task has now; where the sender is at a  |
 |                                   | later attempt than the first, `mx.ok` goes as that attempt           |
 
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 from services.cli.replay.standing import ENDED, Standing
 
-__all__ = ["REOPENABLE", "Decision", "What", "delayed", "working"]
+__all__ = ["REOPENABLE", "Decision", "What", "delayed", "in_time", "working"]
 
 REOPENABLE = ("failed", "cancelled", "uncertain", "deferred")
 # An attempt that is due waits its turn in the stage; later than this it has probably been lost.
@@ -91,6 +92,14 @@ def working(
             return Decision(What.NEXT_ATTEMPT, task.epoch, attempt + 1)
         return Decision(What.WAITS, epoch)
     return Decision(What.AGAIN, task.epoch, task.attempt if sends and task.attempt > 1 else 0)
+
+
+def in_time(decision: Decision, epoch: int, send_at_us: int, now_us: int) -> Decision:
+    """Return the decision about a record of `epoch`; WAITS where it would send before its `send_at`.
+
+    A scheduled task is on the topics before its time only if it was cancelled. Retry keeps that time.
+    """
+    return Decision(What.WAITS, epoch) if decision.what.produced and send_at_us > now_us else decision
 
 
 def delayed(epoch: int, task: Standing, *, due_ms: int, now_ms: int) -> Decision:

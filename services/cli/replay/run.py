@@ -16,7 +16,7 @@ from services.cli import installation
 from services.cli.errors import NOT_FOUND, Failure
 from services.cli.replay import store
 from services.cli.replay.asked import Asked, asked_from
-from services.cli.replay.decide import Decision, What, delayed, working
+from services.cli.replay.decide import Decision, What, delayed, in_time, working
 from services.cli.replay.records import WORK, Read, Seen, again, see
 from services.cli.replay.source import Span, batches
 from services.cli.replay.standing import first_seen
@@ -74,6 +74,7 @@ def judge(engine: Engine, asked: Asked, fresh: int, batch: Sequence[Read]) -> li
         elif record.topic in WORK:
             sends = record.topic == MX_OK
             decision = working(epoch, task, reopen=reopen, fresh=fresh, now_us=now_us, sends=sends)
+            decision = in_time(decision, epoch, one.event.send_at_us, now_us)
         else:
             decision = Decision(What.AGAIN, epoch)
         judged.append(Judged(record, one, task.status, task.reason, decision))
