@@ -84,6 +84,10 @@ def _logs(layout: Layout, name: str | None) -> int:
     return 0
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _run(arguments: argparse.Namespace, stack: Stack) -> int:
     command = arguments.command
     began = time.monotonic()
@@ -93,19 +97,25 @@ def _run(arguments: argparse.Namespace, stack: Stack) -> int:
         print(f"up in {time.monotonic() - began:.1f} s; settings: {stack.layout.env}", file=sys.stderr)
     elif command == "scale":
         stack.scale(arguments.service, arguments.count)
+        names = stack.state.replica_names(arguments.service)
+        _say(f"{arguments.service}: {', '.join(names) or 'no replica'}")
     elif command == "start":
         stack.start(arguments.name)
+        _say(f"{arguments.name} is ready")
     elif command == "stop":
         if not stack.stop(arguments.name):
             raise StackError(f"{arguments.name} did not end in time and was killed")
+        _say(f"{arguments.name} has ended; `start {arguments.name}` brings it back")
     elif command == "kill":
         stack.stop(arguments.name, kill=True)
+        _say(f"{arguments.name} was killed; `start {arguments.name}` brings it back")
     elif command == "status":
         return _show(stack)
     elif command == "logs":
         return _logs(stack.layout, arguments.name)
     elif command == "down":
         stack.down(wipe=arguments.wipe)
+        _say("down; all data is deleted" if arguments.wipe else "down; `up` goes on with its data")
     return 0
 
 

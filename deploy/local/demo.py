@@ -21,7 +21,7 @@ from rich.table import Table
 
 from deploy.local.commands import SetupError
 from deploy.local.demo_cases import CASES, Sent, plan
-from deploy.local.environment import replaced, stack_environment
+from deploy.local.environment import REPLACED_BY, merged, stack_environment
 from deploy.local.layout import Layout
 from deploy.local.stack import Stack, StackError
 from postroad.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
@@ -179,6 +179,12 @@ The API is at {demo.address}; settings: {stack.layout.env}; mail: {stack.layout.
 """
 
 
+def _replacements(stack: Stack) -> str:
+    """The variables that stand for another mail server or DNS, be they set now or since `up`."""
+    given = merged(stack.state, os.environ)
+    return ", ".join(name for server in ("catcher", "dns") for name in REPLACED_BY[server] if given.get(name))
+
+
 def main() -> int:
     """Run the demo; 0 when all ended as it must."""
     # A pipe has no width of its own: nothing may be cut off there.
@@ -186,15 +192,18 @@ def main() -> int:
     count = int(os.environ.get("DEMO_TASKS") or len(CASES))
     stack = Stack(Layout.from_environment())
     began = time.monotonic()
+    if names := _replacements(stack):
+        print(
+            f"demo: it needs the stack's own mail server and DNS, and {names} names others:"
+            f" unset it, `make down`, then `make demo` again",
+            file=sys.stderr,
+        )
+        return 1
     try:
         console.print("Bringing up Kafka, MySQL, DNS, a mail server and the four services ...")
         stack.up({}, None)
     except (StackError, SetupError) as error:
         print(f"demo: {error}", file=sys.stderr)
-        return 1
-    if replaced(stack.state, "catcher") or replaced(stack.state, "dns"):
-        given = "EMAIL_HOST, EMAIL_PORT and POSTROAD_DNS_SERVERS"
-        print(f"demo: it needs the stack's own mail server and DNS: unset {given}", file=sys.stderr)
         return 1
     demo = Demo(stack, count)
     console.print(f"Up after {time.monotonic() - began:.1f} s. Sending {count} mails:\n")

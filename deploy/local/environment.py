@@ -8,12 +8,16 @@ resolver, a broker), which then is not started here. It is remembered until `dow
 import dataclasses
 from collections.abc import Mapping
 
-from deploy.local.state import State
+from deploy.local.state import SERVICES, State
 
 __all__ = [
     "OPERATORS",
     "REPLACED_BY",
+    "SERVES_ONE",
+    "concerned",
+    "foreign_free",
     "given_variables",
+    "merged",
     "replaced",
     "service_environment",
     "stack_environment",
@@ -31,7 +35,30 @@ REPLACED_BY = {
 PRIVATE = {"POSTROAD_LISTEN", "POSTROAD_REPLICA"}
 # Where the `postroad` command of the user's own finds an installation: not what this stack is made of.
 OPERATORS = {"POSTROAD_CONFIG", "POSTROAD_PROFILE", "POSTROAD_ENV_FILE", "POSTROAD_TOKEN", "POSTROAD_TLS"}
-PRIVATE_PREFIXES = ("POSTROAD_HTTP_", "POSTROAD_LOCAL_")
+PRIVATE_PREFIXES = ("POSTROAD_HTTP_", "POSTROAD_LOCAL_", "POSTROAD_TEST_")
+PREFIXES = ("POSTROAD_", "EMAIL_")
+# How the settings begin that one service alone reads; any other setting concerns all services.
+SERVES_ONE = {
+    "api": (
+        "POSTROAD_API_TOKENS",
+        "POSTROAD_LISTEN",
+        "POSTROAD_MAX_BODY",
+        "POSTROAD_MAX_PENDING_CREATES",
+    ),
+    "validator": ("POSTROAD_DNS_", "POSTROAD_VALIDATOR_"),
+    "sender": (
+        "EMAIL_",
+        "POSTROAD_DOMAIN_",
+        "POSTROAD_HANDOVER_SECONDS",
+        "POSTROAD_LEASE_SECONDS",
+        "POSTROAD_MAX_RESENDS",
+        "POSTROAD_ON_UNCERTAIN",
+        "POSTROAD_SENDER_",
+    ),
+    "status": ("POSTROAD_BODY_RETENTION",),
+}
+# The topics' alone: `postroad topics apply` reads them, no service does.
+TOPICS = ("POSTROAD_PARTITIONS", "POSTROAD_REPLICATION")
 LOOPBACK = "127.0.0.1"
 # On a desk nobody waits four hours for a second attempt.
 SENDER_DELAYS = "2,5,30,120"
@@ -41,6 +68,25 @@ VALIDATOR_DELAYS = "1,2,4"
 def replaced(state: State, process: str) -> bool:
     """Whether the user brought this one along (`kafka`, `mysql`, `dns`, `catcher` or `api`)."""
     return any(state.given.get(variable) for variable in REPLACED_BY[process])
+
+
+def concerned(variable: str) -> tuple[str, ...]:
+    """The services that must be started anew when this setting changes."""
+    if variable in TOPICS:
+        return ()
+    for service, starts in SERVES_ONE.items():
+        if variable.startswith(starts):
+            return (service,)
+    return SERVICES
+
+
+def foreign_free(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without settings: the processes of a stack get them from its state, all the same ones."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(PREFIXES) or name.startswith("POSTROAD_LOCAL_")
+    }
 
 
 def _own(state: State) -> dict[str, str]:
@@ -79,12 +125,22 @@ def given_variables(state: State, environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if name.startswith(("POSTROAD_", "EMAIL_"))
+        if name.startswith(PREFIXES)
         and name not in PRIVATE | OPERATORS
         and not name.startswith(PRIVATE_PREFIXES)
         and value
         and own.get(name) != value
     }
+
+
+def merged(state: State, environ: Mapping[str, str]) -> dict[str, str]:
+    """What was given so far, and what `environ` gives now.
+
+    Where `environ` has the value that is the stack's own, that ends what was given.
+    """
+    own = _own(dataclasses.replace(state, given={}))
+    kept = {name: value for name, value in state.given.items() if environ.get(name) != own.get(name, "")}
+    return {**kept, **given_variables(state, environ)}
 
 
 def stack_environment(state: State) -> dict[str, str]:

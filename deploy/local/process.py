@@ -15,7 +15,7 @@ from pathlib import Path
 from deploy.local.files import write_whole
 from deploy.local.layout import Layout
 
-__all__ = ["end", "find", "find_all", "log_tail", "resident_bytes", "spawn"]
+__all__ = ["end", "environment", "find", "find_all", "log_tail", "resident_bytes", "spawn"]
 
 NAME = "POSTROAD_LOCAL_NAME"
 DIRECTORY = "POSTROAD_LOCAL_DIR"
@@ -51,15 +51,23 @@ def spawn(
 
 def _marks(pid: int) -> tuple[str, str] | None:
     """(stack directory, name) of a process that carries both, leads its session and lives."""
+    told = environment(pid)
+    directory, name = told.get(DIRECTORY), told.get(NAME)
     try:
-        raw = Path(f"/proc/{pid}/environ").read_bytes()
-        if DIRECTORY.encode() not in raw or os.getsid(pid) != pid:
-            return None
+        leads = os.getsid(pid) == pid
     except OSError:
         return None
-    pairs = dict(item.partition(b"=")[::2] for item in raw.split(b"\0"))
-    directory, name = pairs.get(DIRECTORY.encode()), pairs.get(NAME.encode())
-    return (os.fsdecode(directory), os.fsdecode(name)) if directory and name else None
+    return (directory, name) if directory and name and leads else None
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty when it is gone."""
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return {}
+    pairs = (item.partition(b"=")[::2] for item in raw.split(b"\0") if item)
+    return {os.fsdecode(name): os.fsdecode(value) for name, value in pairs}
 
 
 def find(layout: Layout, name: str) -> int | None:

@@ -16,7 +16,15 @@ from deploy.local import process
 from deploy.local.component import Component
 from deploy.local.database import database_component
 from deploy.local.database_tree import wanted_kind
-from deploy.local.environment import OPERATORS, given_variables, replaced, stack_environment
+from deploy.local.environment import (
+    REPLACED_BY,
+    concerned,
+    foreign_free,
+    given_variables,
+    merged,
+    replaced,
+    stack_environment,
+)
 from deploy.local.files import write_whole
 from deploy.local.kafka_node import kafka_component
 from deploy.local.layout import ROOT, Layout
@@ -120,23 +128,42 @@ class Stack:
         write_whole(self.layout.env, text)
 
     def up(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool = True) -> None:
-        """Start what does not run; returns when all is ready. `services=False` leaves them out."""
+        """Start what does not run, and anew what a changed setting concerns; returns when all is ready.
+
+        `services=False` leaves them out. What cannot come up with the settings given now, keeps none of them.
+        """
         with self.changing():
-            self._plan(replicas, kafka_nodes, services=services)
-            self._save()
-            wanted = self.services() if services else []
-            missing = [name for name in wanted if process.find(self.layout, name) is None]
-            with ThreadPoolExecutor() as pool:
-                starts = {name: pool.submit(self._start_one, name) for name in self.infrastructure()}
-                if missing:
-                    kafka = [start for name, start in starts.items() if name.startswith("kafka-")]
-                    database = [start for name, start in starts.items() if name == "mysql"]
-                    starts["migrate"] = pool.submit(self._command, "migrate", database)
-                    starts["topics"] = pool.submit(self._command, "topics apply --yes", kafka)
-                self._results(starts.values())
-            self._start_all(wanted)
-            for service in SERVICES:
-                self._end_surplus(service)
+            before = dict(self.state.given)
+            try:
+                self._plan(replicas, kafka_nodes, services=services)
+                self._save()
+                self._bring_up(services=services, changed=self.state.given != before)
+            except BaseException:
+                self.state.given = before
+                self._save()
+                raise
+
+    def _bring_up(self, *, services: bool, changed: bool) -> None:
+        """Start what the plan has; `changed`: other settings are given than before."""
+        wanted = self.services() if services else []
+        running = process.find_all(self.layout)
+        stale = {name: settings for name in running if (settings := self._changed(name, running[name]))}
+        missing = [name for name in wanted if name not in running or name in stale]
+        with ThreadPoolExecutor() as pool:
+            starts = {name: pool.submit(self._start_one, name) for name in self.infrastructure()}
+            if wanted and (missing or changed):
+                kafka = [start for name, start in starts.items() if name.startswith("kafka-")]
+                database = [start for name, start in starts.items() if name == "mysql"]
+                starts["migrate"] = pool.submit(self._command, "migrate", database)
+                starts["topics"] = pool.submit(self._command, "topics apply --yes", kafka)
+            self._results(starts.values())
+        for name, settings in stale.items():
+            print(f"{name}: starting anew with {', '.join(settings)}", file=sys.stderr, flush=True)
+        self._end_all(stale)
+        self._start_all(name for name in stale if name not in wanted)
+        self._start_all(wanted)
+        for service in SERVICES:
+            self._end_surplus(service)
 
     def _plan(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool) -> None:
         state, running = self.state, process.find_all(self.layout)
@@ -151,14 +178,52 @@ class Stack:
             state.kafka_nodes = kafka_nodes
         if "POSTROAD_LOCAL_DB" in os.environ and "mysql" not in running:
             state.database = wanted_kind()
-        state.given = {**state.given, **given_variables(state, os.environ)}
+        given = merged(state, os.environ)
+        self._refuse_replacements(given, running)
+        state.given = given
         if services:
             state.replicas = {service: state.replicas.get(service) or 1 for service in SERVICES}
             state.replicas |= replicas
 
+    def _refuse_replacements(self, given: Mapping[str, str], running: Collection[str]) -> None:
+        """Raise StackError where a server that runs would be replaced, or one that was replaced come back."""
+        for server, variables in REPLACED_BY.items():
+            names = [name for name in running if name == server or name.startswith(f"{server}-")]
+            now = [variable for variable in variables if given.get(variable)]
+            if names and now and not replaced(self.state, server):
+                raise StackError(f"{names[0]} runs, and {now[0]} is given in its place: `make down` first")
+
+    def _changed(self, name: str, pid: int) -> list[str]:
+        """The settings that a running process was started with other values of, and that concern it."""
+        try:
+            wanted = self.component(name).env
+        except StackError:  # no part of the stack any more
+            return []
+        has = process.environment(pid)
+        service = name.rpartition("-")[0]
+        names = {*wanted, *(variable for variable in has if variable.startswith(("POSTROAD_", "EMAIL_")))}
+        if service in SERVICES:
+            names = {variable for variable in names if service in concerned(variable)}
+        else:
+            names = set(wanted)
+        return sorted(
+            variable
+            for variable in names
+            if not variable.startswith(("POSTROAD_HTTP_", "POSTROAD_LOCAL_"))
+            and has.get(variable) != wanted.get(variable)
+        )
+
+    def _refuse_settings(self) -> None:
+        """Raise StackError where a setting is given to a command that starts some processes only."""
+        given = given_variables(self.state, os.environ)
+        other = sorted(name for name, value in given.items() if self.state.given.get(name) != value)
+        if other:
+            raise StackError(f"{other[0]} is set here, and not in the stack: `up` gives it to all processes")
+
     def scale(self, service: str, count: int) -> None:
         """Have `count` replicas of a service: the new ones are started, those of higher numbers drained."""
         with self.changing():
+            self._refuse_settings()
             self.state.replicas[service] = count
             self._save()
             self._start_all([name for name in self.services() if name.startswith(f"{service}-")])
@@ -167,6 +232,7 @@ class Stack:
     def start(self, name: str) -> None:
         """Start `name` unless it runs; returns when it is ready."""
         with self.changing():
+            self._refuse_settings()
             self.component(name)
             self._save()
             self._start_all([name])
@@ -207,7 +273,7 @@ class Stack:
         component = self.component(name)
         if process.find(self.layout, name) is None:
             component.prepare()
-            env = {**os.environ, "PYTHONUNBUFFERED": "1", **component.env}
+            env = {**foreign_free(os.environ), "PYTHONUNBUFFERED": "1", **component.env}
             process.spawn(self.layout, name, component.argv, env, cwd=ROOT)
         deadline = time.monotonic() + component.patience
         pause = 0.02
@@ -246,8 +312,7 @@ class Stack:
         """Run `postroad command` once what it needs is ready."""
         self._results(after)
         argv = [sys.executable, "-m", "services.cli", *command.split()]
-        own = {name: value for name, value in os.environ.items() if name not in OPERATORS}
-        env = {**own, **stack_environment(self.state), "POSTROAD_CONFIG": os.devnull}
+        env = {**foreign_free(os.environ), **stack_environment(self.state), "POSTROAD_CONFIG": os.devnull}
         done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")

@@ -7,11 +7,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import mysql.connector
 import pytest
 from confluent_kafka import Consumer, Producer
 from sqlalchemy import make_url
 
+from postroad.v1.task_service_pb2 import ListRequest
+from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from tests.forms import LONG
 from tests.stack import Infra, Stack
 
@@ -123,6 +126,56 @@ def test_given_variables_hold_until_down(new_servers: NewStack, infra: Infra) ->
     again = Stack(stack.directory, given)
     again.up("--infra-only")
     assert _running(again) == {"dns", "catcher"}
+
+
+def test_up_starts_anew_what_a_changed_setting_concerns(new_stack: NewStack) -> None:
+    stack = new_stack()
+    stack.up()
+    pids = {f"{service}-1": stack.pid(f"{service}-1") for service in SERVICES}
+    given = {**stack._given, "POSTROAD_API_TOKENS": "red:secret-of-red", "EMAIL_FROM": "a@good.test"}
+    done = Stack(stack.directory, given).command("up")
+    assert {name for name, pid in pids.items() if stack.pid(name) != pid} == {"api-1", "sender-1"}
+    assert _environment(stack.pid("api-1"))["POSTROAD_API_TOKENS"] == "red:secret-of-red"
+    assert _environment(stack.pid("sender-1"))["EMAIL_FROM"] == "a@good.test"
+    assert "api-1: starting anew with POSTROAD_API_TOKENS" in done.stderr
+    assert "secret-of-red" not in done.stderr
+    with (
+        grpc.insecure_channel(stack.env()["POSTROAD_API"]) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        TaskServiceStub(channel).List(ListRequest(), timeout=20)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    # What does not come up with it is as it was.
+    pids = {name: stack.pid(name) for name in pids}
+    refused = Stack(stack.directory, {**given, "POSTROAD_PARTITIONS": "2"}).command("up", check=False)
+    assert refused.returncode == 1
+    assert "topics" in refused.stderr
+    # A second replica with other settings than the first is what nobody wants.
+    for arguments in (("scale", "sender", "2"), ("start", "sender-1")):
+        alone = Stack(stack.directory, {**given, "EMAIL_FROM": "b@good.test"})
+        refused = alone.command(*arguments, check=False)
+        assert refused.returncode == 1
+        assert "EMAIL_FROM" in refused.stderr
+    Stack(stack.directory, given).up()
+    assert {name: stack.pid(name) for name in pids} == pids
+
+
+def test_a_server_that_runs_is_not_replaced(new_servers: NewStack, infra: Infra) -> None:
+    given = {"POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap, "POSTROAD_DATABASE_URL": infra.new_database()}
+    stack = new_servers(**given)
+    stack.up("--infra-only")
+    before = stack.env()
+    other = Stack(stack.directory, {**given, "POSTROAD_DNS_SERVERS": "127.0.0.9:53"})
+    refused = other.command("up", "--infra-only", check=False)
+    assert refused.returncode == 1
+    assert all(word in refused.stderr for word in ("dns", "POSTROAD_DNS_SERVERS", "make down"))
+    assert stack.env() == before
+    # The catcher asks for what the sender is to say.
+    user = {"EMAIL_USER": "postroad", "EMAIL_PASS": "let-me-in"}
+    pid = stack.pid("catcher")
+    Stack(stack.directory, {**given, **user}).up("--infra-only")
+    assert stack.pid("catcher") != pid
+    assert _environment(stack.pid("catcher")).items() >= user.items()
 
 
 def test_a_shell_that_has_read_stack_env_replaces_nothing(infra: Infra) -> None:

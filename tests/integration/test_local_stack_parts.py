@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import cache, database_tree, debian
+from deploy.local import cache, database_tree, debian, demo
 from deploy.local.command_line import main
 from deploy.local.commands import SetupError, run
 from deploy.local.demo_cases import CASES, plan
-from deploy.local.environment import given_variables, replaced, service_environment, stack_environment
+from deploy.local.environment import (
+    foreign_free,
+    given_variables,
+    merged,
+    replaced,
+    service_environment,
+    stack_environment,
+)
 from deploy.local.layout import Layout
 from deploy.local.ports import claim, free_port, is_free, release
 from deploy.local.stack import Stack, StackError
@@ -51,6 +58,34 @@ def test_what_is_given_wins_and_private_variables_do_not() -> None:
     assert "POSTROAD_LISTEN" not in told
     assert replaced(state, "catcher")
     assert "EMAIL_TLS" not in told
+
+
+def test_the_stacks_own_value_ends_what_was_given() -> None:
+    state = State(given={"EMAIL_USER": "post", "POSTROAD_SENDER_DELAYS": "9"})
+    environ = {"POSTROAD_SENDER_DELAYS": stack_environment(State())["POSTROAD_SENDER_DELAYS"]}
+    assert merged(state, environ) == {"EMAIL_USER": "post"}
+    assert merged(state, {"EMAIL_PASS": "p"}) == {**state.given, "EMAIL_PASS": "p"}
+    assert merged(state, stack_environment(state)) == state.given
+
+
+def test_a_process_gets_no_setting_that_the_others_lack() -> None:
+    environ = {"EMAIL_FROM": "x", "POSTROAD_TOKEN": "x", "POSTROAD_LOCAL_DIR": "/x", "HOME": "/root"}
+    assert foreign_free(environ) == {"POSTROAD_LOCAL_DIR": "/x", "HOME": "/root"}
+
+
+def test_the_demo_says_how_to_get_rid_of_another_mail_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it is no longer in the environment: the stack remembers it."""
+    for name in list(os.environ):
+        if name.startswith(("POSTROAD_", "EMAIL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("POSTROAD_LOCAL_DIR", str(tmp_path))
+    State(given={"EMAIL_HOST": "relay.example"}).save(tmp_path / "state.json")
+    assert demo.main() == 1
+    said = capsys.readouterr().err
+    assert "EMAIL_HOST" in said
+    assert "make down" in said
 
 
 def test_a_relay_of_ones_own_ends_the_catchers_settings_only() -> None:

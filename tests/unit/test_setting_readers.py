@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.environment import service_environment
+from deploy.local.environment import SERVES_ONE, concerned, service_environment
 from deploy.local.state import State
 from services.common.config import Settings, variable
 from services.common.environment import OTHERS
@@ -160,3 +160,11 @@ def test_what_a_service_reads_is_known_exactly() -> None:
     assert "POSTROAD_BODY_RETENTION" in read_by("status")
     assert not {"POSTROAD_BODY_RETENTION", "POSTROAD_PARTITIONS"} & read_by("api")
     assert {name for name in read_by("status") if name.startswith("EMAIL_")} == set()
+
+
+def test_a_changed_setting_restarts_all_that_read_it() -> None:
+    for name in map(variable, Settings.model_fields):
+        readers = {service for service in SERVICES if name in read_by(service)}
+        assert readers <= set(concerned(name)), name
+        if any(name.startswith(starts) for starts in SERVES_ONE.values()):
+            assert readers == set(concerned(name)), name
