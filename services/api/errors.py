@@ -146,9 +146,10 @@ def being_sent(id_: str, retry_seconds: float = 1.0) -> Problem:
 def not_open_to_retry(id_: str, status: str) -> Problem:
     """Return FAILED_PRECONDITION: the task is completed or still under way."""
     reason = "ALREADY_SENT" if status == "completed" else "NOT_OVER"
+    why = "its mail went out" if status == "completed" else "it has not ended, and goes on by itself"
     return Problem(
         grpc.StatusCode.FAILED_PRECONDITION,
-        f"task {id_} is {status}; only failed, uncertain and cancelled ones are opened again",
+        f"task {id_} is {status}: {why}; only failed, uncertain and cancelled ones are opened again",
         (error_info(reason, {"id": id_, "status": status}),),
     )
 
@@ -206,7 +207,9 @@ def draining() -> Problem:
 def unauthenticated() -> Problem:
     """Return UNAUTHENTICATED: no bearer token, or none that is known."""
     return Problem(
-        grpc.StatusCode.UNAUTHENTICATED, "a known bearer token is needed", (error_info("TOKEN_UNKNOWN"),)
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the metadata key authorization must be 'Bearer TOKEN', with a token that the api knows",
+        (error_info("TOKEN_UNKNOWN"),),
     )
 
 

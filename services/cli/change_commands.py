@@ -26,6 +26,11 @@ Ids: TypeAlias = Annotated[
 Call: TypeAlias = "Callable[[TaskServiceStub, str], task_pb2.Task]"
 
 _ENDS = frozenset({DENIED, UNAVAILABLE})
+_NOT_CANCELLED = {
+    "completed": "not cancelled: its mail went out",
+    "failed": "not cancelled: it had failed",
+    "uncertain": "not cancelled: its mail may have gone out",
+}
 _CHANGED = (
     Column("id"),
     Column("status"),
@@ -50,8 +55,9 @@ def register(app: typer.Typer) -> None:
     def retry(frame: Frame, ids: Ids) -> None:
         """Open failed, uncertain or cancelled tasks again.
 
-        A task whose mail went out is never sent again: it comes back as it is. The exit code is the highest
-        of the tasks' own; one that cannot be retried counts as failed.
+        They are pending again and go on at once, or at their --send-at where that has not come yet. A task
+        whose mail went out is not opened. The exit code is the highest of the tasks' own; one that is not
+        opened is named with the reason, and counts as failed.
         """
         from postroad.v1.task_service_pb2 import RetryRequest  # noqa: PLC0415
         from services.cli.channel import DEADLINE  # noqa: PLC0415
@@ -59,7 +65,7 @@ def register(app: typer.Typer) -> None:
         def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
             return stub.Retry(RetryRequest(id=id_), timeout=DEADLINE)
 
-        _each(frame, ids, call, lambda _: OK)
+        _each(frame, ids, call)
 
     @command(
         app,
@@ -74,8 +80,9 @@ def register(app: typer.Typer) -> None:
     def cancel(frame: Frame, ids: Ids) -> None:
         """Take tasks back, and show what really happened to each.
 
-        Where the sender came first, the task is completed, failed or uncertain, and counts as failed in the
-        exit code, which is the highest of the tasks' own. A task that is uncertain already is closed.
+        Where the sender came first, the task is completed, failed or uncertain. It is named with the reason,
+        and counts as failed in the exit code, which is the highest of the tasks' own. A task that is
+        uncertain already is closed.
         """
         from postroad.v1.task_service_pb2 import CancelRequest  # noqa: PLC0415
         from services.cli.channel import DEADLINE  # noqa: PLC0415
@@ -83,7 +90,7 @@ def register(app: typer.Typer) -> None:
         def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
             return stub.Cancel(CancelRequest(id=id_), timeout=DEADLINE)
 
-        _each(frame, ids, call, lambda task: OK if task.status == "cancelled" else FAILED)
+        _each(frame, ids, call, lambda task: _NOT_CANCELLED.get(task.status))
 
     @command(
         app,
@@ -117,11 +124,16 @@ def register(app: typer.Typer) -> None:
         def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
             return stub.Resolve(pb.ResolveRequest(id=id_, resolution=resolution), timeout=DEADLINE)
 
-        _each(frame, ids, call, lambda _: OK)
+        _each(frame, ids, call)
 
 
-def _each(frame: Frame, ids: list[str], call: Call, judge: Callable[[task_pb2.Task], int]) -> None:
-    """Do it to each task and show what came of it; an api that is away or refuses us ends it."""
+def _each(
+    frame: Frame, ids: list[str], call: Call, refusal: Callable[[task_pb2.Task], str | None] = lambda _: None
+) -> None:
+    """Do it to each task and show what came of it; an api that is away or refuses us ends it.
+
+    `refusal`: why a task that the api answered counts as failed, None where it does not.
+    """
     from postroad.v1.task_service_pb2_grpc import TaskServiceStub  # noqa: PLC0415
 
     worst = OK
@@ -137,7 +149,9 @@ def _each(frame: Frame, ids: list[str], call: Call, judge: Callable[[task_pb2.Ta
             for id_ in _each_once(ids):
                 try:
                     task = call(stub, id_)
-                    worst = max(worst, judge(task))
+                    if why := refusal(task):
+                        say(f"postroad: {id_}: {why}")
+                        worst = max(worst, FAILED)
                     yield task_row(task)
                 except grpc.RpcError as error:
                     cause = explain(error)

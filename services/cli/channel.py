@@ -28,13 +28,13 @@ def open_channel(values: Mapping[str, str]) -> grpc.Channel:
     target = values.get("POSTROAD_API") or DEFAULT
     host, colon, port = target.rpartition(":")
     if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
-        raise Failure(f"the api's address {target!r} is no host:port", USAGE)
+        raise Failure(f"POSTROAD_API (--api) is {target!r}, no host:port", USAGE)
     wanted = values.get("POSTROAD_TLS", "").lower()
     if wanted not in _TRUE | _FALSE:
         raise Failure(f"POSTROAD_TLS is {wanted!r}, neither true nor false", USAGE)
     token = without_line_end(values.get("POSTROAD_TOKEN", ""))
-    if token and not all("!" <= character <= "~" for character in token):
-        raise Failure("the token has other characters than visible ASCII", USAGE)
+    if token and not all(" " <= character <= "~" for character in token):
+        raise Failure("POSTROAD_TOKEN (--token) has other characters than visible ASCII", USAGE)
     options = [("grpc.max_receive_message_length", _MOST_BYTES), ("grpc.max_reconnect_backoff_ms", 1000)]
     # A watch may be silent for hours: its connection is asked after, so that a dead one is noticed.
     options += [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000)]

@@ -124,12 +124,20 @@ def register(app: typer.Typer) -> None:
 
 
 def _one(frame: Frame, request: pb.CreateRequest) -> None:
+    import grpc  # noqa: PLC0415
+
     from postroad.v1.task_service_pb2_grpc import TaskServiceStub  # noqa: PLC0415
     from services.cli.channel import DEADLINE  # noqa: PLC0415
+    from services.cli.mail import named  # noqa: PLC0415
     from services.cli.tasks import task_row  # noqa: PLC0415
 
     with frame.channel() as channel:
-        task = TaskServiceStub(channel).Create(request, timeout=DEADLINE)
+        try:
+            task = TaskServiceStub(channel).Create(request, timeout=DEADLINE)
+        except grpc.RpcError as error:
+            if (cause := explain(error)) is None:
+                raise
+            raise Failure(named(cause.line), cause.code) from None
     row = task_row(task)
     frame.out.one(row, lambda row: frame.out.table([row], _CREATED))
 
@@ -158,7 +166,7 @@ def _recorded(frame: Frame, requests: Iterable[pb.CreateRequest]) -> Iterator[di
     from postroad.v1 import task_service_pb2 as pb  # noqa: PLC0415
     from postroad.v1.task_service_pb2_grpc import TaskServiceStub  # noqa: PLC0415
     from services.cli.channel import DEADLINE  # noqa: PLC0415
-    from services.cli.mail import chunks  # noqa: PLC0415
+    from services.cli.mail import chunks, named  # noqa: PLC0415
     from services.cli.tasks import task_row  # noqa: PLC0415
 
     codes = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -187,11 +195,11 @@ def _recorded(frame: Frame, requests: Iterable[pb.CreateRequest]) -> Iterator[di
                     yield {"number": number} | task_row(result.task)
                     continue
                 violations = [
-                    {"field": v.field, "description": v.description} for v in result.error.violations
+                    {"field": named(v.field), "description": v.description} for v in result.error.violations
                 ]
                 refusal = {
                     "code": codes.get(result.error.code, "UNKNOWN"),
-                    "message": result.error.message,
+                    "message": named(result.error.message),
                     "reason": result.error.reason,
                     "metadata": dict(result.error.metadata),
                     "violations": violations,

@@ -16,4 +16,4 @@ def url_of(settings: Settings) -> URL:
     try:
         return database.url_of(settings.database_url)
     except ValueError as error:
-        raise Failure(f"the database URL: {error}", USAGE) from None
+        raise Failure(f"POSTROAD_DATABASE_URL (--database): {error}", USAGE) from None

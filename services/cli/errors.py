@@ -106,7 +106,7 @@ def explain(error: BaseException, brokers: str = "") -> Failure | None:
     if _is(error, "pydantic", "ValidationError"):
         return _settings(error)
     if _is(error, "sqlalchemy.exc", "ArgumentError"):
-        return Failure(f"the database URL: {error}", USAGE)
+        return Failure(f"POSTROAD_DATABASE_URL (--database): {error}", USAGE)
     if _is(error, "sqlalchemy.exc", "DBAPIError") or _is(error, "sqlalchemy.exc", "TimeoutError"):
         return _database(error)
     if isinstance(error, UnicodeEncodeError) and any("\ud800" <= c <= "\udfff" for c in error.object):

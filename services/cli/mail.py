@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -15,11 +16,18 @@ from google.protobuf import json_format
 from postroad.v1 import task_service_pb2 as pb
 from services.cli.errors import USAGE, Failure
 
-__all__ = ["chunks", "from_flags", "from_lines", "opened", "text_of"]
+__all__ = ["chunks", "from_flags", "from_lines", "named", "opened", "text_of"]
 
 _MOST: Final = 1000
 _MOST_BYTES: Final = 16 << 20
-_DATA: Final = frozenset(pb.TaskData.DESCRIPTOR.fields_by_name)
+_DATA: Final = tuple(pb.TaskData.DESCRIPTOR.fields_by_name)
+_REQUEST: Final = tuple(name for name in pb.CreateRequest.DESCRIPTOR.fields_by_name if name != "data")
+# The fields of a line that are no text, and what they are.
+_KINDS: Final = {
+    "headers": "an object of texts",
+    "labels": "an object of texts",
+    "send_at": "a time (RFC 3339)",
+}
 
 
 def text_of(path: str, flag: str) -> str:
@@ -60,15 +68,39 @@ def from_lines(lines: Iterable[bytes], name: str) -> Iterator[pb.CreateRequest]:
         try:
             asked = json.loads(line.decode())
             if not isinstance(asked, dict):
-                raise TypeError("no object")
-            if "data" not in asked:
-                data = {key: asked.pop(key) for key in list(asked) if key in _DATA}
-                asked["data"] = data
-            yield json_format.ParseDict(asked, pb.CreateRequest())
+                raise TypeError("it is no JSON object")
+            yield _request(asked)
         except UnicodeDecodeError:
             raise Failure(f"{name}, line {number}: it is not in UTF-8", USAGE) from None
-        except (ValueError, TypeError, json_format.ParseError) as error:
+        except json.JSONDecodeError as error:
+            raise Failure(f"{name}, line {number}: it is no JSON object: {error}", USAGE) from None
+        except (ValueError, TypeError) as error:
             raise Failure(f"{name}, line {number}: {error}", USAGE) from None
+
+
+def _request(asked: dict[str, Any]) -> pb.CreateRequest:
+    """Return the request that a line's object asks for; raise ValueError by the names that the line has."""
+    request = pb.CreateRequest()
+    fields = dict(asked)
+    data = fields.pop("data", None)
+    if data is not None and not isinstance(data, dict):
+        raise ValueError("data is no object")
+    for key, value in {**(data or {}), **fields}.items():
+        # As in protobuf's JSON, `idempotencyKey` is `idempotency_key`.
+        name = re.sub(r"(?<!^)[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
+        in_data = name in _DATA if data is None else key in data
+        if name not in (_DATA if in_data else _REQUEST):
+            raise ValueError(f"there is no field {key!r}; the fields are {', '.join((*_DATA, *_REQUEST))}")
+        try:
+            json_format.ParseDict({key: value}, request.data if in_data else request)
+        except json_format.ParseError:
+            raise ValueError(f"{key} must be {_KINDS.get(name, 'a text')}") from None
+    return request
+
+
+def named(text: str) -> str:
+    """Return the api's words with the fields' names as a file or the flags have them: without `data.`."""
+    return re.sub(r"(^|; |\s)data\.(?=[a-z_]+\b)", r"\1", text)
 
 
 def opened(path: str) -> IO[bytes]:

@@ -15,7 +15,7 @@ import typer
 from services.cli.completion import among, reopenable, statuses, topics
 from services.cli.errors import FAILED, INTERRUPTED, NOT_FOUND, USAGE, Failure
 from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
-from services.cli.replay_results import produced, refused, result, show
+from services.cli.replay_results import produced, refused, result, show, told
 from services.cli.terminal import Bar, confirm, progress, say
 
 if TYPE_CHECKING:
@@ -174,18 +174,17 @@ def _begin(
     if dry_run or not yes:
         total = sum(span.left for span in todo.values())
         with progress("looking", total) as bar:
-            counts = survey(settings, engine, asked, todo, _ticks(bar, total))
+            counts, tasks = survey(settings, engine, asked, todo, _ticks(bar, total))
         if dry_run:
-            result(frame.out, None, counts, "dry run")
+            result(frame.out, None, counts, "dry run", tasks)
             return
-        show(counts)
-        number = produced(counts)
-        if not number:
+        show(counts, tasks)
+        if not produced(counts):
             say("None of these records would be produced.")
             if not frame.out.is_table:
-                result(frame.out, None, counts, "nothing to do")
+                result(frame.out, None, counts, "nothing to do", tasks)
             return
-        confirm(f"Produce {number} records to {asked.topic} at {asked.rate:g}/s?", yes)
+        confirm(f"Produce {told(counts, tasks)} to {asked.topic} at {asked.rate:g}/s?", yes)
     replay = Replay(new_id(now), asked.topic, asked.arguments(), time.time_ns() // 1_000_000, todo)
     create(engine, replay)
     say(f"Replay {replay.id} begins.")

@@ -12,7 +12,7 @@ from services.cli.terminal import say
 if TYPE_CHECKING:
     from services.cli.replay.store import Counts
 
-__all__ = ["produced", "refused", "result", "show"]
+__all__ = ["produced", "refused", "result", "show", "told"]
 
 _COLUMNS = (
     Column("status"),
@@ -20,6 +20,8 @@ _COLUMNS = (
     Column("records", right=True),
     Column("what", "becomes"),
 )
+# A task may have several records on a topic: it was opened again, or replayed.
+_SURVEYED = (*_COLUMNS[:2], Column("tasks", right=True), *_COLUMNS[2:])
 
 
 def produced(counts: Counts) -> int:
@@ -36,23 +38,39 @@ def refused(counts: Counts) -> int:
     return sum(number for (_, _, what), number in counts.items() if What(what) is What.REFUSED)
 
 
-def _rows(counts: Counts) -> list[dict[str, Any]]:
+def told(counts: Counts, tasks: Counts | None) -> str:
+    """Return how many records are produced, and of how many tasks where that is known."""
+    number = produced(counts)
+    records = f"{number} record{'' if number == 1 else 's'}"
+    if tasks is None:
+        return records
+    number = produced(tasks)
+    return f"{records} of {number} task{'' if number == 1 else 's'}"
+
+
+def _rows(counts: Counts, tasks: Counts | None = None) -> list[dict[str, Any]]:
     return [
         {"status": status, "reason": reason, "what": what, "records": number}
+        | ({} if tasks is None else {"tasks": tasks[status, reason, what]})
         for (status, reason, what), number in sorted(counts.items())
     ]
 
 
-def show(counts: Counts) -> None:
+def show(counts: Counts, tasks: Counts | None) -> None:
     """Write the counts to stderr."""
     # What is shown before the question is no result: it goes where the question goes.
     with redirect_stdout(sys.stderr):
-        Output(Form.TABLE).rows(_rows(counts), _COLUMNS, "There are no records.")
+        _table(Output(Form.TABLE), counts, tasks)
 
 
-def result(out: Output, id_: str | None, counts: Counts, state: str) -> None:
-    """Write the result of a replay; `id_` None: of one that produced nothing."""
-    rows = _rows(counts)
+def _table(out: Output, counts: Counts, tasks: Counts | None) -> None:
+    columns = _COLUMNS if tasks is None else _SURVEYED
+    out.rows(_rows(counts, tasks), columns, "There are no records.")
+
+
+def result(out: Output, id_: str | None, counts: Counts, state: str, tasks: Counts | None = None) -> None:
+    """Write the result of a replay; `id_` None: of one that produced nothing; `tasks`: the tasks' numbers."""
+    rows = _rows(counts, tasks)
     row: dict[str, Any] = {
         "id": id_,
         "state": state,
@@ -62,8 +80,8 @@ def result(out: Output, id_: str | None, counts: Counts, state: str) -> None:
     }
 
     def table(_: Row) -> None:
-        out.rows(rows, _COLUMNS, "There are no records.")
+        _table(out, counts, tasks)
         verb = "would be" if state == "dry run" else "were"
-        say(f"{row['records']} records, of which {row['produced']} {verb} produced.")
+        say(f"Of {row['records']} records, {told(counts, tasks)} {verb} produced.")
 
     out.one(row, table)

@@ -17,12 +17,15 @@ table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`):
 
 from __future__ import annotations
 
+import re
+import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from services.cli.errors import USAGE, Failure
+from services.cli.terminal import say
 from services.common.environment import unknown
 
 if TYPE_CHECKING:
@@ -39,6 +42,11 @@ VARIABLES: Final = {
     "topic-prefix": "POSTROAD_TOPIC_PREFIX",
 }
 """What flags and profiles call a setting, and its variable."""
+# A line of a file that sets a secret: a database's URL has a password as a rule.
+_SECRET: Final = re.compile(
+    r"^\s*(?:export )?(?:(?:POSTROAD_)?(?:TOKEN|DATABASE(?:_URL)?|API_TOKENS)|EMAIL_\w*(?:PASS|SECRET))\s*=",
+    re.MULTILINE | re.IGNORECASE,
+)
 
 
 def values(given: Mapping[str, str | None], environment: Mapping[str, str]) -> dict[str, str]:
@@ -64,7 +72,11 @@ def config_file(given: str | None, environment: Mapping[str, str]) -> dict[str, 
     home = Path(environment.get("XDG_CONFIG_HOME") or "~/.config")
     path = Path(asked) if asked else home / "postroad/config.toml"
     try:
-        return tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+        text = path.expanduser().read_text(encoding="utf-8")
+        config = tomllib.loads(text)
+        if _SECRET.search(text):
+            _warn_of_readers(path.expanduser())
+        return config
     except (FileNotFoundError, NotADirectoryError, PermissionError, RuntimeError) as error:
         # RuntimeError: this user has no home. Who asked for no file need not be able to read one.
         if not asked:
@@ -96,7 +108,10 @@ def profile(config: Mapping[str, Any], name: str | None) -> dict[str, str]:
 def env_file(path: Path) -> dict[str, str]:
     """Return the variables of a file of `NAME=value` lines, such as the local stack's stack.env."""
     try:
-        lines = path.read_text().splitlines()
+        text = path.read_text()
+        if _SECRET.search(text):
+            _warn_of_readers(path)
+        lines = text.splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{path}: {_said(error)}", USAGE) from None
     found = {}
@@ -121,6 +136,12 @@ def settings_of(effective: Mapping[str, str]) -> Settings:
         if variable in effective:
             given[name] = effective[variable]
     return Settings(**given)  # type: ignore[arg-type]
+
+
+def _warn_of_readers(path: Path) -> None:
+    """Say so where others than its owner may read a file that has secrets."""
+    if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        say(f"postroad: {path} has a token or a password, and others may read it: chmod 600 {path}")
 
 
 def _refuse_misspelt(names: Iterable[str]) -> None:

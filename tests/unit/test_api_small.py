@@ -157,6 +157,23 @@ def test_bad_token_settings_are_refused_without_showing_a_token(tokens: str) -> 
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ("shop", "TENANT:TOKEN"),
+        (",", "TENANT:TOKEN"),
+        ("-shop:s3cret-one", "tenant of pair 1"),
+        ("shop:s3cret-one,bank:short", "token of pair 2 is not 8 or more visible ASCII characters"),
+        ("shop:s3crét-one", "visible ASCII"),
+        ("shop:s3cret\t-one", "visible ASCII"),
+    ],
+)
+def test_a_bad_token_setting_is_told_by_what_is_wrong_with_it(tokens: str, says: str) -> None:
+    with pytest.raises(ValueError, match="pair") as caught:
+        Tenants(tokens)
+    assert says in str(caught.value)
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 

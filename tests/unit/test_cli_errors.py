@@ -53,16 +53,19 @@ def postroad() -> Command:
         ("watch --follow", "--follow and --exit-status are for one task: name its ID"),
         ("watch --status failed " + ID, "either an ID or flags that choose tasks, not both"),
         ("lag --stage nope", "'nope' is not one of 'validator', 'sender', 'status'"),
-        ("list --api nonsense", "the api's address 'nonsense' is no host:port"),
+        ("list --api nonsense", "POSTROAD_API (--api) is 'nonsense', no host:port"),
         ("list --profile nope", "no profile 'nope' in the config file; it has: none"),
         ("list --config nowhere.toml", "nowhere.toml: no such config file"),
         ("list --env-file nowhere.env", "nowhere.env: No such file or directory"),
-        ("migrate --database nonsense", "the database URL: Could not parse SQLAlchemy URL"),
-        ("migrate --database mysql://u:p@h:abc/x", "the database URL: its port is no number"),
+        ("migrate --database nonsense", "POSTROAD_DATABASE_URL (--database): Could not parse SQLAlchemy URL"),
+        (
+            "migrate --database mysql://u:p@h:abc/x",
+            "POSTROAD_DATABASE_URL (--database): its port is no number",
+        ),
         ("migrate --database postgresql://", "postgresql:// is neither mysql:// nor mariadb://"),
         ("replay mx.ok --database sqlite:///x", "sqlite:// is neither mysql:// nor mariadb://"),
         ("rebuild --database mysql+pymysql://u@h/x", "mysql+pymysql:// is neither mysql:// nor mariadb://"),
-        ("list --token aé", "the token has other characters than visible ASCII"),
+        ("list --token aé", "POSTROAD_TOKEN (--token) has other characters than visible ASCII"),
     ],
 )
 def test_a_bad_flag_is_a_line_and_exit_code_2(postroad: Command, arguments: str, says: str) -> None:

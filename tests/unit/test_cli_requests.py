@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
+import typer
 
+from postroad.v1 import task_pb2
+from services.cli import change_commands
 from services.cli.errors import USAGE, Failure
 from services.cli.filters import pairs, task_filter
-from services.cli.mail import chunks, from_flags, from_lines
+from services.cli.frame import Frame
+from services.cli.mail import chunks, from_flags, from_lines, named
 from services.cli.times import moment
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -87,6 +93,61 @@ def test_a_bad_line_is_named(line: str) -> None:
     with pytest.raises(Failure, match="mails, line 2") as failed:
         list(from_lines([b"{}", line.encode()], "mails"))
     assert failed.value.code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            '{"emial": "a"}',
+            "no field 'emial'; the fields are email, subject, body, html, headers, labels, idem",
+        ),
+        ('{"email": 3}', "email must be a text"),
+        ('{"email": "a", "labels": {"a": 1}}', "labels must be an object of texts"),
+        ('{"email": "a", "headers": "x"}', "headers must be an object of texts"),
+        ('{"email": "a", "send_at": "soon"}', "send_at must be a time (RFC 3339)"),
+        ('{"data": {"emial": "a"}}', "no field 'emial'"),
+        ('{"data": 3}', "data is no object"),
+        ("[]", "no JSON object"),
+        ("{", "no JSON object"),
+    ],
+)
+def test_a_bad_line_is_told_by_the_names_that_the_file_has(line: str, says: str) -> None:
+    with pytest.raises(Failure) as failed:
+        list(from_lines([line.encode()], "mails"))
+    assert says in failed.value.line
+    assert not any(word in failed.value.line for word in ("postroad.v1", "TaskData", "CreateRequest"))
+
+
+def test_the_api_s_words_get_the_names_that_the_file_has() -> None:
+    said = "data.email: has no domain; data.headers[X-Data.email]: is too long; and 2 more"
+    assert named(said) == "email: has no domain; headers[X-Data.email]: is too long; and 2 more"
+    assert named("send_at: is more than a year from now") == "send_at: is more than a year from now"
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ("completed", "not cancelled: its mail went out"),
+        ("failed", "not cancelled: it had failed"),
+        ("uncertain", "not cancelled: its mail may have gone out"),
+        ("cancelled", ""),
+    ],
+)
+def test_cancel_says_why_it_did_not(
+    status: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = task_pb2.Task(id="1", status=status)
+    stub = SimpleNamespace(Cancel=lambda request, timeout: task)
+    monkeypatch.setattr("postroad.v1.task_service_pb2_grpc.TaskServiceStub", lambda channel: stub)
+    monkeypatch.setattr(Frame, "channel", lambda self: nullcontext())
+    app = typer.Typer()
+    change_commands.register(app)
+    with pytest.raises(SystemExit) as ended:
+        app(["cancel", "1"])
+    assert ended.value.code == (1 if says else 0)
+    said = capsys.readouterr().err
+    assert said == (f"postroad: 1: {says}\n" if says else "")
 
 
 def test_a_batch_holds_a_thousand_and_a_message_that_the_api_takes() -> None:

@@ -134,3 +134,34 @@ def test_a_tokens_line_end_is_no_part_of_it() -> None:
     open_channel({"POSTROAD_TOKEN": "secret-of-near\r\n"}).close()
     with pytest.raises(Failure, match="visible ASCII"):
         open_channel({"POSTROAD_TOKEN": "secret\nof-near"})
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "warned"),
+    [
+        ('[profiles.a]\ntoken = "secret"\n', 0o644, True),
+        ('[profiles.a]\ndatabase = "mysql://u:p@h/x"\n', 0o640, True),
+        ('[profiles.a]\ntoken = "secret"\n', 0o600, False),
+        ('[profiles.a]\napi = "far:1"\n', 0o644, False),
+        ('[profiles.a]\nemail_pass = "secret"\n', 0o604, True),
+    ],
+)
+def test_a_config_file_with_secrets_that_others_may_read_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, mode: int, warned: bool
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    path.chmod(mode)
+    values({"config": str(path)}, {})
+    said = capsys.readouterr().err
+    assert bool(said) == warned
+    assert "secret" not in said
+    assert not warned or f"chmod 600 {path}" in said
+
+
+def test_so_is_an_env_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "stack.env"
+    path.write_text("POSTROAD_API=near:1\nPOSTROAD_TOKEN=secret\n")
+    path.chmod(0o644)
+    values({"env-file": str(path)}, {})
+    assert f"chmod 600 {path}" in capsys.readouterr().err

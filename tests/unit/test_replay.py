@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 from postroad.v1 import events_pb2 as pb
 from services.cli.errors import Failure
 from services.cli.frame import Frame
+from services.cli.output import Form, Output
 from services.cli.replay.asked import Asked, asked_from, check
 from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, in_time, working
 from services.cli.replay.records import Read, again, see
+from services.cli.replay.run import Tasks
 from services.cli.replay.selection import Selection
 from services.cli.replay.span import parse_point
 from services.cli.replay.standing import Sending, Standing, first_seen, known
-from services.cli.replay.store import Replay
+from services.cli.replay.store import Counts, Replay
 from services.cli.replay_command import _finished
+from services.cli.replay_results import result
 from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
@@ -498,6 +501,34 @@ def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.Capt
     assert failed.value.code == 1
     shown = json.loads(capsys.readouterr().out)
     assert (shown["records"], shown["produced"]) == (5, 3)
+
+
+def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    kind, other = ("failed", "rejected", "reopened"), ("completed", "", "already sent")
+    tasks = Tasks(3)
+    tasks.add([(kind, b"a"), (kind, b"a"), (kind, b"b"), (other, b"c")])
+    counts: Counts = Counter({kind: 3, other: 1})
+    result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
+    shown = capsys.readouterr()
+    assert "Of 4 records, 3 records of 2 tasks would be produced." in shown.err
+    assert "tasks" in shown.out
+    result(Output(Form.JSON), None, counts, "dry run", tasks.counts())
+    assert {row["what"]: row["tasks"] for row in json.loads(capsys.readouterr().out)["counts"]} == {
+        "reopened": 2,
+        "already sent": 1,
+    }
+    # So many that telling them apart would take all memory.
+    tasks.add([(kind, b"d")])
+    assert tasks.counts() is None
+    result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
+    assert "Of 4 records, 3 records would be produced." in capsys.readouterr().err
+
+
+def test_what_a_filter_left_out_is_said_to_be_so_also_in_a_replay_begun_before() -> None:
+    assert What("not meant") is What.NOT_SELECTED
+    assert What.NOT_SELECTED.value == "not selected"
+    with pytest.raises(ValueError, match="sideways"):
+        What("sideways")
 
 
 def test_what_was_asked_for_is_kept_whole() -> None:

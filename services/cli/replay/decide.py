@@ -48,8 +48,13 @@ class What(StrEnum):
     REOPENED_SINCE = "reopened since"
     WAITS = "waits"
     UNDECODABLE = "undecodable"
-    NOT_MEANT = "not meant"
+    NOT_SELECTED = "not selected"
     REFUSED = "refused"
+
+    @classmethod
+    def _missing_(cls, value: object) -> What | None:
+        # As a replay that an earlier version began has stored it.
+        return cls.NOT_SELECTED if value == "not meant" else None
 
     @property
     def produced(self) -> bool:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from confluent_kafka import KafkaError
 from sqlalchemy import Engine
 
+from postroad.v1 import events_pb2 as pb
 from services.cli import installation
 from services.cli.errors import NOT_FOUND, Failure
 from services.cli.replay import store
 from services.cli.replay.asked import Asked, asked_from
 from services.cli.replay.decide import Decision, What, delayed, in_time, working
-from services.cli.replay.records import WORK, Read, Seen, again, see
+from services.cli.replay.records import Read, Seen, again, see
 from services.cli.replay.source import Span, batches
 from services.cli.replay.standing import first_seen
 from services.cli.replay.standings import standings
@@ -28,12 +29,15 @@ from services.common.events import Undecodable, task_id
 from services.common.rate import Rate
 from services.common.topics import MX_OK, Names
 
-__all__ = ["Superseded", "judge", "run", "survey"]
+__all__ = ["MOST_TASKS", "Superseded", "Survey", "judge", "run", "survey"]
 
 Tick = Callable[[int], None]
 """Told how many offsets are left, now and then."""
 Refused = Callable[[Read, str], None]
 """Told which record cannot be produced, and why."""
+
+MOST_TASKS = 1_000_000
+"""How many tasks a survey tells apart at most: they take some 100 bytes each."""
 
 _BATCH = 500
 _SAVE_SECONDS = 1.0
@@ -67,11 +71,11 @@ def judge(engine: Engine, asked: Asked, fresh: int, batch: Sequence[Read]) -> li
         id_, epoch = task_id(one.event), one.event.epoch
         task = tasks.get(id_) or first_seen(one.event)
         if not selection.takes(id_, task):
-            judged.append(Judged(record, one, "", "", Decision(What.NOT_MEANT, epoch)))
+            judged.append(Judged(record, one, "", "", Decision(What.NOT_SELECTED, epoch)))
             continue
         if one.back is not None:
             decision = delayed(epoch, task, due_ms=one.back.due_at_ms, now_ms=now_us // 1000)
-        elif record.topic in WORK:
+        elif isinstance(one.event, pb.TaskCreated | pb.MxOk):
             sends = record.topic == MX_OK
             decision = working(epoch, task, reopen=reopen, fresh=fresh, now_us=now_us, sends=sends)
             decision = in_time(decision, epoch, one.event.send_at_us, now_us)
@@ -81,17 +85,48 @@ def judge(engine: Engine, asked: Asked, fresh: int, batch: Sequence[Read]) -> li
     return judged
 
 
-def survey(settings: Settings, engine: Engine, asked: Asked, todo: Mapping[int, Span], tick: Tick) -> Counts:
+class Survey(NamedTuple):
+    """How many records there are, and of how many tasks; `tasks` is None where those are too many to tell."""
+
+    counts: Counts
+    tasks: Counts | None
+
+
+def survey(settings: Settings, engine: Engine, asked: Asked, todo: Mapping[int, Span], tick: Tick) -> Survey:
     """Return what a replay of `todo` would do if it ran now. Changes nothing."""
     fresh = time.time_ns() // 1_000_000
     counts: Counts = Counter()
+    tasks = Tasks(MOST_TASKS)
     left = sum(span.left for span in todo.values())
     for batch in batches(settings, asked.topic, todo, _BATCH):
-        counts.update(_key(one) for one in judge(engine, asked, fresh, batch))
+        judged = judge(engine, asked, fresh, batch)
+        counts.update(_key(one) for one in judged)
+        tasks.add((_key(one), task_id(one.seen.event)) for one in judged if one.seen is not None)
         left -= len(batch)
         tick(left)
     tick(0)
-    return counts
+    return Survey(counts, tasks.counts())
+
+
+class Tasks:
+    """Tells how many tasks, not more than `most` in all, the records of each kind are of."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._ids: dict[tuple[str, str, str], set[bytes]] | None = {}
+
+    def add(self, seen: Iterable[tuple[tuple[str, str, str], bytes]]) -> None:
+        """Count the task with this id, of a record of this kind."""
+        for kind, id_ in seen:
+            if self._ids is None:
+                return
+            self._ids.setdefault(kind, set()).add(id_)
+            if sum(map(len, self._ids.values())) > self._most:
+                self._ids = None
+
+    def counts(self) -> Counts | None:
+        """Return the number of tasks of each kind; None where there were more than can be told."""
+        return None if self._ids is None else Counter({kind: len(ids) for kind, ids in self._ids.items()})
 
 
 def run(
