@@ -30,6 +30,7 @@ OTHERS: Final = frozenset(
         "POSTROAD_DB_ROOT_PASSWORD",
         "POSTROAD_PORT",
         # The tests'.
+        "POSTROAD_TEST_COMPOSE",
         "POSTROAD_TEST_INFRA",
         "POSTROAD_TEST_LONG",
     }
