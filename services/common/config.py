@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     )
     api_tokens: SecretStr = Field(
         SecretStr(""),
-        description="Bearer tokens of the gRPC API, tenant:token, comma separated; empty: no authentication",
+        description="Whose token is which, as TENANT:TOKEN pairs, comma separated; empty: no token is needed",
     )
 
     validator_delays: Delays = Field(
@@ -146,12 +146,18 @@ class Settings(BaseSettings):
         le=1000,
         description="How often a mail that may have gone out is sent again before its task is uncertain",
     )
-    sender_sessions: int = Field(20, ge=1, description="SMTP sessions a sender keeps open at most")
+    sender_sessions: int = Field(
+        20, ge=1, description="SMTP sessions that each sender replica keeps open at most"
+    )
     domain_concurrency: int = Field(
-        15, ge=0, description="SMTP sessions a sender uses for one recipient domain at most; 0: all"
+        15,
+        ge=0,
+        description="SMTP sessions that each sender replica uses for one recipient domain at most; 0: all",
     )
     domain_rate: float = Field(
-        0.0, ge=0, description="Mails a second that a sender begins to one recipient domain at most; 0: any"
+        0.0,
+        ge=0,
+        description="Mails a second that each sender replica begins to one recipient domain at most; 0: any",
     )
     lease_seconds: float = Field(
         20.0, gt=1, le=_HOUR, description="How long a sender's claim on a task holds unless renewed"

@@ -150,7 +150,8 @@ class CreateRequest(_message.Message):
     SEND_AT_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """Makes a repeated Create answer the first one's task; up to 255 bytes of UTF-8. The metadata
-    key `idempotency-key` means the same, with one value, as text. A key does not expire.
+    key `idempotency-key` means the same, with one value, as text. Each tenant has keys of
+    its own, and they do not expire.
     """
     @_builtins.property
     def data(self) -> Global___TaskData: ...

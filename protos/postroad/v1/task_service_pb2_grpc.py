@@ -133,16 +133,17 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
-        with its client or its server; a watch that goes on from a token misses nothing and may repeat
-        the last changes.
+        """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
+        come in their order, those of different tasks in any. The stream ends only with its client or its
+        server; a watch that goes on from a token misses nothing and may repeat the last changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Retry(self, request, context):
-        """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+        """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
+        that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """

@@ -55,12 +55,13 @@ class TaskServiceStub:
     Count: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.CountRequest, _task_service_pb2.CountResponse]
     """How many tasks there are of each status."""
     Watch: _grpc.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]
-    """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
-    with its client or its server; a watch that goes on from a token misses nothing and may repeat
-    the last changes.
+    """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
+    come in their order, those of different tasks in any. The stream ends only with its client or its
+    server; a watch that goes on from a token misses nothing and may repeat the last changes.
     """
     Retry: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]
-    """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+    """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
+    that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
@@ -104,12 +105,13 @@ class TaskServiceAsyncStub(TaskServiceStub):
     Count: _aio.UnaryUnaryMultiCallable[_task_service_pb2.CountRequest, _task_service_pb2.CountResponse]  # type: ignore[assignment]
     """How many tasks there are of each status."""
     Watch: _aio.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]  # type: ignore[assignment]
-    """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
-    with its client or its server; a watch that goes on from a token misses nothing and may repeat
-    the last changes.
+    """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
+    come in their order, those of different tasks in any. The stream ends only with its client or its
+    server; a watch that goes on from a token misses nothing and may repeat the last changes.
     """
     Retry: _aio.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+    """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
+    that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
@@ -186,9 +188,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_task_service_pb2.WatchResponse], _abc.AsyncIterator[_task_service_pb2.WatchResponse]]:
-        """A task's changes, or those of all tasks that a filter takes, as they happen. The stream ends only
-        with its client or its server; a watch that goes on from a token misses nothing and may repeat
-        the last changes.
+        """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
+        come in their order, those of different tasks in any. The stream ends only with its client or its
+        server; a watch that goes on from a token misses nothing and may repeat the last changes.
         """
 
     @_abc_1.abstractmethod
@@ -197,7 +199,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.RetryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Opens a failed, uncertain or cancelled task again. One whose mail went out is never sent again.
+        """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
+        that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
