@@ -139,11 +139,11 @@ def test_a_tokens_line_end_is_no_part_of_it() -> None:
 @pytest.mark.parametrize(
     ("text", "mode", "warned"),
     [
-        ('[profiles.a]\ntoken = "secret"\n', 0o644, True),
+        ('[profiles.a]\ntoken = "hidden"\n', 0o644, True),
         ('[profiles.a]\ndatabase = "mysql://u:p@h/x"\n', 0o640, True),
-        ('[profiles.a]\ntoken = "secret"\n', 0o600, False),
+        ('[profiles.a]\ntoken = "hidden"\n', 0o600, False),
         ('[profiles.a]\napi = "far:1"\n', 0o644, False),
-        ('[profiles.a]\nemail_pass = "secret"\n', 0o604, True),
+        ('[profiles.a]\nemail_pass = "hidden"\n', 0o604, True),
     ],
 )
 def test_a_config_file_with_secrets_that_others_may_read_is_warned_of(
@@ -155,7 +155,7 @@ def test_a_config_file_with_secrets_that_others_may_read_is_warned_of(
     values({"config": str(path)}, {})
     said = capsys.readouterr().err
     assert bool(said) == warned
-    assert "secret" not in said
+    assert "hidden" not in said
     assert not warned or f"chmod 600 {path}" in said
 
 

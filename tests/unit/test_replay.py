@@ -511,7 +511,7 @@ def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[st
     result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
     shown = capsys.readouterr()
     assert "Of 4 records, 3 records of 2 tasks would be produced." in shown.err
-    assert "tasks" in shown.out
+    assert "TASKS" in shown.out
     result(Output(Form.JSON), None, counts, "dry run", tasks.counts())
     assert {row["what"]: row["tasks"] for row in json.loads(capsys.readouterr().out)["counts"]} == {
         "reopened": 2,
