@@ -27,16 +27,9 @@ class Command(NamedTuple):
 
 def commands(document: str) -> list[Command]:
     """Return the commands of a document, each once: those of its code blocks, then those within its lines."""
-    text = _FENCE.sub("", (ROOT / document).read_text())
-    found = []
-    lines = iter(re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE))
-    for line in lines:
-        whole = _bare(line)
-        while whole.endswith(("\\", "|")):
-            whole += "\n" + _bare(next(lines))
-        if _PROGRAM.match(whole):
-            found.append(whole)
-    for line in re.findall(r"`([^`\n]+)`", re.sub(r"^ {4,}\S.*$", "", text, flags=re.MULTILINE)):
+    blocks, prose = _split(document)
+    found = [line for line in blocks if _PROGRAM.match(line)]
+    for line in re.findall(r"`([^`\n]+)`", "\n".join(prose)):
         if _PROGRAM.match(line) and "..." not in line and "COMMAND" not in line:
             found.append(line)
     return [Command(document, text) for text in dict.fromkeys(found)]
@@ -44,14 +37,29 @@ def commands(document: str) -> list[Command]:
 
 def programs(document: str) -> set[str]:
     """Return the first words of the code blocks' lines that are no command."""
-    text = _FENCE.sub("", (ROOT / document).read_text())
-    lines = re.findall(r"(?<!\\\n)(?<!\|\n)^ {4,}(\S.*)$", text, re.MULTILINE)
-    return {line.split()[0] for line in lines if not _PROGRAM.match(line)}
+    return {line.split()[0] for line in _split(document)[0] if not _PROGRAM.match(line)}
 
 
 def python_samples(document: str) -> list[str]:
     """Return the document's blocks of Python."""
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def _split(document: str) -> tuple[list[str], list[str]]:
+    """Return the lines of a document's indented blocks, those that go on joined, and all other lines."""
+    blocks: list[str] = []
+    prose = [""]
+    within = False
+    for line in _FENCE.sub("", (ROOT / document).read_text()).splitlines():
+        # A block follows an empty line; what is indented otherwise goes on with an item of a list.
+        within = line.startswith("    ") and (within or not prose[-1].strip())
+        if not within:
+            prose.append(line)
+        elif blocks and blocks[-1].endswith(("\\", "|")):
+            blocks[-1] += "\n" + _bare(line.strip())
+        else:
+            blocks.append(_bare(line.strip()))
+    return blocks, prose
 
 
 def _bare(line: str) -> str:

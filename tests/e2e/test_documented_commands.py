@@ -45,9 +45,9 @@ CANNOT = {
 CODES = {"POSTROAD_PARTITIONS=24 postroad topics apply": 1}
 # These change what all others find, and the last of them ends it.
 LATE = (
-    "POSTROAD_PARTITIONS=24 postroad topics ",
     "POSTROAD_API_TOKENS=",
     "grpcurl -plaintext -H 'authorization:",
+    "POSTROAD_PARTITIONS=24 postroad topics ",
     "make down",
 )
 
