@@ -42,7 +42,7 @@ CANNOT = {
     "postroad lag --watch ": "runs until Ctrl-C: tests/e2e/test_cli.py",
 }
 # Exit codes other than 0, which the documents name.
-CODES = {"POSTROAD_PARTITIONS=24 postroad topics apply": 1}
+CODES = {"POSTROAD_PARTITIONS=24 postroad topics check": 1}
 # These change what all others find, and the last of them ends it.
 LATE = (
     "POSTROAD_API_TOKENS=",
