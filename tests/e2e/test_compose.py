@@ -62,7 +62,6 @@ def test_a_day_with_docker(run: Callable[[str], str]) -> None:
     _until(lambda: bool(run(CREATE)), 180)
     _until(lambda: "ada@good.test" in _mailpit(), 120)
     others = [text for text in DOCKER if text not in (UP, DOWN, STOP)]
-    assert len(others) == 3
     for text in others:
         run(text)
     run(STOP)

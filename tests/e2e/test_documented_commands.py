@@ -39,7 +39,7 @@ CANNOT = {
     "make bench": "measures for minutes",
     "kafka-": "Kafka's own tools are not in the local stack",
     "postroad --install-completion": "changes the shell that it is called from",
-    "postroad lag --watch ": "runs until Ctrl-C: tests/e2e/test_cli.py",
+    "postroad lag --watch": "runs until Ctrl-C: tests/e2e/test_cli.py",
 }
 # Exit codes other than 0, which the documents name.
 CODES = {"POSTROAD_PARTITIONS=24 postroad topics check": 1}
