@@ -11,7 +11,7 @@ from services.common.telemetry import SENDER_RELAY_TROUBLE
 from services.sender import client_name
 from services.sender.client_name import own_name
 from services.sender.replies import NotSent, Phase
-from services.sender.service import _show, relay_of, tokens_of
+from services.sender.service import _show, build, relay_of, tokens_of
 
 OAUTH = {
     "email_user": "shop@example.org",
@@ -124,3 +124,14 @@ def test_what_keeps_the_relay_from_being_used_is_one_series_while_it_lasts() -> 
         assert series() == [{"relay": "relay:25", "phase": "envelope", "reply": said}]
     _show(None)
     assert series() == []
+
+
+async def test_trouble_with_the_token_and_with_the_relay_is_on_readyz() -> None:
+    service = await build(settings(**OAUTH, email_host="relay.example", email_helo="mail.example.org"))
+    assert service._tokens is not None
+    assert service._pool.relay.client_name == "mail.example.org"
+    service._tokens.trouble = "401 invalid_client"
+    service._pool._trouble = NotSent(Phase.ENVELOPE, "550 5.4.5 quota", True, "relay.example:25")
+    problems = service.problems()
+    assert "OAuth token: 401 invalid_client" in problems
+    assert "relay relay.example:25: envelope: 550 5.4.5 quota" in problems

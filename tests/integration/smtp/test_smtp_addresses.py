@@ -63,7 +63,7 @@ async def test_a_silent_address_costs_a_moment_once_and_is_remembered(
             begun = asyncio.get_running_loop().time()
             outcomes = await asyncio.gather(*(send(pool) for _ in range(20)))
             assert {type(outcome) for outcome in outcomes} == {Sent}
-            assert asyncio.get_running_loop().time() - begun < 2
+            assert asyncio.get_running_loop().time() - begun < 4
             assert DEAD in made
             await until(lambda: pool.state.idle == 0)
             made.clear()
