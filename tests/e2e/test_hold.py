@@ -30,7 +30,7 @@ def stack(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 @pytest.mark.timeout(300)
 def test_a_killed_senders_mails_are_never_sent_again(stack: Stack) -> None:
     with Road(stack) as road:
-        ids = road.create_many([f"slow-1500@h{n}.ok.test" for n in range(40)], "hold")
+        ids = road.create_many([f"slow-1500@h{n}.ok.test" for n in range(60)], "hold")
         until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
         stack.kill("sender-1")
         stack.start("sender-1")

@@ -477,7 +477,7 @@ async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) 
 
 
 async def test_i10_sigterm_under_load_drains_commits_and_exits_0(kit: Kit, child: Any) -> None:
-    first = child(0.2)
+    first = child(1.0, POSTROAD_MAX_IN_FLIGHT="300")
     await until(lambda: "partitions assigned" in first.log(), 30)
     publishing = asyncio.create_task(kit.publish(created(n) for n in range(2000)))
     await until(lambda: len(first.handled()) > 200, 30)
