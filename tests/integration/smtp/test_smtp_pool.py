@@ -118,7 +118,7 @@ async def test_a_relay_that_takes_fewer_sessions_is_respected() -> None:
 
     async with (
         scripted(serving, serving, full) as server,
-        pool_for(server, limits=Limits(sessions=6)) as pool,
+        pool_for(server, limits=Limits(sessions=6, backoff=60)) as pool,
     ):
         first, second = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
         await asyncio.gather(first, second)
