@@ -58,7 +58,7 @@ def test_one_mail_from_flags_goes_out_whole(postroad: Command, road: Road, tmp_p
 def test_a_refused_mail_names_its_fields(postroad: Command) -> None:
     done = postroad("create", "nobody", "-S", "", "-b", "b")
     assert (done.code, done.out) == (USAGE, "")
-    assert done.err.startswith("postroad: data.email: ")
+    assert done.err.startswith("postroad: email: ")
     assert "data.subject" in done.err
     assert len(done.err.splitlines()) == 1
 

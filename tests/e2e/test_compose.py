@@ -31,7 +31,9 @@ needs_containers = pytest.mark.skipif(not COMPOSE, reason="POSTROAD_TEST_COMPOSE
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
     """Return what runs a command word for word and returns its output; afterwards nothing is left."""
     programs = tmp_path_factory.mktemp("bin")
-    _script(programs / "docker", f'shift; exec {COMPOSE} "$@"')
+    # Docker enables the profile of a service that is run by its name; podman-compose must be told to.
+    told = f'if [ "$2" = run ]; then shift; exec {COMPOSE} --profile postroad "$@"; fi'
+    _script(programs / "docker", f'{told}\nshift; exec {COMPOSE} "$@"')
     if not any((Path(folder) / "grpcurl").exists() for folder in os.environ["PATH"].split(":")):
         _script(programs / "grpcurl", f'cd {ROOT}; exec {ROOT}/.venv/bin/python -m tests.grpcurl "$@"')
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
