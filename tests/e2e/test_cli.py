@@ -59,7 +59,7 @@ def test_a_refused_mail_names_its_fields(postroad: Command) -> None:
     done = postroad("create", "nobody", "-S", "", "-b", "b")
     assert (done.code, done.out) == (USAGE, "")
     assert done.err.startswith("postroad: email: ")
-    assert "data.subject" in done.err
+    assert "; subject: " in done.err
     assert len(done.err.splitlines()) == 1
 
 
