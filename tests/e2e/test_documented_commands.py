@@ -38,6 +38,7 @@ CANNOT = {
     "make test": "this is a part of it",
     "make bench": "measures for minutes",
     "kafka-": "Kafka's own tools are not in the local stack",
+    "python3 -m deploy.local start mysql": "its MySQL is the run's: tests/integration/test_local_stack.py",
     "postroad --install-completion": "changes the shell that it is called from",
     "postroad lag --watch": "runs until Ctrl-C: tests/e2e/test_cli.py",
 }

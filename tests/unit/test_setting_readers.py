@@ -163,8 +163,9 @@ def test_what_a_service_reads_is_known_exactly() -> None:
 
 
 def test_a_changed_setting_restarts_all_that_read_it() -> None:
+    reads = {service: read_by(service) for service in SERVICES}
     for name in map(variable, Settings.model_fields):
-        readers = {service for service in SERVICES if name in read_by(service)}
+        readers = {service for service in SERVICES if name in reads[service]}
         assert readers <= set(concerned(name)), name
         if any(name.startswith(starts) for starts in SERVES_ONE.values()):
             assert readers == set(concerned(name)), name
