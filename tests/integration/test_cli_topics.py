@@ -32,6 +32,11 @@ def test_missing_topics_are_created_and_the_rest_is_compared(infra: Infra) -> No
     known = AdminClient({"bootstrap.servers": infra.bootstrap}).list_topics(timeout=10).topics
     assert {len(known[name].partitions) for name in names} == {2}
 
+    completing = {"_POSTROAD_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    words = postroad(infra.bootstrap, prefix, **completing, COMP_WORDS="postroad replay validator.delay.")
+    there = (name.removeprefix(prefix) for name in names)
+    assert words.stdout.split() == [name for name in there if name.startswith("validator.delay.")]
+
     again = postroad(infra.bootstrap, prefix)
     assert (again.returncode, again.stdout) == (0, "The topics are as they must be.\n"), again.stderr
 

@@ -250,7 +250,6 @@ def test_completion_knows_commands_and_statuses(postroad: Command) -> None:
     ("typed", "words"),
     [
         ("replay mail.", ["mail.sent", "mail.deferred", "mail.failed"]),
-        ("replay sender.delay.", ["sender.delay.60", "sender.delay.300"]),
         ("replay mx.ok --status c", ["completed", "cancelled"]),
         ("replay mx.ok --reopen de", ["deferred"]),
         ("dead list --stage s", ["sender", "status"]),
@@ -259,7 +258,7 @@ def test_completion_knows_commands_and_statuses(postroad: Command) -> None:
     ],
 )
 def test_completion_knows_what_an_argument_may_be(postroad: Command, typed: str, words: list[str]) -> None:
-    asked = {"_POSTROAD_COMPLETE": "complete_bash", "POSTROAD_SENDER_DELAYS": "60,300"}
+    asked = {"_POSTROAD_COMPLETE": "complete_bash"}
     done = postroad(**asked, COMP_WORDS=f"postroad {typed}", COMP_CWORD=str(len(typed.split())))
     assert (done.out.split(), done.err) == (words, "")
 
