@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -52,3 +53,23 @@ async def test_a_stage_that_waits_for_a_topic_says_so(newest: Kit, monkeypatch: 
         [new] = [NewTopic(t.name, t.partitions, 1) for t in wanted(kit.settings) if t.name == name]
         await asyncio.to_thread(kit.admin.create_topics([new])[name].result, 20)
         await until(lambda: not any("has no topic" in problem for problem in runtime.problems()))
+
+
+def test_a_question_that_fails_once_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_check, "_EVERY", 0.01)
+    monkeypatch.setattr(cluster_check, "_AFTER_TROUBLE", 0.01)
+    check = ClusterCheck(Settings(kafka_bootstrap="127.0.0.1:9"), ["task.created"])
+    answers = itertools.chain([["slow"], [], ["slow"], []], itertools.repeat(["away"]))
+    seen: list[list[str]] = []
+
+    def ask(admin: object) -> list[str]:
+        seen.append(check.problems())
+        return next(answers)
+
+    monkeypatch.setattr(check, "_ask", ask)
+    check.start()
+    try:
+        eventually(lambda: check.problems() == ["away"])
+        assert seen[:6] == [[]] * 6
+    finally:
+        check.stop()

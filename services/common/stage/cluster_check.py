@@ -50,6 +50,10 @@ class ClusterCheck:
         admin = AdminClient(client_config(self._settings, self._settings.replica_name))
         while not self._stopping.is_set():
             found = self._ask(admin)
+            if found and not self._problems:
+                # A broker that is slow for once, or has just begun and does not know all topics, is no fault.
+                self._stopping.wait(_AFTER_TROUBLE)
+                found = self._ask(admin)
             if found != self._problems:
                 log.warning("the cluster", problems=found)
             self._problems = found
