@@ -220,7 +220,12 @@ def test_parts_folded_apart_and_merged_are_the_whole(events: list[Event], cut: i
         assert merge(folded(left), folded(right)) == folded(events)
 
 
+def fits(event: Event) -> bool:
+    """Whether its attempt fits into a version: greater ones share one version, and the row counts them all."""
+    return max(getattr(event, "attempt", 0), getattr(event, "attempts", 0)) < 1 << 14
+
+
 @unhurried
-@given(st.lists(events_of(TASK), min_size=2, max_size=8))
+@given(st.lists(events_of(TASK).filter(fits), min_size=2, max_size=8))
 def test_of_two_events_of_one_version_the_first_stays(events: list[Event]) -> None:
     assert folded(events) == folded(distinct(events, version))
