@@ -221,7 +221,7 @@ def test_parts_folded_apart_and_merged_are_the_whole(events: list[Event], cut: i
 
 
 def fits(event: Event) -> bool:
-    """Whether its attempt fits into a version: greater ones share one version, and the row counts them all."""
+    """Whether its attempt fits into a version: greater ones share one, and the row counts them all."""
     return max(getattr(event, "attempt", 0), getattr(event, "attempts", 0)) < 1 << 14
 
 
