@@ -71,9 +71,12 @@ class NameServers:
                         lifetime=min(self._share, left),
                         backend=self._backend,
                     )
-                except dns.resolver.NXDOMAIN:
+                except dns.resolver.NXDOMAIN as error:
                     server.silent_until = 0.0
-                    raise
+                    (response,) = error.kwargs["responses"].values()
+                    if not _lame(response):
+                        raise
+                    troubles.add("NXDOMAIN from a server that does not have the zone")
                 except dns.exception.Timeout:
                     server.silent_until = monotonic() + REMEMBERED
                     silent.append(server)
@@ -83,7 +86,7 @@ class NameServers:
                     troubles |= _troubles(error)
                 else:
                     server.silent_until = 0.0
-                    if not _referral(found.response):
+                    if not _lame(found.response):
                         return found
                     troubles.add("a referral, not an answer")
             waiting = silent
@@ -107,8 +110,8 @@ def negative_ttl(response: dns.message.QueryMessage) -> int | None:
     return int(chain.minimum_ttl) if any(map(chain.canonical_name.is_subdomain, zones)) else None
 
 
-def _referral(response: dns.message.QueryMessage) -> bool:
-    """Whether an empty answer comes from a server that neither has the zone nor asks others for it.
+def _lame(response: dns.message.QueryMessage) -> bool:
+    """Whether an empty answer or NXDOMAIN is of a server that neither has the zone nor asks others for it.
 
     RFC 2308, section 2.2, tells it by the NS records; a server that is lame may leave them out.
     """
