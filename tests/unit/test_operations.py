@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 
 from services.cli.main import app
 from services.common import telemetry
+from services.validator import mx
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "operations.md").read_text()
@@ -80,3 +81,10 @@ def test_every_link_leads_somewhere() -> None:
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         assert target[1:] in anchors if target.startswith("#") else (DOCS / target).exists(), target
+
+
+def test_the_bounds_of_what_is_believed_of_the_dns_are_the_validators() -> None:
+    text = " ".join(TEXT.split())
+    (low, high), (negative_low, negative_high) = mx._OK_TTL, mx._NEGATIVE_TTL
+    assert f"for {low} s at least and {high} s at most" in text
+    assert f"for {negative_low} to {negative_high} s, as its SOA says, and for {mx._UNPROVEN_TTL} s" in text
