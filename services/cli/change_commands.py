@@ -81,8 +81,8 @@ def register(app: typer.Typer) -> None:
         """Take tasks back, and show what really happened to each.
 
         Where the sender came first, the task is completed, failed or uncertain. It is named with the reason,
-        and counts as failed in the exit code, which is the highest of the tasks' own. A task that is
-        uncertain already is closed.
+        and counts as failed in the exit code, which is the highest of the tasks' own. So is one whose mail is
+        being sent: nothing is cancelled, ask again. A task that is uncertain already is closed.
         """
         from postroad.v1.task_service_pb2 import CancelRequest  # noqa: PLC0415
         from services.cli.channel import DEADLINE  # noqa: PLC0415

@@ -157,7 +157,25 @@ def _grpc(error: Any) -> Failure:
         said = "the api did not answer in time"
     if code == "UNIMPLEMENTED":
         said = f"the api does not know this call, it may be an older version: {said}"
-    return Failure(said, grpc_exit(code))
+    # An answer about one task: the api is there, and can be asked about the next one.
+    about_task = code == "UNAVAILABLE" and own and _reason(error) == "BEING_SENT"
+    return Failure(said, FAILED if about_task else grpc_exit(code))
+
+
+def _reason(error: Any) -> str:
+    """Return the reason of the call's google.rpc.ErrorInfo, empty where it has none that can be read."""
+    from google.protobuf.message import DecodeError  # noqa: PLC0415
+    from google.rpc import error_details_pb2  # noqa: PLC0415
+    from grpc_status import rpc_status  # noqa: PLC0415
+
+    info = error_details_pb2.ErrorInfo()
+    try:
+        status = rpc_status.from_call(error)
+        found = status is not None and any(detail.Unpack(info) for detail in status.details)
+    except (DecodeError, ValueError):
+        # A proxy wrote other details than the api, or a status that contradicts them.
+        return ""
+    return info.reason if found else ""
 
 
 def _kafka(error: Any, brokers: str) -> Failure:

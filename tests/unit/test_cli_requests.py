@@ -6,12 +6,14 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
+import grpc
 import pytest
 import typer
 
-from postroad.v1 import task_pb2
+from postroad.v1 import task_pb2, task_service_pb2
+from services.api.errors import DETAILS_KEY, Problem, being_sent, draining, overloaded, unavailable
 from services.cli import change_commands
-from services.cli.errors import USAGE, Failure
+from services.cli.errors import UNAVAILABLE, USAGE, Failure, explain
 from services.cli.filters import pairs, task_filter
 from services.cli.frame import Frame
 from services.cli.mail import chunks, from_flags, from_lines, named
@@ -148,6 +150,74 @@ def test_cancel_says_why_it_did_not(
     assert ended.value.code == (1 if says else 0)
     said = capsys.readouterr().err
     assert said == (f"postroad: 1: {says}\n" if says else "")
+
+
+class Answered(grpc.RpcError):
+    """A call that ended so, with the api's details or without any."""
+
+    def __init__(self, problem: Problem, own: bool = True) -> None:
+        super().__init__()
+        self._problem = problem
+        self._trailers = ((DETAILS_KEY, problem.status().SerializeToString()),) if own else ()
+
+    def code(self) -> grpc.StatusCode:
+        return self._problem.code
+
+    def details(self) -> str:
+        return self._problem.message
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return self._trailers
+
+
+def cancelling(monkeypatch: pytest.MonkeyPatch, first: grpc.RpcError) -> tuple[list[str], typer.Typer]:
+    """Return the ids that are asked for, and an app whose api answers `first` to the first of them."""
+    asked: list[str] = []
+
+    def cancel(request: task_service_pb2.CancelRequest, timeout: float) -> task_pb2.Task:
+        asked.append(request.id)
+        if len(asked) == 1:
+            raise first
+        return task_pb2.Task(id=request.id, status="cancelled")
+
+    stub = SimpleNamespace(Cancel=cancel)
+    monkeypatch.setattr("postroad.v1.task_service_pb2_grpc.TaskServiceStub", lambda channel: stub)
+    monkeypatch.setattr(Frame, "channel", lambda self: nullcontext())
+    app = typer.Typer()
+    change_commands.register(app)
+    return asked, app
+
+
+def test_a_task_that_is_being_sent_keeps_no_other_from_being_cancelled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, app = cancelling(monkeypatch, Answered(being_sent("1")))
+    with pytest.raises(SystemExit) as ended:
+        app(["cancel", "1", "2", "3"])
+    assert (asked, ended.value.code) == (["1", "2", "3"], 1)
+    shown = capsys.readouterr()
+    assert shown.err == "postroad: 1: task 1 is being sent; nothing was cancelled\n"
+    assert shown.out.count("cancelled") == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answered(unavailable()),
+        Answered(draining()),
+        Answered(overloaded()),
+        Answered(Problem(grpc.StatusCode.UNAVAILABLE, "failed to connect"), own=False),
+    ],
+    ids=["database", "draining", "overloaded", "connection"],
+)
+def test_an_api_that_is_away_ends_the_run(monkeypatch: pytest.MonkeyPatch, answer: grpc.RpcError) -> None:
+    asked, app = cancelling(monkeypatch, answer)
+    with pytest.raises(grpc.RpcError) as ended:
+        app(["cancel", "1", "2"])
+    cause = explain(ended.value)
+    assert asked == ["1"]
+    assert cause is not None
+    assert cause.code == UNAVAILABLE
 
 
 def test_a_batch_holds_a_thousand_and_a_message_that_the_api_takes() -> None:
