@@ -82,7 +82,10 @@ def mailboxes(name: str, value: str) -> list[tuple[str, str]]:
         (f"{'Zoë ' * 30}<z@example.org>", [(("Zoë " * 30).strip(), "z@example.org")]),
     ],
 )
-@pytest.mark.parametrize("name", ["Reply-To", "reply-to", "Disposition-Notification-To", "Mail-Followup-To"])
+@pytest.mark.parametrize(
+    "name",
+    ["Reply-To", "reply-to", "Disposition-Notification-To", "Mail-Followup-To", "Author", "Original-From"],
+)
 def test_only_the_name_beside_an_address_is_encoded(
     name: str, value: str, found: list[tuple[str, str]]
 ) -> None:
@@ -215,6 +218,41 @@ def test_what_is_no_list_id_is_refused(value: str) -> None:
     assert "<news.example.org>" in refusal("List-Id", value)
 
 
+def phrases(raw: str) -> list[str]:
+    """Return the phrases of a list, decoded. Each may stand before an address too (RFC 5322 section 3.4)."""
+    found = re.findall(r'(?:"(?:[^"\\]|\\.)*"|[^",])+', raw)
+    parsed = policy.default.header_factory("Reply-To", ", ".join(f"{phrase} <k@b.test>" for phrase in found))
+    assert not parsed.defects
+    assert len(parsed.groups) == len(found)
+    return [address.display_name for address in parsed.addresses]
+
+
+@pytest.mark.parametrize(
+    ("value", "keywords"),
+    [
+        ("Ünal, Test", ["Ünal", "Test"]),
+        ("Grüße aus Köln, 李,news", ["Grüße aus Köln", "李", "news"]),
+        ("plain", ["plain"]),
+        ("one word, C++, #tag", ["one word", "C++", "#tag"]),
+        ('"a, b", Ünal', ["a, b", "Ünal"]),
+        ('"Größe, \\"Farbe\\"", x', ['Größe, "Farbe"', "x"]),
+        ("Version 1.2, ü", ["Version 1.2", "ü"]),
+        ("=?utf-8?q?Gr=C3=B6=C3=9Fe?=, x", ["Größe", "x"]),
+        ("=?utf-8?q?a=2C_b?=, x", ["a, b", "x"]),
+    ],
+)
+def test_each_keyword_is_encoded_by_itself(value: str, keywords: list[str]) -> None:
+    assert phrases(field("Keywords", value)) == keywords
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["Ünal,", ",", "a,,b", "a <b@c.test>", "ü: b", '"ü', "ü (", "ü; b", "=?nonsense?q?x?=", "a\u2028b"],
+)
+def test_what_is_no_list_of_keywords_is_refused(value: str) -> None:
+    assert "comma separated" in refusal("Keywords", value)
+
+
 @pytest.mark.parametrize("name", ["In-Reply-To", "References", "Supersedes", "Original-Message-ID"])
 def test_message_ids_are_taken_as_they_are_or_refused(name: str) -> None:
     for value in ("<a@b>", "<a.b=c+d@[192.0.2.1]> <e@f>", "<a@b>\u0020\u0020<c@d>"):
@@ -313,7 +351,10 @@ TRICKY = st.lists(
 ).map("".join)
 
 
-@given(st.sampled_from(["Reply-To", "List-Unsubscribe", "List-Id", "References", "Precedence"]), TRICKY)
+@given(
+    st.sampled_from(["Reply-To", "List-Unsubscribe", "List-Id", "Keywords", "References", "Precedence"]),
+    TRICKY,
+)
 def test_any_text_is_refused_by_name_or_goes_out_within_its_grammar(name: str, value: str) -> None:
     try:
         raw = field(name, value)
@@ -322,6 +363,8 @@ def test_any_text_is_refused_by_name_or_goes_out_within_its_grammar(name: str, v
         return
     if name == "Reply-To":
         assert not policy.default.header_factory(name, raw).defects
+    elif name == "Keywords":
+        assert all(phrases(raw))
     elif name != "List-Id":
         assert raw == value.strip(" ")
 
