@@ -7,6 +7,7 @@ would often rather walk the primary key and drop most of what they see.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,7 +132,8 @@ def _conditions(tenant: str, asked: Filter) -> tuple[str | None, list[tuple[str,
     if asked.reason is not None:
         fixed.append(("reason = %s", asked.reason))
     for key, value in asked.labels:
-        fixed.append(("JSON_CONTAINS(labels, JSON_OBJECT(%s, %s))", (key, value)))
+        # Written as the column is (fold.py): MariaDB compares an escape and its character as different.
+        fixed.append(("JSON_CONTAINS(labels, %s)", json.dumps({key: value})))
     # Ids are in the order of their creation times, so times are bounds of the same walk.
     if asked.created_to is not None:
         fixed.append(("id < %s", uuid7.lowest(asked.created_to)))

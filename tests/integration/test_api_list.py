@@ -43,6 +43,7 @@ def row(number: int, chance: random.Random) -> Row:
     rare = chance.random() < 0.002 or number > ROWS - 40
     status = chance.choice(STATUSES) if rare else "completed"
     domain = "rare.test" if number % 10_000 == 7 else f"d{number % 50}.test"
+    labels = {"campaign": f"c{number % 100}", "x": 'a"b', "city": ("Köln", "\U0001f4ee 李")[number % 4 // 2]}
     return Row(
         id=id_,
         tenant="other" if number % 1000 == 3 else "default",
@@ -51,7 +52,7 @@ def row(number: int, chance: random.Random) -> Row:
         recipient=f"user{number % 5000}@{domain}",
         domain=domain,
         subject=f"number {number}",
-        labels=json.dumps({"campaign": f"c{number % 100}", "x": 'a"b'}) if number % 2 else None,
+        labels=json.dumps(labels) if number % 2 else None,
         created_at=from_micros(at),
         status=status,
         version=1,
@@ -119,6 +120,8 @@ FILTERS = [
     Filter(status=("failed",), reason="rejected"),
     Filter(labels=(("campaign", "c1"), ("x", 'a"b'))),
     Filter(labels=(("campaign", "c1' OR 1=1 -- "),)),
+    Filter(labels=(("campaign", "c1"), ("city", "Köln"))),
+    Filter(labels=(("city", "\U0001f4ee 李"),), domain="d3.test"),
     Filter(created_from=MIDDLE),
     Filter(created_to=MIDDLE),
     Filter(created_from=MIDDLE - 1, created_to=MIDDLE + 1),
