@@ -15,10 +15,10 @@ from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import task_service_pb2
-from services.api.addresses import ascii_domain, normalise
 from services.api.errors import Refused, Violation
 from services.api.times import micros
 from services.api.validation import label_problems
+from services.common.addresses import ascii_domain, normalise
 from services.common.schema import STATUSES
 
 __all__ = ["Filter", "Request", "parse"]

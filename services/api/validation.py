@@ -8,9 +8,9 @@ from hashlib import sha256
 
 from postroad.v1 import events_pb2, task_service_pb2
 from services.api import uuid7
-from services.api.addresses import normalise
 from services.api.errors import Refused, Violation, invalid
 from services.api.times import micros
+from services.common.addresses import normalise
 from services.common.header_fields import written
 
 __all__ = [

@@ -158,14 +158,14 @@ def register(app: typer.Typer) -> None:
 def _begin(
     frame: Frame, settings: Settings, engine: Engine, asked: Asked, *, dry_run: bool, yes: bool
 ) -> None:
-    from services.cli.replay.asked import check  # noqa: PLC0415
+    from services.cli.replay.asked import checked  # noqa: PLC0415
     from services.cli.replay.run import survey  # noqa: PLC0415
     from services.cli.replay.source import spans  # noqa: PLC0415
     from services.cli.replay.span import parse_point  # noqa: PLC0415
     from services.cli.replay.store import Replay, create, new_id  # noqa: PLC0415
 
     try:
-        check(asked)
+        asked = checked(asked)
     except ValueError as error:
         raise Failure(error, USAGE) from None
     now = datetime.now(UTC)

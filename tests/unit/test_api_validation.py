@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from postroad.v1.events_pb2 import MailTask, TaskCreated
 from postroad.v1.task_service_pb2 import CreateRequest
-from services.api.addresses import ascii_domain, normalise
 from services.api.errors import Refused
 from services.api.validation import MAX_AHEAD, creation, encoded_length
+from services.common.addresses import ascii_domain, normalise
 
 MAX_BODY = 1000
 

@@ -64,6 +64,8 @@ def postroad() -> Command:
         ),
         ("migrate --database postgresql://", "postgresql:// is neither mysql:// nor mariadb://"),
         ("replay mx.ok --database sqlite:///x", "sqlite:// is neither mysql:// nor mariadb://"),
+        ("replay mx.ok --domain slow.example.", "--domain: 'slow.example.': "),
+        ("replay mx.ok --recipient slow.example", "--recipient: 'slow.example': "),
         ("rebuild --database mysql+pymysql://u@h/x", "mysql+pymysql:// is neither mysql:// nor mariadb://"),
         ("list --token aé", "POSTROAD_TOKEN (--token) has other characters than visible ASCII"),
     ],

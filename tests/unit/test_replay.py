@@ -18,7 +18,7 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.errors import Failure
 from services.cli.frame import Frame
 from services.cli.output import Form, Output
-from services.cli.replay.asked import Asked, asked_from, check
+from services.cli.replay.asked import Asked, asked_from, checked
 from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, in_time, working
 from services.cli.replay.records import Read, again, see
 from services.cli.replay.run import Tasks
@@ -28,6 +28,7 @@ from services.cli.replay.standing import Sending, Standing, first_seen, known
 from services.cli.replay.store import Counts, Replay
 from services.cli.replay_command import _finished
 from services.cli.replay_results import result
+from services.common.addresses import normalise
 from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
@@ -491,6 +492,41 @@ def test_a_selection_takes_what_fits_in_every_respect() -> None:
         assert not asked.selection().takes(ID, other)
 
 
+@pytest.mark.parametrize(
+    ("email", "asked"),
+    [
+        ("ada@bücher.example", "ada@bücher.example"),
+        ("ada@bücher.example", "Ada@BÜCHER.example"),
+        ("ada@bücher.example", "ada@xn--bcher-kva.example"),
+        ("ada@xn--bcher-kva.example", "ada@bücher.example"),
+        ("jos\u00e9@good.example", "jose\u0301@good.example"),
+        ("ada@straße.example", "ada@xn--strae-oqa.example"),
+        ("ada@例え.example", "ada@例え。example"),
+    ],
+)
+def test_recipients_and_domains_are_found_in_any_form_that_the_api_takes(email: str, asked: str) -> None:
+    recipient, domain = normalise(email)
+    task = Standing("failed", "rejected", 0, recipient, domain)
+    assert checked(Asked("mx.ok", recipient=(asked,))).selection().takes(ID, task)
+    assert checked(Asked("mx.ok", domain=(asked.partition("@")[2],))).selection().takes(ID, task)
+
+
+def test_another_domain_that_folds_to_the_same_letters_is_not_meant() -> None:
+    recipient, domain = normalise("ada@strasse.example")
+    task = Standing("failed", "rejected", 0, recipient, domain)
+    for asked in (
+        Asked("mx.ok", recipient=("ada@straße.example",)),
+        Asked("mx.ok", domain=("straße.example",)),
+    ):
+        assert not checked(asked).selection().takes(ID, task)
+
+
+def test_a_replay_keeps_what_it_selects_by_in_the_form_that_tasks_have() -> None:
+    asked = checked(Asked("mx.ok", recipient=("ada@xn--bcher-kva.example",), domain=("Bücher.example",)))
+    assert (asked.recipient, asked.domain) == (("ada@bücher.example",), ("xn--bcher-kva.example",))
+    assert checked(asked_from(asked.arguments())) == asked
+
+
 def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.CaptureFixture[str]) -> None:
     replay = Replay("r", "mx.ok", {}, FRESH, {}, Counter({("pending", "", "again"): 3}))
     _finished(Frame({"output": "json"}), replay)
@@ -551,6 +587,15 @@ def test_what_was_asked_for_is_kept_whole() -> None:
         (Asked("sender.delay.60", reopen=("deferred",)), "--reopen"),
         (Asked("mx.ok", id=("17",)), "--id"),
         (Asked("mx.ok", label=("team",)), "--label"),
+        (Asked("mx.ok", label=("=blue",)), "--label"),
+        (Asked("mx.ok", label=("team=blue", "team=red")), "--label"),
+        (Asked("mx.ok", recipient=("good.test",)), "--recipient: 'good.test'"),
+        (Asked("mx.ok", recipient=("Ada <ada@good.test>",)), "--recipient"),
+        (Asked("mx.ok", recipient=("ada@slow.example.",)), "--recipient"),
+        (Asked("mx.ok", recipient=("",)), "--recipient"),
+        (Asked("mx.ok", domain=("slow.example.",)), "--domain: 'slow.example.'"),
+        (Asked("mx.ok", domain=("good.test", "@good.test")), "--domain"),
+        (Asked("mx.ok", domain=("",)), "--domain"),
         (Asked("mx.ok", rate=0), "--rate"),
         (Asked("mx.ok", rate=math.nan), "--rate"),
         (Asked("mx.ok", rate=math.inf), "--rate"),
@@ -558,12 +603,12 @@ def test_what_was_asked_for_is_kept_whole() -> None:
 )
 def test_what_cannot_be_is_refused_by_its_name(asked: Asked, named: str) -> None:
     with pytest.raises(ValueError, match=f"^{named}"):
-        check(asked)
+        checked(asked)
 
 
 @pytest.mark.parametrize("topic", ["task.created", "task.cancelled", "sender.delay.300", "validator.delay.5"])
 def test_event_topics_and_delay_topics_can_be_replayed(topic: str) -> None:
-    check(Asked(topic))
+    assert checked(Asked(topic)) == Asked(topic)
 
 
 def test_points() -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 from uuid import UUID
 
+from services.cli.errors import Failure
+from services.cli.filters import pairs
 from services.cli.replay.decide import REOPENABLE
 from services.cli.replay.records import WORK, replayable
 from services.cli.replay.selection import Selection
+from services.common.addresses import ascii_domain, normalise
 from services.common.schema import STATUSES
 from services.common.topics import DELAYING, EVENT_TOPICS
 
-__all__ = ["Asked", "asked_from", "check", "check_rate"]
+__all__ = ["Asked", "asked_from", "check_rate", "checked"]
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The arguments, as they were written. `topic` is a bare name."""
+    """The arguments. `topic` is a bare name; recipients and domains have any form until they are checked."""
 
     topic: str
     start: str = "start"
@@ -37,8 +42,8 @@ class Asked:
         return Selection(
             frozenset(self.status),
             frozenset(self.reason),
-            frozenset(text.casefold() for text in self.recipient),
-            frozenset(text.casefold() for text in self.domain),
+            frozenset(text.lower() for text in self.recipient),
+            frozenset(text.lower() for text in self.domain),
             frozenset(UUID(text).bytes for text in self.id),
             tuple((key, value) for key, _, value in (text.partition("=") for text in self.label)),
         )
@@ -59,8 +64,11 @@ def asked_from(arguments: Mapping[str, Any]) -> Asked:
     return Asked(**given)
 
 
-def check(asked: Asked) -> None:
-    """Raise ValueError, naming the argument, where something is asked for that cannot be."""
+def checked(asked: Asked) -> Asked:
+    """Return it with recipients and domains in the form that tasks have.
+
+    Raises ValueError, naming the argument, where something is asked for that cannot be.
+    """
     if not replayable(asked.topic):
         others = ", ".join(f"{stage}.delay.N" for stage in DELAYING)
         raise ValueError(f"TOPIC: {asked.topic!r} is none of {', '.join(EVENT_TOPICS)}, {others}")
@@ -70,10 +78,17 @@ def check(asked: Asked) -> None:
         raise ValueError(f"--reopen: only {' and '.join(WORK)} make a stage work again")
     for text in asked.id:
         _about("--id", UUID, text)
-    for text in asked.label:
-        if not text.partition("=")[1]:
-            raise ValueError(f"--label: {text!r} is no NAME=VALUE")
+    try:
+        labels = pairs(asked.label, "--label")
+    except Failure as error:
+        raise ValueError(error.line) from None
     check_rate(asked.rate)
+    return replace(
+        asked,
+        recipient=tuple(_about("--recipient", normalise, text)[0] for text in asked.recipient),
+        domain=tuple(_about("--domain", ascii_domain, text) for text in asked.domain),
+        label=tuple(f"{key}={value}" for key, value in labels.items()),
+    )
 
 
 def check_rate(rate: float) -> None:
@@ -82,11 +97,11 @@ def check_rate(rate: float) -> None:
         raise ValueError("--rate: records a second, more than 0 and at most 1000000")
 
 
-def _about(flag: str, parse: Any, text: str) -> None:
+def _about(flag: str, parse: Callable[[str], R], text: str) -> R:
     try:
-        parse(text)
+        return parse(text)
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
+        raise ValueError(f"{flag}: {text!r}: {error}") from None
 
 
 def _among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:

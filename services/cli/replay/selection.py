@@ -13,7 +13,8 @@ __all__ = ["Selection"]
 class Selection:
     """What is asked for. Values of one kind are alternatives; all kinds and all labels must fit.
 
-    Recipients and domains are compared without regard to case.
+    Recipients and domains have the form that tasks have, in lower case: a local part is compared without
+    regard to case.
     """
 
     status: frozenset[str] = frozenset()
@@ -29,7 +30,7 @@ class Selection:
             (not self.ids or id_ in self.ids)
             and (not self.status or task.status in self.status)
             and (not self.reason or task.reason in self.reason)
-            and (not self.recipient or task.recipient.casefold() in self.recipient)
-            and (not self.domain or task.domain.casefold() in self.domain)
+            and (not self.recipient or task.recipient.lower() in self.recipient)
+            and (not self.domain or task.domain.lower() in self.domain)
             and all(task.labels.get(key) == value for key, value in self.labels)
         )
