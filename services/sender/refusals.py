@@ -53,14 +53,14 @@ class Rule(NamedTuple):
 
 # Of these limits, none is on what the account sends.
 _OTHER_LIMITS = (
-    r"recipient\b|receiv|mailbox|inbox|storage|disk|\bsize|large|\bbig\b|length|header|hops?\b|spam|score"
+    r"recipient\b|receiv|mailbox|inbox|storage|disk|\bsize|large|\bbig\b|length|header|attachment|hops?\b|spam"
+    r"|score"
 )
 _LIMIT = r"(?:quota|limits?|threshold|credits)"
 _EXCEEDED = rf"{_LIMIT}\b.{{0,60}}\b(?:exceed|reached|hit\b)|(?:exceed\w*|reached|over)\b.{{0,60}}\b{_LIMIT}"
-_SENDING = (
-    r"\b(?:sending|sent|send|daily|hourly|per (?:day|hour|minute)|\d+ (?:hours|minutes)"
-    r"|e?-?mails|messages|rate|credits)\b"
-)
+_PERIOD = r"daily|hourly|per (?:day|hour|minute)|\d+ (?:hours|minutes)|rate|credits"
+_SENDING = rf"\b(?:sending|sent|send|{_PERIOD}|e?-?mails|messages)\b"
+_OUTGOING = r"(?:sending|submission|outgoing|outbound)"
 
 RULES: tuple[Rule, ...] = (
     # The session.
@@ -93,18 +93,30 @@ RULES: tuple[Rule, ...] = (
         Whose.SESSION, "4..", "", "", "RFC 5321 section 3.8, where the server says another code", closes=True
     ),
     # The message's size and its content.
-    Rule(Whose.MAIL, "552", "", "", "RFC 1870 section 6.1: message size exceeds the limit"),
     Rule(Whose.MAIL, "5..", r"(?:3\.4|2\.3)", "", "RFC 3463 X.3.4 and X.2.3: message too big"),
     Rule(Whose.MAIL, "5..", r"6\.\d+", "", "RFC 3463 X.6.z: message content or media"),
+    Rule(
+        Whose.MAIL,
+        "5..",
+        "",
+        r"\bSMTPUTF8\b|\b8BITMIME\b|message size|too (?:big|large)",
+        "RFC 5321 section 4.1.1.11: a parameter of MAIL; these differ from mail to mail",
+        unless=r"\bquota\b",
+        at=At.MAIL,
+    ),
     # The account.
     Rule(Whose.ACCOUNT, "53[0458]", "", "", "RFC 4954 section 6: authentication required, or another one"),
     Rule(
         Whose.ACCOUNT,
         "5..",
-        "",
-        "",
-        "RFC 5321 section 3.3: MAIL names no recipient, and all mails have the same return path",
-        at=At.MAIL,
+        # Of these, X.7.26 and X.7.1nn are about the message's signature and the recipient's own demands.
+        r"(?!7\.\d\d).*",
+        r"\b(?:authentication|auth) (?:is )?(?:required|first)|\brequires? (?:smtp )?auth(?:entication)?\b"
+        r"|\bmust (?:first )?(?:be authenticated|authenticate|log ?in)\b|\b(?:authenticate|log ?in) first\b"
+        r"|client was not authenticated",
+        "RFC 4954 section 6, with another code; Exim: 503 This mail server requires authentication;"
+        " Exchange: 530, 505 5.7.3 Client was not authenticated",
+        unless=r"\b(?:SPF|DKIM|DMARC)\b|\bRESOLVER\b",
     ),
     Rule(
         Whose.ACCOUNT,
@@ -123,10 +135,27 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         Whose.ACCOUNT,
-        "5..",
+        # The code of a full mailbox needs clearer words.
+        "5(?!52)..",
         r"(?![12]\.).*",
         rf"(?=.*{_SENDING}).*(?:{_EXCEEDED})|(?:limit of|only) \d+ (?:rcpts|recipients|e?-?mails|messages)",
         "SendGrid: Maximum credits exceeded; Dovecot and Postfix policies: limit of 400 rcpts per 24 hours",
+        unless=_OTHER_LIMITS,
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "552",
+        r"(?![12]\.).*",
+        rf"(?=.*\b(?:{_PERIOD})\b).*(?:{_EXCEEDED})",
+        "RFC 5321 section 4.2.2: exceeded allocation; relays: 552 Daily message quota exceeded",
+        unless=_OTHER_LIMITS,
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        r"(?!1\.).*",
+        rf"\b{_OUTGOING}(?: [\w-]+){{0,2}} {_LIMIT}\b|\b{_LIMIT} (?:for|of|on) {_OUTGOING}\b",
+        "RFC 3463 X.2.z, said of the sender's mailbox; relays: 552 5.2.0 Daily sending quota exceeded",
         unless=_OTHER_LIMITS,
     ),
     Rule(
@@ -135,6 +164,22 @@ RULES: tuple[Rule, ...] = (
         "",
         r"submission ?quota ?exceeded|tenant.{0,40}exceeded",
         "Exchange Online: 554 5.2.0 SubmissionQuotaExceededException, 5.7.705 tenant has exceeded threshold",
+    ),
+    Rule(
+        Whose.MAIL,
+        "552",
+        # At MAIL a full mailbox is the sender's own: no recipient is named yet.
+        r"(?!2\.2).*",
+        "",
+        "RFC 1870 section 6.1: message size exceeds the limit",
+    ),
+    Rule(
+        Whose.ACCOUNT,
+        "5..",
+        "",
+        "",
+        "RFC 5321 section 3.3: MAIL names no recipient, and all mails have the same return path",
+        at=At.MAIL,
     ),
     Rule(
         Whose.ACCOUNT,
