@@ -76,8 +76,9 @@ def register(app: typer.Typer) -> None:
 
         Every row and every column of tasks and timelines is compared. Nothing is changed without --yes;
         with it the rebuilt tables take the place of the others, and bodies and deliveries that are missing
-        come back. The services may go on running. What the topics hold no more stays as it is; a topic that
-        was created again, truncated, or lacks records is named with what it lacks.
+        come back. Without POSTROAD_BODY_RETENTION, a body that a settled task lacks counts as deleted by the
+        services. They may go on running. What the topics hold no more stays as it is; a topic that was
+        created again, truncated, or lacks records is named with what it lacks.
 
         Exit code 1: something differs, and was left so.
         """

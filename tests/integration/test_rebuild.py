@@ -367,6 +367,39 @@ def test_bodies_that_were_purged_stay_so(road: Road) -> None:
     assert kept == {first(events).id for number, events in enumerate(histories) if number % 8 in (0, 6, 7)}
 
 
+def test_bodies_of_settled_tasks_stay_purged_where_the_retention_is_not_given(road: Road) -> None:
+    histories = road.travel(16)
+    assert "body_retention" not in road.settings.model_fields_set
+    road.do("TRUNCATE task_bodies")
+    report = rebuild(road.settings, False, Silent())
+    assert report.bodies == 6
+    assert not report.equal
+    assert rebuild(road.settings, True, Silent()).bodies == 6
+    kept = {bytes(id_) for (id_,) in road.rows("SELECT task_id FROM task_bodies")}
+    working = {first(events).id for number, events in enumerate(histories) if number % 8 in (0, 6, 7)}
+    assert kept == working
+    assert rebuild(road.settings, False, Silent()).equal
+    # A row that is lost, or wrongly settled, says nothing of a body.
+    victims = [first(histories[number]).id for number in (0, 2)]
+    road.do(
+        "TRUNCATE task_bodies",
+        f"UPDATE tasks SET status = 'failed' WHERE id = 0x{victims[0].hex()}",
+        f"DELETE FROM tasks WHERE id = 0x{victims[1].hex()}",
+    )
+    assert rebuild(road.settings, True, Silent()).bodies == 7
+    kept = {bytes(id_) for (id_,) in road.rows("SELECT task_id FROM task_bodies")}
+    assert kept == working | {victims[1]}
+
+
+@pytest.mark.parametrize("seconds", [0, 30 * 86400])
+def test_bodies_of_settled_tasks_come_back_where_the_retention_is_given(road: Road, seconds: int) -> None:
+    road.travel(16)
+    road.do("TRUNCATE task_bodies")
+    settings = road.settings.model_copy(update={"body_retention": seconds})
+    assert rebuild(settings, True, Silent()).bodies == 16
+    assert road.rows("SELECT COUNT(*) FROM task_bodies") == [(16,)]
+
+
 # --- topics that lost their records ----------------------------------------------------------------
 
 

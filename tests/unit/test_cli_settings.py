@@ -73,6 +73,12 @@ def test_a_profile_sets_any_setting(config: str) -> None:
     assert (settings.sender_delays, settings.email_host) == ((60, 300), "relay.far")
 
 
+def test_a_setting_that_is_given_is_told_from_its_default(config: str) -> None:
+    assert "body_retention" not in settings_of(values({"config": config}, {})).model_fields_set
+    given = settings_of(values({"config": config}, {"POSTROAD_BODY_RETENTION": "2592000"}))
+    assert "body_retention" in given.model_fields_set
+
+
 def test_a_bad_value_names_its_variable() -> None:
     with pytest.raises(ValidationError):
         settings_of({"POSTROAD_PARTITIONS": "many"})

@@ -194,6 +194,8 @@ class _Rebuild:
     def __init__(self, settings: Settings, engine: Engine, steps: Steps) -> None:
         self._engine, self._steps = engine, steps
         self._retention_us = settings.body_retention * 1_000_000
+        # Without the setting, the services may delete bodies sooner than its default says.
+        self._retention_given = "body_retention" in settings.model_fields_set
         self._names = Names(settings.topic_prefix)
         self._admin = admin(settings)
         self._feed = Feed(settings, engine, steps.advance)
@@ -313,9 +315,13 @@ class _Rebuild:
         """Count the bodies that are missing, or restore them."""
         self._steps.note("bodies")
         purged = from_micros(time.time_ns() // 1000 - self._retention_us) if self._retention_us else None
-        act = body_rows if restore else missing_bodies
+        act = partial(
+            body_rows if restore else missing_bodies,
+            purged_before=purged,
+            trust_tasks=not self._retention_given,
+        )
         for range_ in self._ranges(BODIES, "task_id", 200):
-            self.report.bodies += self._now(partial(act, range_=range_, purged_before=purged))
+            self.report.bodies += self._now(partial(act, range_=range_))
 
     def swap(self) -> None:
         """Put the rebuilt tables in the originals' place, one after the other."""

@@ -86,15 +86,22 @@ def write_lines(connection: Connection, lines: Iterable[Entry]) -> None:
     insert_events(connection, lines, EVENTS.shadow)
 
 
-def missing_bodies(connection: Connection, range_: Range, purged_before: datetime | None) -> int:
-    """Return how many of the bodies that were found to be missing are to be restored."""
-    condition, parameters = _wanted(range_, purged_before)
+def missing_bodies(
+    connection: Connection, range_: Range, purged_before: datetime | None, trust_tasks: bool
+) -> int:
+    """Return how many bodies `body_rows` would restore."""
+    condition, parameters = _wanted(range_, purged_before, trust_tasks)
     return int(connection.exec_driver_sql(f"SELECT COUNT(*) {condition}", parameters).scalar_one())
 
 
-def body_rows(connection: Connection, range_: Range, purged_before: datetime | None) -> int:
-    """Restore missing bodies, but for tasks that settled before that time (naive UTC); return how many."""
-    condition, parameters = _wanted(range_, purged_before)
+def body_rows(
+    connection: Connection, range_: Range, purged_before: datetime | None, trust_tasks: bool
+) -> int:
+    """Restore missing bodies, but for tasks that settled before that time (naive UTC); return how many.
+
+    `trust_tasks`: a task that is settled in the original table too has lost its body to the retention.
+    """
+    condition, parameters = _wanted(range_, purged_before, trust_tasks)
     columns = ", ".join(Body._fields)
     chosen = ", ".join(f"{BODIES}.{column}" for column in Body._fields)
     return connection.exec_driver_sql(
@@ -192,12 +199,18 @@ def _cut(ids: Sequence[bytes]) -> Iterable[Sequence[bytes]]:
     return (ids[start : start + _PART] for start in range(0, len(ids), _PART))
 
 
-def _wanted(range_: Range, purged_before: datetime | None) -> tuple[str, tuple[Any, ...]]:
+def _wanted(range_: Range, purged_before: datetime | None, trust_tasks: bool) -> tuple[str, tuple[Any, ...]]:
     where, parameters = range_.where(f"{BODIES}.task_id")
+    settled = marks(len(_SETTLED))
+    purged = f"{TASKS.shadow}.updated_at < %s"
+    if trust_tasks:
+        purged += (
+            f" OR EXISTS (SELECT 1 FROM {TASKS.name} WHERE {TASKS.name}.id = {BODIES}.task_id"
+            f" AND {TASKS.name}.status IN ({settled}))"
+        )
     return (
         f"FROM {BODIES} JOIN {TASKS.shadow} ON {TASKS.shadow}.id = {BODIES}.task_id"
         f" LEFT JOIN task_bodies ON task_bodies.task_id = {BODIES}.task_id WHERE {where}"
-        f" AND task_bodies.task_id IS NULL AND NOT ({TASKS.shadow}.updated_at < %s"
-        f" AND {TASKS.shadow}.status IN ({marks(len(_SETTLED))}))",
-        (*parameters, purged_before or from_micros(0), *_SETTLED),
+        f" AND task_bodies.task_id IS NULL AND NOT ({TASKS.shadow}.status IN ({settled}) AND ({purged}))",
+        (*parameters, *_SETTLED, purged_before or from_micros(0), *(_SETTLED if trust_tasks else ())),
     )
