@@ -12,6 +12,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import structlog
 
+from services.sender.masking import Mask
+
 __all__ = ["OAuthTokens", "TokenError"]
 
 _log = structlog.get_logger(__name__)
@@ -91,38 +93,35 @@ class OAuthTokens:
     async def _fetch(self) -> None:
         asked_at = self._clock()
         try:
-            answer = await asyncio.to_thread(self._ask)
-            token = answer.get("access_token")
-            if not isinstance(token, str) or not token:
-                raise TokenError("the answer has no access_token")
-            lifetime = float(answer.get("expires_in") or _LIFETIME)
-        except (TokenError, ValueError, TypeError, OSError, HTTPException) as error:
+            token, lifetime = await asyncio.to_thread(self._ask)
+        except (TokenError, ValueError) as error:
             self._failed_at = self._clock()
+            told = str(error) or type(error).__name__
             if self.trouble is None:
-                _log.warning("no OAuth token", error=str(error))
-            self.trouble = str(error) or type(error).__name__
-            raise TokenError(self.trouble) from None
+                _log.warning("no OAuth token", error=told)
+            self.trouble = told
+            raise TokenError(told) from None
         self._token, self.trouble = token, None
         self._expires = asked_at + lifetime
         self._renew_at = asked_at + lifetime * _RENEW_AFTER
 
-    def _ask(self) -> dict[str, Any]:
+    def _ask(self) -> tuple[str, float]:
+        """Return a token and the seconds that it lasts. Raises TokenError; blocks."""
         secret = self._secret()
+        try:
+            return _token_in(self._answer(secret))
+        except (TokenError, ValueError, TypeError, OSError, HTTPException) as error:
+            said = Mask(secret).text(_said(error))
+            shown = "".join(c if c.isprintable() else " " for c in said)[:_MAX_SHOWN].strip()
+            raise TokenError(shown or type(error).__name__) from None
+
+    def _answer(self, secret: str) -> bytes:
         form = {"grant_type": "client_credentials", "client_id": self._client_id, "client_secret": secret}
         if self._scope:
             form["scope"] = self._scope
         request = Request(self._url, urlencode(form).encode(), {"Accept": "application/json"})
-        try:
-            with _opener.open(request, timeout=self._timeout) as response:
-                answer = json.loads(response.read(_MAX_ANSWER))
-        except HTTPError as error:
-            said = f"{error.code} {_described(error.read(_MAX_ANSWER))}".rstrip()
-            raise TokenError(said.replace(secret, "***")) from None
-        except ValueError:
-            raise TokenError("the answer is not JSON") from None
-        if not isinstance(answer, dict):
-            raise TokenError("the answer is not a JSON object")
-        return answer
+        with _opener.open(request, timeout=self._timeout) as response:
+            return bytes(response.read(_MAX_ANSWER))
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -134,11 +133,27 @@ class _NoRedirects(HTTPRedirectHandler):
 _opener = build_opener(_NoRedirects)
 
 
-def _described(raw: bytes) -> str:
-    """What an error says (RFC 6749 section 5.2), on one line."""
+def _token_in(raw: bytes) -> tuple[str, float]:
+    try:
+        answer = json.loads(raw)
+    except ValueError:
+        raise TokenError("the answer is not JSON") from None
+    if not isinstance(answer, dict):
+        raise TokenError("the answer is not a JSON object")
+    token = answer.get("access_token")
+    if not isinstance(token, str) or not token:
+        raise TokenError("the answer has no access_token")
+    return token, float(answer.get("expires_in") or _LIFETIME)
+
+
+def _said(error: Exception) -> str:
+    """What an error says: of an HTTP error, its code and its body (RFC 6749 section 5.2)."""
+    if not isinstance(error, HTTPError):
+        return str(error)
+    raw = error.read(_MAX_ANSWER)
     try:
         answer = json.loads(raw)
         text = " ".join(str(answer[key]) for key in ("error", "error_description") if key in answer)
     except (ValueError, TypeError):
         text = raw.decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else " " for c in text)[:_MAX_SHOWN].strip()
+    return f"{error.code} {text}"

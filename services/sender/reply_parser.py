@@ -4,6 +4,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
+from services.sender.masking import Mask
 from services.sender.replies import Reply
 
 __all__ = ["GarbageError", "ReplyParser"]
@@ -51,7 +52,7 @@ class ReplyParser:
     without a code is garbage, unless `patient`.
     """
 
-    __slots__ = ("_first", "_lines", "_rest", "_size", "patient")
+    __slots__ = ("_first", "_lines", "_rest", "_size", "mask", "patient")
 
     def __init__(self) -> None:
         self._rest = b""
@@ -60,6 +61,8 @@ class ReplyParser:
         self._size = 0
         self.patient = False
         """Whether lines without a code before a reply are read as a part of it."""
+        self.mask = Mask()
+        """What is taken out of every line before it is read."""
 
     @property
     def empty(self) -> bool:
@@ -71,14 +74,14 @@ class ReplyParser:
         """What can be read of a reply that has begun and not ended; None if no code can be."""
         lines = list(self._lines)
         if self._rest.strip():
-            lines.append(_line(self._rest[: _MAX_LINE + 1], bool(self._first)))
+            lines.append(_line(self.mask(self._rest)[: _MAX_LINE + 1], bool(self._first)))
         return _whole(lines) if any(line.code for line in lines) else None
 
     @property
     def said(self) -> str:
         """The text of what has begun and not ended, as it came; for the operator's eyes."""
         lines = [line.text if not line.code else _coded(line) for line in self._lines]
-        return " ".join([*lines, _shown(self._rest[:_MAX_LINE].strip())]).strip()
+        return " ".join([*lines, _shown(self.mask(self._rest)[:_MAX_LINE].strip())]).strip()
 
     def feed(self, data: bytes) -> list[Reply]:
         """Take what was received; return the replies that it completes, oldest first.
@@ -91,7 +94,7 @@ class ReplyParser:
         for raw in lines:
             if not raw.strip():
                 continue
-            line = _line(raw[: _MAX_LINE + 1], bool(self._first))
+            line = _line(self.mask(raw)[: _MAX_LINE + 1], bool(self._first))
             self._size += len(raw)
             if len(self._lines) >= _MAX_LINES:
                 # The last line decides, so it stands.

@@ -6,10 +6,19 @@ import ssl
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Generator
 
+from services.sender.masking import Mask
 from services.sender.replies import Reply
 from services.sender.smtp_relay import Credentials, Tls
 
-__all__ = ["Exchange", "UnsupportedAuthError", "exchange", "mechanisms", "reason", "secret_may_go"]
+__all__ = [
+    "Exchange",
+    "UnsupportedAuthError",
+    "exchange",
+    "hidden",
+    "mechanisms",
+    "reason",
+    "secret_may_go",
+]
 
 Exchange = Generator[bytes, Reply, None]
 """The lines of one mechanism, each sent after a 334. They hold the secret: never log them."""
@@ -59,17 +68,30 @@ def exchange(mechanism: str, user: str, secret: str) -> Exchange:
     return _EXCHANGES[mechanism](user, secret)
 
 
-def reason(challenge: Reply) -> str:
+def hidden(user: str, secret: str) -> Mask:
+    """Return the mask of a secret and of the responses that hold it."""
+    return Mask(secret, (_plain_response(user, secret), _xoauth2_response(user, secret)))
+
+
+def reason(challenge: Reply, mask: Mask) -> str:
     """Return what a 334 says in the clear, such as XOAUTH2's reason for a refusal; empty if nothing."""
     try:
-        text = b64decode(challenge.lines[0].strip(), validate=True).decode()
+        text = mask(b64decode(challenge.lines[0].strip(), validate=True)).decode()
     except (binascii.Error, ValueError):
         return ""
     return "".join(c if c.isprintable() else " " for c in text)[:300].strip()
 
 
+def _plain_response(user: str, secret: str) -> bytes:
+    return b64encode(f"\0{user}\0{secret}".encode())
+
+
+def _xoauth2_response(user: str, secret: str) -> bytes:
+    return b64encode(f"user={user}\1auth=Bearer {secret}\1\1".encode())
+
+
 def _plain(user: str, secret: str) -> Exchange:
-    response = b64encode(f"\0{user}\0{secret}".encode()) + b"\r\n"
+    response = _plain_response(user, secret) + b"\r\n"
     yield b"AUTH PLAIN " + response
     # Some servers do not read what stands behind the mechanism, and ask for it.
     yield response
@@ -82,7 +104,7 @@ def _login(user: str, secret: str) -> Exchange:
 
 
 def _xoauth2(user: str, secret: str) -> Exchange:
-    response = b64encode(f"user={user}\1auth=Bearer {secret}\1\1".encode()) + b"\r\n"
+    response = _xoauth2_response(user, secret) + b"\r\n"
     challenge = yield b"AUTH XOAUTH2 " + response
     if not challenge.lines[0].strip():
         yield response

@@ -13,6 +13,7 @@ from services.sender.smtp_auth import (
     Exchange,
     UnsupportedAuthError,
     exchange,
+    hidden,
     mechanisms,
     reason,
     secret_may_go,
@@ -202,6 +203,7 @@ async def _authenticate(
     except (UnsupportedAuthError, TokenError) as error:
         cause = f"OAuth token: {error}" if isinstance(error, TokenError) else str(error)
         raise UnavailableError.at(Phase.AUTH, cause, session.name) from error
+    wire.mask = hidden(credentials.user, secret)
     left = sorted((name for name in names if name not in refused), key=lambda name: name != learnt.mechanism)
     for name in left:
         answer, reasons = await _exchange(session, exchange(name, credentials.user, secret))
@@ -231,7 +233,7 @@ async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], lis
         answer = await session.wire.ask(line, 1, session.timeouts.opening)
         if not answer or not answer[0].intermediate or line == _CANCEL:
             return answer, [said for said in reasons if said.startswith("{")]
-        reasons.append(reason(answer[0]))
+        reasons.append(reason(answer[0], session.wire.mask))
         try:
             line = lines.send(answer[0])
         except StopIteration:

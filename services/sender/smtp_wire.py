@@ -5,6 +5,7 @@ import ssl
 from collections.abc import Callable
 from typing import cast
 
+from services.sender.masking import Mask
 from services.sender.replies import Reply
 from services.sender.reply_parser import GarbageError, ReplyParser
 
@@ -101,6 +102,15 @@ class Wire(asyncio.Protocol):
         self._waiter = self._loop.create_future()
         self.transport.write(data)
         return await self._answers(timeout, flush_timeout or timeout)
+
+    @property
+    def mask(self) -> Mask:
+        """What is taken out of all that the server says, so that no secret is shown or logged."""
+        return self._parser.mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        self._parser.mask = mask
 
     @property
     def replies(self) -> list[Reply]:

@@ -4,13 +4,13 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote_plus
 
 import pytest
 
 from services.sender.oauth import OAuthTokens, TokenError
 
-SECRET = "s3cret of the client"
+SECRET = "s3cret+of/the client"
 
 
 class TokenServer:
@@ -138,6 +138,7 @@ async def test_it_is_renewed_ahead_of_time_and_trouble_with_that_is_told(
         (("200 OK", "[]"), "not a JSON object"),
         (("200 OK", "{}"), "no access_token"),
         (("200 OK", token("t", expires_in="soon")), "soon"),
+        (("200 OK", token("t", expires_in=SECRET)), "float"),
     ],
 )
 async def test_why_there_is_no_token_is_told_without_the_secret(answer: tuple[str, str], says: str) -> None:
@@ -157,6 +158,41 @@ async def test_why_there_is_no_token_is_told_without_the_secret(answer: tuple[st
         clock.now += 2
         assert await tokens.get() == "good"
         assert tokens.trouble is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"bad request: client_secret={quote_plus(SECRET)}&scope=",
+        *(f"{'x' * before} {SECRET}" for before in range(270, 305, 5)),
+        json.dumps({"error": f"{'x' * 285} {SECRET}"}),
+    ],
+)
+@pytest.mark.parametrize("status", ["400 Bad Request", "400 client_secret={}"])
+async def test_a_server_that_repeats_the_form_has_no_part_of_the_secret_shown(
+    said: str, status: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with token_server() as server:
+        server.answer = lambda n: (status.format(SECRET), said)
+        tokens = tokens_from(server, Clock())
+        with pytest.raises(TokenError):
+            await tokens.get()
+    told = capsys.readouterr()
+    assert "s3cr" not in f"{tokens.trouble} {told.out} {told.err}"
+
+
+async def test_a_reply_that_is_no_http_has_no_secret_shown() -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        form = (await reader.readuntil(b"\r\n\r\n") + await reader.read(4096)).rpartition(b"\r\n")[2]
+        writer.write(b"what is " + form + b"\r\n")
+        writer.close()
+
+    listener = await asyncio.start_server(echo, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
+    with pytest.raises(TokenError, match=r"client_secret=\*\*\*") as caught:
+        await OAuthTokens(url, "client-1", lambda: SECRET).get()
+    assert "s3cr" not in str(caught.value)
+    listener.close()
 
 
 async def test_a_server_that_is_away_is_trouble() -> None:

@@ -5,6 +5,7 @@ import ssl
 
 import pytest
 
+from services.sender.masking import Mask
 from services.sender.replies import Reply
 from services.sender.smtp_auth import UnsupportedAuthError, exchange, mechanisms, reason, secret_may_go
 from services.sender.smtp_relay import Credentials, Relay, Tls
@@ -104,4 +105,4 @@ def test_xoauth2_sends_its_token_once_more_where_the_server_asks_and_asks_for_a_
     [("eyJzdGF0dXMiOiI0MDEifQ==", '{"status":"401"}'), ("", ""), ("no base64!", ""), ("/w==", "")],
 )
 def test_what_a_challenge_says(challenge: str, expected: str) -> None:
-    assert reason(Reply(334, (challenge,))) == expected
+    assert reason(Reply(334, (challenge,)), Mask()) == expected

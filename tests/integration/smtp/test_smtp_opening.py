@@ -302,6 +302,44 @@ async def test_auth_refused(reply: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
+    "last", ["500 5.5.1 not understood: {}", "{}", "500-what", "235 ok\r\n500 {}", "421 {}"]
+)
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "XOAUTH2"])
+async def test_a_relay_that_repeats_what_it_was_sent_has_no_secret_shown(
+    mechanism: str, last: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", f"AUTH {mechanism}")
+        heard = (await c.line()).decode()
+        if mechanism == "LOGIN":
+            for _ in range(2):
+                await c.say("334 VXNlcm5hbWU6")
+                heard = (await c.line()).decode()
+        await c.raw(f"500-{heard}\r\n{last.format(heard)}\r\n".encode())
+        c.close()
+
+    outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-of-ann", mechanism))
+    told = capsys.readouterr()
+    assert "***" in outcome.cause
+    for secret in ("s3cret-of-ann", "\0ann\0s3cret-of-ann", "user=ann\1auth=Bearer s3cret-of-ann\1\1"):
+        for form in (secret, encoded(secret)):
+            assert form not in f"{outcome} {told.out} {told.err}"
+
+
+async def test_a_reason_that_repeats_the_token_is_masked() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING", "AUTH XOAUTH2")
+        await c.expect("AUTH XOAUTH2 ")
+        await c.say("334 " + encoded('{"token":"s3cret-token"}'))
+        assert await c.line() == b""
+        await c.say("535 5.7.8 no")
+        await c.ended()
+
+    outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-token", "XOAUTH2"))
+    assert outcome.cause == '535 5.7.8 no {"token":"***"}'
+
+
+@pytest.mark.parametrize(
     ("extensions", "says"),
     [([], "AUTH not offered"), (["AUTH CRAM-MD5"], "CRAM-MD5"), (["AUTH"], "AUTH not offered")],
 )

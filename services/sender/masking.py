@@ -1,0 +1,54 @@
+"""Secrets are taken out of what others say: servers repeat what they were sent. Pure."""
+
+import html
+import json
+import re
+from base64 import b64encode
+from collections.abc import Iterable
+from urllib.parse import quote, quote_plus
+
+__all__ = ["Mask"]
+
+_SHOWN = b"***"
+# A base64 form is known by so many characters of it, since servers cut long lines.
+_KNOWN_BY = 8
+# What is shorter may stand in any text, also in a reply's code.
+_SHORTEST = 4
+
+
+class Mask:
+    """Replaces a secret by ``***``: as it is, in base64, and as URLs, forms, JSON and HTML write it.
+
+    `sent` has base64 texts that hold the secret together with something else. Mask first and cut then: of a
+    secret that was cut before, a part would be shown. A secret of less than 4 bytes is masked in
+    base64 alone.
+    """
+
+    __slots__ = ("_pattern",)
+
+    def __init__(self, secret: str = "", sent: Iterable[bytes] = ()) -> None:
+        whole = {
+            secret,
+            quote(secret),
+            quote(secret, safe=""),
+            quote_plus(secret),
+            json.dumps(secret)[1:-1],
+            json.dumps(secret, ensure_ascii=False)[1:-1],
+            html.escape(secret),
+        }
+        longest_first = sorted((form.encode() for form in whole), key=len, reverse=True)
+        forms = [re.escape(form) for form in longest_first if len(form) >= _SHORTEST]
+        forms += [
+            re.escape(text[:_KNOWN_BY]) + rb"[A-Za-z0-9+/]*=*"
+            for text in (b64encode(secret.encode()), *sent)
+            if text
+        ]
+        self._pattern = re.compile(b"|".join(forms), re.IGNORECASE) if forms else None
+
+    def __call__(self, data: bytes) -> bytes:
+        """Return `data` without the secret."""
+        return data if self._pattern is None else self._pattern.sub(_SHOWN, data)
+
+    def text(self, text: str) -> str:
+        """Return `text` without the secret."""
+        return self(text.encode("utf-8", "replace")).decode("utf-8", "replace")

@@ -1,0 +1,59 @@
+"""What others say is shown without our secrets, in whatever form they repeat them."""
+
+import base64
+import html
+import json
+from urllib.parse import quote, quote_plus
+
+import pytest
+
+from services.sender.masking import Mask
+from services.sender.reply_parser import ReplyParser
+from services.sender.smtp_auth import hidden
+
+SECRET = 'p+A/ss=wör d~12"34<567'
+RESPONSE = base64.b64encode(f"\0ann\0{SECRET}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        SECRET,
+        quote(SECRET),
+        quote(SECRET, safe="").lower(),
+        quote_plus(SECRET),
+        json.dumps(SECRET)[1:-1],
+        html.escape(SECRET),
+        base64.b64encode(SECRET.encode()).decode(),
+    ],
+)
+def test_a_secret_is_masked_in_every_form(form: str) -> None:
+    assert Mask(SECRET).text(f"no: <{form}>, {form}") == "no: <***>, ***"
+
+
+def test_what_is_no_secret_stays() -> None:
+    assert Mask("").text("535 no") == "535 no"
+    assert Mask("****").text("a **** b") == "a *** b"
+    assert Mask("250").text("250 ok") == "250 ok"
+    assert Mask(SECRET).text("535 p+A is wrong") == "535 p+A is wrong"
+
+
+@pytest.mark.parametrize("left", [len(RESPONSE), len(RESPONSE) - 3, 12, 8])
+def test_a_response_that_the_server_cuts_is_masked_from_its_beginning(left: int) -> None:
+    assert hidden("ann", SECRET).text(f"500 what: AUTH PLAIN {RESPONSE[:left]}") == "500 what: AUTH PLAIN ***"
+
+
+def test_a_reply_is_masked_before_it_is_cut() -> None:
+    for before in range(1980, 2060):
+        parser = ReplyParser()
+        parser.mask = hidden("ann", SECRET)
+        [reply] = parser.feed(f"500 {'x' * before} {RESPONSE}\r\n".encode())
+        assert RESPONSE[:9] not in str(reply)
+
+
+def test_what_has_begun_and_not_ended_is_masked_too() -> None:
+    parser = ReplyParser()
+    parser.mask = hidden("ann", SECRET)
+    parser.feed(f"500-{RESPONSE}\r\n500 {RESPONSE[:-2]}".encode())
+    assert parser.said == "500-*** 500 ***"
+    assert str(parser.unfinished) == "500 *** ***"
