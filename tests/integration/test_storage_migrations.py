@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import make_url
+from sqlalchemy import Connection, make_url
 from sqlalchemy.exc import DBAPIError
 
+from services.cli.errors import UNAVAILABLE, explain
+from services.common import migrations
 from services.common.database import engine_of
 from services.common.migrations import migrate
 from services.common.schema import metadata
 from tests import forked
+from tests.api_process import eventually
 from tests.stack import Infra
 
 
@@ -120,3 +125,86 @@ def test_the_command_tells_apart_what_is_away_and_what_is_wrong(server: Infra) -
     wrong = postroad(str(make_url(server.database_url).set(database="nowhere")), "migrate")
     assert wrong.returncode == 4, "the user has no right to a database that is not there"
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.fixture
+def reader(server: Infra, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
+    """A transaction that has read a table which a migration is to change, and stays open."""
+    monkeypatch.setattr(migrations, "_TABLE_WAIT", 1, raising=False)
+    url = server.new_database()
+    migrate(url, "0005")
+    engine = engine_of(url)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SELECT COUNT(*) FROM outbox").all()
+        yield connection
+    engine.dispose()
+
+
+def database_of(connection: Connection) -> str:
+    return connection.engine.url.render_as_string(hide_password=False)
+
+
+def test_a_table_in_use_ends_the_migration_which_names_the_transaction(
+    reader: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "_PATIENCE", 0.0, raising=False)
+    [(session,)] = reader.exec_driver_sql("SELECT CONNECTION_ID()").all()
+    with pytest.raises(
+        TimeoutError, match=rf"ALTER TABLE outbox .* session {session}, .*KILL {session}\b"
+    ) as caught:
+        migrate(database_of(reader))
+    failure = explain(caught.value)
+    assert failure is not None
+    assert failure.code == UNAVAILABLE
+    # Nothing goes on waiting on the server, for the table or with the migration's lock.
+    database = reader.engine.url.database
+    eventually(
+        lambda: (
+            [row[0] for row in reader.exec_driver_sql("SHOW PROCESSLIST") if row[3] == database] == [session]
+        )
+    )
+    reader.rollback()
+    assert migrate(database_of(reader)) is True
+
+
+def test_others_use_the_table_between_the_tries_of_a_migration(
+    reader: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        execute(database_of(reader), "DELETE FROM outbox")
+        if len(pauses) == 2:
+            reader.rollback()
+
+    monkeypatch.setattr(migrations, "sleep", pause, raising=False)
+    assert migrate(database_of(reader)) is True
+    assert len(pauses) == 2
+    assert differences(database_of(reader)) == []
+
+
+def test_who_may_not_see_transactions_is_told_where_they_are(
+    reader: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "_PATIENCE", 0.0, raising=False)
+    database, user = reader.engine.url.database, f"u{secrets.token_hex(6)}"
+    execute(
+        database_of(reader),
+        f"CREATE USER '{user}'@'%%' IDENTIFIED BY 'password of a test'",
+        f"GRANT ALL ON {database}.* TO '{user}'@'%%'",
+    )
+    try:
+        with pytest.raises(TimeoutError, match="innodb_trx, as a user with PROCESS"):
+            migrate(reader.engine.url.set(username=user, password="password of a test"))
+    finally:
+        execute(database_of(reader), f"DROP USER '{user}'@'%%'")
+
+
+def test_an_index_may_take_hours(server: Infra, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+    monkeypatch.setattr(
+        migrations, "engine_of", lambda url, **options: given.update(options) or engine_of(url, **options)
+    )
+    assert migrate(server.migrated_database()) is True
+    assert given["read_seconds"] >= 12 * 3600
