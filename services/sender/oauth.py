@@ -1,14 +1,26 @@
 """Access tokens by OAuth's client credentials (RFC 6749 section 4.4), fetched over HTTPS and cached."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import json
+import math
+import socket
+import threading
 import time
 from collections.abc import Callable
-from http.client import HTTPException
-from typing import Any
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlencode
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import (
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    Request,
+    build_opener,
+)
 
 import structlog
 
@@ -17,6 +29,8 @@ from services.sender.masking import Mask
 __all__ = ["OAuthTokens", "TokenError"]
 
 _log = structlog.get_logger(__name__)
+
+R = TypeVar("R")
 
 _MAX_ANSWER = 1 << 20
 _MAX_SHOWN = 300
@@ -37,7 +51,7 @@ class OAuthTokens:
     """The access token of one client. Belongs to one event loop.
 
     `secret` is asked for at each fetch, so that a file may change. `trouble` says why the last fetch failed,
-    also while an older token still holds; None once one has succeeded.
+    also while an older token still holds; None once one has succeeded. A fetch may take `timeout` seconds.
     """
 
     def __init__(
@@ -86,42 +100,51 @@ class OAuthTokens:
                     if self._token is None or self._clock() >= self._renew_at:
                         await self._fetch()
                 pause = _AGAIN
-            except TokenError:
+            except Exception:
+                # Nothing else would renew it; what is wrong stands in `trouble`.
                 pause = min(pause * 2, _AGAIN_MAX)
             await asyncio.sleep(pause if self.trouble else max(self._renew_at - self._clock(), _AGAIN))
 
     async def _fetch(self) -> None:
         asked_at = self._clock()
+        connections = _Connections()
         try:
-            token, lifetime = await asyncio.to_thread(self._ask)
-        except (TokenError, ValueError) as error:
+            async with asyncio.timeout(self._timeout):
+                token, lifetime = await _in_thread(lambda: self._ask(connections))
+        except Exception as error:
             self._failed_at = self._clock()
-            told = str(error) or type(error).__name__
+            late = isinstance(error, TimeoutError)
+            told = f"no answer within {self._timeout:g} s" if late else str(error) or type(error).__name__
             if self.trouble is None:
                 _log.warning("no OAuth token", error=told)
             self.trouble = told
             raise TokenError(told) from None
+        finally:
+            connections.end()
         self._token, self.trouble = token, None
         self._expires = asked_at + lifetime
         self._renew_at = asked_at + lifetime * _RENEW_AFTER
 
-    def _ask(self) -> tuple[str, float]:
+    def _ask(self, connections: "_Connections") -> tuple[str, float]:
         """Return a token and the seconds that it lasts. Raises TokenError; blocks."""
         secret = self._secret()
         try:
-            return _token_in(self._answer(secret))
-        except (TokenError, ValueError, TypeError, OSError, HTTPException) as error:
-            said = Mask(secret).text(_said(error))
+            return _token_in(self._answer(secret, connections))
+        except Exception as error:
+            said = Mask(secret).text(str(error))
             shown = "".join(c if c.isprintable() else " " for c in said)[:_MAX_SHOWN].strip()
             raise TokenError(shown or type(error).__name__) from None
 
-    def _answer(self, secret: str) -> bytes:
+    def _answer(self, secret: str, connections: "_Connections") -> bytes:
         form = {"grant_type": "client_credentials", "client_id": self._client_id, "client_secret": secret}
         if self._scope:
             form["scope"] = self._scope
         request = Request(self._url, urlencode(form).encode(), {"Accept": "application/json"})
-        with _opener.open(request, timeout=self._timeout) as response:
-            return bytes(response.read(_MAX_ANSWER))
+        try:
+            with _opener(connections).open(request, timeout=self._timeout) as response:
+                return bytes(response.read(_MAX_ANSWER))
+        except HTTPError as error:
+            raise TokenError(f"{error.code} {_described(error.read(_MAX_ANSWER))}") from None
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -130,7 +153,61 @@ class _NoRedirects(HTTPRedirectHandler):
         return None
 
 
-_opener = build_opener(_NoRedirects)
+class _Connections:
+    """The connections of one fetch. To end them ends what a thread reads from them, byte after byte too."""
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+        self._ended = False
+
+    def add(self, connection: HTTPConnection) -> None:
+        self._sockets.append(connection.sock)
+        if self._ended:
+            self.end()
+
+    def end(self) -> None:
+        self._ended = True
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                # Not SSLSocket's own, which takes the TLS state from the thread that reads.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _opener(connections: _Connections) -> OpenerDirector:
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            connections.add(self)
+
+    class Secure(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            connections.add(self)
+
+    class Http(HTTPHandler):
+        def http_open(self, request: Request) -> HTTPResponse:
+            return self.do_open(Plain, request)
+
+    class Https(HTTPSHandler):
+        def https_open(self, request: Request) -> HTTPResponse:
+            return self.do_open(Secure, request)
+
+    return build_opener(Http, Https, _NoRedirects)
+
+
+def _in_thread(work: Callable[[], R]) -> asyncio.Future[R]:
+    """Do what blocks in a thread that the end of the loop and of the process do not wait for."""
+    future: concurrent.futures.Future[R] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="oauth-token", daemon=True).start()
+    return asyncio.wrap_future(future)
 
 
 def _token_in(raw: bytes) -> tuple[str, float]:
@@ -143,17 +220,16 @@ def _token_in(raw: bytes) -> tuple[str, float]:
     token = answer.get("access_token")
     if not isinstance(token, str) or not token:
         raise TokenError("the answer has no access_token")
-    return token, float(answer.get("expires_in") or _LIFETIME)
+    lifetime = float(answer.get("expires_in") or _LIFETIME)
+    if not 0 < lifetime < math.inf:
+        raise TokenError(f"expires_in is {lifetime}")
+    return token, lifetime
 
 
-def _said(error: Exception) -> str:
-    """What an error says: of an HTTP error, its code and its body (RFC 6749 section 5.2)."""
-    if not isinstance(error, HTTPError):
-        return str(error)
-    raw = error.read(_MAX_ANSWER)
+def _described(raw: bytes) -> str:
+    """What the body of an error says (RFC 6749 section 5.2)."""
     try:
         answer = json.loads(raw)
-        text = " ".join(str(answer[key]) for key in ("error", "error_description") if key in answer)
+        return " ".join(str(answer[key]) for key in ("error", "error_description") if key in answer)
     except (ValueError, TypeError):
-        text = raw.decode("utf-8", "replace")
-    return f"{error.code} {text}"
+        return raw.decode("utf-8", "replace")

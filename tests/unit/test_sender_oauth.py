@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, quote_plus
@@ -138,6 +140,12 @@ async def test_it_is_renewed_ahead_of_time_and_trouble_with_that_is_told(
         (("200 OK", "[]"), "not a JSON object"),
         (("200 OK", "{}"), "no access_token"),
         (("200 OK", token("t", expires_in="soon")), "soon"),
+        (("200 OK", token("t", expires_in=float("nan"))), "expires_in"),
+        (("200 OK", token("t", expires_in=float("inf"))), "expires_in"),
+        (("200 OK", token("t", expires_in=-1)), "expires_in"),
+        (("200 OK", token("t", expires_in=10**400)), "too large"),
+        (("200 OK", "[" * 200_000), "recursion"),
+        (("400 Bad Request", "[" * 200_000), "recursion"),
         (("200 OK", token("t", expires_in=SECRET)), "float"),
     ],
 )
@@ -193,6 +201,68 @@ async def test_a_reply_that_is_no_http_has_no_secret_shown() -> None:
         await OAuthTokens(url, "client-1", lambda: SECRET).get()
     assert "s3cr" not in str(caught.value)
     listener.close()
+
+
+@pytest.mark.parametrize(
+    "answer", ["[" * 200_000, token("t", expires_in=float("nan"))], ids=["nested", "nan"]
+)
+async def test_no_answer_ends_the_renewing(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sender.oauth._AGAIN", 0.01)
+    async with token_server() as server:
+        server.answer = lambda n: ("200 OK", answer if n < 3 else token("good"))
+        tokens = tokens_from(server, Clock())
+        running = asyncio.create_task(tokens.run())
+        await until(lambda: len(server.forms) == 3 and tokens.trouble is None)
+        assert not running.done()
+        running.cancel()
+
+
+@pytest.mark.parametrize(
+    "begins", ["", "HTTP/1.1 200 OK\r\nX: ", "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"]
+)
+async def test_a_server_that_sends_byte_after_byte_is_cut_off(begins: str) -> None:
+    left = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(begins.encode())
+        try:
+            while True:
+                writer.write(b"y")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        except ConnectionError:
+            left.set()
+
+    listener = await asyncio.start_server(drip, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
+    tokens = OAuthTokens(url, "client-1", lambda: SECRET, timeout=0.3)
+    async with asyncio.timeout(10):
+        with pytest.raises(TokenError, match=r"no answer within 0\.3 s"):
+            await tokens.get()
+        assert tokens.trouble == "no answer within 0.3 s"
+        # The thread that read from it ends too.
+        await left.wait()
+    listener.close()
+
+
+def test_a_server_that_does_not_answer_keeps_no_process_from_ending() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+
+        async def main() -> None:
+            asking = asyncio.create_task(OAuthTokens(url, "client-1", lambda: SECRET, timeout=4).get())
+            silent.settimeout(4)
+            connection, _ = await asyncio.to_thread(silent.accept)
+            asking.cancel()
+            await asyncio.wait([asking])
+            connections.append(connection)
+
+        connections: list[socket.socket] = []
+        started = time.monotonic()
+        asyncio.run(main())
+        assert time.monotonic() - started < 3
+        connections[0].close()
 
 
 async def test_a_server_that_is_away_is_trouble() -> None:
