@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     enhanced: str
     """The subject and the detail of the enhanced code (RFC 3463), without its class."""
     words: str
-    """Found in the text, whatever the case."""
+    """Found in the text, whatever the case. What is tried at each character ends after some tens of them."""
     source: str
     unless: str = ""
     """Not found in the text."""
@@ -138,7 +138,8 @@ RULES: tuple[Rule, ...] = (
         # The code of a full mailbox needs clearer words.
         "5(?!52)..",
         r"(?![12]\.).*",
-        rf"(?=.*{_SENDING}).*(?:{_EXCEEDED})|(?:limit of|only) \d+ (?:rcpts|recipients|e?-?mails|messages)",
+        rf"\A(?=.*{_SENDING})(?=.*(?:{_EXCEEDED}))"
+        r"|(?:limit of|only) \d+ (?:rcpts|recipients|e?-?mails|messages)",
         "SendGrid: Maximum credits exceeded; Dovecot and Postfix policies: limit of 400 rcpts per 24 hours",
         unless=_OTHER_LIMITS,
     ),
@@ -146,7 +147,7 @@ RULES: tuple[Rule, ...] = (
         Whose.ACCOUNT,
         "552",
         r"(?![12]\.).*",
-        rf"(?=.*\b(?:{_PERIOD})\b).*(?:{_EXCEEDED})",
+        rf"\A(?=.*\b(?:{_PERIOD})\b)(?=.*(?:{_EXCEEDED}))",
         "RFC 5321 section 4.2.2: exceeded allocation; relays: 552 Daily message quota exceeded",
         unless=_OTHER_LIMITS,
     ),

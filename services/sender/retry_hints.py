@@ -1,6 +1,7 @@
 """How long a mail server asks to wait, read from the words of a reply. Pure."""
 
 import re
+from itertools import islice
 
 from services.sender.replies import Reply
 
@@ -31,6 +32,10 @@ _AFTER = re.compile(r"and|before|next|please|the|then|to|you|your")
 # After these a clock is the length of a wait; elsewhere it may be a time of day.
 _BEFORE_CLOCK = re.compile(r"in|for|wait|[=:]")
 _NEAR = 8
+# So many tokens that may stand between are shorter (characters).
+_WINDOW = 120
+# What a reply has of durations beyond these is not looked at.
+_MOST = 20
 
 
 def retry_hint(reply: Reply, *, at_most: float = 86_400.0) -> float | None:
@@ -44,9 +49,9 @@ def retry_hint(reply: Reply, *, at_most: float = 86_400.0) -> float | None:
         return None
     words = " ".join(reply.lines)[:1000].split()
     text = " ".join("." if any(mark in word for mark in _NO_WORD) else word for word in words)
-    for found in _DURATION.finditer(text):
-        before = _TOKEN.findall(text[: found.start()].lower())[-_NEAR:][::-1]
-        after = _TOKEN.findall(text[found.end() : found.end() + 80].lower())[:_NEAR]
+    for found in islice(_DURATION.finditer(text), _MOST):
+        before = _TOKEN.findall(text[max(0, found.start() - _WINDOW) : found.start()].lower())[-_NEAR:][::-1]
+        after = _TOKEN.findall(text[found.end() : found.end() + _WINDOW].lower())[:_NEAR]
         if found["clock"] and (not before or not _BEFORE_CLOCK.fullmatch(before[0])):
             continue
         if _leads_to_waiting(before, _BEFORE) or _leads_to_waiting(after, _AFTER):
