@@ -23,6 +23,9 @@ from tests.documents import ROOT
 
 __all__ = ["Done", "Shell"]
 
+# The settings of whoever runs the tests, and what make hands on from its own command line.
+_LEFT_OUT = ("POSTROAD_", "EMAIL_", "MAKE", "MFLAGS", "ARGS")
+
 # What it is told: its own name, so that one text serves all.
 _CLIENT = """\
 #!{python} -IS
@@ -67,7 +70,7 @@ class Shell:
             self._client(programs / "grpcurl", "tests.grpcurl")
         # `make test` has set everything up.
         _script(programs / "make", f'exec {shutil.which("make")} -o setup "$@"')
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_", "MAKE"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(_LEFT_OUT)}
         self._environment = {
             **clean,
             "PATH": f"{programs}:{os.environ['PATH']}",

@@ -96,7 +96,7 @@ def test_what_was_cancelled_while_it_waited_or_was_scheduled_is_sent_only_when_o
         until(lambda: road.get(waiting).attempts, "an attempt")
         data = pb.TaskData(email="ada@good.test", subject="Later", body="text")
         asked = pb.CreateRequest(data=data)
-        asked.send_at.FromNanoseconds(time.time_ns() + 3600 * 10**9)
+        asked.send_at.FromNanoseconds(time.time_ns() + 5 * 10**9)
         scheduled = road.stub.Create(asked, timeout=20).id
         for id_ in (waiting, scheduled):
             assert cancel(road, id_).status == "cancelled"
@@ -112,7 +112,6 @@ def test_what_was_cancelled_while_it_waited_or_was_scheduled_is_sent_only_when_o
         assert [entry.kind for entry in road.get(scheduled).timeline] == [
             "created",
             "cancelled",
-            "mx_ok",
             "retried",
             "mx_ok",
             "sent",

@@ -284,7 +284,7 @@ def test_at_a_terminal_it_shows_and_asks(
     while b"[y/N]" not in said:
         said += os.read(ours, 4096)
     assert b"already sent" in said
-    assert b"Produce 5 records to mx.ok at 500/s?" in said
+    assert b"Produce 5 records of 5 tasks to mx.ok at 500/s?" in said
     os.write(ours, f"{answer}\n".encode())
     with contextlib.suppress(OSError):  # Linux: the other end is closed
         while more := os.read(ours, 4096):
