@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
-from services.sender.replies import Reply
+from services.sender.replies import At, Reply
 
 __all__ = ["RULES", "At", "Rule", "Whose", "whose"]
 
@@ -20,15 +20,6 @@ class Whose(StrEnum):
     """The session: it ends, and the mail goes at once on a new one."""
     ACCOUNT = "account"
     """Our standing with the relay: all mails wait, and no attempt is spent."""
-
-
-class At(StrEnum):
-    """What was refused."""
-
-    MAIL = "MAIL"
-    RCPT = "RCPT"
-    DATA = "DATA"
-    MESSAGE = "message"
 
 
 class Rule(NamedTuple):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 __all__ = [
     "OPENING",
+    "At",
     "InDoubt",
     "LeaseLost",
     "NotSent",
@@ -38,6 +39,20 @@ class Phase(StrEnum):
 
 OPENING = frozenset({Phase.CONNECT, Phase.TLS, Phase.AUTH})
 """The phases before MAIL: what fails in them is the relay's trouble, whatever was said."""
+
+
+class At(StrEnum):
+    """What a server answers from MAIL on, in the order of a transaction."""
+
+    MAIL = "MAIL"
+    RCPT = "RCPT"
+    DATA = "DATA"
+    MESSAGE = "message"
+
+    def reaches(self, other: "At") -> bool:
+        """Whether a transaction that came so far came as far as `other` at least."""
+        order = list(At)
+        return order.index(self) >= order.index(other)
 
 
 class Reply(NamedTuple):
@@ -104,6 +119,8 @@ class Rejected:
     relay: str = ""
     about_session: bool = False
     """The refusal is the session's end and says nothing about this mail: it may go at once on a new one."""
+    at: At | None = None
+    """What was refused; None where the server was not asked, since its EHLO said that it would refuse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +135,8 @@ class NotSent:
     relay: str = ""
     said: str = ""
     """What the server said last, if that was no answer that could be understood."""
+    at: At | None = None
+    """What was refused, or not answered; None where the session did not come so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,8 +291,15 @@ class SmtpPool:
             self._down(outcome)
         elif isinstance(outcome, Rejected) and outcome.about_session:
             self._sessions.end(session)
-        elif isinstance(outcome, Sent | Rejected) and (trial or self._trouble is None):
+        elif (trial or self._trouble is None) and self._shows_up(outcome):
             self._failures = 0
             self._back()
         self._sessions.release(session)
         return outcome
+
+    def _shows_up(self, outcome: Outcome) -> bool:
+        """Whether it shows that the relay takes what it refused: a mail taken, or refused there or later."""
+        if not isinstance(outcome, Rejected):
+            return isinstance(outcome, Sent)
+        refused = self._trouble.at if self._trouble is not None else None
+        return outcome.at is not None and (refused is None or outcome.at.reaches(refused))

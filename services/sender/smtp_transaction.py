@@ -4,8 +4,9 @@ import asyncio
 import re
 from collections.abc import Callable
 
-from services.sender.refusals import At, Whose, whose
+from services.sender.refusals import Whose, whose
 from services.sender.replies import (
+    At,
     InDoubt,
     LeaseLost,
     NotSent,
@@ -86,7 +87,7 @@ async def hand_over(session: Session, mail_from: str, message: bytes, guard: Cal
     """
     wire, timeouts = session.wire, session.timeouts
     if wire.lost is not None:
-        return NotSent(Phase.DATA, wire.lost, False, session.name, wire.said)
+        return NotSent(Phase.DATA, wire.lost, False, session.name, wire.said, At.MESSAGE)
     if not guard():
         # After a 354 only a message or the end of the connection can follow.
         wire.abort("lease lost")
@@ -149,6 +150,7 @@ async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> 
             if wire.lost is not None or not replies[-1].ok:
                 break
     last = len(commands) - 1
+    mail = last - 2
     stopped = next((i for i, r in enumerate(replies) if not (r.intermediate if i == last else r.ok)), None)
     if stopped is None:
         if len(replies) > last:
@@ -157,9 +159,9 @@ async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> 
         if not replies and not session.fresh and not wire.timed_out:
             raise StaleSessionError(wire.lost)
         phase = Phase.DATA if len(replies) == last else Phase.ENVELOPE
-        return NotSent(phase, wire.lost or "no answer", False, session.name, wire.said)
+        at = _COMMANDS[max(len(replies) - mail, 0)]
+        return NotSent(phase, wire.lost or "no answer", False, session.name, wire.said, at)
     reply = replies[stopped]
-    mail = last - 2
     if stopped < mail or (stopped == mail and reply.code == 503):
         # RSET refused, or MAIL out of sequence: that is about the session and never about this mail.
         wire.abort(str(reply))
@@ -177,7 +179,7 @@ async def _refusal(session: Session, phase: Phase, at: At, reply: Reply, mail_fr
     """What a reply other than yes means: to this mail, to the session, or to all mails."""
     if not (reply.transient or reply.permanent):
         session.wire.abort(f"out of step: {reply}")
-        return NotSent(phase, f"out of step: {reply}", False, session.name, str(reply))
+        return NotSent(phase, f"out of step: {reply}", False, session.name, str(reply), at)
     about = whose(at, reply, mail_from)
     if about is Whose.MAIL and reply.transient:
         try:
@@ -187,9 +189,9 @@ async def _refusal(session: Session, phase: Phase, at: At, reply: Reply, mail_fr
             if phase is not Phase.AFTER_DOT:
                 raise
     if about is Whose.ACCOUNT:
-        return NotSent(phase, str(reply), True, session.name)
+        return NotSent(phase, str(reply), True, session.name, at=at)
     hint = retry_hint(reply)
-    return Rejected(phase, str(reply), reply.permanent, hint, session.name, about is Whose.SESSION)
+    return Rejected(phase, str(reply), reply.permanent, hint, session.name, about is Whose.SESSION, at)
 
 
 async def _closed(session: Session) -> bool:
@@ -207,7 +209,7 @@ async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> Out
     if not answer:
         cause = wire.lost or "no answer"
         if wire.unsent:
-            return NotSent(Phase.DATA, cause, False, session.name, wire.said)
+            return NotSent(Phase.DATA, cause, False, session.name, wire.said, At.MESSAGE)
         return InDoubt(cause, session.name, wire.said)
     reply = answer[0]
     # Postfix keeps the transaction open when it refuses at the end of data, and then takes no MAIL.

@@ -21,13 +21,15 @@ from tests.integration.smtp.script import (
 Answer = Callable[[int], str | None]
 
 
-async def serve(c: Conversation, answers: dict[str, Answer], *, pipelining: bool = True) -> None:
+async def serve(
+    c: Conversation, answers: dict[str, Answer], *, pipelining: bool = True, size: int = 10_000_000
+) -> None:
     """Take mails until the client leaves.
 
     `answers` has, by command ("MAIL", "RCPT", "DATA", "."), what refuses the n-th mail of the session; None
     takes it. A refusal that begins with "!" is followed by the end of the connection.
     """
-    await c.greet(*(["PIPELINING"] if pipelining else []))
+    await c.greet(f"SIZE {size}", *(["PIPELINING"] if pipelining else []))
     mails = 0
     refused = False
     while (line := await c.line()) and line != b"QUIT":
@@ -316,6 +318,67 @@ async def test_a_refusal_of_another_mail_shows_that_the_account_is_taken_again()
         assert isinstance(await send(pool), NotSent)
         assert isinstance(await until_taken(pool), Rejected)
         assert pool.available
+
+
+async def test_a_mail_that_the_relay_was_not_asked_for_shows_nothing() -> None:
+    refusing = True
+
+    async def script(c: Conversation) -> None:
+        await serve(c, {"MAIL": lambda n: "550 5.4.5 quota" if refusing else None}, size=1000)
+
+    told: list[str | None] = []
+    async with scripted(script) as server, pool_for(server) as pool:
+        pool._on_trouble = lambda trouble: told.append(trouble and trouble.cause)
+        assert isinstance(await send(pool), NotSent)
+        await pool.wait_available()
+        assert isinstance(await send(pool, MESSAGE * 100), Rejected)
+        assert not pool.available
+        assert None not in told
+        refusing = False
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+        assert pool.available
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize(
+    ("refused", "trial", "up"),
+    [
+        ("RCPT", "MAIL", False),
+        ("DATA", "RCPT", False),
+        (".", "MAIL", False),
+        (".", "RCPT", False),
+        (".", "DATA", False),
+        ("MAIL", "MAIL", True),
+        ("MAIL", "RCPT", True),
+        ("RCPT", "DATA", True),
+        (".", ".", True),
+    ],
+)
+async def test_a_refusal_shows_that_the_account_is_taken_from_where_it_was_refused_on(
+    refused: str, trial: str, up: bool, pipelining: bool
+) -> None:
+    mails = 0
+
+    def answer(command: str) -> Answer:
+        def one(n: int) -> str | None:
+            if mails == 1 and command == refused:
+                return "550 5.4.5 Daily user sending quota exceeded"
+            return "552 5.3.4 too big" if mails == 2 and command == trial else None
+
+        return one
+
+    async def script(c: Conversation) -> None:
+        await serve(c, {name: answer(name) for name in ("MAIL", "RCPT", "DATA", ".")}, pipelining=pipelining)
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        mails = 1
+        assert isinstance(await send(pool), NotSent)
+        await pool.wait_available()
+        mails = 2
+        assert isinstance(await send(pool), Rejected)
+        assert pool.available is up
+        mails = 3
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
 
 
 async def test_the_message_size_is_the_mails_own() -> None:
