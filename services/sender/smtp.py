@@ -11,11 +11,11 @@ same while the relay refuses what the account sends. Only a mail can tell whethe
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
-from services.sender.replies import OPENING, NotSent, Outcome, Rejected, Sent
+from services.sender.replies import OPENING, At, InDoubt, NotSent, Outcome, Rejected, Sent
 from services.sender.smtp_relay import Credentials, Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError
 from services.sender.smtp_sessions import Sessions, pause
@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 _log = structlog.get_logger()
+
+# After so many new sessions in a row that ended without an answer to MAIL, the relay is to blame.
+_UNANSWERED = 3
 
 
 class SendCancelled(asyncio.CancelledError):
@@ -91,6 +94,7 @@ class SmtpPool:
         self._trouble: NotSent | None = None
         self._last_trouble: NotSent | None = None
         self._failures = 0
+        self._unanswered = 0
         self._on_trouble = on_trouble
         self._waiting: dict[asyncio.Future[None], None] = {}
         # Whether one mail may be sent though the pool is down, and whether nobody was woken for it.
@@ -287,6 +291,7 @@ class SmtpPool:
         return self._ended(session, outcome, trial)
 
     def _ended(self, session: Session, outcome: Outcome, trial: bool) -> Outcome:
+        outcome = self._judged(session, outcome)
         if isinstance(outcome, NotSent) and outcome.ours:
             self._down(outcome)
         elif isinstance(outcome, Rejected) and outcome.about_session:
@@ -295,6 +300,22 @@ class SmtpPool:
             self._failures = 0
             self._back()
         self._sessions.release(session)
+        return outcome
+
+    def _judged(self, session: Session, outcome: Outcome) -> Outcome:
+        """The outcome; ours where the relay has not answered MAIL in several new sessions in a row.
+
+        MAIL names no recipient. One such session says little: it may have been the network, or this mail.
+        """
+        if isinstance(outcome, NotSent) and outcome.at is At.MAIL and not outcome.ours:
+            # Where all commands went at once, the silence may be about the recipient.
+            silent = session.wire.timed_out and "PIPELINING" in session.extensions
+            if session.fresh and not silent:
+                self._unanswered += 1
+                if self._unanswered >= _UNANSWERED:
+                    return replace(outcome, ours=True)
+        elif isinstance(outcome, Sent | InDoubt) or getattr(outcome, "at", None) is not None:
+            self._unanswered = 0
         return outcome
 
     def _shows_up(self, outcome: Outcome) -> bool:

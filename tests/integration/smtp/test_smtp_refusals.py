@@ -1,7 +1,8 @@
 """Refusals of the session and of the account: the mail goes on a new session, or waits with all others."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from services.sender.smtp import Limits, SendCancelled, SmtpPool
 from tests.integration.smtp.script import (
     FROM,
     MESSAGE,
+    QUICK,
     Conversation,
     Script,
     pool_for,
@@ -379,6 +381,79 @@ async def test_a_refusal_shows_that_the_account_is_taken_from_where_it_was_refus
         assert pool.available is up
         mails = 3
         assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+
+
+# --- A relay that answers MAIL of no mail
+
+
+async def close(c: Conversation) -> None:
+    c.close()
+
+
+async def keep_silent(c: Conversation) -> None:
+    await c.drained()
+
+
+async def talk_nonsense(c: Conversation) -> None:
+    await c.say("what?")
+
+
+@pytest.mark.parametrize("end", [close, keep_silent, talk_nonsense])
+async def test_a_relay_that_answers_no_mail_command_is_down_before_long(
+    end: Callable[[Conversation], Awaitable[None]],
+) -> None:
+    well = False
+
+    async def script(c: Conversation) -> None:
+        if well:
+            await serve(c, {})
+            return
+        await c.greet()
+        if await c.line():
+            await end(c)
+
+    timeouts = replace(QUICK, command=0.1)
+    async with scripted(script) as server, pool_for(server, timeouts=timeouts) as pool:
+        outcomes = [await send(pool) for _ in range(3)]
+        assert [outcome.ours for outcome in outcomes if isinstance(outcome, NotSent)] == [False, False, True]
+        assert not pool.available
+        await pool.wait_available()
+        outcome = await send(pool)
+        assert isinstance(outcome, NotSent)
+        assert outcome.ours
+        assert outcome.phase is Phase.ENVELOPE
+        well = True
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+        assert pool.available
+
+
+@pytest.mark.parametrize("reply", ["250 ok", "452 4.3.1 disk full"])
+async def test_an_answer_to_another_mail_shows_that_the_relay_is_well(reply: str) -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet()
+        await c.expect("MAIL FROM:")
+        if len(server.conversations) % 3 == 0:
+            await c.say(reply)
+            await c.line()
+
+    async with scripted(script) as server, pool_for(server) as pool:
+        for _ in range(9):
+            outcome = await send(pool)
+            assert not (isinstance(outcome, NotSent) and outcome.ours)
+        assert pool.available
+
+
+async def test_silence_to_a_whole_envelope_may_be_the_recipients() -> None:
+    async def script(c: Conversation) -> None:
+        await c.greet("PIPELINING")
+        await c.drained()
+
+    timeouts = replace(QUICK, command=0.05)
+    async with scripted(script) as server, pool_for(server, timeouts=timeouts) as pool:
+        for _ in range(5):
+            outcome = await send(pool)
+            assert isinstance(outcome, NotSent)
+            assert not outcome.ours
 
 
 async def test_the_message_size_is_the_mails_own() -> None:
