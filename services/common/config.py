@@ -152,7 +152,8 @@ class Settings(BaseSettings):
     domain_concurrency: int = Field(
         15,
         ge=0,
-        description="SMTP sessions that each sender replica uses for one recipient domain at most; 0: all",
+        description="SMTP sessions that each sender replica uses for one recipient domain at most,"
+        " three quarters of them where that would be all; 0: all",
     )
     domain_rate: float = Field(
         0.0,

@@ -29,7 +29,7 @@ from services.sender.leases import Leases
 from services.sender.oauth import OAuthTokens
 from services.sender.policy import Policy
 from services.sender.replies import NotSent
-from services.sender.slots import Slots
+from services.sender.slots import Slots, share
 from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from services.sender.stage import Sender, stage
 
@@ -49,6 +49,7 @@ class SenderService:
     def __init__(self, settings: Settings, client_name: str | None = None) -> None:
         hold = settings.on_uncertain == "hold"
         hands = _CLAIMS_A_SESSION[settings.on_uncertain]
+        a_domain = share(settings.sender_sessions, settings.domain_concurrency)
         with refused("database_url"):
             url = url_of(settings.database_url)
         with refused("email_from"):
@@ -74,11 +75,11 @@ class SenderService:
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
             hands=Slots(
                 hands * settings.sender_sessions,
-                hands * settings.domain_concurrency,
+                hands * a_domain,
                 rate=settings.domain_rate,
                 crowded=self._crowded,
             ),
-            sessions=Slots(settings.sender_sessions, settings.domain_concurrency),
+            sessions=Slots(settings.sender_sessions, a_domain),
             publish=self._publish,
             owner=owner_tokens(),
             handover=settings.handover_seconds,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from services.common.rate import Rate
 
-__all__ = ["Crowded", "Held", "Slots"]
+__all__ = ["Crowded", "Held", "Slots", "share"]
 
 # How long (seconds) the first of a queue waits before that is a reason to leave: one that moves, however
 # long, is worked off sooner than it could come back.
@@ -38,6 +38,15 @@ class Held(NamedTuple):
 class _Waiter(NamedTuple):
     turn: asyncio.Future[None]
     since: float
+
+
+def share(sessions: int, per_domain: int) -> int:
+    """Return how many of the sessions one domain may use: `per_domain`, but not all unless that is 0 (all).
+
+    Where there are no more sessions than that, a domain gets three quarters of them: one that hangs would
+    keep all others waiting.
+    """
+    return per_domain if per_domain < sessions else max(1, sessions * 3 // 4)
 
 
 class Slots:

@@ -126,6 +126,13 @@ def test_what_keeps_the_relay_from_being_used_is_one_series_while_it_lasts() -> 
     assert series() == []
 
 
+@pytest.mark.parametrize(("sessions", "a_domain"), [(20, 15), (10, 7)])
+async def test_one_domain_gets_no_sender_whole(sessions: int, a_domain: int) -> None:
+    service = await build(settings(sender_sessions=sessions, email_helo="mail.example.org"))
+    assert (service._sender._sessions._free, service._sender._sessions._per_domain) == (sessions, a_domain)
+    assert (service._sender._hands._free, service._sender._hands._per_domain) == (4 * sessions, 4 * a_domain)
+
+
 async def test_trouble_with_the_token_and_with_the_relay_is_on_readyz() -> None:
     service = await build(settings(**OAUTH, email_host="relay.example", email_helo="mail.example.org"))
     assert service._tokens is not None

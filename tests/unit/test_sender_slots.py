@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.sender.slots import Crowded, Slots
+from services.sender.slots import Crowded, Slots, share
 
 
 async def settle() -> None:
@@ -55,6 +55,25 @@ async def test_a_domain_at_its_bound_leaves_the_rest_to_others() -> None:
     assert not waiting.done(), "a free slot is no reason to exceed the domain's bound"
     slots.release("slow")
     await asyncio.wait_for(waiting, 1)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "per_domain", "expected"),
+    [(20, 15, 15), (16, 15, 15), (15, 15, 11), (10, 15, 7), (4, 15, 3), (2, 15, 1), (1, 15, 1), (10, 0, 0)],
+)
+async def test_a_domain_that_hangs_takes_no_more_than_three_quarters_of_few_sessions(
+    sessions: int, per_domain: int, expected: int
+) -> None:
+    assert share(sessions, per_domain) == expected
+    if not expected or sessions == 1:
+        return
+    slots = Slots(sessions, share(sessions, per_domain))
+    hanging = [asyncio.ensure_future(slots.acquire("slow")) for _ in range(3 * sessions)]
+    await settle()
+    await asyncio.wait_for(slots.acquire("quick"), 1)
+    for one in hanging:
+        one.cancel()
+    await asyncio.wait(hanging)
 
 
 @settings(max_examples=60, deadline=None)
