@@ -7,11 +7,14 @@ from uuid import UUID
 
 from postroad.v1 import events_pb2 as pb
 from services.common.header_fields import mailbox
+from services.common.schema import deliveries, widths
 from services.sender.headers import address
 from services.sender.message import build
 from services.sender.smtp_transaction import check_mail
 
 __all__ = ["Composer", "Mail"]
+
+_MAX_MESSAGE_ID = widths(deliveries)["message_id"]
 
 
 class Mail(NamedTuple):
@@ -32,6 +35,9 @@ class Composer:
         self._name, spec = mailbox(email_from)
         self._address = address(spec)
         self._domain = spec.rpartition("@")[2]
+        # The database would cut a longer Message-ID, and a later attempt have another one than the first.
+        if (over := len(self.message_id(bytes(16))) - _MAX_MESSAGE_ID) > 0:
+            raise ValueError(f"the address's domain must have {len(self._domain) - over} characters at most")
         trial = pb.MxOk(task=pb.MailTask(id=bytes(16), email=self._address, body=""))
         self.compose(trial, self.message_id(trial.task.id))
 

@@ -144,13 +144,17 @@ def _show(trouble: NotSent | None) -> None:
 def relay_of(settings: Settings, tokens: OAuthTokens | None = None, client_name: str | None = None) -> Relay:
     """Return the relay that the settings name. Unless they say so, only loopback is spoken to in clear.
 
-    Raises ValueError, naming the variable, where EMAIL_AUTH lacks a setting that it needs.
+    Raises ValueError, naming the variable, where EMAIL_AUTH lacks a setting or has one too many.
     """
     host = settings.email_host
     tls = Tls(settings.email_tls) if settings.email_tls else Tls.NONE if _loopback(host) else Tls.STARTTLS
     mechanism = None if settings.email_auth == "auto" else settings.email_auth
     if mechanism is not None and not settings.email_user:
         raise ValueError(f"{variable('email_user')}: must be set where EMAIL_AUTH is {mechanism}")
+    if settings.email_pass and not settings.email_user:
+        raise ValueError(f"{variable('email_user')}: must be set where EMAIL_PASS is")
+    if settings.email_pass and mechanism == "xoauth2":
+        raise ValueError(f"{variable('email_pass')}: must be empty where EMAIL_AUTH is xoauth2")
     credentials = (
         Credentials(settings.email_user, settings.email_pass, mechanism, tokens)
         if settings.email_user
@@ -171,8 +175,15 @@ def tokens_of(settings: Settings) -> OAuthTokens | None:
     )
     secret, scope = settings.email_oauth_client_secret.get_secret_value(), settings.email_oauth_scope
     if settings.email_auth != "xoauth2":
-        if url:
-            raise ValueError("EMAIL_AUTH: must be xoauth2 where EMAIL_OAUTH_TOKEN_URL is set")
+        for field, value in (
+            ("email_oauth_token_url", url),
+            ("email_oauth_client_id", client),
+            ("email_oauth_client_secret", secret),
+            ("email_oauth_client_secret_file", file),
+            ("email_oauth_scope", scope),
+        ):
+            if value:
+                raise ValueError(f"EMAIL_AUTH: must be xoauth2 where {variable(field)} is set")
         return None
     for field, value in (("email_oauth_token_url", url), ("email_oauth_client_id", client)):
         if not value:

@@ -6,6 +6,7 @@ from email.policy import default
 import pytest
 
 from postroad.v1 import events_pb2 as pb
+from services.common.schema import deliveries, widths
 from services.sender.composer import Composer
 
 ID = bytes.fromhex("0190f5e0000070008000000000000001")
@@ -24,6 +25,13 @@ TASK = pb.MailTask(
 def test_the_message_id_is_made_of_the_task_and_the_senders_domain() -> None:
     assert Composer("shop@a.test").message_id(ID) == "<0190f5e0-0000-7000-8000-000000000001@a.test>"
     assert Composer('"The Shop" <shop@bücher.test>').message_id(ID).endswith("@xn--bcher-kva.test>")
+
+
+def test_a_domain_whose_message_ids_would_be_cut_in_the_database_is_refused() -> None:
+    longest = ".".join(["b" * 63, "c" * 63, "d" * 63, "e" * 24])
+    assert len(Composer(f"s@{longest}").message_id(ID)) == widths(deliveries)["message_id"] == 255
+    with pytest.raises(ValueError, match="216 characters"):
+        Composer(f"s@{longest}e")
 
 
 def test_a_task_becomes_the_same_mail_each_time() -> None:

@@ -93,12 +93,35 @@ def test_auth_is_made_as_the_setting_says() -> None:
             "^EMAIL_OAUTH_CLIENT_SECRET_FILE: cannot be read",
         ),
         (OAUTH | {"email_auth": "auto"}, "^EMAIL_AUTH: must be xoauth2"),
+        *(
+            (
+                {"email_user": "ann", "email_auth": auth, name: "s3cret"},
+                f"^EMAIL_AUTH: .* {name.upper()} is set",
+            )
+            for auth in ("auto", "plain")
+            for name in (
+                "email_oauth_client_id",
+                "email_oauth_client_secret",
+                "email_oauth_client_secret_file",
+                "email_oauth_scope",
+            )
+        ),
+        ({"email_pass": "s3cret"}, "^EMAIL_USER: must be set where EMAIL_PASS is"),
+        (OAUTH | {"email_pass": "s3cret"}, "^EMAIL_PASS: must be empty where EMAIL_AUTH is xoauth2"),
     ],
 )
 def test_what_is_missing_or_too_much_is_named(given: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         relay_of(settings(**given), tokens_of(settings(**given)))
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["", "\n"])
+def test_what_is_handed_on_empty_is_not_set(value: str) -> None:
+    names = (*(name for name in OAUTH if name.startswith("email_oauth")), "email_oauth_scope", "email_pass")
+    given = settings(**{name: "" if name.endswith(("url", "id", "scope")) else value for name in names})
+    assert tokens_of(given) is None
+    assert relay_of(given).credentials is None
 
 
 def test_the_secrets_file_is_read_at_each_fetch_without_its_line_end(tmp_path: Path) -> None:
