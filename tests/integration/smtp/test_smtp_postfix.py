@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from services.sender.message import build
-from services.sender.replies import InDoubt, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.replies import At, InDoubt, NotSent, Outcome, Phase, Rejected, Sent
 from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from tests.postfix import PASSWORD, USER, Postfix, missing, postfix
 
@@ -154,14 +154,30 @@ async def test_a_mail_near_the_size_limit(server: Postfix) -> None:
 @pytest.mark.parametrize(
     ("to", "more", "expected"),
     [
-        ("gone@local.test", {}, Rejected(Phase.ENVELOPE, "550 5.1.1", True)),
-        ("full@local.test", {}, Rejected(Phase.ENVELOPE, "452 4.2.2", False)),
-        ("closing@local.test", {}, Rejected(Phase.ENVELOPE, "421 4.3.2", False, about_session=True)),
-        ("ann@elsewhere.test", {}, Rejected(Phase.ENVELOPE, "554 5.7.1", True)),
-        ("ann@local.test", {"subject": "unwanted"}, Rejected(Phase.AFTER_DOT, "550 5.7.1", True)),
-        ("ann@local.test", {"text": "unwanted body"}, Rejected(Phase.AFTER_DOT, "550 5.6.0", True)),
-        ("later@local.test", {}, Rejected(Phase.AFTER_DOT, "451 4.7.1", False, 300.0)),
-        ("closingafter@local.test", {}, Rejected(Phase.AFTER_DOT, "421 4.3.2", False, about_session=True)),
+        ("gone@local.test", {}, Rejected(Phase.ENVELOPE, "550 5.1.1", True, at=At.RCPT)),
+        ("full@local.test", {}, Rejected(Phase.ENVELOPE, "452 4.2.2", False, at=At.RCPT)),
+        (
+            "closing@local.test",
+            {},
+            Rejected(Phase.ENVELOPE, "421 4.3.2", False, about_session=True, at=At.RCPT),
+        ),
+        ("ann@elsewhere.test", {}, Rejected(Phase.ENVELOPE, "554 5.7.1", True, at=At.RCPT)),
+        (
+            "ann@local.test",
+            {"subject": "unwanted"},
+            Rejected(Phase.AFTER_DOT, "550 5.7.1", True, at=At.MESSAGE),
+        ),
+        (
+            "ann@local.test",
+            {"text": "unwanted body"},
+            Rejected(Phase.AFTER_DOT, "550 5.6.0", True, at=At.MESSAGE),
+        ),
+        ("later@local.test", {}, Rejected(Phase.AFTER_DOT, "451 4.7.1", False, 300.0, at=At.MESSAGE)),
+        (
+            "closingafter@local.test",
+            {},
+            Rejected(Phase.AFTER_DOT, "421 4.3.2", False, about_session=True, at=At.MESSAGE),
+        ),
         ("ann@local.test", {"text": "x" * 300_000}, Rejected(Phase.ENVELOPE, "552 5.3.4", True)),
     ],
 )
