@@ -39,7 +39,19 @@ __all__ = ["Claims"]
 # Assignments see what those before them have written: the state, which the others ask for, comes last.
 _SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
     f"{name} = IF(owner = VALUES(owner) AND state = 'sending', VALUES({name}), {name})"
-    for name in ("settled_at", "next_attempt_at", "reason", "reply", "relay", "state")
+    for name in (
+        # A claim that is given back restores these.
+        "epoch",
+        "attempt",
+        "takeovers",
+        "doubts",
+        "settled_at",
+        "next_attempt_at",
+        "reason",
+        "reply",
+        "relay",
+        "state",
+    )
 )
 
 # Rows a statement, so that it is of bounded length however many claims are in hand.

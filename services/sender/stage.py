@@ -7,7 +7,6 @@ steps is answered by the next one to claim the task (decide.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -30,6 +29,7 @@ from services.common.deliveries.decide import (
     Taken,
     Verdict,
     Wait,
+    given_back,
 )
 from services.common.deliveries.outcome import event_of
 from services.common.events import DECODERS, Event
@@ -192,10 +192,12 @@ class Sender:
             return self._answer(verdict.row)
 
     async def _claim(self, claim: Claim) -> Verdict:
+        # Asked once: its answer alone says what to give back.
+        answer = asyncio.ensure_future(self._claims.claim(claim))
         try:
-            return await self._claims.claim(claim)
+            return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            self._go_on(self._withdraw(claim))
+            self._go_on(self._in_time(self._withdraw(answer), _LAST_WORDS))
             raise
 
     async def _attempt(
@@ -206,14 +208,15 @@ class Sender:
         `held` is what is given back when the attempt is over. Raises Crowded where the domain's sessions
         stand still; the claim is free again then.
         """
-        row = taken.row
+        row = taken.row._replace(reason="")
+        released = row._replace(state="released")
         lease = self._leases.hold(row, taken.since)
         held.callback(self._leases.drop, lease)
-        # Whether the row may be left to its next owner as if this one had never had it.
-        clean = False
+        # What leaves the row to its next owner as if this one had never had it; None where nothing does.
+        back: Delivery | None = given_back(taken)
         try:
             await self._tell_doubt(taken, record)
-            clean = True
+            back = released
             try:
                 mail = self._composer.compose(event, row.message_id)
             except ValueError as error:
@@ -222,8 +225,8 @@ class Sender:
             try:
                 await self._sessions.acquire(event.task.domain)
             except Crowded:
-                await self._claims.settle(row._replace(state="released"))
-                clean = False
+                await self._claims.settle(released)
+                back = None
                 raise
             with ExitStack() as session:
                 session.callback(self._sessions.release, event.task.domain)
@@ -231,13 +234,14 @@ class Sender:
                 expired = self._policy.expired(row, _born_us(event), self._now_us())
                 if expired is not None:
                     return await self._settle(expired, held)
-                clean = False
+                back = None
                 started = time.perf_counter()
                 try:
                     ended = await self._pool.send(*mail, lease.holds)
                 except SendCancelled as cancelled:
-                    clean = cancelled.rest is None
-                    if cancelled.rest is not None:
+                    if cancelled.rest is None:
+                        back = released
+                    else:
                         held.push(session.pop_all())
                         rest = self._finish(cancelled.rest, row, event, started)
                         self._go_on(rest, held, handed_over=True)
@@ -245,13 +249,13 @@ class Sender:
                 SENDER_SECONDS.observe(time.perf_counter() - started)
             settled = self._outcome(row, ended, event)
             if settled.state == "released":
-                clean = True
+                back = settled
                 await self._claims.settle(settled)
                 return None
             return await self._settle(settled, held, ended)
         except BaseException:
-            if clean:
-                self._go_on(self._in_time(self._claims.settle(row._replace(state="released")), _LAST_WORDS))
+            if back is not None:
+                self._go_on(self._in_time(self._claims.settle(back), _LAST_WORDS))
             raise
 
     def domains(self) -> list[Domain]:
@@ -275,8 +279,8 @@ class Sender:
         if taken.earlier is not None:
             await self._publish([event_of(taken.earlier)], record.traceparent)
         if taken.doubtful:
-            _doubt(taken.row, "takeover")
             await self._publish([found_in_doubt(taken.row, self._now_us())], record.traceparent)
+            _doubt(taken.row, "takeover")
 
     async def _settle(
         self, settled: Delivery, held: ExitStack, ended: replies.Outcome | None = None, cause: str = ""
@@ -372,13 +376,11 @@ class Sender:
         if isinstance(verdict, Stored):
             await self._in_time(self._publish([event_of(verdict.row)], None), _LAST_WORDS)
 
-    async def _withdraw(self, claim: Claim) -> None:
-        """Give back a claim whose answer nobody waits for any more: asked again, it answers the same."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS):
-                verdict = await self._claims.claim(claim)
-                if isinstance(verdict, Taken) and not verdict.doubtful and verdict.earlier is None:
-                    await self._claims.settle(verdict.row._replace(state="released"))
+    async def _withdraw(self, answer: Awaitable[Verdict]) -> None:
+        """Give back a claim whose answer nobody waits for any more."""
+        verdict = await answer
+        if isinstance(verdict, Taken):
+            await self._claims.settle(given_back(verdict))
 
 
 def stage(sender: Sender, delays: Sequence[int]) -> Stage:

@@ -28,6 +28,7 @@ from services.common.deliveries.decide import (
     Taken,
     Wait,
     decide,
+    given_back,
 )
 from services.common.deliveries.rows import owner_tokens
 from services.common.statements import execute_rows
@@ -189,6 +190,36 @@ def test_a_claim_asked_again_after_its_answer_was_lost_is_still_taken(engine: En
     assert all(row.lease_until > clock(engine) for row in rows_of(engine).values())
     doubtful = claims.claim([claim(request.task_id) for request in requests])
     assert all(isinstance(verdict, Wait) for verdict in doubtful)
+
+
+def test_a_claim_given_back_before_its_doubt_is_on_record_is_taken_as_before(
+    engine: Engine, claims: Claims
+) -> None:
+    ended = [
+        Delivery(
+            new_id(), state, 5, 2, 1, token(), LONG_AGO, 17, 18, IN_DOUBT, "451 no", "r:25", "<x@a.test>", 0
+        )
+        for state in ("deferred", "sending", "released")
+    ]
+    ended[1] = ended[1]._replace(reason="")
+    put(engine, ended)
+    first = [taken(verdict) for verdict in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
+    wishes = [given_back(verdict) for verdict in first]
+    for _ in range(2):
+        assert claims.settle(wishes) == [Settlement.STORED] * 3
+        rows = rows_of(engine)
+        assert [rows[row.task_id]._replace(lease_until=row.lease_until) for row in wishes] == wishes
+    again = [taken(verdict) for verdict in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
+    for before, after in zip(first, again, strict=True):
+        assert after.doubtful == before.doubtful
+        for row in (before.row, after.row):
+            assert (row.attempt, row.takeovers, row.doubts) == (
+                3,
+                1 + (before is not first[2]),
+                1 - (before is first[2]),
+            )
+    assert again[0].earlier is not None
+    assert again[0].earlier[7:] == ended[0][7:]
 
 
 def test_a_whole_batch_is_settled_as_told(engine: Engine, claims: Claims) -> None:

@@ -151,6 +151,9 @@ class Schedule:
     # --- faults ---
 
     def _strike(self, fault: Fault, process: Process | None) -> None:
+        if fault.what in self.world.away:
+            self._away(fault.what, fault.seconds)
+            return
         if process is None:
             live = self.live(fault.service)
             if fault.what == "join":

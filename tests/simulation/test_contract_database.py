@@ -26,6 +26,7 @@ from services.common.deliveries.decide import (
     Taken,
     Verdict,
     Wait,
+    given_back,
 )
 from services.common.fold import Row, delta
 from services.common.transactions import transaction
@@ -216,9 +217,11 @@ def test_any_history_ends_alike_on_both(seed: int, hold: bool, mysql: Engine) ->
     rng = random.Random(seed)
     memory, real = Memory(hold), Real(mysql, hold)
     ids = [new_id() for _ in range(3)]
-    rows: list[tuple[Delivery, Delivery]] = []
+    taken_: list[tuple[Taken, Taken]] = []
     for _ in range(60):
-        step = rng.choice(("claim", "claim", "claim", "settle", "settle", "renew", "cancel", "expire"))
+        step = rng.choice(
+            ("claim", "claim", "claim", "settle", "settle", "back", "renew", "cancel", "expire")
+        )
         if step in ("claim", "cancel"):
             requests: list[Claim | Cancel] = []
             for _ in range(rng.randrange(1, 4)):
@@ -229,20 +232,21 @@ def test_any_history_ends_alike_on_both(seed: int, hold: bool, mysql: Engine) ->
                     requests.append(claim(id_, epoch, rng.randrange(1, 4), owner))
             told = list(zip(memory.claims.claim(requests), real.claims.claim(requests), strict=True))
             assert [_plain(a) for a, _ in told] == [_plain(b) for _, b in told]
-            rows += [(a.row, b.row) for a, b in told if isinstance(a, Taken) and isinstance(b, Taken)]
-        elif step == "settle" and rows:
+            taken_ += [(a, b) for a, b in told if isinstance(a, Taken) and isinstance(b, Taken)]
+        elif step == "back" and taken_:
+            mine, theirs = (given_back(verdict) for verdict in rng.choice(taken_[-3:]))
+            assert memory.claims.settle([mine]) == real.claims.settle([theirs])
+        elif step == "settle" and taken_:
             outcome: dict[str, Any] = {
                 "state": rng.choice(("sent", "deferred", "failed", "uncertain", "released")),
                 "reason": rng.choice(("", "in_doubt", "deferred")),
                 "settled_at": rng.randrange(1, 1000),
             }
-            mine, theirs = zip(
-                *((a._replace(**outcome), b._replace(**outcome)) for a, b in [rng.choice(rows)]), strict=True
-            )
-            assert memory.claims.settle(mine) == real.claims.settle(theirs)
-        elif step == "renew" and rows:
-            mine, theirs = zip(*rows[-3:], strict=True)
-            assert memory.claims.renew(mine) == real.claims.renew(theirs)
+            mine, theirs = (verdict.row._replace(**outcome) for verdict in rng.choice(taken_))
+            assert memory.claims.settle([mine]) == real.claims.settle([theirs])
+        elif step == "renew" and taken_:
+            rows_ = [[verdict.row for verdict in side] for side in zip(*taken_[-3:], strict=True)]
+            assert memory.claims.renew(rows_[0]) == real.claims.renew(rows_[1])
         elif step == "expire":
             memory.expire()
             real.expire()

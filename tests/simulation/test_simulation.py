@@ -161,6 +161,20 @@ def test_a_mail_that_was_handed_over_survives_a_drain_and_a_revocation(
     assert (result.violations, result.copies, result.statuses) == ([], 4, ["completed"] * 4)
 
 
+@pytest.mark.parametrize("what", ["evict", "stop", "redeliver"])
+def test_a_rebalance_or_a_drain_before_a_doubt_is_on_record_costs_no_resend(what: str) -> None:
+    """Kafka is away from the second attempt's claim on, so that the first one's doubt cannot be told."""
+    plan = Plan(
+        seed=1,
+        tasks=(TaskPlan(0.0, smtp=("kept_unheard", "ok")),),
+        faults=(Fault("kafka", on="claim", nth=2, seconds=40.0), Fault(what, at=22.0, service="sender")),
+        replicas=(1, 1, 1, 1),
+    )
+    with prepared():
+        result = try_plan(plan)
+    assert (result.violations, result.copies, result.statuses) == ([], 2, ["completed"])
+
+
 @pytest.mark.parametrize("what", ["evict", "stop"])
 @pytest.mark.parametrize("hold", [False, True])
 def test_an_owner_stores_its_outcome_first_when_the_database_is_back(what: str, hold: bool) -> None:

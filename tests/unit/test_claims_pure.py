@@ -22,6 +22,7 @@ from services.common.deliveries.decide import (
     Verdict,
     Wait,
     decide,
+    given_back,
     settlement,
 )
 
@@ -66,6 +67,7 @@ MATRIX = {
     "sending, runs": "Stale Stale Wait Wait Wait",
     "sending, over": "Stale Stale doubt doubt doubt",
     "released": "Stale Stale Taken Taken Taken",
+    "released, untold": "Stale Stale doubt doubt doubt",
     "deferred": "Stale Stale Stored Taken Taken",
     "failed": "Stale Stale Stored Stored Taken",
     "uncertain": "Stale Stale Stored Stored Taken",
@@ -81,6 +83,8 @@ CELLS = [
 def found(state: str) -> Delivery:
     if state == "sending, runs":
         return row("sending", lease=7.5)
+    if state == "released, untold":
+        return row("released", reason=IN_DOUBT, takeovers=1, doubts=1)
     return row("sending", lease=0) if state == "sending, over" else row(state)  # type: ignore[arg-type]
 
 
@@ -98,7 +102,8 @@ def test_every_cell_of_the_claims_table(state: str, key: tuple[int, int], expect
             assert write == taken
             assert (taken.state, taken.epoch, taken.attempt, taken.owner) == ("sending", *key, MINE)
             assert taken.lease_until == NOW + LEASE
-            assert (taken.settled_at, taken.next_attempt_at, taken.reason, taken.reply) == (0, 0, "", "")
+            reason = IN_DOUBT if expected == "doubt" else ""
+            assert (taken.settled_at, taken.next_attempt_at, taken.reason, taken.reply) == (0, 0, reason, "")
             assert taken.message_id == "<first@a.test>", "all attempts carry the first one's Message-ID"
             assert taken.takeovers == (expected == "doubt")
         case Stored(stored):
@@ -160,6 +165,68 @@ def test_an_earlier_attempt_in_doubt_comes_with_the_claim(state: State) -> None:
     verdict, _ = decide(row(state, reason="rejected"), claim(*LATER_EPOCH), NOW, LEASE, hold=False)
     assert isinstance(verdict, Taken)
     assert verdict.earlier is None
+
+
+DOUBTFUL = [
+    row("sending", takeovers=2, doubts=1),
+    row("released", reason=IN_DOUBT, takeovers=3, doubts=2),
+    row("deferred", reason=IN_DOUBT, takeovers=2, doubts=1, reply="x", relay="r"),
+    row("uncertain", reason=IN_DOUBT, takeovers=2, doubts=1),
+]
+
+
+@pytest.mark.parametrize("key", [LATER_ATTEMPT, LATER_EPOCH])
+@pytest.mark.parametrize("before", DOUBTFUL)
+def test_given_back_before_its_doubt_is_on_record_a_claim_counts_nothing(
+    before: Delivery, key: tuple[int, int]
+) -> None:
+    if before.state == "uncertain":
+        key = LATER_EPOCH
+    first, known = decide(before, claim(*key), NOW, LEASE, False, 9)
+    assert isinstance(first, Taken)
+    assert first.row.takeovers == 3, "the doubt is counted once"
+    for _ in range(3):
+        _, known = settlement(known, given_back(first))
+        again, known = decide(known, claim(*key), NOW, LEASE, False, 9)
+        assert isinstance(again, Taken)
+        assert again.row == first.row
+        assert again.doubtful == first.doubtful
+        earlier = before._replace(owner=MINE) if first.earlier else None
+        assert again.earlier == earlier
+    told = again.row._replace(state="released", reason="")
+    after, _ = decide(told, claim(*key), NOW, LEASE, hold=True)
+    assert isinstance(after, Taken)
+    assert (after.doubtful, after.earlier, after.row.takeovers) == (False, None, 3)
+
+
+@pytest.mark.parametrize("max_resends", [0, 1])
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_doubt_that_was_given_back_untold_is_held_where_no_resend_is_left(
+    hold: bool, max_resends: int
+) -> None:
+    before = row("released", reason=IN_DOUBT, takeovers=1, doubts=1)
+    verdict, write = decide(before, claim(), NOW, LEASE, hold, max_resends)
+    if hold or not max_resends:
+        assert verdict == Stored(before._replace(state="uncertain", owner=MINE, settled_at=NOW_US))
+        assert write == verdict.row
+    else:
+        assert isinstance(verdict, Taken)
+        assert (verdict.doubtful, verdict.row.doubts) == (True, 1)
+
+
+@pytest.mark.parametrize("before", DOUBTFUL)
+def test_asked_again_by_the_same_owner_it_knows_of_a_doubt_that_is_not_on_record(before: Delivery) -> None:
+    _, write = decide(before, claim(*LATER_EPOCH), NOW, LEASE, False, 9)
+    again, _ = decide(write, claim(*LATER_EPOCH), NOW + 2 * LEASE, LEASE, False, 9)
+    assert isinstance(again, Taken)
+    assert (again.doubtful, again.row.takeovers) == (True, 3)
+
+
+def test_asked_again_by_the_same_owner_it_knows_that_all_doubts_are_on_record() -> None:
+    _, write = decide(row("deferred", takeovers=2, doubts=1), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
+    again, _ = decide(write, claim(*LATER_ATTEMPT), NOW + 2 * LEASE, LEASE, hold=False)
+    assert isinstance(again, Taken)
+    assert not again.doubtful
 
 
 @pytest.mark.parametrize("hold", [False, True])
@@ -298,7 +365,7 @@ class World:
         self.now = NOW
         self.row: Delivery | None = None
         self.owners = 0
-        self.live: dict[bytes, tuple[Delivery, datetime]] = {}
+        self.live: dict[bytes, tuple[Taken, datetime]] = {}
         self.accepted = 0
         self.doubts = 0
         self.known_sent = False
@@ -330,8 +397,7 @@ class World:
                 "a record that was overtaken never sends"
             )
         assert epoch > self.cancelled_before_any_claim
-        self.doubts += verdict.doubtful + (verdict.earlier is not None)
-        self.live[verdict.row.owner] = (verdict.row, self.now + LEASE)
+        self.live[verdict.row.owner] = (verdict, self.now + LEASE)
 
     def cancel(self, epoch: int) -> None:
         verdict, write = decide(self.row, Cancel(ID, epoch, self.token()), self.now, LEASE, self.hold)
@@ -344,8 +410,18 @@ class World:
             self.row = self.row._replace(lease_until=self.now + LEASE)
             self.live[owner] = (self.live[owner][0], self.now + LEASE)
 
+    def tell(self, taken: Taken) -> Delivery:
+        self.doubts += taken.doubtful + (taken.earlier is not None)
+        return taken.row._replace(reason="")
+
+    def give_back(self, owner: bytes) -> None:
+        taken, _ = self.live.pop(owner)
+        _, write = settlement(self.row, given_back(taken))
+        self.write(write)
+
     def settle(self, owner: bytes, state: State) -> None:
-        taken, until = self.live.pop(owner)
+        claimed, until = self.live.pop(owner)
+        taken = self.tell(claimed)
         if state == "sent":
             # The guard: an owner whose lease is over writes no message.
             if until <= self.now:
@@ -357,7 +433,8 @@ class World:
         self.write(write)
 
     def accepted_and_crashed(self, owner: bytes) -> None:
-        _, until = self.live.pop(owner)
+        taken, until = self.live.pop(owner)
+        self.tell(taken)
         self.accepted += until > self.now
 
     def check(self) -> None:
@@ -365,7 +442,20 @@ class World:
 
 
 STEPS = st.sampled_from(
-    ["claim", "claim", "cancel", "renew", "sent", "deferred", "failed", "released", "crash", "wait", "tick"]
+    [
+        "claim",
+        "claim",
+        "cancel",
+        "renew",
+        "sent",
+        "deferred",
+        "failed",
+        "released",
+        "back",
+        "crash",
+        "wait",
+        "tick",
+    ]
 )
 
 
@@ -391,6 +481,8 @@ def test_no_history_sends_twice_without_a_doubt_on_record(hold: bool, steps: lis
                 world.renew(owner)
             elif step == "crash":
                 world.accepted_and_crashed(owner)
+            elif step == "back":
+                world.give_back(owner)
             else:
                 world.settle(owner, step)  # type: ignore[arg-type]
         world.check()

@@ -83,7 +83,7 @@ class Deliveries:
             self.events.append(event_of(verdict.earlier))
         if verdict.doubtful:
             self.events.append(found_in_doubt(verdict.row, self.now_us()))
-        self.send(verdict.row)
+        self.send(verdict.row._replace(reason=""))
 
     def send(self, row: Delivery) -> None:
         how = self.rng.choice(["sent", "failed", "deferred", "deferred", "doubt", "died"])

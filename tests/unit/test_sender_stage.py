@@ -13,6 +13,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, Taken
+from services.common.deliveries.outcome import event_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.stage.types import Done, Outcome, Record, Retry
@@ -757,39 +758,131 @@ async def test_cancelled_while_its_outcome_waits_for_the_database_it_still_store
     assert world.row.state == "sent"
 
 
-async def test_cancelled_while_it_claims_what_is_in_doubt_it_leaves_it_in_doubt(
-    build: Callable[..., World],
+async def in_doubt(world: World, doubt: str) -> Record:
+    """Have the task in doubt; return its next record."""
+    if doubt == "takeover":
+        world.someone_claims()
+        world.claims.expire()
+        return mx_ok()
+    await world.handle(mx_ok())
+    return mx_ok(attempt=2) if doubt == "lost reply" else mx_ok(epoch=1)
+
+
+DOUBTS = pytest.mark.parametrize(
+    ("doubt", "answers", "hold"),
+    [
+        ("takeover", [SENT], False),
+        ("lost reply", [SILENT, SENT], False),
+        ("lost reply, opened again", [SILENT, SENT], True),
+    ],
+)
+
+
+@DOUBTS
+@pytest.mark.parametrize("times", [1, 3])
+async def test_cancelled_before_a_doubt_is_on_record_it_costs_no_resend(
+    build: Callable[..., World], doubt: str, answers: list[replies.Outcome], hold: bool, times: int
 ) -> None:
-    world = build()
-    world.someone_claims()
-    world.claims.expire()
-    before = world.claims.calls
+    world = build(*answers, hold=hold)
+    record = await in_doubt(world, doubt)
+    before, mails = world.row, len(world.pool.mails)
+    world.broker.clear()
+    for _ in range(times):
+        task = asyncio.ensure_future(world.handle(record))
+        await until(lambda: len(world.leases) == 1)
+        await cancel_and_close(world, task)
+        world.claims.expire()
+    task = asyncio.ensure_future(world.handle(record))
+    await until(lambda: len(world.leases) == 1)
+    await turns()
+    assert len(world.pool.mails) == mails, "nothing is sent before the doubt is on record"
+    world.broker.set()
+    assert isinstance(only_event(await task), pb.MailSent)
+    [event] = world.published
+    if doubt == "takeover":
+        assert (event.in_doubt, event.attempt, event.takeover) == (True, 1, 0)
+    else:
+        assert event == event_of(before)
+    assert world.row.takeovers == 1
+
+
+@DOUBTS
+async def test_cancelled_while_it_claims_what_is_in_doubt_it_costs_no_resend(
+    build: Callable[..., World], doubt: str, answers: list[replies.Outcome], hold: bool
+) -> None:
+    world = build(*answers, hold=hold)
+    record = await in_doubt(world, doubt)
+    calls = world.claims.calls
     world.claims.gate.clear()
-    task = asyncio.ensure_future(world.handle(mx_ok()))
-    await until(lambda: world.claims.calls > before)
+    task = asyncio.ensure_future(world.handle(record))
+    await until(lambda: world.claims.calls > calls)
     task.cancel()
     world.claims.gate.set()
     await cancel_and_close(world, task)
-    assert (world.row.state, world.row.takeovers) == ("sending", 1)
+    assert world.claims.calls == calls + 2, "claimed once and given back"
+    world.claims.expire()
+    assert isinstance(only_event(await world.handle(record)), pb.MailSent)
+    assert len(world.published) == 1
 
 
-async def test_cancelled_before_a_doubt_is_on_record_it_leaves_the_claim_in_doubt(
+async def test_cancelled_while_it_claims_what_was_once_in_doubt_it_gives_the_claim_back(
     build: Callable[..., World],
 ) -> None:
-    world = build(SENT, max_resends=2)
-    world.someone_claims()
-    world.claims.expire()
-    world.broker.clear()
-    task = asyncio.ensure_future(world.handle(mx_ok()))
-    await until(lambda: world.row.takeovers == 1)
-    await cancel_and_close(world, task)
-    assert world.row.state == "sending", "a released claim would be sent again without a word"
-    world.claims.expire()
-    world.broker.set()
+    world = build(SILENT, GREYLISTED, SENT)
     await world.handle(mx_ok())
-    [doubt] = world.published
-    assert isinstance(doubt, pb.MailDeferred)
-    assert doubt.takeover == 1
+    await world.handle(mx_ok(attempt=2))
+    calls, told = world.claims.calls, len(world.published)
+    world.claims.gate.clear()
+    task = asyncio.ensure_future(world.handle(mx_ok(attempt=3)))
+    await until(lambda: world.claims.calls > calls)
+    task.cancel()
+    world.claims.gate.set()
+    await cancel_and_close(world, task)
+    assert (world.row.state, world.row.reason) == ("released", "")
+    assert isinstance(only_event(await world.handle(mx_ok(attempt=3))), pb.MailSent)
+    assert len(world.published) == told, "no doubt is told twice"
+
+
+def lose_the_answer(world: World) -> None:
+    """Have the connection die once a claim is committed."""
+    claim = world.claims.claim
+
+    def once(*arguments: Any) -> Any:
+        world.claims.claim = claim  # type: ignore[method-assign]
+        claim(*arguments)
+        raise refused(2013)
+
+    world.claims.claim = once  # type: ignore[method-assign]
+
+
+async def test_a_claim_whose_answer_was_lost_tells_no_doubt_of_an_attempt_that_was_never_made(
+    build: Callable[..., World],
+) -> None:
+    world = build(SILENT, GREYLISTED, SENT)
+    await world.handle(mx_ok())
+    await world.handle(mx_ok(attempt=2))
+    told = len(world.published)
+    lose_the_answer(world)
+    assert isinstance(only_event(await world.handle(mx_ok(attempt=3))), pb.MailSent)
+    assert world.published[told:] == []
+
+
+@DOUBTS
+async def test_a_claim_whose_answer_was_lost_has_its_doubt_on_record_first(
+    build: Callable[..., World], doubt: str, answers: list[replies.Outcome], hold: bool
+) -> None:
+    world = build(*answers, hold=hold)
+    record = await in_doubt(world, doubt)
+    world.broker.clear()
+    lose_the_answer(world)
+    task = asyncio.ensure_future(world.handle(record))
+    await until(lambda: len(world.leases) == 1)
+    await turns()
+    assert len(world.pool.mails) == len(answers) - 1
+    world.broker.set()
+    assert isinstance(only_event(await task), pb.MailSent)
+    [event] = world.published
+    assert (event.in_doubt, event.attempt) == (True, record.attempt)
 
 
 async def test_cancelled_while_it_waits_for_a_hand_it_leaves_nothing(build: Callable[..., World]) -> None:

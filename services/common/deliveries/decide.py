@@ -9,6 +9,7 @@ A row and a claim are compared by (epoch, attempt). What a Claim is answered:
 | `sending`, lease runs  | Stale          | Wait            | Wait            | Wait            |
 | `sending`, lease over  | Stale          | in doubt        | in doubt        | in doubt        |
 | `released`             | Stale          | Taken           | Taken           | Taken           |
+| `released`, untold     | Stale          | in doubt        | in doubt        | in doubt        |
 | `deferred`             | Stale          | Stored          | Taken           | Taken           |
 | `failed`               | Stale          | Stored          | Stored          | Taken           |
 | `uncertain`            | Stale          | Stored          | Stored          | Taken           |
@@ -17,6 +18,9 @@ A row and a claim are compared by (epoch, attempt). What a Claim is answered:
 In doubt: the last owner is gone and may have handed the mail over. While the epoch has a resend left the row
 is taken (`Taken` with `doubtful`), else it is made `uncertain` and that is answered as Stored. Policy `hold`
 has no resends.
+
+Untold: its reason is `in_doubt`. A claim counts the doubt that it finds, and its row keeps that reason until
+the doubt is on record. Given back before, the next claim finds the same doubt and does not count it again.
 
 Stored: publish the row's outcome once more; its sender may have died before it did. Stale: the record
 was overtaken by a later one, which is told the outcome: nothing to do, nothing to tell. `sent` is told to
@@ -63,6 +67,7 @@ __all__ = [
     "Wait",
     "decide",
     "first",
+    "given_back",
     "may_resend",
     "settlement",
 ]
@@ -122,9 +127,9 @@ class Cancel(NamedTuple):
 class Taken(NamedTuple):
     """The caller owns the row and may send, once it is on record that the mail may then go out twice.
 
-    `doubtful`: it was taken from an owner who may have handed the mail over. `earlier`: the row of an
-    earlier attempt that ended in doubt; its own event may have died with its sender. `since`: the
-    claimer's monotonic clock before it asked.
+    `doubtful`: it was taken from an owner who may have handed the mail over, or who gave it back before such
+    a doubt was on record. `earlier`: the row of an earlier attempt that ended in doubt; its own event may
+    have died with its sender. `since`: the claimer's monotonic clock before it asked.
     """
 
     row: Delivery
@@ -199,7 +204,7 @@ def decide(  # noqa: PLR0917
     `now` is the database's time, at or before the moment the row was read. `hold`: what is in doubt is
     held, not sent again; otherwise it is sent again `max_resends` times at most. Without `take_over` a
     lease that is over counts as running. Asked again by the same owner (its first answer was lost), it
-    answers the same.
+    answers the same, but for an `earlier` row: it has replaced that, and answers `doubtful` instead.
     """
     if isinstance(request, Cancel):
         return _cancel(row, request, now, take_over)
@@ -211,13 +216,13 @@ def decide(  # noqa: PLR0917
         return Stored(row), None
     if row.state == "sending" and row.owner == request.owner:
         new = row._replace(lease_until=until)
-        return Taken(new, doubtful=row.takeovers > 0), new
+        return Taken(new, doubtful=row.reason == IN_DOUBT), new
     if (request.epoch, request.attempt) < (row.epoch, row.attempt):
         return Stale(), None
-    if row.state == "sending":
-        if row.lease_until > now or not take_over:
-            return _wait(row, now), None
-        new = _taken(row, request, until, doubtful=True)
+    if row.state == "sending" and (row.lease_until > now or not take_over):
+        return _wait(row, now), None
+    if row.state == "sending" or _untold(row):
+        new = _taken(row, request, until)
         if not may_resend(new.doubts, hold, max_resends):
             new = _uncertain(row, request.epoch, request.attempt, request.owner, now)
             return Stored(new), new
@@ -229,8 +234,23 @@ def decide(  # noqa: PLR0917
     )
     if not free:
         return Stored(row), None
-    new = _taken(row, request, until, doubtful=False)
+    new = _taken(row, request, until)
     return Taken(new, earlier=row if row.reason == IN_DOUBT else None), new
+
+
+def given_back(taken: Taken) -> Delivery:
+    """Return the row to settle where a claim ends before its doubt, if any, is on record.
+
+    The next claim is then answered as this one was. Once the doubt is on record, give back a `released` row
+    without a reason instead.
+    """
+    if taken.earlier is not None:
+        return taken.earlier._replace(owner=taken.row.owner)
+    return taken.row._replace(state="released")
+
+
+def _untold(row: Delivery) -> bool:
+    return row.state == "released" and row.reason == IN_DOUBT
 
 
 def _wait(row: Delivery, now: datetime) -> Wait:
@@ -261,13 +281,14 @@ def _cancel(
     return Stored(new), new
 
 
-def _taken(row: Delivery, claim: Claim, until: datetime, doubtful: bool) -> Delivery:
-    takeovers = row.takeovers + (doubtful or row.reason == IN_DOUBT)
-    doubts = int(doubtful)
-    if row.epoch == claim.epoch:
-        doubts += row.doubts + (row.reason == IN_DOUBT)
+def _taken(row: Delivery, claim: Claim, until: datetime) -> Delivery:
+    in_doubt = row.state == "sending" or row.reason == IN_DOUBT
+    found = in_doubt and not _untold(row)
     return first(claim, until)._replace(
-        takeovers=takeovers, message_id=row.message_id or claim.message_id, doubts=doubts
+        takeovers=row.takeovers + found,
+        message_id=row.message_id or claim.message_id,
+        reason=IN_DOUBT if in_doubt else "",
+        doubts=row.doubts + found if row.epoch == claim.epoch else int(row.state == "sending"),
     )
 
 
