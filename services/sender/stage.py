@@ -160,27 +160,33 @@ class Sender:
         message_id = self._composer.message_id(task.id)
         while True:
             # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
+            trial = False
             if not self._pool.available:
                 await self._pool.wait_available()
+                trial = not self._pool.available
             if self._sessions.stands(task.domain):
                 return self._put_off(task.domain)
             try:
                 await self._hands.acquire(task.domain)
             except Crowded:
                 return self._put_off(task.domain)
-            with ExitStack() as held:
+            # `unspent` has the slot not count for the domain's rate, unless the relay was tried.
+            with ExitStack() as held, ExitStack() as unspent:
                 held.callback(self._hands.release, task.domain)
+                unspent.callback(self._hands.unspent, task.domain)
+                # The relay may have gone down during the wait; one mail may still be tried.
+                if not (self._pool.available or trial):
+                    continue
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
                 verdict = await self._claim(claim)
                 if isinstance(verdict, Taken):
                     try:
-                        settled = await self._attempt(verdict, record, event, held)
+                        settled = await self._attempt(verdict, record, event, held, unspent)
                     except Crowded:
                         return self._put_off(task.domain)
                     if settled is None:
                         continue
                     return self._answer(settled)
-            self._hands.unspent(task.domain)
             if isinstance(verdict, Wait):
                 await _pause(verdict)
                 continue
@@ -201,12 +207,12 @@ class Sender:
             raise
 
     async def _attempt(
-        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack
+        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack, unspent: ExitStack
     ) -> Delivery | None:
         """Send the claimed mail; return its settled row, or None where the claim must be asked for anew.
 
-        `held` is what is given back when the attempt is over. Raises Crowded where the domain's sessions
-        stand still; the claim is free again then.
+        `held` is what is given back when the attempt is over, `unspent` where it was none. Raises Crowded
+        where the domain's sessions stand still; the claim is free again then.
         """
         row = taken.row._replace(reason="")
         released = row._replace(state="released")
@@ -242,6 +248,7 @@ class Sender:
                     if cancelled.rest is None:
                         back = released
                     else:
+                        unspent.pop_all()
                         held.push(session.pop_all())
                         rest = self._finish(cancelled.rest, row, event, started)
                         self._go_on(rest, held, handed_over=True)
@@ -252,6 +259,7 @@ class Sender:
                 back = settled
                 await self._claims.settle(settled)
                 return None
+            unspent.pop_all()
             return await self._settle(settled, held, ended)
         except BaseException:
             if back is not None:

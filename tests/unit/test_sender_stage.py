@@ -498,6 +498,106 @@ async def test_nothing_is_claimed_while_the_relay_is_down(build: Callable[..., W
     assert isinstance(only_event(await task), pb.MailSent)
 
 
+async def test_what_waits_for_its_turn_when_the_relay_goes_down_is_not_claimed(
+    build: Callable[..., World],
+) -> None:
+    async def goes_down(guard: Callable[[], bool]) -> replies.Outcome:
+        world.pool.up.clear()
+        await turns()
+        return OURS
+
+    ids = [number.to_bytes(16, "big") for number in range(1, 41)]
+    world = build(*[goes_down] * 4, *[SENT] * 40, hands=4)
+    tasks = [asyncio.ensure_future(world.handle(mx_ok(id=id_))) for id_ in ids]
+    await until(lambda: len(world.pool.mails) == 4)
+    await until(lambda: {row.state for row in world.claims.rows.values()} == {"released"})
+    await until(lambda: world.sender.domains() == [])
+    assert len(world.claims.rows) == 4
+    world.pool.up.set()
+    ended = await asyncio.gather(*tasks)
+    assert {type(only_event(outcome)) for outcome in ended} == {pb.MailSent}
+
+
+async def test_the_mail_that_tries_whether_a_refusal_is_over_is_claimed_though_the_relay_is_down(
+    build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def taken(guard: Callable[[], bool]) -> replies.Outcome:
+        world.pool.up.set()
+        return SENT
+
+    world = build(taken)
+    world.pool.up.clear()
+    offered = asyncio.Event()
+    monkeypatch.setattr(world.pool, "wait_available", offered.wait)
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await turns()
+    assert world.pool.mails == []
+    offered.set()
+    assert isinstance(only_event(await task), pb.MailSent)
+
+
+async def lost_its_lease(guard: Callable[[], bool]) -> replies.Outcome:
+    return LeaseLost(Phase.ENVELOPE)
+
+
+@pytest.mark.parametrize(
+    ("answers", "task", "counted"),
+    [
+        ([OURS, SENT], {}, 1),
+        ([lost_its_lease, SENT], {}, 1),
+        ([], {"headers": {"To": "else@b.test"}}, 0),
+        ([], {"created_at_us": NOW_US - 86401 * 1_000_000}, 0),
+        ([SENT], {}, 1),
+        ([GREYLISTED], {}, 1),
+        ([DROPPED], {}, 1),
+    ],
+)
+async def test_only_a_mail_that_the_relay_was_tried_with_counts_for_the_domains_rate(
+    build: Callable[..., World],
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[Answer],
+    task: dict[str, Any],
+    counted: int,
+) -> None:
+    world = build(*answers)
+    world.sender._hands = hands = Slots(4, 0, rate=1000)
+    count = 0
+
+    def take(domain: str, now: float) -> None:
+        nonlocal count
+        count += 1
+
+    unspent = hands.unspent
+
+    def give_back(domain: str) -> None:
+        nonlocal count
+        count -= 1
+        unspent(domain)
+
+    monkeypatch.setattr(hands, "_count", take)
+    monkeypatch.setattr(hands, "unspent", give_back)
+    record = mx_ok(**task)
+    if "created_at_us" in task:
+        record.event.at_us = 0
+    await world.handle(record)
+    assert count == counted
+
+
+async def test_cancelled_before_it_hands_the_mail_over_it_costs_nothing_of_the_domains_rate(
+    build: Callable[..., World],
+) -> None:
+    world = build()
+    world.sender._hands = hands = Slots(4, 0, rate=1)
+    world.someone_claims()
+    world.claims.expire()
+    world.broker.clear()
+    task = asyncio.ensure_future(world.handle(mx_ok()))
+    await until(lambda: len(world.leases) == 1)
+    await cancel_and_close(world, task)
+    await asyncio.wait_for(hands.acquire("b.test"), 0.5)
+    world.broker.set()
+
+
 def refused(number: int) -> Exception:
     cause = Exception("server says no")
     cause.errno = number  # type: ignore[attr-defined]
