@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 from services.common.batching import Batcher
-from services.common.database_errors import at_fault
+from services.common.database_errors import at_fault, said
 from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Verdict
 from services.common.transactions import until_back
 
@@ -113,11 +113,11 @@ class AsyncClaims:
 
     def _notice(self, error: BaseException) -> None:
         if self.trouble is None:
-            log.warning("the database is away", error=str(error))
+            log.warning("the database is away", error=said(error))
         self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
-        self._trouble, self._trouble_at = str(error), time.monotonic()
+        self._trouble, self._trouble_at = said(error), time.monotonic()
         self._forbid_take_over()
 
     def _forbid_take_over(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
+from services.common.database_errors import said
 from services.common.deliveries.decide import Delivery
 from services.common.telemetry import SENDER_LEASES_LOST
 
@@ -81,7 +82,7 @@ class Leases:
                 pause = self._seconds / 4 if known else min(self._seconds / 4, _AGAIN)
             except Exception as error:
                 pause = min(self._seconds / 4, _AGAIN)
-                log.warning("leases not renewed", leases=len(self._held), error=str(error))
+                log.warning("leases not renewed", leases=len(self._held), error=said(error))
 
     async def renew(self) -> bool:
         """Renew all leases in hand once; return whether it is known of each what became of it.

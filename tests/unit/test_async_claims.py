@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from services.common.deliveries.decide import Claim, Taken, Wait
 from services.sender.async_claims import AsyncClaims
@@ -61,6 +62,20 @@ async def test_after_a_silence_the_owners_come_first_again(claims: AsyncClaims, 
     await asyncio.sleep(0.25)  # longer than `owners_first`
     assert await claims.claim(claim(b"3")) == Wait(0.0)
     assert await taken_over(claims, b"3") > 0.1
+
+
+async def test_trouble_says_what_the_database_said_without_the_statement(
+    claims: AsyncClaims, memory: MemoryClaims
+) -> None:
+    memory.errors = [OperationalError("INSERT " * 7000, None, Away("gone"))] * 2
+    with capture_logs() as lines:
+        asking = asyncio.ensure_future(claims.claim(claim(b"3", b"3" * 16)))
+        async with asyncio.timeout(10):
+            while claims.trouble is None:  # noqa: ASYNC110 - a state, not an event
+                await asyncio.sleep(0.001)
+        assert claims.trouble == "gone"
+        await asking
+    assert [line["error"] for line in lines] == ["gone"]
 
 
 async def test_after_trouble_the_owners_come_first_again(claims: AsyncClaims, memory: MemoryClaims) -> None:

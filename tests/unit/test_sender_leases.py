@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from services.common.deliveries.decide import Delivery
 from services.common.telemetry import SENDER_LEASES_LOST
@@ -149,3 +151,18 @@ async def test_run_renews_at_a_quarter_of_the_lease_and_outlives_errors() -> Non
     running.cancel()
     gaps = [after - before for before, after in zip([started, *times], times, strict=False)]
     assert all(gap >= 0.09 for gap in gaps)
+
+
+async def test_a_renewal_that_failed_is_logged_without_its_statement() -> None:
+    renewals = Renewals()
+    leases = Leases(renewals, 0.01)
+    leases.hold(ROW, renewals.now)
+    renewals.error = OperationalError("UPDATE " * 7000, None, Exception("gone"))
+    with capture_logs() as lines:
+        running = asyncio.ensure_future(leases.run())
+        async with asyncio.timeout(10):
+            while not lines:  # noqa: ASYNC110 - a state, not an event
+                await asyncio.sleep(0.001)
+        running.cancel()
+        await asyncio.wait([running])
+    assert lines[0]["error"] == "gone"

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 import pytest
+from sqlalchemy.exc import DataError, OperationalError
 
 from services.common.stage.batches import Batches
 from services.common.stage.ledger import Assignment, Fetched
 from services.common.stage.types import BatchHandler, Done, Outcome, Record
+from services.common.stage.work import _blame
 
 
 class Rig:
@@ -36,6 +38,23 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110 - a state, not an event
             await asyncio.sleep(0)
+
+
+async def test_a_problem_with_the_database_is_told_without_the_statement() -> None:
+    tries = 0
+
+    async def handle(batch: Sequence[Record]) -> Sequence[Outcome]:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise OperationalError("INSERT " * 7000, None, Exception("gone"))
+        return [Done()] * len(batch)
+
+    rig = Rig(handle)
+    rig.batches.put(records(0))
+    await until(lambda: bool(rig.batches.problems()))
+    assert [problem.endswith("OperationalError: gone") for problem in rig.batches.problems()] == [True]
+    await until(lambda: rig.settled == [0])
 
 
 async def test_what_arrives_while_one_runs_makes_the_next_batch() -> None:
@@ -123,3 +142,9 @@ async def test_i2_an_outcome_that_comes_in_spite_of_being_given_up_settles_nothi
     for _ in range(10):
         await asyncio.sleep(0)
     assert rig.settled == []
+
+
+def test_a_dead_letters_cause_says_what_the_database_said_without_the_statement() -> None:
+    [record] = records(0)
+    error = DataError("INSERT " * 7000, None, Exception("too long"))
+    assert _blame(record, error).cause == "DataError: too long"

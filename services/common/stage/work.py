@@ -11,6 +11,7 @@ from functools import partial
 import structlog
 
 from services.common import telemetry
+from services.common.database_errors import said
 from services.common.events import Outgoing
 from services.common.stage.batches import Batches
 from services.common.stage.ledger import Assignment, Fetched
@@ -222,4 +223,4 @@ def _blame(record: Fetched, error: BaseException) -> Dead:
         offset=record.offset,
         exc_info=error,
     )
-    return Dead(f"{type(error).__name__}: {error}")
+    return Dead(f"{type(error).__name__}: {said(error)}")

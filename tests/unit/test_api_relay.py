@@ -1,0 +1,28 @@
+"""The relay of recorded events, without Kafka and MySQL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
+
+from services.api.outbox import Item, created
+from services.api.relay import Relay
+from services.common.batching import Batcher
+from services.common.database_errors import transient
+
+
+async def test_what_is_left_in_the_outbox_is_logged_without_the_statement() -> None:
+    def fail(items: Sequence[Item]) -> list[None]:
+        raise OperationalError("DELETE " * 7000, None, Exception("gone"))
+
+    settle: Batcher[Item, None] = Batcher(fail, shared=transient)
+    publisher: Any = None
+    relay = Relay(publisher, settle, 100, 1 << 20)
+    with capture_logs() as lines:
+        await asyncio.wait_for(relay._settled([created(bytes(16))]), 10)
+    assert [(line["events"], line["error"]) for line in lines] == [(1, "gone")]
+    await settle.close()
