@@ -44,18 +44,18 @@ def check(schedule: Schedule, settled: bool) -> None:
 def _check_answer(schedule: Schedule, id_: bytes, asked: float, status: str, events: list[Any]) -> None:
     """What a Cancel was answered is so, and stays so unless the task is opened again.
 
-    One that closed an uncertain task says no more of its mail than that doubt did.
+    One that closed an uncertain task says no more of its mail than that doubt did: the relay's answer may
+    still come, to a sender that was frozen.
     """
     now = schedule.database.tasks[id_].status
     copies = [copy for copy in schedule.mail.journal if copy.task == id_]
     name = f"task {id_[-2]}"
     if status == "completed" and (now != "completed" or not copies):
         schedule.world.violation(f"{name} was said to be completed and is {now}, sent {len(copies)} times")
-    if (
-        status == "cancelled"
-        and schedule.reopened.get(id_, -1.0) < asked
-        and (now != "cancelled" or (copies and not any(map(_doubtful, events))))
-    ):
+    holds = now == "cancelled" and not copies
+    if any(map(_doubtful, events)):
+        holds = now == "cancelled" or (now == "completed" and bool(copies))
+    if status == "cancelled" and schedule.reopened.get(id_, -1.0) < asked and not holds:
         schedule.world.violation(f"{name} was said to be cancelled and is {now}, sent {len(copies)} times")
     if status not in TERMINAL:
         schedule.world.violation(f"a cancel of {name} was answered that it is {status}")

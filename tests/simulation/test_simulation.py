@@ -43,6 +43,11 @@ def test_a_mutant_is_caught(name: str) -> None:
         assert try_plan(make(caught)).violations == [], "the same schedule goes well without it"
 
 
+def test_a_frozen_senders_late_answer_may_follow_the_cancel_of_a_task_in_doubt() -> None:
+    with prepared():
+        assert try_plan(make(22_875)).violations == []
+
+
 def test_a_seed_tells_the_same_story_in_every_process() -> None:
     script = (
         "from tests.simulation.explore import prepared, try_plan\n"
