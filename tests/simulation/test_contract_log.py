@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -217,7 +218,11 @@ class Real(Side):
         """Close what is open and delete the topics."""
         for member in self._members:
             if not member.closed:
-                member.consumer.close()
+                # Where a close meets a revocation, librdkafka 2.x can wait for itself for ever. How a member
+                # leaves has a test of its own.
+                closing = threading.Thread(target=member.consumer.close, daemon=True)
+                closing.start()
+                closing.join(20)
         for done in self.admin.delete_topics(self.topics).values():
             done.result()
 
