@@ -69,11 +69,11 @@ fmt: setup ## put the code into its style
 
 test: ## every test, on real servers (ARGS="-k name" for some)
 	@python3 -m deploy.local.setup --tests
-	@$(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
 test-long: ## every test, those with a long form in it: tens of minutes
 	@python3 -m deploy.local.setup --tests
-	@POSTROAD_TEST_LONG=1 $(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@POSTROAD_TEST_LONG=1 $(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
 unit: setup ## the tests that need no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)

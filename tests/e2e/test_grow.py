@@ -42,7 +42,7 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         def load() -> None:
             number = 0
             while not enough.is_set() or number % 20:
-                kind = "greylist" if number % 10 == 0 else "x"
+                kind = "greylist" if number % 3 == 0 else "x"
                 ids.append(road.create_surely(f"{kind}+{number}@good.test", f"grow-{number}"))
                 number += 1
                 time.sleep(0.04)

@@ -42,6 +42,7 @@ from services.sender.claims import Claims
 from services.status.topic_ids import note_topic_ids
 from tests import forked
 from tests.forms import by_form
+from tests.groups import Offsets
 from tests.stack import Infra
 
 NOW_US = time.time_ns() // 1000
@@ -416,13 +417,12 @@ def recreate(settings: Settings, *topics: str) -> None:
 
 
 def truncate(settings: Settings, *topics: str) -> None:
-    """Delete the first records of each partition of these topics."""
+    """Delete the first record of each partition of these topics that has any."""
     admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
-    starts = [
-        TopicPartition(settings.topic_prefix + topic, number, 1)
-        for topic in topics
-        for number in range(settings.partitions)
-    ]
+    with Offsets(settings.kafka_bootstrap, f"{settings.topic_prefix}truncating") as group:
+        bounds = group.bounds(group.partitions(settings.topic_prefix + topic for topic in topics))
+    starts = [TopicPartition(*at, low + 1) for at, (low, high) in bounds.items() if high > low]
+    assert starts
     for answer in admin.delete_records(starts).values():
         answer.result(10)
 
