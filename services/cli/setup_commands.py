@@ -110,9 +110,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         rows = [{"topic": name, "state": "grown"} for name in small]
         rows += [{"topic": name, "state": "created"} for name in applied.created]
         rows += [{"topic": name, "state": "kept longer"} for name in applied.raised]
-        for difference in applied.differences:
-            name, _, detail = difference.partition(": ")
-            rows.append({"topic": name, "state": "differs", "detail": detail})
+        rows += map(_differs, applied.differences)
         if not frame.out.is_table:
             frame.out.rows(rows, ())
         for row in rows:
@@ -141,7 +139,10 @@ def _rows(plan: Plan, settings: Settings) -> list[dict[str, str]]:
     for name, number in plan.small.items():
         detail = f"{number} partitions, wanted {settings.partitions}"
         rows.append({"topic": name, "state": "too small", "detail": detail})
-    for difference in plan.differences:
-        name, _, detail = difference.partition(": ")
-        rows.append({"topic": name, "state": "differs", "detail": detail})
+    rows += map(_differs, plan.differences)
     return rows
+
+
+def _differs(difference: str) -> dict[str, str]:
+    name, _, detail = difference.partition(": ")
+    return {"topic": name, "state": "differs", "detail": detail}

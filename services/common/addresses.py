@@ -10,7 +10,7 @@ from email_validator import EmailNotValidError, validate_email
 from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES
 from email_validator.syntax import validate_email_domain_name
 
-from services.common.header_fields import ADDRESS_LIMITS
+from services.common.header_fields import ADDRESS_LIMITS, ATOM, BREAKS
 
 __all__ = ["ascii_domain", "normalise"]
 
@@ -26,10 +26,8 @@ _LONGEST = 320
 _DOMAIN_LIMITS = "a domain has 253 octets at most, and 63 octets in each label"
 # What the library says of lengths: by how much, never beyond what.
 _LENGTHS = re.compile("too (?:long|many)|so many")
-# RFC 5322 section 3.2.3, a dot-atom of at most 64 characters; and what may be a host name.
-_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
-_PLAIN = re.compile(rf"({_ATOM}(?:\.{_ATOM})*)@([A-Za-z0-9.-]+)")
-_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# A dot-atom, and what may be a host name.
+_PLAIN = re.compile(rf"({ATOM}(?:\.{ATOM})*)@([A-Za-z0-9.-]+)")
 
 
 def normalise(address: str) -> tuple[str, str]:
@@ -48,7 +46,7 @@ def normalise(address: str) -> tuple[str, str]:
             return f"{local}@{known}", known
     if len(address) > _LONGEST:
         raise ValueError(ADDRESS_LIMITS)
-    if _BREAKS.search(address):
+    if BREAKS.search(address):
         raise ValueError("control characters and line separators cannot stand in an address")
     try:
         found = validate_email(address, strict=True, check_deliverability=False)

@@ -17,6 +17,7 @@ __all__ = [
     "helo",
     "host",
     "is_fqdn",
+    "is_loopback",
     "listen",
     "rising",
     "text",
@@ -70,8 +71,10 @@ def helo(value: str) -> str:
     literal = _LITERAL.fullmatch(value)
     if not value or is_fqdn(value):
         return value
-    if literal and (_is_ipv6(literal["six"]) if literal["six"] else _is_ipv4(literal["four"])):
-        return value
+    if literal:
+        six, four = literal["six"], literal["four"]
+        if _is_ip(ipaddress.IPv6Address, six) if six else _is_ip(ipaddress.IPv4Address, four):
+            return value
     raise ValueError(
         "must be a full host name such as mail.example.org, or [192.0.2.1], or [IPv6:2001:db8::1]"
     )
@@ -136,7 +139,7 @@ def _is_host(value: str) -> bool:
 def _is_address(value: str, least: int) -> bool:
     name, _, port = value.rpartition(":")
     bracketed = name.startswith("[") and name.endswith("]")
-    known = _is_ipv6(name[1:-1]) if bracketed else ":" not in name and _is_host(name)
+    known = _is_ip(ipaddress.IPv6Address, name[1:-1]) if bracketed else ":" not in name and _is_host(name)
     return known and _PORT.fullmatch(port) is not None and least <= int(port) <= 65535
 
 
@@ -146,28 +149,21 @@ def _is_token_url(value: str) -> bool:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         return False
-    secure = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
+    secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
     return bool(host) and port != 0 and secure and _VISIBLE.fullmatch(value) is not None
 
 
-def _is_loopback(value: str) -> bool:
+def is_loopback(value: str) -> bool:
+    """Whether a host is this one: an address of loopback, or `localhost`."""
     try:
         return ipaddress.ip_address(value).is_loopback
     except ValueError:
         return value == "localhost"
 
 
-def _is_ipv4(value: str) -> bool:
+def _is_ip(kind: type[ipaddress.IPv4Address | ipaddress.IPv6Address], value: str) -> bool:
     try:
-        ipaddress.IPv4Address(value)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_ipv6(value: str) -> bool:
-    try:
-        ipaddress.IPv6Address(value)
+        kind(value)
     except ValueError:
         return False
     return True

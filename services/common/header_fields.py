@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import idna
 
-__all__ = ["ADDRESS_LIMITS", "Mailbox", "mailbox", "written"]
+__all__ = ["ADDRESS_LIMITS", "ATOM", "BREAKS", "Mailbox", "mailbox", "written"]
 
 
 class Mailbox(NamedTuple):
@@ -51,10 +51,12 @@ _parser = HeaderRegistry()
 # not ASCII has a defect of its own, since only SMTPUTF8 can carry it.
 _TOLERATED = (ObsoleteHeaderDefect, NonASCIILocalPartDefect)
 
-_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""What may end a line for one reader or another, and all other control characters."""
+ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+"""RFC 5322 section 3.2.3, without the white space and comments around it."""
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_PHRASE = rf"{_ATOM}(?: {_ATOM})*"
+_PHRASE = rf"{ATOM}(?: {ATOM})*"
 _PLAIN_PHRASE = re.compile(_PHRASE)
 _BARE = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.\u00a1-\u2027\u202a-\U0010ffff-]+"
 _BARE_PHRASE = re.compile(rf"{_BARE}(?: {_BARE})*")
@@ -62,7 +64,7 @@ _BARE_PHRASE = re.compile(rf"{_BARE}(?: {_BARE})*")
 _KEYWORD = r'(?:"(?:[^"\\]|\\.)*"|[^",])+'
 _ONE_KEYWORD, _KEYWORDS = re.compile(_KEYWORD), re.compile(rf"{_KEYWORD}(?:,{_KEYWORD})*")
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Za-z:.]+\]")
-_ADDRESS = rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})*"
+_ADDRESS = rf"{ATOM}(?:\.{ATOM})*@{_LABEL}(?:\.{_LABEL})*"
 _PLAIN_MAILBOX = re.compile(rf"({_ADDRESS})|{_PHRASE} <({_ADDRESS})>")
 _WORD = r"=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?="
 _ENCODED_WORD = re.compile(_WORD)
@@ -72,7 +74,7 @@ _URI = r"<[A-Za-z][A-Za-z0-9+.-]*:(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-
 _URIS = re.compile(rf"{_COMMENTS}{_URI}{_COMMENTS}(?:,{_COMMENTS}{_URI}{_COMMENTS})*")
 _NO = re.compile(rf"[Nn][Oo]{_COMMENTS}")
 _IDS = re.compile(r"(?:[ \t]*<[!-;=?A-~]+@[!-;=?A-~]+>)+[ \t]*")
-_LIST_ID = re.compile(rf"(?=.{{1,255}}\Z){_ATOM}(?:\.{_ATOM})+")
+_LIST_ID = re.compile(rf"(?=.{{1,255}}\Z){ATOM}(?:\.{ATOM})+")
 
 # RFC 2047 section 2: a line with an encoded word has 76 characters at most, the longest name included.
 _WORD_LENGTH = 76 - len("Disposition-Notification-To: ")
@@ -171,14 +173,14 @@ def _named(phrase: str, form: str) -> str:
 
 
 def _tokens(value: str) -> str:
-    if not value.isascii() or _BREAKS.search(value) or _ENCODED_WORD.search(value):
+    if not value.isascii() or BREAKS.search(value) or _ENCODED_WORD.search(value):
         raise ValueError(_TOKENS_FORM)
     return value
 
 
 def _groups(value: str, form: str) -> tuple[Group, ...]:
     """Return what an address list has, single mailboxes each as a group without a name."""
-    if _BREAKS.search(value):
+    if BREAKS.search(value):
         raise ValueError(form)
     try:
         field = _parser("Reply-To", _ADJACENT_WORDS.sub(_joined, value))
@@ -190,7 +192,7 @@ def _groups(value: str, form: str) -> tuple[Group, ...]:
     if (
         not field.addresses
         or not all(isinstance(defect, _TOLERATED) for defect in field.defects)
-        or any(name and _BREAKS.search(name) for name in names)
+        or any(name and BREAKS.search(name) for name in names)
     ):
         raise ValueError(form)
     return field.groups

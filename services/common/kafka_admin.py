@@ -21,7 +21,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from services.common.config import Settings
 from services.common.topics import Topic, wanted
 
-__all__ = ["Applied", "Plan", "apply", "grow", "plan"]
+__all__ = ["Applied", "Plan", "apply", "client", "grow", "plan"]
 
 TIMEOUT = 15.0
 _RETENTION = "retention.ms"
@@ -61,12 +61,17 @@ class Applied:
     differences: Sequence[str]
 
 
+def client(settings: Settings) -> AdminClient:
+    """Return a client that logs nothing; it connects with its first question."""
+    return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
+
+
 def plan(settings: Settings) -> Plan:
     """Compare the cluster's topics with those that the settings want. Changes nothing.
 
     Raises `confluent_kafka.KafkaException` where the cluster cannot be asked.
     """
-    admin = _client(settings)
+    admin = client(settings)
     topics = wanted(settings)
     known = admin.list_topics(timeout=5).topics
     there = [topic for topic in topics if topic.name in known]
@@ -95,7 +100,7 @@ def apply(settings: Settings, planned: Plan | None = None) -> Applied:
     Raises `confluent_kafka.KafkaException` where the cluster cannot be asked or refuses.
     """
     planned = planned or plan(settings)
-    admin = _client(settings)
+    admin = client(settings)
     created = _create(admin, planned.missing) if planned.missing else []
     _raise_retention(admin, {name: planned.retention[name] for name in planned.short})
     small = [f"{name}: {n} partitions, wanted {settings.partitions}" for name, n in planned.small.items()]
@@ -109,15 +114,11 @@ def grow(settings: Settings, small: Collection[str]) -> None:
     newer ones. Kafka never takes a partition back. Raises `confluent_kafka.KafkaException`.
     """
     if small:
-        admin = _client(settings)
+        admin = client(settings)
         new = [NewPartitions(name, settings.partitions) for name in small]
         for done in admin.create_partitions(new, operation_timeout=TIMEOUT, request_timeout=TIMEOUT).values():
             done.result()
         _wait_until_shown(admin, dict.fromkeys(small, settings.partitions))
-
-
-def _client(settings: Settings) -> AdminClient:
-    return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
 
 
 def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:

@@ -7,13 +7,19 @@ from base64 import b64encode
 from collections.abc import Iterable
 from urllib.parse import quote, quote_plus
 
-__all__ = ["Mask"]
+__all__ = ["Mask", "shown"]
 
 _SHOWN = b"***"
 # A base64 form is known by so many characters of it, since servers cut long lines.
 _KNOWN_BY = 8
 # What is shorter may stand in any text, also in a reply's code.
 _SHORTEST = 4
+_MAX_SHOWN = 300
+
+
+def shown(text: str) -> str:
+    """Return the start of a text as a log may have it: what cannot be printed becomes spaces."""
+    return "".join(c if c.isprintable() else " " for c in text)[:_MAX_SHOWN].strip()
 
 
 class Mask:

@@ -24,7 +24,7 @@ from urllib.request import (
 
 import structlog
 
-from services.sender.masking import Mask
+from services.sender.masking import Mask, shown
 
 __all__ = ["OAuthTokens", "TokenError"]
 
@@ -33,7 +33,6 @@ _log = structlog.get_logger(__name__)
 R = TypeVar("R")
 
 _MAX_ANSWER = 1 << 20
-_MAX_SHOWN = 300
 # For a server that does not say how long a token lasts (seconds).
 _LIFETIME = 300.0
 # Of a token's lifetime, the part after which another one is fetched.
@@ -131,9 +130,7 @@ class OAuthTokens:
         try:
             return _token_in(self._answer(secret, connections))
         except Exception as error:
-            said = Mask(secret).text(str(error))
-            shown = "".join(c if c.isprintable() else " " for c in said)[:_MAX_SHOWN].strip()
-            raise TokenError(shown or type(error).__name__) from None
+            raise TokenError(shown(Mask(secret).text(str(error))) or type(error).__name__) from None
 
     def _answer(self, secret: str, connections: "_Connections") -> bytes:
         form = {"grant_type": "client_credentials", "client_id": self._client_id, "client_secret": secret}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from services.common.config import SETTLE_SECONDS, Settings, refused, variable
 from services.common.database import engine_of, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
-from services.common.forms import without_line_end
+from services.common.forms import is_loopback, without_line_end
 from services.common.stage.runtime import StageRuntime
 from services.common.telemetry import (
     SENDER_CLAIMS,
@@ -147,7 +146,7 @@ def relay_of(settings: Settings, tokens: OAuthTokens | None = None, client_name:
     Raises ValueError, naming the variable, where EMAIL_AUTH lacks a setting or has one too many.
     """
     host = settings.email_host
-    tls = Tls(settings.email_tls) if settings.email_tls else Tls.NONE if _loopback(host) else Tls.STARTTLS
+    tls = Tls(settings.email_tls) if settings.email_tls else Tls.NONE if is_loopback(host) else Tls.STARTTLS
     mechanism = None if settings.email_auth == "auto" else settings.email_auth
     if mechanism is not None and not settings.email_user:
         raise ValueError(f"{variable('email_user')}: must be set where EMAIL_AUTH is {mechanism}")
@@ -208,13 +207,6 @@ def _secret_in(file: str) -> str:
     if not secret:
         raise ValueError("the file is empty")
     return secret
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def build(settings: Settings) -> SenderService:

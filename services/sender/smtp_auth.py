@@ -6,7 +6,7 @@ import ssl
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Generator
 
-from services.sender.masking import Mask
+from services.sender.masking import Mask, shown
 from services.sender.replies import Reply
 from services.sender.smtp_relay import Credentials, Tls
 
@@ -79,7 +79,7 @@ def reason(challenge: Reply, mask: Mask) -> str:
         text = mask(b64decode(challenge.lines[0].strip(), validate=True)).decode()
     except (binascii.Error, ValueError):
         return ""
-    return "".join(c if c.isprintable() else " " for c in text)[:300].strip()
+    return shown(text)
 
 
 def _plain_response(user: str, secret: str) -> bytes:

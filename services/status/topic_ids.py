@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import structlog
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from services.common import topic_ids
+from services.common import kafka_admin, topic_ids
 from services.common.config import Settings
 from services.common.database_errors import said
 from services.common.topics import EVENT_TOPICS, Names
@@ -22,10 +20,6 @@ __all__ = ["note_topic_ids"]
 log = structlog.get_logger(__name__)
 
 _AGAIN = 30.0
-# The stage itself tells of a broker that is away; librdkafka's own lines would say it twice.
-_silent = logging.getLogger("postroad.topic_ids")
-_silent.addHandler(logging.NullHandler())
-_silent.propagate = False
 
 
 async def note_topic_ids(engine: Engine, settings: Settings) -> None:
@@ -44,6 +38,6 @@ async def note_topic_ids(engine: Engine, settings: Settings) -> None:
 
 def _note(engine: Engine, settings: Settings) -> None:
     names = Names(settings.topic_prefix)
-    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
-    ids = topic_ids.topic_ids(admin, [names.topic(topic) for topic in EVENT_TOPICS])
+    # The stage itself tells of a broker that is away.
+    ids = topic_ids.topic_ids(kafka_admin.client(settings), [names.topic(topic) for topic in EVENT_TOPICS])
     transaction(engine, lambda connection: topic_ids.note(connection, ids))
