@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mysql.connector
 import pytest
@@ -45,16 +45,20 @@ __all__ = [
     "breakable",
     "breakable_mariadb",
     "end_shared_servers",
+    "further",
     "infra",
     "mariadb",
     "new_servers",
     "new_stack",
+    "running",
     "servers",
     "shared",
     "stack",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
+
+S = TypeVar("S", bound="Stack")
 
 
 class Stack:
@@ -297,24 +301,33 @@ def end_shared_servers() -> None:
             Stack(directory).down()
 
 
-def _up_until_the_end(servers: Infra) -> Iterator[Infra]:
+@contextmanager
+def running(system: S, *options: str) -> Iterator[S]:
+    """Have a stack up within the block; at its end all is ended and its data deleted."""
     try:
-        servers.up("--infra-only")
-        yield servers
+        system.up(*options)
+        yield system
     finally:
-        servers.down()
+        system.down()
+
+
+def further(infra: Infra, **given: str) -> Stack:
+    """Return a further installation on the shared Kafka and MySQL, not up yet."""
+    return Stack(_directory(), {**shared(infra), **given})
 
 
 @pytest.fixture(scope="session")
 def breakable() -> Iterator[Infra]:
     """Servers of this worker alone, for its tests that are marked `breaks_servers`."""
-    yield from _up_until_the_end(Infra(_directory()))
+    with running(Infra(_directory()), "--infra-only") as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")
 def breakable_mariadb() -> Iterator[Infra]:
     """A MariaDB server of this worker alone, for its tests that are marked `breaks_servers`."""
-    yield from _up_until_the_end(_mariadb(_directory(), Infra))
+    with running(_mariadb(_directory(), Infra), "--infra-only") as servers:
+        yield servers
 
 
 @pytest.fixture
@@ -328,12 +341,8 @@ def servers(request: pytest.FixtureRequest) -> Infra:
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """The whole system, one replica of each service, for all tests that ask for it."""
-    system = Stack(_directory())
-    try:
-        system.up()
+    with running(Stack(_directory())) as system:
         yield system
-    finally:
-        system.down()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from services.common.stage.headers import Origin, dead
 from tests.documents import ROOT, commands, programs, python_samples
 from tests.e2e.road import Road, until
 from tests.shell import Done, Shell
-from tests.stack import Infra, Stack, _directory, shared
+from tests.stack import Infra, Stack, further, running
 
 DOCUMENTS = ("README.md", "docs/operations.md")
 
@@ -130,14 +130,10 @@ class Field:
 
 @pytest.fixture(scope="module")
 def field(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
-    stack = Stack(_directory(), {**shared(infra), "POSTROAD_LOCAL_API_PORT": "50051"})
-    try:
-        stack.up()
+    with running(further(infra, POSTROAD_LOCAL_API_PORT="50051")) as stack:
         field = Field(stack, tmp_path_factory.mktemp("reader"))
         with field.shell, field.road, closing(field):
             yield field
-    finally:
-        stack.down()
 
 
 def run(field: Field, text: str) -> Done:

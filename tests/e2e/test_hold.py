@@ -12,19 +12,14 @@ import pytest
 from tests.e2e.road import Road, until
 from tests.e2e.test_cancel_races import cancel, quiet, reason, retry
 from tests.e2e.test_sender import LEASE, metric
-from tests.stack import Infra, Stack, shared
+from tests.stack import Infra, Stack, further, running
 
 
 @pytest.fixture(scope="module")
-def stack(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(infra: Infra) -> Iterator[Stack]:
     """One system for the tests of this module."""
-    given = {"POSTROAD_LEASE_SECONDS": LEASE, "POSTROAD_ON_UNCERTAIN": "hold", **shared(infra)}
-    stack = Stack(tmp_path_factory.mktemp("hold"), given)
-    try:
-        stack.up()
+    with running(further(infra, POSTROAD_LEASE_SECONDS=LEASE, POSTROAD_ON_UNCERTAIN="hold")) as stack:
         yield stack
-    finally:
-        stack.down()
 
 
 @pytest.mark.timeout(300)

@@ -19,7 +19,7 @@ from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
 from tests.forms import by_form
 from tests.groups import Offsets, describe
-from tests.stack import Infra, Stack, shared
+from tests.stack import Infra, Stack, further, running
 
 SENT = by_form(60, 5000)
 REJECTED = by_form(15, 300)
@@ -140,14 +140,9 @@ class Before:
 
 
 @pytest.fixture(scope="module")
-def before(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Before]:
-    stack = Stack(tmp_path_factory.mktemp("replayed"), {**SETTINGS, **shared(infra)})
-    try:
-        stack.up()
-        with Road(stack) as road:
-            yield Before(stack, road)
-    finally:
-        stack.down()
+def before(infra: Infra) -> Iterator[Before]:
+    with running(further(infra, **SETTINGS)) as stack, Road(stack) as road:
+        yield Before(stack, road)
 
 
 def nothing_is_left(before: Before, load: Load) -> None:
