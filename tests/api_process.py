@@ -22,7 +22,7 @@ from postroad.v1 import events_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api import uuid7
 from services.common.config import Settings
-from services.common.topics import EVENT_TOPICS, TASK_CREATED
+from services.common.kafka.topics import EVENT_TOPICS, TASK_CREATED
 from tests import forked
 from tests.stack import Infra
 

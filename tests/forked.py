@@ -33,7 +33,7 @@ _context.set_forkserver_preload(
         "services.cli.rebuild.run",
         "services.cli.replay.run",
         "services.common.migrations",
-        "services.common.topics",
+        "services.common.kafka.topics",
     ]
 )
 

@@ -1,6 +1,6 @@
 """What a consumer group has committed and who is in it, read without a request that can abort the process.
 
-services/common/stage/describe_group.py says which requests can.
+services/common/kafka/describe_group.py says which requests can.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-from services.common.stage import group_description
-from services.common.stage.group_description import Group
+from services.common.kafka import group_description
+from services.common.kafka.group_description import Group
 
 __all__ = ["Offsets", "describe"]
 

@@ -34,8 +34,8 @@ import pytest
 from sqlalchemy import make_url
 
 from deploy.local.database_tree import find_server, make_template
+from services.common.kafka.topics import Names
 from services.common.migrations import VERSION_TABLE, migrate
-from services.common.topics import Names
 from tests import forked
 from tests.reaper import RUN
 

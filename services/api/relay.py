@@ -19,7 +19,7 @@ from services.api.outbox import Decided, Item, item_of
 from services.common.batching import Batcher
 from services.common.database_errors import said
 from services.common.events import Outgoing, encode
-from services.common.stage.publisher import Failure, Publisher
+from services.common.kafka.publisher import Failure, Publisher
 from services.common.telemetry import API_PUBLISHED, API_RELAY_HELD, STAGE_PUBLISH_FAILURES
 
 __all__ = ["Creation", "Recording", "Relay"]

@@ -27,9 +27,9 @@ from services.common.config import Settings, refused
 from services.common.database import engine_of, url_of
 from services.common.database_errors import transient
 from services.common.health import Degraded
-from services.common.stage.cluster_check import ClusterCheck
-from services.common.stage.publisher import Publisher
-from services.common.topics import EVENT_TOPICS, Names
+from services.common.kafka.cluster_check import ClusterCheck
+from services.common.kafka.publisher import Publisher
+from services.common.kafka.topics import EVENT_TOPICS, Names
 from services.common.transactions import transaction
 
 __all__ = ["ApiService", "build"]

@@ -22,10 +22,10 @@ from services.api.trace import traceparent
 from services.common import taskstore
 from services.common.database_errors import transient
 from services.common.events import encode, event_key
+from services.common.kafka.publisher import Publisher
+from services.common.kafka.topics import MAIL_FAILED, MAIL_SENT
 from services.common.schema import to_micros
-from services.common.stage.publisher import Publisher
 from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
-from services.common.topics import MAIL_FAILED, MAIL_SENT
 from services.common.transactions import transaction
 
 __all__ = ["Sweeper", "chunks", "rebuilt"]

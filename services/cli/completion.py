@@ -36,7 +36,7 @@ def reopenable() -> Iterable[str]:
 
 def stages() -> Iterable[str]:
     """Return the stages of the road."""
-    from services.common.topics import READ_BY  # noqa: PLC0415
+    from services.common.kafka.topics import READ_BY  # noqa: PLC0415
 
     return READ_BY
 
@@ -46,7 +46,7 @@ def topics() -> Iterable[str]:
     from services.cli.kafka import admin  # noqa: PLC0415
     from services.cli.replay.records import replayable  # noqa: PLC0415
     from services.cli.settings import settings_of, values  # noqa: PLC0415
-    from services.common.topics import EVENT_TOPICS  # noqa: PLC0415
+    from services.common.kafka.topics import EVENT_TOPICS  # noqa: PLC0415
 
     found = list(EVENT_TOPICS)
     # A shell that completes shows no errors; the command itself will.

@@ -10,9 +10,9 @@ from typing import Any
 
 from services.cli import kafka
 from services.common.config import Settings
-from services.common.stage import group_description
-from services.common.stage.clients import plain_config
-from services.common.topics import DELAYING, EVENT_TOPICS, Names, delay_of
+from services.common.kafka import group_description
+from services.common.kafka.clients import plain_config
+from services.common.kafka.topics import DELAYING, EVENT_TOPICS, Names, delay_of
 
 __all__ = ["completed", "delays"]
 

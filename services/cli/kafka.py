@@ -11,7 +11,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from services.cli.errors import NOT_FOUND, Failure
 from services.common.config import Settings
-from services.common.leaders import until_led
+from services.common.kafka.leaders import until_led
 
 __all__ = ["SILENT", "TIMEOUT", "admin", "committed", "missing", "offsets", "onlooker", "reader"]
 

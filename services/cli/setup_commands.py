@@ -14,7 +14,7 @@ from services.cli.terminal import confirm, say
 
 if TYPE_CHECKING:
     from services.common.config import Settings
-    from services.common.kafka_admin import Plan
+    from services.common.kafka.admin import Plan
 
 __all__ = ["register"]
 
@@ -52,7 +52,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
 
         Partitions, replicas and delays that no setting gives are those that the cluster has.
         """
-        from services.common import kafka_admin  # noqa: PLC0415
+        from services.common.kafka import admin as kafka_admin  # noqa: PLC0415
 
         settings = _settings(frame)
         rows = _rows(kafka_admin.plan(settings), settings)
@@ -88,7 +88,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         --grow alone changes anything: Kafka never takes a partition back. docs/operations.md says what to
         heed.
         """
-        from services.common import kafka_admin  # noqa: PLC0415
+        from services.common.kafka import admin as kafka_admin  # noqa: PLC0415
 
         settings = _settings(frame)
         plan = kafka_admin.plan(settings)

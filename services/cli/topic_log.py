@@ -11,7 +11,7 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.cli.kafka import TIMEOUT, admin, missing, offsets, reader
 from services.common.config import Settings
-from services.common.topics import MAX_RECORD_BYTES
+from services.common.kafka.topics import MAX_RECORD_BYTES
 
 __all__ = ["At", "Log"]
 

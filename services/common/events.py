@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from google.protobuf.message import DecodeError, Message
 
 from postroad.v1 import events_pb2 as pb
-from services.common import topics
+from services.common.kafka import topics
 
 __all__ = ["CREATED_KEY", "DECODERS", "Event", "Outgoing", "Undecodable", "encode", "event_key", "task_id"]
 

@@ -17,7 +17,6 @@ from uuid import UUID
 import structlog
 
 from postroad.v1 import events_pb2 as pb
-from services.common import topics
 from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
@@ -33,6 +32,7 @@ from services.common.deliveries.decide import (
 )
 from services.common.deliveries.outcome import event_of
 from services.common.events import DECODERS, Event
+from services.common.kafka import topics
 from services.common.stage.delays import schedule
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
 from services.common.telemetry import (

@@ -8,12 +8,12 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
-from services.common import topics
 from services.common.batching import Batcher
 from services.common.database_errors import at_fault, said, transient
 from services.common.deliveries.refusals import refuse
 from services.common.events import DECODERS, Event
 from services.common.fold import delta
+from services.common.kafka import topics
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import timeline

@@ -9,10 +9,11 @@ from confluent_kafka import KafkaException
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from services.common import kafka_admin, topic_ids
+from services.common import topic_ids
 from services.common.config import Settings
 from services.common.database_errors import said
-from services.common.topics import EVENT_TOPICS, Names
+from services.common.kafka import admin as kafka_admin
+from services.common.kafka.topics import EVENT_TOPICS, Names
 from services.common.transactions import transaction
 
 __all__ = ["note_topic_ids"]

@@ -9,8 +9,8 @@ from uuid import UUID
 import structlog
 
 from postroad.v1 import events_pb2 as pb
-from services.common import topics
 from services.common.events import DECODERS
+from services.common.kafka import topics
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
 from services.common.telemetry import VALIDATOR_VERDICTS
 from services.validator.cache import VerdictCache

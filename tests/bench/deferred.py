@@ -15,11 +15,11 @@ from uuid import uuid4
 from confluent_kafka import Producer
 
 from postroad.v1 import events_pb2 as pb
-from services.common import topics
 from services.common.config import Settings
 from services.common.events import encode
-from services.common.stage.headers import Origin, delayed
-from services.common.topics import Names
+from services.common.kafka import topics
+from services.common.kafka.headers import Origin, delayed
+from services.common.kafka.topics import Names
 from tests.bench.load import BODY
 from tests.bench.road import stack
 from tests.bench.usage import Usage, usage

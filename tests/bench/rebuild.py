@@ -22,9 +22,9 @@ from confluent_kafka import Producer
 from postroad.v1 import events_pb2 as pb
 from services.api.uuid7 import Clock
 from services.cli.rebuild.run import Report, rebuild
-from services.common import kafka_admin
 from services.common.config import Settings
 from services.common.events import Event, encode
+from services.common.kafka import admin as kafka_admin
 from services.common.migrations import migrate
 from tests.bench.usage import usage
 from tests.stack import Infra

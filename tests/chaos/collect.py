@@ -15,7 +15,7 @@ from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from services.cli.dead import marker
-from services.common.topics import EVENT_TOPICS, READ_BY
+from services.common.kafka.topics import EVENT_TOPICS, READ_BY
 from tests.chaos.load import SUBJECT
 from tests.groups import Offsets
 

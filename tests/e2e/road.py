@@ -15,7 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
-from services.common.topics import READ_BY
+from services.common.kafka.topics import READ_BY
 from tests.groups import Offsets
 from tests.stack import Stack
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 
-from services.common import topics
+from services.common.kafka import topics
 from tests.e2e.road import Road, until
 from tests.stack import Stack
 

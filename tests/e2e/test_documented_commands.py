@@ -23,7 +23,7 @@ from postroad.v1 import events_pb2
 from services.common import taskstore
 from services.common.database import engine_of
 from services.common.events import encode
-from services.common.stage.headers import Origin, dead
+from services.common.kafka.headers import Origin, dead
 from tests.documents import ROOT, commands, programs, python_samples
 from tests.e2e.road import Road, until
 from tests.shell import Done, Shell

@@ -13,7 +13,7 @@ from confluent_kafka import Producer, TopicPartition
 
 from postroad.v1 import events_pb2 as events
 from services.common.events import encode
-from services.common.topics import EVENT_TOPICS, READ_BY, TASK_CREATED
+from services.common.kafka.topics import EVENT_TOPICS, READ_BY, TASK_CREATED
 from tests import forked
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load

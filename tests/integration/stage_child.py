@@ -11,10 +11,10 @@ from pathlib import Path
 
 from services.common.config import Settings
 from services.common.events import DECODERS
+from services.common.kafka.topics import TASK_CREATED
 from services.common.process import main
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Outcome, Record, Stage
-from services.common.topics import TASK_CREATED
 from tests.integration.stage_kit import passed_on
 
 JOURNAL = Path(os.environ.get("CHILD_JOURNAL", os.devnull))

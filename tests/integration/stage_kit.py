@@ -16,10 +16,10 @@ from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
 from services.common.events import DECODERS, Outgoing, encode
-from services.common.stage.publisher import Publisher
+from services.common.kafka.publisher import Publisher
+from services.common.kafka.topics import MX_OK, TASK_CREATED, Names, wanted
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Done, Record, Stage
-from services.common.topics import MX_OK, TASK_CREATED, Names, wanted
 from tests.groups import Offsets
 from tests.stack import Infra
 

@@ -34,9 +34,9 @@ from services.common import taskstore
 from services.common.database import engine_of
 from services.common.events import Event, encode
 from services.common.fold import delta
-from services.common.stage.clients import consumer_config
+from services.common.kafka.clients import consumer_config
+from services.common.kafka.topics import EVENT_TOPICS
 from services.common.timeline import timeline
-from services.common.topics import EVENT_TOPICS
 from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually
 from tests.forms import LONG, by_form

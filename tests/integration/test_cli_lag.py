@@ -11,7 +11,7 @@ from postroad.v1 import events_pb2 as pb
 from services.api import outbox
 from services.common.database import engine_of
 from services.common.events import encode
-from services.common.stage.headers import Origin, delayed
+from services.common.kafka.headers import Origin, delayed
 from tests.cli import Command
 from tests.stack import Infra
 

@@ -8,8 +8,8 @@ import subprocess
 
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from services.common import topics
 from services.common.config import Settings
+from services.common.kafka import topics
 from tests import forked
 from tests.api_process import eventually
 from tests.cli import Command

@@ -9,9 +9,9 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from services.common.config import Settings
-from services.common.stage import cluster_check
-from services.common.stage.cluster_check import ClusterCheck
-from services.common.topics import TASK_CREATED, wanted
+from services.common.kafka import cluster_check
+from services.common.kafka.cluster_check import ClusterCheck
+from services.common.kafka.topics import TASK_CREATED, wanted
 from tests.api_process import eventually
 from tests.integration.stage_kit import Kit, passed_on, until
 from tests.stack import Infra

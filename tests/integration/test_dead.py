@@ -20,12 +20,12 @@ from services.cli.dead.board import Board, read_board
 from services.cli.dead.letter import Letter
 from services.cli.errors import NOT_FOUND, Failure
 from services.cli.sink import Sink
-from services.common import kafka_admin
 from services.common.events import DECODERS, encode
-from services.common.stage import headers
-from services.common.stage.headers import Origin, parse_return
+from services.common.kafka import admin as kafka_admin
+from services.common.kafka import headers
+from services.common.kafka.headers import Origin, parse_return
+from services.common.kafka.topics import TASK_CREATED
 from services.common.stage.types import Dead, Done, Record, Retry
-from services.common.topics import TASK_CREATED
 from tests import forked
 from tests.event_strategies import mail_task
 from tests.integration.stage_kit import Kit, created, passed_on, until

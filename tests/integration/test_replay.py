@@ -36,17 +36,17 @@ from services.cli.replay.run import Superseded, run
 from services.cli.replay.source import Span, spans
 from services.cli.replay.standings import standings
 from services.cli.replay.store import Replay, create, load, save, unfinished
-from services.common import kafka_admin
 from services.common.config import Settings
 from services.common.database import engine_of
 from services.common.deliveries.decide import Delivery
 from services.common.deliveries.rows import store
 from services.common.events import DECODERS, Event, Outgoing, encode
 from services.common.fold import delta
-from services.common.stage.clients import producer_config
-from services.common.stage.headers import Origin, delayed, parse_return
+from services.common.kafka import admin as kafka_admin
+from services.common.kafka.clients import producer_config
+from services.common.kafka.headers import Origin, delayed, parse_return
+from services.common.kafka.topics import MAIL_SENT, MX_OK, TASK_CREATED
 from services.common.taskstore import upsert
-from services.common.topics import MAIL_SENT, MX_OK, TASK_CREATED
 from tests import forked
 from tests.stack import Infra
 

@@ -20,9 +20,9 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 
 from services.common import telemetry
 from services.common.events import Outgoing
-from services.common.stage.headers import LeftOut, left_out
+from services.common.kafka.headers import LeftOut, left_out
+from services.common.kafka.topics import MX_OK, TASK_CREATED
 from services.common.stage.types import Dead, Outcome, Record, Retry
-from services.common.topics import MX_OK, TASK_CREATED
 from tests.forms import by_form
 from tests.integration.stage_kit import Kit, Watched, created, passed_on, until
 from tests.stack import ROOT

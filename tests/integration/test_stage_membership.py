@@ -10,9 +10,9 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from services.common.config import Settings
+from services.common.kafka.topics import MX_OK
 from services.common.stage import membership
 from services.common.stage.broker_view import BrokerView
-from services.common.topics import MX_OK
 from tests.groups import describe
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
 

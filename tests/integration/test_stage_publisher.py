@@ -8,8 +8,8 @@ import time
 from confluent_kafka import KafkaError
 
 from services.common.events import Outgoing
-from services.common.stage.publisher import Failure, Publisher
-from services.common.topics import TASK_CREATED
+from services.common.kafka.publisher import Failure, Publisher
+from services.common.kafka.topics import TASK_CREATED
 from tests.integration.stage_kit import Kit, created, until
 
 

@@ -13,9 +13,9 @@ from confluent_kafka import Consumer, Producer
 from postroad.v1 import events_pb2 as pb
 from services.common import telemetry
 from services.common.events import Outgoing
+from services.common.kafka.topics import MX_OK, TASK_CREATED
 from services.common.stage import membership
 from services.common.stage.types import Dead, Done, Outcome, Record, Retry
-from services.common.topics import MX_OK, TASK_CREATED
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
 from tests.librdkafka import produce_with_header
 

@@ -13,14 +13,14 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from postroad.v1 import events_pb2 as pb
-from services.common import kafka_admin
 from services.common.config import Settings
 from services.common.database import engine_of
 from services.common.events import DECODERS, Event, encode, event_key, task_id
 from services.common.fold import delta, fold
+from services.common.kafka import admin as kafka_admin
+from services.common.kafka.topics import EVENT_TOPICS
 from services.common.stage.types import Dead, Done, Record
 from services.common.taskstore import body_of, insert_bodies, upsert
-from services.common.topics import EVENT_TOPICS
 from services.status.purge import purge
 from services.status.service import StatusService, build
 from services.status.stage import Status, stage

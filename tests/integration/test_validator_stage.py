@@ -14,10 +14,10 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, Producer
 
 from postroad.v1 import events_pb2 as pb
-from services.common import topics
 from services.common.config import Settings
 from services.common.events import DECODERS, Event, encode, task_id
-from services.common.kafka_admin import apply
+from services.common.kafka import topics
+from services.common.kafka.admin import apply
 from tests.stack import Infra
 
 # No other test, and no earlier run on the same servers, has counted this one's questions.

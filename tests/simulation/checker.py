@@ -8,7 +8,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import Settlement
 from services.common.events import DECODERS, task_id
 from services.common.fold import fold
-from services.common.topics import EVENT_TOPICS, READ_BY, Names
+from services.common.kafka.topics import EVENT_TOPICS, READ_BY, Names
 
 if TYPE_CHECKING:
     from tests.simulation.mail import Copy

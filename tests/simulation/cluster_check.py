@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.common.stage import cluster_check
+from services.common.kafka import cluster_check
 
 __all__ = ["ClusterCheck"]
 
 
 class ClusterCheck(cluster_check.ClusterCheck):
-    """Takes the place of services.common.stage.cluster_check.ClusterCheck; asks nothing."""
+    """Takes the place of services.common.kafka.cluster_check.ClusterCheck; asks nothing."""
 
     def __init__(self, *_: Any) -> None:
         pass

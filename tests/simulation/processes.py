@@ -15,11 +15,11 @@ from services.api.reader import Reader
 from services.api.recorder import Recorder
 from services.api.relay import Creation, Relay
 from services.api.sweeper import Sweeper
-from services.common import topics
 from services.common.batching import Batcher
 from services.common.config import Settings
 from services.common.database_errors import transient
 from services.common.events import DECODERS, Event
+from services.common.kafka import topics
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Stage
 from services.sender.async_claims import AsyncClaims

@@ -9,8 +9,8 @@ from typing import Any
 from confluent_kafka import KafkaError
 
 from services.common.events import Outgoing
-from services.common.stage import publisher
-from services.common.stage.publisher import Failure
+from services.common.kafka import publisher
+from services.common.kafka.publisher import Failure
 from tests.simulation.broker import Broker
 from tests.simulation.loop import Loop
 from tests.simulation.scheduler import here
@@ -21,7 +21,7 @@ _TIMEOUT = 30.0
 
 
 class Publisher(publisher.Publisher):
-    """Takes the place of services.common.stage.publisher.Publisher."""
+    """Takes the place of services.common.kafka.publisher.Publisher."""
 
     broker: Broker
     """The broker of the schedule under way."""

@@ -14,7 +14,7 @@ from services.api.errors import Problem
 from services.api.relay import Recording
 from services.api.uuid7 import parse
 from services.common.events import DECODERS, encode, task_id
-from services.common.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names
+from services.common.kafka.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names
 from tests.simulation import checker
 from tests.simulation.broker import SESSION, Broker
 from tests.simulation.database import Database

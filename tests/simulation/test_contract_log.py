@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from services.common.config import Settings
-from services.common.stage.clients import consumer_config, producer_config
+from services.common.kafka.clients import consumer_config, producer_config
 from tests.simulation import broker as memory
 from tests.simulation.consumer import Consumer as MemoryConsumer
 from tests.simulation.process import Process

@@ -34,7 +34,7 @@ from services.api.watch.watchers import MOST_QUEUED, Index, Told, Wanted, Watche
 from services.common.config import Settings
 from services.common.events import Event, encode, task_id
 from services.common.fold import Row, delta, fold
-from services.common.topics import EVENT_TOPICS
+from services.common.kafka.topics import EVENT_TOPICS
 
 MADE_MS = 1_790_000_000_000
 RETRIED = MADE_MS + 500

@@ -15,7 +15,7 @@ from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.cli.lag_command import _DELAYS, _MEMBERS, _PARTITIONS
 from services.cli.main import app
 from services.cli.output import Form, Output
-from services.common.topics import delay_of
+from services.common.kafka.topics import delay_of
 
 READS = {"sender": ["mx.ok", "sender.delay.60", "sender.delay.300"]}
 MX0, MX1 = Place("mx.ok", 0), Place("mx.ok", 1)

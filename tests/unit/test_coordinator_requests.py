@@ -8,7 +8,7 @@ from pathlib import Path
 from confluent_kafka.admin import AdminClient
 
 ROOT = Path(__file__).parents[2]
-CHILD = ROOT / "services/common/stage/describe_group.py"
+CHILD = ROOT / "services/common/kafka/describe_group.py"
 # Each goes to a group's coordinator by librdkafka's admin API (its issue 4605).
 REQUESTS = {
     "alter_consumer_group_offsets",

@@ -20,8 +20,8 @@ from services.cli.errors import Failure
 from services.cli.frame import Frame
 from services.common.deliveries.decide import Claim, Delivery, Stale, State, Stored, Taken, decide
 from services.common.events import encode
-from services.common.stage import headers
-from services.common.stage.headers import Headers, LeftOut, Origin, parse_return
+from services.common.kafka import headers
+from services.common.kafka.headers import Headers, LeftOut, Origin, parse_return
 from tests.event_strategies import mail_task
 
 PLACE = Place("validator", 3, 17)

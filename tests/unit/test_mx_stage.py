@@ -7,8 +7,8 @@ from typing import cast
 import pytest
 
 from postroad.v1 import events_pb2 as pb
+from services.common.kafka.topics import TASK_CREATED
 from services.common.stage.types import Done, Outcome, Record, Retry
-from services.common.topics import TASK_CREATED
 from services.validator.cache import VerdictCache
 from services.validator.mx import Kind, Reason, Verdict
 from services.validator.stage import Validator, stage

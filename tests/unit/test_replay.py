@@ -40,9 +40,9 @@ from services.common.deliveries.decide import (
     decide,
 )
 from services.common.events import DECODERS, Undecodable, encode
+from services.common.kafka.headers import Origin, parse_return
+from services.common.kafka.headers import delayed as delayed_headers
 from services.common.rate import Rate
-from services.common.stage.headers import Origin, parse_return
-from services.common.stage.headers import delayed as delayed_headers
 from tests.event_strategies import mail_task
 from tests.forms import by_form
 

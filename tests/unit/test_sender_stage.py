@@ -16,8 +16,8 @@ from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, Taken
 from services.common.deliveries.outcome import event_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
+from services.common.kafka.topics import MX_OK, TASK_CANCELLED
 from services.common.stage.types import Done, Outcome, Record, Retry
-from services.common.topics import MX_OK, TASK_CANCELLED
 from services.sender import replies
 from services.sender.async_claims import AsyncClaims
 from services.sender.composer import Composer

@@ -125,7 +125,7 @@ def read_by(service: str) -> set[str]:
         names = [_dotted(path) for path in (ROOT / "services/cli").rglob("*.py") if path.stem != "__init__"]
         return read_from(*((name, defined) for name in names for defined in module(name).defined))
     if service == "topics":
-        return read_from(("services.common.kafka_admin", "apply"))
+        return read_from(("services.common.kafka.admin", "apply"))
     return read_from(("services.common.process", "main"), (f"services.{service}.service", "build"))
 
 

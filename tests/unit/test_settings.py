@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from services.common.config import Settings, misspelt, refusals, variable
 from services.common.environment import OTHERS
-from services.common.topics import wanted
+from services.common.kafka.topics import wanted
 
 DAY = 86400
 

@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from services.cli import sink as sinks
 from services.cli.sink import Sink
 from services.common.config import Settings
-from services.common.stage.clients import producer_config
+from services.common.kafka.clients import producer_config
 from tests.librdkafka import handle, library
 
 PRODUCE = 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.stage.headers import (
+from services.common.kafka.headers import (
     Malformed,
     Origin,
     dead,

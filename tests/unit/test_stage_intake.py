@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
 from services.common.events import DECODERS, encode
-from services.common.stage.headers import Headers, Origin, delayed
+from services.common.kafka.headers import Headers, Origin, delayed
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Fetched, Ledger

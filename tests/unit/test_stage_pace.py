@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from services.common.stage.pace import Pace
+from services.common.kafka.pace import Pace
 
 
 def fetches(

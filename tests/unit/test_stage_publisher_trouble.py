@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from services.common.config import Settings
 from services.common.events import Outgoing
-from services.common.stage.publisher import Publisher, hopeless
+from services.common.kafka.publisher import Publisher, hopeless
 from tests.librdkafka import handle, library
 
 INCONSISTENT = -149
@@ -160,7 +160,7 @@ async def test_a_producer_that_cannot_be_replaced_yet_is_replaced_later(
                 raise KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE))
             return Producer(config)
 
-        monkeypatch.setattr("services.common.stage.publisher.Producer", make)
+        monkeypatch.setattr("services.common.kafka.publisher.Producer", make)
         break_down(publisher._producer)
         deadline = time.monotonic() + 20
         while await asyncio.wait_for(publisher.attempt([item(0)]), 20):

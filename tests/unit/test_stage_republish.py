@@ -12,12 +12,12 @@ from confluent_kafka import KafkaError
 
 from postroad.v1 import events_pb2 as pb
 from services.common.events import DECODERS, Outgoing
+from services.common.kafka.headers import Origin, parse_attempt, parse_origin
+from services.common.kafka.publisher import Failure
 from services.common.stage import republish, work
-from services.common.stage.headers import Origin, parse_attempt, parse_origin
 from services.common.stage.inflight import InFlight
 from services.common.stage.ledger import Fetched, Ledger
 from services.common.stage.outgoing import Render
-from services.common.stage.publisher import Failure
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 
 Event = pb.TaskCreated(task=pb.MailTask(id=bytes(16)))

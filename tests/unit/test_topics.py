@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.common.config import Settings
-from services.common.topics import EVENT_TOPICS, READ_BY, wanted
+from services.common.kafka.topics import EVENT_TOPICS, READ_BY, wanted
 
 DAY_MS = 86_400_000
 

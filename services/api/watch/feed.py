@@ -19,7 +19,7 @@ from services.api.watch.problems import silent
 from services.api.watch.topics import Topics
 from services.api.watch.watchers import Index, Told, Watcher
 from services.common.config import Settings
-from services.common.stage.pace import Pace
+from services.common.kafka.pace import Pace
 from services.common.telemetry import WATCH_HELD, WATCH_SECONDS
 
 __all__ = ["Feed", "Joined"]

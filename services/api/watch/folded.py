@@ -10,8 +10,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from services.api.watch.changes import Place
 from services.api.watch.topics import TIMEOUT
 from services.common.config import Settings
-from services.common.stage.clients import client_config
-from services.common.topics import EVENT_TOPICS, Names
+from services.common.kafka.clients import client_config
+from services.common.kafka.topics import EVENT_TOPICS, Names
 
 __all__ = ["Folded"]
 

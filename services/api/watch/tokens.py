@@ -13,7 +13,7 @@ from zlib import crc32
 
 from services.api.errors import invalid
 from services.api.watch.changes import Place
-from services.common.topics import EVENT_TOPICS
+from services.common.kafka.topics import EVENT_TOPICS
 
 __all__ = ["bound", "parse", "written"]
 

@@ -18,10 +18,10 @@ from confluent_kafka import (
 from services.api.watch.changes import Change, Place, change
 from services.common.config import Settings
 from services.common.events import Undecodable
-from services.common.leaders import until_led
-from services.common.stage.clients import consumer_config
-from services.common.stage.headers import REPLAY_ID, readable_headers
-from services.common.topics import EVENT_TOPICS, Names
+from services.common.kafka.clients import consumer_config
+from services.common.kafka.headers import REPLAY_ID, readable_headers
+from services.common.kafka.leaders import until_led
+from services.common.kafka.topics import EVENT_TOPICS, Names
 
 __all__ = ["TIMEOUT", "Topics"]
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from services.cli.dead.letter import Letter
-from services.common.stage.headers import Headers, delayed, original
-from services.common.topics import EVENT_TOPICS, READ_BY, Names
+from services.common.kafka.headers import Headers, delayed, original
+from services.common.kafka.topics import EVENT_TOPICS, READ_BY, Names
 
 __all__ = ["Back", "back", "replayable"]
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from google.protobuf.json_format import MessageToDict
 
 from services.common.events import DECODERS, task_id
-from services.common.stage.headers import Headers, LeftOut, Malformed, Origin, left_out, number, parse_origin
+from services.common.kafka.headers import Headers, LeftOut, Malformed, Origin, left_out, number, parse_origin
 
 __all__ = ["Letter", "Place", "letter_of", "parse_place", "shown"]
 

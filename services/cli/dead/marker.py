@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from services.common.stage.headers import RESOLUTION, RESOLVES, Headers, number
+from services.common.kafka.headers import RESOLUTION, RESOLVES, Headers, number
 
 __all__ = ["MOST", "Resolution", "headers_of", "resolved"]
 

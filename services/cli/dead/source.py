@@ -10,8 +10,8 @@ from typing import NamedTuple
 from services.cli.dead.letter import Letter
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.stage.headers import Headers, LeftOut, readable_headers
-from services.common.topics import Names
+from services.common.kafka.headers import Headers, LeftOut, readable_headers
+from services.common.kafka.topics import Names
 
 __all__ = ["Gone", "Source", "source"]
 

@@ -17,9 +17,9 @@ from services.cli.lag.sample import Place, Sample
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
 from services.common.events import DECODERS, Undecodable
-from services.common.stage.headers import Malformed, parse_return, readable_headers
+from services.common.kafka.headers import Malformed, parse_return, readable_headers
+from services.common.kafka.topics import MX_OK, Names, delay_of
 from services.common.statements import marks
-from services.common.topics import MX_OK, Names, delay_of
 from services.common.transactions import transaction
 
 __all__ = ["MOST", "State", "Waiting", "domains", "figures"]

@@ -12,10 +12,10 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 from services.cli import kafka
 from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.common.config import Settings
-from services.common.stage import group_description
-from services.common.stage.clients import plain_config
-from services.common.stage.headers import Headers, number, readable_headers
-from services.common.topics import READ_BY, Names, delay_of
+from services.common.kafka import group_description
+from services.common.kafka.clients import plain_config
+from services.common.kafka.headers import Headers, number, readable_headers
+from services.common.kafka.topics import READ_BY, Names, delay_of
 
 __all__ = ["Reader"]
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from services.cli.lag.sample import Place, Sample
-from services.common.topics import delay_of
+from services.common.kafka.topics import delay_of
 
 __all__ = ["remarks", "report"]
 

@@ -15,7 +15,7 @@ from services.cli.topic_log import At, Log
 from services.common.config import Settings
 from services.common.database_errors import at_fault
 from services.common.events import DECODERS, Undecodable
-from services.common.topics import EVENT_TOPICS, Names
+from services.common.kafka.topics import EVENT_TOPICS, Names
 from services.common.transactions import transaction
 
 __all__ = ["Feed"]

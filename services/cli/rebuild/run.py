@@ -47,8 +47,8 @@ from services.cli.rebuild.writing import (
 from services.common import topic_ids
 from services.common.config import Settings
 from services.common.database import engine_of
+from services.common.kafka.topics import EVENT_TOPICS, KEEP_DAYS, Names
 from services.common.schema import from_micros
-from services.common.topics import EVENT_TOPICS, KEEP_DAYS, Names
 from services.common.transactions import transaction
 
 __all__ = ["Gone", "Report", "Steps", "Underway", "rebuild"]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from postroad.v1 import events_pb2 as pb
 from services.cli.replay.decide import Decision
 from services.common.events import DECODERS, Event, Outgoing, Undecodable, encode
-from services.common.stage.headers import (
+from services.common.kafka.headers import (
     REPLAY_ID,
     Headers,
     Malformed,
@@ -22,7 +22,7 @@ from services.common.stage.headers import (
     parse_return,
     traceparent,
 )
-from services.common.topics import DELAYING, EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names, delay_of
+from services.common.kafka.topics import DELAYING, EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names, delay_of
 
 __all__ = ["WORK", "Read", "Seen", "again", "replayable", "see"]
 

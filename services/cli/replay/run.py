@@ -26,8 +26,8 @@ from services.cli.replay.store import Counts, Replay
 from services.cli.sink import Sink
 from services.common.config import Settings
 from services.common.events import Undecodable, task_id
+from services.common.kafka.topics import MX_OK, Names
 from services.common.rate import Rate
-from services.common.topics import MX_OK, Names
 
 __all__ = ["MOST_TASKS", "Superseded", "Survey", "judge", "run", "survey"]
 

@@ -6,10 +6,10 @@ import structlog
 from confluent_kafka import KafkaException
 
 from services.common.config import Settings
-from services.common.stage.clients import plain_config
-from services.common.stage.group_description import GroupDescription
+from services.common.kafka.clients import plain_config
+from services.common.kafka.group_description import GroupDescription
+from services.common.kafka.topics import Names
 from services.common.stage.ledger import Partition
-from services.common.topics import Names
 
 __all__ = ["BrokerView"]
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 from services.common.config import Settings
 from services.common.events import Event, Undecodable
-from services.common.stage.delays import hold
-from services.common.stage.headers import (
+from services.common.kafka.headers import (
     Headers,
     Malformed,
     parse_attempt,
@@ -19,9 +18,10 @@ from services.common.stage.headers import (
     read_headers,
     traceparent,
 )
+from services.common.kafka.topics import Names
+from services.common.stage.delays import hold
 from services.common.stage.ledger import Assignment, Fetched, Ledger
 from services.common.stage.types import Stage
-from services.common.topics import Names
 
 __all__ = ["Intake", "RawMessage"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from services.common.events import Event
+from services.common.kafka.headers import Headers, Origin
 from services.common.stage.delays import FirstSeen
-from services.common.stage.headers import Headers, Origin
 from services.common.stage.inflight import InFlight
 from services.common.stage.offsets import Offsets
 from services.common.stage.types import Record

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from services.common.events import Outgoing, encode
-from services.common.stage import headers
-from services.common.stage.headers import LeftOut, Origin
+from services.common.kafka import headers
+from services.common.kafka.headers import LeftOut, Origin
+from services.common.kafka.topics import Names
 from services.common.stage.ledger import Fetched
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
-from services.common.topics import Names
 
 __all__ = ["ALL", "Render"]
 

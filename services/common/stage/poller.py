@@ -12,12 +12,12 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from services.common import telemetry
-from services.common.stage.clients import Overheard
+from services.common.kafka.clients import Overheard
+from services.common.kafka.pace import FETCH, Pace
 from services.common.stage.commits import Commits
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
 from services.common.stage.membership import Membership, View
-from services.common.stage.pace import FETCH, Pace
 from services.common.stage.pauses import Pauses
 
 __all__ = ["Poller"]

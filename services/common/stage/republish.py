@@ -11,9 +11,9 @@ from confluent_kafka import KafkaError
 from prometheus_client import Counter
 
 from services.common.events import Outgoing
+from services.common.kafka.publisher import Publisher, hopeless
 from services.common.stage.ledger import Fetched
 from services.common.stage.outgoing import ALL
-from services.common.stage.publisher import Publisher, hopeless
 from services.common.stage.types import Dead, Outcome
 
 __all__ = ["Pending", "Republisher"]

@@ -12,19 +12,19 @@ from confluent_kafka import Consumer
 from services.common import telemetry
 from services.common.config import Settings
 from services.common.events import Event, encode
+from services.common.kafka.clients import consumer_config
+from services.common.kafka.cluster_check import ClusterCheck
+from services.common.kafka.publisher import Publisher, hopeless
+from services.common.kafka.topics import Names
 from services.common.stage.broker_view import BrokerView
-from services.common.stage.clients import consumer_config
-from services.common.stage.cluster_check import ClusterCheck
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
 from services.common.stage.membership import View
 from services.common.stage.outgoing import Render
 from services.common.stage.poller import Poller
-from services.common.stage.publisher import Publisher, hopeless
 from services.common.stage.types import Stage
 from services.common.stage.work import Work
-from services.common.topics import Names
 
 __all__ = ["StageRuntime"]
 

@@ -13,10 +13,10 @@ import structlog
 from services.common import telemetry
 from services.common.database_errors import said
 from services.common.events import Outgoing
+from services.common.kafka.publisher import Failure, Publisher
 from services.common.stage.batches import Batches
 from services.common.stage.ledger import Assignment, Fetched
 from services.common.stage.outgoing import Render
-from services.common.stage.publisher import Failure, Publisher
 from services.common.stage.republish import Pending, Republisher
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 

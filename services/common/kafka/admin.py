@@ -19,7 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from services.common.config import Settings
-from services.common.topics import Topic, wanted
+from services.common.kafka.topics import Topic, wanted
 
 __all__ = ["Applied", "Plan", "apply", "client", "grow", "plan"]
 

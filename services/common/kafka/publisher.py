@@ -15,8 +15,8 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.common.config import Settings
 from services.common.events import Outgoing
-from services.common.stage.clients import producer_config
-from services.common.stage.pace import PRODUCE, Pace
+from services.common.kafka.clients import producer_config
+from services.common.kafka.pace import PRODUCE, Pace
 
 __all__ = ["Failure", "Publisher", "hopeless", "refusal"]
 

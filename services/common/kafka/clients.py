@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from services.common.config import Settings
-from services.common.stage.pace import LINGER_MS
-from services.common.topics import MAX_RECORD_BYTES, Names
+from services.common.kafka.pace import LINGER_MS
+from services.common.kafka.topics import MAX_RECORD_BYTES, Names
 
 __all__ = ["Overheard", "client_config", "consumer_config", "plain_config", "producer_config"]
 

@@ -10,7 +10,7 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from services.common.config import Settings
-from services.common.stage.clients import client_config
+from services.common.kafka.clients import client_config
 
 __all__ = ["ClusterCheck"]
 

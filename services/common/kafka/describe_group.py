@@ -1,4 +1,4 @@
-"""`python -m services.common.stage.describe_group`: describe consumer groups and end.
+"""`python -m services.common.kafka.describe_group`: describe consumer groups and end.
 
 In: a JSON object with the client's `config`, the `groups`, the `timeout` in seconds, and `member`: the id of
 the only member to tell of, or null for all. Out: a JSON object. By group it holds the `state` and the

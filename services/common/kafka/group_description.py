@@ -50,7 +50,7 @@ class GroupDescription:
         self._until = time.monotonic() + _PATIENCE * timeout
         asked = {"config": config, "groups": groups, "timeout": timeout, "member": member}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "services.common.stage.describe_group"],
+            [sys.executable, "-m", "services.common.kafka.describe_group"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
