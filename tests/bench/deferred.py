@@ -18,7 +18,8 @@ from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
 from services.common.events import encode
 from services.common.kafka import topics
-from services.common.kafka.headers import Origin, delayed
+from services.common.kafka.headers import delayed
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import Names
 from tests.bench.load import BODY
 from tests.bench.road import stack
@@ -37,7 +38,7 @@ def _put(bootstrap: str, tasks: int, delay: int) -> None:
             subject="Later", body=BODY, created_at_us=now_ms * 1000,
         )  # fmt: skip
         record = encode(pb.MxOk(task=task, attempt=1, at_us=now_ms * 1000), "validator")
-        origin = Origin(topics.MX_OK, number % 12, number)
+        origin = RecordLocation(topics.MX_OK, number % 12, number)
         due = now_ms + delay * 1000 + number
         carried = delayed(record.headers, origin=origin, attempt=2, cause="451 later", due_at_ms=due)
         while True:

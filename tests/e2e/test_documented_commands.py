@@ -23,7 +23,8 @@ from postroad.v1 import events_pb2
 from services.common import taskstore
 from services.common.database import engine_of
 from services.common.events import encode
-from services.common.kafka.headers import Origin, dead
+from services.common.kafka.headers import dead
+from services.common.kafka.topic_partition import RecordLocation
 from tests.documents import ROOT, commands, programs, python_samples
 from tests.e2e.road import Road, until
 from tests.shell import Done, Shell
@@ -114,7 +115,9 @@ class Field:
         with self._engine.connect() as connection:
             task = taskstore.load_tasks(connection, [id_])[id_]
         record = encode(events_pb2.MxOk(task=task, attempt=1), "validator", None)
-        headers = dead(record.headers, origin=Origin("mx.ok", 0, 0), attempt=1, cause="KeyError: 'name'")
+        headers = dead(
+            record.headers, origin=RecordLocation("mx.ok", 0, 0), attempt=1, cause="KeyError: 'name'"
+        )
         written: list[Message] = []
         producer = Producer({"bootstrap.servers": self.env["POSTROAD_KAFKA_BOOTSTRAP"]})
         producer.produce(

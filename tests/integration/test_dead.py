@@ -23,7 +23,8 @@ from services.cli.sink import Sink
 from services.common.events import DECODERS, encode
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka import headers
-from services.common.kafka.headers import Origin, parse_return
+from services.common.kafka.headers import parse_return
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import TASK_CREATED
 from services.common.stage.types import Dead, Done, Record, Retry
 from tests import forked
@@ -174,7 +175,9 @@ async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replaye
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
     # One key: in one batch, which the broker refuses whole for the sake of one record.
     for offset, value in enumerate([event.value, os.urandom(4000), event.value, event.value]):
-        carried = headers.dead(event.headers, origin=Origin("mx.ok", 2, offset), attempt=1, cause="OSError")
+        carried = headers.dead(
+            event.headers, origin=RecordLocation("mx.ok", 2, offset), attempt=1, cause="OSError"
+        )
         producer.produce(kit.names.dead("sender"), value, event.key, headers=carried)  # type: ignore[arg-type]
     assert producer.flush(10) == 0
     limit = ConfigEntry("max.message.bytes", "2000", incremental_operation=AlterConfigOpType.SET)
@@ -185,7 +188,7 @@ async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replaye
     done = postroad(kit, "replay", "--all", "--yes", "-o", "json")
     assert (done.returncode, json.loads(done.stdout)) == (1, {"replayed": 3, "kept": 1})
     [stays] = read_board(kit.settings, ["sender"]).letters.values()
-    assert stays.origin == Origin("mx.ok", 2, 1)
+    assert stays.origin == RecordLocation("mx.ok", 2, 1)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{stays.place}: ")
     assert "too large" in line
@@ -229,7 +232,9 @@ async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(n
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     for attempt in (1, 2, 3):
-        carried = headers.dead(event.headers, origin=Origin("mx.ok", 2, 40), attempt=attempt, cause="OSError")
+        carried = headers.dead(
+            event.headers, origin=RecordLocation("mx.ok", 2, 40), attempt=attempt, cause="OSError"
+        )
         producer.produce(kit.names.dead("sender"), event.value, event.key, headers=carried)  # type: ignore[arg-type]
     assert producer.flush(10) == 0
     assert answer(kit, "replay", "--stage", "sender", "--yes") == {"replayed": 3, "kept": 0}
@@ -251,11 +256,15 @@ async def test_a_record_that_died_in_two_stages_is_sent_back_once(newest: Kit) -
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     events = [encode(pb.MxOk(task=mail_task(n), attempt=1, at_us=7), "validator") for n in range(3)]
     for number, event in enumerate(events):
-        carried = headers.dead(event.headers, origin=Origin("mx.ok", 2, number), attempt=1, cause="KeyError")
+        carried = headers.dead(
+            event.headers, origin=RecordLocation("mx.ok", 2, number), attempt=1, cause="KeyError"
+        )
         for stage in ("sender", "status")[: 1 + (number > 0)]:
             producer.produce(kit.names.dead(stage), event.value, event.key, headers=carried)  # type: ignore[arg-type]
     # The same place of a topic that was made anew holds another record.
-    carried = headers.dead(events[0].headers, origin=Origin("mx.ok", 2, 1), attempt=1, cause="KeyError")
+    carried = headers.dead(
+        events[0].headers, origin=RecordLocation("mx.ok", 2, 1), attempt=1, cause="KeyError"
+    )
     producer.produce(kit.names.dead("status"), events[0].value, events[0].key, headers=carried)  # type: ignore[arg-type]
     assert producer.flush(10) == 0
     assert answer(kit, "replay", "--all", "--yes") == {"replayed": 6, "kept": 0}
@@ -313,11 +322,15 @@ async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Ki
     kit = newest
     kafka_admin.apply(kit.settings)
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
-    carried = headers.dead(event.headers, origin=Origin("mx.ok", 2, 40), attempt=1, cause="OSError: disk")
+    carried = headers.dead(
+        event.headers, origin=RecordLocation("mx.ok", 2, 40), attempt=1, cause="OSError: disk"
+    )
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     producer.produce(kit.names.dead("sender"), event.value, event.key, headers=carried)  # type: ignore[arg-type]
     producer.produce(kit.names.dead("sender"), b"by hand", None)
-    lost = headers.dead(None, origin=Origin("sender.delay.1", 0, 0), attempt=1, cause="due-at is missing")
+    lost = headers.dead(
+        None, origin=RecordLocation("sender.delay.1", 0, 0), attempt=1, cause="due-at is missing"
+    )
     producer.produce(kit.names.dead("sender"), b"", b"k", headers=lost)  # type: ignore[arg-type]
     assert producer.flush(10) == 0
 

@@ -44,7 +44,8 @@ from services.common.events import DECODERS, Event, Outgoing, encode
 from services.common.fold import delta
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka.clients import producer_config
-from services.common.kafka.headers import Origin, delayed, parse_return
+from services.common.kafka.headers import delayed, parse_return
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import MAIL_SENT, MX_OK, TASK_CREATED
 from services.common.taskstore import upsert
 from tests import forked
@@ -410,7 +411,9 @@ def test_a_delay_topic_goes_as_it_is_where_its_task_still_works(site: Callable[[
                 "sender.delay.60",
                 out.key,
                 out.value,
-                delayed(out.headers, origin=Origin(MX_OK, 0, n), attempt=2, cause="c", due_at_ms=due[n]),
+                delayed(
+                    out.headers, origin=RecordLocation(MX_OK, 0, n), attempt=2, cause="c", due_at_ms=due[n]
+                ),
             )
             for n, out in enumerate(outs)
         ),

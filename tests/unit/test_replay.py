@@ -40,8 +40,9 @@ from services.common.deliveries.decide import (
     decide,
 )
 from services.common.events import DECODERS, Undecodable, encode
-from services.common.kafka.headers import Origin, parse_return
 from services.common.kafka.headers import delayed as delayed_headers
+from services.common.kafka.headers import parse_return
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.rate import Rate
 from tests.event_strategies import mail_task
 from tests.forms import by_form
@@ -432,7 +433,7 @@ def test_a_next_attempt_is_a_delayed_record_that_is_due() -> None:
     out = again(read, see(read), Decision(What.NEXT_ATTEMPT, 5, 3), "r", "sender.delay.60")
     assert (out.topic, out.value) == ("sender.delay.60", read.value)
     back = parse_return(out.headers)
-    assert (back.due_at_ms, back.attempt, back.origin) == (0, 3, Origin("mx.ok", 3, 17))
+    assert (back.due_at_ms, back.attempt, back.origin) == (0, 3, RecordLocation("mx.ok", 3, 17))
 
 
 def test_what_goes_again_as_a_later_attempt_is_a_delayed_record_in_the_task_s_epoch() -> None:
@@ -440,12 +441,12 @@ def test_what_goes_again_as_a_later_attempt_is_a_delayed_record_in_the_task_s_ep
     out = again(read, see(read), Decision(What.AGAIN, 5, 2), "r", "sender.delay.60")
     assert out.topic == "sender.delay.60"
     back = parse_return(out.headers)
-    assert (back.due_at_ms, back.attempt, back.origin) == (0, 2, Origin("mx.ok", 3, 17))
+    assert (back.due_at_ms, back.attempt, back.origin) == (0, 2, RecordLocation("mx.ok", 3, 17))
     assert DECODERS["mx.ok"](out.value) == pb.MxOk(task=mail_task(1), epoch=5, at_us=5000)
 
 
 def test_delayed_records_are_told_by_their_origin() -> None:
-    origin = Origin("mx.ok", 1, 2)
+    origin = RecordLocation("mx.ok", 1, 2)
     headers = delayed_headers([], origin=origin, attempt=4, cause="c", due_at_ms=77)
     read = record(pb.MxOk(task=mail_task(1)), "sender.delay.60", *headers)
     seen = see(read)

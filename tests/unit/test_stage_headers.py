@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from services.common.kafka.headers import (
     Malformed,
-    Origin,
     dead,
     delayed,
     original,
@@ -14,9 +13,10 @@ from services.common.kafka.headers import (
     parse_return,
     traceparent,
 )
+from services.common.kafka.topic_partition import RecordLocation
 
 ORIGINAL = [("ce_id", b"1"), ("ce_type", b"t"), ("traceparent", b"00-a-b-01")]
-ORIGIN = Origin("task.created", 3, 1234)
+ORIGIN = RecordLocation("task.created", 3, 1234)
 OURS = ["due-at", "attempt", "origin", "cause", "ce_id", "traceparent"]
 NAMES = st.sampled_from(OURS) | st.text(max_size=5)
 
@@ -27,7 +27,7 @@ NAMES = st.sampled_from(OURS) | st.text(max_size=5)
 def test_what_is_written_is_read_back(
     attempt: int, due: int, partition: int, offset: int, cause: str
 ) -> None:
-    origin = Origin("sender.x/y", partition, offset)
+    origin = RecordLocation("sender.x/y", partition, offset)
     headers = delayed(ORIGINAL, origin=origin, attempt=attempt, cause=cause, due_at_ms=due)
     back = parse_return(headers)
     assert (back.due_at_ms, back.attempt, back.origin) == (due, attempt, origin)

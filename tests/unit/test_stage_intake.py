@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
 from services.common.events import DECODERS, encode
-from services.common.kafka.headers import Headers, Origin, delayed
+from services.common.kafka.headers import Headers, delayed
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Fetched, Ledger
@@ -53,7 +54,9 @@ def message(
 
 
 def back(due: int, origin: str = "task.created", attempt: int = 3) -> Headers:
-    return delayed(TASK.headers, origin=Origin(origin, 4, 17), attempt=attempt, cause="c", due_at_ms=due)
+    return delayed(
+        TASK.headers, origin=RecordLocation(origin, 4, 17), attempt=attempt, cause="c", due_at_ms=due
+    )
 
 
 def test_topics_are_the_full_names_of_events_and_delays() -> None:
@@ -169,7 +172,7 @@ def test_a_faulty_delayed_record_keeps_the_origin_and_attempt_that_can_be_read(l
     assert record is not None
     assert record.fault is not None
     assert record.attempt == (1 if lost == "attempt" else 3)
-    assert record.origin == (None if lost == "origin" else Origin("task.created", 4, 17))
+    assert record.origin == (None if lost == "origin" else RecordLocation("task.created", 4, 17))
 
 
 class _WithABadName:

@@ -12,8 +12,9 @@ from confluent_kafka import KafkaError
 
 from postroad.v1 import events_pb2 as pb
 from services.common.events import DECODERS, Outgoing
-from services.common.kafka.headers import Origin, parse_attempt, parse_origin
+from services.common.kafka.headers import parse_attempt, parse_origin
 from services.common.kafka.publisher import Failure
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.stage import republish, work
 from services.common.stage.inflight import InFlight
 from services.common.stage.ledger import Fetched, Ledger
@@ -69,7 +70,7 @@ async def settled(broker: Broker, outcome: Outcome, value: bytes, key: bytes, he
         value=value,
         headers=[("x", header)],
         event=Event,
-        origin=Origin("task.created", 1, 2),
+        origin=RecordLocation("task.created", 1, 2),
         attempt=4,
     )
     worker.take([record])

@@ -11,7 +11,8 @@ from uuid import UUID
 from google.protobuf.json_format import MessageToDict
 
 from services.common.events import DECODERS, task_id
-from services.common.kafka.headers import Headers, LeftOut, Malformed, Origin, left_out, number, parse_origin
+from services.common.kafka.headers import Headers, LeftOut, Malformed, left_out, number, parse_origin
+from services.common.kafka.topic_partition import RecordLocation
 
 __all__ = ["Letter", "Place", "letter_of", "parse_place", "shown"]
 
@@ -39,7 +40,7 @@ class Letter:
     place: Place
     at_ms: int
     cause: str
-    origin: Origin | None
+    origin: RecordLocation | None
     attempt: int
     key: bytes | None
     left_out: tuple[LeftOut, ...] = ()

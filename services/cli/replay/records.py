@@ -16,12 +16,12 @@ from services.common.kafka.headers import (
     REPLAY_ID,
     Headers,
     Malformed,
-    Origin,
     Return,
     delayed,
     parse_return,
     traceparent,
 )
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import DELAYING, EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names, delay_of
 
 __all__ = ["WORK", "Read", "Seen", "again", "replayable", "see"]
@@ -78,7 +78,7 @@ def again(record: Read, seen: Seen, decision: Decision, replay_id: str, delay_to
     topic = record.topic
     if decision.attempt:
         topic = delay_topic
-        origin = Origin(record.topic, record.partition, record.offset)
+        origin = RecordLocation(record.topic, record.partition, record.offset)
         headers = delayed(headers, origin=origin, attempt=decision.attempt, cause="replayed", due_at_ms=0)
     headers = [header for header in headers if header[0] != REPLAY_ID]
     headers.append((REPLAY_ID, replay_id.encode()))

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any, Protocol
 
+from services.common.kafka.topic_partition import RecordLocation
+
 __all__ = [
     "REPLAY_ID",
     "RESOLUTION",
@@ -31,7 +33,6 @@ __all__ = [
     "Headers",
     "LeftOut",
     "Malformed",
-    "Origin",
     "Return",
     "dead",
     "delayed",
@@ -67,24 +68,12 @@ class Malformed(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a record stood on its event topic (bare name)."""
-
-    topic: str
-    partition: int
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.topic}/{self.partition}/{self.offset}"
-
-
-@dataclass(frozen=True, slots=True)
 class Return:
     """What a delayed record's headers say."""
 
     due_at_ms: int
     attempt: int
-    origin: Origin
+    origin: RecordLocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +134,9 @@ def traceparent(headers: Headers | None) -> bytes | None:
     return None
 
 
-def delayed(headers: Headers | None, *, origin: Origin, attempt: int, cause: str, due_at_ms: int) -> Headers:
+def delayed(
+    headers: Headers | None, *, origin: RecordLocation, attempt: int, cause: str, due_at_ms: int
+) -> Headers:
     """Return the headers of the record that is to come back at `due_at_ms` as `attempt`."""
     return [*_kept(headers), ("due-at", b"%d" % due_at_ms), *_ours(origin, attempt, cause)]
 
@@ -153,7 +144,7 @@ def delayed(headers: Headers | None, *, origin: Origin, attempt: int, cause: str
 def dead(
     headers: Headers | None,
     *,
-    origin: Origin,
+    origin: RecordLocation,
     attempt: int,
     cause: str,
     foreign: bool = False,
@@ -198,7 +189,7 @@ def parse_attempt(headers: Headers | None) -> int:
     return attempt
 
 
-def parse_origin(headers: Headers | None) -> Origin:
+def parse_origin(headers: Headers | None) -> RecordLocation:
     """Return where a delayed or dead record stood at first. Raises Malformed, naming the header."""
     return _origin({name: value for name, value in headers or () if name == "origin"})
 
@@ -212,7 +203,7 @@ def _kept(headers: Headers | None) -> Iterable[tuple[str, bytes]]:
     return (header for header in headers or () if header[0] not in _OWN)
 
 
-def _ours(origin: Origin, attempt: int, cause: str) -> Headers:
+def _ours(origin: RecordLocation, attempt: int, cause: str) -> Headers:
     text = cause.encode("utf-8", "backslashreplace")[:_MAX_CAUSE]
     return [("attempt", b"%d" % attempt), ("origin", str(origin).encode()), ("cause", text)]
 
@@ -224,11 +215,11 @@ def _number(found: dict[str, bytes], name: str) -> int:
     return value
 
 
-def _origin(found: dict[str, bytes]) -> Origin:
+def _origin(found: dict[str, bytes]) -> RecordLocation:
     parts = (found.get("origin") or b"").rsplit(b"/", 2)
     # A dead letter carries its origin whatever else does not fit: so the origin has a bound.
     if len(parts) == 3 and 0 < len(parts[0]) <= _MAX_TOPIC and parts[0].isascii():
         partition, offset = number(parts[1]), number(parts[2])
         if partition is not None and offset is not None:
-            return Origin(parts[0].decode("ascii"), partition, offset)
+            return RecordLocation(parts[0].decode("ascii"), partition, offset)
     raise Malformed("origin is not topic/partition/offset")

@@ -8,8 +8,8 @@ from confluent_kafka import KafkaException
 from services.common.config import Settings
 from services.common.kafka.clients import plain_config
 from services.common.kafka.group_description import GroupDescription
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import Names
-from services.common.stage.ledger import Partition
 
 __all__ = ["BrokerView"]
 
@@ -36,7 +36,7 @@ class BrokerView:
         except OSError as error:
             log.warning("the broker cannot be asked for this member's partitions", error=str(error))
 
-    def answer(self) -> frozenset[Partition] | None:
+    def answer(self) -> frozenset[TopicPartition] | None:
         """Return what it owns, once; None while there is no answer, or where the member is not known."""
         if self._asking is None or not self._asking.done():
             return None
@@ -47,5 +47,7 @@ class BrokerView:
             except KafkaException:
                 return None
         for member in members:
-            return frozenset((topic, n) for topic, numbers in member.owned.items() for n in numbers)
+            return frozenset(
+                TopicPartition(topic, n) for topic, numbers in member.owned.items() for n in numbers
+            )
         return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 
+import confluent_kafka
 import structlog
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException
 
 from services.common import telemetry
 from services.common.stage.ledger import Assignment, Ledger
@@ -54,7 +55,7 @@ class Commits:
         except KafkaException as error:
             self._failed(error.args[0])
 
-    def answered(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+    def answered(self, error: KafkaError | None, partitions: list[confluent_kafka.TopicPartition]) -> None:
         """Take the answer to the asynchronous commit; librdkafka calls this inside poll."""
         positions, self._under_way = self._under_way or {}, None
         error = error or next((p.error for p in partitions if p.error is not None), None)
@@ -91,5 +92,5 @@ class Commits:
         log.warning("commit failed", stage=self._stage, error=str(error))
 
 
-def _partitions(positions: Mapping[Assignment, int]) -> list[TopicPartition]:
-    return [TopicPartition(a.topic, a.partition, offset) for a, offset in positions.items()]
+def _partitions(positions: Mapping[Assignment, int]) -> list[confluent_kafka.TopicPartition]:
+    return [confluent_kafka.TopicPartition(a.topic, a.partition, offset) for a, offset in positions.items()]

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from services.common.events import Event
-from services.common.kafka.headers import Headers, Origin
+from services.common.kafka.headers import Headers
+from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 from services.common.stage.delays import FirstSeen
 from services.common.stage.inflight import InFlight
 from services.common.stage.offsets import Offsets
 from services.common.stage.types import Record
 
-__all__ = ["Assignment", "Fetched", "Ledger", "Partition"]
-
-Partition = tuple[str, int]
-"""Full topic name and partition number."""
+__all__ = ["Assignment", "Fetched", "Ledger"]
 
 # What a record costs beside its value's two forms (bytes and message): headers, key, objects.
 _OVERHEAD = 1024
@@ -56,7 +54,7 @@ class Fetched(Record):
         value: bytes | None,
         headers: Headers | None,
         event: Event | None = None,
-        origin: Origin | None = None,
+        origin: RecordLocation | None = None,
         attempt: int = 1,
         traceparent: bytes | None = None,
         fault: str | None = None,
@@ -74,9 +72,10 @@ class Ledger:
 
     def __init__(self, in_flight: InFlight) -> None:
         self.in_flight = in_flight
-        self._live: dict[Partition, Assignment] = {}
+        # Keyed by plain tuples, which equal a TopicPartition: every record is looked up here.
+        self._live: dict[tuple[str, int], Assignment] = {}
 
-    def assign(self, partitions: Iterable[Partition]) -> None:
+    def assign(self, partitions: Iterable[TopicPartition]) -> None:
         """Begin a new assignment of each."""
         for topic, partition in partitions:
             self._live[topic, partition] = Assignment(topic, partition)
@@ -89,7 +88,7 @@ class Ledger:
         """Return the live assignment of a partition, None where it is not owned."""
         return self._live.get((topic, partition))
 
-    def select(self, partitions: Iterable[Partition]) -> list[Assignment]:
+    def select(self, partitions: Iterable[TopicPartition]) -> list[Assignment]:
         """Return the live assignments among these partitions."""
         return [self._live[p] for p in partitions if p in self._live]
 

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+import confluent_kafka
+from confluent_kafka import Consumer, KafkaError, KafkaException
 
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage.commits import Commits
-from services.common.stage.ledger import Ledger, Partition
+from services.common.stage.ledger import Ledger
 
 __all__ = ["Agreement", "Membership", "View"]
 
@@ -37,7 +39,7 @@ class View(Protocol):
     def ask(self, member: str) -> None:
         """Ask what this member owns. Does not block."""
 
-    def answer(self) -> Collection[Partition] | None:
+    def answer(self) -> Collection[TopicPartition] | None:
         """Return the answer, once; None while there is none, or where the member is not known."""
 
 
@@ -46,10 +48,10 @@ class Agreement:
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
-        self._difference: frozenset[Partition] = frozenset()
+        self._difference: frozenset[TopicPartition] = frozenset()
         self._since = self._seen = 0.0
 
-    def broken(self, owned: Collection[Partition], told: Collection[Partition], now: float) -> bool:
+    def broken(self, owned: Collection[TopicPartition], told: Collection[TopicPartition], now: float) -> bool:
         """Return whether these have differed in the same partitions for `patience` seconds by `now`.
 
         What was not looked at for as long begins anew.
@@ -122,7 +124,7 @@ class Membership:
     def _ask(self) -> None:
         self._asked = time.monotonic()
         try:
-            self._consumer.committed([TopicPartition(self._topic, 0)], timeout=1)
+            self._consumer.committed([confluent_kafka.TopicPartition(self._topic, 0)], timeout=1)
             self.assigned()
         except KafkaException as error:
             self._trouble(error.args[0])
@@ -136,7 +138,7 @@ class Membership:
             view.ask(self._consumer.memberid())
         if told is None:
             return False
-        owned = {(a.topic, a.partition) for a in self._ledger.owned()}
+        owned = {TopicPartition(a.topic, a.partition) for a in self._ledger.owned()}
         if owned == set(told) and asked_at > self._doubted_at:
             self._doubted_at, self._patience = None, _DIFFER
         if not self._agreement.broken(owned, told, now):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from services.common.events import Outgoing, encode
 from services.common.kafka import headers
-from services.common.kafka.headers import LeftOut, Origin
+from services.common.kafka.headers import LeftOut
+from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import Names
 from services.common.stage.ledger import Fetched
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
@@ -80,5 +81,5 @@ class Render:
         return Outgoing(self._dead, key, value, carried)  # type: ignore[arg-type]
 
 
-def _origin(record: Fetched) -> Origin:
-    return record.origin or Origin(record.topic, record.assignment.partition, record.offset)
+def _origin(record: Fetched) -> RecordLocation:
+    return record.origin or RecordLocation(record.topic, record.assignment.partition, record.offset)

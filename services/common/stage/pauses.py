@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from confluent_kafka import TopicPartition
+import confluent_kafka
 
 from services.common import telemetry
 from services.common.stage.intake import Intake
@@ -19,10 +19,10 @@ _PATIENCE = 0.25
 
 
 class _Pausable(Protocol):
-    def pause(self, partitions: list[TopicPartition]) -> None: ...
-    def resume(self, partitions: list[TopicPartition]) -> None: ...
-    def seek(self, partition: TopicPartition) -> None: ...
-    def get_watermark_offsets(self, partition: TopicPartition, *, cached: bool) -> Any: ...
+    def pause(self, partitions: list[confluent_kafka.TopicPartition]) -> None: ...
+    def resume(self, partitions: list[confluent_kafka.TopicPartition]) -> None: ...
+    def seek(self, partition: confluent_kafka.TopicPartition) -> None: ...
+    def get_watermark_offsets(self, partition: confluent_kafka.TopicPartition, *, cached: bool) -> Any: ...
 
 
 class Pauses:
@@ -54,7 +54,7 @@ class Pauses:
         """Pause all."""
         self._set(True)
 
-    def assigned(self, partitions: list[TopicPartition]) -> None:
+    def assigned(self, partitions: list[confluent_kafka.TopicPartition]) -> None:
         """Bring partitions that were just assigned into line."""
         if partitions:
             # librdkafka remembers a pause across assignments: a partition that left paused would stay so.
@@ -67,7 +67,7 @@ class Pauses:
         held = self._intake.take_held()
         for assignment, offset in held:
             self._apply([assignment])
-            head = TopicPartition(assignment.topic, assignment.partition, offset)
+            head = confluent_kafka.TopicPartition(assignment.topic, assignment.partition, offset)
             self.consumer.seek(head)
             # As the last fetch said: no question to the broker.
             _, end = self.consumer.get_watermark_offsets(head, cached=True)
@@ -89,15 +89,17 @@ class Pauses:
             self._apply(self._ledger.owned())
 
     def _apply(self, assignments: Collection[Assignment]) -> None:
-        pause: list[TopicPartition] = []
-        resume: list[TopicPartition] = []
+        pause: list[confluent_kafka.TopicPartition] = []
+        resume: list[confluent_kafka.TopicPartition] = []
         for assignment in assignments:
             if not assignment.live:
                 continue
             wanted = self.resting or assignment.held_until is not None
             if wanted != assignment.paused:
                 assignment.paused = wanted
-                (pause if wanted else resume).append(TopicPartition(assignment.topic, assignment.partition))
+                (pause if wanted else resume).append(
+                    confluent_kafka.TopicPartition(assignment.topic, assignment.partition)
+                )
         if pause:
             self.consumer.pause(pause)
         if resume:

@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import confluent_kafka
 import structlog
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 
 from services.common import telemetry
 from services.common.kafka.clients import Overheard
 from services.common.kafka.pace import FETCH, Pace
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage.commits import Commits
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
@@ -210,17 +212,17 @@ class Poller:
 
     # --- rebalances: called by librdkafka inside poll, consume and close ------------------------
 
-    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_assign(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
         self._count("assigned", partitions)
-        self._ledger.assign((p.topic, p.partition) for p in partitions)
+        self._ledger.assign(_keys(partitions))
         consumer.incremental_assign(partitions)
         self._pauses.assigned(partitions)
         self._membership.assigned()
         self._owned_gauge.set(len(self._ledger.owned()))
 
-    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
         self._count("revoked", partitions)
-        leaving = self._ledger.select((p.topic, p.partition) for p in partitions)
+        leaving = self._ledger.select(_keys(partitions))
         deadline = time.monotonic() + (0 if self._stopping else self._revoke_seconds)
         self._settle(leaving, deadline)
         stuck = [assignment for assignment in leaving if len(assignment.offsets)]
@@ -231,9 +233,9 @@ class Poller:
             self._cancel(stuck, 0)
         consumer.incremental_unassign(partitions)
 
-    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_lost(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
         self._count("lost", partitions)
-        leaving = self._ledger.select((p.topic, p.partition) for p in partitions)
+        leaving = self._ledger.select(_keys(partitions))
         self._membership.lost()
         self._leave(leaving)
         # Another replica may have them by now. What is under way may still come to its end, as it may when
@@ -258,7 +260,7 @@ class Poller:
             self._wake.wait(min(left, 0.5))
         self._sleeping = False
 
-    def _count(self, kind: str, partitions: list[TopicPartition]) -> None:
+    def _count(self, kind: str, partitions: list[confluent_kafka.TopicPartition]) -> None:
         telemetry.STAGE_REBALANCES.labels(self._stage, kind).inc()
         log.info("partitions " + kind, stage=self._stage, count=len(partitions))
 
@@ -300,3 +302,7 @@ class Poller:
         if now >= self._errors.get(error.code(), ("", 0.0))[1]:
             log.warning("consumer", stage=self._stage, error=error.str())
         self._errors[error.code()] = (error.str(), now + _ERROR_LASTS)
+
+
+def _keys(partitions: list[confluent_kafka.TopicPartition]) -> list[TopicPartition]:
+    return [TopicPartition(partition.topic, partition.partition) for partition in partitions]

@@ -1,0 +1,30 @@
+"""Where records are: `TopicPartition` names a partition, `RecordLocation` one record in it.
+
+They are plain tuples, so that pure code needs no Kafka client; confluent_kafka has a class of its own named
+TopicPartition, which also carries an offset and an error. Either takes a topic's full name or its bare one;
+each use says which.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["RecordLocation", "TopicPartition"]
+
+
+class TopicPartition(NamedTuple):
+    """One partition of a topic."""
+
+    topic: str
+    partition: int
+
+
+class RecordLocation(NamedTuple):
+    """One record: its topic, its partition and its offset there. Its text is `topic/partition/offset`."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}/{self.partition}/{self.offset}"
