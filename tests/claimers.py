@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
 from services.common.deliveries.decide import Claim, Taken, Wait
 from services.common.deliveries.rows import owner_tokens
 from services.sender.claims import Claims
@@ -30,7 +30,7 @@ def everyone(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 def claim_all(url: str, ids: list[bytes], seed: int, threads: int) -> list[bytes]:
     """Claim all ids in random batches on several threads; return those that were taken, once a claim."""
-    engine = engine_of(url, pool_size=threads)
+    engine = make_engine(url, pool_size=threads)
     claims, mine = Claims(engine, 60, hold=False), owner_tokens()
 
     def work(number: int) -> list[bytes]:

@@ -7,10 +7,10 @@ import asyncio
 import structlog
 from sqlalchemy import Engine
 
-from services.common.database_errors import transient
+from services.api.metrics import OUTBOX_DUE, OUTBOX_OLDEST_SECONDS
+from services.common.database.errors import transient
+from services.common.database.transactions import transaction
 from services.common.health import Degraded
-from services.common.telemetry import OUTBOX_DUE, OUTBOX_OLDEST_SECONDS
-from services.common.transactions import transaction
 from services.common.unpublished import Unpublished, unpublished
 
 __all__ = ["Backlog"]

@@ -19,7 +19,7 @@ from services.api.errors import Refused, Violation
 from services.api.times import micros
 from services.api.validation import label_problems
 from services.common.addresses import ascii_domain, normalise
-from services.common.schema import STATUSES
+from services.common.database.tables import STATUSES
 
 __all__ = ["Filter", "Request", "parse"]
 

@@ -27,6 +27,7 @@ from services.api.errors import (
     too_long_for_database,
 )
 from services.api.metadata import Metadata, idempotency_key
+from services.api.metrics import API_REQUESTS, API_SECONDS
 from services.api.reader import Reader
 from services.api.recorder import Recorder
 from services.api.relay import Creation, Recording
@@ -34,8 +35,7 @@ from services.api.trace import traceparent
 from services.api.validation import creation, task_id
 from services.api.views import recorded
 from services.api.watch.watching import Watches
-from services.common.database_errors import said, too_long
-from services.common.telemetry import API_REQUESTS, API_SECONDS
+from services.common.database.errors import error_text, too_long
 
 __all__ = ["SERVICE", "TaskService"]
 
@@ -268,7 +268,7 @@ def _problem(rpc: str, error: BaseException) -> Problem:
     if not isinstance(error, Exception):
         raise error
     if too_long(error):
-        log.error("not recorded", rpc=rpc, error=said(error))
+        log.error("not recorded", rpc=rpc, error=error_text(error))
         return too_long_for_database()
     log.error("unexpected", rpc=rpc, exc_info=error)
     return internal()

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
-from services.common.statements import execute_rows, marks
+from services.common.database.bulk import execute_rows, placeholders
 from services.common.unpublished import LEASE
 
 __all__ = [
@@ -120,7 +120,7 @@ def delete(connection: Connection, items: Sequence[Item]) -> None:
     """Remove items that were published; those that are gone already are no error."""
     for (kind, epoch), ids in _by_event(items):
         connection.exec_driver_sql(
-            f"DELETE FROM outbox WHERE task_id IN ({marks(len(ids))}) AND kind = %s AND epoch = %s",
+            f"DELETE FROM outbox WHERE task_id IN ({placeholders(len(ids))}) AND kind = %s AND epoch = %s",
             (*ids, kind, epoch),
         )
 
@@ -149,7 +149,7 @@ def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
     for (kind, epoch), ids in _by_event(items):
         connection.exec_driver_sql(
             f"UPDATE outbox SET available_at = UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND"
-            f" WHERE task_id IN ({marks(len(ids))}) AND kind = %s AND epoch = %s",
+            f" WHERE task_id IN ({placeholders(len(ids))}) AND kind = %s AND epoch = %s",
             (*ids, kind, epoch),
         )
 

@@ -16,8 +16,8 @@ from sqlalchemy import Connection
 from postroad.v1 import task_pb2
 from services.api import uuid7, views
 from services.api.filters import Filter
-from services.common.schema import STATUSES
-from services.common.statements import marks
+from services.common.database.bulk import placeholders
+from services.common.database.tables import STATUSES
 
 __all__ = ["count", "count_statement", "get", "page", "statement", "tasks_of"]
 
@@ -51,7 +51,7 @@ def tasks_of(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, task_p
     """Return the tasks with these ids that there are; blocks."""
     if not ids:
         return {}
-    rows = connection.exec_driver_sql(f"{_TASKS} ({marks(len(ids))})", tuple(ids)).all()
+    rows = connection.exec_driver_sql(f"{_TASKS} ({placeholders(len(ids))})", tuple(ids)).all()
     return {bytes(row[0]): views.task(row) for row in rows}
 
 
@@ -143,7 +143,7 @@ def _conditions(tenant: str, asked: Filter) -> tuple[str | None, list[tuple[str,
 
 
 def _any_of(statuses: Sequence[str]) -> tuple[str, Any]:
-    return f"status IN ({marks(len(statuses))})", tuple(statuses)
+    return f"status IN ({placeholders(len(statuses))})", tuple(statuses)
 
 
 def _walk(

@@ -12,8 +12,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.api.errors import PATIENCE, overloaded, unavailable
-from services.common.database_errors import said, transient
-from services.common.transactions import transaction
+from services.common.database.errors import error_text, transient
+from services.common.database.transactions import transaction
 
 __all__ = ["THREADS", "Reader"]
 
@@ -58,7 +58,7 @@ class Reader:
     def _done(self, work: asyncio.Future[R]) -> None:
         self._waiting -= 1
         if not work.cancelled() and (error := work.exception()) is not None:
-            log.warning("query failed", error=said(error))
+            log.warning("query failed", error=error_text(error))
 
     def close(self) -> None:
         """Take no more queries."""

@@ -10,8 +10,8 @@ from grpc_health.v1 import health, health_pb2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.common.database_errors import said
-from services.common.transactions import transaction
+from services.common.database.errors import error_text
+from services.common.database.transactions import transaction
 
 __all__ = ["Readiness"]
 
@@ -56,7 +56,7 @@ class Readiness:
             try:
                 await asyncio.to_thread(transaction, self._engine, _ping)
             except SQLAlchemyError as error:
-                log.warning("the database does not answer", error=said(error))
+                log.warning("the database does not answer", error=error_text(error))
             except Exception:
                 log.exception("the database could not be asked")
             else:

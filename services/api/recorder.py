@@ -23,11 +23,11 @@ from services.api.room import Room
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
-from services.common.database_errors import said, transient
+from services.common.database.errors import error_text, transient
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.fold import delta
-from services.common.schema import from_micros
 from services.common.timeline import timeline
-from services.common.transactions import transaction
 
 __all__ = ["Recorded", "Recorder"]
 
@@ -126,7 +126,7 @@ async def _answer(call: Awaitable[R], patience: float) -> R:
     except SQLAlchemyError as error:
         if not transient(error):
             raise
-        log.warning("not recorded", error=said(error))
+        log.warning("not recorded", error=error_text(error))
         raise unavailable() from None
 
 

@@ -15,12 +15,13 @@ from typing import Generic, TypeAlias, TypeVar
 import structlog
 
 from postroad.v1 import events_pb2 as pb
+from services.api.metrics import API_PUBLISHED, API_RELAY_HELD
 from services.api.outbox import Decided, Item, item_of
 from services.common.batching import Batcher
-from services.common.database_errors import said
+from services.common.database.errors import error_text
 from services.common.events import Outgoing, encode
 from services.common.kafka.publisher import Failure, Publisher
-from services.common.telemetry import API_PUBLISHED, API_RELAY_HELD, STAGE_PUBLISH_FAILURES
+from services.common.stage.metrics import STAGE_PUBLISH_FAILURES
 
 __all__ = ["Creation", "Recording", "Relay"]
 
@@ -134,7 +135,7 @@ class Relay:
             self._let_go(acked)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
-            log.warning("published but still in the outbox", events=len(errors), error=said(errors[0]))
+            log.warning("published but still in the outbox", events=len(errors), error=error_text(errors[0]))
 
     def _let_go(self, items: list[Item]) -> None:
         self._held.difference_update(items)

@@ -14,7 +14,7 @@ from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
 from services.api import outbox, standing
 from services.common import taskstore
-from services.common.schema import from_micros
+from services.common.database.times import from_micros
 
 __all__ = ["Refusal", "Reopened", "reopen"]
 

@@ -24,13 +24,13 @@ from services.api.sweeper import Sweeper
 from services.api.watch.watching import Watches
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
-from services.common.database import engine_of, url_of
-from services.common.database_errors import transient
+from services.common.database.engine import make_engine, url_of
+from services.common.database.errors import transient
+from services.common.database.transactions import transaction
 from services.common.health import Degraded
 from services.common.kafka.cluster_check import ClusterCheck
 from services.common.kafka.publisher import Publisher
 from services.common.kafka.topics import EVENT_TOPICS, Names
-from services.common.transactions import transaction
 
 __all__ = ["ApiService", "build"]
 
@@ -54,7 +54,7 @@ class ApiService:
             tenants = Tenants(settings.api_tokens.get_secret_value())
         with refused("database_url"):
             url = url_of(settings.database_url)
-        self._engine = engine_of(url, _CONNECTIONS)
+        self._engine = make_engine(url, _CONNECTIONS)
         self._publisher = Publisher(settings, "postroad.api")
         self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
         most, most_bytes = settings.max_in_flight, settings.max_in_flight_bytes

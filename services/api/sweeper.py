@@ -16,17 +16,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from postroad.v1 import events_pb2 as pb
 from services.api import outbox
+from services.api.metrics import API_PUBLISHED
 from services.api.outbox import CANCELLED, CREATED, OUTCOME, Decided, Item
 from services.api.relay import Relay
 from services.api.trace import traceparent
 from services.common import taskstore
-from services.common.database_errors import transient
+from services.common.database.errors import transient
+from services.common.database.times import to_micros
+from services.common.database.transactions import transaction
 from services.common.events import encode, event_key
 from services.common.kafka.publisher import Publisher
 from services.common.kafka.topics import MAIL_FAILED, MAIL_SENT
-from services.common.schema import to_micros
-from services.common.telemetry import API_PUBLISHED, STAGE_PUBLISH_FAILURES
-from services.common.transactions import transaction
+from services.common.stage.metrics import STAGE_PUBLISH_FAILURES
 
 __all__ = ["Sweeper", "chunks", "rebuilt"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sqlalchemy import URL
 
 from services.cli.errors import USAGE, Failure
-from services.common import database
 from services.common.config import Settings
+from services.common.database import engine
 
 __all__ = ["url_of"]
 
@@ -14,6 +14,6 @@ __all__ = ["url_of"]
 def url_of(settings: Settings) -> URL:
     """Return the database's URL; raises Failure, which has no password in it, where it is none of ours."""
     try:
-        return database.url_of(settings.database_url)
+        return engine.url_of(settings.database_url)
     except ValueError as error:
         raise Failure(f"POSTROAD_DATABASE_URL (--database): {error}", USAGE) from None

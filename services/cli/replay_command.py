@@ -248,9 +248,9 @@ def _say_refused(record: Read, why: str) -> None:
 @contextmanager
 def _engine(settings: Settings) -> Iterator[Engine]:
     from services.cli.database import url_of  # noqa: PLC0415
-    from services.common.database import engine_of  # noqa: PLC0415
+    from services.common.database.engine import make_engine  # noqa: PLC0415
 
-    engine = engine_of(url_of(settings), pool_size=1)
+    engine = make_engine(url_of(settings), pool_size=1)
     try:
         yield engine
     finally:

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 from google.protobuf.message import Message
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.tables import INT_MAX, tasks, widths
+from services.common.database.times import from_micros
 from services.common.events import Event, task_id
-from services.common.schema import INT_MAX, from_micros, tasks, widths
 
 __all__ = ["EPOCH_SHIFT", "Row", "delta", "fold", "merge"]
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from services.common.config import Settings, misspelt, refusals, settings
 from services.common.health import HealthServer, Heartbeat
-from services.common.telemetry import configure_logs
+from services.common.logs import configure_logs
 
 __all__ = ["Service", "main"]
 

@@ -14,10 +14,10 @@ from typing import NamedTuple, cast
 from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.bulk import execute_rows, placeholders
+from services.common.database.times import to_micros
 from services.common.events import CREATED_KEY
 from services.common.fold import EPOCH_SHIFT, Row, merge
-from services.common.schema import to_micros
-from services.common.statements import execute_rows, marks
 from services.common.timeline import Entry
 
 __all__ = [
@@ -139,7 +139,7 @@ def owners_of_keys(
             # Given many pairs, or left the choice, an optimiser would read the whole table.
             found = connection.exec_driver_sql(
                 "SELECT idempotency_key, id, request_hash FROM tasks FORCE INDEX (tasks_by_key)"
-                f" WHERE tenant = %s AND idempotency_key IN ({marks(len(part))})",
+                f" WHERE tenant = %s AND idempotency_key IN ({placeholders(len(part))})",
                 (tenant, *part),
             )
             for key, id_, hash_ in found:
@@ -158,7 +158,7 @@ def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.M
     found = connection.exec_driver_sql(
         "SELECT id, tenant, idempotency_key, request_hash, recipient, domain, subject, labels, created_at,"
         " body, html, headers FROM tasks LEFT JOIN task_bodies ON task_id = id"
-        f" WHERE id IN ({marks(len(ids))}) AND created_at IS NOT NULL",
+        f" WHERE id IN ({placeholders(len(ids))}) AND created_at IS NOT NULL",
         tuple(ids),
     )
     tasks = {}
@@ -188,7 +188,7 @@ def send_times(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, int]
     if not ids:
         return {}
     found = connection.exec_driver_sql(
-        f"SELECT task_id, next_attempt_at FROM task_events WHERE task_id IN ({marks(len(ids))})"
+        f"SELECT task_id, next_attempt_at FROM task_events WHERE task_id IN ({placeholders(len(ids))})"
         " AND event_id = %s AND next_attempt_at IS NOT NULL",
         (*ids, CREATED_KEY),
     )
@@ -201,7 +201,7 @@ def sizes_of_bodies(connection: Connection, ids: Sequence[bytes]) -> dict[bytes,
         return {}
     parts = [f"COALESCE(OCTET_LENGTH({column}), 0)" for column in ("body", "html", "headers")]
     found = connection.exec_driver_sql(
-        f"SELECT task_id, {' + '.join(parts)} FROM task_bodies WHERE task_id IN ({marks(len(ids))})",
+        f"SELECT task_id, {' + '.join(parts)} FROM task_bodies WHERE task_id IN ({placeholders(len(ids))})",
         tuple(ids),
     )
     return {bytes(id_): int(size) for id_, size in found}
@@ -216,7 +216,7 @@ def load_events(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> di
     for event_id, ids in by_event.items():
         found = connection.exec_driver_sql(
             f"SELECT {', '.join(Entry._fields)} FROM task_events"
-            f" WHERE task_id IN ({marks(len(ids))}) AND event_id = %s",
+            f" WHERE task_id IN ({placeholders(len(ids))}) AND event_id = %s",
             (*ids, event_id),
         )
         lines.update({(bytes(id_), event_id): Entry(bytes(id_), *line) for id_, *line in found})
@@ -254,5 +254,7 @@ def purge_bodies(connection: Connection, before: datetime, limit: int = 500) -> 
     )
     ids = tuple(bytes(id_) for (id_,) in found)
     if ids:
-        connection.exec_driver_sql(f"DELETE FROM task_bodies WHERE task_id IN ({marks(len(ids))})", ids)
+        connection.exec_driver_sql(
+            f"DELETE FROM task_bodies WHERE task_id IN ({placeholders(len(ids))})", ids
+        )
     return len(ids)

@@ -6,9 +6,10 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.tables import INT_MAX, task_events, widths
+from services.common.database.times import from_micros
 from services.common.deliveries.decide import NOT_SENT
 from services.common.events import Event, event_key, task_id
-from services.common.schema import INT_MAX, from_micros, task_events, widths
 
 __all__ = ["Entry", "timeline"]
 

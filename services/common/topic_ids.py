@@ -14,7 +14,7 @@ from confluent_kafka import TopicCollection
 from confluent_kafka.admin import AdminClient
 from sqlalchemy import Connection
 
-from services.common.statements import marks
+from services.common.database.bulk import placeholders
 
 __all__ = ["note", "recreated", "topic_ids"]
 
@@ -53,7 +53,7 @@ def recreated(connection: Connection, ids: Mapping[str, bytes], days: int) -> di
     """
     found = connection.exec_driver_sql(
         "SELECT topic, id, seen_at FROM topic_ids AS present"
-        f" WHERE topic IN ({marks(len(ids))}) AND seen_at > UTC_TIMESTAMP(6) - INTERVAL {days:d} DAY"
+        f" WHERE topic IN ({placeholders(len(ids))}) AND seen_at > UTC_TIMESTAMP(6) - INTERVAL {days:d} DAY"
         " AND EXISTS (SELECT 1 FROM topic_ids AS former WHERE former.topic = present.topic"
         " AND former.id <> present.id AND former.seen_at <= present.seen_at)",
         tuple(ids),

@@ -11,9 +11,9 @@ from typing import Protocol, TypeVar
 import structlog
 
 from services.common.batching import Batcher
-from services.common.database_errors import at_fault, said
+from services.common.database.errors import at_fault, error_text
+from services.common.database.transactions import retry_until_available
 from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Verdict
-from services.common.transactions import until_back
 
 __all__ = ["AsyncClaims", "BlockingClaims"]
 
@@ -107,17 +107,17 @@ class AsyncClaims:
             if not at_fault(error):
                 raise
             self._notice(error)
-            result = await until_back(self._notice, at_fault, most=_AGAIN)(call, item)
+            result = await retry_until_available(self._notice, at_fault, most=_AGAIN)(call, item)
         self._answered()
         return result
 
     def _notice(self, error: BaseException) -> None:
         if self.trouble is None:
-            log.warning("the database is away", error=said(error))
+            log.warning("the database is away", error=error_text(error))
         self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
-        self._trouble, self._trouble_at = said(error), time.monotonic()
+        self._trouble, self._trouble_at = error_text(error), time.monotonic()
         self._forbid_take_over()
 
     def _forbid_take_over(self) -> None:

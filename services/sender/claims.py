@@ -18,6 +18,8 @@ from operator import attrgetter
 
 from sqlalchemy import Connection, Engine
 
+from services.common.database.bulk import execute_rows, placeholders
+from services.common.database.transactions import transaction
 from services.common.deliveries.decide import (
     Cancel,
     Claim,
@@ -31,8 +33,6 @@ from services.common.deliveries.decide import (
     settlement,
 )
 from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, locked, store
-from services.common.statements import execute_rows, marks
-from services.common.transactions import transaction
 
 __all__ = ["Claims"]
 
@@ -159,7 +159,8 @@ class Claims:
 
 def _mine(rows: Sequence[Delivery]) -> str:
     # An owner token is one row's: two lists find the same rows as one list of pairs, and by the index.
-    return f"WHERE task_id IN ({marks(len(rows))}) AND owner IN ({marks(len(rows))}) AND state = 'sending'"
+    several = placeholders(len(rows))
+    return f"WHERE task_id IN ({several}) AND owner IN ({several}) AND state = 'sending'"
 
 
 def _ids_and_owners(rows: Sequence[Delivery]) -> tuple[bytes, ...]:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from uuid import UUID
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.tables import deliveries, widths
 from services.common.header_fields import mailbox
-from services.common.schema import deliveries, widths
 from services.sender.headers import address
 from services.sender.message import build
 from services.sender.smtp_transaction import check_mail

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from services.common.database_errors import said
+from services.common.database.errors import error_text
 from services.common.deliveries.decide import Delivery
-from services.common.telemetry import SENDER_LEASES_LOST
+from services.sender.metrics import SENDER_LEASES_LOST
 
 __all__ = ["Lease", "Leases"]
 
@@ -82,7 +82,7 @@ class Leases:
                 pause = self._seconds / 4 if known else min(self._seconds / 4, _AGAIN)
             except Exception as error:
                 pause = min(self._seconds / 4, _AGAIN)
-                log.warning("leases not renewed", leases=len(self._held), error=said(error))
+                log.warning("leases not renewed", leases=len(self._held), error=error_text(error))
 
     async def renew(self) -> bool:
         """Renew all leases in hand once; return whether it is known of each what became of it.

@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.common.config import SETTLE_SECONDS, Settings, refused, variable
-from services.common.database import engine_of, url_of
+from services.common.database.engine import make_engine, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.forms import is_loopback, without_line_end
 from services.common.stage.runtime import StageRuntime
-from services.common.telemetry import (
+from services.sender.async_claims import AsyncClaims
+from services.sender.claims import Claims
+from services.sender.client_name import own_name
+from services.sender.composer import Composer
+from services.sender.leases import Leases
+from services.sender.metrics import (
     SENDER_CLAIMS,
     SENDER_DOMAINS,
     SENDER_RELAY_TROUBLE,
     SENDER_RELAY_UP,
     SENDER_SESSIONS,
 )
-from services.sender.async_claims import AsyncClaims
-from services.sender.claims import Claims
-from services.sender.client_name import own_name
-from services.sender.composer import Composer
-from services.sender.leases import Leases
 from services.sender.oauth import OAuthTokens
 from services.sender.policy import Policy
 from services.sender.replies import NotSent
@@ -57,7 +57,7 @@ class SenderService:
         relay = relay_of(settings, self._tokens, client_name)
         # One connection each to claim, to settle and to renew.
         # A renewal that is not answered must leave time for another one.
-        self._engine = engine_of(url, pool_size=3, read_seconds=max(1, int(settings.lease_seconds / 4)))
+        self._engine = make_engine(url, pool_size=3, read_seconds=max(1, int(settings.lease_seconds / 4)))
         self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold, settings.max_resends))
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
         self._pool = SmtpPool(

@@ -35,7 +35,12 @@ from services.common.events import DECODERS, Event
 from services.common.kafka import topics
 from services.common.stage.delays import schedule
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
-from services.common.telemetry import (
+from services.sender import replies
+from services.sender.answers import answer, found_in_doubt
+from services.sender.async_claims import AsyncClaims
+from services.sender.composer import Composer
+from services.sender.leases import Leases
+from services.sender.metrics import (
     SENDER_CROWDED,
     SENDER_FENCED,
     SENDER_IN_DOUBT,
@@ -43,11 +48,6 @@ from services.common.telemetry import (
     SENDER_SECONDS,
     SENDER_SKIPPED,
 )
-from services.sender import replies
-from services.sender.answers import answer, found_in_doubt
-from services.sender.async_claims import AsyncClaims
-from services.sender.composer import Composer
-from services.sender.leases import Leases
 from services.sender.policy import Policy
 from services.sender.slots import Crowded, Slots
 from services.sender.smtp import SendCancelled

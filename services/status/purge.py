@@ -10,11 +10,11 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.common.database_errors import said
-from services.common.schema import from_micros
+from services.common.database.errors import error_text
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.taskstore import purge_bodies
-from services.common.telemetry import STATUS_BODIES_PURGED
-from services.common.transactions import transaction
+from services.status.metrics import STATUS_BODIES_PURGED
 
 __all__ = ["purge", "purge_forever"]
 
@@ -45,7 +45,7 @@ async def purge_forever(engine: Engine, retention_seconds: int) -> None:
         try:
             purged = await asyncio.to_thread(purge, engine, retention_seconds, time.time_ns() // 1000)
         except SQLAlchemyError as error:
-            log.warning("bodies were not purged", error=said(error))
+            log.warning("bodies were not purged", error=error_text(error))
         except Exception:
             log.exception("bodies were not purged")
         else:

@@ -7,7 +7,7 @@ import asyncio
 from sqlalchemy import Engine
 
 from services.common.config import Settings, refused
-from services.common.database import engine_of, url_of
+from services.common.database.engine import make_engine, url_of
 from services.common.stage.runtime import StageRuntime
 from services.status.purge import purge_forever
 from services.status.stage import Status, stage
@@ -56,4 +56,4 @@ async def build(settings: Settings) -> StatusService:
     with refused("database_url"):
         url = url_of(settings.database_url)
     # One connection folds, one is for what runs beside it.
-    return StatusService(settings, engine_of(url, pool_size=2))
+    return StatusService(settings, make_engine(url, pool_size=2))

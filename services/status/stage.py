@@ -9,7 +9,8 @@ from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
 from services.common.batching import Batcher
-from services.common.database_errors import at_fault, said, transient
+from services.common.database.errors import at_fault, error_text, transient
+from services.common.database.transactions import retry_until_available, transaction
 from services.common.deliveries.refusals import refuse
 from services.common.events import DECODERS, Event
 from services.common.fold import delta
@@ -17,7 +18,6 @@ from services.common.kafka import topics
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import timeline
-from services.common.transactions import transaction, until_back
 
 __all__ = ["Status", "stage"]
 
@@ -47,7 +47,7 @@ class Status:
                 raise
             self._noticed(error)
             # Not from the start: the policy costs as much as the fold of a small batch.
-            outcomes = await until_back(self._noticed)(self._fold, events)
+            outcomes = await retry_until_available(self._noticed)(self._fold, events)
         self._problem = None
         return outcomes
 
@@ -88,7 +88,7 @@ class Status:
 
 
 def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {said(error)}"
+    return f"{type(error).__name__}: {error_text(error)}"
 
 
 def stage(status: Status) -> Stage:

@@ -11,10 +11,10 @@ from sqlalchemy.exc import DBAPIError
 
 from services.common import topic_ids
 from services.common.config import Settings
-from services.common.database_errors import said
+from services.common.database.errors import error_text
+from services.common.database.transactions import transaction
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka.topics import EVENT_TOPICS, Names
-from services.common.transactions import transaction
 
 __all__ = ["note_topic_ids"]
 
@@ -31,7 +31,7 @@ async def note_topic_ids(engine: Engine, settings: Settings) -> None:
         except KafkaException as error:
             log.info("topic ids not noted", error=str(error))
         except DBAPIError as error:
-            log.info("topic ids not noted", error=said(error))
+            log.info("topic ids not noted", error=error_text(error))
         else:
             return
         await asyncio.sleep(_AGAIN)

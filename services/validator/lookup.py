@@ -22,7 +22,7 @@ from dns.rdtypes.ANY.MX import MX
 from dns.rdtypes.IN.A import A
 from dns.rdtypes.IN.AAAA import AAAA
 
-from services.common.telemetry import VALIDATOR_LOOKUP_SECONDS
+from services.validator.metrics import VALIDATOR_LOOKUP_SECONDS
 from services.validator.mx import (
     Address,
     Answer,

@@ -12,8 +12,8 @@ from postroad.v1 import events_pb2 as pb
 from services.common.events import DECODERS
 from services.common.kafka import topics
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
-from services.common.telemetry import VALIDATOR_VERDICTS
 from services.validator.cache import VerdictCache
+from services.validator.metrics import VALIDATOR_VERDICTS
 from services.validator.mx import Kind, Reason, Verdict
 
 __all__ = ["Validator", "stage"]

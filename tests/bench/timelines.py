@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from services.common.database import engine_of
-from services.common.statements import marks
-from services.common.transactions import transaction
+from services.common.database.bulk import placeholders
+from services.common.database.engine import make_engine
+from services.common.database.transactions import transaction
 
 __all__ = ["LIFE", "Sample"]
 
@@ -20,7 +20,7 @@ class Sample(threading.Thread):
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
-        self._engine = engine_of(url)
+        self._engine = make_engine(url)
         self._open: dict[bytes, set[str]] = {}
         self._told: dict[tuple[bytes, str], float] = {}
         self._folded: dict[tuple[bytes, str], float] = {}
@@ -48,7 +48,7 @@ class Sample(threading.Thread):
 
     def _look(self, ids: list[bytes]) -> None:
         lines = "SELECT task_id, kind FROM task_events WHERE kind <> 'created' AND task_id IN"
-        sql = f"{lines} ({marks(len(ids))})"
+        sql = f"{lines} ({placeholders(len(ids))})"
         rows = transaction(self._engine, lambda c: c.exec_driver_sql(sql, tuple(ids)).all())
         now = time.time()
         for id_, kind in rows:

@@ -21,7 +21,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import events_pb2
 from services.common import taskstore
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
 from services.common.events import encode
 from services.common.kafka.headers import dead
 from services.common.kafka.topic_partition import RecordLocation
@@ -78,7 +78,7 @@ class Field:
         self.doubtful = [self.road.create("drop-lost-always@good.test") for _ in range(4)]
         self.replay = ""
         self._lags: dict[str, Future[Done]] = {}
-        self._engine = engine_of(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
+        self._engine = make_engine(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
 
     def close(self) -> None:
         """Let go of what it has open."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
 from tests import forked
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
@@ -47,7 +47,7 @@ def one(engine: Engine, query: str) -> Any:
 def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) -> None:
     stack = new_stack(POSTROAD_SENDER_DELAYS="1,2", POSTROAD_VALIDATOR_DELAYS="1,2")
     stack.up()
-    engine = engine_of(stack.env()["POSTROAD_DATABASE_URL"])
+    engine = make_engine(stack.env()["POSTROAD_DATABASE_URL"])
     with Road(stack) as road:
         emails = [ENDS[n % 4].format(n) for n in range(TASKS)]
         ids = road.create_many(emails, "before")

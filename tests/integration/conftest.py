@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
 from tests.integration.stage_kit import Kit
 from tests.stack import Infra
 
@@ -30,7 +30,7 @@ def database_url(server: Infra) -> str:
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
     """An engine on a migrated database of the test's own."""
-    engine = engine_of(database_url)
+    engine = make_engine(database_url)
     yield engine
     engine.dispose()
 

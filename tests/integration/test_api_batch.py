@@ -12,7 +12,7 @@ import pytest
 
 from postroad.v1.task_service_pb2 import BatchCreateRequest, CountRequest
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
-from services.common.schema import STATUSES
+from services.common.database.tables import STATUSES
 from tests.api_process import ApiProcess, Road, eventually, request
 from tests.stack import Infra
 

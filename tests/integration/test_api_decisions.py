@@ -21,7 +21,9 @@ from services.api.reader import Reader
 from services.api.reopening import Refusal, Reopened, reopen
 from services.api.resolving import Resolution, Unresolved, resolve
 from services.common import taskstore
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.deliveries.decide import (
     IN_DOUBT,
     NOT_SENT,
@@ -38,10 +40,8 @@ from services.common.deliveries.refusals import refuse
 from services.common.deliveries.rows import COLUMNS, owner_tokens
 from services.common.events import Event, encode
 from services.common.fold import Row, delta, fold
-from services.common.schema import from_micros
 from services.common.stage.types import Done
 from services.common.timeline import timeline
-from services.common.transactions import transaction
 from services.sender.answers import answer
 from services.sender.claims import Claims
 from tests.api_process import free_port
@@ -649,7 +649,7 @@ async def test_what_is_decided_is_published_at_once(book: Book) -> None:
 
 async def test_without_the_database_the_answer_is_unavailable(book: Book) -> None:
     id_ = book.create()
-    engine = engine_of(book.engine.url.set(port=free_port()))
+    engine = make_engine(book.engine.url.set(port=free_port()))
     with Asking(engine) as asking:
         for ask in (asking.decider.cancel, asking.decider.retry):
             began = time.monotonic()

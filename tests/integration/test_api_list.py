@@ -17,11 +17,12 @@ from sqlalchemy import Connection, Engine
 
 from services.api import queries, uuid7
 from services.api.filters import Filter
-from services.common.database import engine_of
+from services.common.database.bulk import execute_rows
+from services.common.database.engine import make_engine
+from services.common.database.tables import STATUSES
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.fold import Row
-from services.common.schema import STATUSES, from_micros
-from services.common.statements import execute_rows
-from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road
 from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
@@ -70,7 +71,7 @@ def row(number: int, chance: random.Random) -> Row:
 def large(request: pytest.FixtureRequest) -> Iterator[Table]:
     server: Infra = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb")
     url = server.migrated_database()
-    engine = engine_of(url)
+    engine = make_engine(url)
     chance = random.Random(1)
     rows = [row(number, chance) for number in range(ROWS)]
     head = f"INSERT INTO tasks ({', '.join(Row._fields)}) VALUES"

@@ -13,18 +13,18 @@ from sqlalchemy.exc import DBAPIError
 
 from postroad.v1 import events_pb2, task_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
-from services.api import backlog, outbox, queries, sweeper, uuid7, views
+from services.api import backlog, metrics, outbox, queries, sweeper, uuid7, views
 from services.api.errors import Problem
 from services.api.recorder import Recorder
 from services.api.relay import Creation, Recording
 from services.api.validation import creation
-from services.common import taskstore, telemetry
+from services.common import taskstore
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.events import encode
 from services.common.fold import delta
 from services.common.health import Degraded
-from services.common.schema import from_micros
 from services.common.timeline import timeline
-from services.common.transactions import transaction
 from services.common.unpublished import Unpublished, unpublished
 from tests.integration.stage_kit import until
 
@@ -316,7 +316,7 @@ async def test_events_that_wait_for_long_are_a_problem_with_which_the_api_is_rea
     transaction(engine, lambda c: outbox.put(c, [outbox.created(CLOCK.draw()[0])]))
     run = asyncio.create_task(watched.run())
     try:
-        await until(lambda: telemetry.OUTBOX_DUE._value.get() == 1)
+        await until(lambda: metrics.OUTBOX_DUE._value.get() == 1)
         assert watched.problems() == []
         older = "UPDATE outbox SET due_at = due_at - INTERVAL 90 SECOND"
         transaction(engine, lambda c: c.exec_driver_sql(older))
@@ -324,7 +324,7 @@ async def test_events_that_wait_for_long_are_a_problem_with_which_the_api_is_rea
         [problem] = watched.problems()
         assert isinstance(problem, Degraded)
         assert problem.startswith("1 events in the outbox are due and not published, since 9")
-        assert telemetry.OUTBOX_OLDEST_SECONDS._value.get() >= 90
+        assert metrics.OUTBOX_OLDEST_SECONDS._value.get() >= 90
         transaction(engine, lambda c: c.exec_driver_sql("DELETE FROM outbox"))
         await until(lambda: not watched.problems())
     finally:

@@ -21,9 +21,9 @@ from postroad.v1.task_service_pb2 import CreateRequest, GetRequest, TaskData
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import outbox, sweeper, uuid7
 from services.common import taskstore
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.transactions import transaction
 from services.common.fold import delta
-from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually, request
 from tests.forms import by_form
 from tests.stack import Infra
@@ -36,7 +36,7 @@ class Db:
     """What stands in a road's tables."""
 
     def __init__(self, road: Road) -> None:
-        self.engine: Engine = engine_of(road.database_url)
+        self.engine: Engine = make_engine(road.database_url)
 
     def count(self, table: str) -> int:
         return int(self.rows(f"SELECT COUNT(*) FROM {table}")[0][0])

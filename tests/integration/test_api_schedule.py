@@ -17,11 +17,11 @@ from postroad.v1.task_service_pb2 import CreateRequest, GetRequest, TaskData
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import outbox, uuid7
 from services.common import taskstore
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.fold import delta
-from services.common.schema import from_micros
 from services.common.timeline import timeline
-from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually
 from tests.forms import by_form
 from tests.stack import Infra
@@ -37,7 +37,7 @@ def road(servers: Infra) -> Road:
 
 @pytest.fixture
 def engine(road: Road) -> Iterator[Engine]:
-    engine = engine_of(road.database_url)
+    engine = make_engine(road.database_url)
     yield engine
     engine.dispose()
 

@@ -31,13 +31,13 @@ from services.api.watch.folded import Folded
 from services.api.watch.topics import Topics
 from services.api.watch.watching import Watches
 from services.common import taskstore
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.transactions import transaction
 from services.common.events import Event, encode
 from services.common.fold import delta
 from services.common.kafka.clients import consumer_config
 from services.common.kafka.topics import EVENT_TOPICS
 from services.common.timeline import timeline
-from services.common.transactions import transaction
 from tests.api_process import ApiProcess, Road, eventually
 from tests.forms import LONG, by_form
 from tests.groups import describe
@@ -58,7 +58,7 @@ class Telling:
     def __init__(self, road: Road) -> None:
         self._road = road
         self._producer = Producer({"bootstrap.servers": road.infra.bootstrap, "linger.ms": 0})
-        self.engine = engine_of(road.database_url)
+        self.engine = make_engine(road.database_url)
 
     def tell(self, *events: Event, fold: bool = True, header: tuple[str, bytes] | None = None) -> None:
         """Publish, and return when all are acked. All have one time, however long this takes."""
@@ -573,7 +573,7 @@ def test_a_drain_ends_the_streams_at_once(road: Road, stages: Telling, slow: boo
 
 
 async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(road: Road) -> None:
-    watches = Watches(road.settings(), Reader(engine_of(road.database_url)))
+    watches = Watches(road.settings(), Reader(make_engine(road.database_url)))
     written = asyncio.Event()
 
     async def write(message: bytes) -> None:

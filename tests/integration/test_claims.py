@@ -15,7 +15,8 @@ from datetime import datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from services.common.database import engine_of
+from services.common.database.bulk import execute_rows
+from services.common.database.engine import make_engine
 from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
@@ -31,7 +32,6 @@ from services.common.deliveries.decide import (
     given_back,
 )
 from services.common.deliveries.rows import owner_tokens
-from services.common.statements import execute_rows
 from services.sender.claims import Claims
 from tests.claimers import claim_all, everyone
 
@@ -358,7 +358,7 @@ def test_of_many_claimers_in_many_processes_exactly_one_takes_each_task(database
 
 def test_claims_settles_and_renewals_of_the_same_rows_all_come_through(database_url: str) -> None:
     """Takeovers, settles and renewals cross each other's rows, as after a freeze of a whole sender."""
-    engine = engine_of(database_url, pool_size=6)
+    engine = make_engine(database_url, pool_size=6)
     claims = Claims(engine, 0.05, hold=False, max_resends=1000)
     ids = [new_id() for _ in range(60)]
     stored: Counter[bytes] = Counter()

@@ -9,7 +9,7 @@ from confluent_kafka import Producer
 
 from postroad.v1 import events_pb2 as pb
 from services.api import outbox
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
 from services.common.events import encode
 from services.common.kafka.headers import delayed
 from services.common.kafka.topic_partition import RecordLocation
@@ -82,7 +82,7 @@ def test_the_domains_of_what_the_sender_has_not_committed_are_named(infra: Infra
         carried = delayed(event.headers, origin=origin, attempt=2, cause="x", due_at_ms=due_at_ms)
         producer.produce(f"{prefix}sender.delay.9", event.value, event.key, headers=carried, partition=1)  # type: ignore[arg-type]
     assert producer.flush(20) == 0
-    engine = engine_of(url)
+    engine = make_engine(url)
     with engine.begin() as connection:
         for id_, domain in tasks.items():
             connection.exec_driver_sql(
@@ -107,7 +107,7 @@ def test_events_that_are_due_and_not_published_are_counted(infra: Infra) -> None
     assert postroad("topics", "apply", "--yes").code == 0
     asked = ("lag", "--interval", "0")
     assert postroad(*asked, "-o", "json").json["outbox"] == {"due": 0, "oldest_due_seconds": None}
-    engine = engine_of(url)
+    engine = make_engine(url)
     items = [outbox.created(bytes([n]) * 16) for n in range(40)]
     with engine.begin() as connection:
         outbox.put(connection, items)

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine
 
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.transactions import transaction
 from services.common.events import Event, task_id
 from services.common.fold import Row, delta, fold
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import Entry, timeline
-from services.common.transactions import transaction
 from tests.event_strategies import histories
 
 on_a_server = settings(
@@ -27,7 +27,7 @@ on_a_server = settings(
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """One database for all examples."""
     url = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb").migrated_database()
-    engine = engine_of(url)
+    engine = make_engine(url)
     yield engine
     engine.dispose()
 

@@ -7,9 +7,9 @@ from sqlalchemy import Engine
 from postroad.v1 import events_pb2 as pb
 from services.api import queries, uuid7
 from services.api.filters import Filter
+from services.common.database.transactions import transaction
 from services.common.fold import delta
 from services.common.taskstore import upsert
-from services.common.transactions import transaction
 from tests.event_strategies import mail_task
 
 TEXTS = [

@@ -28,16 +28,16 @@ from services.cli.rebuild.pairs import TASKS, create
 from services.cli.rebuild.run import Report, Underway, rebuild
 from services.cli.rebuild.swapping import swap
 from services.common.config import Settings
+from services.common.database.bulk import execute_rows
+from services.common.database.transactions import transaction
 from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery
 from services.common.deliveries.rows import COLUMNS, store
 from services.common.events import Event, encode, event_key
 from services.common.fold import delta
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka.topics import EVENT_TOPICS
-from services.common.statements import execute_rows
 from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
 from services.common.timeline import timeline
-from services.common.transactions import transaction
 from services.sender.claims import Claims
 from services.status.topic_ids import note_topic_ids
 from tests import forked

@@ -37,7 +37,7 @@ from services.cli.replay.source import Span, spans
 from services.cli.replay.standings import standings
 from services.cli.replay.store import Replay, create, load, save, unfinished
 from services.common.config import Settings
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
 from services.common.deliveries.decide import Delivery
 from services.common.deliveries.rows import store
 from services.common.events import DECODERS, Event, Outgoing, encode
@@ -80,7 +80,7 @@ class Site:
     def __init__(self, infra: Infra) -> None:
         self.prefix = infra.topic_prefix()
         self.url = infra.migrated_database()
-        self.engine = engine_of(self.url)
+        self.engine = make_engine(self.url)
         self.settings = Settings(
             kafka_bootstrap=infra.bootstrap,
             topic_prefix=self.prefix,

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from services.common import telemetry
 from services.common.events import Outgoing
 from services.common.kafka.headers import LeftOut, left_out
 from services.common.kafka.topics import MX_OK, TASK_CREATED
+from services.common.stage import metrics
 from services.common.stage.types import Dead, Outcome, Record, Retry
 from tests.forms import by_form
 from tests.integration.stage_kit import Kit, Watched, created, passed_on, until
@@ -227,7 +227,7 @@ async def test_i4_what_a_stalled_handler_holds_is_bounded(kit: Kit) -> None:
             assert len(holding) <= 300
         assert len(holding) <= held + 110
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
-        gauge = telemetry.STAGE_IN_FLIGHT.labels("validator")
+        gauge = metrics.STAGE_IN_FLIGHT.labels("validator")
         assert gauge.collect()[0].samples[0].value == len(holding)
         go.set()
         await until(lambda: sum(kit.committed().values()) == 800, 60)
@@ -255,7 +255,7 @@ async def test_i4_deferred_records_take_no_memory(newest: Kit) -> None:
         return passed_on(record)
 
     async with kit.running(handle=handle):
-        await until(lambda: telemetry.STAGE_HELD.labels("validator")._value.get() == 4)
+        await until(lambda: metrics.STAGE_HELD.labels("validator")._value.get() == 4)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         await kit.publish(created(n) for n in range(1000))
         await until(lambda: sum(kit.committed().values()) == 1000)
@@ -380,7 +380,7 @@ async def test_i8_waiting_for_a_revoked_partition_may_take_longer_than_a_session
         await asyncio.sleep(14)
         return passed_on(record)
 
-    lost = telemetry.STAGE_REBALANCES.labels("validator", "lost")._value
+    lost = metrics.STAGE_REBALANCES.labels("validator", "lost")._value
     before = lost.get()
     settings = kit.with_(revoke_seconds=20, drain_seconds=30)
     async with kit.running(settings, handle=handle):
@@ -434,10 +434,10 @@ async def test_i8_a_partition_that_left_while_paused_is_read_again_when_it_retur
     settings = kit.with_(max_in_flight=8, revoke_seconds=0.5, drain_seconds=0.1)
     async with kit.running(settings, handle=handle):
         await kit.publish(created(n) for n in range(200))
-        paused = telemetry.STAGE_PAUSED.labels("validator")._value
+        paused = metrics.STAGE_PAUSED.labels("validator")._value
         await until(lambda: paused.get() == 1)
         async with kit.running(settings, handle=never):
-            await until(lambda: telemetry.STAGE_PARTITIONS.labels("validator")._value.get() < 12)
+            await until(lambda: metrics.STAGE_PARTITIONS.labels("validator")._value.get() < 12)
         go.set()
         await until(lambda: len(handled) == 200)
         await until(lambda: sum(kit.committed().values()) == 200)
@@ -452,7 +452,7 @@ async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) 
         for done in kit.admin.incremental_alter_configs([changed]).values():
             done.result()
 
-    failures = telemetry.STAGE_PUBLISH_FAILURES.labels("validator")._value
+    failures = metrics.STAGE_PUBLISH_FAILURES.labels("validator")._value
     before = failures.get()
     # Not even a letter without its value and its headers fits.
     limit(60)
@@ -509,7 +509,7 @@ async def test_a_killed_replicas_records_are_handled_by_the_next(kit: Kit, child
 
 def _rebalances() -> float:
     return sum(
-        telemetry.STAGE_REBALANCES.labels("validator", kind)._value.get()
+        metrics.STAGE_REBALANCES.labels("validator", kind)._value.get()
         for kind in ("assigned", "revoked", "lost")
     )
 

@@ -11,10 +11,9 @@ import pytest
 from confluent_kafka import Consumer, Producer
 
 from postroad.v1 import events_pb2 as pb
-from services.common import telemetry
 from services.common.events import Outgoing
 from services.common.kafka.topics import MX_OK, TASK_CREATED
-from services.common.stage import membership
+from services.common.stage import membership, metrics
 from services.common.stage.types import Dead, Done, Outcome, Record, Retry
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
 from tests.librdkafka import produce_with_header
@@ -173,7 +172,7 @@ async def test_a_handlers_exception_makes_a_dead_letter_with_its_cause(kit: Kit)
                 return Dead("by choice")
         return passed_on(record)
 
-    before = telemetry.STAGE_RECORDS.labels("validator", "dead")._value.get()
+    before = metrics.STAGE_RECORDS.labels("validator", "dead")._value.get()
     tasks = [created(n) for n in range(8)]
     async with kit.running(handle=handle):
         await kit.publish(tasks)
@@ -186,7 +185,7 @@ async def test_a_handlers_exception_makes_a_dead_letter_with_its_cause(kit: Kit)
     assert causes[4].startswith("TypeError")
     assert causes[5] == "by choice"
     assert all(letter["attempt"] == b"1" for letter in letters.values())
-    assert telemetry.STAGE_RECORDS.labels("validator", "dead")._value.get() == before + 5
+    assert metrics.STAGE_RECORDS.labels("validator", "dead")._value.get() == before + 5
     assert len(kit.read(MX_OK)) == 3
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
 from services.common.events import DECODERS, Event, encode, event_key, task_id
 from services.common.fold import delta, fold
 from services.common.kafka import admin as kafka_admin
@@ -112,7 +112,7 @@ async def test_a_record_that_the_database_refuses_is_dead_and_its_neighbours_are
 
 
 async def test_a_database_that_is_not_migrated_is_no_records_fault(server: Infra) -> None:
-    engine = engine_of(server.new_database())
+    engine = make_engine(server.new_database())
     status = Status(engine)
     with pytest.raises(DBAPIError, match="doesn't exist"):
         await status.handle_batch(records(pb.TaskCancelled(id=bytes(16))))

@@ -15,11 +15,11 @@ from mysql.connector.connection_cext import CMySQLConnection
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from services.common import transactions
-from services.common.database import engine_of
-from services.common.database_errors import deadlock, transient
-from services.common.statements import execute_rows, marks
-from services.common.transactions import transaction, until_back
+from services.common.database import transactions
+from services.common.database.bulk import execute_rows, placeholders
+from services.common.database.engine import make_engine
+from services.common.database.errors import deadlock, transient
+from services.common.database.transactions import retry_until_available, transaction
 from tests.stack import Infra
 
 
@@ -56,7 +56,7 @@ def test_a_session_is_read_committed_in_utc_strict_and_utf8mb4(engine: Engine) -
 
 def test_the_plain_schemes_mean_the_driver_in_use(database_url: str) -> None:
     plain = "mysql" + database_url[database_url.index(":") :]
-    engine = engine_of(plain)
+    engine = make_engine(plain)
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1
     engine.dispose()
@@ -77,7 +77,7 @@ def test_rows_go_out_in_statements_of_bounded_size(engine: Engine, table: str) -
     assert transaction(engine, insert) == 1204
     with engine.connect() as connection:
         stored = connection.exec_driver_sql(
-            f"SELECT a, b FROM {table} WHERE a IN ({marks(3)}) ORDER BY a", (0, 1, 1202)
+            f"SELECT a, b FROM {table} WHERE a IN ({placeholders(3)}) ORDER BY a", (0, 1, 1202)
         )
         assert [(a, bytes(b)) for a, b in stored] == [rows[0], rows[1], rows[1202]]
 
@@ -103,7 +103,7 @@ def test_what_fails_leaves_nothing_behind_in_a_pooled_session(engine: Engine, ta
 
 
 def test_a_dead_pooled_connection_is_replaced_without_a_word(engine: Engine, database_url: str) -> None:
-    other = engine_of(database_url)
+    other = make_engine(database_url)
 
     def who(connection: Connection) -> int:
         return int(connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar() or 0)
@@ -118,7 +118,7 @@ def test_a_dead_pooled_connection_is_replaced_without_a_word(engine: Engine, dat
 def test_a_session_that_falls_silent_amid_a_transaction_lets_go_of_its_locks(
     database_url: str, table: str
 ) -> None:
-    frozen, other = engine_of(database_url, silent_seconds=2), engine_of(database_url)
+    frozen, other = make_engine(database_url, silent_seconds=2), make_engine(database_url)
     insert = f"INSERT INTO {table} VALUES (1, '')"
     with frozen.connect() as connection:
         connection.exec_driver_sql(insert)
@@ -132,7 +132,7 @@ def test_a_session_that_falls_silent_amid_a_transaction_lets_go_of_its_locks(
 
 
 def test_a_session_that_idled_in_the_pool_is_as_good_as_new(database_url: str, table: str) -> None:
-    engine = engine_of(database_url, silent_seconds=2)
+    engine = make_engine(database_url, silent_seconds=2)
     with engine.begin() as connection:
         connection.exec_driver_sql("SELECT 1")
     time.sleep(3)
@@ -188,7 +188,7 @@ def test_no_value_is_read_as_a_command_of_the_mysql_client(engine: Engine, value
 
 
 def test_a_statement_may_not_take_for_ever(database_url: str) -> None:
-    engine = engine_of(database_url, read_seconds=1)
+    engine = make_engine(database_url, read_seconds=1)
     tries = []
 
     def wait(connection: Connection) -> None:
@@ -222,7 +222,7 @@ def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str) -> No
     ]:
         error = error_of(statement, times)
         assert (number(error), transient(error), deadlock(error)) == (code, False, False)
-    refused = engine_of("mysql://nobody@127.0.0.1:1/nothing")
+    refused = make_engine("mysql://nobody@127.0.0.1:1/nothing")
     with pytest.raises(DBAPIError) as caught:
         transaction(refused, lambda connection: None)
     assert (number(caught.value), transient(caught.value)) == (2003, True)
@@ -254,8 +254,10 @@ def test_an_error_that_passes_is_known_by_its_number(
 
 
 @pytest.mark.breaks_servers
-async def test_until_back_waits_out_a_server_that_is_down(server: Infra, database_url: str) -> None:
-    engine = engine_of(database_url)
+async def test_retry_until_available_waits_out_a_server_that_is_down(
+    server: Infra, database_url: str
+) -> None:
+    engine = make_engine(database_url)
     seen: list[BaseException] = []
     noticed = asyncio.Event()
 
@@ -271,7 +273,7 @@ async def test_until_back_waits_out_a_server_that_is_down(server: Infra, databas
     assert await ask() == 42
     await asyncio.to_thread(server.kill, "mysql")
     try:
-        answer = asyncio.ensure_future(until_back(notice)(ask))
+        answer = asyncio.ensure_future(retry_until_available(notice)(ask))
         await asyncio.wait_for(noticed.wait(), 10)
         assert not answer.done()
     finally:
@@ -281,12 +283,12 @@ async def test_until_back_waits_out_a_server_that_is_down(server: Infra, databas
     engine.dispose()
 
 
-async def test_until_back_raises_what_does_not_pass() -> None:
+async def test_retry_until_available_raises_what_does_not_pass() -> None:
     async def fail() -> None:
         raise KeyError("no")
 
     with pytest.raises(KeyError):
-        await until_back(lambda error: None)(fail)
+        await retry_until_available(lambda error: None)(fail)
 
 
 def test_a_connection_lost_while_it_commits_is_the_databases_error_and_done_again(

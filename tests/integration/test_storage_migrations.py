@@ -1,4 +1,4 @@
-"""The migrations make what schema.py says, however often and by however many they are run."""
+"""The migrations make what database/tables.py says, however often and by however many they are run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sqlalchemy.exc import DBAPIError
 
 from services.cli.errors import UNAVAILABLE, explain
 from services.common import migrations
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.tables import metadata
 from services.common.migrations import migrate
-from services.common.schema import metadata
 from tests import forked
 from tests.api_process import eventually
 from tests.stack import Infra
 
 
 def differences(url: str) -> list[object]:
-    engine = engine_of(url)
+    engine = make_engine(url)
     try:
         with engine.connect() as connection:
             options = {"version_table": "postroad_version", "compare_type": True}
@@ -36,7 +36,7 @@ def differences(url: str) -> list[object]:
 
 
 def execute(url: str, *statements: str) -> None:
-    engine = engine_of(url)
+    engine = make_engine(url)
     with engine.begin() as connection:
         for statement in statements:
             connection.exec_driver_sql(statement)
@@ -133,7 +133,7 @@ def reader(server: Infra, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connectio
     monkeypatch.setattr(migrations, "_TABLE_WAIT", 1, raising=False)
     url = server.new_database()
     migrate(url, "0005")
-    engine = engine_of(url)
+    engine = make_engine(url)
     with engine.connect() as connection:
         connection.exec_driver_sql("SELECT COUNT(*) FROM outbox").all()
         yield connection
@@ -204,7 +204,7 @@ def test_who_may_not_see_transactions_is_told_where_they_are(
 def test_an_index_may_take_hours(server: Infra, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {}
     monkeypatch.setattr(
-        migrations, "engine_of", lambda url, **options: given.update(options) or engine_of(url, **options)
+        migrations, "make_engine", lambda url, **options: given.update(options) or make_engine(url, **options)
     )
     assert migrate(server.migrated_database()) is True
     assert given["read_seconds"] >= 12 * 3600

@@ -19,15 +19,15 @@ from services.api.auth import Tenants
 from services.api.handlers import TaskService
 from services.api.recorder import Recorder
 from services.api.relay import Recording
-from services.common import statement_size
-from services.common.database import engine_of
-from services.common.database_errors import at_fault, transient
+from services.common.database import statement_size
+from services.common.database.bulk import execute_rows
+from services.common.database.engine import make_engine
+from services.common.database.errors import at_fault, transient
+from services.common.database.statement_size import LONG, Statements, StatementTooLong, bytes_at_most, most
+from services.common.database.transactions import transaction
 from services.common.events import event_key, task_id
 from services.common.fold import delta
 from services.common.stage.types import Done, Record
-from services.common.statement_size import LONG, Statements, StatementTooLong, bytes_at_most, most
-from services.common.statements import execute_rows
-from services.common.transactions import transaction
 from services.status.stage import Status
 from tests.event_strategies import mail_task
 from tests.stack import Infra
@@ -87,7 +87,7 @@ def told(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     def make(takes: int) -> Engine:
         monkeypatch.setattr(Statements, "guard", lambda self, driver, _: guard(self, driver, takes))
-        engines.append(engine_of(database_url))
+        engines.append(make_engine(database_url))
         return engines[-1]
 
     yield make
@@ -200,7 +200,7 @@ VALUES = st.one_of(
 
 
 def test_the_bytes_of_a_row_are_never_more_than_estimated(infra: Infra) -> None:
-    engine = engine_of(infra.database_url)
+    engine = make_engine(infra.database_url)
     with engine.connect() as connection:
         driver: Any = connection.connection.dbapi_connection
 

@@ -10,11 +10,11 @@ from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
 from services.common import taskstore
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.events import Event
 from services.common.fold import delta, fold
-from services.common.schema import from_micros
 from services.common.timeline import timeline
-from services.common.transactions import transaction
 from tests.event_strategies import mail_task
 
 AT = 1_763_976_543_123_456

@@ -15,12 +15,12 @@ from sqlalchemy.exc import OperationalError
 
 from postroad.v1 import events_pb2 as pb
 from services.api.outbox import GRACE, LEASE, Item
+from services.common.database.times import to_micros
 from services.common.deliveries import decide as rules
 from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Taken, Verdict
 from services.common.deliveries.refusals import refusal, refused
 from services.common.events import CREATED_KEY
 from services.common.fold import Row, merge
-from services.common.schema import to_micros
 from services.common.taskstore import Body
 from services.common.timeline import Entry
 from tests.simulation.threads import VirtualTime

@@ -17,7 +17,7 @@ from services.api.relay import Creation, Relay
 from services.api.sweeper import Sweeper
 from services.common.batching import Batcher
 from services.common.config import Settings
-from services.common.database_errors import transient
+from services.common.database.errors import transient
 from services.common.events import DECODERS, Event
 from services.common.kafka import topics
 from services.common.stage.runtime import StageRuntime

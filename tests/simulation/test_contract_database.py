@@ -14,7 +14,8 @@ from postroad.v1 import events_pb2 as pb
 from services.api import outbox, standing
 from services.api.outbox import created
 from services.common import taskstore
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.transactions import transaction
 from services.common.deliveries import rows
 from services.common.deliveries.decide import (
     Cancel,
@@ -29,7 +30,6 @@ from services.common.deliveries.decide import (
     given_back,
 )
 from services.common.fold import Row, delta
-from services.common.transactions import transaction
 from services.sender.claims import Claims
 from tests.simulation.database import Database, MemoryClaims
 from tests.simulation.scheduler import Scheduler
@@ -123,7 +123,7 @@ Side = Memory | Real
 @pytest.fixture(scope="session")
 def mysql(infra: Infra) -> Iterator[Engine]:
     url = infra.migrated_database()
-    engine = engine_of(url)
+    engine = make_engine(url)
     yield engine
     engine.dispose()
 

@@ -15,8 +15,8 @@ from services.api.cancelling import alive, attempts
 from services.api.errors import Refused
 from services.api.handlers import TaskService
 from services.api.standing import OVER, Standing
+from services.common.database.tables import STATUSES
 from services.common.deliveries.decide import Delivery, State
-from services.common.schema import STATUSES
 
 NOW = datetime(2026, 3, 1)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from postroad.v1.task_service_pb2 import CountRequest, ListRequest, WatchRequest
 from services.api.errors import Refused
 from services.api.filters import Filter, parse
-from services.common.schema import STATUSES
+from services.common.database.tables import STATUSES
 
 
 def asked(request: object) -> Filter:

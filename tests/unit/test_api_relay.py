@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from services.api.outbox import Item, created
 from services.api.relay import Relay
 from services.common.batching import Batcher
-from services.common.database_errors import transient
+from services.common.database.errors import transient
 
 
 async def test_what_is_left_in_the_outbox_is_logged_without_the_statement() -> None:

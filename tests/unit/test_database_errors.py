@@ -11,7 +11,15 @@ from sqlalchemy.exc import OperationalError
 
 from services.api.errors import Problem
 from services.api.reader import Reader
-from services.common.database_errors import ERRORS, TRANSIENT, Code, Kind, deadlock, numbers, transient
+from services.common.database.errors import (
+    ERRORS,
+    TRANSIENT,
+    ErrorCode,
+    ErrorKind,
+    deadlock,
+    numbers,
+    transient,
+)
 
 
 def error(number: int) -> OperationalError:
@@ -21,20 +29,20 @@ def error(number: int) -> OperationalError:
 def test_each_code_stands_once_with_its_reason_and_its_source() -> None:
     assert len({code.number for code in ERRORS}) == len(ERRORS)
     assert all(code.name and code.why and code.source for code in ERRORS)
-    assert frozenset().union(*map(numbers, Kind)) == TRANSIENT
+    assert frozenset().union(*map(numbers, ErrorKind)) == TRANSIENT
 
 
 @pytest.mark.parametrize("code", [code for code in ERRORS if code.source.startswith("MySQL")])
-def test_mysqls_names_and_numbers_belong_together(code: Code) -> None:
+def test_mysqls_names_and_numbers_belong_together(code: ErrorCode) -> None:
     name = code.name if hasattr(errorcode, code.name) else f"OBSOLETE_{code.name}"
     if not code.name.startswith("EE_"):
         assert getattr(errorcode, name) == code.number
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=lambda code: str(code.number))
-def test_a_listed_error_passes(code: Code) -> None:
+def test_a_listed_error_passes(code: ErrorCode) -> None:
     assert transient(error(code.number))
-    assert deadlock(error(code.number)) == (code.kind is Kind.CONFLICT)
+    assert deadlock(error(code.number)) == (code.kind is ErrorKind.CONFLICT)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +54,7 @@ def test_the_statements_its_datas_and_the_set_ups_errors_stay(number: int) -> No
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=lambda code: str(code.number))
-async def test_the_api_answers_unavailable_where_the_database_says_so(code: Code) -> None:
+async def test_the_api_answers_unavailable_where_the_database_says_so(code: ErrorCode) -> None:
     reader = Reader(create_engine("sqlite://"))
 
     def query(connection: Connection) -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.tables import tasks
+from services.common.database.times import from_micros, to_micros
 from services.common.events import Event
 from services.common.fold import Row, delta, fold, merge
-from services.common.schema import from_micros, tasks, to_micros
 from tests.event_strategies import distinct, events_of, histories, mail_task
 
 TASK = mail_task(0)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.tables import task_events
+from services.common.database.times import from_micros
 from services.common.events import Event, event_key
-from services.common.schema import from_micros, task_events
 from services.common.timeline import Entry, timeline
 from tests.event_strategies import events_of, mail_task
 

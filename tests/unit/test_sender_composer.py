@@ -6,7 +6,7 @@ from email.policy import default
 import pytest
 
 from postroad.v1 import events_pb2 as pb
-from services.common.schema import deliveries, widths
+from services.common.database.tables import deliveries, widths
 from services.sender.composer import Composer
 
 ID = bytes.fromhex("0190f5e0000070008000000000000001")

@@ -9,8 +9,8 @@ from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from services.common.deliveries.decide import Delivery
-from services.common.telemetry import SENDER_LEASES_LOST
 from services.sender.leases import Leases
+from services.sender.metrics import SENDER_LEASES_LOST
 
 ROW = Delivery(bytes(16), "sending", 0, 1, 0, b"o" * 16, datetime(2026, 1, 1), 0, 0, "", "", "", "<i@a>")
 

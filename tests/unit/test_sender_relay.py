@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from services.common.config import Settings
-from services.common.telemetry import SENDER_RELAY_TROUBLE
 from services.sender import client_name
 from services.sender.client_name import own_name
+from services.sender.metrics import SENDER_RELAY_TROUBLE
 from services.sender.replies import NotSent, Phase
 from services.sender.service import _show, build, relay_of, tokens_of
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mysql.connector import Error
 
-from services.common.statement_size import (
+from services.common.database.statement_size import (
     LONG,
     TOO_LARGE,
     Statements,

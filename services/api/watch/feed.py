@@ -11,6 +11,7 @@ from typing import NamedTuple
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Message
 
+from services.api.metrics import WATCH_HELD, WATCH_SECONDS
 from services.api.watch import messages, tokens
 from services.api.watch.book import Book
 from services.api.watch.changes import Change, Place
@@ -20,7 +21,6 @@ from services.api.watch.topics import Topics
 from services.api.watch.watchers import Index, Told, Watcher
 from services.common.config import Settings
 from services.common.kafka.pace import Pace
-from services.common.telemetry import WATCH_HELD, WATCH_SECONDS
 
 __all__ = ["Feed", "Joined"]
 

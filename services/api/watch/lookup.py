@@ -11,8 +11,8 @@ from postroad.v1 import task_pb2
 from services.api import views
 from services.api.watch.book import Mail
 from services.api.watch.changes import Change
+from services.common.database.bulk import placeholders
 from services.common.events import CREATED_KEY
-from services.common.statements import marks
 
 __all__ = ["Known", "known", "snapshot"]
 
@@ -42,10 +42,10 @@ def known(connection: Connection, strangers: Sequence[Change]) -> Known:
     for start in range(0, len(strangers), _PART):
         part = strangers[start : start + _PART]
         ids = sorted({change.row.id for change in part})
-        rows = connection.exec_driver_sql(f"{_MAILS}({marks(len(ids))})", tuple(ids))
+        rows = connection.exec_driver_sql(f"{_MAILS}({placeholders(len(ids))})", tuple(ids))
         found.mails.update((bytes(row[0]), cast(Mail, tuple(row[1:]))) for row in rows)
         keys = sorted({change.entry.event_id for change in part})
-        sql = f"{_LINES}({marks(len(ids))}) AND event_id IN ({marks(len(keys))})"
+        sql = f"{_LINES}({placeholders(len(ids))}) AND event_id IN ({placeholders(len(keys))})"
         lines = connection.exec_driver_sql(sql, (*ids, *keys))
         times = {(bytes(id_), key): at for id_, key, at in lines}
         for change in part:

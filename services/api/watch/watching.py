@@ -13,6 +13,7 @@ from postroad.v1 import task_service_pb2 as pb
 from services.api import filters
 from services.api.errors import Problem, Refused, Violation, collect, draining, not_found
 from services.api.filters import Filter
+from services.api.metrics import WATCH_MESSAGES, WATCHERS
 from services.api.reader import Reader
 from services.api.validation import task_id
 from services.api.watch import lookup, messages, tokens
@@ -28,7 +29,6 @@ from services.api.watch.topics import TIMEOUT
 from services.api.watch.traveller import PATIENCE
 from services.api.watch.watchers import Told, Wanted, Watcher
 from services.common.config import Settings
-from services.common.telemetry import WATCH_MESSAGES, WATCHERS
 
 __all__ = ["MOST_WATCHERS", "Watches"]
 

@@ -16,11 +16,11 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.lag.sample import Place, Sample
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
+from services.common.database.bulk import placeholders
+from services.common.database.transactions import transaction
 from services.common.events import DECODERS, Undecodable
 from services.common.kafka.headers import Malformed, parse_return, readable_headers
 from services.common.kafka.topics import MX_OK, Names, delay_of
-from services.common.statements import marks
-from services.common.transactions import transaction
 
 __all__ = ["MOST", "State", "Waiting", "domains", "figures"]
 
@@ -147,7 +147,8 @@ def _record(topic: str, message: Any, at: float) -> Waiting | None:
 def _states(connection: Connection, ids: Iterable[bytes]) -> dict[bytes, State]:
     found: dict[bytes, State] = {}
     for part in _parts(sorted(ids)):
-        query = f"SELECT task_id, state, epoch, attempt FROM deliveries WHERE task_id IN ({marks(len(part))})"
+        ids_of_part = placeholders(len(part))
+        query = f"SELECT task_id, state, epoch, attempt FROM deliveries WHERE task_id IN ({ids_of_part})"
         for row in connection.exec_driver_sql(query, tuple(part)):
             found[bytes(row.task_id)] = State(row.state, row.epoch, row.attempt)
     return found

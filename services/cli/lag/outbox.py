@@ -9,8 +9,8 @@ from services.cli.database import url_of
 from services.cli.errors import explain
 from services.cli.terminal import say
 from services.common.config import Settings
-from services.common.database import engine_of
-from services.common.transactions import transaction
+from services.common.database.engine import make_engine
+from services.common.database.transactions import transaction
 from services.common.unpublished import unpublished
 
 __all__ = ["Outbox"]
@@ -25,7 +25,7 @@ class Outbox:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.engine = engine_of(url_of(settings), pool_size=1, read_seconds=_PATIENCE)
+        self.engine = make_engine(url_of(settings), pool_size=1, read_seconds=_PATIENCE)
         self._said = ""
 
     def __enter__(self) -> Outbox:

@@ -11,8 +11,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from services.cli.rebuild.pairs import EVENTS, STEP, TASKS, Pair, Range
+from services.common.database.bulk import placeholders
 from services.common.fold import Row
-from services.common.statements import marks
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import Entry
 
@@ -52,7 +52,7 @@ def carry_recorded(connection: Connection, pair: Pair) -> int:
             return carried
         ids = tuple(bytes(id_) for (id_,) in found)
         low = ids[-1]
-        which = f"{pair.name}.{pair.id} IN ({marks(len(ids))})"
+        which = f"{pair.name}.{pair.id} IN ({placeholders(len(ids))})"
         carried += _join(connection, which, ids) if pair is TASKS else _add(connection, which, ids)
 
 
@@ -85,7 +85,7 @@ def join(connection: Connection, ids: Sequence[bytes]) -> None:
     """Join the rebuilt rows of these tasks with the originals', so that they say what both know."""
     for start in range(0, len(ids), _PART):
         part = tuple(ids[start : start + _PART])
-        _join(connection, f"{TASKS.name}.id IN ({marks(len(part))})", part)
+        _join(connection, f"{TASKS.name}.id IN ({placeholders(len(part))})", part)
 
 
 def _copy(connection: Connection, pair: Pair, where: str, parameters: tuple[Any, ...]) -> int:

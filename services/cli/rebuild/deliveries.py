@@ -10,10 +10,11 @@ from datetime import datetime
 from typing import NamedTuple
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.tables import INT_MAX, deliveries, widths
+from services.common.database.times import to_micros
 from services.common.deliveries.decide import IN_DOUBT, NOBODY, RESOLVED, Delivery, State
 from services.common.deliveries.outcome import STAGE
 from services.common.events import Event
-from services.common.schema import INT_MAX, deliveries, to_micros, widths
 
 __all__ = ["Told", "merge", "restored", "told"]
 

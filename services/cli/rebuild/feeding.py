@@ -13,10 +13,10 @@ from services.cli.rebuild.folding import Folded
 from services.cli.rebuild.writing import write
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.database_errors import at_fault
+from services.common.database.errors import at_fault
+from services.common.database.transactions import transaction
 from services.common.events import DECODERS, Undecodable
 from services.common.kafka.topics import EVENT_TOPICS, Names
-from services.common.transactions import transaction
 
 __all__ = ["Feed"]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Enum, String, Table
 
-from services.common import schema
-from services.common.statements import marks
+from services.common.database import tables
+from services.common.database.bulk import placeholders
 
 __all__ = [
     "BODIES",
@@ -85,7 +85,7 @@ class Pair:
 
     def matching(self, count: int) -> str:
         """Return the condition that a row has one of `count` keys; `flat` makes its parameters."""
-        return f"({', '.join(self.key)}) IN ({','.join([f'({marks(len(self.key))})'] * count)})"
+        return f"({', '.join(self.key)}) IN ({','.join([f'({placeholders(len(self.key))})'] * count)})"
 
     def equal(self, column: str, left: str, right: str) -> str:
         """Return the condition that two rows are equal in a column."""
@@ -95,7 +95,7 @@ class Pair:
         return f"{left}.`{column}` <=> {right}.`{column}`"
 
 
-TASKS, EVENTS = Pair(schema.tasks), Pair(schema.task_events)
+TASKS, EVENTS = Pair(tables.tasks), Pair(tables.task_events)
 PAIRS = (TASKS, EVENTS)
 
 _DELIVERIES = f"""

@@ -46,10 +46,10 @@ from services.cli.rebuild.writing import (
 )
 from services.common import topic_ids
 from services.common.config import Settings
-from services.common.database import engine_of
+from services.common.database.engine import make_engine
+from services.common.database.times import from_micros
+from services.common.database.transactions import transaction
 from services.common.kafka.topics import EVENT_TOPICS, KEEP_DAYS, Names
-from services.common.schema import from_micros
-from services.common.transactions import transaction
 
 __all__ = ["Gone", "Report", "Steps", "Underway", "rebuild"]
 
@@ -153,7 +153,7 @@ def rebuild(settings: Settings, swap_in: bool, steps: Steps) -> Report:
     Raises Underway, `swapping.Busy`, `sqlalchemy.exc.DBAPIError` and `confluent_kafka.KafkaException`.
     """
     started = time.monotonic()
-    engine = engine_of(
+    engine = make_engine(
         url_of(settings), pool_size=6, read_seconds=_QUERY_SECONDS, silent_seconds=_SILENT_SECONDS
     )
     try:

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from services.cli.rebuild.pairs import Pair
-from services.common.database_errors import deadlock
+from services.common.database.errors import deadlock
 
 __all__ = ["Busy", "swap"]
 

@@ -14,11 +14,11 @@ from sqlalchemy import Connection
 from services.cli.rebuild.deliveries import Told, restored
 from services.cli.rebuild.folding import Folded
 from services.cli.rebuild.pairs import BODIES, DELIVERIES, EVENTS, TASKS, Range
+from services.common.database.bulk import execute_rows, placeholders
+from services.common.database.times import from_micros, to_micros
 from services.common.deliveries.decide import RESOLVED, settlement
 from services.common.deliveries.rows import INSERT_NEW, locked, store
 from services.common.fold import Row
-from services.common.schema import from_micros, to_micros
-from services.common.statements import execute_rows, marks
 from services.common.taskstore import Body, insert_bodies, insert_events, upsert
 from services.common.timeline import Entry
 
@@ -72,7 +72,8 @@ def write_rows(connection: Connection, rows: Mapping[bytes, Row]) -> None:
     keyed = sorted(id_ for id_, row in rows.items() if row.idempotency_key is not None)
     for part in _cut(keyed):
         stored = connection.exec_driver_sql(
-            f"SELECT id FROM {TASKS.shadow} WHERE id IN ({marks(len(part))}) AND created_at IS NOT NULL",
+            f"SELECT id FROM {TASKS.shadow}"
+            f" WHERE id IN ({placeholders(len(part))}) AND created_at IS NOT NULL",
             tuple(part),
         ).all()
         if len(stored) < len(part):
@@ -179,7 +180,7 @@ def delivery_rows(connection: Connection, range_: Range) -> int:
 def _absent(connection: Connection, table: str, ids: Collection[bytes]) -> list[bytes]:
     absent: list[bytes] = []
     for part in _cut(sorted(ids)):
-        query = f"SELECT task_id FROM {table} WHERE task_id IN ({marks(len(part))})"
+        query = f"SELECT task_id FROM {table} WHERE task_id IN ({placeholders(len(part))})"
         there = {bytes(id_) for (id_,) in connection.exec_driver_sql(query, tuple(part))}
         absent += [id_ for id_ in part if id_ not in there]
     return absent
@@ -188,7 +189,7 @@ def _absent(connection: Connection, table: str, ids: Collection[bytes]) -> list[
 def _news(connection: Connection, told: dict[bytes, Told]) -> Iterable[Told]:
     """Yield what `deliveries` does not know: most rows are there, and are never changed."""
     for part in _cut(sorted(told)):
-        query = f"SELECT task_id, state FROM deliveries WHERE task_id IN ({marks(len(part))})"
+        query = f"SELECT task_id, state FROM deliveries WHERE task_id IN ({placeholders(len(part))})"
         states = {bytes(id_): state for id_, state in connection.exec_driver_sql(query, tuple(part))}
         for id_ in part:
             if id_ not in states or (told[id_].state == "sent" and states[id_] != "sent"):
@@ -201,7 +202,7 @@ def _cut(ids: Sequence[bytes]) -> Iterable[Sequence[bytes]]:
 
 def _wanted(range_: Range, purged_before: datetime | None, trust_tasks: bool) -> tuple[str, tuple[Any, ...]]:
     where, parameters = range_.where(f"{BODIES}.task_id")
-    settled = marks(len(_SETTLED))
+    settled = placeholders(len(_SETTLED))
     purged = f"{TASKS.shadow}.updated_at < %s"
     if trust_tasks:
         purged += (

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from sqlalchemy import Engine
 
 from services.cli.replay.standing import Sending, Standing, known
-from services.common.statements import marks
-from services.common.transactions import transaction
+from services.common.database.bulk import placeholders
+from services.common.database.transactions import transaction
 
 __all__ = ["standings"]
 
@@ -30,7 +30,7 @@ def standings(engine: Engine, ids: Collection[bytes]) -> dict[bytes, Standing]:
     wanted = sorted(set(ids))
     for start in range(0, len(wanted), _LIMIT):
         part = tuple(wanted[start : start + _LIMIT])
-        query = f"{_QUERY} ({marks(len(part))})"
+        query = f"{_QUERY} ({placeholders(len(part))})"
         rows = transaction(engine, lambda c, q=query, p=part: c.exec_driver_sql(q, p).all())  # type: ignore[misc]
         for id_, status, reason, epoch, recipient, domain, labels, *sending in rows:
             row = Standing(

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from services.cli.replay.source import Span
-from services.common.transactions import transaction
+from services.common.database.transactions import transaction
 
 __all__ = ["Counts", "Replay", "create", "load", "new_id", "save", "unfinished"]
 

@@ -48,7 +48,7 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Literal, NamedTuple
 
-from services.common.schema import to_micros
+from services.common.database.times import to_micros
 
 __all__ = [
     "IN_DOUBT",

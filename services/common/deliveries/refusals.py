@@ -16,10 +16,10 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database.bulk import execute_rows
+from services.common.database.tables import deliveries, widths
 from services.common.deliveries.decide import IN_DOUBT, NOBODY, Delivery
 from services.common.deliveries.rows import INSERT
-from services.common.schema import deliveries, widths
-from services.common.statements import execute_rows
 
 __all__ = ["refusal", "refuse", "refused"]
 

@@ -13,8 +13,8 @@ from operator import attrgetter
 
 from sqlalchemy import Connection
 
+from services.common.database.bulk import execute_rows, placeholders
 from services.common.deliveries.decide import Delivery
-from services.common.statements import execute_rows, marks
 
 __all__ = ["COLUMNS", "INSERT", "INSERT_NEW", "UNKNOWN", "add", "locked", "owner_tokens", "store"]
 
@@ -49,7 +49,7 @@ def locked(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes, De
     wanted = tuple(sorted(ids))
     query = (
         f"SELECT {COLUMNS}, UTC_TIMESTAMP(6) FROM deliveries"
-        f" WHERE task_id IN ({marks(len(wanted))}) ORDER BY task_id FOR UPDATE"
+        f" WHERE task_id IN ({placeholders(len(wanted))}) ORDER BY task_id FOR UPDATE"
     )
     found = connection.exec_driver_sql(query, wanted).all()
     rows = (Delivery(*columns) for *columns, _ in found)

@@ -13,8 +13,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, make_url
 from sqlalchemy.exc import DBAPIError
 
-from services.common.database import engine_of
-from services.common.database_errors import deadlock
+from services.common.database.engine import make_engine
+from services.common.database.errors import deadlock
 
 __all__ = ["VERSION_TABLE", "migrate"]
 
@@ -47,7 +47,7 @@ def migrate(url: str | URL, revision: str = "head") -> bool:
     step must bear being done again after a migration that was killed halfway. Raises
     `sqlalchemy.exc.DBAPIError` where the server refuses.
     """
-    engine = engine_of(url, pool_size=1, read_seconds=_READ_SECONDS)
+    engine = make_engine(url, pool_size=1, read_seconds=_READ_SECONDS)
     try:
         with engine.connect() as connection:
             _lock(connection, make_url(url).database or "")

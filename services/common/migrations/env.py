@@ -2,8 +2,8 @@
 
 from alembic import context
 
+from services.common.database.tables import metadata
 from services.common.migrations import VERSION_TABLE
-from services.common.schema import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

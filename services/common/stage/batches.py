@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from services.common.database_errors import said
+from services.common.database.errors import error_text
 from services.common.stage.ledger import Fetched
 from services.common.stage.types import BatchHandler, Outcome
 
@@ -97,7 +97,7 @@ class Batches:
             return None
         except Exception as error:
             log.exception("batch handler failed, trying again", records=len(batch))
-            self._problem = f"batch handler: {type(error).__name__}: {said(error)}"
+            self._problem = f"batch handler: {type(error).__name__}: {error_text(error)}"
             return None
         finally:
             self._running = None

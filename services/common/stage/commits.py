@@ -9,7 +9,7 @@ import confluent_kafka
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException
 
-from services.common import telemetry
+from services.common.stage import metrics
 from services.common.stage.ledger import Assignment, Ledger
 
 __all__ = ["Commits"]
@@ -34,7 +34,7 @@ class Commits:
         self._next = 0.0
         self.acked_at = 0.0
         """When the coordinator last acked a commit, monotonic seconds."""
-        self._failures = telemetry.STAGE_COMMIT_FAILURES.labels(stage)
+        self._failures = metrics.STAGE_COMMIT_FAILURES.labels(stage)
 
     def use(self, consumer: Consumer) -> None:
         """Commit through this Consumer from now on."""

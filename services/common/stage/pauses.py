@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import confluent_kafka
 
-from services.common import telemetry
+from services.common.stage import metrics
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Ledger
 
@@ -33,8 +33,8 @@ class Pauses:
     def __init__(self, ledger: Ledger, intake: Intake, stage: str) -> None:
         self._ledger, self._intake = ledger, intake
         self._full_since: float | None = None
-        self._resting_gauge = telemetry.STAGE_PAUSED.labels(stage)
-        self._held_gauge = telemetry.STAGE_HELD.labels(stage)
+        self._resting_gauge = metrics.STAGE_PAUSED.labels(stage)
+        self._held_gauge = metrics.STAGE_HELD.labels(stage)
         self.resting = False
         """Whether all are paused."""
 

@@ -12,10 +12,10 @@ import confluent_kafka
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 
-from services.common import telemetry
 from services.common.kafka.clients import Overheard
 from services.common.kafka.pace import FETCH, Pace
 from services.common.kafka.topic_partition import TopicPartition
+from services.common.stage import metrics
 from services.common.stage.commits import Commits
 from services.common.stage.intake import Intake
 from services.common.stage.ledger import Assignment, Fetched, Ledger
@@ -78,9 +78,9 @@ class Poller:
         self._errors: dict[int, tuple[str, float]] = {}
         self._turned = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
-        self._owned_gauge = telemetry.STAGE_PARTITIONS.labels(stage)
-        telemetry.STAGE_IN_FLIGHT.labels(stage).set_function(lambda: ledger.in_flight.records)
-        telemetry.STAGE_IN_FLIGHT_BYTES.labels(stage).set_function(lambda: ledger.in_flight.bytes)
+        self._owned_gauge = metrics.STAGE_PARTITIONS.labels(stage)
+        metrics.STAGE_IN_FLIGHT.labels(stage).set_function(lambda: ledger.in_flight.records)
+        metrics.STAGE_IN_FLIGHT_BYTES.labels(stage).set_function(lambda: ledger.in_flight.bytes)
 
     def start(self) -> None:
         """Start the thread."""
@@ -261,7 +261,7 @@ class Poller:
         self._sleeping = False
 
     def _count(self, kind: str, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        telemetry.STAGE_REBALANCES.labels(self._stage, kind).inc()
+        metrics.STAGE_REBALANCES.labels(self._stage, kind).inc()
         log.info("partitions " + kind, stage=self._stage, count=len(partitions))
 
     # --- the end -----------------------------------------------------------------------------

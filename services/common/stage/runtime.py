@@ -9,13 +9,13 @@ from typing import Any
 import structlog
 from confluent_kafka import Consumer
 
-from services.common import telemetry
 from services.common.config import Settings
 from services.common.events import Event, encode
 from services.common.kafka.clients import consumer_config
 from services.common.kafka.cluster_check import ClusterCheck
 from services.common.kafka.publisher import Publisher, hopeless
 from services.common.kafka.topics import Names
+from services.common.stage import metrics
 from services.common.stage.broker_view import BrokerView
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
@@ -154,7 +154,7 @@ class StageRuntime:
         Raises ValueError where Kafka would refuse an event every time.
         """
         batch = [encode(event, self._source, traceparent) for event in events]
-        failures = telemetry.STAGE_PUBLISH_FAILURES.labels(self._stage.name)
+        failures = metrics.STAGE_PUBLISH_FAILURES.labels(self._stage.name)
         while failed := await self._publisher.attempt(batch):
             failures.inc()
             for _, error in failed:

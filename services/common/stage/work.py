@@ -10,10 +10,10 @@ from functools import partial
 
 import structlog
 
-from services.common import telemetry
-from services.common.database_errors import said
+from services.common.database.errors import error_text
 from services.common.events import Outgoing
 from services.common.kafka.publisher import Failure, Publisher
+from services.common.stage import metrics
 from services.common.stage.batches import Batches
 from services.common.stage.ledger import Assignment, Fetched
 from services.common.stage.outgoing import Render
@@ -50,10 +50,8 @@ class Work:
         self._settled: list[tuple[Fetched, Outcome]] = []
         self._flushing = False
         self._draining = False
-        self._counts = {
-            kind: telemetry.STAGE_RECORDS.labels(stage.name, name) for kind, name in _NAMES.items()
-        }
-        self._observe = telemetry.STAGE_HANDLER_SECONDS.labels(stage.name).observe
+        self._counts = {kind: metrics.STAGE_RECORDS.labels(stage.name, name) for kind, name in _NAMES.items()}
+        self._observe = metrics.STAGE_HANDLER_SECONDS.labels(stage.name).observe
         self._batches = (
             Batches(stage.handle_batch, self._settle_all, self._abandon, self._observe)
             if stage.handle_batch
@@ -61,7 +59,7 @@ class Work:
         )
         self._republisher = Republisher(
             publisher,
-            telemetry.STAGE_PUBLISH_FAILURES.labels(stage.name),
+            metrics.STAGE_PUBLISH_FAILURES.labels(stage.name),
             render,
             self._republished,
             self._abandon,
@@ -223,4 +221,4 @@ def _blame(record: Fetched, error: BaseException) -> Dead:
         offset=record.offset,
         exc_info=error,
     )
-    return Dead(f"{type(error).__name__}: {said(error)}")
+    return Dead(f"{type(error).__name__}: {error_text(error)}")

@@ -7,7 +7,6 @@ primary key's inserts go to its end (RFC 9562 section 5.7).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import BINARY, JSON, VARBINARY, BigInteger, Column, Index, Integer, MetaData, String, Table
@@ -18,14 +17,12 @@ __all__ = [
     "INT_MAX",
     "STATUSES",
     "deliveries",
-    "from_micros",
     "metadata",
     "outbox",
     "replays",
     "task_bodies",
     "task_events",
     "tasks",
-    "to_micros",
     "topic_ids",
     "widths",
 ]
@@ -36,19 +33,6 @@ STATUSES = ("pending", "processing", "completed", "failed", "uncertain", "cancel
 DELIVERY_STATES = ("sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled")
 
 INT_MAX = (1 << 31) - 1
-_EPOCH = datetime(1970, 1, 1)  # naive, as the columns are
-_LAST = (datetime(9999, 12, 31, 23, 59, 59) - _EPOCH) // timedelta(microseconds=1)
-
-
-def from_micros(micros: int) -> datetime:
-    """Return microseconds since the Unix epoch as a column's value: UTC, naive, exact, 1970 to 9999."""
-    # Positionally: days, seconds, microseconds; half the time of a keyword.
-    return _EPOCH + timedelta(0, 0, micros if 0 <= micros <= _LAST else min(max(micros, 0), _LAST))
-
-
-def to_micros(time: datetime) -> int:
-    """Return a column's time as microseconds since the Unix epoch."""
-    return (time - _EPOCH) // timedelta(microseconds=1)
 
 
 def widths(table: Table) -> Mapping[str, int]:

@@ -19,9 +19,9 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from services.common.database_errors import deadlock, session_lost, transient
+from services.common.database.errors import deadlock, session_lost, transient
 
-__all__ = ["transaction", "until_back"]
+__all__ = ["retry_until_available", "transaction"]
 
 R = TypeVar("R")
 
@@ -46,7 +46,7 @@ def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
 
     It is done again after a deadlock, and where a pooled connection turns out to be dead. As the
     connection may die while it commits, `work` must bear being done twice. Raises
-    `sqlalchemy.exc.DBAPIError`; `database_errors.transient` tells what it means.
+    `sqlalchemy.exc.DBAPIError`; `errors.transient` tells what it means.
     """
 
     def once() -> R:
@@ -62,12 +62,12 @@ def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
     return _again(once)
 
 
-def until_back(
+def retry_until_available(
     noticed: Callable[[BaseException], None],
     passes: Callable[[BaseException], bool] = transient,
     most: float = 3.0,
 ) -> AsyncRetrying:
-    """Return a policy that waits as long as the database is away: `await until_back(f)(function, ...)`.
+    """Return a policy that calls until the database answers: `await retry_until_available(f)(function, ...)`.
 
     `noticed` is told each error that `passes`; all others are raised. Waits 0.1 s at first, `most` seconds
     at most.

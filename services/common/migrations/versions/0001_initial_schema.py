@@ -1,4 +1,4 @@
-"""The tables of the road. Plain DDL: one atomic statement a table, which may be done again."""
+"""The first tables. Plain DDL: each table takes one atomic statement that may run again."""
 
 from alembic import op
 

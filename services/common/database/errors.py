@@ -25,24 +25,24 @@ from typing import NamedTuple
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, TimeoutError
 
-from services.common.statement_size import StatementTooLong
+from services.common.database.statement_size import StatementTooLong
 
 __all__ = [
     "ERRORS",
     "TRANSIENT",
-    "Code",
-    "Kind",
+    "ErrorCode",
+    "ErrorKind",
     "at_fault",
     "deadlock",
+    "error_text",
     "numbers",
-    "said",
     "session_lost",
     "too_long",
     "transient",
 ]
 
 
-class Kind(Enum):
+class ErrorKind(Enum):
     """What is to be done before it is tried again."""
 
     CONFLICT = "conflict"
@@ -55,20 +55,20 @@ class Kind(Enum):
     """Another session: the server is not reached, or was lost."""
 
 
-class Code(NamedTuple):
+class ErrorCode(NamedTuple):
     """An error that passes."""
 
     number: int
     name: str
-    kind: Kind
+    kind: ErrorKind
     why: str
     source: str
 
 
-_CONFLICT, _SESSION, _SERVER, _CLIENT = Kind
+_CONFLICT, _SESSION, _SERVER, _CLIENT = ErrorKind
 
 ERRORS = tuple(
-    Code(*row)
+    ErrorCode(*row)
     for row in (
         # --- a transaction that another one stood in the way of ---
         (1020, "ER_CHECKREAD", _CONFLICT, "the row has changed since it was read", "MariaDB"),
@@ -165,12 +165,12 @@ TRANSIENT = frozenset(code.number for code in ERRORS)
 """The numbers of all of them."""
 
 
-def numbers(kind: Kind) -> frozenset[int]:
+def numbers(kind: ErrorKind) -> frozenset[int]:
     """Return the numbers of one kind."""
     return frozenset(code.number for code in ERRORS if code.kind is kind)
 
 
-_CONFLICTS = numbers(Kind.CONFLICT)
+_CONFLICTS = numbers(ErrorKind.CONFLICT)
 
 
 def _number(error: BaseException) -> int | None:
@@ -182,7 +182,7 @@ def deadlock(error: BaseException) -> bool:
     return _number(error) in _CONFLICTS
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return what the database said, without what SQLAlchemy adds: its text has the whole statement in it."""
     return str(getattr(error, "orig", error))
 

@@ -19,11 +19,11 @@ from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from services.common.database_errors import Kind, numbers
-from services.common.statement_size import LOST, TOO_LARGE, Statements
-from services.common.statements import BOUNDS
+from services.common.database.bulk import BOUNDS
+from services.common.database.errors import ErrorKind, numbers
+from services.common.database.statement_size import LOST, TOO_LARGE, Statements
 
-__all__ = ["engine_of", "url_of"]
+__all__ = ["make_engine", "url_of"]
 
 # MySQL's C library sets itself up at its first use, and not safely when two threads meet there: the
 # second one's connection has no methods and takes the process with it. So once, before there are
@@ -43,7 +43,7 @@ LOCK_SECONDS = 5
 # froze or its network broke: the rows that it had locked would keep all others waiting for hours.
 SILENT_SECONDS = 20
 
-_SESSION_OVER = numbers(Kind.SESSION)
+_SESSION_OVER = numbers(ErrorKind.SESSION)
 _SESSION = (
     "SET time_zone = '+00:00', innodb_lock_wait_timeout = %s, wait_timeout = %s,"
     " sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'"
@@ -67,7 +67,7 @@ def url_of(value: str) -> URL:
     return url
 
 
-def engine_of(
+def make_engine(
     url: str | URL,
     pool_size: int = 4,
     read_seconds: int = READ_SECONDS,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import REGISTRY
 
-from services.common.telemetry import SENDER_DOMAINS
+from services.sender.metrics import SENDER_DOMAINS
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,15 @@ from typing import Final
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError
 
-from services.common.statement_size import Statements, StatementTooLong, portions
+from services.common.database.statement_size import Statements, StatementTooLong, portions
 
-__all__ = ["BOUNDS", "execute_rows", "marks"]
+__all__ = ["BOUNDS", "execute_rows", "placeholders"]
 
 BOUNDS: Final = "postroad_statements"
 """Where `Connection.info` holds the `Statements` of the connection's engine."""
 
 
-def marks(count: int) -> str:
+def placeholders(count: int) -> str:
     """Return `count` placeholders, for `IN (...)`."""
     return ",".join(["%s"] * count)
 
@@ -51,7 +51,7 @@ def execute_rows(
 
 def _execute_part(connection: Connection, head: str, rows: Sequence[Sequence[object]], tail: str) -> int:
     parameters = tuple(chain.from_iterable(rows))
-    row = f"({marks(len(parameters) // len(rows))})"
+    row = f"({placeholders(len(parameters) // len(rows))})"
     statement = f"{head} {','.join([row] * len(rows))} {tail}"
     bounds: Statements | None = connection.info.get(BOUNDS)
     try:

@@ -1,0 +1,1 @@
+"""MySQL or MariaDB: engine, tables, errors, transactions and statements with many rows."""

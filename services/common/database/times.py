@@ -1,0 +1,24 @@
+"""The columns' times and the events' times, made one from the other.
+
+A column holds a naive `datetime` in UTC; an event holds whole microseconds since the Unix epoch.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+__all__ = ["from_micros", "to_micros"]
+
+_EPOCH = datetime(1970, 1, 1)  # naive, as the columns are
+_LAST = (datetime(9999, 12, 31, 23, 59, 59) - _EPOCH) // timedelta(microseconds=1)
+
+
+def from_micros(micros: int) -> datetime:
+    """Return microseconds since the Unix epoch as a column's value: UTC, naive, exact, 1970 to 9999."""
+    # Positionally: days, seconds, microseconds; half the time of a keyword.
+    return _EPOCH + timedelta(0, 0, micros if 0 <= micros <= _LAST else min(max(micros, 0), _LAST))
+
+
+def to_micros(time: datetime) -> int:
+    """Return a column's time as microseconds since the Unix epoch."""
+    return (time - _EPOCH) // timedelta(microseconds=1)
