@@ -19,8 +19,9 @@ from services.api.metrics import API_PUBLISHED, API_RELAY_HELD
 from services.api.outbox import Decided, Item, item_of
 from services.common.batching import Batcher
 from services.common.database.errors import error_text
-from services.common.events import Outgoing, encode
+from services.common.events import encode
 from services.common.kafka.publisher import Failure, Publisher
+from services.common.kafka.records import OutgoingRecord
 from services.common.stage.metrics import STAGE_PUBLISH_FAILURES
 
 __all__ = ["Creation", "Recording", "Relay"]
@@ -75,7 +76,7 @@ class Relay:
 
     def publish(self, recorded: Sequence[Recording[Decided]]) -> None:
         """Publish what a transaction recorded, as much of it as there is room for. Does not block."""
-        batch: list[Outgoing] = []
+        batch: list[OutgoingRecord] = []
         items: list[Item] = []
         size = 0
         for recording in recorded:

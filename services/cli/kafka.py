@@ -11,7 +11,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from services.cli.errors import NOT_FOUND, Failure
 from services.common.config import Settings
-from services.common.kafka.leaders import until_led
+from services.common.kafka.leaders import retry_while_leaderless
 
 __all__ = ["SILENT", "TIMEOUT", "admin", "committed", "missing", "offsets", "onlooker", "reader"]
 
@@ -88,4 +88,4 @@ def offsets(
         answers = client.list_offsets(dict(asked), request_timeout=TIMEOUT)
         return [(partition, answer.result().offset) for partition, answer in answers.items()]
 
-    return until_led(TIMEOUT)(ask)
+    return retry_while_leaderless(TIMEOUT)(ask)

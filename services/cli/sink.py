@@ -11,8 +11,8 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from services.cli.kafka import SILENT, TIMEOUT, missing
 from services.common.config import Settings
 from services.common.kafka.clients import producer_config
-from services.common.kafka.headers import Headers
 from services.common.kafka.publisher import hopeless, refusal
+from services.common.kafka.records import Headers
 
 __all__ = ["LARGEST", "Refused", "Sink"]
 

@@ -8,20 +8,19 @@ section 3.2). `ce_id` is made from what the event says, not drawn: the same even
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from google.protobuf.message import DecodeError, Message
 
 from postroad.v1 import events_pb2 as pb
 from services.common.kafka import topics
+from services.common.kafka.records import Headers, OutgoingRecord
 
-__all__ = ["CREATED_KEY", "DECODERS", "Event", "Outgoing", "Undecodable", "encode", "event_key", "task_id"]
+__all__ = ["CREATED_KEY", "DECODERS", "Event", "Undecodable", "encode", "event_key", "task_id"]
 
 Event = (
     pb.TaskCreated | pb.MxOk | pb.MxFailed | pb.MailSent | pb.MailDeferred | pb.MailFailed | pb.TaskCancelled
 )
-Headers = list[tuple[str, bytes]]
 
 _TOPICS: Mapping[type[Message], str] = {
     pb.TaskCreated: topics.TASK_CREATED,
@@ -36,16 +35,6 @@ _TOPICS: Mapping[type[Message], str] = {
 
 class Undecodable(ValueError):
     """A record that is no event of its topic; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A record to be produced. `topic` is a bare name (topics.py); the publisher adds the prefix."""
-
-    topic: str
-    key: bytes
-    value: bytes
-    headers: Headers
 
 
 def task_id(event: Event) -> bytes:
@@ -67,7 +56,7 @@ CREATED_KEY = event_key(pb.TaskCreated())
 """The key of every task's first event."""
 
 
-def encode(event: Event, source: str, traceparent: bytes | None = None) -> Outgoing:
+def encode(event: Event, source: str, traceparent: bytes | None = None) -> OutgoingRecord:
     """Return the record that carries `event`.
 
     `source` is the stage that speaks (`ce_source`); `traceparent` the W3C trace context to carry on.
@@ -85,7 +74,7 @@ def encode(event: Event, source: str, traceparent: bytes | None = None) -> Outgo
     if traceparent is not None:
         headers.append(("traceparent", traceparent))
     # Maps in the order of their keys: the same event has the same bytes whoever publishes it.
-    return Outgoing(topic, key, event.SerializeToString(deterministic=True), headers)
+    return OutgoingRecord(topic, key, event.SerializeToString(deterministic=True), headers)
 
 
 def _decoder(kind: type[Message]) -> Callable[[bytes | None], Event]:

@@ -18,7 +18,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
 from services.common.events import encode
 from services.common.kafka import topics
-from services.common.kafka.headers import delayed
+from services.common.kafka.headers import delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import Names
 from tests.bench.load import BODY
@@ -40,7 +40,7 @@ def _put(bootstrap: str, tasks: int, delay: int) -> None:
         record = encode(pb.MxOk(task=task, attempt=1, at_us=now_ms * 1000), "validator")
         origin = RecordLocation(topics.MX_OK, number % 12, number)
         due = now_ms + delay * 1000 + number
-        carried = delayed(record.headers, origin=origin, attempt=2, cause="451 later", due_at_ms=due)
+        carried = delayed_headers(record.headers, origin=origin, attempt=2, cause="451 later", due_at_ms=due)
         while True:
             try:
                 producer.produce(topic, record.value, record.key, headers=[*carried])

@@ -23,7 +23,7 @@ from postroad.v1 import events_pb2
 from services.common import taskstore
 from services.common.database.engine import make_engine
 from services.common.events import encode
-from services.common.kafka.headers import dead
+from services.common.kafka.headers import dead_letter_headers
 from services.common.kafka.topic_partition import RecordLocation
 from tests.documents import ROOT, commands, programs, python_samples
 from tests.e2e.road import Road, until
@@ -115,7 +115,7 @@ class Field:
         with self._engine.connect() as connection:
             task = taskstore.load_tasks(connection, [id_])[id_]
         record = encode(events_pb2.MxOk(task=task, attempt=1), "validator", None)
-        headers = dead(
+        headers = dead_letter_headers(
             record.headers, origin=RecordLocation("mx.ok", 0, 0), attempt=1, cause="KeyError: 'name'"
         )
         written: list[Message] = []

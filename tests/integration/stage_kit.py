@@ -15,8 +15,9 @@ from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
-from services.common.events import DECODERS, Outgoing, encode
+from services.common.events import DECODERS, encode
 from services.common.kafka.publisher import Publisher
+from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topics import MX_OK, TASK_CREATED, Names, wanted
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Done, Record, Stage
@@ -28,7 +29,7 @@ __all__ = ["Kit", "Watched", "created", "passed_on", "until"]
 PARTITIONS = 4
 
 
-def created(number: int = 0, body: str = "text") -> Outgoing:
+def created(number: int = 0, body: str = "text") -> OutgoingRecord:
     """A task.created; its epoch is `number`, so that handlers can tell them apart."""
     task = pb.MailTask(id=uuid.uuid4().bytes, email="a@good.test", subject="s", body=body)
     return encode(pb.TaskCreated(task=task, epoch=number, at_us=1), "api", b"00-1-2-01")
@@ -147,7 +148,7 @@ class Kit:
             runtime.stop()
             await run
 
-    async def publish(self, outgoing: Iterable[Outgoing]) -> None:
+    async def publish(self, outgoing: Iterable[OutgoingRecord]) -> None:
         """Produce, acked."""
         publisher = Publisher(self.settings, client_id="test")
         publisher.start()

@@ -11,7 +11,7 @@ from postroad.v1 import events_pb2 as pb
 from services.api import outbox
 from services.common.database.engine import make_engine
 from services.common.events import encode
-from services.common.kafka.headers import delayed
+from services.common.kafka.headers import delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
 from tests.cli import Command
 from tests.stack import Infra
@@ -79,7 +79,7 @@ def test_the_domains_of_what_the_sender_has_not_committed_are_named(infra: Infra
             pb.MxOk(task=pb.MailTask(id=bytes(16), domain="deferred.test"), attempt=1, at_us=7), "validator"
         )
         origin = RecordLocation("mx.ok", 0, 0)
-        carried = delayed(event.headers, origin=origin, attempt=2, cause="x", due_at_ms=due_at_ms)
+        carried = delayed_headers(event.headers, origin=origin, attempt=2, cause="x", due_at_ms=due_at_ms)
         producer.produce(f"{prefix}sender.delay.9", event.value, event.key, headers=carried, partition=1)  # type: ignore[arg-type]
     assert producer.flush(20) == 0
     engine = make_engine(url)

@@ -23,7 +23,7 @@ from services.cli.sink import Sink
 from services.common.events import DECODERS, encode
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka import headers
-from services.common.kafka.headers import parse_return
+from services.common.kafka.headers import parse_delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import TASK_CREATED
 from services.common.stage.types import Dead, Done, Record, Retry
@@ -175,7 +175,7 @@ async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replaye
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
     # One key: in one batch, which the broker refuses whole for the sake of one record.
     for offset, value in enumerate([event.value, os.urandom(4000), event.value, event.value]):
-        carried = headers.dead(
+        carried = headers.dead_letter_headers(
             event.headers, origin=RecordLocation("mx.ok", 2, offset), attempt=1, cause="OSError"
         )
         producer.produce(kit.names.dead("sender"), value, event.key, headers=carried)  # type: ignore[arg-type]
@@ -232,7 +232,7 @@ async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(n
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     for attempt in (1, 2, 3):
-        carried = headers.dead(
+        carried = headers.dead_letter_headers(
             event.headers, origin=RecordLocation("mx.ok", 2, 40), attempt=attempt, cause="OSError"
         )
         producer.produce(kit.names.dead("sender"), event.value, event.key, headers=carried)  # type: ignore[arg-type]
@@ -241,7 +241,7 @@ async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(n
     (first,) = kit.read("mx.ok")
     assert (first.value(), first.headers()) == (event.value, event.headers)
     delayed = kit.read("sender.delay.1")
-    came = [parse_return(message.headers()) for message in delayed]  # type: ignore[arg-type]
+    came = [parse_delayed_headers(message.headers()) for message in delayed]  # type: ignore[arg-type]
     assert [(back.attempt, back.due_at_ms, back.origin.topic) for back in came] == [
         (2, 0, "mx.ok"),
         (3, 0, "mx.ok"),
@@ -256,13 +256,13 @@ async def test_a_record_that_died_in_two_stages_is_sent_back_once(newest: Kit) -
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     events = [encode(pb.MxOk(task=mail_task(n), attempt=1, at_us=7), "validator") for n in range(3)]
     for number, event in enumerate(events):
-        carried = headers.dead(
+        carried = headers.dead_letter_headers(
             event.headers, origin=RecordLocation("mx.ok", 2, number), attempt=1, cause="KeyError"
         )
         for stage in ("sender", "status")[: 1 + (number > 0)]:
             producer.produce(kit.names.dead(stage), event.value, event.key, headers=carried)  # type: ignore[arg-type]
     # The same place of a topic that was made anew holds another record.
-    carried = headers.dead(
+    carried = headers.dead_letter_headers(
         events[0].headers, origin=RecordLocation("mx.ok", 2, 1), attempt=1, cause="KeyError"
     )
     producer.produce(kit.names.dead("status"), events[0].value, events[0].key, headers=carried)  # type: ignore[arg-type]
@@ -322,13 +322,13 @@ async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Ki
     kit = newest
     kafka_admin.apply(kit.settings)
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
-    carried = headers.dead(
+    carried = headers.dead_letter_headers(
         event.headers, origin=RecordLocation("mx.ok", 2, 40), attempt=1, cause="OSError: disk"
     )
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     producer.produce(kit.names.dead("sender"), event.value, event.key, headers=carried)  # type: ignore[arg-type]
     producer.produce(kit.names.dead("sender"), b"by hand", None)
-    lost = headers.dead(
+    lost = headers.dead_letter_headers(
         None, origin=RecordLocation("sender.delay.1", 0, 0), attempt=1, cause="due-at is missing"
     )
     producer.produce(kit.names.dead("sender"), b"", b"k", headers=lost)  # type: ignore[arg-type]

@@ -40,11 +40,12 @@ from services.common.config import Settings
 from services.common.database.engine import make_engine
 from services.common.deliveries.decide import Delivery
 from services.common.deliveries.rows import store
-from services.common.events import DECODERS, Event, Outgoing, encode
+from services.common.events import DECODERS, Event, encode
 from services.common.fold import delta
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka.clients import producer_config
-from services.common.kafka.headers import delayed, parse_return
+from services.common.kafka.headers import delayed_headers, parse_delayed_headers
+from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import MAIL_SENT, MX_OK, TASK_CREATED
 from services.common.taskstore import upsert
@@ -100,11 +101,11 @@ class Site:
             "POSTROAD_VALIDATOR_DELAYS": "77",
         }
 
-    def publish(self, *records: Outgoing | Event) -> None:
+    def publish(self, *records: OutgoingRecord | Event) -> None:
         """Produce, acked, in this order within a partition."""
         producer = Producer(producer_config(self.settings, "test"))
         for record in records:
-            out = record if isinstance(record, Outgoing) else encode(record, "api")
+            out = record if isinstance(record, OutgoingRecord) else encode(record, "api")
             producer.produce(self.prefix + out.topic, out.value, out.key, headers=out.headers)  # type: ignore[arg-type]
         assert producer.flush(20) == 0
 
@@ -189,7 +190,7 @@ def one_of_each(site: Site) -> dict[str, bytes]:
     names += ["cancelled", "uncertain", "waits", "overdue", "retried"]
     tasks = {name: task(number) for number, name in enumerate(names)}
     site.publish(*(pb.MxOk(task=t, attempt=1, at_us=NOW_US) for t in tasks.values()))
-    site.publish(Outgoing(MX_OK, b"k" * 16, b"\xff\xff", []), Outgoing(MX_OK, b"", b"", []))
+    site.publish(OutgoingRecord(MX_OK, b"k" * 16, b"\xff\xff", []), OutgoingRecord(MX_OK, b"", b"", []))
     at: dict[str, Any] = {"attempt": 1, "at_us": NOW_US + 5}
     known = {name: t for name, t in tasks.items() if name != "no row"}
     site.fold(
@@ -307,7 +308,7 @@ def test_what_works_goes_again_in_its_epoch_and_nothing_else_does(site: Callable
     assert {event.epoch for id_, event in again.items() if id_ != who["retried"]} == {0}
     assert again[who["retried"]].epoch == NOW_US // 1000
     [next_one] = here.records("sender.delay.60")
-    back = parse_return(next_one.headers())
+    back = parse_delayed_headers(next_one.headers())
     assert (next_one.key(), back.attempt, back.origin.topic) == (who["overdue"], 3, MX_OK)
     assert {dict(r.headers())["replay-id"] for r in here.replayed(MX_OK)} == {result["id"].encode()}
 
@@ -337,7 +338,7 @@ def test_what_the_sender_has_at_a_later_attempt_goes_to_it_as_that_attempt(site:
     named = [argument for t in tasks for argument in ("--id", str(uuid.UUID(bytes=t.id)))]
     assert counts(here.replay(MX_OK, *named, "--yes")) == {("processing", "", "again"): 4}
     assert ids(here.replayed(MX_OK)) == [tasks[0].id]
-    came = {r.key(): parse_return(r.headers()) for r in here.replayed("sender.delay.60")}
+    came = {r.key(): parse_delayed_headers(r.headers()) for r in here.replayed("sender.delay.60")}
     assert {id_: back.attempt for id_, back in came.items()} == {
         tasks[1].id: 2,
         tasks[2].id: 2,
@@ -407,17 +408,17 @@ def test_a_delay_topic_goes_as_it_is_where_its_task_still_works(site: Callable[[
     outs = [encode(pb.MxOk(task=t, attempt=1, at_us=NOW_US), "validator") for t in tasks]
     here.publish(
         *(
-            Outgoing(
+            OutgoingRecord(
                 "sender.delay.60",
                 out.key,
                 out.value,
-                delayed(
+                delayed_headers(
                     out.headers, origin=RecordLocation(MX_OK, 0, n), attempt=2, cause="c", due_at_ms=due[n]
                 ),
             )
             for n, out in enumerate(outs)
         ),
-        Outgoing("sender.delay.60", b"k" * 16, outs[0].value, outs[0].headers),
+        OutgoingRecord("sender.delay.60", b"k" * 16, outs[0].value, outs[0].headers),
     )
     here.fold(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in tasks))
     here.settle(delivery(tasks[1].id, "sent"), delivery(tasks[0].id, "deferred", 0, 1, NOW_US))
@@ -431,7 +432,7 @@ def test_a_delay_topic_goes_as_it_is_where_its_task_still_works(site: Callable[[
     }
     again = here.replayed("sender.delay.60")
     assert set(ids(again)) == {tasks[0].id, tasks[3].id}
-    assert {parse_return(r.headers()).attempt for r in again} == {2}
+    assert {parse_delayed_headers(r.headers()).attempt for r in again} == {2}
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from services.common.events import Outgoing
 from services.common.kafka.headers import LeftOut, left_out
+from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topics import MX_OK, TASK_CREATED
 from services.common.stage import metrics
 from services.common.stage.types import Dead, Outcome, Record, Retry
@@ -245,7 +245,7 @@ async def test_i4_deferred_records_take_no_memory(newest: Kit) -> None:
     # Held in memory, the fewest of them would take more than the assertion allows.
     for start in range(0, by_form(40_000, 100_000), 20_000):
         await kit.publish(
-            Outgoing("validator.delay.2", b"%d" % n, template.value, headers)
+            OutgoingRecord("validator.delay.2", b"%d" % n, template.value, headers)
             for n in range(start, start + 20_000)
         )
     handled: list[Record] = []
@@ -456,7 +456,7 @@ async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) 
     before = failures.get()
     # Not even a letter without its value and its headers fits.
     limit(60)
-    bad = Outgoing(TASK_CREATED, b"k", random.Random(1).randbytes(5000), [])
+    bad = OutgoingRecord(TASK_CREATED, b"k", random.Random(1).randbytes(5000), [])
     async with kit.running(handle=passed_on) as runtime:
         await kit.publish([bad])
         await kit.publish(created(n) for n in range(100))

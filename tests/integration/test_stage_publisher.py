@@ -7,8 +7,8 @@ import time
 
 from confluent_kafka import KafkaError
 
-from services.common.events import Outgoing
 from services.common.kafka.publisher import Failure, Publisher
+from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topics import TASK_CREATED
 from tests.integration.stage_kit import Kit, created, until
 
@@ -17,7 +17,7 @@ async def test_the_items_that_failed_are_named_and_the_others_are_there(newest: 
     publisher = Publisher(newest.settings, "test")
     publisher.start()
     good = [created(n) for n in range(3)]
-    local = Outgoing(TASK_CREATED, b"local", b"x" * (6 << 20), [])  # more than the client sends
+    local = OutgoingRecord(TASK_CREATED, b"local", b"x" * (6 << 20), [])  # more than the client sends
     ((index, error),) = await publisher.attempt([good[0], local, good[1], good[2]])
     assert index == 1
     assert error.code() == KafkaError.MSG_SIZE_TOO_LARGE
@@ -30,7 +30,7 @@ async def test_more_than_the_producers_queue_holds_is_sent_in_order(newest: Kit)
     publisher = Publisher(newest.settings, "test", **{"queue.buffering.max.messages": 100})
     publisher.start()
     same_key = created().key
-    items = [Outgoing(TASK_CREATED, same_key, b"%d" % n, []) for n in range(5000)]
+    items = [OutgoingRecord(TASK_CREATED, same_key, b"%d" % n, []) for n in range(5000)]
     answers: list[list[Failure]] = []
     for start in range(0, 5000, 1000):
         publisher.send(items[start : start + 1000], answers.append)

@@ -11,7 +11,7 @@ import pytest
 from confluent_kafka import Consumer, Producer
 
 from postroad.v1 import events_pb2 as pb
-from services.common.events import Outgoing
+from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topics import MX_OK, TASK_CREATED
 from services.common.stage import membership, metrics
 from services.common.stage.types import Dead, Done, Outcome, Record, Retry
@@ -99,20 +99,20 @@ async def test_a_retry_comes_back_as_the_next_attempt_never_early(kit: Kit) -> N
     assert headers["ce_type"] == b"postroad.v1.task.created"
 
 
-def rubbish() -> dict[str, Outgoing]:
+def rubbish() -> dict[str, OutgoingRecord]:
     good = created()
     delay = [("due-at", b"1"), ("attempt", b"2"), ("origin", b"task.created/0/0"), ("cause", b"")]
     return {
-        "the value is empty": Outgoing(TASK_CREATED, b"k", b"", []),
-        "not a TaskCreated": Outgoing(TASK_CREATED, b"k", b"\xff" * 3000, good.headers),
-        "task id is not 16 bytes": Outgoing(
+        "the value is empty": OutgoingRecord(TASK_CREATED, b"k", b"", []),
+        "not a TaskCreated": OutgoingRecord(TASK_CREATED, b"k", b"\xff" * 3000, good.headers),
+        "task id is not 16 bytes": OutgoingRecord(
             TASK_CREATED, b"k", pb.TaskCreated(epoch=3).SerializeToString(), good.headers
         ),
-        "origin is not": Outgoing("validator.delay.1", good.key, good.value, good.headers),
-        "is not read here": Outgoing(
+        "origin is not": OutgoingRecord("validator.delay.1", good.key, good.value, good.headers),
+        "is not read here": OutgoingRecord(
             "validator.delay.1", good.key, good.value, [*delay, ("origin", b"nothing.known/1/2")]
         ),
-        "not a": Outgoing("validator.delay.1", good.key, b"\x00garbage", delay),
+        "not a": OutgoingRecord("validator.delay.1", good.key, b"\x00garbage", delay),
     }
 
 

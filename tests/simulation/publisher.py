@@ -8,9 +8,9 @@ from typing import Any
 
 from confluent_kafka import KafkaError
 
-from services.common.events import Outgoing
 from services.common.kafka import publisher
 from services.common.kafka.publisher import Failure
+from services.common.kafka.records import OutgoingRecord
 from tests.simulation.broker import Broker
 from tests.simulation.loop import Loop
 from tests.simulation.scheduler import here
@@ -37,7 +37,7 @@ class Publisher(publisher.Publisher):
     def start(self) -> None:
         """Nothing has to be."""
 
-    def send(self, batch: Sequence[Outgoing], done: Callable[[list[Failure]], None]) -> None:
+    def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[Failure]], None]) -> None:
         """Publish; `done` is called once, with what failed."""
         if not batch:
             self._loop.call_soon(done, [])
@@ -68,11 +68,11 @@ class Publisher(publisher.Publisher):
             await asyncio.sleep(0.05)
         return not self._open
 
-    def _leave(self, item: Outgoing, index: int, acked: Any, since: float) -> None:
+    def _leave(self, item: OutgoingRecord, index: int, acked: Any, since: float) -> None:
         """It is in the socket: the process matters no more."""
         self._scheduler.after(self._scheduler.latency(0.001), None, self._arrive, item, index, acked, since)
 
-    def _arrive(self, item: Outgoing, index: int, acked: Any, since: float) -> None:
+    def _arrive(self, item: OutgoingRecord, index: int, acked: Any, since: float) -> None:
         world, scheduler = self.broker.world, self._scheduler
         if not world.up("kafka"):
             left = since + _TIMEOUT - world.now

@@ -21,7 +21,8 @@ from services.cli.frame import Frame
 from services.common.deliveries.decide import Claim, Delivery, Stale, State, Stored, Taken, decide
 from services.common.events import encode
 from services.common.kafka import headers
-from services.common.kafka.headers import Headers, LeftOut, parse_return
+from services.common.kafka.headers import LeftOut, parse_delayed_headers
+from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import RecordLocation
 from tests.event_strategies import mail_task
 
@@ -48,7 +49,7 @@ def test_neighbours_are_one_range() -> None:
 
 def test_a_letter_is_no_marker_and_a_bad_marker_resolves_nothing() -> None:
     assert marker.resolved(9, None, None, None) is None
-    carried = headers.dead([], origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="c")
+    carried = headers.dead_letter_headers([], origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="c")
     assert marker.resolved(9, None, None, carried) is None
     bad = [("resolves", b"x,-,1-,-2,\xff"), ("resolution", b"purged")]
     assert marker.resolved(9, None, None, bad) == [range(1, 2)]
@@ -85,7 +86,7 @@ def letter(headers: Headers | None, key: bytes | None = None) -> Letter:
 
 def test_a_letter_shows_its_event_decoded() -> None:
     record = encode(pb.TaskCreated(task=mail_task(1), at_us=5), "api", b"00-1-2-01")
-    carried = headers.dead(
+    carried = headers.dead_letter_headers(
         record.headers, origin=RecordLocation("task.created", 3, 9), attempt=2, cause="KeyError: 'x'"
     )
     row = shown(letter(carried, record.key), record.value, carried)
@@ -96,7 +97,7 @@ def test_a_letter_shows_its_event_decoded() -> None:
     assert row["headers"]["traceparent"] == "00-1-2-01"
     assert row["value"] is None
     assert row["time"] == "2025-11-24T09:29:03.123+00:00"
-    assert headers.original(carried) == record.headers
+    assert headers.original_headers(carried) == record.headers
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,9 @@ def test_a_letter_shows_its_event_decoded() -> None:
 def test_what_does_not_decode_is_shown_so_that_no_terminal_minds(
     value: bytes | None, text: str | None
 ) -> None:
-    carried = headers.dead(None, origin=RecordLocation("mail.sent", 0, 1), attempt=1, cause="not a MailSent")
+    carried = headers.dead_letter_headers(
+        None, origin=RecordLocation("mail.sent", 0, 1), attempt=1, cause="not a MailSent"
+    )
     row = shown(letter(carried), value, carried)
     assert (row["event"], row["value"]) == (None, text)
 
@@ -122,11 +125,11 @@ def test_a_letter_that_no_stage_wrote_can_only_be_purged() -> None:
         assert letter(foreign).origin is None
         assert not replayable(letter(foreign))
         assert shown(letter(foreign), b"x", foreign)["origin"] is None
-    delayed = headers.dead(
+    delayed = headers.dead_letter_headers(
         None, origin=RecordLocation("sender.delay.60", 0, 1), attempt=1, cause="due-at is missing"
     )
     assert not replayable(letter(delayed))
-    known = headers.dead(None, origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="")
+    known = headers.dead_letter_headers(None, origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="")
     assert replayable(letter(known))
 
 
@@ -134,7 +137,9 @@ def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> No
     steering = "\x1b[2J\x9b31m"
     record = encode(pb.TaskCreated(task=pb.MailTask(id=b"k" * 16, subject=steering), at_us=5), "api")
     origin = RecordLocation("task.created", 3, 9)
-    carried = headers.dead([("x", steering.encode())], origin=origin, attempt=1, cause=steering)
+    carried = headers.dead_letter_headers(
+        [("x", steering.encode())], origin=origin, attempt=1, cause=steering
+    )
     one = letter(carried, record.key)
     with pytest.raises(Failure, match="--yes"):
         _ask("Purge", [one], False)
@@ -146,7 +151,9 @@ def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_letter_says_what_it_does_not_carry() -> None:
     value = LeftOut.of("value", b"x" * 100)
-    carried = headers.dead(None, origin=RecordLocation("mx.ok", 0, 1), attempt=2, cause="c", left_out=[value])
+    carried = headers.dead_letter_headers(
+        None, origin=RecordLocation("mx.ok", 0, 1), attempt=2, cause="c", left_out=[value]
+    )
     one = letter(carried)
     assert one.left_out == (value,)
     row = shown(one, None, carried)
@@ -154,13 +161,15 @@ def test_a_letter_says_what_it_does_not_carry() -> None:
         100,
         [{"part": "value", "size": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()}],
     )
-    assert headers.original(carried) == []
+    assert headers.original_headers(carried) == []
     assert letter([header for header in carried if header[0] != "origin"]).left_out == ()
 
 
 def test_letters_are_grouped_by_stage_and_cause() -> None:
     def at(stage: str, offset: int, cause: str) -> Letter:
-        carried = headers.dead(None, origin=RecordLocation("mx.ok", 0, offset), attempt=1, cause=cause)
+        carried = headers.dead_letter_headers(
+            None, origin=RecordLocation("mx.ok", 0, offset), attempt=1, cause=cause
+        )
         return letter_of(Place(stage, 0, offset), 1000 * offset, None, carried)
 
     letters = [at("sender", 1, "b"), at("sender", 2, "a"), at("sender", 3, "a"), at("status", 4, "a")]
@@ -183,7 +192,7 @@ DELAYS = {"validator": (5, 30), "sender": (60, 300)}
 
 def died(stage: str, topic: str, attempt: int) -> tuple[Letter, Headers]:
     """A letter of a record that came with these headers of its own, and the letter's headers."""
-    carried = headers.dead(
+    carried = headers.dead_letter_headers(
         [("ce_id", b"1")], origin=RecordLocation(topic, 2, 40), attempt=attempt, cause="OSError"
     )
     return letter_of(Place(stage, 0, 0), 1000, b"k" * 16, carried), carried
@@ -209,9 +218,9 @@ def test_what_died_on_a_retry_comes_back_as_that_attempt_and_is_due(
     for attempt in (2, 3):
         went = back(*died(stage, topic, attempt), DELAYS)
         assert went.topic == f"{stage}.delay.{delay}"
-        came = parse_return(went.headers)
+        came = parse_delayed_headers(went.headers)
         assert (came.attempt, came.due_at_ms, came.origin) == (attempt, 0, RecordLocation(topic, 2, 40))
-        assert headers.original(went.headers) == [("ce_id", b"1")]
+        assert headers.original_headers(went.headers) == [("ce_id", b"1")]
 
 
 @pytest.mark.parametrize("attempt", [2, 3])
@@ -233,7 +242,7 @@ def test_the_sender_takes_up_what_died_on_a_retry(
     id_ = bytes(range(16))
     row = Delivery(id_, state, 7, attempt - before, 0, b"o" * 16, now, 1, 1, "", "", "", "<m@x>")
     went = back(*died("sender", "mx.ok", attempt), DELAYS)
-    claim = Claim(id_, 7, parse_return(went.headers).attempt, b"n" * 16, "<m@x>")
+    claim = Claim(id_, 7, parse_delayed_headers(went.headers).attempt, b"n" * 16, "<m@x>")
     assert isinstance(decide(row, claim, now + lease, lease, False)[0], verdict)
     first = decide(row, claim._replace(attempt=1), now + lease, lease, False)[0]
     assert isinstance(first, Stale) == (row.attempt > 1), "why it does not go as a first attempt"

@@ -40,8 +40,7 @@ from services.common.deliveries.decide import (
     decide,
 )
 from services.common.events import DECODERS, Undecodable, encode
-from services.common.kafka.headers import delayed as delayed_headers
-from services.common.kafka.headers import parse_return
+from services.common.kafka.headers import delayed_headers, parse_delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.rate import Rate
 from tests.event_strategies import mail_task
@@ -432,7 +431,7 @@ def test_a_next_attempt_is_a_delayed_record_that_is_due() -> None:
     read = record(pb.MxOk(task=mail_task(1), epoch=5, at_us=9), "mx.ok")
     out = again(read, see(read), Decision(What.NEXT_ATTEMPT, 5, 3), "r", "sender.delay.60")
     assert (out.topic, out.value) == ("sender.delay.60", read.value)
-    back = parse_return(out.headers)
+    back = parse_delayed_headers(out.headers)
     assert (back.due_at_ms, back.attempt, back.origin) == (0, 3, RecordLocation("mx.ok", 3, 17))
 
 
@@ -440,7 +439,7 @@ def test_what_goes_again_as_a_later_attempt_is_a_delayed_record_in_the_task_s_ep
     read = record(pb.MxOk(task=mail_task(1), at_us=9), "mx.ok")
     out = again(read, see(read), Decision(What.AGAIN, 5, 2), "r", "sender.delay.60")
     assert out.topic == "sender.delay.60"
-    back = parse_return(out.headers)
+    back = parse_delayed_headers(out.headers)
     assert (back.due_at_ms, back.attempt, back.origin) == (0, 2, RecordLocation("mx.ok", 3, 17))
     assert DECODERS["mx.ok"](out.value) == pb.MxOk(task=mail_task(1), epoch=5, at_us=5000)
 

@@ -5,14 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.kafka.headers import (
-    Malformed,
-    dead,
-    delayed,
-    original,
+    dead_letter_headers,
+    delayed_headers,
+    original_headers,
+    parse_delayed_headers,
     parse_origin,
-    parse_return,
-    traceparent,
 )
+from services.common.kafka.records import MalformedHeaders, traceparent
 from services.common.kafka.topic_partition import RecordLocation
 
 ORIGINAL = [("ce_id", b"1"), ("ce_type", b"t"), ("traceparent", b"00-a-b-01")]
@@ -28,19 +27,19 @@ def test_what_is_written_is_read_back(
     attempt: int, due: int, partition: int, offset: int, cause: str
 ) -> None:
     origin = RecordLocation("sender.x/y", partition, offset)
-    headers = delayed(ORIGINAL, origin=origin, attempt=attempt, cause=cause, due_at_ms=due)
-    back = parse_return(headers)
+    headers = delayed_headers(ORIGINAL, origin=origin, attempt=attempt, cause=cause, due_at_ms=due)
+    back = parse_delayed_headers(headers)
     assert (back.due_at_ms, back.attempt, back.origin) == (due, attempt, origin)
     assert headers[:3] == ORIGINAL
     assert traceparent(headers) == b"00-a-b-01"
 
 
 def test_a_second_delay_replaces_what_the_first_wrote() -> None:
-    first = delayed(ORIGINAL, origin=ORIGIN, attempt=2, cause="a", due_at_ms=1)
-    second = delayed(first, origin=ORIGIN, attempt=3, cause="b", due_at_ms=2)
+    first = delayed_headers(ORIGINAL, origin=ORIGIN, attempt=2, cause="a", due_at_ms=1)
+    second = delayed_headers(first, origin=ORIGIN, attempt=3, cause="b", due_at_ms=2)
     assert [name for name, _ in second].count("attempt") == 1
     assert dict(second)["cause"] == b"b"
-    letter = dict(dead(second, origin=ORIGIN, attempt=3, cause="c"))
+    letter = dict(dead_letter_headers(second, origin=ORIGIN, attempt=3, cause="c"))
     assert letter == dict(ORIGINAL) | {"attempt": b"3", "origin": b"task.created/3/1234", "cause": b"c"}
 
 
@@ -48,8 +47,8 @@ def test_a_second_delay_replaces_what_the_first_wrote() -> None:
 def test_garbage_is_malformed_and_nothing_else(headers: list[tuple[str, bytes]] | None) -> None:
     traceparent(headers)
     try:
-        back = parse_return(headers)
-    except Malformed:
+        back = parse_delayed_headers(headers)
+    except MalformedHeaders:
         return
     assert back.attempt >= 1
     assert back.due_at_ms >= 0
@@ -61,12 +60,12 @@ def test_garbage_is_malformed_and_nothing_else(headers: list[tuple[str, bytes]] 
      ("origin", b"a/1"), ("origin", b"/1/2"), ("origin", b"a/b/2"), ("origin", "é/1/2".encode())],
 )  # fmt: skip
 def test_each_bad_header_is_refused(name: str, value: bytes) -> None:
-    good = dict(delayed(None, origin=ORIGIN, attempt=2, cause="", due_at_ms=5))
-    with pytest.raises(Malformed, match=name):
-        parse_return(list({**good, name: value}.items()))
+    good = dict(delayed_headers(None, origin=ORIGIN, attempt=2, cause="", due_at_ms=5))
+    with pytest.raises(MalformedHeaders, match=name):
+        parse_delayed_headers(list({**good, name: value}.items()))
     del good[name]
-    with pytest.raises(Malformed, match=name):
-        parse_return(list(good.items()))
+    with pytest.raises(MalformedHeaders, match=name):
+        parse_delayed_headers(list(good.items()))
 
 
 @pytest.mark.parametrize(
@@ -74,26 +73,28 @@ def test_each_bad_header_is_refused(name: str, value: bytes) -> None:
     [b"t" * 250 + b"/0/0", b"t/" + b"1" * 20 + b"/0", b"t/0/" + b"1" * 5000, b"t/0/9223372036854775808"],
 )
 def test_an_origin_is_no_longer_than_a_topic_s_name_and_two_numbers(origin: bytes) -> None:
-    with pytest.raises(Malformed, match="origin"):
+    with pytest.raises(MalformedHeaders, match="origin"):
         parse_origin([("origin", origin)])
 
 
 def test_a_long_cause_is_cut() -> None:
-    headers = dict(dead(None, origin=ORIGIN, attempt=1, cause="x" * 100_000))
+    headers = dict(dead_letter_headers(None, origin=ORIGIN, attempt=1, cause="x" * 100_000))
     assert len(headers["cause"]) <= 2000
 
 
 @pytest.mark.parametrize("name", ["due-at", "attempt", "origin", "cause", "resolves", "resolution"])
 def test_what_a_foreign_record_says_in_our_names_is_not_carried_on(name: str) -> None:
     foreign = [(name, b"0-99"), *ORIGINAL]
-    letter = dead(foreign, origin=ORIGIN, attempt=1, cause="c")
+    letter = dead_letter_headers(foreign, origin=ORIGIN, attempt=1, cause="c")
     assert letter == [*ORIGINAL, ("attempt", b"1"), ("origin", b"task.created/3/1234"), ("cause", b"c")]
-    back = delayed(foreign, origin=ORIGIN, attempt=2, cause="c", due_at_ms=5)
+    back = delayed_headers(foreign, origin=ORIGIN, attempt=2, cause="c", due_at_ms=5)
     assert (name, b"0-99") not in back
-    assert original(foreign) == ORIGINAL
+    assert original_headers(foreign) == ORIGINAL
 
 
 def test_a_replay_s_id_is_carried_on_where_a_replay_can_have_written_it() -> None:
     replayed = [("replay-id", b"r"), *ORIGINAL]
-    assert dead(replayed, origin=ORIGIN, attempt=1, cause="c")[0] == ("replay-id", b"r")
-    assert "replay-id" not in dict(dead(replayed, origin=ORIGIN, attempt=1, cause="c", foreign=True))
+    assert dead_letter_headers(replayed, origin=ORIGIN, attempt=1, cause="c")[0] == ("replay-id", b"r")
+    assert "replay-id" not in dict(
+        dead_letter_headers(replayed, origin=ORIGIN, attempt=1, cause="c", foreign=True)
+    )

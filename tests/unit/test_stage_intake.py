@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
 from services.common.events import DECODERS, encode
-from services.common.kafka.headers import Headers, delayed
+from services.common.kafka.headers import delayed_headers
+from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.stage.inflight import InFlight
 from services.common.stage.intake import Intake
@@ -54,7 +55,7 @@ def message(
 
 
 def back(due: int, origin: str = "task.created", attempt: int = 3) -> Headers:
-    return delayed(
+    return delayed_headers(
         TASK.headers, origin=RecordLocation(origin, 4, 17), attempt=attempt, cause="c", due_at_ms=due
     )
 

@@ -13,16 +13,16 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from services.common.config import Settings
-from services.common.events import Outgoing
 from services.common.kafka.publisher import Publisher, hopeless
+from services.common.kafka.records import OutgoingRecord
 from tests.librdkafka import handle, library
 
 INCONSISTENT = -149
 PRODUCE, NO_ERROR, NOT_ENOUGH_REPLICAS = 0, 0, 19
 
 
-def item(number: int) -> Outgoing:
-    return Outgoing("task.created", b"k" * 16, b"%d" % number, [])
+def item(number: int) -> OutgoingRecord:
+    return OutgoingRecord("task.created", b"k" * 16, b"%d" % number, [])
 
 
 def break_down(producer: Producer) -> None:
@@ -65,7 +65,7 @@ async def running(**overrides: Any) -> AsyncIterator[Publisher]:
 async def test_what_the_client_cannot_write_is_refused_and_holds_up_nothing() -> None:
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
     async with running(**mock) as publisher:
-        bad = Outgoing("task.created", b"k", 5, [])  # type: ignore[arg-type]
+        bad = OutgoingRecord("task.created", b"k", 5, [])  # type: ignore[arg-type]
         [(index, error)] = await asyncio.wait_for(publisher.attempt([bad, item(1)]), 20)
         assert index == 0
         assert hopeless(error)

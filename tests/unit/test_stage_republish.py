@@ -11,9 +11,10 @@ import pytest
 from confluent_kafka import KafkaError
 
 from postroad.v1 import events_pb2 as pb
-from services.common.events import DECODERS, Outgoing
+from services.common.events import DECODERS
 from services.common.kafka.headers import parse_attempt, parse_origin
 from services.common.kafka.publisher import Failure
+from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.stage import republish, work
 from services.common.stage.inflight import InFlight
@@ -29,15 +30,15 @@ class Broker:
 
     def __init__(self, most: int, passing: int = 0) -> None:
         self.most, self.passing = most, passing
-        self.taken: list[Outgoing] = []
+        self.taken: list[OutgoingRecord] = []
 
-    def send(self, batch: Sequence[Outgoing], done: Any) -> None:
+    def send(self, batch: Sequence[OutgoingRecord], done: Any) -> None:
         asyncio.get_running_loop().call_soon(done, self._take(batch))
 
-    async def attempt(self, batch: Sequence[Outgoing]) -> list[Failure]:
+    async def attempt(self, batch: Sequence[OutgoingRecord]) -> list[Failure]:
         return self._take(batch)
 
-    def _take(self, batch: Sequence[Outgoing]) -> list[Failure]:
+    def _take(self, batch: Sequence[OutgoingRecord]) -> list[Failure]:
         if self.passing:
             self.passing -= 1
             return [(n, KafkaError(KafkaError._MSG_TIMED_OUT)) for n in range(len(batch))]
@@ -52,7 +53,9 @@ class Broker:
         return failures
 
 
-async def settled(broker: Broker, outcome: Outcome, value: bytes, key: bytes, header: bytes) -> Outgoing:
+async def settled(
+    broker: Broker, outcome: Outcome, value: bytes, key: bytes, header: bytes
+) -> OutgoingRecord:
     """Have a stage answer this outcome for a record, and return what was written once it is finished."""
     stage = Stage("sender", ["task.created"], DECODERS, handle=lambda _: outcome, delays=(5,))
     given_back: list[Fetched] = []

@@ -19,8 +19,9 @@ from services.api.watch.changes import Change, Place, change
 from services.common.config import Settings
 from services.common.events import Undecodable
 from services.common.kafka.clients import consumer_config
-from services.common.kafka.headers import REPLAY_ID, readable_headers
-from services.common.kafka.leaders import until_led
+from services.common.kafka.headers import REPLAY_ID
+from services.common.kafka.leaders import retry_while_leaderless
+from services.common.kafka.records import readable_headers
 from services.common.kafka.topics import EVENT_TOPICS, Names
 
 __all__ = ["TIMEOUT", "Topics"]
@@ -104,7 +105,7 @@ class Topics:
         asked = [self.at(place, which) for place in places]
         if not asked:
             return {}
-        return until_led(TIMEOUT)(self._answered, asked)
+        return retry_while_leaderless(TIMEOUT)(self._answered, asked)
 
     def _answered(self, asked: list[TopicPartition]) -> dict[Place, int]:
         # To Kafka its first and its last offset are times too. An AdminClient that was just made took up to

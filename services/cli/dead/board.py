@@ -12,7 +12,7 @@ from services.cli.dead import marker
 from services.cli.dead.letter import Letter, Place, letter_of
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.kafka.headers import Headers, readable_headers
+from services.common.kafka.records import Headers, readable_headers
 from services.common.kafka.topics import READ_BY, Names
 
 __all__ = ["STAGES", "Board", "Record", "read_board", "records"]

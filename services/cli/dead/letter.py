@@ -11,7 +11,8 @@ from uuid import UUID
 from google.protobuf.json_format import MessageToDict
 
 from services.common.events import DECODERS, task_id
-from services.common.kafka.headers import Headers, LeftOut, Malformed, left_out, number, parse_origin
+from services.common.kafka.headers import LeftOut, left_out, parse_origin
+from services.common.kafka.records import Headers, MalformedHeaders, parse_number
 from services.common.kafka.topic_partition import RecordLocation
 
 __all__ = ["Letter", "Place", "letter_of", "parse_place", "shown"]
@@ -69,10 +70,10 @@ def letter_of(place: Place, at_ms: int, key: bytes | None, headers: Headers | No
     found = dict(headers or ())
     try:
         origin = parse_origin(headers)
-    except Malformed:
+    except MalformedHeaders:
         origin = None
     cause = (found.get("cause") or b"").decode("utf-8", "replace")
-    tried = number(found.get("attempt")) or 0
+    tried = parse_number(found.get("attempt")) or 0
     return Letter(place, at_ms, cause, origin, tried, key, left_out(headers) if origin else ())
 
 

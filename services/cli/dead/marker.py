@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from services.common.kafka.headers import RESOLUTION, RESOLVES, Headers, number
+from services.common.kafka.headers import RESOLUTION, RESOLVES
+from services.common.kafka.records import Headers, parse_number
 
 __all__ = ["MOST", "Resolution", "headers_of", "resolved"]
 
@@ -41,7 +42,7 @@ def resolved(
     found = []
     for part in (dict(headers or ())[RESOLVES] or b"").split(b","):
         start, _, end = part.partition(b"-")
-        first, last = number(start), number(end or start)
+        first, last = parse_number(start), parse_number(end or start)
         if first is not None and last is not None:
             found.append(range(first, min(last + 1, offset)))
     return [offsets for offsets in found if offsets] or None

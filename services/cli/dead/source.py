@@ -10,7 +10,8 @@ from typing import NamedTuple
 from services.cli.dead.letter import Letter
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.kafka.headers import Headers, LeftOut, readable_headers
+from services.common.kafka.headers import LeftOut
+from services.common.kafka.records import Headers, readable_headers
 from services.common.kafka.topics import Names
 
 __all__ = ["Gone", "Source", "source"]

@@ -19,7 +19,8 @@ from services.common.config import Settings
 from services.common.database.bulk import placeholders
 from services.common.database.transactions import transaction
 from services.common.events import DECODERS, Undecodable
-from services.common.kafka.headers import Malformed, parse_return, readable_headers
+from services.common.kafka.headers import parse_delayed_headers
+from services.common.kafka.records import MalformedHeaders, readable_headers
 from services.common.kafka.topics import MX_OK, Names, delay_of
 
 __all__ = ["MOST", "State", "Waiting", "domains", "figures"]
@@ -134,10 +135,10 @@ def _record(topic: str, message: Any, at: float) -> Waiting | None:
     attempt, since = 1, message.timestamp()[1] / 1000
     try:
         if delay_of(topic) is not None:
-            back = parse_return(readable_headers(message))
+            back = parse_delayed_headers(readable_headers(message))
             attempt, since, topic = back.attempt, back.due_at_ms / 1000, back.origin.topic
         event = DECODERS[topic](message.value()) if topic == MX_OK else None
-    except (Malformed, Undecodable):
+    except (MalformedHeaders, Undecodable):
         return None
     if not isinstance(event, pb.MxOk) or since > at:
         return None

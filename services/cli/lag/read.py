@@ -14,7 +14,7 @@ from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.common.config import Settings
 from services.common.kafka import group_description
 from services.common.kafka.clients import plain_config
-from services.common.kafka.headers import Headers, number, readable_headers
+from services.common.kafka.records import Headers, parse_number, readable_headers
 from services.common.kafka.topics import READ_BY, Names, delay_of
 
 __all__ = ["Reader"]
@@ -156,6 +156,6 @@ class Reader:
 
 def _due(headers: Headers) -> float | None:
     for name, value in headers:
-        if name == "due-at" and (due := number(value)) is not None:
+        if name == "due-at" and (due := parse_number(value)) is not None:
             return due / 1000
     return None

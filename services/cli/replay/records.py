@@ -11,16 +11,9 @@ from typing import NamedTuple
 
 from postroad.v1 import events_pb2 as pb
 from services.cli.replay.decide import Decision
-from services.common.events import DECODERS, Event, Outgoing, Undecodable, encode
-from services.common.kafka.headers import (
-    REPLAY_ID,
-    Headers,
-    Malformed,
-    Return,
-    delayed,
-    parse_return,
-    traceparent,
-)
+from services.common.events import DECODERS, Event, Undecodable, encode
+from services.common.kafka.headers import REPLAY_ID, DelayedHeaders, delayed_headers, parse_delayed_headers
+from services.common.kafka.records import Headers, MalformedHeaders, OutgoingRecord, traceparent
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import DELAYING, EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names, delay_of
 
@@ -45,7 +38,7 @@ class Seen(NamedTuple):
     """A record's event, and its return where it stands on a delay topic."""
 
     event: Event
-    back: Return | None = None
+    back: DelayedHeaders | None = None
 
 
 def replayable(topic: str) -> bool:
@@ -60,15 +53,15 @@ def see(record: Read) -> Seen:
         return Seen(DECODERS[record.topic](record.value))
     stage = record.topic.partition(".")[0]
     try:
-        back = parse_return(record.headers)
-    except Malformed as error:
+        back = parse_delayed_headers(record.headers)
+    except MalformedHeaders as error:
         raise Undecodable(str(error)) from error
     if back.origin.topic not in READ_BY[stage]:
         raise Undecodable(f"its origin {back.origin.topic} is not read by {stage}")
     return Seen(DECODERS[back.origin.topic](record.value), back)
 
 
-def again(record: Read, seen: Seen, decision: Decision, replay_id: str, delay_topic: str) -> Outgoing:
+def again(record: Read, seen: Seen, decision: Decision, replay_id: str, delay_topic: str) -> OutgoingRecord:
     """Return the record to be produced. What goes as an attempt goes to `delay_topic`, and is due at once."""
     event, headers = seen.event, list(record.headers or ())
     key, value = record.key, record.value
@@ -79,10 +72,12 @@ def again(record: Read, seen: Seen, decision: Decision, replay_id: str, delay_to
     if decision.attempt:
         topic = delay_topic
         origin = RecordLocation(record.topic, record.partition, record.offset)
-        headers = delayed(headers, origin=origin, attempt=decision.attempt, cause="replayed", due_at_ms=0)
+        headers = delayed_headers(
+            headers, origin=origin, attempt=decision.attempt, cause="replayed", due_at_ms=0
+        )
     headers = [header for header in headers if header[0] != REPLAY_ID]
     headers.append((REPLAY_ID, replay_id.encode()))
-    return Outgoing(topic, key or b"", value or b"", headers)
+    return OutgoingRecord(topic, key or b"", value or b"", headers)
 
 
 def _moved(event: pb.TaskCreated | pb.MxOk, epoch: int) -> pb.TaskCreated | pb.MxOk:

@@ -9,7 +9,7 @@ from services.cli.replay.records import Read
 from services.cli.replay.span import Point
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.kafka.headers import readable_headers
+from services.common.kafka.records import readable_headers
 from services.common.kafka.topics import Names
 
 __all__ = ["Span", "batches", "spans"]

@@ -1,13 +1,13 @@
-"""Partitions between two leaders: a question to Kafka that is asked again until there is one."""
+"""Retries requests to Kafka while a partition has no leader."""
 
 from __future__ import annotations
 
 from confluent_kafka import KafkaError, KafkaException
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-__all__ = ["until_led"]
+__all__ = ["retry_while_leaderless"]
 
-# A partition that was just made, or whose leader changes, has no answer for a moment.
+# A partition has no leader for a moment after it was created, and while its leader changes.
 _LEADERLESS = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -19,18 +19,19 @@ _LEADERLESS = frozenset(
 )
 
 
-def until_led(seconds: float) -> Retrying:
-    """Return what calls a function, `until_led(5)(function, argument)`, again for so long; it blocks.
+def retry_while_leaderless(seconds: float) -> Retrying:
+    """Return a caller that repeats a request for up to `seconds` while it fails for want of a leader.
 
-    The last error is raised, and every other one at once.
+    `retry_while_leaderless(5)(function, argument)` blocks and returns the function's result. It raises any
+    other error at once, and the last one when the time is over.
     """
     return Retrying(
-        retry=retry_if_exception(_leaderless),
+        retry=retry_if_exception(_is_leaderless),
         stop=stop_after_delay(seconds),
         wait=wait_fixed(0.1),
         reraise=True,
     )
 
 
-def _leaderless(error: BaseException) -> bool:
+def _is_leaderless(error: BaseException) -> bool:
     return isinstance(error, KafkaException) and error.args[0].code() in _LEADERLESS

@@ -14,9 +14,9 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.common.config import Settings
-from services.common.events import Outgoing
 from services.common.kafka.clients import producer_config
 from services.common.kafka.pace import PRODUCE, Pace
+from services.common.kafka.records import OutgoingRecord
 
 __all__ = ["Failure", "Publisher", "hopeless", "refusal"]
 
@@ -95,7 +95,7 @@ class Publisher:
         """`overrides` are librdkafka settings that replace those of `producer_config`."""
         self._prefix = settings.topic_prefix
         self._config = producer_config(settings, client_id) | {"error_cb": self._on_error} | overrides
-        self._waiting: deque[tuple[Outgoing, Callable[..., None]]] = deque()
+        self._waiting: deque[tuple[OutgoingRecord, Callable[..., None]]] = deque()
         self._pace = Pace(PRODUCE)
         self._timer: asyncio.TimerHandle | None = None
         self._refused: deque[Callable[[], None]] = deque()
@@ -115,7 +115,7 @@ class Publisher:
         self._thread = threading.Thread(target=self._poll, name="publisher", daemon=True)
         self._thread.start()
 
-    def attempt(self, batch: Sequence[Outgoing]) -> asyncio.Future[list[Failure]]:
+    def attempt(self, batch: Sequence[OutgoingRecord]) -> asyncio.Future[list[Failure]]:
         """Publish a batch; the result is the failed items, empty once all are acked by all in-sync replicas.
 
         It comes after `delivery.timeout.ms` at the latest.
@@ -129,7 +129,7 @@ class Publisher:
         self.send(batch, done)
         return future
 
-    def send(self, batch: Sequence[Outgoing], done: Callable[[list[Failure]], None]) -> None:
+    def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[Failure]], None]) -> None:
         """Like `attempt`, but `done` is called once on the loop, with the failed items. Does not block."""
         if not batch:
             self._loop.call_soon(done, [])

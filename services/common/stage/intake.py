@@ -9,15 +9,8 @@ from typing import Any, Protocol
 
 from services.common.config import Settings
 from services.common.events import Event, Undecodable
-from services.common.kafka.headers import (
-    Headers,
-    Malformed,
-    parse_attempt,
-    parse_origin,
-    parse_return,
-    read_headers,
-    traceparent,
-)
+from services.common.kafka.headers import parse_attempt, parse_delayed_headers, parse_origin
+from services.common.kafka.records import Headers, MalformedHeaders, read_headers, traceparent
 from services.common.kafka.topics import Names
 from services.common.stage.delays import hold
 from services.common.stage.ledger import Assignment, Fetched, Ledger
@@ -87,7 +80,7 @@ class Intake:
             return None
         try:
             headers = read_headers(message)
-        except Malformed as error:
+        except MalformedHeaders as error:
             name = self._events[topic][0] if topic in self._events else self._delays[topic][0]
             return _unreadable(message, assignment, name, str(error))
         found = self._events.get(topic)
@@ -157,7 +150,7 @@ class Intake:
             traceparent=traceparent(headers),
         )
         try:
-            back = parse_return(headers)
+            back = parse_delayed_headers(headers)
             now = self._now()
             until = hold(back.due_at_ms, delay, self._now_ms(), now, assignment.first_seen.since(offset, now))
             if until is not None:
@@ -165,13 +158,13 @@ class Intake:
                 self._hold(assignment, offset, until)
                 return None
             if back.origin.topic not in self._decoders:
-                raise Malformed(f"its origin {back.origin.topic} is not read here")
-        except Malformed as error:
+                raise MalformedHeaders(f"its origin {back.origin.topic} is not read here")
+        except MalformedHeaders as error:
             record.fault = f"delayed record: {error}"
             # What can be read of it goes with the dead letter, which is sent back by it.
-            with suppress(Malformed):
+            with suppress(MalformedHeaders):
                 record.origin = parse_origin(headers)
-            with suppress(Malformed):
+            with suppress(MalformedHeaders):
                 record.attempt = parse_attempt(headers)
             return record
         record.topic, record.origin, record.attempt = back.origin.topic, back.origin, back.attempt

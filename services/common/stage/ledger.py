@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from services.common.events import Event
-from services.common.kafka.headers import Headers
+from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 from services.common.stage.delays import FirstSeen
 from services.common.stage.inflight import InFlight

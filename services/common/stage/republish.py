@@ -10,8 +10,8 @@ import structlog
 from confluent_kafka import KafkaError
 from prometheus_client import Counter
 
-from services.common.events import Outgoing
 from services.common.kafka.publisher import Publisher, hopeless
+from services.common.kafka.records import OutgoingRecord
 from services.common.stage.ledger import Fetched
 from services.common.stage.outgoing import ALL
 from services.common.stage.types import Dead, Outcome
@@ -32,7 +32,7 @@ class Pending:
 
     record: Fetched
     outcome: Outcome
-    outgoing: list[Outgoing]
+    outgoing: list[OutgoingRecord]
     left_out: int = 0
 
 
@@ -48,7 +48,7 @@ class Republisher:
         self,
         publisher: Publisher,
         failures: Counter,
-        render: Callable[[Fetched, Outcome, int], list[Outgoing]],
+        render: Callable[[Fetched, Outcome, int], list[OutgoingRecord]],
         finished: Callable[[list[Pending]], None],
         abandoned: Callable[[list[Fetched]], None],
     ) -> None:

@@ -11,8 +11,8 @@ from functools import partial
 import structlog
 
 from services.common.database.errors import error_text
-from services.common.events import Outgoing
 from services.common.kafka.publisher import Failure, Publisher
+from services.common.kafka.records import OutgoingRecord
 from services.common.stage import metrics
 from services.common.stage.batches import Batches
 from services.common.stage.ledger import Assignment, Fetched
@@ -163,7 +163,7 @@ class Work:
     def _flush(self) -> None:
         self._flushing = False
         settled, self._settled = self._settled, []
-        outgoing: list[Outgoing] = []
+        outgoing: list[OutgoingRecord] = []
         owners: list[Fetched] = []
         outcomes: dict[Fetched, Outcome] = {}
         finished: list[Fetched] = []
@@ -181,7 +181,7 @@ class Work:
             self._counts[Done].inc(len(finished))
             self._finish(finished)
 
-    def _rendered(self, record: Fetched, outcome: Outcome) -> tuple[list[Outgoing], Outcome]:
+    def _rendered(self, record: Fetched, outcome: Outcome) -> tuple[list[OutgoingRecord], Outcome]:
         try:
             return self._render(record, outcome), outcome
         except Exception as error:
@@ -191,7 +191,7 @@ class Work:
     def _delivered(
         self,
         outcomes: dict[Fetched, Outcome],
-        outgoing: list[Outgoing],
+        outgoing: list[OutgoingRecord],
         owners: list[Fetched],
         failures: list[Failure],
     ) -> None:
