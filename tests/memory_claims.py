@@ -11,10 +11,10 @@ from datetime import datetime, timedelta
 from services.common.deliveries.decide import (
     Cancel,
     Claim,
+    ClaimAnswer,
     Delivery,
     Settlement,
     Taken,
-    Verdict,
     decide,
     settlement,
 )
@@ -48,9 +48,9 @@ class MemoryClaims:
         with self._lock:
             self.errors.clear()
 
-    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]:
         since = time.monotonic()
-        verdicts: list[Verdict] = []
+        verdicts: list[ClaimAnswer] = []
         with self._begun():
             for request in requests:
                 found = self.rows.get(request.task_id)

@@ -8,7 +8,7 @@ import structlog
 from sqlalchemy import Engine
 
 from services.api.metrics import OUTBOX_DUE, OUTBOX_OLDEST_SECONDS
-from services.common.database.errors import transient
+from services.common.database.errors import is_transient
 from services.common.database.transactions import transaction
 from services.common.health import Degraded
 from services.common.unpublished import Unpublished, unpublished
@@ -41,7 +41,7 @@ class Backlog:
             try:
                 self._found = await asyncio.to_thread(transaction, self._engine, unpublished)
             except Exception as error:
-                if not transient(error):
+                if not is_transient(error):
                     log.exception("the outbox could not be counted")
             OUTBOX_DUE.set(self._found.due)
             OUTBOX_OLDEST_SECONDS.set(self._found.oldest_seconds)

@@ -17,8 +17,8 @@ from services.api import outbox, resolving, standing
 from services.api.standing import OVER, Standing
 from services.common.deliveries.decide import Cancel, Delivery, Wait, decide
 from services.common.deliveries.outcome import event_of
-from services.common.deliveries.resolving import closed
-from services.common.deliveries.rows import add, store
+from services.common.deliveries.resolving import cancelled_row
+from services.common.deliveries.rows import insert_row, store_rows
 
 __all__ = ["Cancelled", "alive", "attempts", "cancel"]
 
@@ -85,8 +85,8 @@ def _decided(connection: Connection, found: Standing, request: Cancel) -> Delive
     # What is sent is not alive, and what is over is of an earlier epoch.
     assert new is not None, verdict
     if found.row is not None:
-        store(connection, [new])
-    elif not add(connection, new):
+        store_rows(connection, [new])
+    elif not insert_row(connection, new):
         # A sender has come between; it is met anew in a transaction that has read nothing yet.
         return Wait(0)
     return new
@@ -94,5 +94,5 @@ def _decided(connection: Connection, found: Standing, request: Cancel) -> Delive
 
 def _closed(connection: Connection, found: Standing, request: Cancel) -> Delivery | Wait:
     """Return the delivery of an uncertain task as it is written now."""
-    row = closed(resolving.row_of(request.task_id, found), request.epoch, request.owner)
+    row = cancelled_row(resolving.row_of(request.task_id, found), request.epoch, request.owner)
     return row if resolving.close(connection, found, row) else Wait(0)

@@ -35,7 +35,7 @@ from services.api.trace import traceparent
 from services.api.validation import creation, task_id
 from services.api.views import recorded
 from services.api.watch.watching import Watches
-from services.common.database.errors import error_text, too_long
+from services.common.database.errors import error_text, is_too_long
 
 __all__ = ["SERVICE", "TaskService"]
 
@@ -267,7 +267,7 @@ def _problem(rpc: str, error: BaseException) -> Problem:
         API_REQUESTS.labels(rpc, "CANCELLED").inc()
     if not isinstance(error, Exception):
         raise error
-    if too_long(error):
+    if is_too_long(error):
         log.error("not recorded", rpc=rpc, error=error_text(error))
         return too_long_for_database()
     log.error("unexpected", rpc=rpc, exc_info=error)

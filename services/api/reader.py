@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.api.errors import PATIENCE, overloaded, unavailable
-from services.common.database.errors import error_text, transient
+from services.common.database.errors import error_text, is_transient
 from services.common.database.transactions import transaction
 
 __all__ = ["THREADS", "Reader"]
@@ -51,7 +51,7 @@ class Reader:
         except TimeoutError:
             raise unavailable() from None
         except SQLAlchemyError as error:
-            if not transient(error):
+            if not is_transient(error):
                 raise
             raise unavailable() from None
 

@@ -23,11 +23,11 @@ from services.api.room import Room
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
-from services.common.database.errors import error_text, transient
+from services.common.database.errors import error_text, is_transient
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.fold import delta
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 
 __all__ = ["Recorded", "Recorder"]
 
@@ -64,7 +64,7 @@ class Recorder:
         self._singles: Batcher[Creation, Recorded] = Batcher(
             self._record,
             _LIMIT,
-            shared=transient,
+            shared=is_transient,
             weigh=lambda creation: creation.size,
             weight_limit=_LIMIT_BYTES,
             name="recorder",
@@ -124,7 +124,7 @@ async def _answer(call: Awaitable[R], patience: float) -> R:
     except TimeoutError:
         raise unavailable() from None
     except SQLAlchemyError as error:
-        if not transient(error):
+        if not is_transient(error):
             raise
         log.warning("not recorded", error=error_text(error))
         raise unavailable() from None
@@ -151,7 +151,7 @@ def _write(connection: Connection, batch: Sequence[Creation]) -> tuple[list[Reco
         connection, [(outbox.item_of(event), from_micros(event.send_at_us)) for event in scheduled]
     )
     # Of the others the status service tells a moment later.
-    taskstore.insert_events(connection, map(timeline, scheduled))
+    taskstore.insert_events(connection, map(timeline_entry, scheduled))
     originals = tasks_of(connection, sorted({id_ for id_, _ in others.values()}))
     results: list[Recorded] = []
     for task in tasks:

@@ -11,10 +11,10 @@ from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
 from services.api import outbox, standing
 from services.api.standing import Standing
-from services.common.deliveries.decide import IN_DOUBT, NOBODY, NOT_SENT, Delivery
+from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, NOT_SENT, Delivery
 from services.common.deliveries.outcome import event_of
-from services.common.deliveries.resolving import resolved
-from services.common.deliveries.rows import add, store
+from services.common.deliveries.resolving import resolved_row
+from services.common.deliveries.rows import insert_row, store_rows
 
 __all__ = ["Resolution", "Unresolved", "close", "in_doubt", "resolve", "row_of"]
 
@@ -50,7 +50,7 @@ def resolve(
         if found.status == "completed" if sent else not_sent:
             return Resolution(standing.view(connection, id_), None)
         return Unresolved("processing" if found.in_hand else found.status)
-    row = resolved(row_of(id_, found), sent, found.next_epoch(now_us // 1000), owner, now_us)
+    row = resolved_row(row_of(id_, found), sent, found.next_epoch(now_us // 1000), owner, now_us)
     if not close(connection, found, row):
         return Unresolved("processing")
     event = event_of(row)
@@ -71,8 +71,8 @@ def close(connection: Connection, found: Standing, row: Delivery) -> bool:
     The row was all that could tell of the doubt again, had its sender died before it did: that goes out too.
     """
     if found.row is None:
-        return add(connection, row)
-    store(connection, [row])
+        return insert_row(connection, row)
+    store_rows(connection, [row])
     outbox.put(connection, [outbox.outcome(found.row.task_id, found.row.epoch)])
     return True
 
@@ -82,4 +82,6 @@ def row_of(id_: bytes, found: Standing) -> Delivery:
     if found.row is not None:
         return found.row
     attempt = max(1, found.attempts)
-    return Delivery(id_, "uncertain", found.epoch, attempt, 0, NOBODY, _NEVER, 0, 0, IN_DOUBT, "", "", "", 0)
+    return Delivery(
+        id_, "uncertain", found.epoch, attempt, 0, NO_OWNER, _NEVER, 0, 0, IN_DOUBT, "", "", "", 0
+    )

@@ -25,7 +25,7 @@ from services.api.watch.watching import Watches
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
 from services.common.database.engine import make_engine, url_of
-from services.common.database.errors import transient
+from services.common.database.errors import is_transient
 from services.common.database.transactions import transaction
 from services.common.health import Degraded
 from services.common.kafka.cluster_check import ClusterCheck
@@ -56,7 +56,7 @@ class ApiService:
             url = url_of(settings.database_url)
         self._engine = make_engine(url, _CONNECTIONS)
         self._publisher = Publisher(settings, "postroad.api")
-        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
+        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=is_transient, name="outbox")
         most, most_bytes = settings.max_in_flight, settings.max_in_flight_bytes
         self._relay = Relay(self._publisher, self._settle, most, most_bytes)
         self._recorder = Recorder(self._engine, self._committed, settings.max_pending_creates, most_bytes)

@@ -17,11 +17,11 @@ from postroad.v1 import task_pb2
 from services.api import views
 from services.common import taskstore
 from services.common.deliveries.decide import Delivery
-from services.common.deliveries.outcome import event_of, refused_before
-from services.common.deliveries.rows import locked
+from services.common.deliveries.outcome import event_of, failed_before_sender
+from services.common.deliveries.rows import lock_rows
 from services.common.events import Event
 from services.common.fold import delta
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 
 __all__ = ["OVER", "Standing", "find", "record", "told", "view"]
 
@@ -59,9 +59,9 @@ def find(connection: Connection, tenant: str, id_: bytes) -> Standing | None:
     task = told(connection, tenant, id_)
     if task is None:
         return None
-    rows, now = locked(connection, [id_])
+    rows, now = lock_rows(connection, [id_])
     row = rows.get(id_)
-    if row is not None and row.state in _TOLD and not refused_before(row):
+    if row is not None and row.state in _TOLD and not failed_before_sender(row):
         record(connection, event_of(row))
         task = told(connection, tenant, id_) or task
     return Standing(*task, row, now)
@@ -76,7 +76,7 @@ def told(connection: Connection, tenant: str, id_: bytes) -> tuple[str, int, int
 def record(connection: Connection, *events: Event) -> None:
     """Fold events into the task's row and its timeline."""
     taskstore.upsert(connection, map(delta, events))
-    taskstore.insert_events(connection, map(timeline, events))
+    taskstore.insert_events(connection, map(timeline_entry, events))
 
 
 def view(connection: Connection, id_: bytes) -> task_pb2.Task:

@@ -21,7 +21,7 @@ from services.api.outbox import CANCELLED, CREATED, OUTCOME, Decided, Item
 from services.api.relay import Relay
 from services.api.trace import traceparent
 from services.common import taskstore
-from services.common.database.errors import transient
+from services.common.database.errors import is_transient
 from services.common.database.times import to_micros
 from services.common.database.transactions import transaction
 from services.common.events import encode, event_key
@@ -63,7 +63,7 @@ class Sweeper:
             try:
                 wait = await self._sweep()
             except Exception as error:
-                if not transient(error):
+                if not is_transient(error):
                     log.exception("a sweep failed")
                 wait = _EVERY
             if wait > 0:

@@ -194,8 +194,8 @@ def _settings(error: Any) -> Failure:
 
 
 def _database(error: Any) -> Failure:
-    from services.common.database.errors import error_text, transient  # noqa: PLC0415
+    from services.common.database.errors import error_text, is_transient  # noqa: PLC0415
 
     number = getattr(getattr(error, "orig", None), "errno", None)
-    code = DENIED if number in _MYSQL_DENIED else UNAVAILABLE if transient(error) else FAILED
+    code = DENIED if number in _MYSQL_DENIED else UNAVAILABLE if is_transient(error) else FAILED
     return Failure(f"the database: {error_text(error)}", code)

@@ -16,7 +16,7 @@ A version is one unsigned 64-bit number:
 Within an epoch whatever the sender tells stands above the validator's verdicts: the validator may handle
 `task.created` a second time (a crash, a group that is reset) and then finds another answer, but by then
 the sender decides about the mail. Of the verdicts alone the failure stands above `mx.ok`: the status
-service has made a delivery of it that refuses the sender (deliveries/refusals.py).
+service has made a delivery of it that refuses the sender (deliveries/mx_failures.py).
 
 Different events of a task have different versions (what is beyond a field's width saturates, and then
 the first one stays); events of one version come from one topic and partition, in one order.
@@ -36,7 +36,7 @@ from services.common.database.tables import INT_MAX, tasks, widths
 from services.common.database.times import from_micros
 from services.common.events import Event, task_id
 
-__all__ = ["EPOCH_SHIFT", "Row", "delta", "fold", "merge"]
+__all__ = ["EPOCH_SHIFT", "TaskRow", "delta", "fold", "merge"]
 
 EPOCH_SHIFT = 21
 _TIER_SHIFT, _ATTEMPT_SHIFT = 18, 4
@@ -50,7 +50,7 @@ _MAIL_FAILED, _UNCERTAIN = 6, 7
 _MX_FAILED = 1 << 13
 
 
-class Row(NamedTuple):
+class TaskRow(NamedTuple):
     """A row of `tasks`, in the order of its columns. What `task.created` brings is None until it is known."""
 
     id: bytes
@@ -112,8 +112,8 @@ def _row(
     reason: str = "",
     reply: str = "",
     message_id: str = "",
-) -> Row:
-    return Row(
+) -> TaskRow:
+    return TaskRow(
         task_id(event),
         *mail,
         status,
@@ -128,22 +128,22 @@ def _row(
     )
 
 
-def _created(event: pb.TaskCreated) -> Row:
+def _created(event: pb.TaskCreated) -> TaskRow:
     version = _version(event.epoch, _CREATED)
     return _row(event, "pending", version, mail=_mail(event.task), next_at_us=event.send_at_us)
 
 
-def _mx_ok(event: pb.MxOk) -> Row:
+def _mx_ok(event: pb.MxOk) -> TaskRow:
     attempt = min(event.attempt, _MX_FAILED - 1)
     return _row(event, "processing", _version(event.epoch, _MX, attempt), mail=_mail(event.task))
 
 
-def _mx_failed(event: pb.MxFailed) -> Row:
+def _mx_failed(event: pb.MxFailed) -> TaskRow:
     attempt = min(event.attempt, _MX_FAILED - 1)
     return _row(event, "failed", _version(event.epoch, _MX, _MX_FAILED | attempt), reason=event.reason)
 
 
-def _deferred(event: pb.MailDeferred) -> Row:
+def _deferred(event: pb.MailDeferred) -> TaskRow:
     if event.stage == "validator":
         return _row(
             event,
@@ -165,7 +165,7 @@ def _deferred(event: pb.MailDeferred) -> Row:
     )
 
 
-def _failed(event: pb.MailFailed) -> Row:
+def _failed(event: pb.MailFailed) -> TaskRow:
     tier = _UNCERTAIN if event.uncertain else _MAIL_FAILED
     return _row(
         event,
@@ -178,13 +178,13 @@ def _failed(event: pb.MailFailed) -> Row:
     )
 
 
-def _cancelled(event: pb.TaskCancelled) -> Row:
+def _cancelled(event: pb.TaskCancelled) -> TaskRow:
     return _row(
         event, "cancelled", _version(event.epoch, _CANCELLED, event.attempts), attempts=event.attempts
     )
 
 
-def _sent(event: pb.MailSent) -> Row:
+def _sent(event: pb.MailSent) -> TaskRow:
     return _row(
         event,
         "completed",
@@ -195,7 +195,7 @@ def _sent(event: pb.MailSent) -> Row:
     )
 
 
-_DELTAS: Mapping[type[Message], Callable[[Any], Row]] = {
+_DELTAS: Mapping[type[Message], Callable[[Any], TaskRow]] = {
     pb.TaskCreated: _created,
     pb.MxOk: _mx_ok,
     pb.MxFailed: _mx_failed,
@@ -206,7 +206,7 @@ _DELTAS: Mapping[type[Message], Callable[[Any], Row]] = {
 }
 
 
-def delta(event: Event) -> Row:
+def delta(event: Event) -> TaskRow:
     """Return the row that a task would have if `event` were all that is known of it.
 
     Texts are cut to their columns' widths here, so that what is merged is what is stored.
@@ -214,7 +214,7 @@ def delta(event: Event) -> Row:
     return _DELTAS[type(event)](event)
 
 
-def merge(a: Row, b: Row) -> Row:
+def merge(a: TaskRow, b: TaskRow) -> TaskRow:
     """Return the join of two rows of one task. taskstore.upsert does the same in SQL."""
     late, early = (b, a) if b.version > a.version else (a, b)
     mail = a[1:9] if a.created_at is not None else b[1:9]
@@ -222,9 +222,9 @@ def merge(a: Row, b: Row) -> Row:
     if late.version >> EPOCH_SHIFT == early.version >> EPOCH_SHIFT:
         # A cancellation knows of no attempts; it does not undo what its epoch's others told.
         attempts = max(attempts, early.attempts)
-    return Row._make((late.id, *mail, *late[9:12], attempts, *late[13:]))
+    return TaskRow._make((late.id, *mail, *late[9:12], attempts, *late[13:]))
 
 
-def fold(row: Row | None, event: Event) -> Row:
+def fold(row: TaskRow | None, event: Event) -> TaskRow:
     """Return the task's row after `event`. Commutative and idempotent over the events of a task."""
     return delta(event) if row is None else merge(row, delta(event))

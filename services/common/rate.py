@@ -26,10 +26,10 @@ class Rate:
         """Count one that went at `now`, after its wait."""
         self._due = max(now, self._due) + self._gap
 
-    def gave_back(self) -> None:
+    def undo(self) -> None:
         """Count one less: it did not go."""
         self._due -= self._gap
 
-    def rested(self, now: float) -> bool:
+    def is_idle(self, now: float) -> bool:
         """Return whether it has forgotten all that went: a new one would say the same."""
         return self._due <= now

@@ -17,8 +17,8 @@ from postroad.v1 import events_pb2 as pb
 from services.common.database.bulk import execute_rows, placeholders
 from services.common.database.times import to_micros
 from services.common.events import CREATED_KEY
-from services.common.fold import EPOCH_SHIFT, Row, merge
-from services.common.timeline import Entry
+from services.common.fold import EPOCH_SHIFT, TaskRow, merge
+from services.common.timeline import TimelineEntry
 
 __all__ = [
     "Body",
@@ -35,7 +35,7 @@ __all__ = [
     "upsert",
 ]
 
-_MAIL = Row._fields[1:8]
+_MAIL = TaskRow._fields[1:8]
 _PLAIN = ("status", "epoch", "next_attempt_at", "reason", "reply", "message_id", "updated_at")
 
 
@@ -69,17 +69,17 @@ def _upsert_tail() -> str:
 _UPSERT_TAIL = _upsert_tail()
 
 
-def upsert(connection: Connection, rows: Iterable[Row], table: str = "tasks") -> None:
+def upsert(connection: Connection, rows: Iterable[TaskRow], table: str = "tasks") -> None:
     """Merge `rows` into the table, as `fold.merge` does; several rows of one task are fine.
 
     A row whose idempotency key another task has already changes nothing and is not stored. Rows are
     locked in the order of their ids, so that two who upsert the same ones seldom meet in a deadlock.
     """
-    merged: dict[bytes, Row] = {}
+    merged: dict[bytes, TaskRow] = {}
     for row in rows:
         known = merged.get(row.id)
         merged[row.id] = row if known is None else merge(known, row)
-    head = f"INSERT INTO {table} ({', '.join(Row._fields)}) VALUES"
+    head = f"INSERT INTO {table} ({', '.join(TaskRow._fields)}) VALUES"
     execute_rows(connection, head, [merged[id_] for id_ in sorted(merged)], _UPSERT_TAIL)
 
 
@@ -115,9 +115,11 @@ def _parts(bodies: Iterable[Body]) -> Iterator[list[Body]]:
         yield part
 
 
-def insert_events(connection: Connection, entries: Iterable[Entry], table: str = "task_events") -> None:
+def insert_events(
+    connection: Connection, entries: Iterable[TimelineEntry], table: str = "task_events"
+) -> None:
     """Insert lines of timelines; those that are there already stay."""
-    head = f"INSERT IGNORE INTO {table} ({', '.join(Entry._fields)}) VALUES"
+    head = f"INSERT IGNORE INTO {table} ({', '.join(TimelineEntry._fields)}) VALUES"
     ordered = sorted(entries, key=itemgetter(0, 1))
     execute_rows(connection, head, ordered)
 
@@ -207,7 +209,9 @@ def sizes_of_bodies(connection: Connection, ids: Sequence[bytes]) -> dict[bytes,
     return {bytes(id_): int(size) for id_, size in found}
 
 
-def load_events(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], Entry]:
+def load_events(
+    connection: Connection, keys: Sequence[tuple[bytes, str]]
+) -> dict[tuple[bytes, str], TimelineEntry]:
     """Return the lines of timelines with these (task id, event id) that there are."""
     by_event: dict[str, list[bytes]] = {}
     for id_, event_id in sorted(keys):
@@ -215,23 +219,25 @@ def load_events(connection: Connection, keys: Sequence[tuple[bytes, str]]) -> di
     lines = {}
     for event_id, ids in by_event.items():
         found = connection.exec_driver_sql(
-            f"SELECT {', '.join(Entry._fields)} FROM task_events"
+            f"SELECT {', '.join(TimelineEntry._fields)} FROM task_events"
             f" WHERE task_id IN ({placeholders(len(ids))}) AND event_id = %s",
             (*ids, event_id),
         )
-        lines.update({(bytes(id_), event_id): Entry(bytes(id_), *line) for id_, *line in found})
+        lines.update({(bytes(id_), event_id): TimelineEntry(bytes(id_), *line) for id_, *line in found})
     return lines
 
 
-def load_epoch(connection: Connection, task_id: bytes, topics: Sequence[str], epoch: int) -> list[Entry]:
+def load_epoch(
+    connection: Connection, task_id: bytes, topics: Sequence[str], epoch: int
+) -> list[TimelineEntry]:
     """Return the lines of a task's timeline that stand for events of these topics in this epoch."""
     like = " OR ".join(["event_id LIKE %s"] * len(topics))
     found = connection.exec_driver_sql(
-        f"SELECT {', '.join(Entry._fields)} FROM task_events"
+        f"SELECT {', '.join(TimelineEntry._fields)} FROM task_events"
         f" WHERE task_id = %s AND ({like}) ORDER BY event_id",
         (task_id, *(f"{topic}:{epoch}:%" for topic in topics)),
     )
-    return [Entry(bytes(id_), *line) for id_, *line in found]
+    return [TimelineEntry(bytes(id_), *line) for id_, *line in found]
 
 
 def _object(column: str | bytes | None) -> Mapping[str, str]:

@@ -11,13 +11,13 @@ from services.common.database.times import from_micros
 from services.common.deliveries.decide import NOT_SENT
 from services.common.events import Event, event_key, task_id
 
-__all__ = ["Entry", "timeline"]
+__all__ = ["TimelineEntry", "timeline_entry"]
 
 _WIDTHS = widths(task_events)
 _MAY_BE_OUT = "the mail may have gone out"
 
 
-class Entry(NamedTuple):
+class TimelineEntry(NamedTuple):
     """A row of `task_events`, in the order of its columns: one line of a task's timeline."""
 
     task_id: bytes
@@ -42,8 +42,8 @@ def _entry(
     relay: str = "",
     reply: str = "",
     next_at_us: int = 0,
-) -> Entry:
-    return Entry(
+) -> TimelineEntry:
+    return TimelineEntry(
         task_id(event),
         event_key(event)[: _WIDTHS["event_id"]],
         from_micros(event.at_us),
@@ -61,7 +61,7 @@ def _doubt(event: pb.MailDeferred | pb.MailFailed) -> str:
     return f"{event.reason}: {event.message_id}" if event.reason else event.message_id
 
 
-def timeline(event: Event) -> Entry:
+def timeline_entry(event: Event) -> TimelineEntry:
     """Return the line of the task's timeline that `event` is.
 
     An attempt in doubt names its Message-ID in `detail`, whether it was resent or is held.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, Delivery
-from services.common.deliveries.outcome import STAGE, event_of, refused_before
+from services.common.deliveries.outcome import STAGE, event_of, failed_before_sender
 from services.common.stage.types import Done, Outcome, Retry
 
 __all__ = ["answer", "found_in_doubt"]
@@ -18,7 +18,7 @@ def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
     A deferred one comes back when the row says, or as late as the longest of `delays` (seconds) allows
     where the settings have changed since. Raises ValueError on a row that is not settled.
     """
-    if row.state == "cancelled" or refused_before(row):
+    if row.state == "cancelled" or failed_before_sender(row):
         return Done()
     event = event_of(row)
     if row.state != "deferred":

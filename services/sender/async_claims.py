@@ -11,9 +11,9 @@ from typing import Protocol, TypeVar
 import structlog
 
 from services.common.batching import Batcher
-from services.common.database.errors import at_fault, error_text
+from services.common.database.errors import error_text, is_database_fault
 from services.common.database.transactions import retry_until_available
-from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Verdict
+from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Settlement
 
 __all__ = ["AsyncClaims", "BlockingClaims"]
 
@@ -34,7 +34,7 @@ _FORGOTTEN = 30.0
 class BlockingClaims(Protocol):
     """What is made asynchronous here; `Claims` says what each does."""
 
-    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]: ...
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]: ...
 
     def settle(self, settled: Sequence[Delivery]) -> list[Settlement]: ...
 
@@ -55,11 +55,14 @@ class AsyncClaims:
         self._take_over = not owners_first
         self._until_take_over: asyncio.TimerHandle | None = None
         self._answered_at = float("-inf")
-        self._claim: Batcher[Claim | Cancel, Verdict] = Batcher(
-            lambda requests: claims.claim(requests, self._take_over), _LIMIT, shared=at_fault, name="claims"
+        self._claim: Batcher[Claim | Cancel, ClaimAnswer] = Batcher(
+            lambda requests: claims.claim(requests, self._take_over),
+            _LIMIT,
+            shared=is_database_fault,
+            name="claims",
         )
         self._settle: Batcher[Delivery, Settlement] = Batcher(
-            claims.settle, _LIMIT, shared=at_fault, name="settles"
+            claims.settle, _LIMIT, shared=is_database_fault, name="settles"
         )
         self._renewals = ThreadPoolExecutor(1, thread_name_prefix="renewals")
         self._trouble: str | None = None
@@ -70,7 +73,7 @@ class AsyncClaims:
         """What the database last said, while it is of no use; None once nobody has asked it for a while."""
         return self._trouble if time.monotonic() - self._trouble_at < _FORGOTTEN else None
 
-    async def claim(self, request: Claim | Cancel) -> Verdict:
+    async def claim(self, request: Claim | Cancel) -> ClaimAnswer:
         """Answer one request. Requests are made in the order in which they were asked for."""
         # Whoever asked nothing for a while does not know whether the database was away.
         if asyncio.get_running_loop().time() - self._answered_at > self._owners_first:
@@ -104,10 +107,10 @@ class AsyncClaims:
         try:
             result = await call(item)
         except Exception as error:
-            if not at_fault(error):
+            if not is_database_fault(error):
                 raise
             self._notice(error)
-            result = await retry_until_available(self._notice, at_fault, most=_AGAIN)(call, item)
+            result = await retry_until_available(self._notice, is_database_fault, most=_AGAIN)(call, item)
         self._answered()
         return result
 

@@ -23,16 +23,16 @@ from services.common.database.transactions import transaction
 from services.common.deliveries.decide import (
     Cancel,
     Claim,
+    ClaimAnswer,
     Delivery,
     Settlement,
     Stored,
     Taken,
-    Verdict,
     decide,
-    first,
+    initial_row,
     settlement,
 )
-from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, locked, store
+from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, lock_rows, store_rows
 
 __all__ = ["Claims"]
 
@@ -75,11 +75,11 @@ class Claims:
         self._new_row = f"(%s, %s, %s, %s, 0, %s, {lease}, 0, 0, '', '', '', %s, 0)"
         self._renew = f"UPDATE deliveries SET lease_until = {lease}"
 
-    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]:
         """Answer each request, in order. Several may be about one task. Without `take_over` nobody loses a
         claim whose lease is over."""
         since = time.monotonic()
-        rows = [first(request, UNKNOWN) for request in sorted(requests, key=_by_id)]
+        rows = [initial_row(request, UNKNOWN) for request in sorted(requests, key=_by_id)]
         statement = f"{INSERT_NEW} {','.join([self._new_row] * len(rows))}"
         parameters = tuple(
             value
@@ -108,16 +108,16 @@ class Claims:
             held += transaction(self._engine, lambda c, p=part: self._renewed(c, p))  # type: ignore[misc]
         return held
 
-    def _won(self, request: Claim | Cancel, since: float) -> Verdict:
-        row = first(request, UNKNOWN)
+    def _won(self, request: Claim | Cancel, since: float) -> ClaimAnswer:
+        row = initial_row(request, UNKNOWN)
         return Taken(row, since=since) if row.state == "sending" else Stored(row)
 
     def _decide(
         self, connection: Connection, requests: Sequence[Claim | Cancel], since: float, take_over: bool
-    ) -> list[Verdict]:
-        rows, now = locked(connection, {request.task_id for request in requests})
+    ) -> list[ClaimAnswer]:
+        rows, now = lock_rows(connection, {request.task_id for request in requests})
         changed: dict[bytes, Delivery] = {}
-        verdicts: list[Verdict] = []
+        verdicts: list[ClaimAnswer] = []
         for request in requests:
             known = rows.get(request.task_id)
             verdict, row = decide(known, request, now, self._lease, self._hold, self._max_resends, take_over)
@@ -125,14 +125,14 @@ class Claims:
             if row is not None:
                 rows[row.task_id] = changed[row.task_id] = row
         if changed:
-            store(connection, changed.values())
+            store_rows(connection, changed.values())
         return verdicts
 
     def _settle(self, connection: Connection, settled: Sequence[Delivery]) -> list[Settlement]:
         # 2 for a row that changed, 1 for one left as it was.
         if execute_rows(connection, INSERT, sorted(settled, key=_by_id), _SETTLE) == 2 * len(settled):
             return [Settlement.STORED] * len(settled)
-        rows, _ = locked(connection, {row.task_id for row in settled})
+        rows, _ = lock_rows(connection, {row.task_id for row in settled})
         changed: dict[bytes, Delivery] = {}
         found: list[Settlement] = []
         for wish in settled:
@@ -141,7 +141,7 @@ class Claims:
             if row is not None:
                 rows[row.task_id] = changed[row.task_id] = row
         if changed:
-            store(connection, changed.values())
+            store_rows(connection, changed.values())
         return found
 
     def _renewed(self, connection: Connection, rows: Sequence[Delivery]) -> list[bool | None]:

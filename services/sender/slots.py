@@ -140,7 +140,7 @@ class Slots:
     def unspent(self, domain: str) -> None:
         """Have the slot that was taken last not count for the domain's rate: nothing was sent in it."""
         if domain in self._rates:
-            self._rates[domain].gave_back()
+            self._rates[domain].undo()
             self._serve()
 
     def _may(self, domain: str, now: float) -> bool:
@@ -161,7 +161,7 @@ class Slots:
     def _count(self, domain: str, now: float) -> None:
         if domain not in self._rates:
             if len(self._rates) >= _MOST_RATES:
-                self._rates = {name: rate for name, rate in self._rates.items() if not rate.rested(now)}
+                self._rates = {name: rate for name, rate in self._rates.items() if not rate.is_idle(now)}
             self._rates[domain] = Rate(self._rate, burst=self._rate)
         self._rates[domain].took(now)
 

@@ -21,14 +21,14 @@ from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
     Claim,
+    ClaimAnswer,
     Delivery,
     Settlement,
     Stale,
     Stored,
     Taken,
-    Verdict,
     Wait,
-    given_back,
+    released_row,
 )
 from services.common.deliveries.outcome import event_of
 from services.common.events import DECODERS, Event
@@ -197,7 +197,7 @@ class Sender:
                 _doubt(verdict.row, "takeover")
             return self._answer(verdict.row)
 
-    async def _claim(self, claim: Claim) -> Verdict:
+    async def _claim(self, claim: Claim) -> ClaimAnswer:
         # Asked once: its answer alone says what to give back.
         answer = asyncio.ensure_future(self._claims.claim(claim))
         try:
@@ -219,7 +219,7 @@ class Sender:
         lease = self._leases.hold(row, taken.since)
         held.callback(self._leases.drop, lease)
         # What leaves the row to its next owner as if this one had never had it; None where nothing does.
-        back: Delivery | None = given_back(taken)
+        back: Delivery | None = released_row(taken)
         try:
             await self._tell_doubt(taken, record)
             back = released
@@ -384,11 +384,11 @@ class Sender:
         if isinstance(verdict, Stored):
             await self._in_time(self._publish([event_of(verdict.row)], None), _LAST_WORDS)
 
-    async def _withdraw(self, answer: Awaitable[Verdict]) -> None:
+    async def _withdraw(self, answer: Awaitable[ClaimAnswer]) -> None:
         """Give back a claim whose answer nobody waits for any more."""
         verdict = await answer
         if isinstance(verdict, Taken):
-            await self._claims.settle(given_back(verdict))
+            await self._claims.settle(released_row(verdict))
 
 
 def stage(sender: Sender, delays: Sequence[int]) -> Stage:

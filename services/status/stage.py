@@ -9,15 +9,15 @@ from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
 from services.common.batching import Batcher
-from services.common.database.errors import at_fault, error_text, transient
+from services.common.database.errors import error_text, is_database_fault, is_transient
 from services.common.database.transactions import retry_until_available, transaction
-from services.common.deliveries.refusals import refuse
+from services.common.deliveries.mx_failures import store_failures
 from services.common.events import DECODERS, Event
 from services.common.fold import delta
 from services.common.kafka import topics
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
 from services.common.taskstore import insert_events, upsert
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 
 __all__ = ["Status", "stage"]
 
@@ -34,7 +34,7 @@ class Status:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._batcher: Batcher[Event, None] = Batcher(self._store, shared=at_fault, name="fold")
+        self._batcher: Batcher[Event, None] = Batcher(self._store, shared=is_database_fault, name="fold")
         self._problem: str | None = None
 
     async def handle_batch(self, records: Sequence[Record]) -> Sequence[Outcome]:
@@ -43,7 +43,7 @@ class Status:
         try:
             outcomes = await self._fold(events)
         except Exception as error:
-            if not transient(error):
+            if not is_transient(error):
                 raise
             self._noticed(error)
             # Not from the start: the policy costs as much as the fold of a small batch.
@@ -63,19 +63,19 @@ class Status:
     async def _fold(self, events: Sequence[Event]) -> list[Outcome]:
         results = await self._batcher.many(events)
         for result in results:
-            if result is not None and at_fault(result):
+            if result is not None and is_database_fault(result):
                 raise result
         return [Done() if result is None else Dead(_cause(result)) for result in results]
 
     def _store(self, events: Sequence[Event]) -> list[None]:
         rows = [delta(event) for event in events]
-        entries = [timeline(event) for event in events]
+        entries = [timeline_entry(event) for event in events]
         refused = [event for event in events if isinstance(event, pb.MxFailed)]
 
         def write(connection: Connection) -> None:
             upsert(connection, rows)
             insert_events(connection, entries)
-            refuse(connection, refused)
+            store_failures(connection, refused)
 
         transaction(self._engine, write)
         return [None] * len(events)

@@ -35,13 +35,13 @@ from services.common.deliveries.decide import (
     Taken,
     Wait,
 )
+from services.common.deliveries.mx_failures import store_failures
 from services.common.deliveries.outcome import event_of
-from services.common.deliveries.refusals import refuse
 from services.common.deliveries.rows import COLUMNS, owner_tokens
 from services.common.events import Event, encode
-from services.common.fold import Row, delta, fold
+from services.common.fold import TaskRow, delta, fold
 from services.common.stage.types import Done
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 from services.sender.answers import answer
 from services.sender.claims import Claims
 from tests.api_process import free_port
@@ -92,8 +92,8 @@ class Book:
 
         def write(connection: Connection) -> None:
             taskstore.upsert(connection, map(delta, events))
-            taskstore.insert_events(connection, map(timeline, events))
-            refuse(connection, [event for event in events if isinstance(event, pb.MxFailed)])
+            taskstore.insert_events(connection, map(timeline_entry, events))
+            store_failures(connection, [event for event in events if isinstance(event, pb.MxFailed)])
 
         transaction(self.engine, write)
 
@@ -210,10 +210,10 @@ class Book:
         assert encode(found[item], "api") == encode(decision.event, "api")
         return item.epoch
 
-    def row(self, id_: bytes) -> Row:
+    def row(self, id_: bytes) -> TaskRow:
         with self.engine.connect() as connection:
-            query = f"SELECT {', '.join(Row._fields)} FROM tasks WHERE id = %s"
-            return Row(*connection.exec_driver_sql(query, (id_,)).one())
+            query = f"SELECT {', '.join(TaskRow._fields)} FROM tasks WHERE id = %s"
+            return TaskRow(*connection.exec_driver_sql(query, (id_,)).one())
 
     def delivery(self, id_: bytes) -> Delivery | None:
         with self.engine.connect() as connection:
@@ -235,14 +235,14 @@ class Book:
     def is_what_was_told(self, id_: bytes) -> None:
         """The tables are what the topics will make of them."""
         events = self.events[id_]
-        row: Row | None = None
+        row: TaskRow | None = None
         for event in random.sample(events, len(events)):
             row = fold(row, event)
         assert self.row(id_) == row
         with self.engine.connect() as connection:
             query = "SELECT event_id FROM task_events WHERE task_id = %s"
             lines = {line for (line,) in connection.exec_driver_sql(query, (id_,))}
-        assert lines == {timeline(event).event_id for event in events}
+        assert lines == {timeline_entry(event).event_id for event in events}
 
 
 @pytest.fixture
@@ -670,7 +670,10 @@ def test_an_uncertain_task_is_cancelled_and_its_timeline_keeps_the_doubt(book: B
     decision = book.cancelled(id_)
     assert decision.event is not None
     assert (decision.task.status, decision.task.attempts) == ("cancelled", 1)
-    assert (decision.event.in_doubt, timeline(decision.event).detail) == (True, "the mail may have gone out")
+    assert (decision.event.in_doubt, timeline_entry(decision.event).detail) == (
+        True,
+        "the mail may have gone out",
+    )
     if not told:
         # Its sender died before it told of the doubt.
         book.swept(id_, decision.event)
@@ -703,7 +706,7 @@ def test_a_mail_that_an_operator_found_is_never_sent_again(book: Book, told: boo
     decision = book.resolved(id_, sent=True)
     assert (decision.task.status, decision.task.message_id) == ("completed", row.message_id)
     book.is_what_was_told(id_)
-    assert (book.kinds(id_)[-1], timeline(decision.event).stage) == ("sent", "api")  # type: ignore[arg-type]
+    assert (book.kinds(id_)[-1], timeline_entry(decision.event).stage) == ("sent", "api")  # type: ignore[arg-type]
     for epoch in (0, decision.event.epoch + 1):  # type: ignore[union-attr]
         stored = book.claim(id_, epoch, attempt=2)
         assert isinstance(stored, Stored)

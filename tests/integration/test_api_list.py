@@ -22,13 +22,13 @@ from services.common.database.engine import make_engine
 from services.common.database.tables import STATUSES
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
-from services.common.fold import Row
+from services.common.fold import TaskRow
 from tests.api_process import ApiProcess, Road
 from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
 from tests.stack import Infra
 
-Table = tuple[Engine, list[Row]]
+Table = tuple[Engine, list[TaskRow]]
 
 ROWS = by_form(10_000, 100_000)
 ARRIVED = by_form(750, 3000)
@@ -37,7 +37,7 @@ STEP_US = 1000
 CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"
 
 
-def row(number: int, chance: random.Random) -> Row:
+def row(number: int, chance: random.Random) -> TaskRow:
     us = FIRST_US + number * STEP_US
     id_, at = uuid7.Clock(lambda: us * 1000).draw()
     # Statuses as they are in life: nearly all completed, few of the others, and those mostly late.
@@ -45,7 +45,7 @@ def row(number: int, chance: random.Random) -> Row:
     status = chance.choice(STATUSES) if rare else "completed"
     domain = "rare.test" if number % 10_000 == 7 else f"d{number % 50}.test"
     labels = {"campaign": f"c{number % 100}", "x": 'a"b', "city": ("Köln", "\U0001f4ee 李")[number % 4 // 2]}
-    return Row(
+    return TaskRow(
         id=id_,
         tenant="other" if number % 1000 == 3 else "default",
         idempotency_key=None,
@@ -74,7 +74,7 @@ def large(request: pytest.FixtureRequest) -> Iterator[Table]:
     engine = make_engine(url)
     chance = random.Random(1)
     rows = [row(number, chance) for number in range(ROWS)]
-    head = f"INSERT INTO tasks ({', '.join(Row._fields)}) VALUES"
+    head = f"INSERT INTO tasks ({', '.join(TaskRow._fields)}) VALUES"
     transaction(engine, lambda connection: execute_rows(connection, head, rows, limit=2000))
     with engine.connect() as connection:
         connection.exec_driver_sql("ANALYZE TABLE tasks").all()
@@ -88,7 +88,7 @@ def name(asked: Filter) -> str:
     return " ".join(given) or "everything"
 
 
-def asked_of(row: Row, tenant: str, asked: Filter) -> bool:
+def asked_of(row: TaskRow, tenant: str, asked: Filter) -> bool:
     labels = json.loads(row.labels or "{}")
     return (
         row.tenant == tenant

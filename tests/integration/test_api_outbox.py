@@ -24,7 +24,7 @@ from services.common.database.transactions import transaction
 from services.common.events import encode
 from services.common.fold import delta
 from services.common.health import Degraded
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 from services.common.unpublished import Unpublished, unpublished
 from tests.integration.stage_kit import until
 
@@ -102,7 +102,7 @@ async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Eng
 
     def write(connection: Connection) -> None:
         taskstore.upsert(connection, map(delta, events))
-        taskstore.insert_events(connection, map(timeline, events))
+        taskstore.insert_events(connection, map(timeline_entry, events))
         outbox.put(connection, [outbox.item_of(event) for event in events])
 
     transaction(engine, write)
@@ -135,7 +135,7 @@ async def test_a_scheduled_task_is_left_to_the_sweeper_and_rebuilt_with_its_time
     assert (view.status, view.next_attempt_at.ToMicroseconds()) == ("pending", send_at_us)
     [line] = view.timeline
     assert (line.kind, line.next_attempt_at.ToMicroseconds()) == ("created", send_at_us)
-    view.ClearField("timeline")
+    view.ClearField("timeline_entry")
     view.body = ""
     assert view == views.recorded(later.event)
     # Cancelled, its first event waits no longer, and says what it would have said.

@@ -21,7 +21,7 @@ from services.common.database.engine import make_engine
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.fold import delta
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 from tests.api_process import ApiProcess, Road, eventually
 from tests.forms import by_form
 from tests.stack import Infra
@@ -70,7 +70,7 @@ def stand(engine: Engine, count: int) -> None:
 
     def write(part: list[events_pb2.TaskCreated], connection: Connection) -> None:
         taskstore.upsert(connection, map(delta, part))
-        taskstore.insert_events(connection, map(timeline, part))
+        taskstore.insert_events(connection, map(timeline_entry, part))
         taskstore.insert_bodies(connection, [taskstore.body_of(event.task) for event in part])
         due = [(outbox.item_of(event), from_micros(event.send_at_us)) for event in part]
         outbox.schedule(connection, due)

@@ -37,7 +37,7 @@ from services.common.events import Event, encode
 from services.common.fold import delta
 from services.common.kafka.clients import consumer_config
 from services.common.kafka.topics import EVENT_TOPICS
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 from tests.api_process import ApiProcess, Road, eventually
 from tests.forms import LONG, by_form
 from tests.groups import describe
@@ -80,7 +80,7 @@ class Telling:
     def fold(self, *events: Event) -> None:
         transaction(self.engine, lambda connection: taskstore.upsert(connection, map(delta, events)))
         transaction(
-            self.engine, lambda connection: taskstore.insert_events(connection, map(timeline, events))
+            self.engine, lambda connection: taskstore.insert_events(connection, map(timeline_entry, events))
         )
 
 

@@ -22,14 +22,14 @@ from services.common.deliveries.decide import (
     Cancel,
     Claim,
     Delivery,
+    DeliveryState,
     Settlement,
     Stale,
-    State,
     Stored,
     Taken,
     Wait,
     decide,
-    given_back,
+    released_row,
 )
 from services.common.deliveries.rows import owner_tokens
 from services.sender.claims import Claims
@@ -107,7 +107,15 @@ def test_what_nobody_knows_is_taken_under_a_lease_by_the_databases_clock(
 
 
 # Every state, lease and relation of record to row at once, in one call.
-STATES: tuple[State, ...] = ("sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled")
+STATES: tuple[DeliveryState, ...] = (
+    "sending",
+    "released",
+    "deferred",
+    "failed",
+    "sent",
+    "uncertain",
+    "cancelled",
+)
 
 
 def every_case() -> list[tuple[Delivery, Claim | Cancel]]:
@@ -204,7 +212,7 @@ def test_a_claim_given_back_before_its_doubt_is_on_record_is_taken_as_before(
     ended[1] = ended[1]._replace(reason="")
     put(engine, ended)
     first = [taken(verdict) for verdict in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
-    wishes = [given_back(verdict) for verdict in first]
+    wishes = [released_row(verdict) for verdict in first]
     for _ in range(2):
         assert claims.settle(wishes) == [Settlement.STORED] * 3
         rows = rows_of(engine)
@@ -224,7 +232,7 @@ def test_a_claim_given_back_before_its_doubt_is_on_record_is_taken_as_before(
 
 def test_a_whole_batch_is_settled_as_told(engine: Engine, claims: Claims) -> None:
     held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(1200)])]
-    states: tuple[State, ...] = ("sent", "deferred", "failed", "uncertain", "released")
+    states: tuple[DeliveryState, ...] = ("sent", "deferred", "failed", "uncertain", "released")
     wishes = [
         row._replace(
             state=states[i % 5],

@@ -13,9 +13,9 @@ from sqlalchemy import Connection, Engine
 from services.common.database.engine import make_engine
 from services.common.database.transactions import transaction
 from services.common.events import Event, task_id
-from services.common.fold import Row, delta, fold
+from services.common.fold import TaskRow, delta, fold
 from services.common.taskstore import insert_events, upsert
-from services.common.timeline import Entry, timeline
+from services.common.timeline import TimelineEntry, timeline_entry
 from tests.event_strategies import histories
 
 on_a_server = settings(
@@ -40,27 +40,27 @@ def clear(connection: Connection) -> None:
 def store(engine: Engine, events: list[Event]) -> None:
     def write(connection: Connection) -> None:
         upsert(connection, [delta(event) for event in events])
-        insert_events(connection, [timeline(event) for event in events])
+        insert_events(connection, [timeline_entry(event) for event in events])
 
     transaction(engine, write)
 
 
-def stored(connection: Connection) -> dict[bytes, Row]:
-    rows = connection.exec_driver_sql(f"SELECT {', '.join(Row._fields)} FROM tasks")
+def stored(connection: Connection) -> dict[bytes, TaskRow]:
+    rows = connection.exec_driver_sql(f"SELECT {', '.join(TaskRow._fields)} FROM tasks")
     found = {}
     for row in rows:
         values = [bytes(value) if isinstance(value, bytearray) else value for value in row]
-        found[values[0]] = Row._make(values)
+        found[values[0]] = TaskRow._make(values)
     return found
 
 
-def plain(row: Row) -> Row:
+def plain(row: TaskRow) -> TaskRow:
     # MySQL writes JSON its own way; what it means is the same.
     return row._replace(labels=None if row.labels is None else "some")
 
 
-def folded(events: list[Event]) -> dict[bytes, Row]:
-    rows: dict[bytes, Row] = {}
+def folded(events: list[Event]) -> dict[bytes, TaskRow]:
+    rows: dict[bytes, TaskRow] = {}
     for event in events:
         rows[task_id(event)] = fold(rows.get(task_id(event)), event)
     return rows
@@ -117,12 +117,14 @@ def test_the_timeline_holds_each_event_once(engine: Engine, events: list[Event])
         store(engine, batch)
     with engine.connect() as connection:
         found = [
-            Entry._make([bytes(row[0]), *row[1:]])
-            for row in connection.exec_driver_sql(f"SELECT {', '.join(Entry._fields)} FROM task_events")
+            TimelineEntry._make([bytes(row[0]), *row[1:]])
+            for row in connection.exec_driver_sql(
+                f"SELECT {', '.join(TimelineEntry._fields)} FROM task_events"
+            )
         ]
-    wanted: dict[tuple[bytes, str], list[Entry]] = {}
+    wanted: dict[tuple[bytes, str], list[TimelineEntry]] = {}
     for event in events:
-        line = timeline(event)
+        line = timeline_entry(event)
         wanted.setdefault((line.task_id, line.event_id), []).append(line)
     assert {(line.task_id, line.event_id) for line in found} == set(wanted)
     assert all(line in wanted[line.task_id, line.event_id] for line in found)

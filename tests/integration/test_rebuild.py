@@ -31,13 +31,13 @@ from services.common.config import Settings
 from services.common.database.bulk import execute_rows
 from services.common.database.transactions import transaction
 from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery
-from services.common.deliveries.rows import COLUMNS, store
+from services.common.deliveries.rows import COLUMNS, store_rows
 from services.common.events import Event, encode, event_key
 from services.common.fold import delta
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka.topics import EVENT_TOPICS
 from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
-from services.common.timeline import timeline
+from services.common.timeline import timeline_entry
 from services.sender.claims import Claims
 from services.status.topic_ids import note_topic_ids
 from tests import forked
@@ -110,7 +110,7 @@ class Road:
 
         def work(connection: Connection) -> None:
             upsert(connection, [delta(event) for event in events])
-            insert_events(connection, [timeline(event) for event in events])
+            insert_events(connection, [timeline_entry(event) for event in events])
 
         transaction(self.engine, work)
 
@@ -124,7 +124,7 @@ class Road:
         self.unlist(tasks)
         self.fold(events)
         settled = [row for one in histories if (row := delivery(one)) is not None]
-        transaction(self.engine, lambda connection: store(connection, settled))
+        transaction(self.engine, lambda connection: store_rows(connection, settled))
         return histories
 
     def rebuild(self, swap_in: bool = True) -> Report:
@@ -296,7 +296,7 @@ def test_what_is_not_on_the_topics_yet_stays(road: Road) -> None:
     with road.engine.begin() as connection:
         upsert(connection, [delta(again), delta(scheduled)])
         outbox.put(connection, [outbox.created(later.id)])
-        insert_events(connection, [timeline(again)])
+        insert_events(connection, [timeline_entry(again)])
         outbox.put(connection, [outbox.created(reopened.id, again.epoch)])
     before = road.dump()
     assert road.rebuild(swap_in=False).equal

@@ -39,7 +39,7 @@ from services.cli.replay.store import Replay, create, load, save, unfinished
 from services.common.config import Settings
 from services.common.database.engine import make_engine
 from services.common.deliveries.decide import Delivery
-from services.common.deliveries.rows import store
+from services.common.deliveries.rows import store_rows
 from services.common.events import DECODERS, Event, encode
 from services.common.fold import delta
 from services.common.kafka import admin as kafka_admin
@@ -117,7 +117,7 @@ class Site:
     def settle(self, *rows: Delivery) -> None:
         """Have these rows in `deliveries`."""
         with self.engine.begin() as connection:
-            store(connection, rows)
+            store_rows(connection, rows)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `postroad replay ... -o json`."""
@@ -677,7 +677,7 @@ def test_how_many_tasks_stand(engine: Engine) -> None:
     tasks = [task(n, team="blue") for n in range(1100)]
     with engine.begin() as connection:
         upsert(connection, (delta(pb.TaskCreated(task=t, at_us=NOW_US)) for t in tasks))
-        store(connection, [delivery(tasks[0].id, "sent"), delivery(tasks[1].id, "deferred", 0, 3, 77)])
+        store_rows(connection, [delivery(tasks[0].id, "sent"), delivery(tasks[1].id, "deferred", 0, 3, 77)])
     found = standings(engine, [*(t.id for t in tasks), b"unknown" * 2 + b"??"])
     assert len(found) == 1100
     assert found[tasks[0].id].status == "completed"

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from services.common.database import transactions
 from services.common.database.bulk import execute_rows, placeholders
 from services.common.database.engine import make_engine
-from services.common.database.errors import deadlock, transient
+from services.common.database.errors import is_conflict, is_transient
 from services.common.database.transactions import retry_until_available, transaction
 from tests.stack import Infra
 
@@ -126,7 +126,7 @@ def test_a_session_that_falls_silent_amid_a_transaction_lets_go_of_its_locks(
         transaction(other, lambda c: c.exec_driver_sql(insert))
         with pytest.raises(DBAPIError) as lost:
             connection.exec_driver_sql("SELECT 1")
-    assert transient(lost.value)
+    assert is_transient(lost.value)
     frozen.dispose()
     other.dispose()
 
@@ -200,7 +200,7 @@ def test_a_statement_may_not_take_for_ever(database_url: str) -> None:
         transaction(engine, wait)
     assert time.monotonic() - started < 15
     assert len(tries) == 1
-    assert transient(caught.value)
+    assert is_transient(caught.value)
     engine.dispose()
 
 
@@ -221,12 +221,12 @@ def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str) -> No
         ("SELEKT", 1064, 1),
     ]:
         error = error_of(statement, times)
-        assert (number(error), transient(error), deadlock(error)) == (code, False, False)
+        assert (number(error), is_transient(error), is_conflict(error)) == (code, False, False)
     refused = make_engine("mysql://nobody@127.0.0.1:1/nothing")
     with pytest.raises(DBAPIError) as caught:
         transaction(refused, lambda connection: None)
-    assert (number(caught.value), transient(caught.value)) == (2003, True)
-    assert not transient(ValueError("2003"))
+    assert (number(caught.value), is_transient(caught.value)) == (2003, True)
+    assert not is_transient(ValueError("2003"))
 
 
 @pytest.mark.parametrize("code", [1969, 1047, 3101, 9001])
@@ -245,7 +245,7 @@ def test_an_error_that_passes_is_known_by_its_number(
     if code in (1969, 9001):
         with pytest.raises(DBAPIError) as caught:
             transaction(engine, fail)
-        assert (number(caught.value), transient(caught.value), len(tries)) == (code, True, 1)
+        assert (number(caught.value), is_transient(caught.value), len(tries)) == (code, True, 1)
         return
     # These are done again at once, the one on another session.
     transaction(engine, fail)
@@ -279,7 +279,7 @@ async def test_retry_until_available_waits_out_a_server_that_is_down(
     finally:
         await asyncio.to_thread(server.start, "mysql")
     assert await asyncio.wait_for(answer, 15) == 42
-    assert all(transient(error) for error in seen)
+    assert all(is_transient(error) for error in seen)
     engine.dispose()
 
 
@@ -312,7 +312,7 @@ def test_a_connection_lost_while_it_commits_is_the_databases_error_and_done_agai
     tries.clear()
     with pytest.raises(DBAPIError) as caught, engine.begin() as connection:
         work(connection)
-    assert transient(caught.value)
+    assert is_transient(caught.value)
     assert caught.value.connection_invalidated
 
 

@@ -22,8 +22,14 @@ from services.api.relay import Recording
 from services.common.database import statement_size
 from services.common.database.bulk import execute_rows
 from services.common.database.engine import make_engine
-from services.common.database.errors import at_fault, transient
-from services.common.database.statement_size import LONG, Statements, StatementTooLong, bytes_at_most, most
+from services.common.database.errors import is_database_fault, is_transient
+from services.common.database.statement_size import (
+    LONG_STATEMENT,
+    StatementLimits,
+    StatementTooLong,
+    max_row_bytes,
+    max_statement_bytes,
+)
 from services.common.database.transactions import transaction
 from services.common.events import event_key, task_id
 from services.common.fold import delta
@@ -83,10 +89,10 @@ def table(engine: Engine) -> str:
 def told(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Engine]]:
     """Makes an engine whose sessions are told that the server takes so many bytes."""
     engines = []
-    guard = Statements.guard
+    guard = StatementLimits.guard
 
     def make(takes: int) -> Engine:
-        monkeypatch.setattr(Statements, "guard", lambda self, driver, _: guard(self, driver, takes))
+        monkeypatch.setattr(StatementLimits, "guard", lambda self, driver, _: guard(self, driver, takes))
         engines.append(make_engine(database_url))
         return engines[-1]
 
@@ -97,7 +103,7 @@ def told(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 async def test_the_widest_events_are_folded(engine: Engine) -> None:
     events = [pb.TaskCreated(task=widest(n), at_us=1) for n in range(280)]
-    assert sum(bytes_at_most(delta(event)) for event in events) > 17 << 20
+    assert sum(max_row_bytes(delta(event)) for event in events) > 17 << 20
     records = [Record(event_key(event).partition(":")[0], task_id(event), event) for event in events]
     status = Status(engine)
     assert await status.handle_batch(records) == [Done()] * 280
@@ -118,7 +124,7 @@ async def test_a_batch_of_the_widest_tasks_is_recorded(told: Callable[[int], Eng
 
 def test_a_statement_as_long_as_the_server_takes_is_sent(engine: Engine) -> None:
     select = "SELECT LENGTH(%s)"
-    size = most(server_takes(engine)) - len("SELECT LENGTH('')")
+    size = max_statement_bytes(server_takes(engine)) - len("SELECT LENGTH('')")
     with engine.connect() as connection:
         assert connection.exec_driver_sql(select, (b"x" * size,)).scalar() == size
         with pytest.raises(DataError):
@@ -132,7 +138,7 @@ def test_a_row_that_no_statement_can_hold_is_its_own_fault(told: Callable[[int],
     with pytest.raises(DataError, match="max_allowed_packet") as caught:
         transaction(engine, lambda connection: execute_rows(connection, INSERT, rows))
     assert isinstance(caught.value.orig, StatementTooLong)
-    assert (transient(caught.value), at_fault(caught.value)) == (False, False)
+    assert (is_transient(caught.value), is_database_fault(caught.value)) == (False, False)
     assert not caught.value.connection_invalidated
     del rows[2]
     assert transaction(engine, lambda connection: execute_rows(connection, INSERT, rows)) == 4
@@ -163,7 +169,7 @@ def patiently(engine: Engine, work: Callable[[Connection], int]) -> int:
         try:
             return transaction(engine, work)
         except DBAPIError as error:
-            if not transient(error):
+            if not is_transient(error):
                 raise
     raise AssertionError("it would be tried for ever")
 
@@ -182,7 +188,7 @@ def test_a_row_that_is_lost_on_the_way_for_its_length_is_given_up(
 ) -> None:
     monkeypatch.setattr(statement_size, "_SECONDS", 0.0)
     monkeypatch.setattr(statement_size, "_LOSSES", 2)
-    row = (1, b"x" * (server_takes(engine) + LONG))
+    row = (1, b"x" * (server_takes(engine) + LONG_STATEMENT))
     deceived = told(1 << 30)
     with pytest.raises(DataError):
         patiently(deceived, lambda connection: execute_rows(connection, INSERT, [row]))
@@ -215,7 +221,7 @@ def test_the_bytes_of_a_row_are_never_more_than_estimated(infra: Infra) -> None:
                 cursor.execute(text, tuple(row))
             except Exception:
                 assert sent  # nothing was asked, so nothing was answered
-            assert len(sent[0]) <= bytes_at_most(row)
+            assert len(sent[0]) <= max_row_bytes(row)
 
         check()
     engine.dispose()

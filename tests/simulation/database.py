@@ -17,12 +17,12 @@ from postroad.v1 import events_pb2 as pb
 from services.api.outbox import GRACE, LEASE, Item
 from services.common.database.times import to_micros
 from services.common.deliveries import decide as rules
-from services.common.deliveries.decide import Cancel, Claim, Delivery, Settlement, Taken, Verdict
-from services.common.deliveries.refusals import refusal, refused
+from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Settlement, Taken
+from services.common.deliveries.mx_failures import failed_row, merge_failure
 from services.common.events import CREATED_KEY
-from services.common.fold import Row, merge
+from services.common.fold import TaskRow, merge
 from services.common.taskstore import Body
-from services.common.timeline import Entry
+from services.common.timeline import TimelineEntry
 from tests.simulation.threads import VirtualTime
 from tests.simulation.world import World
 
@@ -51,10 +51,10 @@ class Database:
         self.sent_by: dict[bytes, Settlement] = {}
         """What became of each settle as sent, by owner."""
         self.outbox: dict[Item, float] = {}
-        self.tasks: dict[bytes, Row] = {}
+        self.tasks: dict[bytes, TaskRow] = {}
         self.keys: dict[tuple[str, bytes], bytes] = {}
         self.bodies: dict[bytes, Body] = {}
-        self.entries: dict[tuple[bytes, str], Entry] = {}
+        self.entries: dict[tuple[bytes, str], TimelineEntry] = {}
         self.outbox_changed: list[Callable[[], None]] = []
 
     def now(self) -> datetime:
@@ -72,7 +72,7 @@ class Database:
         actor = self.world.scheduler.actor
         kind = operation or f"{actor.service if actor else '-'}.db"
         verdict = self.world.operation(kind, actor)
-        if verdict == "refused":
+        if verdict == "failed_row":
             raise _lost()
         result = work(self)
         if kind == "status.db":
@@ -94,7 +94,7 @@ class Database:
 
     # --- taskstore ---
 
-    def upsert(self, rows: Iterable[Row]) -> None:
+    def upsert(self, rows: Iterable[TaskRow]) -> None:
         """Merge rows as taskstore.upsert does."""
         for row in rows:
             known = self.tasks.get(row.id)
@@ -103,15 +103,15 @@ class Database:
                 continue
             self.tasks[row.id] = row if known is None else merge(known, row)
 
-    def insert_events(self, entries: Iterable[Entry]) -> None:
+    def insert_events(self, entries: Iterable[TimelineEntry]) -> None:
         """Insert timeline lines; those that are there stay."""
         for entry in entries:
             self.entries.setdefault((entry.task_id, entry.event_id), entry)
 
     def refuse(self, events: Iterable[pb.MxFailed]) -> None:
         """Have the deliveries of these tasks failed as refusals.refuse does."""
-        for row in map(refused, events):
-            self.deliveries[row.task_id] = refusal(self.deliveries.get(row.task_id), row)
+        for row in map(failed_row, events):
+            self.deliveries[row.task_id] = merge_failure(self.deliveries.get(row.task_id), row)
 
     def insert_bodies(self, bodies: Iterable[Body]) -> None:
         """Insert bodies; those that are there stay."""
@@ -159,11 +159,11 @@ class Database:
         """Return the bytes of each task's body."""
         return {id_: len((self.bodies[id_].body or "").encode()) for id_ in ids if id_ in self.bodies}
 
-    def load_events(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], Entry]:
+    def load_events(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], TimelineEntry]:
         """Return the lines of timelines with these keys."""
         return {key: self.entries[key] for key in keys if key in self.entries}
 
-    def load_epoch(self, task_id: bytes, topics: Sequence[str], epoch: int) -> list[Entry]:
+    def load_epoch(self, task_id: bytes, topics: Sequence[str], epoch: int) -> list[TimelineEntry]:
         """Return the lines of a task's timeline of these topics and this epoch."""
         begin = tuple(f"{topic}:{epoch}:" for topic in topics)
         return [
@@ -248,7 +248,7 @@ class MemoryClaims:
         self._lease = timedelta(seconds=lease_seconds)
         self._hold, self._max_resends = hold, max_resends
 
-    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
+    def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]:
         """Answer each request, in order."""
         since = self._database.world.scheduler.asked + VirtualTime.monotonic() - self._database.world.now
         return self._database.transact(
@@ -263,7 +263,9 @@ class MemoryClaims:
         """Begin each lease anew; say which are still held."""
         return self._database.transact(lambda db: [self._renew(db, row) for row in rows], "renew")
 
-    def _claim(self, database: Database, request: Claim | Cancel, since: float, take_over: bool) -> Verdict:
+    def _claim(
+        self, database: Database, request: Claim | Cancel, since: float, take_over: bool
+    ) -> ClaimAnswer:
         found = database.deliveries.get(request.task_id)
         verdict, row = rules.decide(
             found, request, database.now(), self._lease, self._hold, self._max_resends, take_over
@@ -294,7 +296,7 @@ class MemoryClaims:
         database.deliveries[row.task_id] = row
 
 
-def _told(verdict: Verdict) -> str:
+def _told(verdict: ClaimAnswer) -> str:
     match verdict:
         case Taken(row=row, doubtful=doubtful):
             return f"taken for attempt {row.attempt}{', in doubt' if doubtful else ''}"

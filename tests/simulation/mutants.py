@@ -14,7 +14,7 @@ from services.api.outbox import Item, created
 from services.api.relay import Creation, Relay
 from services.common import fold
 from services.common.deliveries import decide
-from services.common.deliveries.decide import Claim, Delivery, Settlement, Taken, first
+from services.common.deliveries.decide import Claim, Delivery, Settlement, Taken, initial_row
 from services.common.stage.ledger import Fetched, Ledger
 from services.common.stage.offsets import Offsets
 from services.common.stage.types import Dead
@@ -49,7 +49,7 @@ def _no_claim() -> Patches:
             return await original(self, request)
         await asyncio.sleep(0)
         since = VirtualTime.monotonic()
-        return Taken(first(request, datetime.min), since=since)
+        return Taken(initial_row(request, datetime.min), since=since)
 
     async def settle(self: AsyncClaims, settled: Delivery) -> Settlement:
         await asyncio.sleep(0)

@@ -17,7 +17,7 @@ from services.api.relay import Creation, Relay
 from services.api.sweeper import Sweeper
 from services.common.batching import Batcher
 from services.common.config import Settings
-from services.common.database.errors import transient
+from services.common.database.errors import is_transient
 from services.common.events import DECODERS, Event
 from services.common.kafka import topics
 from services.common.stage.runtime import StageRuntime
@@ -187,7 +187,7 @@ class Api:
         database: Any = servers.database
         self._database = database
         publisher: Any = Publisher(servers.settings)
-        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=transient, name="outbox")
+        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=is_transient, name="outbox")
         self._relay = Relay(publisher, self._settle, 100, 1 << 20)
         self.recorder = Recorder(database, self._committed, 100, 1 << 20)
         self.decider = Decider(Reader(database), self._relay.publish)

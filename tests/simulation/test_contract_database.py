@@ -20,16 +20,16 @@ from services.common.deliveries import rows
 from services.common.deliveries.decide import (
     Cancel,
     Claim,
+    ClaimAnswer,
     Delivery,
     Settlement,
     Stale,
     Stored,
     Taken,
-    Verdict,
     Wait,
-    given_back,
+    released_row,
 )
-from services.common.fold import Row, delta
+from services.common.fold import TaskRow, delta
 from services.sender.claims import Claims
 from tests.simulation.database import Database, MemoryClaims
 from tests.simulation.scheduler import Scheduler
@@ -57,7 +57,7 @@ class Memory:
         """Return a delivery."""
         return self.database.deliveries.get(id_)
 
-    def task(self, id_: bytes) -> Row | None:
+    def task(self, id_: bytes) -> TaskRow | None:
         """Return a task."""
         return self.database.tasks.get(id_)
 
@@ -82,9 +82,9 @@ class _Statements:
     delete = staticmethod(outbox.delete)
     defer = staticmethod(outbox.defer)
     told = staticmethod(standing.told)
-    locked = staticmethod(rows.locked)
-    store = staticmethod(rows.store)
-    add = staticmethod(rows.add)
+    locked = staticmethod(rows.lock_rows)
+    store = staticmethod(rows.store_rows)
+    add = staticmethod(rows.insert_row)
 
 
 class Real:
@@ -107,11 +107,11 @@ class Real:
             found = connection.exec_driver_sql(query, (id_,)).one_or_none()
         return Delivery(*found) if found is not None else None
 
-    def task(self, id_: bytes) -> Row | None:
-        query = f"SELECT {', '.join(Row._fields)} FROM tasks WHERE id = %s"
+    def task(self, id_: bytes) -> TaskRow | None:
+        query = f"SELECT {', '.join(TaskRow._fields)} FROM tasks WHERE id = %s"
         with self.engine.begin() as connection:
             found = connection.exec_driver_sql(query, (id_,)).one_or_none()
-        return Row(*found) if found is not None else None
+        return TaskRow(*found) if found is not None else None
 
     def transact(self, work: Callable[[Connection], R]) -> R:
         return transaction(self.engine, work)
@@ -234,7 +234,7 @@ def test_any_history_ends_alike_on_both(seed: int, hold: bool, mysql: Engine) ->
             assert [_plain(a) for a, _ in told] == [_plain(b) for _, b in told]
             taken_ += [(a, b) for a, b in told if isinstance(a, Taken) and isinstance(b, Taken)]
         elif step == "back" and taken_:
-            mine, theirs = (given_back(verdict) for verdict in rng.choice(taken_[-3:]))
+            mine, theirs = (released_row(verdict) for verdict in rng.choice(taken_[-3:]))
             assert memory.claims.settle([mine]) == real.claims.settle([theirs])
         elif step == "settle" and taken_:
             outcome: dict[str, Any] = {
@@ -254,7 +254,7 @@ def test_any_history_ends_alike_on_both(seed: int, hold: bool, mysql: Engine) ->
         assert _plain_row(memory.row(id_)) == _plain_row(real.row(id_))
 
 
-def _plain(verdict: Verdict) -> object:
+def _plain(verdict: ClaimAnswer) -> object:
     match verdict:
         case Taken(row=row, doubtful=doubtful, earlier=earlier):
             return "taken", _plain_row(row), doubtful, _plain_row(earlier)

@@ -16,12 +16,12 @@ from services.api.errors import Refused
 from services.api.handlers import TaskService
 from services.api.standing import OVER, Standing
 from services.common.database.tables import STATUSES
-from services.common.deliveries.decide import Delivery, State
+from services.common.deliveries.decide import Delivery, DeliveryState
 
 NOW = datetime(2026, 3, 1)
 
 
-def delivery(state: State, epoch: int = 0, attempt: int = 1) -> Delivery:
+def delivery(state: DeliveryState, epoch: int = 0, attempt: int = 1) -> Delivery:
     return Delivery(bytes(16), state, epoch, attempt, 0, bytes(16), NOW, 0, 0, "", "", "", "")
 
 
@@ -30,9 +30,9 @@ def standing(status: str, row: Delivery | None = None, epoch: int = 0, made: int
 
 
 @pytest.mark.parametrize("status", STATUSES)
-@pytest.mark.parametrize("state", [None, *get_args(State)])
+@pytest.mark.parametrize("state", [None, *get_args(DeliveryState)])
 def test_a_task_lives_while_it_is_under_way_or_a_sender_may_still_send_it(
-    status: str, state: State | None
+    status: str, state: DeliveryState | None
 ) -> None:
     row = None if state is None else delivery(state)
     expected = status in ("pending", "processing") or state in ("sending", "released", "deferred")

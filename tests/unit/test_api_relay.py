@@ -12,14 +12,14 @@ from structlog.testing import capture_logs
 from services.api.outbox import Item, created
 from services.api.relay import Relay
 from services.common.batching import Batcher
-from services.common.database.errors import transient
+from services.common.database.errors import is_transient
 
 
 async def test_what_is_left_in_the_outbox_is_logged_without_the_statement() -> None:
     def fail(items: Sequence[Item]) -> list[None]:
         raise OperationalError("DELETE " * 7000, None, Exception("gone"))
 
-    settle: Batcher[Item, None] = Batcher(fail, shared=transient)
+    settle: Batcher[Item, None] = Batcher(fail, shared=is_transient)
     publisher: Any = None
     relay = Relay(publisher, settle, 100, 1 << 20)
     with capture_logs() as lines:

@@ -33,7 +33,7 @@ from services.api.watch.merge import Merge
 from services.api.watch.watchers import MOST_QUEUED, Index, Told, Wanted, Watcher
 from services.common.config import Settings
 from services.common.events import Event, encode, task_id
-from services.common.fold import Row, delta, fold
+from services.common.fold import TaskRow, delta, fold
 from services.common.kafka.topics import EVENT_TOPICS
 
 MADE_MS = 1_790_000_000_000
@@ -190,7 +190,7 @@ def test_of_what_is_forgotten_nothing_is_sure() -> None:
 @pytest.mark.parametrize("start", range(10))
 def test_a_task_told_in_order_looks_as_the_fold_says(start: int) -> None:
     events = life(mail())
-    row: Row | None = None
+    row: TaskRow | None = None
     for event in events[:start]:
         row = fold(row, event)
     book, mails = Book(RETRIED + 1), delta(events[0])[1:9]
@@ -806,7 +806,7 @@ async def test_a_watcher_whose_stream_is_over_can_be_ended() -> None:
 # --- who wants it ------------------------------------------------------------------------------
 
 
-def row_of(number: int, status: str = "pending", reason: str = "") -> Row:
+def row_of(number: int, status: str = "pending", reason: str = "") -> TaskRow:
     return delta(ev.TaskCreated(task=mail(number)))._replace(status=status, reason=reason)
 
 

@@ -13,16 +13,16 @@ from services.common.deliveries.decide import (
     IN_DOUBT,
     Cancel,
     Claim,
+    ClaimAnswer,
     Delivery,
+    DeliveryState,
     Settlement,
     Stale,
-    State,
     Stored,
     Taken,
-    Verdict,
     Wait,
     decide,
-    given_back,
+    released_row,
     settlement,
 )
 
@@ -32,10 +32,10 @@ NOW_US = 1_772_366_400_250_000
 LEASE = timedelta(seconds=20)
 MINE, THEIRS = b"mine" * 4, b"them" * 4
 
-STATES: tuple[State, ...] = ("sent", "released", "deferred", "failed", "uncertain", "cancelled")
+STATES: tuple[DeliveryState, ...] = ("sent", "released", "deferred", "failed", "uncertain", "cancelled")
 
 
-def row(state: State, epoch: int = 5, attempt: int = 2, lease: float = 0, **more: Any) -> Delivery:
+def row(state: DeliveryState, epoch: int = 5, attempt: int = 2, lease: float = 0, **more: Any) -> Delivery:
     base = Delivery(
         ID,
         state,
@@ -88,7 +88,7 @@ def found(state: str) -> Delivery:
     return row("sending", lease=0) if state == "sending, over" else row(state)  # type: ignore[arg-type]
 
 
-def kind(verdict: Verdict) -> str:
+def kind(verdict: ClaimAnswer) -> str:
     return "doubt" if isinstance(verdict, Taken) and verdict.doubtful else type(verdict).__name__
 
 
@@ -157,7 +157,7 @@ def test_a_release_keeps_the_count_of_takeovers() -> None:
 
 
 @pytest.mark.parametrize("state", ["deferred", "uncertain"])
-def test_an_earlier_attempt_in_doubt_comes_with_the_claim(state: State) -> None:
+def test_an_earlier_attempt_in_doubt_comes_with_the_claim(state: DeliveryState) -> None:
     before = row(state, reason=IN_DOUBT)
     verdict, _ = decide(before, claim(*LATER_EPOCH), NOW, LEASE, hold=False)
     assert isinstance(verdict, Taken)
@@ -186,7 +186,7 @@ def test_given_back_before_its_doubt_is_on_record_a_claim_counts_nothing(
     assert isinstance(first, Taken)
     assert first.row.takeovers == 3, "the doubt is counted once"
     for _ in range(3):
-        _, known = settlement(known, given_back(first))
+        _, known = settlement(known, released_row(first))
         again, known = decide(known, claim(*key), NOW, LEASE, False, 9)
         assert isinstance(again, Taken)
         assert again.row == first.row
@@ -279,7 +279,7 @@ def test_every_cell_of_the_cancels_table(state: str, epoch: int, expected: str, 
 @pytest.mark.parametrize("state", ["released", "deferred", "failed", "uncertain"])
 @pytest.mark.parametrize("hold", [False, True])
 def test_what_was_ever_in_doubt_is_uncertain_when_it_is_cancelled(
-    state: State, doubt: dict[str, Any], hold: bool
+    state: DeliveryState, doubt: dict[str, Any], hold: bool
 ) -> None:
     verdict, write = decide(row(state, **doubt), Cancel(ID, 6, MINE), NOW, LEASE, hold)
     assert isinstance(verdict, Stored)
@@ -299,12 +299,12 @@ def test_a_cancel_of_a_task_that_nobody_knows_keeps_it_from_being_sent() -> None
 # --- settlements ----------------------------------------------------------------------------------
 
 
-def settled(state: State, **more: Any) -> Delivery:
+def settled(state: DeliveryState, **more: Any) -> Delivery:
     return row(state, owner=MINE, settled_at=99, reply="250 ok", relay="r", **more)
 
 
 @pytest.mark.parametrize("state", ["sent", "deferred", "failed", "uncertain", "released"])
-def test_a_settle_is_stored_while_the_claim_is_ours_and_only_once(state: State) -> None:
+def test_a_settle_is_stored_while_the_claim_is_ours_and_only_once(state: DeliveryState) -> None:
     wish = settled(state)
     assert settlement(row("sending", owner=MINE), wish) == (Settlement.STORED, wish)
     assert settlement(wish, wish) == (Settlement.STORED, None)
@@ -312,13 +312,13 @@ def test_a_settle_is_stored_while_the_claim_is_ours_and_only_once(state: State) 
 
 @pytest.mark.parametrize("state", ["deferred", "failed", "uncertain", "released"])
 @pytest.mark.parametrize("found_state", [*STATES, "sending"])
-def test_a_settle_without_a_claim_changes_nothing(state: State, found_state: State) -> None:
+def test_a_settle_without_a_claim_changes_nothing(state: DeliveryState, found_state: DeliveryState) -> None:
     assert settlement(row(found_state), settled(state)) == (Settlement.FENCED, None)
     assert settlement(None, settled(state)) == (Settlement.FENCED, None)
 
 
 @pytest.mark.parametrize("found_state", ["sending", "released", "deferred", "failed", "uncertain"])
-def test_that_a_mail_was_accepted_is_stored_whoever_owns_the_claim(found_state: State) -> None:
+def test_that_a_mail_was_accepted_is_stored_whoever_owns_the_claim(found_state: DeliveryState) -> None:
     became, write = settlement(row(found_state, epoch=6, attempt=4, takeovers=1), settled("sent"))
     assert became is Settlement.LATE
     assert write is not None
@@ -416,10 +416,10 @@ class World:
 
     def give_back(self, owner: bytes) -> None:
         taken, _ = self.live.pop(owner)
-        _, write = settlement(self.row, given_back(taken))
+        _, write = settlement(self.row, released_row(taken))
         self.write(write)
 
-    def settle(self, owner: bytes, state: State) -> None:
+    def settle(self, owner: bytes, state: DeliveryState) -> None:
         claimed, until = self.live.pop(owner)
         taken = self.tell(claimed)
         if state == "sent":

@@ -16,9 +16,9 @@ from services.common.database.errors import (
     TRANSIENT,
     ErrorCode,
     ErrorKind,
-    deadlock,
-    numbers,
-    transient,
+    error_numbers,
+    is_conflict,
+    is_transient,
 )
 
 
@@ -29,7 +29,7 @@ def error(number: int) -> OperationalError:
 def test_each_code_stands_once_with_its_reason_and_its_source() -> None:
     assert len({code.number for code in ERRORS}) == len(ERRORS)
     assert all(code.name and code.why and code.source for code in ERRORS)
-    assert frozenset().union(*map(numbers, ErrorKind)) == TRANSIENT
+    assert frozenset().union(*map(error_numbers, ErrorKind)) == TRANSIENT
 
 
 @pytest.mark.parametrize("code", [code for code in ERRORS if code.source.startswith("MySQL")])
@@ -41,8 +41,8 @@ def test_mysqls_names_and_numbers_belong_together(code: ErrorCode) -> None:
 
 @pytest.mark.parametrize("code", ERRORS, ids=lambda code: str(code.number))
 def test_a_listed_error_passes(code: ErrorCode) -> None:
-    assert transient(error(code.number))
-    assert deadlock(error(code.number)) == (code.kind is ErrorKind.CONFLICT)
+    assert is_transient(error(code.number))
+    assert is_conflict(error(code.number)) == (code.kind is ErrorKind.CONFLICT)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_listed_error_passes(code: ErrorCode) -> None:
     [1044, 1045, 1049, 1054, 1062, 1064, 1142, 1146, 1364, 1366, 1406, 1452, 2014, 3140, 3750, 9003, 9006],
 )
 def test_the_statements_its_datas_and_the_set_ups_errors_stay(number: int) -> None:
-    assert not transient(error(number))
+    assert not is_transient(error(number))
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=lambda code: str(code.number))

@@ -18,7 +18,7 @@ from services.cli.dead.pick import groups, missing, picked
 from services.cli.dead_commands import _ask, _letter
 from services.cli.errors import Failure
 from services.cli.frame import Frame
-from services.common.deliveries.decide import Claim, Delivery, Stale, State, Stored, Taken, decide
+from services.common.deliveries.decide import Claim, Delivery, DeliveryState, Stale, Stored, Taken, decide
 from services.common.events import encode
 from services.common.kafka import headers
 from services.common.kafka.headers import LeftOut, parse_delayed_headers
@@ -236,7 +236,7 @@ def test_what_died_on_a_retry_comes_back_as_that_attempt_and_is_due(
     ],
 )
 def test_the_sender_takes_up_what_died_on_a_retry(
-    state: State, before: int, verdict: type, attempt: int
+    state: DeliveryState, before: int, verdict: type, attempt: int
 ) -> None:
     now, lease = datetime(2026, 3, 1, 12), timedelta(seconds=20)
     id_ = bytes(range(16))

@@ -13,7 +13,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.database.tables import tasks
 from services.common.database.times import from_micros, to_micros
 from services.common.events import Event
-from services.common.fold import Row, delta, fold, merge
+from services.common.fold import TaskRow, delta, fold, merge
 from tests.event_strategies import distinct, events_of, histories, mail_task
 
 TASK = mail_task(0)
@@ -51,8 +51,8 @@ def mx_failed(attempt: int = 1, epoch: int = 0) -> pb.MxFailed:
     return pb.MxFailed(id=ID, epoch=epoch, attempt=attempt, reason="null_mx", at_us=AT + 6)
 
 
-def folded(events: list[Event]) -> Row:
-    row: Row | None = None
+def folded(events: list[Event]) -> TaskRow:
+    row: TaskRow | None = None
     for event in events:
         row = fold(row, event)
     assert row is not None
@@ -65,7 +65,7 @@ def version(event: Event) -> tuple[bytes, int]:
 
 
 def test_a_row_has_the_columns_of_its_table_in_their_order() -> None:
-    assert Row._fields == tuple(tasks.columns.keys())
+    assert TaskRow._fields == tuple(tasks.columns.keys())
 
 
 # A task's life, step by step: each event outranks all before it, whatever order they come in.

@@ -14,7 +14,7 @@ from services.cli.rebuild.deliveries import Told, merge, restored, told
 from services.cli.rebuild.folding import Folded
 from services.common.deliveries.decide import (
     IN_DOUBT,
-    NOBODY,
+    NO_OWNER,
     NOT_SENT,
     Cancel,
     Claim,
@@ -25,8 +25,8 @@ from services.common.deliveries.decide import (
     decide,
     settlement,
 )
+from services.common.deliveries.mx_failures import failed_row
 from services.common.deliveries.outcome import event_of
-from services.common.deliveries.refusals import refused
 from services.common.events import Event, event_key
 from services.common.fold import delta, fold
 from services.sender.answers import found_in_doubt
@@ -145,7 +145,7 @@ def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
     tells = known([event])
     assert tells is not None
     row = restored(tells, START)
-    assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NOBODY, 2, START)
+    assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NO_OWNER, 2, START)
     verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False, max_resends=3)
     assert isinstance(verdict, Taken)
     assert verdict.doubtful
@@ -158,7 +158,7 @@ def test_a_task_that_failed_before_the_sender_saw_it_is_restored_as_status_has_i
     event = pb.MxFailed(id=mail_task(0).id, epoch=3, attempt=2, reason="null_mx" * 20, detail="d", at_us=7)
     tells = told(event, 1)
     assert tells is not None
-    assert restored(tells, START)._replace(lease_until=refused(event).lease_until) == refused(event)
+    assert restored(tells, START)._replace(lease_until=failed_row(event).lease_until) == failed_row(event)
 
 
 def test_what_an_operator_decided_is_restored_so_that_nothing_is_sent() -> None:

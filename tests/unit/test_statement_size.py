@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from mysql.connector import Error
 
 from services.common.database.statement_size import (
-    LONG,
-    TOO_LARGE,
-    Statements,
+    LONG_STATEMENT,
+    PACKET_TOO_LARGE,
+    StatementLimits,
     StatementTooLong,
-    bytes_at_most,
-    most,
-    portions,
+    max_row_bytes,
+    max_statement_bytes,
+    split_by_bytes,
 )
 
 SERVER = 16 << 20
@@ -34,13 +34,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def statements(clock: Clock) -> Statements:
-    return Statements(clock)
+def statements(clock: Clock) -> StatementLimits:
+    return StatementLimits(clock)
 
 
 @pytest.mark.parametrize("server", [1024, 1 << 20, SERVER, 1 << 30])
-def test_a_statement_is_shorter_than_what_the_server_takes(statements: Statements, server: int) -> None:
-    assert server // 2 <= most(server) < server
+def test_a_statement_is_shorter_than_what_the_server_takes(statements: StatementLimits, server: int) -> None:
+    assert server // 2 <= max_statement_bytes(server) < server
     assert statements.share() is None
 
 
@@ -58,16 +58,16 @@ class Driver:
 
 
 @pytest.fixture
-def driver(statements: Statements) -> Driver:
+def driver(statements: StatementLimits) -> Driver:
     driver = Driver()
     statements.guard(driver, SERVER)
     return driver
 
 
 def test_what_the_server_refuses_of_several_rows_is_halved_until_it_may_be_otherwise(
-    statements: Statements, driver: Driver, clock: Clock
+    statements: StatementLimits, driver: Driver, clock: Clock
 ) -> None:
-    driver.error = Error(errno=TOO_LARGE)
+    driver.error = Error(errno=PACKET_TOO_LARGE)
     with statements.several(), pytest.raises(Error) as caught:
         driver.cmd_query(bytes(5 << 20))
     assert not isinstance(caught.value, StatementTooLong)
@@ -80,13 +80,13 @@ def test_what_the_server_refuses_of_several_rows_is_halved_until_it_may_be_other
 
 
 def test_a_single_row_is_always_sent_if_the_server_takes_it(driver: Driver, clock: Clock) -> None:
-    longest = bytes(most(SERVER))
+    longest = bytes(max_statement_bytes(SERVER))
     driver.error = Error(errno=2013)
     for _ in range(20):
         clock.now += 5
         with pytest.raises(Error):
             driver.cmd_query(longest)
-    driver.error = Error(errno=TOO_LARGE)
+    driver.error = Error(errno=PACKET_TOO_LARGE)
     with pytest.raises(StatementTooLong):
         driver.cmd_query(longest)
     assert driver.sent == 21
@@ -116,7 +116,7 @@ def test_a_single_row_that_is_lost_for_long_is_too_long_as_long_as_it_is_lost(
     assert not isinstance(caught.value, StatementTooLong)
 
 
-def test_each_loss_halves_the_share_of_many_rows(statements: Statements, clock: Clock) -> None:
+def test_each_loss_halves_the_share_of_many_rows(statements: StatementLimits, clock: Clock) -> None:
     statements.lost(12 << 20)
     assert statements.share() == 6 << 20
     statements.lost(12 << 20)  # it was under way meanwhile, or it is a single row
@@ -124,13 +124,13 @@ def test_each_loss_halves_the_share_of_many_rows(statements: Statements, clock: 
     statements.lost(5 << 20)
     assert statements.share() == 5 << 19
     for _ in range(5):
-        statements.lost(LONG + 1)
-    assert statements.share() == LONG
+        statements.lost(LONG_STATEMENT + 1)
+    assert statements.share() == LONG_STATEMENT
     clock.now += 601
     assert statements.share() is None
 
 
-def test_losses_show_a_length_if_they_last_and_are_not_old(statements: Statements, clock: Clock) -> None:
+def test_losses_show_a_length_if_they_last_and_are_not_old(statements: StatementLimits, clock: Clock) -> None:
     # All in one moment: the server may just have gone away.
     assert not any(statements.lost(3 << 20) for _ in range(20))
     clock.now += 21
@@ -139,14 +139,16 @@ def test_losses_show_a_length_if_they_last_and_are_not_old(statements: Statement
     assert not statements.lost(3 << 20)
 
 
-def test_one_that_passes_acquits_all_that_are_no_longer(statements: Statements, clock: Clock) -> None:
+def test_one_that_passes_acquits_all_that_are_no_longer(statements: StatementLimits, clock: Clock) -> None:
     for _ in range(20):
         clock.now += 5
         assert not statements.lost(3 << 20)
         statements.passed(3 << 20)
 
 
-def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(statements: Statements, clock: Clock) -> None:
+def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(
+    statements: StatementLimits, clock: Clock
+) -> None:
     for size in (9, 9, 8, 8, 3):
         clock.now += 10
         assert not statements.lost(size << 20)
@@ -158,6 +160,6 @@ def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(statements: Stat
 def test_portions_are_all_rows_in_order_and_within_the_share(
     rows: list[tuple[int, bytes]], share: int
 ) -> None:
-    parts = list(portions(rows, share))
+    parts = list(split_by_bytes(rows, share))
     assert [row for part in parts for row in part] == rows
-    assert all(part and (len(part) == 1 or sum(map(bytes_at_most, part)) <= share) for part in parts)
+    assert all(part and (len(part) == 1 or sum(map(max_row_bytes, part)) <= share) for part in parts)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from services.api.watch.changes import Change, Place, Step, age
-from services.common.fold import Row, merge
+from services.common.fold import TaskRow, merge
 
 __all__ = ["MAYBE", "SURE", "Book", "Mail"]
 
@@ -35,7 +35,7 @@ class _Life:
     def __init__(self) -> None:
         self.keys: set[str] = set()
         self.steps: set[Step] = set()
-        self.row: Row | None = None
+        self.row: TaskRow | None = None
 
 
 class Book:
@@ -92,12 +92,12 @@ class Book:
                 found.append(change)
         return found
 
-    def after(self, change: Change, mail: Mail | None) -> Row | None:
+    def after(self, change: Change, mail: Mail | None) -> TaskRow | None:
         """Return the task as it is after the change, None where nobody knows whose it is.
 
         `mail` is what the database says of a stranger. To be called once a change, in the order of `read`.
         """
-        row = change.row if mail is None else Row._make((change.row.id, *mail, *change.row[9:]))
+        row = change.row if mail is None else TaskRow._make((change.row.id, *mail, *change.row[9:]))
         life = self._lives.get(row.id)
         if life is None:
             return row if row.tenant is not None else None
@@ -110,7 +110,7 @@ class Book:
             stands = row.version >= life.row.version or row.epoch < life.row.epoch or late
             life.row = merge(life.row, row)
             # Told late within its epoch, it is told as it was then.
-            row = life.row if stands else Row._make((row.id, *life.row[1:9], *row[9:]))
+            row = life.row if stands else TaskRow._make((row.id, *life.row[1:9], *row[9:]))
         return row if row.tenant is not None else None
 
     def _life(self, id_: bytes) -> _Life:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import NOT_SENT
 from services.common.events import DECODERS, Event
-from services.common.fold import EPOCH_SHIFT, Row, delta
-from services.common.timeline import Entry, timeline
+from services.common.fold import EPOCH_SHIFT, TaskRow, delta
+from services.common.timeline import TimelineEntry, timeline_entry
 
 __all__ = ["Change", "Place", "Step", "age", "change"]
 
@@ -28,8 +28,8 @@ class Change(NamedTuple):
     `replayed`: it stood on its topic before.
     """
 
-    row: Row
-    entry: Entry
+    row: TaskRow
+    entry: TimelineEntry
     step: Step
     needs: tuple[Step, ...]
     replayed: bool
@@ -47,7 +47,7 @@ def change(value: bytes | None, replayed: bool, place: Place, offset: int, at_ms
     if row.request_hash is not None or row.idempotency_key is not None:
         row = row._replace(idempotency_key=None, request_hash=None)
     step, needs = _life(event)
-    return Change(row, timeline(event), step, needs, replayed, place, offset, at_ms)
+    return Change(row, timeline_entry(event), step, needs, replayed, place, offset, at_ms)
 
 
 def age(change: Change) -> tuple[int, int]:

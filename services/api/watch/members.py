@@ -8,7 +8,7 @@ from typing import NamedTuple
 from services.api.watch import tokens
 from services.api.watch.changes import Change, Place
 from services.api.watch.watchers import Index, Told, Watcher
-from services.common.fold import Row
+from services.common.fold import TaskRow
 
 __all__ = ["Member", "Members", "Sure"]
 
@@ -89,7 +89,7 @@ class Members:
         """Whether anybody may want a change of this task."""
         return self._tasks is None or task in self._tasks
 
-    def find(self, change: Change, row: Row) -> list[Member]:
+    def find(self, change: Change, row: TaskRow) -> list[Member]:
         """Return who wants a change, after which its task stands like this, and has not heard of it."""
         found = [self._by_watcher[watcher] for watcher in self._index.find(row)]
         return [member for member in found if change.offset >= member.at(change.place)]

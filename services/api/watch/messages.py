@@ -7,13 +7,13 @@ from typing import Any
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from services.api import views
-from services.common.fold import Row
-from services.common.timeline import Entry
+from services.common.fold import TaskRow
+from services.common.timeline import TimelineEntry
 
 __all__ = ["body", "found", "token"]
 
 
-def body(row: Row, entry: Entry) -> bytes:
+def body(row: TaskRow, entry: TimelineEntry) -> bytes:
     """Return a message of a task after a change, without its token."""
     columns: tuple[Any, ...] = (
         row.id,

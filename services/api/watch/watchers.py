@@ -13,7 +13,7 @@ from typing import NamedTuple
 from services.api.errors import Problem
 from services.api.filters import Filter
 from services.api.watch.problems import lagging
-from services.common.fold import Row
+from services.common.fold import TaskRow
 
 __all__ = ["MOST_QUEUED", "Index", "Told", "Wanted", "Watcher"]
 
@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
             return self.filter.digest(self.tenant)
         return blake2b(repr((2, self.tenant, self.task)).encode(), digest_size=16).digest()
 
-    def takes(self, row: Row) -> bool:
+    def takes(self, row: TaskRow) -> bool:
         """Whether a task that stands like this is wanted, as List would say."""
         if row.tenant != self.tenant:
             return False
@@ -133,7 +133,7 @@ class Index:
         if not found:
             self._by_key.pop(key, None)
 
-    def find(self, row: Row) -> list[Watcher]:
+    def find(self, row: TaskRow) -> list[Watcher]:
         """Return who wants a task that stands like this."""
         return [
             watcher
@@ -143,12 +143,12 @@ class Index:
         ]
 
 
-def _keys(row: Row) -> Iterable[Hashable]:
+def _keys(row: TaskRow) -> Iterable[Hashable]:
     tenant = row.tenant
     yield from (row.id, tenant, (tenant, "email", row.recipient), (tenant, "domain", row.domain))
     for name, value in _labels(row).items():
         yield tenant, "label", name, value
 
 
-def _labels(row: Row) -> dict[str, str]:
+def _labels(row: TaskRow) -> dict[str, str]:
     return json.loads(row.labels) if row.labels else {}

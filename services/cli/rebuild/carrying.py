@@ -12,9 +12,9 @@ from sqlalchemy import Connection
 
 from services.cli.rebuild.pairs import EVENTS, STEP, TASKS, Pair, Range
 from services.common.database.bulk import placeholders
-from services.common.fold import Row
+from services.common.fold import TaskRow
 from services.common.taskstore import insert_events, upsert
-from services.common.timeline import Entry
+from services.common.timeline import TimelineEntry
 
 __all__ = ["carry_found", "carry_older", "carry_recorded", "join"]
 
@@ -28,7 +28,7 @@ _NEW = {
 }
 # Of tasks' rows, those that are ahead of the rebuilt one, or that alone know the mail or all attempts.
 _AHEAD = (
-    f"SELECT {', '.join(f'{TASKS.name}.{column}' for column in Row._fields)} FROM {TASKS.name}"
+    f"SELECT {', '.join(f'{TASKS.name}.{column}' for column in TaskRow._fields)} FROM {TASKS.name}"
     f" LEFT JOIN {TASKS.shadow} ON {TASKS.joined(TASKS.shadow, TASKS.name)}"
     f" WHERE ({TASKS.shadow}.id IS NULL OR {TASKS.shadow}.version < {TASKS.name}.version"
     f" OR ({TASKS.shadow}.created_at IS NULL AND {TASKS.name}.created_at IS NOT NULL)"
@@ -97,14 +97,14 @@ def _copy(connection: Connection, pair: Pair, where: str, parameters: tuple[Any,
 
 def _join(connection: Connection, where: str, parameters: tuple[Any, ...]) -> int:
     found = connection.exec_driver_sql(f"{_AHEAD} AND {where}", parameters).all()
-    rows = [Row._make((bytes(id_), *columns)) for id_, *columns in found]
+    rows = [TaskRow._make((bytes(id_), *columns)) for id_, *columns in found]
     upsert(connection, rows, TASKS.shadow)
     return len(rows)
 
 
 def _add(connection: Connection, where: str, parameters: tuple[Any, ...]) -> int:
-    chosen = ", ".join(f"{EVENTS.name}.`{column}`" for column in Entry._fields)
+    chosen = ", ".join(f"{EVENTS.name}.`{column}`" for column in TimelineEntry._fields)
     found = connection.exec_driver_sql(f"SELECT {chosen} {_NEW[EVENTS]} AND {where}", parameters).all()
-    lines = [Entry._make((bytes(id_), *columns)) for id_, *columns in found]
+    lines = [TimelineEntry._make((bytes(id_), *columns)) for id_, *columns in found]
     insert_events(connection, lines, EVENTS.shadow)
     return len(lines)

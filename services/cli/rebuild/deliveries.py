@@ -12,7 +12,7 @@ from typing import NamedTuple
 from postroad.v1 import events_pb2 as pb
 from services.common.database.tables import INT_MAX, deliveries, widths
 from services.common.database.times import to_micros
-from services.common.deliveries.decide import IN_DOUBT, NOBODY, RESOLVED, Delivery, State
+from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, RESOLVED, Delivery, DeliveryState
 from services.common.deliveries.outcome import STAGE
 from services.common.events import Event
 
@@ -26,7 +26,7 @@ class Told(NamedTuple):
 
     task_id: bytes
     version: int
-    state: State
+    state: DeliveryState
     epoch: int
     attempt: int
     doubts: int
@@ -68,13 +68,13 @@ def told(event: Event, version: int) -> Told | None:
                 event.id, version, "cancelled", event.epoch, attempts, doubts, 0, 0, reason, "", "", ""
             )
         case pb.MxFailed():
-            # As services/common/deliveries/refusals.py has it.
+            # As services/common/deliveries/mx_failures.py has it.
             reason = event.reason[: _WIDTHS["reason"]]
             return Told(event.id, version, "failed", event.epoch, 0, 0, event.at_us, 0, reason, "", "", "")
     return None
 
 
-def _told(event: pb.MailSent | pb.MailFailed | pb.MailDeferred, version: int, state: State) -> Told:
+def _told(event: pb.MailSent | pb.MailFailed | pb.MailDeferred, version: int, state: DeliveryState) -> Told:
     return Told(
         event.id,
         version,
@@ -117,7 +117,7 @@ def restored(known: Told, now: datetime) -> Delivery:
         known.epoch,
         known.attempt,
         doubts,
-        NOBODY,
+        NO_OWNER,
         now,
         settled_at,
         known.next_attempt_at,

@@ -13,7 +13,7 @@ from services.cli.rebuild.folding import Folded
 from services.cli.rebuild.writing import write
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
-from services.common.database.errors import at_fault
+from services.common.database.errors import is_database_fault
 from services.common.database.transactions import transaction
 from services.common.events import DECODERS, Undecodable
 from services.common.kafka.topics import EVENT_TOPICS, Names
@@ -98,7 +98,7 @@ class Feed:
             transaction(self._engine, lambda connection: write(connection, folded))
         except DBAPIError as error:
             # As the status stage has it: the database says of one task's data that it cannot be stored.
-            if at_fault(error):
+            if is_database_fault(error):
                 raise
             tasks = folded.tasks()
             if len(tasks) < 2:

@@ -9,9 +9,9 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.rebuild import deliveries
 from services.cli.rebuild.deliveries import Told
 from services.common.events import Event
-from services.common.fold import Row, delta, merge
+from services.common.fold import TaskRow, delta, merge
 from services.common.taskstore import Body, body_of
-from services.common.timeline import Entry, timeline
+from services.common.timeline import TimelineEntry, timeline_entry
 
 __all__ = ["Folded"]
 
@@ -20,8 +20,8 @@ class Folded:
     """What a batch of events comes to: a row, a body and a delivery a task, and every line of timelines."""
 
     def __init__(self) -> None:
-        self.rows: dict[bytes, Row] = {}
-        self.entries: dict[tuple[bytes, str], Entry] = {}
+        self.rows: dict[bytes, TaskRow] = {}
+        self.entries: dict[tuple[bytes, str], TimelineEntry] = {}
         self.bodies: dict[bytes, Body] = {}
         self.told: dict[bytes, Told] = {}
 
@@ -31,7 +31,7 @@ class Folded:
         id_ = row.id
         known = self.rows.get(id_)
         self.rows[id_] = row if known is None else merge(known, row)
-        entry = timeline(event)
+        entry = timeline_entry(event)
         self.entries.setdefault((id_, entry.event_id), entry)
         if isinstance(event, pb.TaskCreated | pb.MxOk):
             if id_ not in self.bodies and (event.task.HasField("body") or event.task.HasField("html")):

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from services.cli.rebuild.pairs import Pair
-from services.common.database.errors import deadlock
+from services.common.database.errors import is_conflict
 
 __all__ = ["Busy", "swap"]
 
@@ -77,7 +77,7 @@ def _lock(session: Connection, pair: Pair) -> None:
             session.exec_driver_sql(f"LOCK TABLES {tables}, outbox READ")
             return
         except DBAPIError as error:
-            if not deadlock(error):
+            if not is_conflict(error):
                 raise
         time.sleep(_PAUSE)
     raise Busy(f"{pair.name} could not be locked: something reads or writes it without a pause")

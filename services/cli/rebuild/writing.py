@@ -17,10 +17,10 @@ from services.cli.rebuild.pairs import BODIES, DELIVERIES, EVENTS, TASKS, Range
 from services.common.database.bulk import execute_rows, placeholders
 from services.common.database.times import from_micros, to_micros
 from services.common.deliveries.decide import RESOLVED, settlement
-from services.common.deliveries.rows import INSERT_NEW, locked, store
-from services.common.fold import Row
+from services.common.deliveries.rows import INSERT_NEW, lock_rows, store_rows
+from services.common.fold import TaskRow
 from services.common.taskstore import Body, insert_bodies, insert_events, upsert
-from services.common.timeline import Entry
+from services.common.timeline import TimelineEntry
 
 __all__ = [
     "body_rows",
@@ -62,7 +62,7 @@ def write(connection: Connection, folded: Folded) -> None:
     execute_rows(connection, _INSERT_TOLD, sorted(_news(connection, folded.told)), _MERGE_TOLD)
 
 
-def write_rows(connection: Connection, rows: Mapping[bytes, Row]) -> None:
+def write_rows(connection: Connection, rows: Mapping[bytes, TaskRow]) -> None:
     """Merge rows into the rebuilt `tasks`.
 
     Where two tasks have one idempotency key (the first one's row was lost when the second was recorded), the
@@ -82,7 +82,7 @@ def write_rows(connection: Connection, rows: Mapping[bytes, Row]) -> None:
             upsert(connection, lost, TASKS.shadow)
 
 
-def write_lines(connection: Connection, lines: Iterable[Entry]) -> None:
+def write_lines(connection: Connection, lines: Iterable[TimelineEntry]) -> None:
     """Add lines to the rebuilt `task_events`; those that are there stay."""
     insert_events(connection, lines, EVENTS.shadow)
 
@@ -171,9 +171,9 @@ def delivery_rows(connection: Connection, range_: Range) -> int:
     sent = {row.task_id: row for row in found if row.state == "sent"}
     if written == len(found) or not sent:
         return written
-    there, _ = locked(connection, sent)
+    there, _ = lock_rows(connection, sent)
     stale = [row for id_, known in there.items() if (row := settlement(known, sent[id_])[1]) is not None]
-    store(connection, stale)
+    store_rows(connection, stale)
     return written + len(stale)
 
 

@@ -14,11 +14,11 @@ from typing import Final
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError
 
-from services.common.database.statement_size import Statements, StatementTooLong, portions
+from services.common.database.statement_size import StatementLimits, StatementTooLong, split_by_bytes
 
-__all__ = ["BOUNDS", "execute_rows", "placeholders"]
+__all__ = ["LIMITS_KEY", "execute_rows", "placeholders"]
 
-BOUNDS: Final = "postroad_statements"
+LIMITS_KEY: Final = "postroad_statements"
 """Where `Connection.info` holds the `Statements` of the connection's engine."""
 
 
@@ -37,7 +37,7 @@ def execute_rows(
     `sqlalchemy.exc.DataError` for a row that no statement can hold.
     """
     affected = 0
-    statements: Statements | None = connection.info.get(BOUNDS)
+    statements: StatementLimits | None = connection.info.get(LIMITS_KEY)
     share = None if statements is None else statements.share()
     for start in range(0, len(rows), limit):
         part = rows[start : start + limit]
@@ -45,7 +45,7 @@ def execute_rows(
             affected += _execute_part(connection, head, part, tail)
         else:
             room = share - len(head) - len(tail)
-            affected += sum(_execute_part(connection, head, few, tail) for few in portions(part, room))
+            affected += sum(_execute_part(connection, head, few, tail) for few in split_by_bytes(part, room))
     return affected
 
 
@@ -53,7 +53,7 @@ def _execute_part(connection: Connection, head: str, rows: Sequence[Sequence[obj
     parameters = tuple(chain.from_iterable(rows))
     row = f"({placeholders(len(parameters) // len(rows))})"
     statement = f"{head} {','.join([row] * len(rows))} {tail}"
-    bounds: Statements | None = connection.info.get(BOUNDS)
+    bounds: StatementLimits | None = connection.info.get(LIMITS_KEY)
     try:
         with bounds.several() if bounds is not None and len(rows) > 1 else nullcontext():
             return connection.exec_driver_sql(statement, parameters).rowcount

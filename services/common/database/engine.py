@@ -19,9 +19,9 @@ from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from services.common.database.bulk import BOUNDS
-from services.common.database.errors import ErrorKind, numbers
-from services.common.database.statement_size import LOST, TOO_LARGE, Statements
+from services.common.database.bulk import LIMITS_KEY
+from services.common.database.errors import ErrorKind, error_numbers
+from services.common.database.statement_size import PACKET_TOO_LARGE, SESSION_LOST, StatementLimits
 
 __all__ = ["make_engine", "url_of"]
 
@@ -43,7 +43,7 @@ LOCK_SECONDS = 5
 # froze or its network broke: the rows that it had locked would keep all others waiting for hours.
 SILENT_SECONDS = 20
 
-_SESSION_OVER = numbers(ErrorKind.SESSION)
+_SESSION_OVER = error_numbers(ErrorKind.SESSION)
 _SESSION = (
     "SET time_zone = '+00:00', innodb_lock_wait_timeout = %s, wait_timeout = %s,"
     " sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION'"
@@ -103,13 +103,13 @@ def make_engine(
             "write_timeout": read_seconds,
         },
     )
-    event.listen(engine, "connect", partial(_begin_session, silent_seconds, Statements()))
+    event.listen(engine, "connect", partial(_begin_session, silent_seconds, StatementLimits()))
     event.listen(engine, "handle_error", _on_error)
     return engine
 
 
 def _begin_session(
-    silent_seconds: int, statements: Statements, connection: Any, record: ConnectionPoolEntry
+    silent_seconds: int, statements: StatementLimits, connection: Any, record: ConnectionPoolEntry
 ) -> None:
     # The driver pings the server before every statement, a round trip each; a connection that is lost
     # shows in the statement itself.
@@ -120,17 +120,17 @@ def _begin_session(
     [(most,)] = cursor.fetchall()
     cursor.close()
     statements.guard(connection, int(most))
-    record.info[BOUNDS] = statements
+    record.info[LIMITS_KEY] = statements
 
 
 def _on_error(context: ExceptionContext) -> Exception | None:
     error = context.original_exception
     number = getattr(error, "errno", None)
-    if number in _SESSION_OVER or (number == TOO_LARGE and getattr(error, "sent", True)):
+    if number in _SESSION_OVER or (number == PACKET_TOO_LARGE and getattr(error, "sent", True)):
         context.is_disconnect = True
     if context.sqlalchemy_exception is not None or number is None:
         return None
     # The C extension's commit and rollback raise an error of its own, which is none of DB-API's: SQLAlchemy
     # would neither wrap it nor drop the connection.
-    context.is_disconnect = context.is_disconnect or number in LOST
+    context.is_disconnect = context.is_disconnect or number in SESSION_LOST
     return OperationalError(context.statement, None, error, connection_invalidated=context.is_disconnect)

@@ -32,13 +32,13 @@ __all__ = [
     "TRANSIENT",
     "ErrorCode",
     "ErrorKind",
-    "at_fault",
-    "deadlock",
+    "error_numbers",
     "error_text",
-    "numbers",
-    "session_lost",
-    "too_long",
-    "transient",
+    "is_conflict",
+    "is_database_fault",
+    "is_session_lost",
+    "is_too_long",
+    "is_transient",
 ]
 
 
@@ -165,19 +165,19 @@ TRANSIENT = frozenset(code.number for code in ERRORS)
 """The numbers of all of them."""
 
 
-def numbers(kind: ErrorKind) -> frozenset[int]:
+def error_numbers(kind: ErrorKind) -> frozenset[int]:
     """Return the numbers of one kind."""
     return frozenset(code.number for code in ERRORS if code.kind is kind)
 
 
-_CONFLICTS = numbers(ErrorKind.CONFLICT)
+_CONFLICTS = error_numbers(ErrorKind.CONFLICT)
 
 
 def _number(error: BaseException) -> int | None:
     return getattr(error.orig if isinstance(error, DBAPIError) else error, "errno", None)
 
 
-def deadlock(error: BaseException) -> bool:
+def is_conflict(error: BaseException) -> bool:
     """Whether another transaction stood in the way, so that this one may be done again at once."""
     return _number(error) in _CONFLICTS
 
@@ -187,7 +187,7 @@ def error_text(error: BaseException) -> str:
     return str(getattr(error, "orig", error))
 
 
-def at_fault(error: BaseException) -> bool:
+def is_database_fault(error: BaseException) -> bool:
     """Whether the database or its set-up is to blame, and no value that it was given.
 
     That is also a refused login, a missing table and the like: an operator mends those, and until then no
@@ -195,19 +195,19 @@ def at_fault(error: BaseException) -> bool:
     """
     if isinstance(error, DataError | IntegrityError):
         return False
-    return isinstance(error, DBAPIError) or transient(error)
+    return isinstance(error, DBAPIError) or is_transient(error)
 
 
-def too_long(error: BaseException) -> bool:
+def is_too_long(error: BaseException) -> bool:
     """Whether the statement has more bytes than the database takes, so that it is of no use to try again."""
     return isinstance(error, DBAPIError) and isinstance(error.orig, StatementTooLong)
 
 
-def session_lost(error: BaseException) -> bool:
+def is_session_lost(error: BaseException) -> bool:
     """Whether the session is over, and another one may well execute the statement."""
-    return isinstance(error, DBAPIError) and error.connection_invalidated and not too_long(error)
+    return isinstance(error, DBAPIError) and error.connection_invalidated and not is_too_long(error)
 
 
-def transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
-    return session_lost(error) or isinstance(error, TimeoutError) or _number(error) in TRANSIENT
+    return is_session_lost(error) or isinstance(error, TimeoutError) or _number(error) in TRANSIENT

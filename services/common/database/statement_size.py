@@ -24,21 +24,21 @@ from mysql.connector import Error
 from mysql.connector.errors import DataError
 
 __all__ = [
-    "LONG",
-    "LOST",
-    "TOO_LARGE",
+    "LONG_STATEMENT",
+    "PACKET_TOO_LARGE",
+    "SESSION_LOST",
+    "StatementLimits",
     "StatementTooLong",
-    "Statements",
-    "bytes_at_most",
-    "most",
-    "portions",
+    "max_row_bytes",
+    "max_statement_bytes",
+    "split_by_bytes",
 ]
 
-LONG = 1 << 20
+LONG_STATEMENT = 1 << 20
 """Bytes. A session that is lost in a statement no longer than this was not lost for its length."""
-LOST = frozenset({2006, 2013, 2055})
+SESSION_LOST = frozenset({2006, 2013, 2055})
 """The client's errors for a session that is gone."""
-TOO_LARGE = 1153
+PACKET_TOO_LARGE = 1153
 """ER_NET_PACKET_TOO_LARGE: the server refuses the statement, and drops the session."""
 
 # What a packet holds besides the statement, generously.
@@ -58,11 +58,11 @@ class StatementTooLong(DataError):
     def __init__(self, size: int, most: int, *, sent: bool = False) -> None:
         takes = f"less than {most}" if sent else str(most)
         text = f"a statement has {size} bytes, the database takes {takes} (max_allowed_packet)"
-        super().__init__(msg=text, errno=TOO_LARGE)
+        super().__init__(msg=text, errno=PACKET_TOO_LARGE)
         self.sent = sent
 
 
-class Statements:
+class StatementLimits:
     """The bounds of one engine's statements. Safe from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -95,7 +95,7 @@ class Statements:
         with self._lock:
             now, share = self._clock(), self.share()
             if share is None or size <= share:
-                self._share = max(LONG, size // 2), now + _MEMORY
+                self._share = max(LONG_STATEMENT, size // 2), now + _MEMORY
             self._losses.append((now, size))
             shorter = [at for at, lost in self._losses if lost <= size and now - at < _MEMORY]
             return len(shorter) >= _LOSSES and now - shorter[0] >= _SECONDS
@@ -119,7 +119,7 @@ class Statements:
         """
         # The connection is not to hold itself: it would outlive its session until a garbage collection.
         itself, send = weakref.proxy(connection), type(connection).cmd_query
-        bound = most(server)
+        bound = max_statement_bytes(server)
 
         def cmd_query(query: bytes | str, *options: Any, **named: Any) -> Any:
             size, several = len(query), getattr(self._thread, "several", False)
@@ -128,27 +128,27 @@ class Statements:
             try:
                 answer = send(itself, query, *options, **named)
             except Error as error:
-                too_long = error.errno == TOO_LARGE
+                too_long = error.errno == PACKET_TOO_LARGE
                 if too_long and several:
                     self.refused(size)
-                elif size > LONG and error.errno in LOST:
+                elif size > LONG_STATEMENT and error.errno in SESSION_LOST:
                     too_long = self.lost(size)
                 if too_long and not several:
                     raise StatementTooLong(size, size, sent=True) from error
                 raise
-            if size > LONG:
+            if size > LONG_STATEMENT:
                 self.passed(size)
             return answer
 
         connection.cmd_query = cmd_query
 
 
-def most(server: int) -> int:
+def max_statement_bytes(server: int) -> int:
     """Return the bytes that any statement may have, given the server's `max_allowed_packet`."""
     return max(server - _MARGIN, server // 2)
 
 
-def bytes_at_most(row: Iterable[object]) -> int:
+def max_row_bytes(row: Iterable[object]) -> int:
     """Return a bound of the bytes that a row's values take in a statement."""
     size = 8
     for value in row:
@@ -162,11 +162,11 @@ def bytes_at_most(row: Iterable[object]) -> int:
     return size
 
 
-def portions(rows: Sequence[Sequence[object]], share: int) -> Iterator[Sequence[Sequence[object]]]:
+def split_by_bytes(rows: Sequence[Sequence[object]], share: int) -> Iterator[Sequence[Sequence[object]]]:
     """Yield the rows in runs of at most `share` bytes in a statement; one that is above goes alone."""
     start = size = 0
     for number, row in enumerate(rows):
-        added = bytes_at_most(row)
+        added = max_row_bytes(row)
         if number > start and size + added > share:
             yield rows[start:number]
             start, size = number, 0

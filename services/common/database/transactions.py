@@ -19,7 +19,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from services.common.database.errors import deadlock, session_lost, transient
+from services.common.database.errors import is_conflict, is_session_lost, is_transient
 
 __all__ = ["retry_until_available", "transaction"]
 
@@ -30,7 +30,7 @@ PATIENCE = 1.0
 
 
 def _at_once(error: BaseException) -> bool:
-    return deadlock(error) or session_lost(error)
+    return is_conflict(error) or is_session_lost(error)
 
 
 _again = Retrying(
@@ -64,7 +64,7 @@ def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
 
 def retry_until_available(
     noticed: Callable[[BaseException], None],
-    passes: Callable[[BaseException], bool] = transient,
+    passes: Callable[[BaseException], bool] = is_transient,
     most: float = 3.0,
 ) -> AsyncRetrying:
     """Return a policy that calls until the database answers: `await retry_until_available(f)(function, ...)`.

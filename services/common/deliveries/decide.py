@@ -52,34 +52,34 @@ from services.common.database.times import to_micros
 
 __all__ = [
     "IN_DOUBT",
-    "NOBODY",
     "NOT_SENT",
+    "NO_OWNER",
     "RESOLVED",
     "Cancel",
     "Claim",
+    "ClaimAnswer",
     "Delivery",
+    "DeliveryState",
     "Settlement",
     "Stale",
-    "State",
     "Stored",
     "Taken",
-    "Verdict",
     "Wait",
     "decide",
-    "first",
-    "given_back",
+    "initial_row",
     "may_resend",
+    "released_row",
     "settlement",
 ]
 
-State = Literal["sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled"]
+DeliveryState = Literal["sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled"]
 
 # The reason of every outcome that leaves open whether the mail was delivered.
 IN_DOUBT = "in_doubt"
 # The reasons of the outcomes that an operator found: the mail was not sent; it was sent.
 NOT_SENT = "not_sent"
 RESOLVED = "resolved"
-NOBODY = bytes(16)
+NO_OWNER = bytes(16)
 """The owner of a row that no claim made."""
 
 
@@ -87,7 +87,7 @@ class Delivery(NamedTuple):
     """A row of `deliveries`, its columns in this order. `owner` is never used by two claims."""
 
     task_id: bytes
-    state: State
+    state: DeliveryState
     epoch: int
     attempt: int
     # How often the mail was in doubt when a claim was taken: taken over, or left so by an earlier attempt.
@@ -157,12 +157,12 @@ class Stale(NamedTuple):
     """A later record has taken this one's place."""
 
 
-Verdict = Taken | Wait | Stored | Stale
+ClaimAnswer = Taken | Wait | Stored | Stale
 
 
-def first(request: Claim | Cancel, lease_until: datetime) -> Delivery:
+def initial_row(request: Claim | Cancel, lease_until: datetime) -> Delivery:
     """Return the row that a request makes where there was none."""
-    state: State = "sending"
+    state: DeliveryState = "sending"
     attempt, message_id = 0, ""
     if isinstance(request, Claim):
         attempt, message_id = request.attempt, request.message_id
@@ -198,7 +198,7 @@ def decide(  # noqa: PLR0917
     hold: bool,
     max_resends: int = 1,
     take_over: bool = True,
-) -> tuple[Verdict, Delivery | None]:
+) -> tuple[ClaimAnswer, Delivery | None]:
     """Return the answer to `request` and the row to write, None where it stays as it is.
 
     `now` is the database's time, at or before the moment the row was read. `hold`: what is in doubt is
@@ -210,7 +210,7 @@ def decide(  # noqa: PLR0917
         return _cancel(row, request, now, take_over)
     until = now + lease
     if row is None:
-        new = first(request, until)
+        new = initial_row(request, until)
         return Taken(new), new
     if row.state == "sent":
         return Stored(row), None
@@ -238,7 +238,7 @@ def decide(  # noqa: PLR0917
     return Taken(new, earlier=row if row.reason == IN_DOUBT else None), new
 
 
-def given_back(taken: Taken) -> Delivery:
+def released_row(taken: Taken) -> Delivery:
     """Return the row to settle where a claim ends before its doubt, if any, is on record.
 
     The next claim is then answered as this one was. Once the doubt is on record, give back a `released` row
@@ -259,9 +259,9 @@ def _wait(row: Delivery, now: datetime) -> Wait:
 
 def _cancel(
     row: Delivery | None, request: Cancel, now: datetime, take_over: bool
-) -> tuple[Verdict, Delivery | None]:
+) -> tuple[ClaimAnswer, Delivery | None]:
     if row is None:
-        new = first(request, now)
+        new = initial_row(request, now)
         return Stored(new), new
     if row.state == "sent":
         return Stored(row), None
@@ -284,7 +284,7 @@ def _cancel(
 def _taken(row: Delivery, claim: Claim, until: datetime) -> Delivery:
     in_doubt = row.state == "sending" or row.reason == IN_DOUBT
     found = in_doubt and not _untold(row)
-    return first(claim, until)._replace(
+    return initial_row(claim, until)._replace(
         takeovers=row.takeovers + found,
         message_id=row.message_id or claim.message_id,
         reason=IN_DOUBT if in_doubt else "",

@@ -10,13 +10,13 @@ from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, RESOLVED, Delivery
 from services.common.events import Event
 
-__all__ = ["STAGE", "event_of", "refused_before"]
+__all__ = ["STAGE", "event_of", "failed_before_sender"]
 
 STAGE = "sender"
 
 
-def refused_before(row: Delivery) -> bool:
-    """Whether the task ended before the sender saw it (refusals.py): `mx.failed` tells of it, no other."""
+def failed_before_sender(row: Delivery) -> bool:
+    """Whether the task ended before the sender saw it (mx_failures.py): `mx.failed` tells of it, no other."""
     return row.state == "failed" and row.attempt == 0
 
 

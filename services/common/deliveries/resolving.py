@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from services.common.deliveries.decide import NOT_SENT, RESOLVED, Delivery
 
-__all__ = ["closed", "resolved"]
+__all__ = ["cancelled_row", "resolved_row"]
 
 
-def closed(row: Delivery, epoch: int, owner: bytes) -> Delivery:
+def cancelled_row(row: Delivery, epoch: int, owner: bytes) -> Delivery:
     """Return the row once its task is cancelled. It stays known that the mail may have gone out."""
     return row._replace(
         state="cancelled", epoch=epoch, owner=owner, takeovers=row.takeovers + 1, reason="", next_attempt_at=0
     )
 
 
-def resolved(row: Delivery, sent: bool, epoch: int, owner: bytes, now_us: int) -> Delivery:
+def resolved_row(row: Delivery, sent: bool, epoch: int, owner: bytes, now_us: int) -> Delivery:
     """Return the row once an operator found that the mail was sent or was not. No doubt is left then.
 
     `outcome.event_of` makes the event that tells of it. `now_us`: microseconds since the Unix epoch.

@@ -16,7 +16,16 @@ from sqlalchemy import Connection
 from services.common.database.bulk import execute_rows, placeholders
 from services.common.deliveries.decide import Delivery
 
-__all__ = ["COLUMNS", "INSERT", "INSERT_NEW", "UNKNOWN", "add", "locked", "owner_tokens", "store"]
+__all__ = [
+    "COLUMNS",
+    "INSERT",
+    "INSERT_NEW",
+    "UNKNOWN",
+    "insert_row",
+    "lock_rows",
+    "owner_tokens",
+    "store_rows",
+]
 
 COLUMNS = ", ".join(Delivery._fields)
 INSERT = f"INSERT INTO deliveries ({COLUMNS}) VALUES"
@@ -41,7 +50,7 @@ def owner_tokens() -> Callable[[], bytes]:
     return lambda: process + next(numbers).to_bytes(8, "big")
 
 
-def locked(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
+def lock_rows(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
     """Return the rows of `ids` under exclusive locks, and the database's time before it waited for them.
 
     The time is UNKNOWN where there is no row.
@@ -56,15 +65,15 @@ def locked(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes, De
     return {row.task_id: row for row in rows}, found[0][-1] if found else UNKNOWN
 
 
-def store(connection: Connection, rows: Iterable[Delivery]) -> None:
+def store_rows(connection: Connection, rows: Iterable[Delivery]) -> None:
     """Write rows whole, over those that are there. Their locks are to be held, or they are to be new."""
     execute_rows(connection, INSERT, sorted(rows, key=_by_id), _REPLACE)
 
 
-def add(connection: Connection, row: Delivery) -> bool:
+def insert_row(connection: Connection, row: Delivery) -> bool:
     """Insert a row unless its task has one; return whether it was inserted.
 
-    One that is there is locked for reading only: do not go on to `locked` in the same transaction unless
+    One that is there is locked for reading only: do not go on to `lock_rows` in the same transaction unless
     a deadlock may be answered by doing it all again (`database.transaction` does).
     """
     return execute_rows(connection, INSERT_NEW, [row]) == 1

@@ -14,7 +14,7 @@ from sqlalchemy import URL, Connection, make_url
 from sqlalchemy.exc import DBAPIError
 
 from services.common.database.engine import make_engine
-from services.common.database.errors import deadlock
+from services.common.database.errors import is_conflict
 
 __all__ = ["VERSION_TABLE", "migrate"]
 
@@ -78,7 +78,7 @@ def _upgraded(connection: Connection, config: Config, revision: str) -> bool:
             connection.commit()
             return True
         except DBAPIError as error:
-            if not deadlock(error):
+            if not is_conflict(error):
                 raise
             connection.rollback()
             # From the first refusal on: an index may have taken an hour before its last step got no lock.

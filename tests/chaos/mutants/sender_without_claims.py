@@ -10,20 +10,20 @@ from datetime import datetime
 from services.common.deliveries.decide import (
     Cancel,
     Claim,
+    ClaimAnswer,
     Delivery,
     Settlement,
     Stored,
     Taken,
-    Verdict,
-    first,
+    initial_row,
 )
 from services.sender.claims import Claims
 
 __all__: list[str] = []
 
 
-def _claim(_: Claims, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[Verdict]:
-    rows = [first(request, datetime.max) for request in requests]
+def _claim(_: Claims, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]:
+    rows = [initial_row(request, datetime.max) for request in requests]
     since = time.monotonic()
     return [Taken(row, since=since) if row.state == "sending" else Stored(row) for row in rows]
 

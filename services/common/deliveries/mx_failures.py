@@ -18,10 +18,10 @@ from sqlalchemy import Connection
 from postroad.v1 import events_pb2 as pb
 from services.common.database.bulk import execute_rows
 from services.common.database.tables import deliveries, widths
-from services.common.deliveries.decide import IN_DOUBT, NOBODY, Delivery
+from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, Delivery
 from services.common.deliveries.rows import INSERT
 
-__all__ = ["refusal", "refuse", "refused"]
+__all__ = ["failed_row", "merge_failure", "store_failures"]
 
 _NEVER = datetime(1970, 1, 1)
 _REASON = widths(deliveries)["reason"]
@@ -55,7 +55,7 @@ _TAIL = "ON DUPLICATE KEY UPDATE " + ", ".join(
 )
 
 
-def refused(event: pb.MxFailed) -> Delivery:
+def failed_row(event: pb.MxFailed) -> Delivery:
     """Return the row of a task that failed so and that no sender has seen."""
     return Delivery(
         event.id,
@@ -63,7 +63,7 @@ def refused(event: pb.MxFailed) -> Delivery:
         event.epoch,
         0,
         0,
-        NOBODY,
+        NO_OWNER,
         _NEVER,
         event.at_us,
         0,
@@ -74,8 +74,8 @@ def refused(event: pb.MxFailed) -> Delivery:
     )
 
 
-def refusal(known: Delivery | None, row: Delivery) -> Delivery:
-    """Return what stands after `row`, made by `refused`, came to what is known. `refuse` does it in SQL.
+def merge_failure(known: Delivery | None, row: Delivery) -> Delivery:
+    """Return the row after `row`, made by `failed_row`, meets the known one. `store_failures` does it in SQL.
 
     What is sending, sent or deferred is the sender's business, and a later epoch is another matter.
     """
@@ -92,13 +92,13 @@ def _untried(known: Delivery) -> bool:
     return known.state == "released" and known.attempt <= 1 and not known.takeovers
 
 
-def refuse(connection: Connection, events: Iterable[pb.MxFailed]) -> None:
+def store_failures(connection: Connection, events: Iterable[pb.MxFailed]) -> None:
     """Have the deliveries of these tasks failed, but for those of a later epoch or that a sender has.
 
     Blocks. Locks rows of `deliveries` in the order of their ids; rows of `tasks` are to be locked before.
     """
     last: dict[bytes, Delivery] = {}
-    for row in map(refused, events):
+    for row in map(failed_row, events):
         known = last.get(row.task_id)
         last[row.task_id] = row if known is None or known.epoch < row.epoch else known
     execute_rows(connection, INSERT, [last[id_] for id_ in sorted(last)], _TAIL)

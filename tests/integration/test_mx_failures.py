@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import Engine
 
 from postroad.v1 import events_pb2 as pb
-from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, State, Stored, Taken, decide
-from services.common.deliveries.outcome import event_of, refused_before
-from services.common.deliveries.refusals import refusal, refuse, refused
-from services.common.deliveries.rows import locked, store
+from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, DeliveryState, Stored, Taken, decide
+from services.common.deliveries.mx_failures import failed_row, merge_failure, store_failures
+from services.common.deliveries.outcome import event_of, failed_before_sender
+from services.common.deliveries.rows import lock_rows, store_rows
 from services.common.events import Event
 from services.common.fold import delta
 from services.common.stage.types import Done
@@ -33,7 +33,7 @@ def failed(id_: bytes, epoch: int = EPOCH, reason: str = "null_mx") -> pb.MxFail
 
 def known() -> Iterator[Delivery]:
     """A row of every state, epoch and reason that the rule looks at."""
-    cases = product(get_args(State), (EPOCH - 1, EPOCH, EPOCH + 1), ("", IN_DOUBT, "rejected"))
+    cases = product(get_args(DeliveryState), (EPOCH - 1, EPOCH, EPOCH + 1), ("", IN_DOUBT, "rejected"))
     for number, (state, epoch, reason) in enumerate(cases):
         yield Delivery(
             number.to_bytes(16, "big"),
@@ -56,13 +56,13 @@ def test_the_sql_is_the_rule(engine: Engine) -> None:
     rows = list(known())
     new = b"new" + bytes(13)
     with engine.begin() as connection:
-        store(connection, rows)
+        store_rows(connection, rows)
         for _ in range(2):
-            refuse(connection, [failed(new), *(failed(row.task_id) for row in reversed(rows))])
-        found, _ = locked(connection, [new, *(row.task_id for row in rows)])
-    assert found[new] == refused(failed(new))
+            store_failures(connection, [failed(new), *(failed(row.task_id) for row in reversed(rows))])
+        found, _ = lock_rows(connection, [new, *(row.task_id for row in rows)])
+    assert found[new] == failed_row(failed(new))
     for row in rows:
-        assert found[row.task_id] == refusal(row, refused(failed(row.task_id))), row
+        assert found[row.task_id] == merge_failure(row, failed_row(failed(row.task_id))), row
     assert sum(found[row.task_id] != row for row in rows) == 9, "settled ones of an earlier epoch, no others"
 
 
@@ -79,18 +79,18 @@ def test_the_sql_is_the_rule(engine: Engine) -> None:
     ],
 )
 def test_a_claim_given_back_untried_is_none(
-    engine: Engine, *, attempt: int, takeovers: int, state: State, epoch: int, becomes_failed: bool
+    engine: Engine, *, attempt: int, takeovers: int, state: DeliveryState, epoch: int, becomes_failed: bool
 ) -> None:
     id_ = b"y" * 16
     row = next(known())._replace(
         task_id=id_, state=state, epoch=epoch, attempt=attempt, takeovers=takeovers, reason=""
     )
     with engine.begin() as connection:
-        store(connection, [row])
-        refuse(connection, [failed(id_)])
-        found, _ = locked(connection, [id_])
-    assert found[id_] == refusal(row, refused(failed(id_)))
-    assert (found[id_] != row) == becomes_failed == refused_before(found[id_])
+        store_rows(connection, [row])
+        store_failures(connection, [failed(id_)])
+        found, _ = lock_rows(connection, [id_])
+    assert found[id_] == merge_failure(row, failed_row(failed(id_)))
+    assert (found[id_] != row) == becomes_failed == failed_before_sender(found[id_])
 
 
 @pytest.mark.parametrize("first", ["claim", "verdict"])
@@ -102,7 +102,7 @@ def test_whoever_comes_first_decides_and_the_status_says_what_happens(engine: En
     events: list[Event] = [*verdicts, *late]
     if first == "verdict":
         with engine.begin() as connection:
-            refuse(connection, late)
+            store_failures(connection, late)
     [answered] = claims.claim([claim])
     if first == "verdict":
         assert isinstance(answered, Stored)
@@ -113,7 +113,7 @@ def test_whoever_comes_first_decides_and_the_status_says_what_happens(engine: En
         deferred = answered.row._replace(state="deferred", reason="greylisted", next_attempt_at=1)
         claims.settle([deferred])
         with engine.begin() as connection:
-            refuse(connection, late)
+            store_failures(connection, late)
         events.append(event_of(deferred))
         # The next attempt is the sender's all the same.
         [again] = claims.claim([claim._replace(attempt=2, owner=b"d" * 16)])
@@ -129,15 +129,15 @@ def test_whoever_comes_first_decides_and_the_status_says_what_happens(engine: En
 def test_of_several_the_latest_epoch_counts_and_none_is_nothing(engine: Engine) -> None:
     id_ = b"x" * 16
     with engine.begin() as connection:
-        refuse(connection, [])
-        refuse(connection, [failed(id_, 1), failed(id_, 9, "x" * 99), failed(id_, 4)])
-        found, _ = locked(connection, [id_])
+        store_failures(connection, [])
+        store_failures(connection, [failed(id_, 1), failed(id_, 9, "x" * 99), failed(id_, 4)])
+        found, _ = lock_rows(connection, [id_])
     assert (found[id_].epoch, found[id_].reason) == (9, "x" * 64)
 
 
 @pytest.mark.parametrize("hold", [True, False])
 def test_a_claim_of_its_epoch_is_told_and_one_of_a_later_epoch_may_send(hold: bool) -> None:
-    row = refused(failed(b"x" * 16))
+    row = failed_row(failed(b"x" * 16))
 
     def ask(epoch: int) -> object:
         return decide(row, Claim(row.task_id, epoch, 1, b"c" * 16, "<m@x>"), NOW, timedelta(20), hold)[0]
@@ -151,18 +151,18 @@ def test_a_claim_of_its_epoch_is_told_and_one_of_a_later_epoch_may_send(hold: bo
 
 def test_a_mail_that_was_ever_in_doubt_stays_known_as_such() -> None:
     row = next(row for row in known() if (row.state, row.epoch, row.reason) == ("uncertain", 4, IN_DOUBT))
-    over = refusal(row, refused(failed(row.task_id)))
+    over = merge_failure(row, failed_row(failed(row.task_id)))
     assert (over.state, over.takeovers, over.message_id) == ("failed", 2, "<m@x>")
 
 
 def test_the_sender_tells_nothing_of_what_it_never_saw(engine: Engine) -> None:
     event = failed(b"x" * 16)
     with engine.begin() as connection:
-        refuse(connection, [event])
+        store_failures(connection, [event])
     [verdict] = Claims(engine, 20, hold=False).claim([Claim(event.id, EPOCH, 1, b"c" * 16, "<m@x>")])
     assert isinstance(verdict, Stored)
     assert answer(verdict.row, [60], 0) == Done()
     # What the sender refused itself is told again, as ever.
     told = verdict.row._replace(attempt=1, reason="rejected")
-    assert not refused_before(told)
+    assert not failed_before_sender(told)
     assert answer(told, [60], 0) == Done([event_of(told)])
