@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from deploy.local.state import SERVICES, State
+from services.common.stages import STAGES
 
 __all__ = [
     "OPERATORS",
@@ -45,17 +46,7 @@ SERVES_ONE = {
         "POSTROAD_MAX_BODY",
         "POSTROAD_MAX_PENDING_CREATES",
     ),
-    "validator": ("POSTROAD_DNS_", "POSTROAD_VALIDATOR_"),
-    "sender": (
-        "EMAIL_",
-        "POSTROAD_DOMAIN_",
-        "POSTROAD_HANDOVER_SECONDS",
-        "POSTROAD_LEASE_SECONDS",
-        "POSTROAD_MAX_RESENDS",
-        "POSTROAD_ON_UNCERTAIN",
-        "POSTROAD_SENDER_",
-    ),
-    "status": ("POSTROAD_BODY_RETENTION",),
+    **{name: stage.settings for name, stage in STAGES.items()},
 }
 # The topics' alone: `postroad topics apply` reads them, no service does.
 TOPICS = ("POSTROAD_PARTITIONS", "POSTROAD_REPLICATION")

@@ -9,10 +9,11 @@ import dns.message
 import dns.query
 
 from deploy.local.component import Component, http_ok
-from deploy.local.environment import service_environment, stack_environment
+from deploy.local.environment import concerned, service_environment, stack_environment
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
 from deploy.local.state import State
+from services.common.stages import STAGES
 
 __all__ = ["PATIENCE", "catcher_component", "dns_component", "service_component"]
 
@@ -29,7 +30,7 @@ def service_component(layout: Layout, state: State, name: str) -> Component:
     env = service_environment(state, name)
     return Component(
         name=name,
-        argv=(sys.executable, "-m", f"services.{service}"),
+        argv=(sys.executable, "-m", "services.api" if service == "api" else STAGES[service].module),
         address=f"{HOST}:{state.port(name, 'grpc')}" if service == "api" else health,
         env=env,
         is_ready=lambda: http_ok(health, "/readyz"),
@@ -43,7 +44,7 @@ def _grace(service: str, env: Mapping[str, str]) -> float:
     A sender also waits for the replies to the mails that it handed over. That takes long only where a mail
     server is slow, and to kill the sender then leaves those mails in doubt.
     """
-    waits = [name for name in PATIENCE if service == "sender" or name != "POSTROAD_HANDOVER_SECONDS"]
+    waits = [name for name in PATIENCE if service in concerned(name)]
     return _CLOSING + sum(_seconds(env.get(name), PATIENCE[name]) for name in waits)
 
 

@@ -29,7 +29,7 @@ from deploy.local.files import write_whole
 from deploy.local.kafka_node import kafka_component
 from deploy.local.layout import ROOT, Layout
 from deploy.local.services import catcher_component, dns_component, service_component
-from deploy.local.state import SERVICES, State
+from deploy.local.state import DEFAULT_REPLICAS, SERVICES, State
 
 __all__ = ["Row", "Stack", "StackError"]
 
@@ -182,7 +182,9 @@ class Stack:
         self._refuse_replacements(given, running)
         state.given = given
         if services:
-            state.replicas = {service: state.replicas.get(service) or 1 for service in SERVICES}
+            state.replicas = {
+                service: state.replicas.get(service) or DEFAULT_REPLICAS[service] for service in SERVICES
+            }
             state.replicas |= replicas
 
     def _refuse_replacements(self, given: Mapping[str, str], running: Collection[str]) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from deploy.local.files import write_whole
 from deploy.local.ports import claim, free_port, is_free, release
+from services.common.stages import STAGES
 
-__all__ = ["SERVICES", "State"]
+__all__ = ["DEFAULT_REPLICAS", "SERVICES", "State"]
 
-SERVICES = ("api", "validator", "sender", "status")
+SERVICES = ("api", *STAGES)
+DEFAULT_REPLICAS = {"api": 1, **{name: stage.replicas for name, stage in STAGES.items()}}
 
 
 @dataclass(slots=True)

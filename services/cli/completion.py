@@ -36,9 +36,9 @@ def reopenable() -> Iterable[str]:
 
 def stages() -> Iterable[str]:
     """Return the stages of the road."""
-    from services.common.kafka.topics import READ_BY  # noqa: PLC0415
+    from services.common.stages import STAGES  # noqa: PLC0415
 
-    return READ_BY
+    return STAGES
 
 
 def topics() -> Iterable[str]:

@@ -189,9 +189,10 @@ def _meant(
 
 
 def _read(frame: Frame, places: list[str] | None, stage: str | None, cause: str) -> tuple[list[Letter], Any]:
-    from services.cli.dead.board import STAGES, read_board  # noqa: PLC0415
+    from services.cli.dead.board import read_board  # noqa: PLC0415
     from services.cli.dead.letter import parse_place  # noqa: PLC0415
     from services.cli.dead.pick import missing, picked  # noqa: PLC0415
+    from services.common.stages import STAGES  # noqa: PLC0415
 
     try:
         wanted: set[Place] = {parse_place(text) for text in places or ()}

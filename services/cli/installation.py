@@ -12,7 +12,8 @@ from services.cli import kafka
 from services.common.config import Settings
 from services.common.kafka import group_description
 from services.common.kafka.clients import plain_config
-from services.common.kafka.topics import DELAYING, EVENT_TOPICS, Names, delay_of
+from services.common.kafka.topics import EVENT_TOPICS, Names, delay_of
+from services.common.stages import DELAYING, STAGES
 
 __all__ = ["completed", "delays"]
 
@@ -33,7 +34,7 @@ def completed(settings: Settings) -> Settings:
     Where the cluster has no event topic of the installation they are the defaults.
     """
     names, given = Names(settings.topic_prefix), settings.model_fields_set
-    stages = [stage for stage in DELAYING if f"{stage}_delays" not in given]
+    stages = [stage for stage in DELAYING if STAGES[stage].delays_setting not in given]
     if not stages and {"partitions", "replication"} <= given:
         return settings
     known = kafka.admin(settings).list_topics(timeout=kafka.TIMEOUT).topics
@@ -46,7 +47,7 @@ def completed(settings: Settings) -> Settings:
         "partitions": max(len(topic.partitions) for topic in there),
         "replication": max(len(partition.replicas) for partition in partitions),
     }
-    found |= {f"{stage}_delays": all_ for stage, all_ in _delays(settings, stages, known).items()}
+    found |= {STAGES[stage].delays_setting: all_ for stage, all_ in _delays(settings, stages, known).items()}
     if not found.get("sender_delays"):
         # It has at least one.
         found.pop("sender_delays", None)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+from services.cli.completion import among, stages
 from services.cli.errors import UNAVAILABLE, USAGE, Failure, explain
 from services.cli.frame import DATABASE, KAFKA, Frame, command
 from services.cli.output import Column, Row
 from services.cli.terminal import say
 from services.cli.times import ago, short
+from services.common.stages import STAGES
 
 __all__ = ["register"]
 
@@ -27,12 +29,16 @@ EXAMPLES = """
 """
 
 
-class Stage(StrEnum):
-    """The stages of the road."""
+def _one_of(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
-    VALIDATOR = "validator"
-    SENDER = "sender"
-    STATUS = "status"
+
+def _known(given: list[str] | None) -> list[str] | None:
+    for name in given or ():
+        if name not in STAGES:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, STAGES))}.")
+    return given
 
 
 def _rate(value: Any) -> str:
@@ -107,10 +113,12 @@ def register(app: typer.Typer) -> None:
         frame: Frame,
         *,
         stage: Annotated[
-            list[Stage] | None,
+            list[str] | None,
             typer.Option(
-                help="This stage only: validator, sender or status; repeatable.",
+                help=f"This stage only: {_one_of(STAGES)}; repeatable.",
                 metavar="STAGE",
+                callback=_known,
+                autocompletion=among(stages),
                 show_default=False,
             ),
         ] = None,
@@ -147,10 +155,10 @@ def register(app: typer.Typer) -> None:
         from services.cli.lag.read import Reader  # noqa: PLC0415
         from services.cli.lag.report import report  # noqa: PLC0415
 
-        if domains and (stage or []) != [Stage.SENDER]:
+        if domains and (stage or []) != ["sender"]:
             raise Failure("--domains is of the sender: it goes with --stage sender", USAGE)
         with ExitStack() as stack:
-            reader = stack.enter_context(Reader(frame.settings(), [str(one) for one in stage or Stage]))
+            reader = stack.enter_context(Reader(frame.settings(), stage or list(STAGES)))
             outbox = stack.enter_context(Outbox(frame.settings())) if domains or not stage else None
             before = reader.sample(heads=False) if interval else None
             write, said = frame.out.lines(()), ""

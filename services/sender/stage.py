@@ -31,10 +31,10 @@ from services.common.deliveries.decide import (
     released_row,
 )
 from services.common.deliveries.outcome import event_of
-from services.common.events import DECODERS, Event
-from services.common.kafka import topics
+from services.common.events import Event
 from services.common.stage.delays import schedule
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
+from services.common.stages import STAGES
 from services.sender import replies
 from services.sender.answers import answer, found_in_doubt
 from services.sender.async_claims import AsyncClaims
@@ -393,9 +393,7 @@ class Sender:
 
 def stage(sender: Sender, delays: Sequence[int]) -> Stage:
     """The stage as the runtime takes it: what it reads, its handler and its delays (seconds)."""
-    reads = topics.READ_BY["sender"]
-    decoders = {topic: DECODERS[topic] for topic in reads}
-    return Stage("sender", reads, decoders, sender.handle, delays=delays, close=sender.close)
+    return Stage.of(STAGES["sender"], handle=sender.handle, delays=delays, close=sender.close)
 
 
 async def _pause(wait: Wait) -> None:

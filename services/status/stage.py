@@ -12,10 +12,10 @@ from services.common.batching import Batcher
 from services.common.database.errors import error_text, is_database_fault, is_transient
 from services.common.database.transactions import retry_until_available, transaction
 from services.common.deliveries.mx_failures import store_failures
-from services.common.events import DECODERS, Event
+from services.common.events import Event
 from services.common.fold import delta
-from services.common.kafka import topics
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
+from services.common.stages import STAGES
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import timeline_entry
 
@@ -93,7 +93,4 @@ def _cause(error: BaseException) -> str:
 
 def stage(status: Status) -> Stage:
     """Return the stage as the runtime takes it: what it reads and its handler."""
-    reads = topics.READ_BY["status"]
-    return Stage(
-        "status", reads, {topic: DECODERS[topic] for topic in reads}, handle_batch=status.handle_batch
-    )
+    return Stage.of(STAGES["status"], handle_batch=status.handle_batch)

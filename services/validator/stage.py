@@ -9,9 +9,8 @@ from uuid import UUID
 import structlog
 
 from postroad.v1 import events_pb2 as pb
-from services.common.events import DECODERS
-from services.common.kafka import topics
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
+from services.common.stages import STAGES
 from services.validator.cache import VerdictCache
 from services.validator.metrics import VALIDATOR_VERDICTS
 from services.validator.mx import Kind, Reason, Verdict
@@ -101,11 +100,8 @@ class Validator:
 
 def stage(cache: VerdictCache, delays: Sequence[int]) -> Stage:
     """The stage as the runtime takes it: what it reads, its handler and its delays (seconds)."""
-    reads = topics.READ_BY["validator"]
     validator = Validator(cache, delays, lambda: time.time_ns() // 1000)
-    return Stage(
-        "validator", reads, {topic: DECODERS[topic] for topic in reads}, validator.handle, delays=delays
-    )
+    return Stage.of(STAGES["validator"], handle=validator.handle, delays=delays)
 
 
 def _domain(task: pb.MailTask) -> str:

@@ -17,13 +17,14 @@ from collections.abc import Mapping
 import grpc
 import uvloop
 
+from deploy.local.state import SERVICES
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from tests.bench.load import at_rate
 from tests.bench.road import Journal, stack
 from tests.bench.usage import usage
 
-SERVICES = ("api-1", "validator-1", "sender-1", "status-1")
+REPLICAS = tuple(f"{service}-1" for service in SERVICES)
 GROWTH = 0.20
 _WARM_UP = 10
 # What the longest delay of a first retry and its jitter take.
@@ -70,14 +71,14 @@ async def soak(minutes: int, rate: float) -> bool:
         journal = Journal(folder / "mail" / "journal.jsonl")
         resident: list[dict[str, float]] = []
         created, errors = 0, 0
-        print("minute  " + "  ".join(f"{name:>11}" for name in SERVICES) + "    tasks   mails", flush=True)
+        print("minute  " + "  ".join(f"{name:>11}" for name in REPLICAS) + "    tasks   mails", flush=True)
         for minute in range(1, minutes + 1):
             sent = await at_rate([target], rate, 60, recipient, int((minute - 1) * rate * 60))
             created, errors = created + len(sent.called_at), errors + len(sent.errors)
             journal.read()
             now = usage(folder / "pids")
-            resident.append({name: now[name].resident_mb for name in SERVICES})
-            cells = "  ".join(f"{resident[-1][name]:8.1f} MB" for name in SERVICES)
+            resident.append({name: now[name].resident_mb for name in REPLICAS})
+            cells = "  ".join(f"{resident[-1][name]:8.1f} MB" for name in REPLICAS)
             print(f"{minute:6}  {cells}  {created:7}  {len(journal.accepted):6}", flush=True)
         counts = await _settled(target)
         journal.read()
@@ -95,7 +96,7 @@ def _grown(resident: list[dict[str, float]]) -> bool:
     """Print how the services grew after their warm-up; return whether that was little enough."""
     warm = min(_WARM_UP, len(resident)) - 1
     flat = True
-    for name in SERVICES:
+    for name in REPLICAS:
         start, most, end = resident[warm][name], max(r[name] for r in resident[warm:]), resident[-1][name]
         growth = most / start - 1
         flat = flat and growth <= GROWTH

@@ -15,7 +15,8 @@ from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from services.cli.dead import marker
-from services.common.kafka.topics import EVENT_TOPICS, READ_BY
+from services.common.kafka.topics import EVENT_TOPICS
+from services.common.stages import STAGES
 from tests.chaos.load import SUBJECT
 from tests.groups import Offsets
 
@@ -115,12 +116,12 @@ class Log:
     def lag(self) -> dict[str, int]:
         """Return how many records each stage has not committed, on all that it reads."""
         lags = {}
-        for stage, reads in READ_BY.items():
+        for stage, spec in STAGES.items():
             group = f"postroad.{stage}"
             delays = [name for name in self.topics() if name.startswith(f"{stage}.delay.")]
             with Offsets(self._bootstrap, group) as offsets:
-                committed = offsets.committed(offsets.partitions([*reads, *delays]))
-            ends = self.ends([*reads, *delays])
+                committed = offsets.committed(offsets.partitions([*spec.reads, *delays]))
+            ends = self.ends([*spec.reads, *delays])
             lags[stage] = sum(high - committed.get(at, low) for at, (low, high) in ends.items())
         return lags
 

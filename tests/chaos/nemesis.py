@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from deploy.local.state import SERVICES
+from services.common.stages import STAGES
 from tests.chaos.history import History
 from tests.chaos.load import Load
 from tests.chaos.plan import Fault
@@ -14,7 +16,6 @@ from tests.chaos.system import System
 
 __all__ = ["Nemesis"]
 
-STAGES = ("validator", "sender", "status")
 # What is promised, in seconds: session timeout (10) + 2; a new leader; after MySQL's return.
 REPLICA, LEADER, DATABASE = 12.0, 12.0, 5.0
 _PATIENCE = 45.0
@@ -123,7 +124,7 @@ class Nemesis:
     async def _kill(self, fault: Fault) -> None:
         killed = time.time()
         await _do(self._system.kill, fault.target)
-        if fault.alone and fault.target.startswith(STAGES):
+        if fault.alone and fault.target.startswith(tuple(STAGES)):
             self._watch(fault, killed, REPLICA)
         elif fault.alone and fault.target.startswith("kafka"):
             self._watch(fault, killed, LEADER)
@@ -196,7 +197,7 @@ class Nemesis:
             await self._mysql_back(fault)
 
     async def _roll(self, fault: Fault) -> None:
-        for service in ("api", *STAGES):
+        for service in SERVICES:
             for name in self._system.replicas(service):
                 if name not in self._system.replicas(service):
                     continue

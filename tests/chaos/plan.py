@@ -6,18 +6,18 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from deploy.local.state import SERVICES
+from services.common.stages import STAGES
+
 __all__ = ["TARGETS", "Fault", "plan"]
 
-TARGETS = (
-    "api", "validator", "sender", "status", "mysql", "kafka", "network", "mail", "dns", "disk", "roll",
-    "scale",
-)  # fmt: skip
+TARGETS = (*SERVICES, "mysql", "kafka", "network", "mail", "dns", "disk", "roll", "scale")
 
 BROKERS = ("kafka-1", "kafka-2", "kafka-3")
 LINKS = ("mysql", "smtp", "clients", *BROKERS)
 ORDERS = ("refuse", "hang", "421", "busy", "drop-after", "drop-lost", "greylist", "slow-800")
 # How many replicas a service has: at least and at most while they come and go.
-REPLICAS = {"api": (1, 2), "validator": (2, 3), "sender": (2, 3), "status": (2, 3)}
+REPLICAS = {"api": (1, 2), **dict.fromkeys(STAGES, (2, 3))}
 
 # Before the first fault the load is under way; after the last one it goes on, so that recovery shows.
 _WARM_UP, _COOL_DOWN = 6.0, 10.0
@@ -53,7 +53,7 @@ Card = tuple[str, str, str]
 def _cards(targets: Sequence[str]) -> list[Card]:
     """Every fault that these targets allow, once."""
     cards: list[Card] = []
-    for service in ("api", "validator", "sender", "status"):
+    for service in SERVICES:
         if service in targets:
             for number in ("1", "2") if service != "api" else ("1",):
                 cards += [(kind, f"{service}-{number}", "") for kind in ("kill", "freeze", "restart")]
@@ -106,7 +106,7 @@ def _takes(card: Card, lasts: float) -> float:
     kind, target, _ = card
     if kind == "roll":
         return 25.0
-    if kind == "kill" and target.startswith(("validator", "sender", "status")):
+    if kind == "kill" and target.startswith(tuple(STAGES)):
         return max(lasts, _GONE)
     if target == "mysql":
         # It has a log to recover from before it takes logins again.

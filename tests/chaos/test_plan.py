@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from deploy.local.state import SERVICES
 from tests.chaos.plan import REPLICAS, TARGETS, plan
 from tests.chaos.recipients import end_of
 from tests.chaos.recovery import partition
@@ -19,7 +20,7 @@ def test_a_plan_is_a_function_of_its_seed() -> None:
 def test_five_runs_of_ten_minutes_hold_every_kind_of_fault() -> None:
     faults = [fault for seed in range(1, 6) for fault in plan(seed, 600)]
     kinds = {(fault.kind, fault.target.partition("-")[0]) for fault in faults}
-    for name in ("api", "validator", "sender", "status", "mysql", "kafka"):
+    for name in (*SERVICES, "mysql", "kafka"):
         assert {("kill", name), ("freeze", name), ("restart", name)} <= kinds
     for link in ("mysql", "smtp", "clients", "kafka"):
         assert {("reset", link), ("blackhole", link), ("slow", link)} <= kinds

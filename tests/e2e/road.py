@@ -15,7 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
-from services.common.kafka.topics import READ_BY
+from services.common.stages import STAGES
 from tests.groups import Offsets
 from tests.stack import Stack
 
@@ -175,9 +175,9 @@ class Road:
         """Return the records that each stage's group has still to commit, delay topics apart."""
         bootstrap, names = self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], self.stack.names
         lags = {}
-        for stage, topics in READ_BY.items():
+        for stage, spec in STAGES.items():
             with Offsets(bootstrap, names.group(stage)) as group:
-                committed = group.committed(group.partitions(map(names.topic, topics)))
+                committed = group.committed(group.partitions(map(names.topic, spec.reads)))
                 bounds = group.bounds(TopicPartition(*at) for at in committed)
             lags[stage] = sum(bounds[at][1] - offset for at, offset in committed.items())
         return lags

@@ -9,6 +9,7 @@ import pytest
 from confluent_kafka import Producer
 
 from services.common.kafka import topics
+from services.common.stages import STAGES
 from tests.e2e.road import Road, until
 from tests.stack import Stack
 
@@ -29,7 +30,7 @@ def _header(record: Any, name: str) -> str:
 
 @pytest.mark.timeout(600)
 def test_bad_records_on_every_topic(road: Road, stack: Stack) -> None:
-    readers = {stage: list(reads) for stage, reads in topics.READ_BY.items()}
+    readers = {name: list(stage.reads) for name, stage in STAGES.items()}
     before = {stage: len(road.records(f"{stage}.dead")) for stage in readers}
     producer = Producer(
         {

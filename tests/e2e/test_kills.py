@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from deploy.local.state import SERVICES
 from tests.e2e.road import Road, until
 from tests.forms import by_form
 from tests.groups import describe
 from tests.stack import Stack
 
 TASKS = by_form(120, 2000)
-SERVICES = ("api", "validator", "sender", "status")
 
 
 @pytest.mark.timeout(600)

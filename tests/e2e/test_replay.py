@@ -13,7 +13,8 @@ from confluent_kafka import Producer, TopicPartition
 
 from postroad.v1 import events_pb2 as events
 from services.common.events import encode
-from services.common.kafka.topics import EVENT_TOPICS, READ_BY, TASK_CREATED
+from services.common.kafka.topics import EVENT_TOPICS, TASK_CREATED
+from services.common.stages import STAGES
 from tests import forked
 from tests.e2e.road import Road, until
 from tests.e2e.test_kills import Load
@@ -24,7 +25,6 @@ from tests.stack import Infra, Stack, further, running
 SENT = by_form(60, 5000)
 REJECTED = by_form(15, 300)
 UNANSWERED, WAITING, CANCELLED = 3, 3, 3
-STAGES = ("validator", "sender", "status")
 SETTINGS = {
     # Out of attempts soon; and what is deferred stays so.
     "POSTROAD_VALIDATOR_DELAYS": "1",
@@ -62,10 +62,10 @@ def reset_to_earliest(stack: Stack, stage: str) -> None:
 def caught_up(stack: Stack) -> None:
     """Wait until each stage has committed all that is on its topics now; more may come meanwhile."""
     bootstrap, names = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names
-    for stage, topics in READ_BY.items():
+    for stage, spec in STAGES.items():
         started = time.monotonic()
         with Offsets(bootstrap, names.group(stage)) as group:
-            all_partitions = group.partitions(map(names.topic, topics))
+            all_partitions = group.partitions(map(names.topic, spec.reads))
             partitions = [TopicPartition(*at) for at in group.committed(all_partitions)]
             ends = {at: high for at, (_, high) in group.bounds(partitions).items()}
 

@@ -21,6 +21,7 @@ from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topics import MX_OK, TASK_CREATED, Names, wanted
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Done, Record, Stage
+from services.common.stages import stage_delays
 from tests.groups import Offsets
 from tests.stack import Infra
 
@@ -100,7 +101,7 @@ class Kit:
         ]
         new = [
             NewTopic(topic.name, topic.partitions, topic.replication, config=dict(topic.config))
-            for topic in wanted(self.settings)
+            for topic in wanted(self.settings, stage_delays(self.settings))
             if topic.name in self.topics
         ]
         for done in self.admin.create_topics(new).values():

@@ -10,6 +10,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 
 from services.common.config import Settings
 from services.common.kafka import topics
+from services.common.stages import stage_delays
 from tests import forked
 from tests.api_process import eventually
 from tests.cli import Command
@@ -25,7 +26,8 @@ def postroad(bootstrap: str, prefix: str, *command: str, **more: str) -> subproc
 
 def test_missing_topics_are_created_and_the_rest_is_compared(infra: Infra) -> None:
     prefix = infra.topic_prefix()
-    names = sorted(topic.name for topic in topics.wanted(Settings(topic_prefix=prefix)))
+    settings = Settings(topic_prefix=prefix)
+    names = sorted(topic.name for topic in topics.wanted(settings, stage_delays(settings)))
     first = postroad(infra.bootstrap, prefix)
     assert first.returncode == 0, first.stderr
     assert sorted(line.removeprefix("created ") for line in first.stdout.splitlines()[:-1]) == names

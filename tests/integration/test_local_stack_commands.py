@@ -13,13 +13,13 @@ import pytest
 from confluent_kafka import Consumer, Producer
 from sqlalchemy import make_url
 
+from deploy.local.state import SERVICES
 from postroad.v1.task_service_pb2 import ListRequest
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from tests.forms import LONG
 from tests.stack import Infra, Stack
 
 NewStack = Callable[..., Stack]
-SERVICES = ("api", "validator", "sender", "status")
 
 
 def _running(stack: Stack) -> set[str]:

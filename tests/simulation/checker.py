@@ -8,7 +8,9 @@ from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import Settlement
 from services.common.events import DECODERS, task_id
 from services.common.fold import fold
-from services.common.kafka.topics import EVENT_TOPICS, READ_BY, Names
+from services.common.kafka.topics import EVENT_TOPICS, Names
+from services.common.stages import STAGES
+from tests.simulation.processes import SIMULATED
 
 if TYPE_CHECKING:
     from tests.simulation.mail import Copy
@@ -123,13 +125,15 @@ def _check_copies(schedule: Schedule, name: str, copies: list[Copy]) -> None:
 
 def _check_dead(schedule: Schedule) -> None:
     violation, bare = schedule.world.violation, Names()
-    for stage, reads in READ_BY.items():
+    for stage in SIMULATED:
         letters = schedule.broker.records(bare.dead(stage))
         for letter in letters:
             if letter.value() != b"\xff\xff":
                 cause = dict(letter.headers()).get("cause", b"").decode()
                 violation(f"{stage} has an unexpected dead letter: {cause[:200]}")
-        poisons = {b"%16d" % (n + 1) for n, topic in enumerate(schedule.poison) if topic in reads}
+        poisons = {
+            b"%16d" % (n + 1) for n, topic in enumerate(schedule.poison) if topic in STAGES[stage].reads
+        }
         if missing := poisons - {letter.key() for letter in letters}:
             violation(f"{stage} dropped {len(missing)} records that it could not decode")
 

@@ -12,8 +12,6 @@ from typing import Any
 
 __all__ = ["Act", "Fault", "Plan", "TaskPlan", "dump", "load", "make"]
 
-SERVICES = ("api", "validator", "sender", "status")
-
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
@@ -72,6 +70,7 @@ class Plan:
     acts: tuple[Act, ...] = ()
     faults: tuple[Fault, ...] = ()
     replicas: tuple[int, ...] = (1, 1, 2, 1)
+    """How many of each service, in the order of `processes.SERVICES`."""
     hold: bool = False
     in_flight: int = 50
     replay_all: bool = False

@@ -18,10 +18,10 @@ from services.api.sweeper import Sweeper
 from services.common.batching import Batcher
 from services.common.config import Settings
 from services.common.database.errors import is_transient
-from services.common.events import DECODERS, Event
-from services.common.kafka import topics
+from services.common.events import Event
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Stage
+from services.common.stages import STAGES
 from services.sender.async_claims import AsyncClaims
 from services.sender.composer import Composer
 from services.sender.leases import Leases
@@ -42,7 +42,7 @@ from tests.simulation.process import Process
 from tests.simulation.publisher import Publisher
 from tests.simulation.scheduler import EPOCH, here
 
-__all__ = ["SETTINGS", "Api", "Servers", "Service", "build"]
+__all__ = ["SERVICES", "SETTINGS", "SIMULATED", "Api", "Servers", "Service", "build"]
 
 SETTINGS = {
     hold: Settings.model_construct(
@@ -106,10 +106,7 @@ class ValidatorService(Service):
         delays = servers.settings.validator_delays
         cache = VerdictCache(servers.dns, lambda: here().now, transient_ttl=0.9 * min(delays))
         validator = Validator(cache, delays, _now_us)
-        reads = topics.READ_BY["validator"]
-        self.runtime = self._runtime(
-            Stage("validator", reads, {t: DECODERS[t] for t in reads}, validator.handle, delays=delays)
-        )
+        self.runtime = self._runtime(Stage.of(STAGES["validator"], handle=validator.handle, delays=delays))
 
 
 class StatusService(Service):
@@ -212,16 +209,18 @@ class Api:
         return [None] * len(items)
 
 
+SIMULATED: dict[str, type[Service]] = {
+    "validator": ValidatorService,
+    "sender": SenderService,
+    "status": StatusService,
+}
+"""The stages of the list that have in-memory ports; a schedule leaves out any other one."""
+SERVICES = ("api", *SIMULATED)
+
+
 def build(process: Process, servers: Servers) -> Service | Api:
     """Make the service of a process; called on its loop."""
-    kinds: dict[str, Any] = {
-        "api": Api,
-        "validator": ValidatorService,
-        "sender": SenderService,
-        "status": StatusService,
-    }
-    made: Service | Api = kinds[process.service](servers)
-    return made
+    return Api(servers) if process.service == "api" else SIMULATED[process.service](servers)
 
 
 def _monotonic() -> float:

@@ -14,15 +14,16 @@ from services.api.errors import Problem
 from services.api.relay import Recording
 from services.api.uuid7 import parse
 from services.common.events import DECODERS, encode, task_id
-from services.common.kafka.topics import EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names
+from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CREATED, Names
+from services.common.stages import STAGES, stage_delays
 from tests.simulation import checker
 from tests.simulation.broker import SESSION, Broker
 from tests.simulation.database import Database
 from tests.simulation.mail import Dns, MailServer
 from tests.simulation.patches import trace_into
-from tests.simulation.plan import SERVICES, Act, Fault, Plan, TaskPlan
+from tests.simulation.plan import Act, Fault, Plan, TaskPlan
 from tests.simulation.process import Process
-from tests.simulation.processes import SETTINGS, Api, Servers, Service, build
+from tests.simulation.processes import SERVICES, SETTINGS, SIMULATED, Api, Servers, Service, build
 from tests.simulation.publisher import Publisher
 from tests.simulation.scheduler import EPOCH, Scheduler
 from tests.simulation.world import World
@@ -74,11 +75,10 @@ class Schedule:
         self.world.strike = self._strike
         settings = SETTINGS[plan.hold].model_copy(update={"max_in_flight": plan.in_flight})
         bare = Names()
-        delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
         topics = [
             *EVENT_TOPICS,
-            *(bare.delay(stage, s) for stage, all_ in delays.items() for s in all_),
-            *(bare.dead(stage) for stage in READ_BY),
+            *(bare.delay(stage, s) for stage, delays in stage_delays(settings).items() for s in delays),
+            *(bare.dead(stage) for stage in STAGES),
         ]
         self.broker = Broker(self.world, topics)
         self.database = Database(self.world)
@@ -378,7 +378,7 @@ class Schedule:
             not self.clients
             and not self.database.outbox
             and self.scheduler.now >= self._quiet_after
-            and len(self.broker.groups) == len(READ_BY)
+            and len(self.broker.groups) == len(SIMULATED)
             and all(group.topics and not group.lag() for group in self.broker.groups.values())
             # What will never settle is given its time to.
             and all(row.status in checker.TERMINAL for row in self.database.tasks.values())

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from deploy.local.environment import SERVES_ONE, concerned, service_environment
-from deploy.local.state import State
+from deploy.local.state import SERVICES, State
 from services.common.config import Settings, variable
 from services.common.environment import OTHERS
+from services.common.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "compose.yaml").read_text()
-SERVICES = ("api", "validator", "sender", "status")
 
 # What a system of one broker, whose containers name themselves, has no use for; and the times that
 # `stop_grace_period` is made for.
@@ -89,6 +89,8 @@ def _uses(symbol: Symbol) -> Iterator[Symbol]:
 
 def _fields(symbol: Symbol) -> Iterator[str]:
     """Yield the fields of the settings that a definition reads."""
+    if symbol == ("services.common.stages", "stage_delays"):
+        yield from (stage.delays_setting for stage in STAGES.values() if stage.delays_setting)
     for node in ast.walk(module(symbol[0]).defined[symbol[1]]):
         if not isinstance(node, ast.Attribute):
             continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from services.common.config import Settings
-from services.common.kafka.topics import EVENT_TOPICS, READ_BY, wanted
+from services.common.kafka.topics import EVENT_TOPICS, wanted
+from services.common.stages import STAGES, stage_delays
 
 DAY_MS = 86_400_000
 
@@ -13,7 +14,9 @@ DAY_MS = 86_400_000
 @pytest.mark.parametrize("max_age", [1, 4 * 86_400, 40 * 86_400])
 def test_what_is_deferred_outlives_its_task_s_age_limit_and_thirty_days_of_outage(max_age: int) -> None:
     settings = Settings(sender_max_age=max_age, sender_delays=(60, 30 * 86_400))
-    keeps = {topic.name: int(topic.config["retention.ms"]) for topic in wanted(settings)}
+    keeps = {
+        topic.name: int(topic.config["retention.ms"]) for topic in wanted(settings, stage_delays(settings))
+    }
     delays = {name: ms for name, ms in keeps.items() if ".delay." in name}
     assert len(delays) == 6
     for name, ms in delays.items():
@@ -21,10 +24,10 @@ def test_what_is_deferred_outlives_its_task_s_age_limit_and_thirty_days_of_outag
         assert ms >= 1000 * max_age + 30 * DAY_MS
         assert ms >= longest_wait + 30 * DAY_MS
     assert {keeps[name] for name in EVENT_TOPICS} == {30 * DAY_MS}
-    assert {keeps[f"{stage}.dead"] for stage in READ_BY} == {365 * DAY_MS}
+    assert {keeps[f"{stage}.dead"] for stage in STAGES} == {365 * DAY_MS}
 
 
 def test_time_alone_ends_a_record() -> None:
-    for topic in wanted(Settings()):
+    for topic in wanted(Settings(), stage_delays(Settings())):
         assert topic.config["retention.bytes"] == "-1"
         assert topic.config["cleanup.policy"] == "delete"

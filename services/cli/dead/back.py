@@ -13,7 +13,8 @@ from typing import NamedTuple
 from services.cli.dead.letter import Letter
 from services.common.kafka.headers import delayed_headers, original_headers
 from services.common.kafka.records import Headers
-from services.common.kafka.topics import EVENT_TOPICS, READ_BY, Names
+from services.common.kafka.topics import EVENT_TOPICS, Names
+from services.common.stages import STAGES
 
 __all__ = ["Back", "back", "replayable"]
 
@@ -39,7 +40,7 @@ def back(letter: Letter, headers: Headers | None, delays: Mapping[str, tuple[int
     assert origin is not None
     first, own = original_headers(headers), delays.get(stage)
     # What a stage does not read itself would be a letter again.
-    if letter.attempt > 1 and own and origin.topic in READ_BY[stage]:
+    if letter.attempt > 1 and own and origin.topic in STAGES[stage].reads:
         again = delayed_headers(first, origin=origin, attempt=letter.attempt, cause="replayed", due_at_ms=0)
         return Back(Names().delay(stage, own[0]), again)
     return Back(origin.topic, first)

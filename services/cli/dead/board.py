@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,11 +13,10 @@ from services.cli.dead.letter import Letter, Place, letter_of
 from services.cli.topic_log import At, Log
 from services.common.config import Settings
 from services.common.kafka.records import Headers, readable_headers
-from services.common.kafka.topics import READ_BY, Names
+from services.common.kafka.topics import Names
+from services.common.stages import STAGES
 
-__all__ = ["STAGES", "Board", "Record", "read_board", "records"]
-
-STAGES = tuple(READ_BY)
+__all__ = ["Board", "Record", "read_board", "records"]
 
 
 class Record(NamedTuple):
@@ -37,7 +36,7 @@ class Board:
     ends: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
-def read_board(settings: Settings, stages: Sequence[str] = STAGES) -> Board:
+def read_board(settings: Settings, stages: Iterable[str] = STAGES) -> Board:
     """Read the dead-letter topics of these stages from start to end."""
     board = Board()
     log, names = _open(settings, stages)
@@ -80,7 +79,7 @@ def records(settings: Settings, places: Sequence[Place]) -> Iterator[Record]:
         log.close()
 
 
-def _open(settings: Settings, stages: Sequence[str]) -> tuple[Log, dict[str, str]]:
+def _open(settings: Settings, stages: Iterable[str]) -> tuple[Log, dict[str, str]]:
     names = Names(settings.topic_prefix)
     topics = {names.dead(stage): stage for stage in stages}
     return Log(settings, list(topics)), topics

@@ -24,7 +24,8 @@ from services.cli.dead.source import Gone, source
 from services.cli.kafka import TIMEOUT, admin
 from services.cli.sink import Sink
 from services.common.config import Settings
-from services.common.kafka.topics import DELAYING, EVENT_TOPICS, Names
+from services.common.kafka.topics import EVENT_TOPICS, Names
+from services.common.stages import DELAYING
 
 __all__ = ["purge", "replay"]
 

@@ -15,7 +15,8 @@ from services.common.config import Settings
 from services.common.kafka import group_description
 from services.common.kafka.clients import plain_config
 from services.common.kafka.records import Headers, parse_number, readable_headers
-from services.common.kafka.topics import READ_BY, Names, delay_of
+from services.common.kafka.topics import Names, delay_of
+from services.common.stages import STAGES
 
 __all__ = ["Reader"]
 
@@ -43,7 +44,10 @@ class Reader:
             if name.startswith(prefix)
         }
         self.reads: dict[str, list[str]] = {
-            stage: [*READ_BY[stage], *sorted(t for t in bare if delay_of(t) and t.startswith(f"{stage}."))]
+            stage: [
+                *STAGES[stage].reads,
+                *sorted(t for t in bare if delay_of(t) and t.startswith(f"{stage}.")),
+            ]
             for stage in stages
         }
         wanted = dict.fromkeys(topic for topics in self.reads.values() for topic in topics)

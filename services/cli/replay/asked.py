@@ -14,7 +14,8 @@ from services.cli.replay.records import WORK, replayable
 from services.cli.replay.selection import Selection
 from services.common.addresses import ascii_domain, normalise
 from services.common.database.tables import STATUSES
-from services.common.kafka.topics import DELAYING, EVENT_TOPICS
+from services.common.kafka.topics import EVENT_TOPICS
+from services.common.stages import DELAYING
 
 __all__ = ["Asked", "asked_from", "check_rate", "checked"]
 

@@ -15,7 +15,8 @@ from services.common.events import DECODERS, Event, Undecodable, encode
 from services.common.kafka.headers import REPLAY_ID, DelayedHeaders, delayed_headers, parse_delayed_headers
 from services.common.kafka.records import Headers, MalformedHeaders, OutgoingRecord, traceparent
 from services.common.kafka.topic_partition import RecordLocation
-from services.common.kafka.topics import DELAYING, EVENT_TOPICS, MX_OK, READ_BY, TASK_CREATED, Names, delay_of
+from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CREATED, Names, delay_of
+from services.common.stages import DELAYING, STAGES
 
 __all__ = ["WORK", "Read", "Seen", "again", "replayable", "see"]
 
@@ -56,7 +57,7 @@ def see(record: Read) -> Seen:
         back = parse_delayed_headers(record.headers)
     except MalformedHeaders as error:
         raise Undecodable(str(error)) from error
-    if back.origin.topic not in READ_BY[stage]:
+    if back.origin.topic not in STAGES[stage].reads:
         raise Undecodable(f"its origin {back.origin.topic} is not read by {stage}")
     return Seen(DECODERS[back.origin.topic](record.value), back)
 

@@ -20,6 +20,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 
 from services.common.config import Settings
 from services.common.kafka.topics import Topic, wanted
+from services.common.stages import stage_delays
 
 __all__ = ["Applied", "Plan", "apply", "client", "grow", "plan"]
 
@@ -72,7 +73,7 @@ def plan(settings: Settings) -> Plan:
     Raises `confluent_kafka.KafkaException` where the cluster cannot be asked.
     """
     admin = client(settings)
-    topics = wanted(settings)
+    topics = wanted(settings, stage_delays(settings))
     known = admin.list_topics(timeout=5).topics
     there = [topic for topic in topics if topic.name in known]
     has = {topic.name: len(known[topic.name].partitions) for topic in there}

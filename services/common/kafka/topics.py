@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from services.common.config import Settings
+if TYPE_CHECKING:
+    from services.common.config import Settings
 
 __all__ = [
-    "DELAYING",
     "EVENT_TOPICS",
     "KEEP_DAYS",
     "MAIL_DEFERRED",
@@ -17,7 +18,6 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "MX_FAILED",
     "MX_OK",
-    "READ_BY",
     "TASK_CANCELLED",
     "TASK_CREATED",
     "Names",
@@ -35,14 +35,6 @@ MAIL_FAILED = "mail.failed"
 TASK_CANCELLED = "task.cancelled"
 
 EVENT_TOPICS = (TASK_CREATED, MX_OK, MX_FAILED, MAIL_SENT, MAIL_DEFERRED, MAIL_FAILED, TASK_CANCELLED)
-READ_BY: Mapping[str, tuple[str, ...]] = {
-    "validator": (TASK_CREATED,),
-    "sender": (MX_OK, TASK_CANCELLED),
-    "status": EVENT_TOPICS,
-}
-
-DELAYING = ("validator", "sender")
-"""The stages that have delay topics."""
 
 # The largest body allowed by the settings (2 MiB), its headers and its envelope fit twice over.
 MAX_RECORD_BYTES = 5 << 20
@@ -93,9 +85,10 @@ def delay_of(topic: str) -> int | None:
     return int(seconds) if dot and head.endswith(".delay") and seconds.isdigit() else None
 
 
-def wanted(settings: Settings) -> Sequence[Topic]:
+def wanted(settings: Settings, delays: Mapping[str, Sequence[int]]) -> Sequence[Topic]:
     """Return every topic that an installation with these settings needs.
 
+    `delays` has every stage by name, with the seconds of its delay topics (`stages.stage_delays`).
     Event topics keep 30 days, what a rebuild and a replay read. Delay topics keep a task's age limit and 30
     days more: a stage that stands for 30 days finds all that it had deferred. Dead letters stay a year.
     """
@@ -112,7 +105,6 @@ def wanted(settings: Settings) -> Sequence[Topic]:
         config = base | {"retention.ms": str(keep_ms)}
         return Topic(name, settings.partitions, settings.replication, config)
 
-    delays = {"validator": settings.validator_delays, "sender": settings.sender_delays}
     return [
         *(topic(names.topic(name), _KEEP_MS) for name in EVENT_TOPICS),
         *(
@@ -121,5 +113,5 @@ def wanted(settings: Settings) -> Sequence[Topic]:
             for stage, all_ in delays.items()
             for s in all_
         ),
-        *(topic(names.dead(stage), 365 * _DAY_MS) for stage in READ_BY),
+        *(topic(names.dead(stage), 365 * _DAY_MS) for stage in delays),
     ]

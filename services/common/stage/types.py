@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.common.events import Event
+from services.common.stages import StageSpec
 
 __all__ = ["BatchHandler", "Dead", "Done", "Handler", "Outcome", "Record", "Retry", "Stage"]
 
@@ -77,3 +78,16 @@ class Stage:
     delays: Sequence[int] = field(default=())
     close: Callable[[], Awaitable[None]] | None = None
     """Awaited after the last handler has ended or was cancelled, while events can still be published."""
+
+    @classmethod
+    def of(
+        cls,
+        spec: StageSpec,
+        *,
+        handle: Handler | None = None,
+        handle_batch: BatchHandler | None = None,
+        delays: Sequence[int] = (),
+        close: Callable[[], Awaitable[None]] | None = None,
+    ) -> Stage:
+        """Return a stage of the list with its handler; `delays` are in seconds."""
+        return cls(spec.name, spec.reads, spec.decoders, handle, handle_batch, delays, close)

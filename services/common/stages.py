@@ -1,0 +1,91 @@
+"""The one list of stages: topics, commands, the local stack, chaos and the tests read it.
+
+docs/add-a-stage.md shows how to add a stage. This module imports no service, and nothing that loads slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CANCELLED, TASK_CREATED
+
+if TYPE_CHECKING:
+    from services.common.config import Settings
+    from services.common.events import Event
+
+__all__ = ["DELAYING", "STAGES", "StageSpec", "stage_delays"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """What the whole project knows of one stage.
+
+    `reads` are the bare names of its event topics. `python -m MODULE` runs its service. `delays_setting` is
+    the field of Settings with the delays of its delay topics; it is empty for a stage that defers nothing.
+    `settings` are the prefixes of the environment variables that only this stage reads. `replicas` is how
+    many the local stack starts by default.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    module: str
+    delays_setting: str = ""
+    settings: tuple[str, ...] = ()
+    replicas: int = 1
+
+    @property
+    def decoders(self) -> Mapping[str, Callable[[bytes | None], Event]]:
+        """The decoder of each topic that the stage reads. The first access imports protobuf."""
+        from services.common.events import DECODERS  # noqa: PLC0415
+
+        return {topic: DECODERS[topic] for topic in self.reads}
+
+    def delays(self, settings: Settings) -> tuple[int, ...]:
+        """Return the seconds of the stage's delay topics, rising."""
+        return getattr(settings, self.delays_setting) if self.delays_setting else ()
+
+
+STAGES: Mapping[str, StageSpec] = {
+    stage.name: stage
+    for stage in (
+        StageSpec(
+            "validator",
+            reads=(TASK_CREATED,),
+            module="services.validator",
+            delays_setting="validator_delays",
+            settings=("POSTROAD_DNS_", "POSTROAD_VALIDATOR_"),
+        ),
+        StageSpec(
+            "sender",
+            reads=(MX_OK, TASK_CANCELLED),
+            module="services.sender",
+            delays_setting="sender_delays",
+            settings=(
+                "EMAIL_",
+                "POSTROAD_DOMAIN_",
+                "POSTROAD_HANDOVER_SECONDS",
+                "POSTROAD_LEASE_SECONDS",
+                "POSTROAD_MAX_RESENDS",
+                "POSTROAD_ON_UNCERTAIN",
+                "POSTROAD_SENDER_",
+            ),
+        ),
+        StageSpec(
+            "status",
+            reads=EVENT_TOPICS,
+            module="services.status",
+            settings=("POSTROAD_BODY_RETENTION",),
+        ),
+    )
+}
+"""Every stage by its name, in the order of the pipeline."""
+
+DELAYING = tuple(stage.name for stage in STAGES.values() if stage.delays_setting)
+"""The names of the stages that have delay topics."""
+
+
+def stage_delays(settings: Settings) -> dict[str, tuple[int, ...]]:
+    """Return the delays of every stage in seconds, rising; empty for a stage that has none."""
+    return {name: stage.delays(settings) for name, stage in STAGES.items()}
