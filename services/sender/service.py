@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from services.common.config import SETTLE_SECONDS, Settings, refused, variable
 from services.common.database.engine import make_engine, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.forms import is_loopback, without_line_end
-from services.common.stage.runtime import StageRuntime
+from services.common.stage.service import StageService
 from services.sender.async_claims import AsyncClaims
 from services.sender.claims import Claims
 from services.sender.client_name import own_name
@@ -42,8 +43,8 @@ _CLOSE_SECONDS = 5.0
 _MAX_SHOWN = 300
 
 
-class SenderService:
-    """What services/common/process.py runs."""
+class SenderService(StageService):
+    """The sender's stage, its claims in MySQL and its sessions with the relay."""
 
     def __init__(self, settings: Settings, client_name: str | None = None) -> None:
         hold = settings.on_uncertain == "hold"
@@ -83,7 +84,7 @@ class SenderService:
             owner=owner_tokens(),
             handover=settings.handover_seconds,
         )
-        self._runtime = StageRuntime(stage(self._sender, settings.sender_delays), settings, source="sender")
+        super().__init__(stage(self._sender, settings.sender_delays), settings)
         SENDER_CLAIMS.set_function(self._leases.__len__)
         SENDER_DOMAINS.set_function(self._sender.domains)
         SENDER_RELAY_UP.labels(f"{settings.email_host}:{settings.email_port}").set_function(
@@ -98,30 +99,22 @@ class SenderService:
     async def _publish(self, events: Sequence[Event], traceparent: bytes | None) -> None:
         await self._runtime.publish(events, traceparent)
 
-    async def run(self) -> None:
-        """Send until stopped and drained, and what was handed over is settled. Raises what ended the stage
-        otherwise."""
-        renewing = [asyncio.create_task(self._leases.run())]
-        if self._tokens is not None:
-            renewing.append(asyncio.create_task(self._tokens.run()))
-        try:
-            await self._runtime.run()
-        finally:
-            for task in renewing:
-                task.cancel()
-            await self._pool.close(grace=1.0)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await self._claims.close()
-            self._engine.dispose()
+    def background(self) -> Sequence[Coroutine[Any, Any, None]]:
+        """Return what renews the leases and the relay's access token."""
+        renewals = [self._leases.run()]
+        return renewals if self._tokens is None else [*renewals, self._tokens.run()]
 
-    def stop(self) -> None:
-        """Begin to drain. Does not block."""
-        self._runtime.stop()
+    async def close(self) -> None:
+        """Close the sessions, wait a few seconds for the claims that still run, and close the connections."""
+        await self._pool.close(grace=1.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._claims.close()
+        self._engine.dispose()
 
     def problems(self) -> list[str]:
         """Return why the service is not ready. Safe from any thread."""
-        problems = self._runtime.problems()
+        problems = super().problems()
         if "draining" in problems and (waiting := self._sender.handed_over):
             problems.append(f"{waiting} mails handed over wait for their replies")
         if (said := self._claims.trouble) is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from sqlalchemy import Engine
 
 from services.common.config import Settings, refused
 from services.common.database.engine import make_engine, url_of
-from services.common.stage.runtime import StageRuntime
+from services.common.stage.service import StageService
 from services.status.purge import purge_forever
 from services.status.stage import Status, stage
 from services.status.topic_ids import note_topic_ids
@@ -16,36 +17,30 @@ from services.status.topic_ids import note_topic_ids
 __all__ = ["StatusService", "build"]
 
 
-class StatusService:
-    """What services/common/process.py runs."""
+class StatusService(StageService):
+    """The status stage, and beside it the purge of old bodies and the note of topic ids."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self._engine = engine
         self._settings = settings
         self._status = Status(engine)
-        self._runtime = StageRuntime(stage(self._status), settings, source="status")
+        super().__init__(stage(self._status), settings)
 
-    async def run(self) -> None:
-        """Fold until stopped and drained. Raises what ended the stage otherwise."""
-        beside = [
-            asyncio.create_task(purge_forever(self._engine, self._settings.body_retention)),
-            asyncio.create_task(note_topic_ids(self._engine, self._settings)),
-        ]
-        try:
-            await self._runtime.run()
-        finally:
-            for task in beside:
-                task.cancel()
-            await self._status.close()
-            self._engine.dispose()
+    def background(self) -> Sequence[Coroutine[Any, Any, None]]:
+        """Return the purge and the note of topic ids."""
+        return (
+            purge_forever(self._engine, self._settings.body_retention),
+            note_topic_ids(self._engine, self._settings),
+        )
 
-    def stop(self) -> None:
-        """Begin to drain. Does not block."""
-        self._runtime.stop()
+    async def close(self) -> None:
+        """Wait for the fold that still runs, and close the connections."""
+        await self._status.close()
+        self._engine.dispose()
 
     def problems(self) -> list[str]:
         """Return why the service is not ready. Safe from any thread."""
-        return [*self._status.problems(), *self._runtime.problems()]
+        return [*self._status.problems(), *super().problems()]
 
 
 async def build(settings: Settings) -> StatusService:

@@ -3,7 +3,7 @@
 import time
 
 from services.common.config import Settings, refused
-from services.common.stage.runtime import StageRuntime
+from services.common.stage.service import StageService
 from services.validator.cache import VerdictCache
 from services.validator.lookup import Lookup, make_resolver
 from services.validator.stage import stage
@@ -11,30 +11,19 @@ from services.validator.stage import stage
 __all__ = ["ValidatorService", "build"]
 
 
-class ValidatorService:
-    """What services/common/process.py runs."""
+class ValidatorService(StageService):
+    """The validator's stage, and the cache of verdicts that it asks."""
 
     def __init__(self, settings: Settings, lookup: Lookup) -> None:
         delays = settings.validator_delays
         # A little under the shortest delay: a retry that comes when it is due must ask the DNS anew.
         transient_ttl = 0.9 * min(delays, default=30)
         self._cache = VerdictCache(lookup, time.monotonic, transient_ttl=transient_ttl)
-        self._runtime = StageRuntime(stage(self._cache, delays), settings, source="validator")
+        super().__init__(stage(self._cache, delays), settings)
 
-    async def run(self) -> None:
-        """Validate until stopped and drained. Raises what ended the stage otherwise."""
-        try:
-            await self._runtime.run()
-        finally:
-            await self._cache.close()
-
-    def stop(self) -> None:
-        """Begin to drain. Does not block."""
-        self._runtime.stop()
-
-    def problems(self) -> list[str]:
-        """Return why the service is not ready. Safe from any thread."""
-        return self._runtime.problems()
+    async def close(self) -> None:
+        """Cancel the lookups that still run."""
+        await self._cache.close()
 
 
 async def build(settings: Settings) -> ValidatorService:
