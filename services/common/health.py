@@ -52,7 +52,7 @@ class Heartbeat:
             self._timer.cancel()
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
@@ -62,7 +62,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
 
-class _Silent(WSGIRequestHandler):
+class _QuietRequestHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -81,7 +81,9 @@ class HealthServer:
         host, _, port = listen.rpartition(":")
         self._heartbeat, self._problems = heartbeat, problems
         self._metrics = make_wsgi_app()
-        self._server = make_server(host.strip("[]"), int(port), self._answer, _Server, _Silent)
+        self._server = make_server(
+            host.strip("[]"), int(port), self._answer, _ThreadingServer, _QuietRequestHandler
+        )
         self.address = f"{host}:{self._server.server_port}"
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -9,7 +9,7 @@ from services.common.deliveries.decide import IN_DOUBT, Delivery
 from services.common.deliveries.outcome import STAGE, event_of, failed_before_sender
 from services.common.stage.types import Done, Outcome, Retry
 
-__all__ = ["answer", "found_in_doubt"]
+__all__ = ["answer", "takeover_event"]
 
 
 def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
@@ -27,7 +27,7 @@ def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
     return Retry(delay, due_ms, f"{row.reason} {row.reply}".rstrip(), [event])
 
 
-def found_in_doubt(taken: Delivery, now_us: int) -> pb.MailDeferred:
+def takeover_event(taken: Delivery, now_us: int) -> pb.MailDeferred:
     """Return the event of a claim that took over from an owner who may have handed the mail over."""
     return pb.MailDeferred(
         id=taken.task_id,

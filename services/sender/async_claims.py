@@ -26,9 +26,9 @@ _LIMIT = 500
 # Once the database is back, no claim is taken over for so long (seconds): its owner may be there, with an
 # outcome to store or a lease to renew. It tries every second; a connection without an answer takes four more.
 OWNERS_FIRST = 6.0
-_AGAIN = 1.0
+_RETRY_SECONDS = 1.0
 # Whoever waits asks the database every second or so: trouble that is so old (seconds) may be over.
-_FORGOTTEN = 30.0
+_TROUBLE_TTL = 30.0
 
 
 class BlockingClaims(Protocol):
@@ -71,18 +71,18 @@ class AsyncClaims:
     @property
     def trouble(self) -> str | None:
         """What the database last said, while it is of no use; None once nobody has asked it for a while."""
-        return self._trouble if time.monotonic() - self._trouble_at < _FORGOTTEN else None
+        return self._trouble if time.monotonic() - self._trouble_at < _TROUBLE_TTL else None
 
     async def claim(self, request: Claim | Cancel) -> ClaimAnswer:
         """Answer one request. Requests are made in the order in which they were asked for."""
         # Whoever asked nothing for a while does not know whether the database was away.
         if asyncio.get_running_loop().time() - self._answered_at > self._owners_first:
             self._forbid_take_over()
-        return await self._patiently(self._claim, request)
+        return await self._retried(self._claim, request)
 
     async def settle(self, settled: Delivery) -> Settlement:
         """Write one outcome; return what became of it."""
-        return await self._patiently(self._settle, settled)
+        return await self._retried(self._settle, settled)
 
     async def renew(self, rows: Sequence[Delivery]) -> Sequence[bool | None]:
         """Renew once, at once; raises `sqlalchemy.exc.DBAPIError`."""
@@ -90,7 +90,7 @@ class AsyncClaims:
         try:
             held = await loop.run_in_executor(self._renewals, self._claims.renew, rows)
         except Exception as error:
-            self._failed(error)
+            self._note_trouble(error)
             raise
         self._answered()
         return held
@@ -103,23 +103,25 @@ class AsyncClaims:
         await self._settle.close()
         self._renewals.shutdown(wait=False)
 
-    async def _patiently(self, call: Batcher[T, R], item: T) -> R:
+    async def _retried(self, call: Batcher[T, R], item: T) -> R:
         try:
             result = await call(item)
         except Exception as error:
             if not is_database_fault(error):
                 raise
-            self._notice(error)
-            result = await retry_until_available(self._notice, is_database_fault, most=_AGAIN)(call, item)
+            self._log_trouble(error)
+            result = await retry_until_available(self._log_trouble, is_database_fault, most=_RETRY_SECONDS)(
+                call, item
+            )
         self._answered()
         return result
 
-    def _notice(self, error: BaseException) -> None:
+    def _log_trouble(self, error: BaseException) -> None:
         if self.trouble is None:
             log.warning("the database is away", error=error_text(error))
-        self._failed(error)
+        self._note_trouble(error)
 
-    def _failed(self, error: BaseException) -> None:
+    def _note_trouble(self, error: BaseException) -> None:
         self._trouble, self._trouble_at = error_text(error), time.monotonic()
         self._forbid_take_over()
 
@@ -135,7 +137,7 @@ class AsyncClaims:
         self._answered_at = loop.time()
         if self._take_over or self._until_take_over is not None:
             return
-        self._until_take_over = loop.call_later(self._owners_first, self._may_take_over)
+        self._until_take_over = loop.call_later(self._owners_first, self._allow_take_over)
 
-    def _may_take_over(self) -> None:
+    def _allow_take_over(self) -> None:
         self._take_over, self._until_take_over = True, None

@@ -145,19 +145,19 @@ class Claims:
         return found
 
     def _renewed(self, connection: Connection, rows: Sequence[Delivery]) -> list[bool | None]:
-        query, parameters = f"SELECT owner FROM deliveries {_mine(rows)}", _ids_and_owners(rows)
+        query, parameters = f"SELECT owner FROM deliveries {_held_by_owners(rows)}", _ids_and_owners(rows)
         found = connection.exec_driver_sql(f"{query} FOR UPDATE SKIP LOCKED", parameters)
         free = {bytes(owner) for (owner,) in found}
         renewed = [row for row in rows if row.owner in free]
         if renewed:
-            connection.exec_driver_sql(f"{self._renew} {_mine(renewed)}", _ids_and_owners(renewed))
+            connection.exec_driver_sql(f"{self._renew} {_held_by_owners(renewed)}", _ids_and_owners(renewed))
         if len(renewed) == len(rows):
             return [True] * len(rows)
         held = {bytes(owner) for (owner,) in connection.exec_driver_sql(query, parameters)}
         return [True if row.owner in free else None if row.owner in held else False for row in rows]
 
 
-def _mine(rows: Sequence[Delivery]) -> str:
+def _held_by_owners(rows: Sequence[Delivery]) -> str:
     # An owner token is one row's: two lists find the same rows as one list of pairs, and by the index.
     several = placeholders(len(rows))
     return f"WHERE task_id IN ({several}) AND owner IN ({several}) AND state = 'sending'"

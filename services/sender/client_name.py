@@ -5,12 +5,12 @@ import socket
 
 from services.common.forms import is_fqdn
 
-__all__ = ["own_name"]
+__all__ = ["find_client_name"]
 
 _SECONDS = 5.0
 
 
-async def own_name() -> str | None:
+async def find_client_name() -> str | None:
     """Return this host's fully qualified name, or None if it has none or DNS does not tell it in time.
 
     RFC 5321 section 4.1.4 wants the name where there is one, else the address literal.

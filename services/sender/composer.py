@@ -12,12 +12,12 @@ from services.sender.headers import address
 from services.sender.message import build
 from services.sender.smtp_transaction import check_mail
 
-__all__ = ["Composer", "Mail"]
+__all__ = ["ComposedMail", "Composer"]
 
 _MAX_MESSAGE_ID = widths(deliveries)["message_id"]
 
 
-class Mail(NamedTuple):
+class ComposedMail(NamedTuple):
     """What SMTP carries: the return path, the recipient and the message with CRLF line ends."""
 
     mail_from: str
@@ -45,7 +45,7 @@ class Composer:
         """Return the Message-ID of a task's mail, the same at every attempt."""
         return f"<{UUID(bytes=task_id)}@{self._domain}>"
 
-    def compose(self, event: pb.MxOk, message_id: str) -> Mail:
+    def compose(self, event: pb.MxOk, message_id: str) -> ComposedMail:
         """Return the mail of the event's task, the same at every attempt of its epoch.
 
         Its Date is the time at which it was to be sent: recorded, scheduled or opened again, the latest.
@@ -66,4 +66,4 @@ class Composer:
             headers=task.headers,
         )
         check_mail(self._address, rcpt, message)
-        return Mail(self._address, rcpt, message)
+        return ComposedMail(self._address, rcpt, message)

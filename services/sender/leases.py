@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 # Seconds until a renewal that failed, or that a lock kept from a row, is tried again, where a quarter of the
 # lease would be longer.
-_AGAIN = 1.0
+_RETRY_SECONDS = 1.0
 
 
 class Lease:
@@ -79,9 +79,9 @@ class Leases:
             await asyncio.sleep(pause)
             try:
                 known = await self.renew()
-                pause = self._seconds / 4 if known else min(self._seconds / 4, _AGAIN)
+                pause = self._seconds / 4 if known else min(self._seconds / 4, _RETRY_SECONDS)
             except Exception as error:
-                pause = min(self._seconds / 4, _AGAIN)
+                pause = min(self._seconds / 4, _RETRY_SECONDS)
                 log.warning("leases not renewed", leases=len(self._held), error=error_text(error))
 
     async def renew(self) -> bool:

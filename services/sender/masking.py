@@ -7,9 +7,9 @@ from base64 import b64encode
 from collections.abc import Iterable
 from urllib.parse import quote, quote_plus
 
-__all__ = ["Mask", "shown"]
+__all__ = ["Mask", "printable"]
 
-_SHOWN = b"***"
+_MASKED = b"***"
 # A base64 form is known by so many characters of it, since servers cut long lines.
 _KNOWN_BY = 8
 # What is shorter may stand in any text, also in a reply's code.
@@ -17,7 +17,7 @@ _SHORTEST = 4
 _MAX_SHOWN = 300
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return the start of a text as a log may have it: what cannot be printed becomes spaces."""
     return "".join(c if c.isprintable() else " " for c in text)[:_MAX_SHOWN].strip()
 
@@ -53,7 +53,7 @@ class Mask:
 
     def __call__(self, data: bytes) -> bytes:
         """Return `data` without the secret."""
-        return data if self._pattern is None else self._pattern.sub(_SHOWN, data)
+        return data if self._pattern is None else self._pattern.sub(_MASKED, data)
 
     def text(self, text: str) -> str:
         """Return `text` without the secret."""

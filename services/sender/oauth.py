@@ -24,7 +24,7 @@ from urllib.request import (
 
 import structlog
 
-from services.sender.masking import Mask, shown
+from services.sender.masking import Mask, printable
 
 __all__ = ["OAuthTokens", "TokenError"]
 
@@ -38,8 +38,8 @@ _LIFETIME = 300.0
 # Of a token's lifetime, the part after which another one is fetched.
 _RENEW_AFTER = 0.8
 # Seconds between attempts, and while an attempt that failed is not repeated by whoever asks.
-_AGAIN = 1.0
-_AGAIN_MAX = 60.0
+_RETRY_SECONDS = 1.0
+_RETRY_SECONDS_MAX = 60.0
 
 
 class TokenError(Exception):
@@ -79,7 +79,7 @@ class OAuthTokens:
         """
         async with self._lock:
             if self._token is None or self._clock() >= self._expires:
-                if self.trouble is not None and self._clock() < self._failed_at + _AGAIN:
+                if self.trouble is not None and self._clock() < self._failed_at + _RETRY_SECONDS:
                     raise TokenError(self.trouble)
                 await self._fetch()
             assert self._token is not None
@@ -92,17 +92,19 @@ class OAuthTokens:
 
     async def run(self) -> None:
         """Renew the token ahead of time, for ever; ends by being cancelled."""
-        pause = _AGAIN
+        pause = _RETRY_SECONDS
         while True:
             try:
                 async with self._lock:
                     if self._token is None or self._clock() >= self._renew_at:
                         await self._fetch()
-                pause = _AGAIN
+                pause = _RETRY_SECONDS
             except Exception:
                 # Nothing else would renew it; what is wrong stands in `trouble`.
-                pause = min(pause * 2, _AGAIN_MAX)
-            await asyncio.sleep(pause if self.trouble else max(self._renew_at - self._clock(), _AGAIN))
+                pause = min(pause * 2, _RETRY_SECONDS_MAX)
+            await asyncio.sleep(
+                pause if self.trouble else max(self._renew_at - self._clock(), _RETRY_SECONDS)
+            )
 
     async def _fetch(self) -> None:
         asked_at = self._clock()
@@ -128,9 +130,9 @@ class OAuthTokens:
         """Return a token and the seconds that it lasts. Raises TokenError; blocks."""
         secret = self._secret()
         try:
-            return _token_in(self._answer(secret, connections))
+            return _parse_token(self._answer(secret, connections))
         except Exception as error:
-            raise TokenError(shown(Mask(secret).text(str(error))) or type(error).__name__) from None
+            raise TokenError(printable(Mask(secret).text(str(error))) or type(error).__name__) from None
 
     def _answer(self, secret: str, connections: "_Connections") -> bytes:
         form = {"grant_type": "client_credentials", "client_id": self._client_id, "client_secret": secret}
@@ -141,7 +143,7 @@ class OAuthTokens:
             with _opener(connections).open(request, timeout=self._timeout) as response:
                 return bytes(response.read(_MAX_ANSWER))
         except HTTPError as error:
-            raise TokenError(f"{error.code} {_described(error.read(_MAX_ANSWER))}") from None
+            raise TokenError(f"{error.code} {_error_description(error.read(_MAX_ANSWER))}") from None
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -207,7 +209,7 @@ def _in_thread(work: Callable[[], R]) -> asyncio.Future[R]:
     return asyncio.wrap_future(future)
 
 
-def _token_in(raw: bytes) -> tuple[str, float]:
+def _parse_token(raw: bytes) -> tuple[str, float]:
     try:
         answer = json.loads(raw)
     except ValueError:
@@ -223,7 +225,7 @@ def _token_in(raw: bytes) -> tuple[str, float]:
     return token, lifetime
 
 
-def _described(raw: bytes) -> str:
+def _error_description(raw: bytes) -> str:
     """What the body of an error says (RFC 6749 section 5.2)."""
     try:
         answer = json.loads(raw)

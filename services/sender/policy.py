@@ -41,16 +41,16 @@ class Policy:
         self,
         claimed: Delivery,
         ended: Sent | Rejected | NotSent | InDoubt,
-        born_us: int,
+        age_start_us: int,
         now_us: int,
         rng: random.Random,
     ) -> Delivery:
         """Return the claimed row with its outcome.
 
-        `born_us`: when the task's age began; like `now_us` in microseconds since the Unix epoch. A NotSent
-        that is `ours` ends no attempt and does not belong here.
+        `age_start_us` is when the task's age began. It and `now_us` are microseconds since the Unix epoch.
+        The caller does not pass a NotSent with `spares_attempt`, which ends no attempt.
         """
-        reply = ended.reply if isinstance(ended, Sent | Rejected) else ended.said
+        reply = ended.reply if isinstance(ended, Sent | Rejected) else ended.unparsed
         row = claimed._replace(
             settled_at=now_us,
             reason="",
@@ -63,39 +63,39 @@ class Policy:
             case Rejected(permanent=True):
                 return row._replace(state="failed", reason=REJECTED)
             case Rejected(retry_after=after):
-                return self._again(row, DEFERRED, born_us, rng, after or 0)
+                return self._defer(row, DEFERRED, age_start_us, rng, after or 0)
             case NotSent():
-                return self._again(row, CONNECTION_LOST, born_us, rng)
+                return self._defer(row, CONNECTION_LOST, age_start_us, rng)
             case InDoubt():
                 if not may_resend(claimed.doubts + 1, self.hold, self.max_resends):
                     return row._replace(state="uncertain", reason=IN_DOUBT)
-                return self._again(row, IN_DOUBT, born_us, rng)
+                return self._defer(row, IN_DOUBT, age_start_us, rng)
 
     def unsendable(self, claimed: Delivery, now_us: int) -> Delivery:
         """Return the claimed row of a task from which no mail can be built."""
         return claimed._replace(state="failed", settled_at=now_us, reason=UNSENDABLE)
 
-    def expired(self, claimed: Delivery, born_us: int, now_us: int) -> Delivery | None:
+    def expired(self, claimed: Delivery, age_start_us: int, now_us: int) -> Delivery | None:
         """Return the outcome, as `settled` does, of a claimed task that is too old to be sent; else None.
 
         The times are those of `settled`. A task of which an earlier attempt is in doubt is uncertain.
         """
-        if now_us - born_us <= self.max_age * 1_000_000:
+        if now_us - age_start_us <= self.max_age * 1_000_000:
             return None
         row = claimed._replace(settled_at=now_us)
         if row.takeovers or row.reason == IN_DOUBT:
             return row._replace(state="uncertain", reason=IN_DOUBT)
         return row._replace(state="failed", reason=EXPIRED)
 
-    def _again(
-        self, row: Delivery, reason: str, born_us: int, rng: random.Random, after: float = 0
+    def _defer(
+        self, row: Delivery, reason: str, age_start_us: int, rng: random.Random, after: float = 0
     ) -> Delivery:
         """Defer the row, or end it where the task is too old.
 
         A server's wish (`after`, seconds) for a longer wait is granted as far as the delays go; one for a
         shorter wait is not, since some servers express it after every attempt.
         """
-        expired = self.expired(row._replace(reason=reason), born_us, row.settled_at)
+        expired = self.expired(row._replace(reason=reason), age_start_us, row.settled_at)
         if expired is not None:
             return expired
         step = self.delays[min(row.attempt, len(self.delays)) - 1]

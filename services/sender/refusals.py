@@ -6,12 +6,12 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
-from services.sender.replies import At, Reply
+from services.sender.replies import Reply, TransactionStep
 
-__all__ = ["RULES", "At", "Rule", "Whose", "whose"]
+__all__ = ["RULES", "RefusalRule", "RefusalScope", "TransactionStep", "refusal_scope"]
 
 
-class Whose(StrEnum):
+class RefusalScope(StrEnum):
     """Whom a refusal is about, and so what follows from it."""
 
     MAIL = "mail"
@@ -22,10 +22,10 @@ class Whose(StrEnum):
     """Our standing with the relay: all mails wait, and no attempt is spent."""
 
 
-class Rule(NamedTuple):
+class RefusalRule(NamedTuple):
     """One row: what a reply must be for it to apply. An empty pattern fits all."""
 
-    whose: Whose
+    refusal_scope: RefusalScope
     code: str
     """The whole basic code."""
     enhanced: str
@@ -35,7 +35,7 @@ class Rule(NamedTuple):
     source: str
     unless: str = ""
     """Not found in the text."""
-    at: At | None = None
+    step: TransactionStep | None = None
     closes: bool = False
     """Only where the server closed the connection with the reply."""
     names_sender: bool = False
@@ -53,52 +53,65 @@ _PERIOD = r"daily|hourly|per (?:day|hour|minute)|\d+ (?:hours|minutes)|rate|cred
 _SENDING = rf"\b(?:sending|sent|send|{_PERIOD}|e?-?mails|messages)\b"
 _OUTGOING = r"(?:sending|submission|outgoing|outbound)"
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[RefusalRule, ...] = (
     # The session.
-    Rule(Whose.SESSION, "421", "", "", "RFC 5321 section 3.8: the server closes the channel"),
-    Rule(Whose.SESSION, "4..", r"4\.2", "", "RFC 3463 X.4.2, bad connection; Gmail: 451 4.4.2 Timeout"),
-    Rule(
-        Whose.SESSION,
+    RefusalRule(RefusalScope.SESSION, "421", "", "", "RFC 5321 section 3.8: the server closes the channel"),
+    RefusalRule(
+        RefusalScope.SESSION, "4..", r"4\.2", "", "RFC 3463 X.4.2, bad connection; Gmail: 451 4.4.2 Timeout"
+    ),
+    RefusalRule(
+        RefusalScope.SESSION,
         "4..",
         r"4\.5",
         "",
         "RFC 3463 X.4.5, congestion; Stalwart: 452 4.4.5 Maximum number of messages per session exceeded",
     ),
-    Rule(
-        Whose.SESSION,
+    RefusalRule(
+        RefusalScope.SESSION,
         "4..",
         "",
         r"(?:per|in one|in this|this) (?:smtp )?(?:session|connection)",
         "IONOS: 451 Mails per session limit exceeded; Exim: too many messages in one connection",
         unless=_OTHER_LIMITS,
     ),
-    Rule(
-        Whose.SESSION,
+    RefusalRule(
+        RefusalScope.SESSION,
         "4..",
         # Of these, X.4.1 and those behind it are about the way to the recipient's host.
         r"(?!1\.|2\.|4\.[13467]).*",
         r"time(?:d)?[ -]?out",
         "RFC 5321 section 4.5.3.2: the server's own timeouts",
     ),
-    Rule(
-        Whose.SESSION, "4..", "", "", "RFC 5321 section 3.8, where the server says another code", closes=True
+    RefusalRule(
+        RefusalScope.SESSION,
+        "4..",
+        "",
+        "",
+        "RFC 5321 section 3.8, where the server says another code",
+        closes=True,
     ),
     # The message's size and its content.
-    Rule(Whose.MAIL, "5..", r"(?:3\.4|2\.3)", "", "RFC 3463 X.3.4 and X.2.3: message too big"),
-    Rule(Whose.MAIL, "5..", r"6\.\d+", "", "RFC 3463 X.6.z: message content or media"),
-    Rule(
-        Whose.MAIL,
+    RefusalRule(RefusalScope.MAIL, "5..", r"(?:3\.4|2\.3)", "", "RFC 3463 X.3.4 and X.2.3: message too big"),
+    RefusalRule(RefusalScope.MAIL, "5..", r"6\.\d+", "", "RFC 3463 X.6.z: message content or media"),
+    RefusalRule(
+        RefusalScope.MAIL,
         "5..",
         "",
         r"\bSMTPUTF8\b|\b8BITMIME\b|message size|too (?:big|large)",
         "RFC 5321 section 4.1.1.11: a parameter of MAIL; these differ from mail to mail",
         unless=r"\bquota\b",
-        at=At.MAIL,
+        step=TransactionStep.MAIL,
     ),
     # The account.
-    Rule(Whose.ACCOUNT, "53[0458]", "", "", "RFC 4954 section 6: authentication required, or another one"),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
+        "53[0458]",
+        "",
+        "",
+        "RFC 4954 section 6: authentication required, or another one",
+    ),
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         # Of these, X.7.26 and X.7.1nn are about the message's signature and the recipient's own demands.
         r"(?!7\.\d\d).*",
@@ -109,23 +122,23 @@ RULES: tuple[Rule, ...] = (
         " Exchange: 530, 505 5.7.3 Client was not authenticated",
         unless=r"\b(?:SPF|DKIM|DMARC)\b|\bRESOLVER\b",
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         r"4\.5",
         "",
         "RFC 3463 X.4.5, congestion; Gmail: 550 5.4.5 Daily user sending limit exceeded",
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         r"7\.0",
         _EXCEEDED,
         "RFC 3463 X.7.0, a policy; relays: 554 5.7.0 limit exceeded, try again later",
         unless=_OTHER_LIMITS,
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         # The code of a full mailbox needs clearer words.
         "5(?!52)..",
         r"(?![12]\.).*",
@@ -134,61 +147,61 @@ RULES: tuple[Rule, ...] = (
         "SendGrid: Maximum credits exceeded; Dovecot and Postfix policies: limit of 400 rcpts per 24 hours",
         unless=_OTHER_LIMITS,
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "552",
         r"(?![12]\.).*",
         rf"\A(?=.*\b(?:{_PERIOD})\b)(?=.*(?:{_EXCEEDED}))",
         "RFC 5321 section 4.2.2: exceeded allocation; relays: 552 Daily message quota exceeded",
         unless=_OTHER_LIMITS,
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         r"(?!1\.).*",
         rf"\b{_OUTGOING}(?: [\w-]+){{0,2}} {_LIMIT}\b|\b{_LIMIT} (?:for|of|on) {_OUTGOING}\b",
         "RFC 3463 X.2.z, said of the sender's mailbox; relays: 552 5.2.0 Daily sending quota exceeded",
         unless=_OTHER_LIMITS,
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         "",
         r"submission ?quota ?exceeded|tenant.{0,40}exceeded",
         "Exchange Online: 554 5.2.0 SubmissionQuotaExceededException, 5.7.705 tenant has exceeded threshold",
     ),
-    Rule(
-        Whose.MAIL,
+    RefusalRule(
+        RefusalScope.MAIL,
         "552",
         # At MAIL a full mailbox is the sender's own: no recipient is named yet.
         r"(?!2\.2).*",
         "",
         "RFC 1870 section 6.1: message size exceeds the limit",
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         "",
         "",
         "RFC 5321 section 3.3: MAIL names no recipient, and all mails have the same return path",
-        at=At.MAIL,
+        step=TransactionStep.MAIL,
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         r"1\.[78]",
         "",
         "RFC 3463 X.1.7 and X.1.8: bad sender's address; Exchange Online: 550 5.1.8 bad outbound sender",
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         r"7\.(?:60|50[1-3]|70[58]|750)|2\.252",
         "",
         "Exchange Online: 5.7.60 and 5.2.252 SendAsDenied, 5.7.501 banned sender, 5.7.750 unregistered",
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         "",
         r"sender address rejected|not owned by|sendasdenied|permissions? to send as"
@@ -198,8 +211,8 @@ RULES: tuple[Rule, ...] = (
         " Exchange: 550 5.7.1 Client does not have permission to send as this sender;"
         " SendGrid: 550 The from address does not match a verified Sender Identity",
     ),
-    Rule(
-        Whose.ACCOUNT,
+    RefusalRule(
+        RefusalScope.ACCOUNT,
         "5..",
         "",
         "not verified",
@@ -209,11 +222,13 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def whose(at: At, reply: Reply, mail_from: str = "", *, closed: bool = False) -> Whose:
+def refusal_scope(
+    step: TransactionStep, reply: Reply, mail_from: str = "", *, closed: bool = False
+) -> RefusalScope:
     """Return whom a refusal, from MAIL on, is about: the first row of the table that fits it decides.
 
     Args:
-        at: what was refused.
+        step: what was refused.
         mail_from: the return path.
         closed: whether the server closed the connection with the reply.
     """
@@ -221,7 +236,7 @@ def whose(at: At, reply: Reply, mail_from: str = "", *, closed: bool = False) ->
     enhanced = (reply.enhanced or "").partition(".")[2]
     for rule in RULES:
         if (
-            (rule.at is None or rule.at is at)
+            (rule.step is None or rule.step is step)
             and (closed or not rule.closes)
             and re.fullmatch(rule.code, str(reply.code))
             and (not rule.enhanced or re.fullmatch(rule.enhanced, enhanced))
@@ -229,5 +244,5 @@ def whose(at: At, reply: Reply, mail_from: str = "", *, closed: bool = False) ->
             and not (rule.unless and re.search(rule.unless, text, re.IGNORECASE))
             and not (rule.names_sender and (not mail_from or mail_from.lower() not in text.lower()))
         ):
-            return rule.whose
-    return Whose.MAIL
+            return rule.scope
+    return RefusalScope.MAIL

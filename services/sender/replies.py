@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 __all__ = [
     "OPENING",
-    "At",
     "InDoubt",
     "LeaseLost",
     "NotSent",
-    "Outcome",
     "Phase",
     "Rejected",
     "Reply",
+    "SendResult",
     "Sent",
+    "TransactionStep",
 ]
 
 
@@ -41,7 +41,7 @@ OPENING = frozenset({Phase.CONNECT, Phase.TLS, Phase.AUTH})
 """The phases before MAIL: what fails in them is the relay's trouble, whatever was said."""
 
 
-class At(StrEnum):
+class TransactionStep(StrEnum):
     """What a server answers from MAIL on, in the order of a transaction."""
 
     MAIL = "MAIL"
@@ -49,9 +49,9 @@ class At(StrEnum):
     DATA = "DATA"
     MESSAGE = "message"
 
-    def reaches(self, other: "At") -> bool:
+    def reaches(self, other: "TransactionStep") -> bool:
         """Whether a transaction that came so far came as far as `other` at least."""
-        order = list(At)
+        order = list(TransactionStep)
         return order.index(self) >= order.index(other)
 
 
@@ -119,7 +119,7 @@ class Rejected:
     relay: str = ""
     about_session: bool = False
     """The refusal is the session's end and says nothing about this mail: it may go at once on a new one."""
-    at: At | None = None
+    step: TransactionStep | None = None
     """What was refused; None where the server was not asked, since its EHLO said that it would refuse."""
 
 
@@ -129,13 +129,13 @@ class NotSent:
 
     phase: Phase
     cause: str
-    ours: bool
+    spares_attempt: bool
     """True when no session could be had, or the relay refuses what the account sends: it says nothing about
     this mail, so it spends no attempt."""
     relay: str = ""
-    said: str = ""
+    unparsed: str = ""
     """What the server said last, if that was no answer that could be understood."""
-    at: At | None = None
+    step: TransactionStep | None = None
     """What was refused, or not answered; None where the session did not come so far."""
 
 
@@ -145,7 +145,7 @@ class InDoubt:
 
     cause: str
     relay: str
-    said: str = ""
+    unparsed: str = ""
     """As for ``NotSent``."""
 
 
@@ -156,4 +156,4 @@ class LeaseLost:
     phase: Phase
 
 
-Outcome = Sent | Rejected | NotSent | InDoubt | LeaseLost
+SendResult = Sent | Rejected | NotSent | InDoubt | LeaseLost

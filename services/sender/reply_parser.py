@@ -27,13 +27,13 @@ class GarbageError(Exception):
     replies: list[Reply]
     """The whole replies that came before it in the same bytes."""
 
-    said: str
+    unparsed: str
     """The line that is no reply, as it came."""
 
-    def __init__(self, cause: str, said: str = "") -> None:
-        super().__init__(f"{cause}: {said!r}" if said else cause)
+    def __init__(self, cause: str, unparsed: str = "") -> None:
+        super().__init__(f"{cause}: {unparsed!r}" if unparsed else cause)
         self.replies = []
-        self.said = said
+        self.unparsed = unparsed
 
 
 class _Line(NamedTuple):
@@ -49,17 +49,17 @@ class ReplyParser:
 
     A line may end with a bare LF, and empty lines mean nothing. Where the lines of a reply carry different
     codes the last one decides (RFC 5321 §4.2.1). What is too long is cut. A reply that begins with a line
-    without a code is garbage, unless `patient`.
+    without a code is garbage, unless `lenient`.
     """
 
-    __slots__ = ("_first", "_lines", "_rest", "_size", "mask", "patient")
+    __slots__ = ("_buffer", "_first", "_lines", "_size", "lenient", "mask")
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._buffer = b""
         self._lines: list[_Line] = []
         self._first = 0
         self._size = 0
-        self.patient = False
+        self.lenient = False
         """Whether lines without a code before a reply are read as a part of it."""
         self.mask = Mask()
         """What is taken out of every line before it is read."""
@@ -67,21 +67,21 @@ class ReplyParser:
     @property
     def empty(self) -> bool:
         """True when all bytes that were fed have been given back as whole replies."""
-        return not self._rest.strip() and not self._lines
+        return not self._buffer.strip() and not self._lines
 
     @property
     def unfinished(self) -> Reply | None:
         """What can be read of a reply that has begun and not ended; None if no code can be."""
         lines = list(self._lines)
-        if self._rest.strip():
-            lines.append(_line(self.mask(self._rest)[: _MAX_LINE + 1], bool(self._first)))
+        if self._buffer.strip():
+            lines.append(_line(self.mask(self._buffer)[: _MAX_LINE + 1], bool(self._first)))
         return _whole(lines) if any(line.code for line in lines) else None
 
     @property
-    def said(self) -> str:
+    def unparsed(self) -> str:
         """The text of what has begun and not ended, as it came; for the operator's eyes."""
         lines = [line.text if not line.code else _coded(line) for line in self._lines]
-        return " ".join([*lines, _shown(self.mask(self._rest)[:_MAX_LINE].strip())]).strip()
+        return " ".join([*lines, _shown(self.mask(self._buffer)[:_MAX_LINE].strip())]).strip()
 
     def feed(self, data: bytes) -> list[Reply]:
         """Take what was received; return the replies that it completes, oldest first.
@@ -89,7 +89,7 @@ class ReplyParser:
         Raises:
             GarbageError: the stream is not a sequence of replies. Only `unfinished` is then still of use.
         """
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
         replies: list[Reply] = []
         for raw in lines:
             if not raw.strip():
@@ -105,17 +105,17 @@ class ReplyParser:
                 replies.append(_whole(self._lines))
                 self._lines.clear()
                 self._first = self._size = 0
-            elif not self._first and not self.patient:
+            elif not self._first and not self.lenient:
                 self._lines.clear()
-                self._rest = b""
+                self._buffer = b""
                 raise _garbage("not a reply", replies, line.text[:200])
-        if self._size + len(self._rest) > _MAX_REPLY:
+        if self._size + len(self._buffer) > _MAX_REPLY:
             raise _garbage("a reply that does not end", replies)
         return replies
 
 
-def _garbage(cause: str, replies: list[Reply], said: str = "") -> GarbageError:
-    error = GarbageError(cause, said)
+def _garbage(cause: str, replies: list[Reply], unparsed: str = "") -> GarbageError:
+    error = GarbageError(cause, unparsed)
     error.replies = replies
     return error
 

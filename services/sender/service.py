@@ -16,7 +16,7 @@ from services.common.forms import is_loopback, without_line_end
 from services.common.stage.service import StageService
 from services.sender.async_claims import AsyncClaims
 from services.sender.claims import Claims
-from services.sender.client_name import own_name
+from services.sender.client_name import find_client_name
 from services.sender.composer import Composer
 from services.sender.leases import Leases
 from services.sender.metrics import (
@@ -29,11 +29,11 @@ from services.sender.metrics import (
 from services.sender.oauth import OAuthTokens
 from services.sender.policy import Policy
 from services.sender.replies import NotSent
-from services.sender.slots import Slots, share
+from services.sender.slots import Slots, domain_share
 from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from services.sender.stage import Sender, stage
 
-__all__ = ["SenderService", "build", "relay_of", "tokens_of"]
+__all__ = ["SenderService", "build", "make_relay", "make_tokens"]
 
 # While a session sends a mail, its next ones are being claimed and its last ones settled; the more there are,
 # the larger the database's batches. After a crash all are in doubt, also those of which nothing was sent, and
@@ -48,14 +48,14 @@ class SenderService(StageService):
 
     def __init__(self, settings: Settings, client_name: str | None = None) -> None:
         hold = settings.on_uncertain == "hold"
-        hands = _CLAIMS_A_SESSION[settings.on_uncertain]
-        a_domain = share(settings.sender_sessions, settings.domain_concurrency)
+        claim_slots = _CLAIMS_A_SESSION[settings.on_uncertain]
+        a_domain = domain_share(settings.sender_sessions, settings.domain_concurrency)
         with refused("database_url"):
             url = url_of(settings.database_url)
         with refused("email_from"):
             composer = Composer(settings.email_from)
-        self._tokens = tokens_of(settings)
-        relay = relay_of(settings, self._tokens, client_name)
+        self._tokens = make_tokens(settings)
+        relay = make_relay(settings, self._tokens, client_name)
         # One connection each to claim, to settle and to renew.
         # A renewal that is not answered must leave time for another one.
         self._engine = make_engine(url, pool_size=3, read_seconds=max(1, int(settings.lease_seconds / 4)))
@@ -65,7 +65,7 @@ class SenderService(StageService):
             relay,
             limits=Limits(sessions=settings.sender_sessions),
             timeouts=Timeouts(after_dot=settings.handover_seconds - SETTLE_SECONDS),
-            on_trouble=_show,
+            on_trouble=_export_trouble,
         )
         self._sender = Sender(
             claims=self._claims,
@@ -73,11 +73,11 @@ class SenderService(StageService):
             pool=self._pool,
             composer=composer,
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
-            hands=Slots(
-                hands * settings.sender_sessions,
-                hands * a_domain,
+            claim_slots=Slots(
+                claim_slots * settings.sender_sessions,
+                claim_slots * a_domain,
                 rate=settings.domain_rate,
-                crowded=self._crowded,
+                saturated=self._saturated,
             ),
             sessions=Slots(settings.sender_sessions, a_domain),
             publish=self._publish,
@@ -93,8 +93,8 @@ class SenderService(StageService):
         SENDER_SESSIONS.labels("busy").set_function(lambda: self._pool.state.busy)
         SENDER_SESSIONS.labels("idle").set_function(lambda: self._pool.state.idle)
 
-    def _crowded(self) -> bool:
-        return self._runtime.crowded()
+    def _saturated(self) -> bool:
+        return self._runtime.saturated()
 
     async def _publish(self, events: Sequence[Event], traceparent: bytes | None) -> None:
         await self._runtime.publish(events, traceparent)
@@ -126,14 +126,16 @@ class SenderService(StageService):
         return problems
 
 
-def _show(trouble: NotSent | None) -> None:
+def _export_trouble(trouble: NotSent | None) -> None:
     # One series at a time: replies name mails and times, and would otherwise pile up.
     SENDER_RELAY_TROUBLE.clear()
     if trouble is not None:
         SENDER_RELAY_TROUBLE.labels(trouble.relay, trouble.phase, trouble.cause[:_MAX_SHOWN]).set(1)
 
 
-def relay_of(settings: Settings, tokens: OAuthTokens | None = None, client_name: str | None = None) -> Relay:
+def make_relay(
+    settings: Settings, tokens: OAuthTokens | None = None, client_name: str | None = None
+) -> Relay:
     """Return the relay that the settings name. Unless they say so, only loopback is spoken to in clear.
 
     Raises ValueError, naming the variable, where EMAIL_AUTH lacks a setting or has one too many.
@@ -155,7 +157,7 @@ def relay_of(settings: Settings, tokens: OAuthTokens | None = None, client_name:
     return Relay(host, settings.email_port, tls, credentials, settings.email_helo or client_name)
 
 
-def tokens_of(settings: Settings) -> OAuthTokens | None:
+def make_tokens(settings: Settings) -> OAuthTokens | None:
     """Return where the access tokens come from; None where EMAIL_AUTH is not xoauth2.
 
     Raises ValueError, naming the variable, where a setting is missing, is too much or cannot be read.
@@ -207,4 +209,4 @@ async def build(settings: Settings) -> SenderService:
 
     Raises ValueError for a database URL, an EMAIL_FROM or an EMAIL_AUTH that cannot be used.
     """
-    return SenderService(settings, None if settings.email_helo else await own_name())
+    return SenderService(settings, None if settings.email_helo else await find_client_name())

@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 from services.common.rate import Rate
 
-__all__ = ["Crowded", "Held", "Slots", "share"]
+__all__ = ["DomainSaturated", "SlotUse", "Slots", "domain_share"]
 
 # How long (seconds) the first of a queue waits before that is a reason to leave: one that moves, however
 # long, is worked off sooner than it could come back.
-PATIENCE = 5.0
+SHED_AFTER = 5.0
 # How long (seconds) a domain that has all the slots it can get gets no other one before it stands still.
-STANDSTILL = 30.0
-_LOOK = 1.0
+STALLED_AFTER = 30.0
+_SHED_INTERVAL = 1.0
 # Domains whose rates are remembered, before those that are at rest are forgotten.
 _MOST_RATES = 10_000
 
 
-class Crowded(Exception):
+class DomainSaturated(Exception):
     """The domain is slow and holds up the rest: come back later."""
 
 
-class Held(NamedTuple):
+class SlotUse(NamedTuple):
     """The domain's slots in use, its callers that wait, and the seconds since it got or gave back a slot."""
 
     domain: str
@@ -35,12 +35,12 @@ class Held(NamedTuple):
     still: float
 
 
-class _Waiter(NamedTuple):
+class _SlotWaiter(NamedTuple):
     turn: asyncio.Future[None]
     since: float
 
 
-def share(sessions: int, per_domain: int) -> int:
+def domain_share(sessions: int, per_domain: int) -> int:
     """Return how many of the sessions one domain may use: `per_domain`, but not all unless that is 0 (all).
 
     Where there are no more sessions than that, a domain gets three quarters of them: one that hangs would
@@ -54,9 +54,9 @@ class Slots:
 
     Domains that wait are served in turn, each one's callers in order: a thousand mails to a slow domain
     delay another domain's only mail by one turn, not by a thousand. A domain gets `rate` slots a second at
-    most, a second's worth of them at once (0: no such bound). While it is `crowded`, the domains that have
+    most, a second's worth of them at once (0: no such bound). While it is `saturated`, the domains that have
     more than an equal share of the queue and whose first in line has waited for PATIENCE lose the later
-    half of theirs, every second anew. So does, crowded or not, a domain that `stands` still, down to one
+    half of theirs, every second anew. So does, crowded or not, a domain that `is_stalled` still, down to one
     caller a slot. Belongs to one event loop.
     """
 
@@ -66,7 +66,7 @@ class Slots:
         per_domain: int,
         *,
         rate: float = 0.0,
-        crowded: Callable[[], bool] | None = None,
+        saturated: Callable[[], bool] | None = None,
     ) -> None:
         self._free = total
         self._per_domain = per_domain or total
@@ -75,27 +75,27 @@ class Slots:
         self._moved: dict[str, float] = {}
         self._time: Callable[[], float] = time.monotonic
         # The domains that have callers waiting, in the order of their turns.
-        self._waiting: dict[str, deque[_Waiter]] = {}
-        self._crowded = crowded
+        self._waiting: dict[str, deque[_SlotWaiter]] = {}
+        self._saturated = saturated
         self._rate = rate
         self._rates: dict[str, Rate] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self._shed_timer: asyncio.TimerHandle | None = None
 
     async def acquire(self, domain: str) -> None:
         """Wait for a slot; every return needs one `release`. Raises Crowded."""
         loop = asyncio.get_running_loop()
         self._time = loop.time
         now = loop.time()
-        if self._free and domain not in self._waiting and self._may(domain, now):
+        if self._free and domain not in self._waiting and self._may_acquire(domain, now):
             self._take(domain, now)
             return
-        waiter = _Waiter(loop.create_future(), now)
+        waiter = _SlotWaiter(loop.create_future(), now)
         self._waiting.setdefault(domain, deque()).append(waiter)
         if self._free:
-            self._wake_within(loop, self._wait(domain, now))
-        if self._watch is None:
-            self._watch = loop.call_later(_LOOK, self._thin_out)
+            self._wake_within(loop, self._rate_wait(domain, now))
+        if self._shed_timer is None:
+            self._shed_timer = loop.call_later(_SHED_INTERVAL, self._shed_load)
         try:
             await waiter.turn
         except asyncio.CancelledError:
@@ -116,20 +116,20 @@ class Slots:
             del self._used[domain], self._moved[domain]
         self._serve()
 
-    def stands(self, domain: str) -> bool:
+    def is_stalled(self, domain: str) -> bool:
         """Tell whether all of the domain's slots have been in use for STANDSTILL, and as many callers wait.
 
         Those take all of the slots at once when the domain moves again; who waits behind them waits in vain.
         """
         used, waiting = self._used.get(domain, 0), len(self._waiting.get(domain, ()))
         full = used >= self._per_domain or not self._free
-        return 0 < used <= waiting and full and self._still(domain) > STANDSTILL
+        return 0 < used <= waiting and full and self._still(domain) > STALLED_AFTER
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[SlotUse]:
         """Return the domains that have slots in use or callers waiting. Safe from any thread."""
         used, waiting = dict(self._used), dict(self._waiting)
         return [
-            Held(domain, used.get(domain, 0), len(waiting.get(domain, ())), self._still(domain))
+            SlotUse(domain, used.get(domain, 0), len(waiting.get(domain, ())), self._still(domain))
             for domain in used.keys() | waiting.keys()
         ]
 
@@ -137,35 +137,35 @@ class Slots:
         now = self._time()
         return max(0.0, now - self._moved.get(domain, now))
 
-    def unspent(self, domain: str) -> None:
+    def refund_rate(self, domain: str) -> None:
         """Have the slot that was taken last not count for the domain's rate: nothing was sent in it."""
         if domain in self._rates:
             self._rates[domain].undo()
             self._serve()
 
-    def _may(self, domain: str, now: float) -> bool:
-        return self._used.get(domain, 0) < self._per_domain and self._wait(domain, now) <= 0
+    def _may_acquire(self, domain: str, now: float) -> bool:
+        return self._used.get(domain, 0) < self._per_domain and self._rate_wait(domain, now) <= 0
 
     def _take(self, domain: str, now: float) -> None:
         self._free -= 1
         self._used[domain] = self._used.get(domain, 0) + 1
         self._moved[domain] = now
         if self._rate:
-            self._count(domain, now)
+            self._count_rate(domain, now)
 
-    def _wait(self, domain: str, now: float) -> float:
+    def _rate_wait(self, domain: str, now: float) -> float:
         """Return in how many seconds the domain's rate allows a slot; 0: at once."""
         rate = self._rates.get(domain)
         return rate.wait(now) if rate is not None else 0.0
 
-    def _count(self, domain: str, now: float) -> None:
+    def _count_rate(self, domain: str, now: float) -> None:
         if domain not in self._rates:
             if len(self._rates) >= _MOST_RATES:
                 self._rates = {name: rate for name, rate in self._rates.items() if not rate.is_idle(now)}
             self._rates[domain] = Rate(self._rate, burst=self._rate)
         self._rates[domain].took(now)
 
-    def _leave(self, domain: str, waiter: _Waiter) -> None:
+    def _leave(self, domain: str, waiter: _SlotWaiter) -> None:
         queue = self._waiting.get(domain)
         if queue and waiter in queue:  # else its turn came between its cancellation and now
             queue.remove(waiter)
@@ -177,7 +177,7 @@ class Slots:
         loop = asyncio.get_running_loop()
         now = loop.time()
         while self._free:
-            domain = next((d for d in self._waiting if self._may(d, now)), None)
+            domain = next((d for d in self._waiting if self._may_acquire(d, now)), None)
             if domain is None:
                 self._wake_for_rates(loop, now)
                 return
@@ -192,7 +192,7 @@ class Slots:
     def _wake_for_rates(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         """Come back when the first domain that only its rate holds may go on."""
         if self._rate:
-            waits = (wait for domain in self._waiting if (wait := self._wait(domain, now)) > 0)
+            waits = (wait for domain in self._waiting if (wait := self._rate_wait(domain, now)) > 0)
             self._wake_within(loop, min(waits, default=0.0))
 
     def _wake_within(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
@@ -201,27 +201,27 @@ class Slots:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_later(seconds, self._go_on)
+        self._timer = loop.call_later(seconds, self._serve_due)
 
-    def _go_on(self) -> None:
+    def _serve_due(self) -> None:
         self._timer = None
         self._serve()
 
-    def _thin_out(self) -> None:
+    def _shed_load(self) -> None:
         loop = asyncio.get_running_loop()
-        self._watch = loop.call_later(_LOOK, self._thin_out) if self._waiting else None
+        self._shed_timer = loop.call_later(_SHED_INTERVAL, self._shed_load) if self._waiting else None
         if not self._waiting:
             return
-        crowded = self._crowded is not None and self._crowded()
-        long_ago = loop.time() - PATIENCE
-        share = sum(map(len, self._waiting.values())) / len(self._waiting)
+        saturated = self._saturated is not None and self._saturated()
+        long_ago = loop.time() - SHED_AFTER
+        domain_share = sum(map(len, self._waiting.values())) / len(self._waiting)
         for domain, queue in self._waiting.items():
             leave = 0
-            if crowded and len(queue) >= max(2, share) and queue[0].since < long_ago:
+            if saturated and len(queue) >= max(2, domain_share) and queue[0].since < long_ago:
                 leave = len(queue) // 2
-            elif self.stands(domain):
+            elif self.is_stalled(domain):
                 leave = min(len(queue) // 2, len(queue) - self._used[domain])
             for _ in range(leave):
                 turn = queue.pop().turn
                 if not turn.done():
-                    turn.set_exception(Crowded())
+                    turn.set_exception(DomainSaturated())

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from services.sender.replies import OPENING, At, InDoubt, NotSent, Outcome, Rejected, Sent
+from services.sender.replies import OPENING, InDoubt, NotSent, Rejected, SendResult, Sent, TransactionStep
 from services.sender.smtp_relay import Credentials, Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError
-from services.sender.smtp_sessions import Sessions, pause
+from services.sender.smtp_sessions import Sessions, backoff_seconds
 from services.sender.smtp_transaction import StaleSessionError, begin, check_mail, hand_over
 
 __all__ = [
@@ -47,7 +47,7 @@ class SendCancelled(asyncio.CancelledError):
     again afterwards.
     """
 
-    def __init__(self, rest: asyncio.Task[Outcome] | None = None) -> None:
+    def __init__(self, rest: asyncio.Task[SendResult] | None = None) -> None:
         super().__init__()
         self.rest = rest
 
@@ -98,12 +98,12 @@ class SmtpPool:
         self._on_trouble = on_trouble
         self._waiting: dict[asyncio.Future[None], None] = {}
         # Whether one mail may be sent though the pool is down, and whether nobody was woken for it.
-        self._trial = False
-        self._offered = False
+        self._probe = False
+        self._probe_pending = False
         self._recovery: asyncio.Task[None] | None = None
         self._closing = False
 
-    async def send(self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]) -> Outcome:
+    async def send(self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]) -> SendResult:
         """Send one mail to one recipient, waiting for a free session if need be.
 
         Args:
@@ -112,9 +112,9 @@ class SmtpPool:
             guard: called before the envelope and again before the message is written; False stops it there.
 
         Returns:
-            Exactly one of: ``Sent``; ``Rejected``, the server said no to this mail; ``NotSent``, certainly
-            not delivered (``ours``: nothing to do with this mail); ``InDoubt``, handed over and not answered;
-            ``LeaseLost``, the guard said False.
+            Exactly one of: ``Sent``; ``Rejected``, the server refused this mail; ``NotSent``, the server
+            certainly does not have it (``spares_attempt``: for a reason that is not this mail's);
+            ``InDoubt``, handed over and not answered; ``LeaseLost``, the guard returned False.
 
         Raises:
             ValueError: addresses or a message that cannot be sent as they are; nothing was sent.
@@ -122,12 +122,12 @@ class SmtpPool:
                 session; from then on the delivery goes on without the caller.
         """
         check_mail(mail_from, rcpt, message)
-        if self._trouble is not None and not self._trial:
+        if self._trouble is not None and not self._probe:
             return self._trouble
-        trial, self._trial = self._trial, False
+        probe, self._probe = self._probe, False
         again = False
         while True:
-            outcome = await self._send(mail_from, rcpt, message, guard, trial=trial, fresh=again)
+            outcome = await self._send(mail_from, rcpt, message, guard, probe=probe, fresh=again)
             if again or not (isinstance(outcome, Rejected) and outcome.about_session):
                 return outcome
             _log.debug("session_refused", relay=outcome.relay, phase=outcome.phase, reply=outcome.reply)
@@ -140,15 +140,15 @@ class SmtpPool:
         message: bytes,
         guard: Callable[[], bool],
         *,
-        trial: bool,
+        probe: bool,
         fresh: bool,
-    ) -> Outcome:
+    ) -> SendResult:
         session: Session | None = None
         try:
             while True:
                 session = await self._sessions.acquire(fresh=fresh)
                 if session.fresh and self._trouble is not None and self._trouble.phase in OPENING:
-                    self._back()
+                    self._mark_up()
                 try:
                     outcome = await begin(session, mail_from, rcpt, message, guard)
                 except StaleSessionError:
@@ -156,20 +156,20 @@ class SmtpPool:
                     continue
                 break
         except UnavailableError as error:
-            self._down(error.outcome)
+            self._mark_down(error.outcome)
             return error.outcome
         except asyncio.CancelledError:
             if session is not None:
-                session.wire.abort("cancelled")
+                session.connection.abort("cancelled")
             raise SendCancelled from None
         except BaseException:
             if session is not None:
-                session.wire.abort("internal error")
+                session.connection.abort("internal error")
             raise
         if outcome is not None:
-            return self._ended(session, outcome, trial)
+            return self._finish_send(session, outcome, probe)
         rest = asyncio.get_running_loop().create_task(
-            self._hand_over(session, mail_from, message, guard, trial)
+            self._hand_over(session, mail_from, message, guard, probe)
         )
         try:
             return await asyncio.shield(rest)
@@ -187,7 +187,7 @@ class SmtpPool:
         Raises:
             PoolClosedError: the pool is closed, or is closed meanwhile.
         """
-        if self._trouble is not None and not self._closing and not self._offered:
+        if self._trouble is not None and not self._closing and not self._probe_pending:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting[waiter] = None
             try:
@@ -196,7 +196,7 @@ class SmtpPool:
                 self._waiting.pop(waiter, None)
         if self._closing:
             raise PoolClosedError
-        self._offered = False
+        self._probe_pending = False
 
     @property
     def state(self) -> PoolState:
@@ -222,30 +222,30 @@ class SmtpPool:
             await asyncio.wait([self._recovery])
         await self._sessions.close(grace)
 
-    def _down(self, trouble: NotSent) -> None:
+    def _mark_down(self, trouble: NotSent) -> None:
         """Stop sending until a session can be had again, or until a mail that is tried is taken."""
         # Those that waited learn of it a turn of the loop later, when it may be over.
         if self._closing or trouble is self._last_trouble:
             return
         new = self._trouble is None
         self._last_trouble = trouble
-        self._tell(trouble)
+        self._set_trouble(trouble)
         if not new:
             return
         self._failures += 1
         _log.warning("relay_down", relay=trouble.relay, phase=trouble.phase, cause=trouble.cause)
-        self._sessions.dismiss(UnavailableError(trouble))
+        self._sessions.fail_waiters(UnavailableError(trouble))
         if self._recovery is None or self._recovery.done():
             self._recovery = asyncio.get_running_loop().create_task(self._recover())
 
-    def _back(self) -> None:
+    def _mark_up(self) -> None:
         if self._trouble is not None:
-            self._trial = self._offered = False
-            self._tell(None)
+            self._probe = self._probe_pending = False
+            self._set_trouble(None)
             self._wake(len(self._waiting))
             _log.info("relay_up", relay=self.relay.name)
 
-    def _tell(self, trouble: NotSent | None) -> None:
+    def _set_trouble(self, trouble: NotSent | None) -> None:
         self._trouble = trouble
         self._on_trouble(trouble)
 
@@ -258,69 +258,73 @@ class SmtpPool:
 
     async def _recover(self) -> None:
         while self._trouble is not None:
-            await asyncio.sleep(pause(self._limits, self._failures))
+            await asyncio.sleep(backoff_seconds(self._limits, self._failures))
             if self._trouble is None:
                 return
             if self._trouble.phase not in OPENING:
                 # There are sessions, and no mail is taken: only another mail can tell whether that is over.
                 self._failures += 1
-                self._trial = True
-                self._offered = not self._wake(1)
+                self._probe = True
+                self._probe_pending = not self._wake(1)
                 continue
             try:
                 self._sessions.release(await self._sessions.open())
-                self._back()
+                self._mark_up()
             except UnavailableError as error:
                 # A send may have opened a session meanwhile.
                 if self._trouble is not None:
                     self._failures += 1
-                    self._tell(error.outcome)
+                    self._set_trouble(error.outcome)
             except Exception:
                 # Nothing else would bring the pool up again.
                 self._failures += 1
                 _log.exception("relay_check_failed", relay=self.relay.name)
 
     async def _hand_over(
-        self, session: Session, mail_from: str, message: bytes, guard: Callable[[], bool], trial: bool
-    ) -> Outcome:
+        self, session: Session, mail_from: str, message: bytes, guard: Callable[[], bool], probe: bool
+    ) -> SendResult:
         try:
             outcome = await hand_over(session, mail_from, message, guard)
         except BaseException:
-            session.wire.abort("internal error")
+            session.connection.abort("internal error")
             raise
-        return self._ended(session, outcome, trial)
+        return self._finish_send(session, outcome, probe)
 
-    def _ended(self, session: Session, outcome: Outcome, trial: bool) -> Outcome:
-        outcome = self._judged(session, outcome)
-        if isinstance(outcome, NotSent) and outcome.ours:
-            self._down(outcome)
+    def _finish_send(self, session: Session, outcome: SendResult, probe: bool) -> SendResult:
+        outcome = self._count_unanswered(session, outcome)
+        if isinstance(outcome, NotSent) and outcome.spares_attempt:
+            self._mark_down(outcome)
         elif isinstance(outcome, Rejected) and outcome.about_session:
             self._sessions.end(session)
-        elif (trial or self._trouble is None) and self._shows_up(outcome):
+        elif (probe or self._trouble is None) and self._proves_recovery(outcome):
             self._failures = 0
-            self._back()
+            self._mark_up()
         self._sessions.release(session)
         return outcome
 
-    def _judged(self, session: Session, outcome: Outcome) -> Outcome:
+    def _count_unanswered(self, session: Session, outcome: SendResult) -> SendResult:
         """The outcome; ours where the relay has not answered MAIL in several new sessions in a row.
 
         MAIL names no recipient. One such session says little: it may have been the network, or this mail.
         """
-        if isinstance(outcome, NotSent) and outcome.at is At.MAIL and not outcome.ours:
+        if (
+            isinstance(outcome, NotSent)
+            and outcome.step is TransactionStep.MAIL
+            and not outcome.spares_attempt
+        ):
             # Where all commands went at once, the silence may be about the recipient.
-            silent = session.wire.timed_out and "PIPELINING" in session.extensions
+            silent = session.connection.timed_out and "PIPELINING" in session.extensions
             if session.fresh and not silent:
                 self._unanswered += 1
                 if self._unanswered >= _UNANSWERED:
-                    return replace(outcome, ours=True)
-        elif isinstance(outcome, Sent | InDoubt) or getattr(outcome, "at", None) is not None:
+                    return replace(outcome, spares_attempt=True)
+        elif isinstance(outcome, Sent | InDoubt) or getattr(outcome, "step", None) is not None:
             self._unanswered = 0
         return outcome
 
-    def _shows_up(self, outcome: Outcome) -> bool:
+    def _proves_recovery(self, outcome: SendResult) -> bool:
         """Whether it shows that the relay takes what it refused: a mail taken, or refused there or later."""
         if not isinstance(outcome, Rejected):
             return isinstance(outcome, Sent)
-        refused = self._trouble.at if self._trouble is not None else None
-        return outcome.at is not None and (refused is None or outcome.at.reaches(refused))
+        refused = self._trouble.step if self._trouble is not None else None
+        return outcome.step is not None and (refused is None or outcome.step.reaches(refused))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
-__all__ = ["Address", "Addresses", "ConnectError", "in_turn"]
+__all__ = ["Addresses", "ConnectError", "RelayAddress", "interleave_families"]
 
 # RFC 8305 section 8 recommends 250 ms.
 _DELAY = 0.25
@@ -15,7 +15,7 @@ _DELAY = 0.25
 _DEAD_FOR = 600.0
 
 
-class Address(NamedTuple):
+class RelayAddress(NamedTuple):
     """Where to connect to, as `getaddrinfo` has it."""
 
     family: int
@@ -40,9 +40,9 @@ class Addresses:
     def __init__(self, *, delay: float = _DELAY, dead_for: float = _DEAD_FOR) -> None:
         self._delay = delay
         self._dead_for = dead_for
-        self._dead: dict[Address, float] = {}
+        self._dead: dict[RelayAddress, float] = {}
 
-    async def resolve(self, host: str, port: int) -> list[Address]:
+    async def resolve(self, host: str, port: int) -> list[RelayAddress]:
         """Return the addresses in the order in which they are to be tried.
 
         Raises:
@@ -50,15 +50,17 @@ class Addresses:
         """
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return self.order([Address(family, sockaddr) for family, _, _, _, sockaddr in found])
+        return self.order([RelayAddress(family, sockaddr) for family, _, _, _, sockaddr in found])
 
-    def order(self, addresses: Sequence[Address]) -> list[Address]:
+    def order(self, addresses: Sequence[RelayAddress]) -> list[RelayAddress]:
         """Return the addresses as they are to be tried: families in turn, dead ones last."""
         now = asyncio.get_running_loop().time()
         self._dead = {address: until for address, until in self._dead.items() if until > now}
-        return sorted(in_turn(addresses), key=lambda address: address in self._dead)
+        return sorted(interleave_families(addresses), key=lambda address: address in self._dead)
 
-    async def connect(self, addresses: Sequence[Address], timeout: float) -> tuple[Address, socket.socket]:
+    async def connect(
+        self, addresses: Sequence[RelayAddress], timeout: float
+    ) -> tuple[RelayAddress, socket.socket]:
         """Connect to the first address that answers; the next one is tried after 250 ms, or at a failure.
 
         Args:
@@ -73,8 +75,8 @@ class Addresses:
             asyncio.CancelledError: and nothing is left open.
         """
         left = deque(addresses)
-        running: dict[asyncio.Task[socket.socket], Address] = {}
-        failed: dict[Address, str] = {}
+        running: dict[asyncio.Task[socket.socket], RelayAddress] = {}
+        failed: dict[RelayAddress, str] = {}
         try:
             while left or running:
                 if left:
@@ -103,21 +105,21 @@ class Addresses:
         ]
         raise ConnectError("; ".join(causes) or "no address")
 
-    def mark(self, *addresses: Address) -> None:
+    def mark(self, *addresses: RelayAddress) -> None:
         """Remember these as dead."""
         until = asyncio.get_running_loop().time() + self._dead_for
         self._dead.update(dict.fromkeys(addresses, until))
 
 
-def in_turn(addresses: Sequence[Address]) -> list[Address]:
+def interleave_families(addresses: Sequence[RelayAddress]) -> list[RelayAddress]:
     """Return the addresses with their families in turn, that of the first one first (RFC 8305 section 4)."""
-    families: dict[int, list[Address]] = {}
+    families: dict[int, list[RelayAddress]] = {}
     for address in dict.fromkeys(addresses):
         families.setdefault(address.family, []).append(address)
     return [address for address in chain(*zip_longest(*families.values())) if address is not None]
 
 
-async def _connected(address: Address, timeout: float) -> socket.socket:
+async def _connected(address: RelayAddress, timeout: float) -> socket.socket:
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

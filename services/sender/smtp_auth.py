@@ -6,18 +6,18 @@ import ssl
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Generator
 
-from services.sender.masking import Mask, shown
+from services.sender.masking import Mask, printable
 from services.sender.replies import Reply
 from services.sender.smtp_relay import Credentials, Tls
 
 __all__ = [
     "Exchange",
     "UnsupportedAuthError",
+    "challenge_text",
     "exchange",
-    "hidden",
+    "may_send_secret",
     "mechanisms",
-    "reason",
-    "secret_may_go",
+    "secret_mask",
 ]
 
 Exchange = Generator[bytes, Reply, None]
@@ -28,7 +28,7 @@ class UnsupportedAuthError(Exception):
     """The server offers no mechanism that these credentials can use."""
 
 
-def secret_may_go(tls: Tls, context: ssl.SSLContext | None) -> bool:
+def may_send_secret(tls: Tls, context: ssl.SSLContext | None) -> bool:
     """Whether a secret may be sent over a session: to a verified peer, or in clear if TLS is switched off.
 
     Without this, whoever strips STARTTLS from an opportunistic session, or answers it with a certificate of
@@ -68,18 +68,18 @@ def exchange(mechanism: str, user: str, secret: str) -> Exchange:
     return _EXCHANGES[mechanism](user, secret)
 
 
-def hidden(user: str, secret: str) -> Mask:
+def secret_mask(user: str, secret: str) -> Mask:
     """Return the mask of a secret and of the responses that hold it."""
     return Mask(secret, (_plain_response(user, secret), _xoauth2_response(user, secret)))
 
 
-def reason(challenge: Reply, mask: Mask) -> str:
+def challenge_text(challenge: Reply, mask: Mask) -> str:
     """Return what a 334 says in the clear, such as XOAUTH2's reason for a refusal; empty if nothing."""
     try:
         text = mask(b64decode(challenge.lines[0].strip(), validate=True)).decode()
     except (binascii.Error, ValueError):
         return ""
-    return shown(text)
+    return printable(text)
 
 
 def _plain_response(user: str, secret: str) -> bytes:

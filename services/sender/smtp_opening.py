@@ -8,19 +8,19 @@ from collections.abc import Mapping
 
 from services.sender.oauth import TokenError
 from services.sender.replies import Phase, Reply
-from services.sender.smtp_addresses import Address, Addresses, ConnectError
+from services.sender.smtp_addresses import Addresses, ConnectError, RelayAddress
 from services.sender.smtp_auth import (
     Exchange,
     UnsupportedAuthError,
+    challenge_text,
     exchange,
-    hidden,
+    may_send_secret,
     mechanisms,
-    reason,
-    secret_may_go,
+    secret_mask,
 )
+from services.sender.smtp_connection import SmtpConnection
 from services.sender.smtp_relay import Relay, Timeouts, Tls
-from services.sender.smtp_session import Learnt, Session, UnavailableError
-from services.sender.smtp_wire import Wire
+from services.sender.smtp_session import RelayMemory, Session, UnavailableError
 
 __all__ = ["open_session"]
 
@@ -32,7 +32,7 @@ async def open_session(
     relay: Relay,
     context: ssl.SSLContext | None,
     timeouts: Timeouts,
-    learnt: Learnt | None = None,
+    memory: RelayMemory | None = None,
     *,
     refused: Mapping[str, str] | None = None,
 ) -> Session:
@@ -47,33 +47,33 @@ async def open_session(
         UnavailableError: the relay cannot be reached, refuses us, or offers less than ``relay`` asks for.
         asyncio.CancelledError: and nothing is left open.
     """
-    learnt = learnt or Learnt()
+    memory = memory or RelayMemory()
     implicit = context if relay.tls is Tls.IMPLICIT else None
-    wire, name, address = await _connect(relay, implicit, timeouts, learnt.addresses)
-    session = Session(wire, name, timeouts)
+    connection, name, address = await _connect(relay, implicit, timeouts, memory.addresses)
+    session = Session(connection, name, timeouts)
     try:
         await _greet(session, relay)
         encrypted = relay.tls is Tls.IMPLICIT
         if context is not None and relay.tls in (Tls.STARTTLS, Tls.OPPORTUNISTIC):
             encrypted = await _start_tls(session, relay, context)
         if relay.credentials is not None:
-            await _authenticate(session, relay, context if encrypted else None, learnt, dict(refused or {}))
-        if wire.lost is not None:
-            raise UnavailableError.at(Phase.CONNECT, wire.lost, name)
+            await _authenticate(session, relay, context if encrypted else None, memory, dict(refused or {}))
+        if connection.lost is not None:
+            raise UnavailableError.during(Phase.CONNECT, connection.lost, name)
     except _HandshakeError as error:
         # Credentials would not go in clear either, and the certificate's trouble is what to show.
         if relay.tls is Tls.OPPORTUNISTIC and relay.credentials is None:
-            return await open_session(relay, None, timeouts, learnt)
-        learnt.addresses.mark(address)
-        raise UnavailableError.at(Phase.TLS, str(error), name) from error
+            return await open_session(relay, None, timeouts, memory)
+        memory.addresses.mark(address)
+        raise UnavailableError.during(Phase.TLS, str(error), name) from error
     except _ClosedAtAuthError as error:
         # A further mechanism is left to try, and the server closed with its refusal of this one.
-        return await open_session(relay, context, timeouts, learnt, refused=error.refused)
+        return await open_session(relay, context, timeouts, memory, refused=error.refused)
     except BaseException as error:
-        wire.abort("session not opened")
+        connection.abort("session not opened")
         if isinstance(error, UnavailableError) and error.outcome.phase in (Phase.CONNECT, Phase.TLS):
             # Another address may be better off.
-            learnt.addresses.mark(address)
+            memory.addresses.mark(address)
         raise
     return session
 
@@ -90,13 +90,13 @@ class _ClosedAtAuthError(Exception):
 
 async def _connect(
     relay: Relay, implicit: ssl.SSLContext | None, timeouts: Timeouts, addresses: Addresses
-) -> tuple[Wire, str, Address]:
+) -> tuple[SmtpConnection, str, RelayAddress]:
     where = f"{relay.host}:{relay.port}"
     try:
         async with asyncio.timeout(timeouts.connect):
             left = await addresses.resolve(relay.host, relay.port)
     except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-        raise UnavailableError.at(
+        raise UnavailableError.during(
             Phase.CONNECT, f"name lookup: {str(error) or 'timed out'}", where
         ) from error
     refused: UnavailableError | None = None
@@ -105,24 +105,24 @@ async def _connect(
             address, sock = await addresses.connect(left, timeouts.connect)
         except ConnectError as error:
             name = _name(relay, left[0]) if len(left) == 1 else where
-            raise refused or UnavailableError.at(Phase.CONNECT, str(error), name) from error
+            raise refused or UnavailableError.during(Phase.CONNECT, str(error), name) from error
         name = _name(relay, address)
         try:
             return await _wire(relay, sock, implicit, timeouts), name, address
         except OSError as error:
             addresses.mark(address)
             left.remove(address)
-            refused = UnavailableError.at(Phase.TLS, f"TLS handshake: {error}", name)
+            refused = UnavailableError.during(Phase.TLS, f"TLS handshake: {error}", name)
     raise refused
 
 
 async def _wire(
     relay: Relay, sock: socket.socket, implicit: ssl.SSLContext | None, timeouts: Timeouts
-) -> Wire:
+) -> SmtpConnection:
     loop = asyncio.get_running_loop()
     try:
-        _, wire = await loop.create_connection(
-            Wire,
+        _, connection = await loop.create_connection(
+            SmtpConnection,
             sock=sock,
             ssl=implicit,
             server_hostname=relay.host if implicit else None,
@@ -131,31 +131,31 @@ async def _wire(
     except BaseException:
         sock.close()
         raise
-    return wire
+    return connection
 
 
-def _name(relay: Relay, address: Address) -> str:
+def _name(relay: Relay, address: RelayAddress) -> str:
     """How the relay is shown: with its address, where its host is a name."""
     shown = relay.host if address.ip == relay.host else f"{relay.host}[{address.ip}]"
     return f"{shown}:{relay.port}"
 
 
 async def _greet(session: Session, relay: Relay) -> None:
-    banner = await session.wire.greeting(session.timeouts.opening)
+    banner = await session.connection.greeting(session.timeouts.opening)
     if not banner or not banner[0].ok:
         raise _refused(session, Phase.CONNECT, banner, "banner")
     await _hello(session, relay)
 
 
 async def _hello(session: Session, relay: Relay) -> None:
-    name = relay.client_name or _literal(session.wire)
-    answer = await session.wire.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.opening)
+    name = relay.client_name or _literal(session.connection)
+    answer = await session.connection.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.opening)
     if answer and answer[0].ok:
         session.learn(answer[0])
         return
     if answer and answer[0].permanent:
         refused = answer
-        answer = await session.wire.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.opening)
+        answer = await session.connection.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.opening)
         if answer and answer[0].ok:
             session.learn(Reply(250, ("",)))
             return
@@ -169,15 +169,15 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
     required = relay.tls is Tls.STARTTLS
     if "STARTTLS" not in session.extensions:
         if required:
-            raise UnavailableError.at(Phase.TLS, "the relay does not offer STARTTLS", session.name)
+            raise UnavailableError.during(Phase.TLS, "the relay does not offer STARTTLS", session.name)
         return False
-    answer = await session.wire.ask(b"STARTTLS\r\n", 1, session.timeouts.opening)
-    if session.wire.lost is not None or not answer[0].ok:
-        if required or session.wire.lost is not None:
+    answer = await session.connection.ask(b"STARTTLS\r\n", 1, session.timeouts.opening)
+    if session.connection.lost is not None or not answer[0].ok:
+        if required or session.connection.lost is not None:
             raise _refused(session, Phase.TLS, answer, "STARTTLS")
         return False
     try:
-        await session.wire.start_tls(context, relay.host, session.timeouts.tls)
+        await session.connection.start_tls(context, relay.host, session.timeouts.tls)
     except OSError as error:
         raise _HandshakeError(f"TLS handshake: {error}") from error
     await _hello(session, relay)
@@ -188,27 +188,27 @@ async def _authenticate(
     session: Session,
     relay: Relay,
     context: ssl.SSLContext | None,
-    learnt: Learnt,
+    memory: RelayMemory,
     refused: dict[str, str],
 ) -> None:
     """Try the mechanisms that both sides know, one after the other, until one is taken."""
-    credentials, wire = relay.credentials, session.wire
+    credentials, connection = relay.credentials, session.connection
     assert credentials is not None
-    if not secret_may_go(relay.tls, context):
+    if not may_send_secret(relay.tls, context):
         cause = "credentials go only to a relay whose certificate is verified, unless TLS is switched off"
-        raise UnavailableError.at(Phase.AUTH, cause, session.name)
+        raise UnavailableError.during(Phase.AUTH, cause, session.name)
     try:
         names = mechanisms(credentials, session.auth)
         secret = await credentials.tokens.get() if credentials.tokens is not None else credentials.secret
     except (UnsupportedAuthError, TokenError) as error:
         cause = f"OAuth token: {error}" if isinstance(error, TokenError) else str(error)
-        raise UnavailableError.at(Phase.AUTH, cause, session.name) from error
-    wire.mask = hidden(credentials.user, secret)
-    left = sorted((name for name in names if name not in refused), key=lambda name: name != learnt.mechanism)
+        raise UnavailableError.during(Phase.AUTH, cause, session.name) from error
+    connection.mask = secret_mask(credentials.user, secret)
+    left = sorted((name for name in names if name not in refused), key=lambda name: name != memory.mechanism)
     for name in left:
         answer, reasons = await _exchange(session, exchange(name, credentials.user, secret))
-        if wire.lost is None and answer[0].ok:
-            learnt.mechanism = name
+        if connection.lost is None and answer[0].ok:
+            memory.mechanism = name
             return
         if not answer and name != left[0]:
             # The server closed with its refusal of the one before.
@@ -222,7 +222,7 @@ async def _authenticate(
     causes = (
         [f"AUTH {name}: {said}" for name, said in refused.items()] if told else list(refused.values())[:1]
     )
-    raise UnavailableError.at(Phase.AUTH, "; ".join(causes), session.name)
+    raise UnavailableError.during(Phase.AUTH, "; ".join(causes), session.name)
 
 
 async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], list[str]]:
@@ -230,10 +230,10 @@ async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], lis
     line = next(lines)
     reasons: list[str] = []
     while True:
-        answer = await session.wire.ask(line, 1, session.timeouts.opening)
+        answer = await session.connection.ask(line, 1, session.timeouts.opening)
         if not answer or not answer[0].intermediate or line == _CANCEL:
             return answer, [said for said in reasons if said.startswith("{")]
-        reasons.append(reason(answer[0], session.wire.mask))
+        reasons.append(challenge_text(answer[0], session.connection.mask))
         try:
             line = lines.send(answer[0])
         except StopIteration:
@@ -242,10 +242,10 @@ async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], lis
 
 def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> UnavailableError:
     said = str(answer[0]) if answer else f"no answer to {to}"
-    cause = said if answer and not answer[0].ok else f"{said}: {session.wire.lost}"
-    return UnavailableError.at(phase, cause, session.name)
+    cause = said if answer and not answer[0].ok else f"{said}: {session.connection.lost}"
+    return UnavailableError.during(phase, cause, session.name)
 
 
-def _literal(wire: Wire) -> str:
-    ip = ipaddress.ip_address(wire.transport.get_extra_info("sockname")[0].partition("%")[0])
+def _literal(connection: SmtpConnection) -> str:
+    ip = ipaddress.ip_address(connection.transport.get_extra_info("sockname")[0].partition("%")[0])
     return f"[IPv6:{ip}]" if ip.version == 6 else f"[{ip}]"

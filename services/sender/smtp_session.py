@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from services.sender.replies import NotSent, Phase, Reply
 from services.sender.smtp_addresses import Addresses
+from services.sender.smtp_connection import SmtpConnection
 from services.sender.smtp_relay import Timeouts
-from services.sender.smtp_wire import Wire
 
-__all__ = ["Learnt", "Session", "UnavailableError"]
+__all__ = ["RelayMemory", "Session", "UnavailableError"]
 
 
 class UnavailableError(Exception):
@@ -19,12 +19,12 @@ class UnavailableError(Exception):
         self.outcome = outcome
 
     @classmethod
-    def at(cls, phase: Phase, cause: str, relay: str) -> "UnavailableError":
+    def during(cls, phase: Phase, cause: str, relay: str) -> "UnavailableError":
         return cls(NotSent(phase, cause, True, relay))
 
 
 @dataclass(slots=True)
-class Learnt:
+class RelayMemory:
     """What sessions with a relay have shown, for those that are opened later."""
 
     addresses: Addresses = field(default_factory=Addresses)
@@ -37,18 +37,18 @@ class Session:
 
     __slots__ = (
         "auth",
+        "connection",
         "extensions",
         "fresh",
         "idle_since",
         "mails",
         "name",
+        "needs_reset",
         "timeouts",
-        "unclean",
-        "wire",
     )
 
-    def __init__(self, wire: Wire, name: str, timeouts: Timeouts) -> None:
-        self.wire = wire
+    def __init__(self, connection: SmtpConnection, name: str, timeouts: Timeouts) -> None:
+        self.connection = connection
         self.timeouts = timeouts
         self.name = name
         """The relay as it is shown: ``mail.example.org[192.0.2.1]:25``."""
@@ -58,7 +58,7 @@ class Session:
         self.fresh = True
         """False once it has been idle: what fails then before the envelope may be the server's idle
         timeout."""
-        self.unclean = False
+        self.needs_reset = False
         """Whether the server may be in the middle of a transaction, so that RSET must come before MAIL."""
         self.mails = 0
         self.idle_since = 0.0

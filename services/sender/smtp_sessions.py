@@ -9,18 +9,18 @@ from typing import NamedTuple
 from services.sender.replies import Phase
 from services.sender.smtp_opening import open_session
 from services.sender.smtp_relay import Limits, Relay, Timeouts, Tls
-from services.sender.smtp_session import Learnt, Session, UnavailableError
+from services.sender.smtp_session import RelayMemory, Session, UnavailableError
 
-__all__ = ["Sessions", "pause"]
+__all__ = ["Sessions", "backoff_seconds"]
 
 
-class _Waiter(NamedTuple):
+class _SessionWaiter(NamedTuple):
     turn: asyncio.Future[Session | None]
     fresh: bool
     """Whether only a new session will do."""
 
 
-def pause(limits: Limits, failures: int) -> float:
+def backoff_seconds(limits: Limits, failures: int) -> float:
     """The seconds to wait after so many failures in a row: doubling, with jitter."""
     return min(limits.backoff * 2.0 ** min(failures - 1, 16), limits.backoff_max) * random.uniform(0.75, 1.25)
 
@@ -36,15 +36,15 @@ class Sessions:
         self._relay = relay
         self._limits = limits
         self._timeouts = timeouts
-        self._learnt = Learnt()
+        self._memory = RelayMemory()
         self._context = None if relay.tls is Tls.NONE else relay.tls_context()
         self._ready: set[Session] = set()
         self._idle: deque[Session] = deque()  # the one used last on the right
         self._sockets: set[asyncio.Future[None]] = set()
-        self._waiters: deque[_Waiter] = deque()
-        self._reaper: asyncio.TimerHandle | None = None
+        self._waiters: deque[_SessionWaiter] = deque()
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._refusals = 0
-        self._rest: asyncio.TimerHandle | None = None
+        self._growth_timer: asyncio.TimerHandle | None = None
         self._closing = False
         self.opening = 0
         self.opened = 0
@@ -72,8 +72,8 @@ class Sessions:
         while not self._closing:
             if self._idle and not fresh:
                 return self._idle.pop()
-            if self._idle and not self._may_grow() and self._lacks_room(1):
-                self._idle.popleft().wire.quit(self._timeouts.quit)
+            if self._idle and not self._may_grow() and self._needs_place(1):
+                self._idle.popleft().connection.quit(self._timeouts.quit)
             session = await (self._grow() if self._may_grow() else self._wait(fresh))
             if session is not None:
                 return session
@@ -81,28 +81,28 @@ class Sessions:
 
     def release(self, session: Session) -> None:
         """Take a session back, whatever has become of it."""
-        if session.wire.lost is not None:
+        if session.connection.lost is not None:
             return
         session.fresh = False
         if self._closing or session.mails >= self._limits.mails_per_session:
-            session.wire.quit(self._timeouts.quit)
+            session.connection.quit(self._timeouts.quit)
             return
         while (waiter := next((w for w in self._waiters if not w.fresh), None)) is not None:
             self._waiters.remove(waiter)
-            if _answer(waiter, session):
+            if _resume(waiter, session):
                 return
-        if self._lacks_room(0):
-            session.wire.quit(self._timeouts.quit)
+        if self._needs_place(0):
+            session.connection.quit(self._timeouts.quit)
             return
         loop = asyncio.get_running_loop()
         session.idle_since = loop.time()
         self._idle.append(session)
-        if self._reaper is None:
-            self._reaper = loop.call_later(self._limits.idle, self._reap)
+        if self._idle_timer is None:
+            self._idle_timer = loop.call_later(self._limits.idle, self._close_idle)
 
     def end(self, session: Session) -> None:
         """Close a session that was acquired. It is given to ``release`` all the same."""
-        session.wire.quit(self._timeouts.quit)
+        session.connection.quit(self._timeouts.quit)
 
     async def open(self) -> Session:
         """A new session, whoever waits.
@@ -112,7 +112,7 @@ class Sessions:
         """
         self.opening += 1
         try:
-            session = await open_session(self._relay, self._context, self._timeouts, self._learnt)
+            session = await open_session(self._relay, self._context, self._timeouts, self._memory)
         except UnavailableError:
             raise
         except BaseException:
@@ -124,31 +124,31 @@ class Sessions:
         self._refusals = 0
         self.opened += 1
         self._ready.add(session)
-        self._sockets.add(session.wire.closed)
-        session.wire.closed.add_done_callback(self._let_go)
-        session.wire.watch(lambda: self._forget(session))
+        self._sockets.add(session.connection.closed)
+        session.connection.closed.add_done_callback(self._socket_closed)
+        session.connection.watch(lambda: self._remove(session))
         # Those that came while the relay refused more sessions need not wait for this one.
         self._wake()
         return session
 
-    def dismiss(self, error: UnavailableError) -> None:
+    def fail_waiters(self, error: UnavailableError) -> None:
         """Have all that wait raise ``error``."""
         while self._waiters:
-            _answer(self._waiters.popleft(), error)
+            _resume(self._waiters.popleft(), error)
 
     async def close(self, grace: float) -> None:
         """Open none any more, wait ``grace`` seconds for those in use, say QUIT, abort what is left."""
         self._closing = True
-        for timer in (self._reaper, self._rest):
+        for timer in (self._idle_timer, self._growth_timer):
             if timer is not None:
                 timer.cancel()
-        self.dismiss(self._closed())
+        self.fail_waiters(self._closed())
         while self._idle:
-            self._idle.pop().wire.quit(self._timeouts.quit)
+            self._idle.pop().connection.quit(self._timeouts.quit)
         if self._ready:
-            await asyncio.wait({session.wire.closed for session in self._ready}, timeout=grace)
+            await asyncio.wait({session.connection.closed for session in self._ready}, timeout=grace)
         for session in tuple(self._ready):
-            session.wire.abort("closed by us")
+            session.connection.abort("closed by us")
         if self._sockets:
             await asyncio.wait(self._sockets, timeout=self._timeouts.quit + 1)
 
@@ -156,9 +156,9 @@ class Sessions:
         # A socket that is still closing counts: the relay may count it too.
         if len(self._sockets) + self.opening >= self._limits.sessions or self._closing:
             return False
-        return not self._ready or self._rest is None
+        return not self._ready or self._growth_timer is None
 
-    def _lacks_room(self, more: int) -> bool:
+    def _needs_place(self, more: int) -> bool:
         """Whether so many more than wait need a new session than old ones are closing."""
         return len(self._waiters) + more > len(self._sockets) - len(self._ready)
 
@@ -169,19 +169,21 @@ class Sessions:
         except UnavailableError:
             if not self._ready:
                 raise
-        if self._rest is None:
+        if self._growth_timer is None:
             self._refusals += 1
             loop = asyncio.get_running_loop()
-            self._rest = loop.call_later(pause(self._limits, self._refusals), self._rested)
+            self._growth_timer = loop.call_later(
+                backoff_seconds(self._limits, self._refusals), self._allow_growth
+            )
         return None
 
-    def _rested(self) -> None:
-        self._rest = None
+    def _allow_growth(self) -> None:
+        self._growth_timer = None
         self._wake()
 
     async def _wait(self, fresh: bool) -> Session | None:
         """Wait for what another gives back: its session, or None for the place of a lost one."""
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), fresh)
+        waiter = _SessionWaiter(asyncio.get_running_loop().create_future(), fresh)
         self._waiters.append(waiter)
         turn = waiter.turn
         try:
@@ -198,32 +200,32 @@ class Sessions:
     def _wake(self) -> None:
         """Let one that waits open a session, if there is place for it."""
         while self._waiters and self._may_grow():
-            if _answer(self._waiters.popleft(), None):
+            if _resume(self._waiters.popleft(), None):
                 return
 
-    def _forget(self, session: Session) -> None:
+    def _remove(self, session: Session) -> None:
         self._ready.discard(session)
         if session in self._idle:
             self._idle.remove(session)
 
-    def _let_go(self, socket: asyncio.Future[None]) -> None:
+    def _socket_closed(self, socket: asyncio.Future[None]) -> None:
         self._sockets.discard(socket)
         self._wake()
 
-    def _reap(self) -> None:
+    def _close_idle(self) -> None:
         """Close what has been idle for too long."""
-        self._reaper = None
+        self._idle_timer = None
         loop = asyncio.get_running_loop()
         while self._idle and self._idle[0].idle_since + self._limits.idle <= loop.time():
-            self._idle.popleft().wire.quit(self._timeouts.quit)
+            self._idle.popleft().connection.quit(self._timeouts.quit)
         if self._idle:
-            self._reaper = loop.call_at(self._idle[0].idle_since + self._limits.idle, self._reap)
+            self._idle_timer = loop.call_at(self._idle[0].idle_since + self._limits.idle, self._close_idle)
 
     def _closed(self) -> UnavailableError:
-        return UnavailableError.at(Phase.CONNECT, "the pool is closed", self._relay.name)
+        return UnavailableError.during(Phase.CONNECT, "the pool is closed", self._relay.name)
 
 
-def _answer(waiter: _Waiter, answer: Session | UnavailableError | None) -> bool:
+def _resume(waiter: _SessionWaiter, answer: Session | UnavailableError | None) -> bool:
     """Give a waiter its answer; False if it no longer waits."""
     if waiter.turn.done():
         return False

@@ -4,24 +4,24 @@ import asyncio
 import re
 from collections.abc import Callable
 
-from services.sender.refusals import Whose, whose
+from services.sender.refusals import RefusalScope, refusal_scope
 from services.sender.replies import (
-    At,
     InDoubt,
     LeaseLost,
     NotSent,
-    Outcome,
     Phase,
     Rejected,
     Reply,
+    SendResult,
     Sent,
+    TransactionStep,
 )
 from services.sender.retry_hints import retry_hint
 from services.sender.smtp_session import Session
 
 __all__ = ["StaleSessionError", "begin", "check_mail", "hand_over"]
 
-_COMMANDS = (At.MAIL, At.RCPT, At.DATA)
+_COMMANDS = (TransactionStep.MAIL, TransactionStep.RCPT, TransactionStep.DATA)
 _ADDRESS = re.compile(r"[^\x00-\x20\x7f-\xa0<>\u2028\u2029]*")
 _SLOWEST = 10_000  # bytes a second that a message may leave at
 
@@ -46,7 +46,7 @@ def check_mail(mail_from: str, rcpt: str, message: bytes) -> None:
 
 async def begin(
     session: Session, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
-) -> Outcome | None:
+) -> SendResult | None:
     """Send the envelope of a mail that ``check_mail`` let pass, up to the answer to DATA.
 
     Args:
@@ -71,12 +71,14 @@ async def begin(
         f"RCPT TO:<{rcpt}>\r\n".encode(),
         b"DATA\r\n",
     ]
-    if session.unclean:
+    if session.needs_reset:
         commands.insert(0, b"RSET\r\n")
     return await _envelope(session, commands, mail_from)
 
 
-async def hand_over(session: Session, mail_from: str, message: bytes, guard: Callable[[], bool]) -> Outcome:
+async def hand_over(
+    session: Session, mail_from: str, message: bytes, guard: Callable[[], bool]
+) -> SendResult:
     """Send the message after ``begin`` returned None, and return what the server's answer means.
 
     Args:
@@ -85,23 +87,25 @@ async def hand_over(session: Session, mail_from: str, message: bytes, guard: Cal
 
     Cancelling cuts the connection off. The result then says whether the message may have gone out.
     """
-    wire, timeouts = session.wire, session.timeouts
-    if wire.lost is not None:
-        return NotSent(Phase.DATA, wire.lost, False, session.name, wire.said, At.MESSAGE)
+    connection, timeouts = session.connection, session.timeouts
+    if connection.lost is not None:
+        return NotSent(
+            Phase.DATA, connection.lost, False, session.name, connection.unparsed, TransactionStep.MESSAGE
+        )
     if not guard():
         # After a 354 only a message or the end of the connection can follow.
-        wire.abort("lease lost")
+        connection.abort("lease lost")
         return LeaseLost(Phase.DATA)
     try:
-        answer = await wire.ask(
+        answer = await connection.ask(
             _stuffed(message),
             1,
             timeouts.after_dot,
             flush_timeout=timeouts.block + len(message) / _SLOWEST,
-            patient=True,
+            lenient=True,
         )
     except asyncio.CancelledError:
-        answer = wire.replies
+        answer = connection.replies
     return await _verdict(session, mail_from, answer)
 
 
@@ -132,96 +136,102 @@ def _never(session: Session, reply: str) -> Rejected:
     return Rejected(Phase.ENVELOPE, reply, True, None, session.name)
 
 
-async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> Outcome | None:
+async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> SendResult | None:
     """Everything up to the 354: None when it came, and what stopped it otherwise.
 
     The replies are read in order, and the first that is not the expected one decides: those behind it, to
     commands that were sent with it, only follow from it.
     """
-    wire, timeouts = session.wire, session.timeouts
+    connection, timeouts = session.connection, session.timeouts
     pipelined = "PIPELINING" in session.extensions
     replies: list[Reply] = []
     if pipelined:
-        replies = await wire.ask(b"".join(commands), len(commands), timeouts.command)
+        replies = await connection.ask(b"".join(commands), len(commands), timeouts.command)
     else:
         for command in commands:
             limit = timeouts.data if command is commands[-1] else timeouts.command
-            replies += await wire.ask(command, 1, limit)
-            if wire.lost is not None or not replies[-1].ok:
+            replies += await connection.ask(command, 1, limit)
+            if connection.lost is not None or not replies[-1].ok:
                 break
     last = len(commands) - 1
     mail = last - 2
     stopped = next((i for i, r in enumerate(replies) if not (r.intermediate if i == last else r.ok)), None)
     if stopped is None:
         if len(replies) > last:
-            session.unclean = False
+            session.needs_reset = False
             return None
-        if not replies and not session.fresh and not wire.timed_out:
-            raise StaleSessionError(wire.lost)
+        if not replies and not session.fresh and not connection.timed_out:
+            raise StaleSessionError(connection.lost)
         phase = Phase.DATA if len(replies) == last else Phase.ENVELOPE
-        at = _COMMANDS[max(len(replies) - mail, 0)]
-        return NotSent(phase, wire.lost or "no answer", False, session.name, wire.said, at)
+        step = _COMMANDS[max(len(replies) - mail, 0)]
+        return NotSent(phase, connection.lost or "no answer", False, session.name, connection.unparsed, step)
     reply = replies[stopped]
     if stopped < mail or (stopped == mail and reply.code == 503):
         # RSET refused, or MAIL out of sequence: that is about the session and never about this mail.
-        wire.abort(str(reply))
+        connection.abort(str(reply))
         if not session.fresh:
             raise StaleSessionError(str(reply))
-    session.unclean = True
+    session.needs_reset = True
     if pipelined and stopped < last < len(replies) and replies[last].intermediate:
         # RFC 2920 §3.1: a server that takes DATA without a recipient gets a lone dot.
-        await wire.ask(b".\r\n", 1, timeouts.command)
+        await connection.ask(b".\r\n", 1, timeouts.command)
     phase = Phase.DATA if stopped == last else Phase.ENVELOPE
     return await _refusal(session, phase, _COMMANDS[stopped - mail], reply, mail_from)
 
 
-async def _refusal(session: Session, phase: Phase, at: At, reply: Reply, mail_from: str) -> Outcome:
+async def _refusal(
+    session: Session, phase: Phase, step: TransactionStep, reply: Reply, mail_from: str
+) -> SendResult:
     """What a reply other than yes means: to this mail, to the session, or to all mails."""
     if not (reply.transient or reply.permanent):
-        session.wire.abort(f"out of step: {reply}")
-        return NotSent(phase, f"out of step: {reply}", False, session.name, str(reply), at)
-    about = whose(at, reply, mail_from)
-    if about is Whose.MAIL and reply.transient:
+        session.connection.abort(f"out of step: {reply}")
+        return NotSent(phase, f"out of step: {reply}", False, session.name, str(reply), step)
+    about = refusal_scope(step, reply, mail_from)
+    if about is RefusalScope.MAIL and reply.transient:
         try:
-            about = whose(at, reply, mail_from, closed=await _closed(session))
+            about = refusal_scope(step, reply, mail_from, closed=await _closed(session))
         except asyncio.CancelledError:
             # After the dot the answer counts, also where nobody waits for what follows it.
             if phase is not Phase.AFTER_DOT:
                 raise
-    if about is Whose.ACCOUNT:
-        return NotSent(phase, str(reply), True, session.name, at=at)
+    if about is RefusalScope.ACCOUNT:
+        return NotSent(phase, str(reply), True, session.name, step=step)
     hint = retry_hint(reply)
-    return Rejected(phase, str(reply), reply.permanent, hint, session.name, about is Whose.SESSION, at)
+    return Rejected(
+        phase, str(reply), reply.permanent, hint, session.name, about is RefusalScope.SESSION, step
+    )
 
 
 async def _closed(session: Session) -> bool:
     """Whether the server closed the connection with what it said last. RSET finds it out."""
-    wire = session.wire
-    if wire.lost is None:
-        answer = await wire.ask(b"RSET\r\n", 1, session.timeouts.quit)
-        session.unclean = not (answer and answer[0].ok)
-    return wire.lost is not None and not wire.timed_out
+    connection = session.connection
+    if connection.lost is None:
+        answer = await connection.ask(b"RSET\r\n", 1, session.timeouts.quit)
+        session.needs_reset = not (answer and answer[0].ok)
+    return connection.lost is not None and not connection.timed_out
 
 
-async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> Outcome:
+async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> SendResult:
     """What the answer to the message, or its absence, means."""
-    wire = session.wire
+    connection = session.connection
     if not answer:
-        cause = wire.lost or "no answer"
-        if wire.unsent:
-            return NotSent(Phase.DATA, cause, False, session.name, wire.said, At.MESSAGE)
-        return InDoubt(cause, session.name, wire.said)
+        cause = connection.lost or "no answer"
+        if connection.unsent:
+            return NotSent(
+                Phase.DATA, cause, False, session.name, connection.unparsed, TransactionStep.MESSAGE
+            )
+        return InDoubt(cause, session.name, connection.unparsed)
     reply = answer[0]
     # Postfix keeps the transaction open when it refuses at the end of data, and then takes no MAIL.
-    session.unclean = not reply.ok
-    if wire.unsent:
-        return await _refusal(session, Phase.DATA, At.MESSAGE, reply, mail_from)
+    session.needs_reset = not reply.ok
+    if connection.unsent:
+        return await _refusal(session, Phase.DATA, TransactionStep.MESSAGE, reply, mail_from)
     if reply.ok:
         return Sent(str(reply), session.name)
     if reply.intermediate:
-        wire.abort(f"out of step: {reply}")
+        connection.abort(f"out of step: {reply}")
         return InDoubt(f"out of step: {reply}", session.name, str(reply))
-    return await _refusal(session, Phase.AFTER_DOT, At.MESSAGE, reply, mail_from)
+    return await _refusal(session, Phase.AFTER_DOT, TransactionStep.MESSAGE, reply, mail_from)
 
 
 def _stuffed(message: bytes) -> bytes:

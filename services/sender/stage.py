@@ -36,7 +36,7 @@ from services.common.stage.delays import schedule
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
 from services.common.stages import STAGES
 from services.sender import replies
-from services.sender.answers import answer, found_in_doubt
+from services.sender.answers import answer, takeover_event
 from services.sender.async_claims import AsyncClaims
 from services.sender.composer import Composer
 from services.sender.leases import Leases
@@ -49,10 +49,10 @@ from services.sender.metrics import (
     SENDER_SKIPPED,
 )
 from services.sender.policy import Policy
-from services.sender.slots import Crowded, Slots
+from services.sender.slots import DomainSaturated, Slots
 from services.sender.smtp import SendCancelled
 
-__all__ = ["Domain", "Pool", "Publish", "Sender", "stage"]
+__all__ = ["DomainUse", "Pool", "Publish", "Sender", "stage"]
 
 log = structlog.get_logger(__name__)
 
@@ -63,12 +63,12 @@ Publish = Callable[[Sequence[Event], bytes | None], Awaitable[None]]
 
 # A claim that another holds is asked for again this often (seconds): most are settled long before their
 # lease ends.
-_LOOK_AGAIN = 0.5
+_CLAIM_POLL_SECONDS = 0.5
 # What a cancelled handler still has to write is given this long (seconds), unless it handed its mail over.
-_LAST_WORDS = 5.0
+_CLEANUP_TIMEOUT = 5.0
 
 
-class Domain(NamedTuple):
+class DomainUse(NamedTuple):
     """What a recipients' domain has of a sender: sessions, claims (those with a session among them), records
     that wait for a claim, and the seconds since one of its sessions was taken or given back."""
 
@@ -89,15 +89,15 @@ class Pool(Protocol):
 
     async def send(
         self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
-    ) -> replies.Outcome: ...
+    ) -> replies.SendResult: ...
 
 
 class Sender:
     """Handles `mx.ok` and `task.cancelled`. Belongs to one event loop.
 
-    `hands` bounds the mails that are claimed and not settled, `sessions` those that the pool has. `owner`
-    returns a token that no claim has had before; `now_us` the time in microseconds since the Unix epoch.
-    `handover` is how long (seconds) a mail that was handed over may go on without its handler.
+    `claim_slots` bounds the mails that are claimed and not settled, `sessions` the mails that the pool sends.
+    `owner` returns a new owner token at each call. `now_us` returns microseconds since the Unix epoch.
+    `handover` is how long (seconds) a handed-over mail may go on after its handler was cancelled.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Sender:
         pool: Pool,
         composer: Composer,
         policy: Policy,
-        hands: Slots,
+        claim_slots: Slots,
         sessions: Slots,
         publish: Publish,
         owner: Callable[[], bytes],
@@ -117,11 +117,16 @@ class Sender:
         rng: random.Random | None = None,
     ) -> None:
         self._claims, self._leases, self._pool = claims, leases, pool
-        self._composer, self._policy, self._hands, self._sessions = composer, policy, hands, sessions
+        self._composer, self._policy, self._claim_slots, self._sessions = (
+            composer,
+            policy,
+            claim_slots,
+            sessions,
+        )
         self._publish, self._owner, self._now_us = publish, owner, now_us
         self._handover = handover
         self._rng = rng or random.Random()
-        self._last_words: set[asyncio.Task[object]] = set()
+        self._cleanups: set[asyncio.Task[object]] = set()
         self.handed_over = 0
         """Mails that were handed over and go on without their handlers, not settled yet."""
 
@@ -142,14 +147,14 @@ class Sender:
         """
         if self.handed_over:
             log.info("mails were handed over: waiting for their replies", mails=self.handed_over)
-        while self._last_words:
-            await asyncio.wait(self._last_words)
+        while self._cleanups:
+            await asyncio.wait(self._cleanups)
 
     async def _cancel(self, event: pb.TaskCancelled) -> Outcome:
         while True:
             verdict = await self._claims.claim(Cancel(event.id, event.epoch, self._owner()))
             if isinstance(verdict, Wait):
-                await _pause(verdict)
+                await _wait_for_claim(verdict)
                 continue
             if isinstance(verdict, Stale):
                 return Done()
@@ -160,41 +165,41 @@ class Sender:
         message_id = self._composer.message_id(task.id)
         while True:
             # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
-            trial = False
+            probe = False
             if not self._pool.available:
                 await self._pool.wait_available()
-                trial = not self._pool.available
-            if self._sessions.stands(task.domain):
-                return self._put_off(task.domain)
+                probe = not self._pool.available
+            if self._sessions.is_stalled(task.domain):
+                return self._defer_untried(task.domain)
             try:
-                await self._hands.acquire(task.domain)
-            except Crowded:
-                return self._put_off(task.domain)
-            # `unspent` has the slot not count for the domain's rate, unless the relay was tried.
-            with ExitStack() as held, ExitStack() as unspent:
-                held.callback(self._hands.release, task.domain)
-                unspent.callback(self._hands.unspent, task.domain)
+                await self._claim_slots.acquire(task.domain)
+            except DomainSaturated:
+                return self._defer_untried(task.domain)
+            # `refund_rate` has the slot not count for the domain's rate, unless the relay was tried.
+            with ExitStack() as held, ExitStack() as refund_rate:
+                held.callback(self._claim_slots.release, task.domain)
+                refund_rate.callback(self._claim_slots.refund_rate, task.domain)
                 # The relay may have gone down during the wait; one mail may still be tried.
-                if not (self._pool.available or trial):
+                if not (self._pool.available or probe):
                     continue
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
                 verdict = await self._claim(claim)
                 if isinstance(verdict, Taken):
                     try:
-                        settled = await self._attempt(verdict, record, event, held, unspent)
-                    except Crowded:
-                        return self._put_off(task.domain)
+                        settled = await self._attempt(verdict, record, event, held, refund_rate)
+                    except DomainSaturated:
+                        return self._defer_untried(task.domain)
                     if settled is None:
                         continue
                     return self._answer(settled)
             if isinstance(verdict, Wait):
-                await _pause(verdict)
+                await _wait_for_claim(verdict)
                 continue
             SENDER_SKIPPED.labels("stale" if isinstance(verdict, Stale) else "stored").inc()
             if isinstance(verdict, Stale):
                 return Done()
             if verdict.row.owner == claim.owner:
-                _doubt(verdict.row, "takeover")
+                _count_doubt(verdict.row, "takeover")
             return self._answer(verdict.row)
 
     async def _claim(self, claim: Claim) -> ClaimAnswer:
@@ -203,15 +208,15 @@ class Sender:
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            self._go_on(self._in_time(self._withdraw(answer), _LAST_WORDS))
+            self._run_cleanup(self._within(self._release_claim(answer), _CLEANUP_TIMEOUT))
             raise
 
     async def _attempt(
-        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack, unspent: ExitStack
+        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack, refund_rate: ExitStack
     ) -> Delivery | None:
         """Send the claimed mail; return its settled row, or None where the claim must be asked for anew.
 
-        `held` is what is given back when the attempt is over, `unspent` where it was none. Raises Crowded
+        `held` is what is given back when the attempt is over, `refund_rate` where it was none. Raises Crowded
         where the domain's sessions stand still; the claim is free again then.
         """
         row = taken.row._replace(reason="")
@@ -221,7 +226,7 @@ class Sender:
         # What leaves the row to its next owner as if this one had never had it; None where nothing does.
         back: Delivery | None = released_row(taken)
         try:
-            await self._tell_doubt(taken, record)
+            await self._publish_doubt(taken, record)
             back = released
             try:
                 mail = self._composer.compose(event, row.message_id)
@@ -230,14 +235,14 @@ class Sender:
                 return await self._settle(settled, held, cause=str(error))
             try:
                 await self._sessions.acquire(event.task.domain)
-            except Crowded:
+            except DomainSaturated:
                 await self._claims.settle(released)
                 back = None
                 raise
             with ExitStack() as session:
                 session.callback(self._sessions.release, event.task.domain)
                 # Not before: the wait may have been long.
-                expired = self._policy.expired(row, _born_us(event), self._now_us())
+                expired = self._policy.expired(row, _age_start_us(event), self._now_us())
                 if expired is not None:
                     return await self._settle(expired, held)
                 back = None
@@ -248,10 +253,10 @@ class Sender:
                     if cancelled.rest is None:
                         back = released
                     else:
-                        unspent.pop_all()
+                        refund_rate.pop_all()
                         held.push(session.pop_all())
-                        rest = self._finish(cancelled.rest, row, event, started)
-                        self._go_on(rest, held, handed_over=True)
+                        rest = self._finish_handover(cancelled.rest, row, event, started)
+                        self._run_cleanup(rest, held, handed_over=True)
                     raise
                 SENDER_SECONDS.observe(time.perf_counter() - started)
             settled = self._outcome(row, ended, event)
@@ -259,58 +264,62 @@ class Sender:
                 back = settled
                 await self._claims.settle(settled)
                 return None
-            unspent.pop_all()
+            refund_rate.pop_all()
             return await self._settle(settled, held, ended)
         except BaseException:
             if back is not None:
-                self._go_on(self._in_time(self._claims.settle(back), _LAST_WORDS))
+                self._run_cleanup(self._within(self._claims.settle(back), _CLEANUP_TIMEOUT))
             raise
 
-    def domains(self) -> list[Domain]:
+    def domains(self) -> list[DomainUse]:
         """Return the domains that hold sessions or claims, or wait for them, worst first; on any thread."""
         sessions = {held.domain: held for held in self._sessions.held()}
         found = []
-        for held in self._hands.held():
+        for held in self._claim_slots.held():
             session = sessions.get(held.domain)
             used, still = (session.used, session.still) if session else (0, 0.0)
-            found.append(Domain(held.domain, used, held.used, held.waiting, still))
+            found.append(DomainUse(held.domain, used, held.used, held.waiting, still))
         return sorted(found, key=lambda one: (-one.sessions, -one.claims, -one.waiting, one.name))
 
-    def _outcome(self, row: Delivery, ended: replies.Outcome, event: pb.MxOk) -> Delivery:
+    def _outcome(self, row: Delivery, ended: replies.SendResult, event: pb.MxOk) -> Delivery:
         """Return the row to store after an attempt; released where it was none."""
-        if isinstance(ended, replies.LeaseLost) or (isinstance(ended, replies.NotSent) and ended.ours):
+        if isinstance(ended, replies.LeaseLost) or (
+            isinstance(ended, replies.NotSent) and ended.spares_attempt
+        ):
             return row._replace(state="released")
-        return self._policy.settled(row, ended, _born_us(event), self._now_us(), self._rng)
+        return self._policy.settled(row, ended, _age_start_us(event), self._now_us(), self._rng)
 
-    async def _tell_doubt(self, taken: Taken, record: Record) -> None:
+    async def _publish_doubt(self, taken: Taken, record: Record) -> None:
         """Have it on record that the mail may have gone out, before it goes out again."""
         if taken.earlier is not None:
             await self._publish([event_of(taken.earlier)], record.traceparent)
         if taken.doubtful:
-            await self._publish([found_in_doubt(taken.row, self._now_us())], record.traceparent)
-            _doubt(taken.row, "takeover")
+            await self._publish([takeover_event(taken.row, self._now_us())], record.traceparent)
+            _count_doubt(taken.row, "takeover")
 
     async def _settle(
-        self, settled: Delivery, held: ExitStack, ended: replies.Outcome | None = None, cause: str = ""
+        self, settled: Delivery, held: ExitStack, ended: replies.SendResult | None = None, cause: str = ""
     ) -> Delivery | None:
         """Store the outcome of an attempt that `ended` so; cancelled, go on without the handler."""
         try:
             became = await self._store(settled, ended, cause)
         except asyncio.CancelledError:
             handed_over = _handed_over(ended)
-            limit = self._handover if handed_over else _LAST_WORDS
-            work = self._in_time(self._store(settled, ended, cause), limit)
-            self._go_on(self._tell_if_late(work, settled), held, handed_over)
+            limit = self._handover if handed_over else _CLEANUP_TIMEOUT
+            work = self._within(self._store(settled, ended, cause), limit)
+            self._run_cleanup(self._publish_if_late(work, settled), held, handed_over)
             raise
         return settled if became is Settlement.STORED else None
 
-    async def _store(self, settled: Delivery, ended: replies.Outcome | None, cause: str = "") -> Settlement:
+    async def _store(
+        self, settled: Delivery, ended: replies.SendResult | None, cause: str = ""
+    ) -> Settlement:
         cause = cause or getattr(ended, "cause", "")
         became = await self._claims.settle(settled)
         if became is Settlement.STORED:
             SENDER_OUTCOMES.labels(settled.state).inc()
             if isinstance(ended, replies.InDoubt):
-                _doubt(settled, "lost reply", cause=cause)
+                _count_doubt(settled, "lost reply", cause=cause)
             elif settled.state != "sent":
                 _log(settled, cause=cause)
             return became
@@ -325,7 +334,7 @@ class Sender:
         )
         return became
 
-    def _put_off(self, domain: str) -> Outcome:
+    def _defer_untried(self, domain: str) -> Outcome:
         SENDER_CROWDED.inc()
         delays = self._policy.delays
         delay, due_at_ms = schedule(delays, delays[0], self._now_us() // 1000, self._rng)
@@ -336,24 +345,24 @@ class Sender:
 
     # --- what a cancelled handler leaves ------------------------------------------------------
 
-    def _go_on(
+    def _run_cleanup(
         self, work: Coroutine[Any, Any, object], held: ExitStack | None = None, handed_over: bool = False
     ) -> None:
         """Do `work` without the handler, and give back afterwards what the handler held."""
         kept = held.pop_all() if held is not None else ExitStack()
         self.handed_over += handed_over
         task = asyncio.get_running_loop().create_task(work)
-        self._last_words.add(task)
+        self._cleanups.add(task)
 
         def over(task: asyncio.Task[object]) -> None:
-            self._last_words.discard(task)
+            self._cleanups.discard(task)
             self.handed_over -= handed_over
             kept.close()
 
         task.add_done_callback(over)
 
-    async def _finish(
-        self, rest: asyncio.Task[replies.Outcome], row: Delivery, event: pb.MxOk, started: float
+    async def _finish_handover(
+        self, rest: asyncio.Task[replies.SendResult], row: Delivery, event: pb.MxOk, started: float
     ) -> None:
         """Wait for the reply to a mail that was handed over, and settle its row; its next owner publishes."""
         now = asyncio.get_running_loop().time
@@ -365,9 +374,9 @@ class Sender:
         settled = self._outcome(row, ended, event)
         released = settled.state == "released"
         work = self._claims.settle(settled) if released else self._store(settled, ended)
-        await self._tell_if_late(self._in_time(work, max(until - now(), _LAST_WORDS)), settled)
+        await self._publish_if_late(self._within(work, max(until - now(), _CLEANUP_TIMEOUT)), settled)
 
-    async def _in_time(self, work: Awaitable[R], seconds: float) -> R | None:
+    async def _within(self, work: Awaitable[R], seconds: float) -> R | None:
         try:
             async with asyncio.timeout(seconds):
                 return await work
@@ -375,16 +384,16 @@ class Sender:
             log.warning("gave up what a cancelled handler had left to store or to publish", seconds=seconds)
             return None
 
-    async def _tell_if_late(self, storing: Awaitable[Settlement | None], settled: Delivery) -> None:
+    async def _publish_if_late(self, storing: Awaitable[Settlement | None], settled: Delivery) -> None:
         """Store an outcome; publish it if that was late: the next owner may have published another one."""
         if await storing is not Settlement.LATE:
             return
         claim = Claim(settled.task_id, settled.epoch, settled.attempt, self._owner(), settled.message_id)
-        verdict = await self._in_time(self._claims.claim(claim), _LAST_WORDS)
+        verdict = await self._within(self._claims.claim(claim), _CLEANUP_TIMEOUT)
         if isinstance(verdict, Stored):
-            await self._in_time(self._publish([event_of(verdict.row)], None), _LAST_WORDS)
+            await self._within(self._publish([event_of(verdict.row)], None), _CLEANUP_TIMEOUT)
 
-    async def _withdraw(self, answer: Awaitable[ClaimAnswer]) -> None:
+    async def _release_claim(self, answer: Awaitable[ClaimAnswer]) -> None:
         """Give back a claim whose answer nobody waits for any more."""
         verdict = await answer
         if isinstance(verdict, Taken):
@@ -396,22 +405,22 @@ def stage(sender: Sender, delays: Sequence[int]) -> Stage:
     return Stage.of(STAGES["sender"], handle=sender.handle, delays=delays, close=sender.close)
 
 
-async def _pause(wait: Wait) -> None:
+async def _wait_for_claim(wait: Wait) -> None:
     # A lease that is over and may not be taken over yet has no time left to wait for.
-    await asyncio.sleep(min(wait.seconds, _LOOK_AGAIN) or _LOOK_AGAIN)
+    await asyncio.sleep(min(wait.seconds, _CLAIM_POLL_SECONDS) or _CLAIM_POLL_SECONDS)
 
 
-def _born_us(event: pb.MxOk) -> int:
+def _age_start_us(event: pb.MxOk) -> int:
     return max(event.task.created_at_us, event.at_us, event.epoch * 1000)
 
 
-def _handed_over(ended: replies.Outcome | None) -> bool:
+def _handed_over(ended: replies.SendResult | None) -> bool:
     return isinstance(ended, replies.Sent | replies.InDoubt) or (
         isinstance(ended, replies.Rejected) and ended.phase is replies.Phase.AFTER_DOT
     )
 
 
-def _doubt(row: Delivery, how: str, **more: object) -> None:
+def _count_doubt(row: Delivery, how: str, **more: object) -> None:
     SENDER_IN_DOUBT.labels(how).inc()
     _log(row, how=how, **more)
 

@@ -11,7 +11,7 @@ from services.common.config import Settings, refused
 from services.common.database.engine import make_engine, url_of
 from services.common.stage.service import StageService
 from services.status.purge import purge_forever
-from services.status.stage import Status, stage
+from services.status.stage import StatusHandler, stage
 from services.status.topic_ids import note_topic_ids
 
 __all__ = ["StatusService", "build"]
@@ -23,7 +23,7 @@ class StatusService(StageService):
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self._engine = engine
         self._settings = settings
-        self._status = Status(engine)
+        self._status = StatusHandler(engine)
         super().__init__(stage(self._status), settings)
 
     def background(self) -> Sequence[Coroutine[Any, Any, None]]:

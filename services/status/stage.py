@@ -19,12 +19,12 @@ from services.common.stages import STAGES
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import timeline_entry
 
-__all__ = ["Status", "stage"]
+__all__ = ["StatusHandler", "stage"]
 
 log = structlog.get_logger(__name__)
 
 
-class Status:
+class StatusHandler:
     """Folds batches of events, each batch in one transaction.
 
     While the database is away a batch waits, and `problems` says why. A record is to blame only for what
@@ -91,6 +91,6 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error_text(error)}"
 
 
-def stage(status: Status) -> Stage:
+def stage(status: StatusHandler) -> Stage:
     """Return the stage as the runtime takes it: what it reads and its handler."""
     return Stage.of(STAGES["status"], handle_batch=status.handle_batch)

@@ -8,27 +8,27 @@ from functools import partial
 from math import inf
 from typing import NamedTuple
 
-from services.validator.mx import Kind, Verdict, not_a_domain
+from services.validator.mx import Verdict, VerdictKind, not_a_domain
 from services.validator.names import to_ascii
 
 __all__ = ["VerdictCache"]
 
 
-class _Asked(NamedTuple):
+class _LookupStart(NamedTuple):
     """When a lookup began, by the cache's clock, and whether it asked all anew."""
 
     at: float
     fresh: bool
 
 
-class _Kept(NamedTuple):
-    asked: _Asked
+class _CacheEntry(NamedTuple):
+    asked: _LookupStart
     until: float
     verdict: Verdict
 
 
-class _Flight(NamedTuple):
-    asked: _Asked
+class _PendingLookup(NamedTuple):
+    asked: _LookupStart
     task: asyncio.Task[Verdict]
 
 
@@ -53,8 +53,8 @@ class VerdictCache:
         self._clock = clock
         self._transient_ttl = transient_ttl
         self._size = size
-        self._kept: dict[str, _Kept] = {}
-        self._flights: dict[str, _Flight] = {}
+        self._kept: dict[str, _CacheEntry] = {}
+        self._pending: dict[str, _PendingLookup] = {}
         self._tasks: set[asyncio.Task[Verdict]] = set()
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class VerdictCache:
         With `max_age` (seconds) only one for which all was asked anew, and no longer ago than that.
         """
         kept = self._kept.get(domain)
-        if kept is None or self._clock() >= kept.until or not self._serves(kept.asked, max_age):
+        if kept is None or self._clock() >= kept.until or not self._is_fresh_enough(kept.asked, max_age):
             return None
         return kept.verdict
 
@@ -82,14 +82,14 @@ class VerdictCache:
             return not_a_domain(str(error))
         if (verdict := self.get(name, max_age)) is not None:
             return verdict
-        flight = self._flights.get(name)
-        if flight is None or not self._serves(flight.asked, max_age):
-            asked = _Asked(self._clock(), fresh=max_age < inf)
-            task = asyncio.create_task(self._fly(name, asked), name=f"mx {name}")
-            flight = self._flights[name] = _Flight(asked, task)
+        pending = self._pending.get(name)
+        if pending is None or not self._is_fresh_enough(pending.asked, max_age):
+            asked = _LookupStart(self._clock(), fresh=max_age < inf)
+            task = asyncio.create_task(self._run_lookup(name, asked), name=f"mx {name}")
+            pending = self._pending[name] = _PendingLookup(asked, task)
             self._tasks.add(task)
-            task.add_done_callback(partial(self._land, name, flight))
-        return await asyncio.shield(flight.task)
+            task.add_done_callback(partial(self._lookup_done, name, pending))
+        return await asyncio.shield(pending.task)
 
     async def close(self) -> None:
         """Cancels the lookups under way and waits until they are gone; their callers are cancelled too."""
@@ -98,26 +98,26 @@ class VerdictCache:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _serves(self, asked: _Asked, max_age: float) -> bool:
+    def _is_fresh_enough(self, asked: _LookupStart, max_age: float) -> bool:
         return max_age == inf or (asked.fresh and self._clock() - asked.at <= max_age)
 
-    async def _fly(self, name: str, asked: _Asked) -> Verdict:
+    async def _run_lookup(self, name: str, asked: _LookupStart) -> Verdict:
         verdict = await self._lookup(name, asked.fresh)
         kept = self._kept.get(name)
         if kept is not None and kept.asked.at > asked.at:
             # One that was begun later has come before this one.
             return verdict
-        ttl = min(verdict.ttl, self._transient_ttl) if verdict.kind is Kind.TRANSIENT else verdict.ttl
+        ttl = min(verdict.ttl, self._transient_ttl) if verdict.kind is VerdictKind.TRANSIENT else verdict.ttl
         # A new insertion, not an update: the order of the dictionary is the order of learning.
         self._kept.pop(name, None)
-        self._kept[name] = _Kept(asked, self._clock() + ttl, verdict)
+        self._kept[name] = _CacheEntry(asked, self._clock() + ttl, verdict)
         if len(self._kept) > self._size:
             del self._kept[next(iter(self._kept))]
         return verdict
 
-    def _land(self, name: str, flight: _Flight, task: asyncio.Task[Verdict]) -> None:
+    def _lookup_done(self, name: str, pending: _PendingLookup, task: asyncio.Task[Verdict]) -> None:
         self._tasks.discard(task)
-        if self._flights.get(name) is flight:
-            del self._flights[name]
+        if self._pending.get(name) is pending:
+            del self._pending[name]
         if not task.cancelled():
             task.exception()  # with every caller cancelled nobody else would retrieve it

@@ -26,15 +26,15 @@ from services.validator.metrics import VALIDATOR_LOOKUP_SECONDS
 from services.validator.mx import (
     Address,
     Answer,
-    Host,
+    AnswerKind,
+    HostLookup,
     HostState,
     Mx,
-    Said,
     Verdict,
     final_verdict,
     first_verdict,
     host_state,
-    usable,
+    is_usable,
 )
 from services.validator.servers import NameServers, Unanswered, negative_ttl
 
@@ -136,8 +136,8 @@ class Lookup:
         return final_verdict(domain, answer, hosts)
 
     async def _look_up(
-        self, names: Sequence[str], known: dict[str, Host], deadline: float
-    ) -> dict[str, Host]:
+        self, names: Sequence[str], known: dict[str, HostLookup], deadline: float
+    ) -> dict[str, HostLookup]:
         """The states of the hosts that are known or could be looked up in time."""
         gate = asyncio.Semaphore(self._hosts)
         tasks = {
@@ -160,12 +160,12 @@ class Lookup:
             await asyncio.gather(*pending, return_exceptions=True)
         return known
 
-    async def _host(self, name: str, gate: asyncio.Semaphore, deadline: float) -> Host:
+    async def _host(self, name: str, gate: asyncio.Semaphore, deadline: float) -> HostLookup:
         async with gate:
             answers: tuple[Answer[Address], ...] = (
                 await self._ask(name, dns.rdatatype.A, deadline, _address),
             )
-            if answers[0].said is not Said.NO_NAME and not any(map(usable, answers[0].records)):
+            if answers[0].said is not AnswerKind.NO_NAME and not any(map(is_usable, answers[0].records)):
                 answers += (await self._ask(name, dns.rdatatype.AAAA, deadline, _address),)
         host = host_state(answers)
         if host.state is HostState.USABLE:
@@ -174,12 +174,12 @@ class Lookup:
             self._usable.pop(name, None)
         return host
 
-    def _recall(self, names: Sequence[str]) -> dict[str, Host]:
+    def _recall(self, names: Sequence[str]) -> dict[str, HostLookup]:
         now = monotonic()
         left = {name: int(self._usable.get(name, 0.0) - now) for name in names}
-        return {name: Host(HostState.USABLE, seconds) for name, seconds in left.items() if seconds >= 1}
+        return {name: HostLookup(HostState.USABLE, seconds) for name, seconds in left.items() if seconds >= 1}
 
-    def _remember(self, name: str, host: Host) -> None:
+    def _remember(self, name: str, host: HostLookup) -> None:
         if len(self._usable) >= _MAX_KNOWN_HOSTS:
             self._usable.clear()
         self._usable[name] = monotonic() + min(host.ttl or 0, _LONGEST_KNOWN)
@@ -194,17 +194,17 @@ class Lookup:
                 found = await self._servers.ask(question, kind, deadline)
                 if found.rrset is not None:
                     ttl = found.chaining_result.minimum_ttl
-                    return Answer(Said.RECORDS, tuple(read(record) for record in found.rrset), ttl)
+                    return Answer(AnswerKind.RECORDS, tuple(read(record) for record in found.rrset), ttl)
                 if found.canonical_name == question:
-                    return Answer(Said.NO_DATA, (), negative_ttl(found.response))
+                    return Answer(AnswerKind.NO_DATA, (), negative_ttl(found.response))
                 # Servers that only know their own zones leave an alias into another one unfollowed.
                 question = found.canonical_name
         except dns.resolver.NXDOMAIN as error:
             (response,) = error.kwargs["responses"].values()
-            return Answer(Said.NO_NAME, (), negative_ttl(response))
+            return Answer(AnswerKind.NO_NAME, (), negative_ttl(response))
         except (Unanswered, dns.exception.DNSException) as error:
-            return Answer(Said.NOTHING, detail=str(error) or type(error).__name__)
-        return Answer(Said.NOTHING, detail="too many aliases")
+            return Answer(AnswerKind.NOTHING, detail=str(error) or type(error).__name__)
+        return Answer(AnswerKind.NOTHING, detail="too many aliases")
 
 
 def _mx(record: dns.rdata.Rdata) -> Mx:

@@ -16,18 +16,18 @@ __all__ = [
     "MAX_HOSTS",
     "Address",
     "Answer",
-    "Host",
+    "AnswerKind",
+    "HostLookup",
     "HostState",
-    "Kind",
     "Mx",
     "Reason",
-    "Said",
     "Verdict",
+    "VerdictKind",
     "final_verdict",
     "first_verdict",
     "host_state",
+    "is_usable",
     "not_a_domain",
-    "usable",
 ]
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ _TRANSIENT_TTL = 30
 _MAX_DETAIL = 400
 
 
-class Said(StrEnum):
+class AnswerKind(StrEnum):
     """How the DNS answered one question."""
 
     RECORDS = "records"
@@ -63,7 +63,7 @@ class Answer(Generic[T]):
 
     The TTL of a negative one is its SOA's (RFC 2308); None: it has none."""
 
-    said: Said
+    said: AnswerKind
     records: tuple[T, ...] = ()
     ttl: int | None = 0
     detail: str = ""
@@ -72,14 +72,14 @@ class Answer(Generic[T]):
 class HostState(StrEnum):
     """What a host's addresses make of it."""
 
-    USABLE = "usable"
+    USABLE = "is_usable"
     LOOPBACK = "has only loopback or unspecified addresses"
     ABSENT = "has no address"
     UNKNOWN = "could not be looked up"
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class HostLookup:
     """A mail host's state and how many seconds it may be believed; None: no SOA says so."""
 
     state: HostState
@@ -87,7 +87,7 @@ class Host:
     detail: str = ""
 
 
-class Kind(StrEnum):
+class VerdictKind(StrEnum):
     """`OK`: mail can be sent. `FAILED`: never, as the DNS stands. `TRANSIENT`: ask again later."""
 
     OK = "ok"
@@ -114,33 +114,33 @@ class Verdict:
     60 s-1 h (ok), 30 s-5 min (failed), 30 s (transient); 5 s where it rests on a negative answer without SOA.
     """
 
-    kind: Kind
+    kind: VerdictKind
     reason: Reason | None
     hosts: tuple[Mx, ...]
     detail: str
     ttl: int
 
 
-def usable(address: Address) -> bool:
+def is_usable(address: Address) -> bool:
     """Whether mail for others may go to `address`: neither loopback nor unspecified (RFC 1122, 3.2.1.3)."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return not (address.is_loopback or address.is_unspecified)
 
 
-def host_state(answers: tuple[Answer[Address], ...]) -> Host:
+def host_state(answers: tuple[Answer[Address], ...]) -> HostLookup:
     """The state of a host from the answers to its A and AAAA questions, or to the first alone where that
     settles it: a usable address, or no such name at all (RFC 8020)."""
     addresses = [address for answer in answers for address in answer.records]
-    if any(usable(address) for address in addresses):
-        good = (answer.ttl or 0 for answer in answers if any(map(usable, answer.records)))
-        return Host(HostState.USABLE, max(good))
-    if trouble := [answer.detail for answer in answers if answer.said is Said.NOTHING]:
-        return Host(HostState.UNKNOWN, 0, "; ".join(trouble))
+    if any(is_usable(address) for address in addresses):
+        good = (answer.ttl or 0 for answer in answers if any(map(is_usable, answer.records)))
+        return HostLookup(HostState.USABLE, max(good))
+    if trouble := [answer.detail for answer in answers if answer.said is AnswerKind.NOTHING]:
+        return HostLookup(HostState.UNKNOWN, 0, "; ".join(trouble))
     ttl = _least(answer.ttl for answer in answers)
     if addresses:
-        return Host(HostState.LOOPBACK, ttl, ", ".join(map(str, addresses)))
-    return Host(HostState.ABSENT, ttl)
+        return HostLookup(HostState.LOOPBACK, ttl, ", ".join(map(str, addresses)))
+    return HostLookup(HostState.ABSENT, ttl)
 
 
 def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
@@ -148,9 +148,9 @@ def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
 
     No MX record makes the domain its own mail host, at preference 0 (RFC 5321, section 5.1).
     """
-    if answer.said is Said.NOTHING:
+    if answer.said is AnswerKind.NOTHING:
         return _transient(f"MX of {domain}: {answer.detail}")
-    if answer.said is Said.NO_NAME:
+    if answer.said is AnswerKind.NO_NAME:
         return _failed(Reason.NO_SUCH_DOMAIN, f"{domain} does not exist", answer.ttl)
     hosts = _hosts(domain, answer)
     if not hosts:
@@ -159,16 +159,16 @@ def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
     return askable or _no_usable_host(answer, hosts, {})
 
 
-def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, Host]) -> Verdict:
+def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, HostLookup]) -> Verdict:
     """The verdict once the hosts that `first_verdict` asked for are looked up. One usable host is enough; one
     that is unknown (or missing from `known`) leaves hope; otherwise each host is known to be of no use."""
     hosts = _hosts(domain, answer)
-    unknown = Host(HostState.UNKNOWN, 0, "no answer in time")
+    unknown = HostLookup(HostState.UNKNOWN, 0, "no answer in time")
     found = {name: known.get(name, unknown) for _, name in hosts if not _misnamed(name)}
     good = tuple(mx for mx in hosts if mx[1] in found and found[mx[1]].state is HostState.USABLE)
     if good:
         ttl = _least([answer.ttl, max(found[name].ttl or 0 for _, name in good)])
-        return Verdict(Kind.OK, None, good, "", _within(_OK_TTL, ttl))
+        return Verdict(VerdictKind.OK, None, good, "", _within(_OK_TTL, ttl))
     if dark := [f"{name}: {host.detail}" for name, host in found.items() if host.state is HostState.UNKNOWN]:
         return _transient(f"mail host {', '.join(dark)}")
     return _no_usable_host(answer, hosts, found)
@@ -181,7 +181,7 @@ def not_a_domain(detail: str) -> Verdict:
 
 def _hosts(domain: str, answer: Answer[Mx]) -> tuple[Mx, ...]:
     """The hosts to try, best first, each once; none for a null MX."""
-    if answer.said is Said.NO_DATA:
+    if answer.said is AnswerKind.NO_DATA:
         return ((0, domain),)
     best: dict[str, int] = {}
     for preference, name in sorted(answer.records):
@@ -195,7 +195,7 @@ def _misnamed(name: str) -> bool:
     return is_address_literal(name) or is_localhost(name)
 
 
-def _no_usable_host(answer: Answer[Mx], hosts: tuple[Mx, ...], found: Mapping[str, Host]) -> Verdict:
+def _no_usable_host(answer: Answer[Mx], hosts: tuple[Mx, ...], found: Mapping[str, HostLookup]) -> Verdict:
     misnamed = [f"{name} is no host name for mail" for _, name in hosts if _misnamed(name)]
     looped = [f"{n} resolves to {h.detail}" for n, h in found.items() if h.state is HostState.LOOPBACK]
     absent = [f"{n} {h.state}" for n, h in found.items() if h.state is HostState.ABSENT]
@@ -205,11 +205,11 @@ def _no_usable_host(answer: Answer[Mx], hosts: tuple[Mx, ...], found: Mapping[st
 
 
 def _failed(reason: Reason, detail: str, ttl: int | None) -> Verdict:
-    return Verdict(Kind.FAILED, reason, (), _short(detail), _within(_NEGATIVE_TTL, ttl))
+    return Verdict(VerdictKind.FAILED, reason, (), _short(detail), _within(_NEGATIVE_TTL, ttl))
 
 
 def _transient(detail: str) -> Verdict:
-    return Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), _short(detail), _TRANSIENT_TTL)
+    return Verdict(VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), _short(detail), _TRANSIENT_TTL)
 
 
 def _least(ttls: Iterable[int | None]) -> int | None:

@@ -24,7 +24,7 @@ class Unanswered(Exception):
     """No server answered the question; the text says in a few words what they did."""
 
 
-class _Server:
+class _NameServer:
     """A resolver that asks this server alone. `silent_until` (monotonic) is 0 while it answers."""
 
     def __init__(self, resolver: dns.asyncresolver.Resolver, nameserver: object) -> None:
@@ -42,7 +42,7 @@ class NameServers:
     """
 
     def __init__(self, resolver: dns.asyncresolver.Resolver, lifetime: float) -> None:
-        self._servers = [_Server(resolver, nameserver) for nameserver in resolver.nameservers]
+        self._servers = [_NameServer(resolver, nameserver) for nameserver in resolver.nameservers]
         # One share is left for the questions that follow, after a first one that found all but one silent.
         shares = len(self._servers) + 1 if len(self._servers) > 1 else 1
         self._share = min(resolver.timeout, lifetime / shares)
@@ -92,7 +92,7 @@ class NameServers:
             waiting = silent
         raise Unanswered(_said(troubles))
 
-    def _in_turn(self) -> list[_Server]:
+    def _in_turn(self) -> list[_NameServer]:
         """Return the servers, those that were silent of late last."""
         now = monotonic()
         turn = sorted(self._servers, key=lambda server: server.silent_until * (server.silent_until > now))

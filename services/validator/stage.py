@@ -13,7 +13,7 @@ from services.common.stage.types import Done, Outcome, Record, Retry, Stage
 from services.common.stages import STAGES
 from services.validator.cache import VerdictCache
 from services.validator.metrics import VALIDATOR_VERDICTS
-from services.validator.mx import Kind, Reason, Verdict
+from services.validator.mx import Reason, Verdict, VerdictKind
 
 __all__ = ["Validator", "stage"]
 
@@ -49,7 +49,7 @@ class Validator:
     def _outcome(self, record: Record, verdict: Verdict) -> Outcome:
         created = cast(pb.TaskCreated, record.event)
         now_us = self._now_us()
-        if verdict.kind is Kind.OK:
+        if verdict.kind is VerdictKind.OK:
             VALIDATOR_VERDICTS.labels("ok").inc()
             hosts = [pb.MailHost(preference=preference, name=name) for preference, name in verdict.hosts]
             return Done(
@@ -65,7 +65,7 @@ class Validator:
                 ]
             )
         VALIDATOR_VERDICTS.labels(verdict.reason).inc()
-        if verdict.kind is Kind.TRANSIENT and record.attempt <= len(self._delays):
+        if verdict.kind is VerdictKind.TRANSIENT and record.attempt <= len(self._delays):
             return self._defer(record, verdict, now_us)
         _log("mx failed", record, verdict)
         return Done(

@@ -23,7 +23,7 @@ from services.common.stage.types import Dead, Done, Record
 from services.common.taskstore import body_of, insert_bodies, upsert
 from services.status.purge import purge
 from services.status.service import StatusService, build
-from services.status.stage import Status, stage
+from services.status.stage import StatusHandler, stage
 from tests.event_strategies import mail_task
 from tests.stack import Infra
 
@@ -47,18 +47,18 @@ async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @pytest.fixture
-async def status(engine: Engine) -> AsyncIterator[Status]:
-    status = Status(engine)
+async def status(engine: Engine) -> AsyncIterator[StatusHandler]:
+    status = StatusHandler(engine)
     yield status
     await status.close()
 
 
 def test_it_reads_all_event_topics(engine: Engine) -> None:
-    made = stage(Status(engine))
+    made = stage(StatusHandler(engine))
     assert set(made.topics) == set(EVENT_TOPICS) == set(made.decoders) == set(DECODERS)
 
 
-async def test_a_batch_is_folded_and_its_timeline_kept(engine: Engine, status: Status) -> None:
+async def test_a_batch_is_folded_and_its_timeline_kept(engine: Engine, status: StatusHandler) -> None:
     task = mail_task(0)
     events: list[Event] = [
         pb.MailSent(id=task.id, attempt=2, message_id="<m@x>", at_us=AT + 3),
@@ -73,7 +73,7 @@ async def test_a_batch_is_folded_and_its_timeline_kept(engine: Engine, status: S
     assert rows(engine, "kind", "task_events") == [("created",), ("deferred",), ("mx_ok",), ("sent",)]
 
 
-async def test_odd_content_is_stored_not_stumbled_over(engine: Engine, status: Status) -> None:
+async def test_odd_content_is_stored_not_stumbled_over(engine: Engine, status: StatusHandler) -> None:
     task = mail_task(0)
     odd: list[Event] = [
         pb.MailDeferred(id=task.id, stage="no such stage, and a long name too", attempt=0xFFFFFFFF),
@@ -88,7 +88,7 @@ async def test_odd_content_is_stored_not_stumbled_over(engine: Engine, status: S
 
 
 async def test_a_record_that_the_database_refuses_is_dead_and_its_neighbours_are_stored(
-    engine: Engine, status: Status
+    engine: Engine, status: StatusHandler
 ) -> None:
     first, second, third = mail_task(0), mail_task(2), mail_task(4)
     second.idempotency_key = first.idempotency_key
@@ -113,7 +113,7 @@ async def test_a_record_that_the_database_refuses_is_dead_and_its_neighbours_are
 
 async def test_a_database_that_is_not_migrated_is_no_records_fault(server: Infra) -> None:
     engine = make_engine(server.new_database())
-    status = Status(engine)
+    status = StatusHandler(engine)
     with pytest.raises(DBAPIError, match="doesn't exist"):
         await status.handle_batch(records(pb.TaskCancelled(id=bytes(16))))
     await status.close()
@@ -122,7 +122,7 @@ async def test_a_database_that_is_not_migrated_is_no_records_fault(server: Infra
 
 @pytest.mark.breaks_servers
 async def test_a_batch_waits_while_the_database_is_away(
-    server: Infra, engine: Engine, status: Status
+    server: Infra, engine: Engine, status: StatusHandler
 ) -> None:
     await status.handle_batch(records(pb.TaskCancelled(id=bytes(16))))
     await asyncio.to_thread(server.kill, "mysql")

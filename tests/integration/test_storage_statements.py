@@ -34,7 +34,7 @@ from services.common.database.transactions import transaction
 from services.common.events import event_key, task_id
 from services.common.fold import delta
 from services.common.stage.types import Done, Record
-from services.status.stage import Status
+from services.status.stage import StatusHandler
 from tests.event_strategies import mail_task
 from tests.stack import Infra
 
@@ -105,7 +105,7 @@ async def test_the_widest_events_are_folded(engine: Engine) -> None:
     events = [pb.TaskCreated(task=widest(n), at_us=1) for n in range(280)]
     assert sum(max_row_bytes(delta(event)) for event in events) > 17 << 20
     records = [Record(event_key(event).partition(":")[0], task_id(event), event) for event in events]
-    status = Status(engine)
+    status = StatusHandler(engine)
     assert await status.handle_batch(records) == [Done()] * 280
     await status.close()
 

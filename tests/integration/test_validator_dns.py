@@ -15,7 +15,7 @@ import pytest
 
 from services.validator.cache import VerdictCache
 from services.validator.lookup import Lookup, make_resolver, parse_servers
-from services.validator.mx import Kind, Reason, Verdict
+from services.validator.mx import Reason, Verdict, VerdictKind
 
 SOA = "ns.test. hostmaster.test. 1 3600 600 86400 120"
 PUBLIC = ["A 192.0.2.10"]
@@ -163,34 +163,38 @@ def lookup(server: Nameserver, *, lifetime: float = 5.0, timeout: float = 2.0) -
 @pytest.mark.parametrize(
     ("domain", "kind", "reason", "hosts"),
     [
-        ("good.test", Kind.OK, None, ((10, "mx1.good.test"), (20, "mx2.good.test"))),
-        ("case.test", Kind.OK, None, ((10, "mx1.good.test"),)),
-        ("halfdead.test", Kind.OK, None, ((20, "mx1.good.test"),)),
-        ("implicit.test", Kind.OK, None, ((0, "implicit.test"),)),
-        ("implicit6.test", Kind.OK, None, ((0, "implicit6.test"),)),
-        ("alias.test", Kind.OK, None, ((10, "mx1.good.test"), (20, "mx2.good.test"))),
-        ("outside-alias.test", Kind.OK, None, ((10, "mx1.good.test"),)),
-        ("mx-alias.test", Kind.OK, None, ((10, "mx-cname.test"),)),
-        ("lo6.test", Kind.OK, None, ((10, "lo-and-more.test"),)),
-        ("empty.test", Kind.FAILED, Reason.NO_MAIL_HOST, ()),
-        ("dangling.test", Kind.FAILED, Reason.NO_MAIL_HOST, ()),
-        ("null.test", Kind.FAILED, Reason.NULL_MX, ()),
-        ("nowhere.test", Kind.FAILED, Reason.NO_SUCH_DOMAIN, ()),
-        ("broken-alias.test", Kind.FAILED, Reason.NO_SUCH_DOMAIN, ()),
-        ("outside-nowhere.test", Kind.FAILED, Reason.NO_SUCH_DOMAIN, ()),
-        ("literal.test", Kind.FAILED, Reason.UNUSABLE_MX, ()),
-        ("localhost-mx.test", Kind.FAILED, Reason.UNUSABLE_MX, ()),
-        ("loopback.test", Kind.FAILED, Reason.UNUSABLE_MX, ()),
-        ("unspecified.test", Kind.FAILED, Reason.UNUSABLE_MX, ()),
-        ("servfail.test", Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
-        ("refused.test", Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
-        ("dark-host.test", Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
-        ("loop.test", Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
-        ("tight-loop.test", Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
+        ("good.test", VerdictKind.OK, None, ((10, "mx1.good.test"), (20, "mx2.good.test"))),
+        ("case.test", VerdictKind.OK, None, ((10, "mx1.good.test"),)),
+        ("halfdead.test", VerdictKind.OK, None, ((20, "mx1.good.test"),)),
+        ("implicit.test", VerdictKind.OK, None, ((0, "implicit.test"),)),
+        ("implicit6.test", VerdictKind.OK, None, ((0, "implicit6.test"),)),
+        ("alias.test", VerdictKind.OK, None, ((10, "mx1.good.test"), (20, "mx2.good.test"))),
+        ("outside-alias.test", VerdictKind.OK, None, ((10, "mx1.good.test"),)),
+        ("mx-alias.test", VerdictKind.OK, None, ((10, "mx-cname.test"),)),
+        ("lo6.test", VerdictKind.OK, None, ((10, "lo-and-more.test"),)),
+        ("empty.test", VerdictKind.FAILED, Reason.NO_MAIL_HOST, ()),
+        ("dangling.test", VerdictKind.FAILED, Reason.NO_MAIL_HOST, ()),
+        ("null.test", VerdictKind.FAILED, Reason.NULL_MX, ()),
+        ("nowhere.test", VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN, ()),
+        ("broken-alias.test", VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN, ()),
+        ("outside-nowhere.test", VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN, ()),
+        ("literal.test", VerdictKind.FAILED, Reason.UNUSABLE_MX, ()),
+        ("localhost-mx.test", VerdictKind.FAILED, Reason.UNUSABLE_MX, ()),
+        ("loopback.test", VerdictKind.FAILED, Reason.UNUSABLE_MX, ()),
+        ("unspecified.test", VerdictKind.FAILED, Reason.UNUSABLE_MX, ()),
+        ("servfail.test", VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
+        ("refused.test", VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
+        ("dark-host.test", VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
+        ("loop.test", VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
+        ("tight-loop.test", VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
     ],
 )  # fmt: skip
 async def test_verdicts_over_the_wire(
-    server: Nameserver, domain: str, kind: Kind, reason: Reason | None, hosts: tuple[tuple[int, str], ...]
+    server: Nameserver,
+    domain: str,
+    kind: VerdictKind,
+    reason: Reason | None,
+    hosts: tuple[tuple[int, str], ...],
 ) -> None:
     verdict = await lookup(server)(domain)
     assert (verdict.kind, verdict.reason, verdict.hosts) == (kind, reason, hosts), verdict.detail
@@ -249,7 +253,7 @@ async def test_a_host_without_ttl_is_asked_for_each_time(
     monkeypatch.setitem(TTLS, "mx1.good.test", 0)
     look = lookup(server)
     for _ in range(3):
-        assert (await look("shared.test")).kind is Kind.OK
+        assert (await look("shared.test")).kind is VerdictKind.OK
     assert server.asked["mx1.good.test", "A"] == 3
 
 
@@ -263,7 +267,7 @@ async def test_a_truncated_answer_is_asked_for_over_tcp_and_cut_to_the_best_host
 async def test_silence_ends_with_the_lifetime(server: Nameserver) -> None:
     started = time.monotonic()
     verdict = await lookup(server, lifetime=0.5, timeout=0.2)("silent.test")
-    assert verdict.kind is Kind.TRANSIENT
+    assert verdict.kind is VerdictKind.TRANSIENT
     assert verdict.detail == "MX of silent.test: no answer in time"
     assert 0.4 < time.monotonic() - started < 1.5
     assert server.asked["silent.test", "MX"] >= 2
@@ -281,9 +285,9 @@ async def test_a_dead_server_gives_way_to_the_next(server: Nameserver) -> None:
     where = await dead.start()
     await dead.stop()
     look = Lookup(make_resolver(f"{where},127.0.0.1:{server.port}", 0.2), lifetime=5.0)
-    assert (await look("good.test")).kind is Kind.OK
+    assert (await look("good.test")).kind is VerdictKind.OK
     only_dead = Lookup(make_resolver(where, 0.1), lifetime=0.3)
-    assert (await only_dead("good.test")).kind is Kind.TRANSIENT
+    assert (await only_dead("good.test")).kind is VerdictKind.TRANSIENT
 
 
 async def test_a_cancelled_walk_leaves_nothing_behind(server: Nameserver) -> None:
@@ -300,7 +304,7 @@ async def test_walks_are_bounded_and_waiting_uses_up_no_lifetime(server: Nameser
     look = Lookup(make_resolver(f"127.0.0.1:{server.port}", 0.3), lifetime=0.3, walks=1)
     silent = [asyncio.create_task(look("silent.test")) for _ in range(3)]
     good = asyncio.create_task(look("good.test"))
-    assert (await good).kind is Kind.OK
+    assert (await good).kind is VerdictKind.OK
     assert all(task.done() for task in silent)
 
 
@@ -308,7 +312,7 @@ async def test_a_crowd_on_a_few_domains_asks_once_each(server: Nameserver) -> No
     cache = VerdictCache(lookup(server), time.monotonic)
     forms = ["good.test", "GOOD.test.", "bücher.test", "xn--bcher-kva.test", "null.test"]
     verdicts: list[Verdict] = await asyncio.gather(*(cache.resolve(form) for form in forms * 100))
-    assert Counter(verdict.kind for verdict in verdicts) == {Kind.OK: 400, Kind.FAILED: 100}
+    assert Counter(verdict.kind for verdict in verdicts) == {VerdictKind.OK: 400, VerdictKind.FAILED: 100}
     assert {count for (_, kind), count in server.asked.items() if kind == "MX"} == {1}
 
 

@@ -18,7 +18,7 @@ import pytest
 from services.validator import lookup as lookups
 from services.validator import servers
 from services.validator.lookup import Lookup, make_resolver
-from services.validator.mx import Kind, Reason, Verdict
+from services.validator.mx import Reason, Verdict, VerdictKind
 
 Script = Callable[[dns.message.Message], bytes | None]
 
@@ -170,7 +170,7 @@ def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 async def test_a_server_that_misbehaves_leaves_time_for_the_next(start: Start, script: Script) -> None:
     bad, good = await start(script, well)
     verdict = await look(lookup(bad, good))
-    assert (verdict.kind, verdict.hosts) == (Kind.OK, ((0, "a.test"),)), verdict.detail
+    assert (verdict.kind, verdict.hosts) == (VerdictKind.OK, ((0, "a.test"),)), verdict.detail
     assert bad.asked["MX"] == 1
 
 
@@ -191,7 +191,7 @@ async def test_where_no_server_answers_the_trouble_passes(
     start: Start, scripts: tuple[str, ...], detail: str
 ) -> None:
     verdict = await look(lookup(*await start(*map(MISBEHAVED.get, scripts)), lifetime=1.0, timeout=0.2))
-    assert (verdict.kind, verdict.reason) == (Kind.TRANSIENT, Reason.DNS_UNAVAILABLE)
+    assert (verdict.kind, verdict.reason) == (VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE)
     assert verdict.detail == f"MX of a.test: {detail}"
 
 
@@ -229,9 +229,9 @@ async def test_a_server_that_may_be_back_holds_up_one_question_alone(
 async def test_a_referral_is_no_answer_and_the_domain_is_fine_once_its_server_knows_it(start: Start) -> None:
     (server,) = await start(lame)
     verdict = await look(lookup(server))
-    assert (verdict.kind, verdict.reason) == (Kind.TRANSIENT, Reason.DNS_UNAVAILABLE)
+    assert (verdict.kind, verdict.reason) == (VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE)
     server.script = well
-    assert (await look(lookup(server))).kind is Kind.OK
+    assert (await look(lookup(server))).kind is VerdictKind.OK
 
 
 async def test_a_referral_for_a_mail_hosts_address_is_no_answer(start: Start) -> None:
@@ -240,12 +240,12 @@ async def test_a_referral_for_a_mail_hosts_address_is_no_answer(start: Start) ->
 
     verdict = await look(lookup(*await start(script)))
     assert verdict.detail == "mail host mx.test: a referral, not an answer; a referral, not an answer"
-    assert verdict.kind is Kind.TRANSIENT
+    assert verdict.kind is VerdictKind.TRANSIENT
 
 
 async def test_an_empty_answer_without_any_flag_is_none(start: Start) -> None:
     verdict = await look(lookup(*await start(lambda query: reply(query, flags=0))))
-    assert verdict.kind is Kind.TRANSIENT
+    assert verdict.kind is VerdictKind.TRANSIENT
 
 
 @pytest.mark.parametrize("flags", [dns.flags.AA, dns.flags.RA])
@@ -254,7 +254,7 @@ async def test_no_data_without_soa_is_believed_for_seconds_only(
     start: Start, flags: int, authority: str
 ) -> None:
     verdict = await look(lookup(*await start(lambda query: reply(query, authority=authority, flags=flags))))
-    assert (verdict.kind, verdict.reason) == (Kind.FAILED, Reason.NO_MAIL_HOST)
+    assert (verdict.kind, verdict.reason) == (VerdictKind.FAILED, Reason.NO_MAIL_HOST)
     assert verdict.ttl <= 5
 
 
@@ -263,7 +263,7 @@ async def test_no_such_name_without_soa_is_believed_for_seconds_only(start: Star
     verdict = await look(
         lookup(*await start(lambda query: reply(query, flags=flags, rcode=dns.rcode.NXDOMAIN)))
     )
-    assert (verdict.kind, verdict.reason) == (Kind.FAILED, Reason.NO_SUCH_DOMAIN)
+    assert (verdict.kind, verdict.reason) == (VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN)
     assert verdict.ttl <= 5
 
 
@@ -280,7 +280,7 @@ async def test_a_domain_that_is_its_own_host_without_soa_is_believed_for_seconds
         return reply(query, *["A 192.0.2.1"][query.question[0].rdtype != dns.rdatatype.A :])
 
     verdict = await look(lookup(*await start(script)))
-    assert (verdict.kind, verdict.ttl <= 5) == (Kind.OK, True)
+    assert (verdict.kind, verdict.ttl <= 5) == (VerdictKind.OK, True)
 
 
 async def test_negative_answers_with_soa_are_believed_for_its_time(start: Start) -> None:
@@ -305,7 +305,7 @@ async def test_asked_anew_no_mail_host_is_taken_for_granted(start: Start) -> Non
     server.script = lambda query: (
         script(query) if query.question[0].rdtype == dns.rdatatype.MX else reply(query, authority=SOA)
     )
-    assert (await look(walk)).kind is Kind.OK
+    assert (await look(walk)).kind is VerdictKind.OK
     assert (await walk("a.test", fresh=True)).reason is Reason.NO_MAIL_HOST
     # What was found then counts for all.
     assert (await look(walk, "b.test")).reason is Reason.NO_MAIL_HOST

@@ -108,8 +108,8 @@ class Database:
         for entry in entries:
             self.entries.setdefault((entry.task_id, entry.event_id), entry)
 
-    def refuse(self, events: Iterable[pb.MxFailed]) -> None:
-        """Have the deliveries of these tasks failed as refusals.refuse does."""
+    def store_failures(self, events: Iterable[pb.MxFailed]) -> None:
+        """Have the deliveries of these tasks failed as mx_failures.store_failures does."""
         for row in map(failed_row, events):
             self.deliveries[row.task_id] = merge_failure(self.deliveries.get(row.task_id), row)
 
@@ -179,16 +179,16 @@ class Database:
         row = self.tasks.get(id_)
         return None if row is None or row.tenant != tenant else (row.status, row.epoch, row.attempts)
 
-    def locked(self, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
+    def lock_rows(self, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
         """Return the deliveries that there are, and the clock."""
         return {id_: self.deliveries[id_] for id_ in ids if id_ in self.deliveries}, self.now()
 
-    def store(self, rows: Iterable[Delivery]) -> None:
+    def store_rows(self, rows: Iterable[Delivery]) -> None:
         """Write deliveries, over those that are there."""
         for row in rows:
             self.deliveries[row.task_id] = row
 
-    def add(self, row: Delivery) -> bool:
+    def insert_row(self, row: Delivery) -> bool:
         """Insert a delivery unless its task has one."""
         return self.deliveries.setdefault(row.task_id, row) is row
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from services.sender import replies
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
 from services.sender.smtp import SendCancelled
-from services.validator.mx import Kind, Reason, Verdict
+from services.validator.mx import Reason, Verdict, VerdictKind
 from tests.simulation.loop import Loop
 from tests.simulation.world import World
 
@@ -70,22 +70,22 @@ class Pool:
         assert isinstance(loop, Loop)
         self._server, self._loop = server, loop
         self._world = server.world
-        self._down = False
+        self._mark_down = False
 
     @property
     def available(self) -> bool:
         """False from the failure to reach the relay to its return."""
-        return not self._down
+        return not self._mark_down
 
     async def wait_available(self) -> None:
         """Wait for the relay."""
-        while self._down:
+        while self._mark_down:
             await asyncio.sleep(0.5)
-            self._down = not self._world.up("relay")
+            self._mark_down = not self._world.up("relay")
 
     async def send(
         self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
-    ) -> replies.Outcome:
+    ) -> replies.SendResult:
         """Send one mail."""
         try:
             ended = await self._begin(rcpt, guard)
@@ -99,12 +99,12 @@ class Pool:
         except asyncio.CancelledError:
             raise SendCancelled(rest) from None
 
-    async def _begin(self, rcpt: str, guard: Callable[[], bool]) -> replies.Outcome | str:
+    async def _begin(self, rcpt: str, guard: Callable[[], bool]) -> replies.SendResult | str:
         """Send the envelope; return how the delivery will end, where the server wants the message."""
         latency = self._world.scheduler.latency
         await asyncio.sleep(latency())
         if self._lost():
-            self._down = True
+            self._mark_down = True
             return NotSent(Phase.CONNECT, "connection refused", True, _RELAY)
         if not guard():
             return LeaseLost(Phase.ENVELOPE)
@@ -119,7 +119,7 @@ class Pool:
             return Rejected(Phase.ENVELOPE, "550 5.1.1 no such user", True, None, _RELAY)
         return end
 
-    async def _hand_over(self, end: str, message: bytes, guard: Callable[[], bool]) -> replies.Outcome:
+    async def _hand_over(self, end: str, message: bytes, guard: Callable[[], bool]) -> replies.SendResult:
         latency = self._world.scheduler.latency
         owner = _owner(guard)
         handed_over = False
@@ -179,7 +179,7 @@ class Dns:
         told = self._finds[domain]
         found = told.pop(0) if len(told) > 1 else told[0]
         if found == "ok":
-            return Verdict(Kind.OK, None, ((10, f"mx.{domain}"),), "", 300)
+            return Verdict(VerdictKind.OK, None, ((10, f"mx.{domain}"),), "", 300)
         if found == "none":
-            return Verdict(Kind.FAILED, Reason.NO_SUCH_DOMAIN, (), domain, 60)
-        return Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "SERVFAIL", 30)
+            return Verdict(VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN, (), domain, 60)
+        return Verdict(VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "SERVFAIL", 30)

@@ -88,13 +88,13 @@ def _stale_completion_counts() -> Patches:
 def _cuts_off_what_was_handed_over() -> Patches:
     """A cancelled handler ends the exchange with the mail server, whatever has been sent."""
 
-    original = Sender._finish
+    original = Sender._finish_handover
 
     async def finish(self: Sender, rest: asyncio.Task[Any], *more: Any) -> None:
         rest.cancel()
         await original(self, rest, *more)
 
-    return [(Sender, "_finish", finish)]
+    return [(Sender, "_finish_handover", finish)]
 
 
 def _takes_over_at_once() -> Patches:
@@ -143,7 +143,7 @@ def _scheduled_at_once() -> Patches:
 def _cancel_without_claim() -> Patches:
     """A Cancel is recorded and published, and the delivery's row knows nothing of it."""
 
-    return [(cancelling, "add", lambda *_: True), (cancelling, "store", lambda *_: None)]
+    return [(cancelling, "insert_row", lambda *_: True), (cancelling, "store_rows", lambda *_: None)]
 
 
 def _dead_letter_failure_ignored() -> Patches:

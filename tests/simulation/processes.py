@@ -29,7 +29,7 @@ from services.sender.policy import Policy
 from services.sender.slots import Slots
 from services.sender.stage import Sender
 from services.sender.stage import stage as sender_stage
-from services.status.stage import Status
+from services.status.stage import StatusHandler
 from services.status.stage import stage as status_stage
 from services.validator.cache import VerdictCache
 from services.validator.stage import Validator
@@ -112,7 +112,7 @@ class ValidatorService(Service):
 class StatusService(Service):
     def __init__(self, servers: Servers) -> None:
         super().__init__(servers)
-        self.runtime = self._runtime(status_stage(Status(servers.database)))  # type: ignore[arg-type]
+        self.runtime = self._runtime(status_stage(StatusHandler(servers.database)))  # type: ignore[arg-type]
 
 
 class SenderService(Service):
@@ -130,7 +130,7 @@ class SenderService(Service):
             pool=Pool(servers.mail),
             composer=Composer("shop@road.test"),
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
-            hands=Slots(4, 0),
+            claim_slots=Slots(4, 0),
             sessions=Slots(2, 1),
             publish=self._publish,
             owner=lambda: next(_tokens).to_bytes(16, "big"),

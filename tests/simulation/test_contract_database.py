@@ -82,9 +82,9 @@ class _Statements:
     delete = staticmethod(outbox.delete)
     defer = staticmethod(outbox.defer)
     told = staticmethod(standing.told)
-    locked = staticmethod(rows.lock_rows)
-    store = staticmethod(rows.store_rows)
-    add = staticmethod(rows.insert_row)
+    lock_rows = staticmethod(rows.lock_rows)
+    store_rows = staticmethod(rows.store_rows)
+    insert_row = staticmethod(rows.insert_row)
 
 
 class Real:
@@ -363,14 +363,14 @@ def test_whoever_decides_finds_what_was_told_and_what_was_claimed(one: Side) -> 
     tenant = event.task.tenant
     assert one.transact(lambda c: one.store.told(c, tenant, id_)) == ("pending", 0, 0)
     assert one.transact(lambda c: one.store.told(c, "another", id_)) is None
-    assert one.transact(lambda c: one.store.locked(c, [id_]))[0] == {}
+    assert one.transact(lambda c: one.store.lock_rows(c, [id_]))[0] == {}
     row = taken(one, claim(id_, attempt=2))
-    assert one.transact(lambda c: one.store.add(c, row._replace(state="cancelled"))) is False
-    [found] = one.transact(lambda c: one.store.locked(c, [id_]))[0].values()
+    assert one.transact(lambda c: one.store.insert_row(c, row._replace(state="cancelled"))) is False
+    [found] = one.transact(lambda c: one.store.lock_rows(c, [id_]))[0].values()
     assert (found.state, found.attempt, found.owner) == ("sending", 2, row.owner)
     changed = found._replace(state="cancelled", epoch=7)
-    one.transact(lambda c: one.store.store(c, [changed]))
+    one.transact(lambda c: one.store.store_rows(c, [changed]))
     assert one.row(id_) == changed
     free = changed._replace(task_id=new_id())
-    assert one.transact(lambda c: one.store.add(c, free)) is True
+    assert one.transact(lambda c: one.store.insert_row(c, free)) is True
     assert one.row(free.task_id) == free

@@ -171,7 +171,7 @@ def test_a_refusal_tells_its_phase_and_leaves_no_mail(
 def test_a_connection_lost_before_the_message_is_over_leaves_no_mail(side: Memory | Real) -> None:
     outcome, copies = send(side, "drop_before")
     assert isinstance(outcome, NotSent)
-    assert (outcome.ours, copies) == (False, 0)
+    assert (outcome.spares_attempt, copies) == (False, 0)
 
 
 @pytest.mark.parametrize(("ending", "kept"), [("kept_unheard", 1), ("lost_unheard", 0)])
@@ -253,6 +253,6 @@ def test_a_relay_that_is_away_is_no_fault_of_the_mail_and_is_waited_for(side: Me
     side.relay(False)
     outcome, available = side.run(away)
     assert isinstance(outcome, NotSent)
-    assert (outcome.ours, available, side.copies(id_)) == (True, False, 0)
+    assert (outcome.spares_attempt, available, side.copies(id_)) == (True, False, 0)
     side.relay(True)
     assert isinstance(send(side, "ok")[0], Sent)

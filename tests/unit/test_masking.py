@@ -9,7 +9,7 @@ import pytest
 
 from services.sender.masking import Mask
 from services.sender.reply_parser import ReplyParser
-from services.sender.smtp_auth import hidden
+from services.sender.smtp_auth import secret_mask
 
 SECRET = 'p+A/ss=wör d~12"34<567'
 RESPONSE = base64.b64encode(f"\0ann\0{SECRET}".encode()).decode()
@@ -40,20 +40,23 @@ def test_what_is_no_secret_stays() -> None:
 
 @pytest.mark.parametrize("left", [len(RESPONSE), len(RESPONSE) - 3, 12, 8])
 def test_a_response_that_the_server_cuts_is_masked_from_its_beginning(left: int) -> None:
-    assert hidden("ann", SECRET).text(f"500 what: AUTH PLAIN {RESPONSE[:left]}") == "500 what: AUTH PLAIN ***"
+    assert (
+        secret_mask("ann", SECRET).text(f"500 what: AUTH PLAIN {RESPONSE[:left]}")
+        == "500 what: AUTH PLAIN ***"
+    )
 
 
 def test_a_reply_is_masked_before_it_is_cut() -> None:
     for before in range(1980, 2060):
         parser = ReplyParser()
-        parser.mask = hidden("ann", SECRET)
+        parser.mask = secret_mask("ann", SECRET)
         [reply] = parser.feed(f"500 {'x' * before} {RESPONSE}\r\n".encode())
         assert RESPONSE[:9] not in str(reply)
 
 
 def test_what_has_begun_and_not_ended_is_masked_too() -> None:
     parser = ReplyParser()
-    parser.mask = hidden("ann", SECRET)
+    parser.mask = secret_mask("ann", SECRET)
     parser.feed(f"500-{RESPONSE}\r\n500 {RESPONSE[:-2]}".encode())
-    assert parser.said == "500-*** 500 ***"
+    assert parser.unparsed == "500-*** 500 ***"
     assert str(parser.unfinished) == "500 *** ***"

@@ -11,33 +11,33 @@ from services.validator.mx import (
     MAX_HOSTS,
     Address,
     Answer,
-    Host,
+    AnswerKind,
+    HostLookup,
     HostState,
-    Kind,
     Mx,
     Reason,
-    Said,
     Verdict,
+    VerdictKind,
     final_verdict,
     first_verdict,
     host_state,
+    is_usable,
     not_a_domain,
-    usable,
 )
 
 DOMAIN = "example.test"
-NO_DATA: Answer[Mx] = Answer(Said.NO_DATA, ttl=300)
-GOOD = Host(HostState.USABLE, 900)
-GONE = Host(HostState.ABSENT, 200)
-LOOP = Host(HostState.LOOPBACK, 200, "127.0.0.1")
-DARK = Host(HostState.UNKNOWN, 0, "SERVFAIL")
+NO_DATA: Answer[Mx] = Answer(AnswerKind.NO_DATA, ttl=300)
+GOOD = HostLookup(HostState.USABLE, 900)
+GONE = HostLookup(HostState.ABSENT, 200)
+LOOP = HostLookup(HostState.LOOPBACK, 200, "127.0.0.1")
+DARK = HostLookup(HostState.UNKNOWN, 0, "SERVFAIL")
 
 
 def mx(*records: Mx, ttl: int = 600) -> Answer[Mx]:
-    return Answer(Said.RECORDS, records, ttl)
+    return Answer(AnswerKind.RECORDS, records, ttl)
 
 
-def verdict(answer: Answer[Mx], known: dict[str, Host] | None = None) -> Verdict:
+def verdict(answer: Answer[Mx], known: dict[str, HostLookup] | None = None) -> Verdict:
     """The verdict as the walk reaches it: only the hosts that are asked for are known."""
     first = first_verdict(DOMAIN, answer)
     if isinstance(first, Verdict):
@@ -46,75 +46,87 @@ def verdict(answer: Answer[Mx], known: dict[str, Host] | None = None) -> Verdict
 
 
 TABLE = {
-    "one good host": (mx((10, "a.test")), {"a.test": GOOD}, Kind.OK, None),
+    "one good host": (mx((10, "a.test")), {"a.test": GOOD}, VerdictKind.OK, None),
     "a good host among dead ones": (
         mx((10, "a.test"), (20, "b.test"), (30, "c.test")),
         {"a.test": GONE, "b.test": DARK, "c.test": GOOD},
-        Kind.OK,
+        VerdictKind.OK,
         None,
     ),
-    "a good host beside an address": (mx((0, "192.0.2.1"), (5, "a.test")), {"a.test": GOOD}, Kind.OK, None),
-    "a good host beside the root": (mx((0, ""), (5, "a.test")), {"a.test": GOOD}, Kind.OK, None),
-    "implicit": (NO_DATA, {DOMAIN: GOOD}, Kind.OK, None),
-    "implicit without an address": (NO_DATA, {DOMAIN: GONE}, Kind.FAILED, Reason.NO_MAIL_HOST),
-    "implicit on loopback": (NO_DATA, {DOMAIN: LOOP}, Kind.FAILED, Reason.UNUSABLE_MX),
-    "implicit in the dark": (NO_DATA, {DOMAIN: DARK}, Kind.TRANSIENT, Reason.DNS_UNAVAILABLE),
-    "null": (mx((0, "")), {}, Kind.FAILED, Reason.NULL_MX),
-    "null at another preference": (mx((10, "")), {}, Kind.FAILED, Reason.NULL_MX),
-    "no such name": (Answer(Said.NO_NAME, ttl=60), {}, Kind.FAILED, Reason.NO_SUCH_DOMAIN),
-    "no answer": (Answer(Said.NOTHING, detail="SERVFAIL"), {}, Kind.TRANSIENT, Reason.DNS_UNAVAILABLE),
+    "a good host beside an address": (
+        mx((0, "192.0.2.1"), (5, "a.test")),
+        {"a.test": GOOD},
+        VerdictKind.OK,
+        None,
+    ),
+    "a good host beside the root": (mx((0, ""), (5, "a.test")), {"a.test": GOOD}, VerdictKind.OK, None),
+    "implicit": (NO_DATA, {DOMAIN: GOOD}, VerdictKind.OK, None),
+    "implicit without an address": (NO_DATA, {DOMAIN: GONE}, VerdictKind.FAILED, Reason.NO_MAIL_HOST),
+    "implicit on loopback": (NO_DATA, {DOMAIN: LOOP}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
+    "implicit in the dark": (NO_DATA, {DOMAIN: DARK}, VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE),
+    "null": (mx((0, "")), {}, VerdictKind.FAILED, Reason.NULL_MX),
+    "null at another preference": (mx((10, "")), {}, VerdictKind.FAILED, Reason.NULL_MX),
+    "no such name": (Answer(AnswerKind.NO_NAME, ttl=60), {}, VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN),
+    "no answer": (
+        Answer(AnswerKind.NOTHING, detail="SERVFAIL"),
+        {},
+        VerdictKind.TRANSIENT,
+        Reason.DNS_UNAVAILABLE,
+    ),
     "all hosts gone": (
         mx((10, "a.test"), (20, "b.test")),
         {"a.test": GONE, "b.test": GONE},
-        Kind.FAILED,
+        VerdictKind.FAILED,
         Reason.NO_MAIL_HOST,
     ),
     "one host gone, one in the dark": (
         mx((10, "a.test"), (20, "b.test")),
         {"a.test": GONE, "b.test": DARK},
-        Kind.TRANSIENT,
+        VerdictKind.TRANSIENT,
         Reason.DNS_UNAVAILABLE,
     ),
-    "a host on loopback": (mx((10, "a.test")), {"a.test": LOOP}, Kind.FAILED, Reason.UNUSABLE_MX),
+    "a host on loopback": (mx((10, "a.test")), {"a.test": LOOP}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
     "a host on loopback, one in the dark": (
         mx((10, "a.test"), (20, "b.test")),
         {"a.test": LOOP, "b.test": DARK},
-        Kind.TRANSIENT,
+        VerdictKind.TRANSIENT,
         Reason.DNS_UNAVAILABLE,
     ),
     "a host on loopback, one gone": (
         mx((10, "a.test"), (20, "b.test")),
         {"a.test": LOOP, "b.test": GONE},
-        Kind.FAILED,
+        VerdictKind.FAILED,
         Reason.UNUSABLE_MX,
     ),
-    "an IPv4 address": (mx((10, "192.0.2.1")), {}, Kind.FAILED, Reason.UNUSABLE_MX),
-    "an IPv4 address in brackets": (mx((10, "[192.0.2.1]")), {}, Kind.FAILED, Reason.UNUSABLE_MX),
-    "an IPv6 address": (mx((10, "2001:db8::1")), {}, Kind.FAILED, Reason.UNUSABLE_MX),
-    "an IPv6 address literal": (mx((10, "[ipv6:2001:db8::1]")), {}, Kind.FAILED, Reason.UNUSABLE_MX),
-    "localhost": (mx((10, "localhost")), {}, Kind.FAILED, Reason.UNUSABLE_MX),
-    "under localhost": (mx((10, "mail.localhost")), {}, Kind.FAILED, Reason.UNUSABLE_MX),
+    "an IPv4 address": (mx((10, "192.0.2.1")), {}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
+    "an IPv4 address in brackets": (mx((10, "[192.0.2.1]")), {}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
+    "an IPv6 address": (mx((10, "2001:db8::1")), {}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
+    "an IPv6 address literal": (mx((10, "[ipv6:2001:db8::1]")), {}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
+    "localhost": (mx((10, "localhost")), {}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
+    "under localhost": (mx((10, "mail.localhost")), {}, VerdictKind.FAILED, Reason.UNUSABLE_MX),
     "localhost beside a host that is gone": (
         mx((10, "localhost"), (20, "a.test")),
         {"a.test": GONE},
-        Kind.FAILED,
+        VerdictKind.FAILED,
         Reason.UNUSABLE_MX,
     ),
     "localhost beside a host in the dark": (
         mx((10, "localhost"), (20, "a.test")),
         {"a.test": DARK},
-        Kind.TRANSIENT,
+        VerdictKind.TRANSIENT,
         Reason.DNS_UNAVAILABLE,
     ),
 }
 
 
 @pytest.mark.parametrize(("answer", "known", "kind", "reason"), TABLE.values(), ids=TABLE.keys())
-def test_verdict_table(answer: Answer[Mx], known: dict[str, Host], kind: Kind, reason: Reason | None) -> None:
+def test_verdict_table(
+    answer: Answer[Mx], known: dict[str, HostLookup], kind: VerdictKind, reason: Reason | None
+) -> None:
     got = verdict(answer, known)
     assert (got.kind, got.reason) == (kind, reason)
-    assert bool(got.hosts) == (kind is Kind.OK)
-    assert bool(got.detail) == (kind is not Kind.OK)
+    assert bool(got.hosts) == (kind is VerdictKind.OK)
+    assert bool(got.detail) == (kind is not VerdictKind.OK)
 
 
 def test_a_host_that_merely_sounds_local_is_asked_for() -> None:
@@ -138,7 +150,7 @@ def test_no_more_than_the_best_hosts_are_asked_for() -> None:
 
 def test_a_host_not_looked_up_in_time_leaves_hope() -> None:
     got = final_verdict(DOMAIN, mx((10, "a.test"), (20, "b.test")), {"a.test": GONE})
-    assert got.kind is Kind.TRANSIENT
+    assert got.kind is VerdictKind.TRANSIENT
     assert "b.test" in got.detail
 
 
@@ -157,85 +169,89 @@ def test_a_detail_fits_into_a_line() -> None:
 @pytest.mark.parametrize(
     ("answer", "known", "ttl"),
     [
-        (mx((10, "a.test"), ttl=600), Host(HostState.USABLE, 900), 600),
-        (mx((10, "a.test"), ttl=600), Host(HostState.USABLE, 120), 120),
-        (mx((10, "a.test"), ttl=5), Host(HostState.USABLE, 900), 60),
-        (mx((10, "a.test"), ttl=86400), Host(HostState.USABLE, 86400), 3600),
-        (mx((10, "a.test"), ttl=600), Host(HostState.ABSENT, 200), 200),
-        (mx((10, "a.test"), ttl=600), Host(HostState.ABSENT, 900), 300),
-        (mx((10, "a.test"), ttl=600), Host(HostState.LOOPBACK, 1), 30),
+        (mx((10, "a.test"), ttl=600), HostLookup(HostState.USABLE, 900), 600),
+        (mx((10, "a.test"), ttl=600), HostLookup(HostState.USABLE, 120), 120),
+        (mx((10, "a.test"), ttl=5), HostLookup(HostState.USABLE, 900), 60),
+        (mx((10, "a.test"), ttl=86400), HostLookup(HostState.USABLE, 86400), 3600),
+        (mx((10, "a.test"), ttl=600), HostLookup(HostState.ABSENT, 200), 200),
+        (mx((10, "a.test"), ttl=600), HostLookup(HostState.ABSENT, 900), 300),
+        (mx((10, "a.test"), ttl=600), HostLookup(HostState.LOOPBACK, 1), 30),
         (mx((0, ""), ttl=86400), GONE, 300),
-        (Answer(Said.NO_NAME, ttl=86400), GONE, 300),
-        (Answer(Said.NO_NAME, ttl=90), GONE, 90),
-        (Answer(Said.NO_NAME, ttl=0), GONE, 30),
-        (Answer(Said.NOTHING, detail="timeout"), GONE, 30),
+        (Answer(AnswerKind.NO_NAME, ttl=86400), GONE, 300),
+        (Answer(AnswerKind.NO_NAME, ttl=90), GONE, 90),
+        (Answer(AnswerKind.NO_NAME, ttl=0), GONE, 30),
+        (Answer(AnswerKind.NOTHING, detail="timeout"), GONE, 30),
     ],
 )  # fmt: skip
-def test_ttl_is_the_answers_within_bounds(answer: Answer[Mx], known: Host, ttl: int) -> None:
+def test_ttl_is_the_answers_within_bounds(answer: Answer[Mx], known: HostLookup, ttl: int) -> None:
     assert verdict(answer, {"a.test": known}).ttl == ttl
 
 
 def test_ok_holds_while_any_usable_host_does() -> None:
-    known = {"a.test": Host(HostState.USABLE, 100), "b.test": Host(HostState.USABLE, 200), "c.test": GONE}
+    known = {
+        "a.test": HostLookup(HostState.USABLE, 100),
+        "b.test": HostLookup(HostState.USABLE, 200),
+        "c.test": GONE,
+    }
     assert verdict(mx((1, "a.test"), (2, "b.test"), (3, "c.test"), ttl=600), known).ttl == 200
 
 
 def test_what_is_no_domain_does_not_exist() -> None:
-    assert (not_a_domain("?").kind, not_a_domain("?").reason) == (Kind.FAILED, Reason.NO_SUCH_DOMAIN)
+    assert (not_a_domain("?").kind, not_a_domain("?").reason) == (VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN)
 
 
 @pytest.mark.parametrize(
     "text", ["127.0.0.1", "127.255.255.254", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0"]
 )
 def test_no_mail_goes_to_loopback_or_unspecified(text: str) -> None:
-    assert not usable(ip_address(text))
+    assert not is_usable(ip_address(text))
 
 
 @pytest.mark.parametrize("text", ["192.0.2.1", "10.0.0.1", "128.0.0.1", "2001:db8::1", "::ffff:192.0.2.1"])
 def test_mail_goes_to_any_other_address(text: str) -> None:
-    assert usable(ip_address(text))
+    assert is_usable(ip_address(text))
 
 
 V4, LOCAL, V6 = (ip_address(text) for text in ("192.0.2.1", "127.0.0.1", "2001:db8::1"))
 
 
 def found(*addresses: Address, ttl: int = 100) -> Answer[Address]:
-    return Answer(Said.RECORDS, addresses, ttl)
+    return Answer(AnswerKind.RECORDS, addresses, ttl)
 
 
-EMPTY: Answer[Address] = Answer(Said.NO_DATA, ttl=50)
-NOTHING: Answer[Address] = Answer(Said.NOTHING, detail="REFUSED")
+EMPTY: Answer[Address] = Answer(AnswerKind.NO_DATA, ttl=50)
+NOTHING: Answer[Address] = Answer(AnswerKind.NOTHING, detail="REFUSED")
 
 
 @pytest.mark.parametrize(
     ("answers", "state"),
     [
-        ((found(V4),), Host(HostState.USABLE, 100)),
-        ((found(LOCAL, V4),), Host(HostState.USABLE, 100)),
-        ((found(LOCAL), found(V6, ttl=70)), Host(HostState.USABLE, 70)),
-        ((found(V4, ttl=50), found(V6, ttl=70)), Host(HostState.USABLE, 70)),
-        ((NOTHING, found(V6)), Host(HostState.USABLE, 100)),
-        ((EMPTY, found(V6)), Host(HostState.USABLE, 100)),
-        ((EMPTY, EMPTY), Host(HostState.ABSENT, 50)),
-        ((Answer(Said.NO_NAME, ttl=20),), Host(HostState.ABSENT, 20)),
-        ((NOTHING, EMPTY), Host(HostState.UNKNOWN, 0, "REFUSED")),
-        ((EMPTY, NOTHING), Host(HostState.UNKNOWN, 0, "REFUSED")),
-        ((found(LOCAL), NOTHING), Host(HostState.UNKNOWN, 0, "REFUSED")),
-        ((found(LOCAL), EMPTY), Host(HostState.LOOPBACK, 50, "127.0.0.1")),
+        ((found(V4),), HostLookup(HostState.USABLE, 100)),
+        ((found(LOCAL, V4),), HostLookup(HostState.USABLE, 100)),
+        ((found(LOCAL), found(V6, ttl=70)), HostLookup(HostState.USABLE, 70)),
+        ((found(V4, ttl=50), found(V6, ttl=70)), HostLookup(HostState.USABLE, 70)),
+        ((NOTHING, found(V6)), HostLookup(HostState.USABLE, 100)),
+        ((EMPTY, found(V6)), HostLookup(HostState.USABLE, 100)),
+        ((EMPTY, EMPTY), HostLookup(HostState.ABSENT, 50)),
+        ((Answer(AnswerKind.NO_NAME, ttl=20),), HostLookup(HostState.ABSENT, 20)),
+        ((NOTHING, EMPTY), HostLookup(HostState.UNKNOWN, 0, "REFUSED")),
+        ((EMPTY, NOTHING), HostLookup(HostState.UNKNOWN, 0, "REFUSED")),
+        ((found(LOCAL), NOTHING), HostLookup(HostState.UNKNOWN, 0, "REFUSED")),
+        ((found(LOCAL), EMPTY), HostLookup(HostState.LOOPBACK, 50, "127.0.0.1")),
     ],
 )
-def test_host_state(answers: tuple[Answer[Address], ...], state: Host) -> None:
+def test_host_state(answers: tuple[Answer[Address], ...], state: HostLookup) -> None:
     assert host_state(answers) == state
 
 
 names = st.sampled_from(["", "localhost", "x.localhost", "192.0.2.1", *(f"h{n}.test" for n in range(30))])
 records = st.lists(st.tuples(st.integers(0, 65535), names), min_size=1, max_size=40)
 ttls = st.integers(0, 2**31 - 1)
-hosts = st.builds(Host, st.sampled_from(HostState), ttls)
+hosts = st.builds(HostLookup, st.sampled_from(HostState), ttls)
 worlds = st.dictionaries(st.sampled_from([f"h{n}.test" for n in range(30)]), hosts)
 
 
-def judged(listed: list[Mx], ttl: int, world: dict[str, Host]) -> Verdict:
+def judged(listed: list[Mx], ttl: int, world: dict[str, HostLookup]) -> Verdict:
     answer = mx(*listed, ttl=ttl)
     first = first_verdict(DOMAIN, answer)
     return first if isinstance(first, Verdict) else final_verdict(DOMAIN, answer, world)
@@ -243,13 +259,15 @@ def judged(listed: list[Mx], ttl: int, world: dict[str, Host]) -> Verdict:
 
 @given(records, ttls, worlds)
 def test_every_verdict_is_whole_and_within_its_bounds(
-    listed: list[Mx], ttl: int, world: dict[str, Host]
+    listed: list[Mx], ttl: int, world: dict[str, HostLookup]
 ) -> None:
     got = judged(listed, ttl, world)
-    bounds = {Kind.OK: (60, 3600), Kind.FAILED: (30, 300), Kind.TRANSIENT: (0, 30)}[got.kind]
+    bounds = {VerdictKind.OK: (60, 3600), VerdictKind.FAILED: (30, 300), VerdictKind.TRANSIENT: (0, 30)}[
+        got.kind
+    ]
     assert bounds[0] <= got.ttl <= bounds[1]
-    assert (got.reason is None) == (got.kind is Kind.OK) == bool(got.hosts)
-    assert (got.kind is Kind.TRANSIENT) == (got.reason is Reason.DNS_UNAVAILABLE)
+    assert (got.reason is None) == (got.kind is VerdictKind.OK) == bool(got.hosts)
+    assert (got.kind is VerdictKind.TRANSIENT) == (got.reason is Reason.DNS_UNAVAILABLE)
     assert set(got.hosts) <= set(listed)
     assert list(got.hosts) == sorted(got.hosts)
     assert all(world[name].state is HostState.USABLE for _, name in got.hosts)
@@ -257,7 +275,7 @@ def test_every_verdict_is_whole_and_within_its_bounds(
 
 @given(records, ttls, worlds, st.randoms(use_true_random=False))
 def test_the_order_of_the_records_says_nothing(
-    listed: list[Mx], ttl: int, world: dict[str, Host], random: Random
+    listed: list[Mx], ttl: int, world: dict[str, HostLookup], random: Random
 ) -> None:
     shuffled = list(listed)
     random.shuffle(shuffled)
@@ -266,17 +284,19 @@ def test_the_order_of_the_records_says_nothing(
 
 @given(st.lists(st.tuples(st.integers(0, 9), names), max_size=19), worlds, st.integers(0, 9))
 def test_one_usable_host_is_enough_whatever_else_is_wrong(
-    listed: list[Mx], world: dict[str, Host], preference: int
+    listed: list[Mx], world: dict[str, HostLookup], preference: int
 ) -> None:
     got = judged([*listed, (preference, "good.test")], 600, world | {"good.test": GOOD})
-    assert got.kind is Kind.OK
+    assert got.kind is VerdictKind.OK
     assert "good.test" in {name for _, name in got.hosts}
 
 
 @given(records, worlds)
-def test_no_domain_fails_while_anything_is_in_the_dark(listed: list[Mx], world: dict[str, Host]) -> None:
+def test_no_domain_fails_while_anything_is_in_the_dark(
+    listed: list[Mx], world: dict[str, HostLookup]
+) -> None:
     got = judged(listed, 600, world)
-    if got.kind is Kind.FAILED:
+    if got.kind is VerdictKind.FAILED:
         first = first_verdict(DOMAIN, mx(*listed))
         asked = first if isinstance(first, tuple) else ()
         assert all(world[name].state in (HostState.ABSENT, HostState.LOOPBACK) for _, name in asked)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from services.validator.cache import VerdictCache
-from services.validator.mx import Kind, Reason, Verdict
+from services.validator.mx import Reason, Verdict, VerdictKind
 
-OK = Verdict(Kind.OK, None, ((10, "mx.test"),), "", 60)
-FAILED = Verdict(Kind.FAILED, Reason.NULL_MX, (), "null MX", 30)
-DARK = Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "SERVFAIL", 30)
+OK = Verdict(VerdictKind.OK, None, ((10, "mx.test"),), "", 60)
+FAILED = Verdict(VerdictKind.FAILED, Reason.NULL_MX, (), "null MX", 30)
+DARK = Verdict(VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "SERVFAIL", 30)
 
 
 class World:
@@ -91,7 +91,7 @@ async def test_all_forms_of_a_domain_share_one_verdict() -> None:
 async def test_what_is_no_domain_is_never_asked_for() -> None:
     world = World()
     verdict = await world.cache().resolve("a..b")
-    assert (verdict.kind, verdict.reason) == (Kind.FAILED, Reason.NO_SUCH_DOMAIN)
+    assert (verdict.kind, verdict.reason) == (VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN)
     assert world.asked == []
 
 

@@ -10,14 +10,14 @@ from postroad.v1 import events_pb2 as pb
 from services.common.kafka.topics import TASK_CREATED
 from services.common.stage.types import Done, Outcome, Record, Retry
 from services.validator.cache import VerdictCache
-from services.validator.mx import Kind, Reason, Verdict
+from services.validator.mx import Reason, Verdict, VerdictKind
 from services.validator.stage import Validator, stage
 
 ID = bytes(range(16))
 NOW_US = 1_700_000_000_000_001
-OK = Verdict(Kind.OK, None, ((10, "mx1.test"), (20, "mx2.test")), "", 60)
-NULL = Verdict(Kind.FAILED, Reason.NULL_MX, (), "a.test takes no mail", 30)
-DARK = Verdict(Kind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "MX of a.test: SERVFAIL", 30)
+OK = Verdict(VerdictKind.OK, None, ((10, "mx1.test"), (20, "mx2.test")), "", 60)
+NULL = Verdict(VerdictKind.FAILED, Reason.NULL_MX, (), "a.test takes no mail", 30)
+DARK = Verdict(VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "MX of a.test: SERVFAIL", 30)
 TASK = pb.MailTask(
     id=ID,
     tenant="t",

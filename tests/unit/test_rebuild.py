@@ -29,7 +29,7 @@ from services.common.deliveries.mx_failures import failed_row
 from services.common.deliveries.outcome import event_of
 from services.common.events import Event, event_key
 from services.common.fold import delta, fold
-from services.sender.answers import found_in_doubt
+from services.sender.answers import takeover_event
 from tests.event_strategies import events_of, mail_task
 from tests.forms import by_form
 
@@ -82,7 +82,7 @@ class Deliveries:
         if verdict.earlier is not None:
             self.events.append(event_of(verdict.earlier))
         if verdict.doubtful:
-            self.events.append(found_in_doubt(verdict.row, self.now_us()))
+            self.events.append(takeover_event(verdict.row, self.now_us()))
         self.send(verdict.row._replace(reason=""))
 
     def send(self, row: Delivery) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from services.sender.refusals import RULES, At, Whose, whose
+from services.sender.refusals import RULES, RefusalScope, TransactionStep, refusal_scope
 from services.sender.replies import Reply
 from services.sender.retry_hints import retry_hint
 
 FROM = "shop@example.org"
-FROM_MAIL_ON = list(At)
+FROM_MAIL_ON = list(TransactionStep)
 
 
 def reply(text: str) -> Reply:
@@ -50,17 +50,17 @@ def test_every_row_has_a_source() -> None:
         "451 4.3.0 session timeout",
     ],
 )
-def test_of_the_session(at: At, text: str) -> None:
-    assert whose(at, reply(text)) is Whose.SESSION
+def test_of_the_session(at: TransactionStep, text: str) -> None:
+    assert refusal_scope(at, reply(text)) is RefusalScope.SESSION
 
 
 @pytest.mark.parametrize("at", FROM_MAIL_ON)
 @pytest.mark.parametrize(
     "text", ["451 4.7.1 greylisted", "450 4.2.0 later", "451 local error", "454 4.7.1 no"]
 )
-def test_a_4yz_is_the_mails_unless_the_server_closes_with_it(at: At, text: str) -> None:
-    assert whose(at, reply(text)) is Whose.MAIL
-    assert whose(at, reply(text), closed=True) is Whose.SESSION
+def test_a_4yz_is_the_mails_unless_the_server_closes_with_it(at: TransactionStep, text: str) -> None:
+    assert refusal_scope(at, reply(text)) is RefusalScope.MAIL
+    assert refusal_scope(at, reply(text), closed=True) is RefusalScope.SESSION
 
 
 @pytest.mark.parametrize("at", FROM_MAIL_ON)
@@ -109,11 +109,11 @@ def test_a_4yz_is_the_mails_unless_the_server_closes_with_it(at: At, text: str) 
         "554 Message rejected: Email address is not verified. Identities that failed: Shop@example.org",
     ],
 )
-def test_of_the_account(at: At, text: str) -> None:
-    assert whose(at, reply(text), FROM) is Whose.ACCOUNT
+def test_of_the_account(at: TransactionStep, text: str) -> None:
+    assert refusal_scope(at, reply(text), FROM) is RefusalScope.ACCOUNT
 
 
-@pytest.mark.parametrize("at", [At.RCPT, At.DATA, At.MESSAGE])
+@pytest.mark.parametrize("at", [TransactionStep.RCPT, TransactionStep.DATA, TransactionStep.MESSAGE])
 @pytest.mark.parametrize(
     "text",
     [
@@ -145,34 +145,36 @@ def test_of_the_account(at: At, text: str) -> None:
         "554 Message rejected: Email address is not verified. Identities that failed: ann@example.net",
     ],
 )
-def test_of_the_mail(at: At, text: str) -> None:
-    assert whose(at, reply(text), FROM) is Whose.MAIL
+def test_of_the_mail(at: TransactionStep, text: str) -> None:
+    assert refusal_scope(at, reply(text), FROM) is RefusalScope.MAIL
 
 
 @pytest.mark.parametrize(
     ("text", "about"),
     [
-        ("550 5.7.1 no", Whose.ACCOUNT),
-        ("503 5.5.1 authenticate first", Whose.ACCOUNT),
-        ("554 5.7.1 blocked", Whose.ACCOUNT),
-        ("501 5.1.7 bad sender address syntax", Whose.ACCOUNT),
-        ("552 5.3.4 message size exceeds the limit", Whose.MAIL),
-        ("552 too big", Whose.MAIL),
-        ("554 5.3.4 message too big", Whose.MAIL),
-        ("550 Message size exceeds the maximum", Whose.MAIL),
-        ("550 5.6.7 no SMTPUTF8", Whose.MAIL),
-        ("555 5.5.4 Unsupported option: SMTPUTF8", Whose.MAIL),
-        ("501 5.5.4 BODY=8BITMIME is not supported", Whose.MAIL),
-        ("504 5.5.4 SIZE=12: not implemented", Whose.ACCOUNT),
-        ("555 5.5.4 Unsupported option", Whose.ACCOUNT),
-        ("552 5.2.2 account over quota", Whose.ACCOUNT),
-        ("552 sending quota exceeded for today", Whose.ACCOUNT),
-        ("451 4.7.1 later", Whose.MAIL),
-        ("452 4.3.1 disk full", Whose.MAIL),
+        ("550 5.7.1 no", RefusalScope.ACCOUNT),
+        ("503 5.5.1 authenticate first", RefusalScope.ACCOUNT),
+        ("554 5.7.1 blocked", RefusalScope.ACCOUNT),
+        ("501 5.1.7 bad sender address syntax", RefusalScope.ACCOUNT),
+        ("552 5.3.4 message size exceeds the limit", RefusalScope.MAIL),
+        ("552 too big", RefusalScope.MAIL),
+        ("554 5.3.4 message too big", RefusalScope.MAIL),
+        ("550 Message size exceeds the maximum", RefusalScope.MAIL),
+        ("550 5.6.7 no SMTPUTF8", RefusalScope.MAIL),
+        ("555 5.5.4 Unsupported option: SMTPUTF8", RefusalScope.MAIL),
+        ("501 5.5.4 BODY=8BITMIME is not supported", RefusalScope.MAIL),
+        ("504 5.5.4 SIZE=12: not implemented", RefusalScope.ACCOUNT),
+        ("555 5.5.4 Unsupported option", RefusalScope.ACCOUNT),
+        ("552 5.2.2 account over quota", RefusalScope.ACCOUNT),
+        ("552 sending quota exceeded for today", RefusalScope.ACCOUNT),
+        ("451 4.7.1 later", RefusalScope.MAIL),
+        ("452 4.3.1 disk full", RefusalScope.MAIL),
     ],
 )
-def test_a_5yz_to_mail_is_the_accounts_unless_it_speaks_of_the_message(text: str, about: Whose) -> None:
-    assert whose(At.MAIL, reply(text)) is about
+def test_a_5yz_to_mail_is_the_accounts_unless_it_speaks_of_the_message(
+    text: str, about: RefusalScope
+) -> None:
+    assert refusal_scope(TransactionStep.MAIL, reply(text)) is about
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_a_5yz_to_mail_is_the_accounts_unless_it_speaks_of_the_message(text: str
     ],
 )
 def test_a_4yz_about_the_way_to_the_recipient_is_the_mails(text: str) -> None:
-    assert whose(At.RCPT, reply(text)) is Whose.MAIL
+    assert refusal_scope(TransactionStep.RCPT, reply(text)) is RefusalScope.MAIL
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_a_long_reply_keeps_the_event_loop_for_less_than_5_ms(text: str) -> None
         # Of several runs the quickest: others use the processor too.
         return min(timeit.repeat(work, number=1, repeat=7))
 
-    assert seconds(lambda: whose(At.RCPT, Reply(450, (text,)), FROM)) < 0.005
-    assert seconds(lambda: whose(At.RCPT, Reply(550, (text,)), FROM)) < 0.005
-    assert seconds(lambda: whose(At.RCPT, Reply(552, (text,)), FROM)) < 0.005
+    assert seconds(lambda: refusal_scope(TransactionStep.RCPT, Reply(450, (text,)), FROM)) < 0.005
+    assert seconds(lambda: refusal_scope(TransactionStep.RCPT, Reply(550, (text,)), FROM)) < 0.005
+    assert seconds(lambda: refusal_scope(TransactionStep.RCPT, Reply(552, (text,)), FROM)) < 0.005
     assert seconds(lambda: retry_hint(Reply(450, (text,)))) < 0.005

@@ -13,7 +13,7 @@ REPLIES = st.lists(
 )
 
 
-def wire(replies: list[Reply]) -> bytes:
+def connection(replies: list[Reply]) -> bytes:
     out = b""
     for code, lines in replies:
         for text in lines[:-1]:
@@ -24,7 +24,7 @@ def wire(replies: list[Reply]) -> bytes:
 
 @given(REPLIES, st.lists(st.integers(1, 20), min_size=1))
 def test_any_cut_of_the_stream_gives_the_same_replies(replies: list[Reply], cuts: list[int]) -> None:
-    data, parser, got, turn = wire(replies), ReplyParser(), [], 0
+    data, parser, got, turn = connection(replies), ReplyParser(), [], 0
     while data:
         size = cuts[turn % len(cuts)]
         got += parser.feed(data[:size])
@@ -95,11 +95,11 @@ def test_what_can_be_read_of_a_reply_that_did_not_end(data: bytes, expected: str
 
 def test_lines_without_a_code_before_a_reply_belong_to_it_where_that_is_asked_for() -> None:
     parser = ReplyParser()
-    parser.patient = True
+    parser.lenient = True
     assert [str(reply) for reply in parser.feed(b"hello\r\n250 ok\r\n")] == ["250 hello ok"]
     assert parser.feed(b"hello\r\n") == []
     assert parser.unfinished is None
-    assert parser.said == "hello"
+    assert parser.unparsed == "hello"
 
 
 @pytest.mark.parametrize(

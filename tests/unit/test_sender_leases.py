@@ -98,7 +98,7 @@ async def test_a_lease_of_which_nothing_is_known_stays_as_it_was() -> None:
 
 
 async def test_what_a_lock_kept_from_a_row_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sender.leases._AGAIN", 0.01)
+    monkeypatch.setattr("services.sender.leases._RETRY_SECONDS", 0.01)
     leases, world = build()
     leases._seconds = 1.0
     leases.hold(ROW, since=100.0)

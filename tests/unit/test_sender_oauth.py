@@ -103,7 +103,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_it_is_renewed_ahead_of_time_and_trouble_with_that_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.sender.oauth._AGAIN", 0.01)
+    monkeypatch.setattr("services.sender.oauth._RETRY_SECONDS", 0.01)
     clock = Clock()
     async with token_server() as server:
         tokens = tokens_from(server, clock)
@@ -208,7 +208,7 @@ async def test_a_reply_that_is_no_http_has_no_secret_shown() -> None:
     "answer", ["[" * 200_000, token("t", expires_in=float("nan"))], ids=["nested", "nan"]
 )
 async def test_no_answer_ends_the_renewing(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sender.oauth._AGAIN", 0.01)
+    monkeypatch.setattr("services.sender.oauth._RETRY_SECONDS", 0.01)
     async with token_server() as server:
         server.answer = lambda n: ("200 OK", answer if n < 3 else token("good"))
         tokens = tokens_from(server, Clock())

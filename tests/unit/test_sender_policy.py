@@ -11,7 +11,7 @@ from services.common.deliveries.decide import IN_DOUBT, Delivery
 from services.common.deliveries.outcome import event_of
 from services.common.events import event_key
 from services.common.stage.types import Done, Retry
-from services.sender.answers import answer, found_in_doubt
+from services.sender.answers import answer, takeover_event
 from services.sender.policy import Policy
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
 
@@ -63,9 +63,9 @@ def test_a_5yz_reply_ends_the_task() -> None:
     [
         (GREYLISTED, "deferred", "451 4.7.1 later"),
         (DROPPED, "connection_lost", ""),
-        (replace(DROPPED, said="hello"), "connection_lost", "hello"),
+        (replace(DROPPED, unparsed="hello"), "connection_lost", "hello"),
         (SILENT, IN_DOUBT, ""),
-        (replace(SILENT, said="hello"), IN_DOUBT, "hello"),
+        (replace(SILENT, unparsed="hello"), IN_DOUBT, "hello"),
     ],
 )
 def test_the_delays_are_used_in_turn_and_the_last_repeats(
@@ -195,7 +195,7 @@ def test_a_cancelled_row_tells_nothing_and_a_claimed_one_has_no_outcome() -> Non
 
 
 def test_the_doubts_of_one_attempt_are_events_of_their_own() -> None:
-    first, second = (found_in_doubt(CLAIMED._replace(takeovers=n), NOW_US) for n in (1, 2))
+    first, second = (takeover_event(CLAIMED._replace(takeovers=n), NOW_US) for n in (1, 2))
     lost_reply = event_of(settled(SILENT, takeovers=2))
     plain = event_of(settled(DROPPED))
     assert len({event_key(event) for event in (first, second, lost_reply, plain)}) == 4

@@ -8,10 +8,10 @@ import pytest
 
 from services.common.config import Settings
 from services.sender import client_name
-from services.sender.client_name import own_name
+from services.sender.client_name import find_client_name
 from services.sender.metrics import SENDER_RELAY_TROUBLE
 from services.sender.replies import NotSent, Phase
-from services.sender.service import _show, build, relay_of, tokens_of
+from services.sender.service import _export_trouble, build, make_relay, make_tokens
 
 OAUTH = {
     "email_user": "shop@example.org",
@@ -43,7 +43,7 @@ async def test_the_hosts_full_name_is_the_clients_and_none_is_left_to_the_addres
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: hostname)
     monkeypatch.setattr(socket, "getfqdn", lambda asked: fqdn)
-    assert await own_name() == name
+    assert await find_client_name() == name
 
 
 async def test_a_resolver_that_does_not_answer_holds_up_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,29 +51,29 @@ async def test_a_resolver_that_does_not_answer_holds_up_no_start(monkeypatch: py
         raise OSError("no DNS")
 
     monkeypatch.setattr(client_name, "_fqdn", fails)
-    assert await own_name() is None
+    assert await find_client_name() is None
 
 
 def test_the_setting_is_the_clients_name_before_the_hosts() -> None:
     assert (
-        relay_of(settings(email_helo="mail.example.org"), None, "host.example").client_name
+        make_relay(settings(email_helo="mail.example.org"), None, "host.example").client_name
         == "mail.example.org"
     )
-    assert relay_of(settings(), None, "host.example").client_name == "host.example"
-    assert relay_of(settings()).client_name is None
+    assert make_relay(settings(), None, "host.example").client_name == "host.example"
+    assert make_relay(settings()).client_name is None
 
 
 def test_auth_is_made_as_the_setting_says() -> None:
-    assert relay_of(settings()).credentials is None
+    assert make_relay(settings()).credentials is None
     for auth, mechanism in (("auto", None), ("plain", "plain"), ("LOGIN", "login")):
-        credentials = relay_of(settings(email_user="ann", email_pass="pw", email_auth=auth)).credentials
+        credentials = make_relay(settings(email_user="ann", email_pass="pw", email_auth=auth)).credentials
         assert credentials is not None
         assert (credentials.user, credentials.secret, credentials.mechanism) == ("ann", "pw", mechanism)
         assert credentials.tokens is None
     given = settings(**OAUTH)
-    tokens = tokens_of(given)
+    tokens = make_tokens(given)
     assert tokens is not None
-    credentials = relay_of(given, tokens).credentials
+    credentials = make_relay(given, tokens).credentials
     assert credentials is not None
     assert (credentials.mechanism, credentials.tokens) == ("xoauth2", tokens)
     assert "s3cret" not in f"{credentials} {given!r}"
@@ -112,7 +112,7 @@ def test_auth_is_made_as_the_setting_says() -> None:
 )
 def test_what_is_missing_or_too_much_is_named(given: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        relay_of(settings(**given), tokens_of(settings(**given)))
+        make_relay(settings(**given), make_tokens(settings(**given)))
     assert "s3cret" not in str(caught.value)
 
 
@@ -120,22 +120,22 @@ def test_what_is_missing_or_too_much_is_named(given: dict[str, str], says: str) 
 def test_what_is_handed_on_empty_is_not_set(value: str) -> None:
     names = (*(name for name in OAUTH if name.startswith("email_oauth")), "email_oauth_scope", "email_pass")
     given = settings(**{name: "" if name.endswith(("url", "id", "scope")) else value for name in names})
-    assert tokens_of(given) is None
-    assert relay_of(given).credentials is None
+    assert make_tokens(given) is None
+    assert make_relay(given).credentials is None
 
 
 def test_the_secrets_file_is_read_at_each_fetch_without_its_line_end(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text("first\r\n")
     given = OAUTH | {"email_oauth_client_secret": "", "email_oauth_client_secret_file": str(file)}
-    tokens = tokens_of(settings(**given))
+    tokens = make_tokens(settings(**given))
     assert tokens is not None
     assert tokens._secret() == "first"
     file.write_text("second\n")
     assert tokens._secret() == "second"
     file.write_text("\n")
     with pytest.raises(ValueError, match=r"^EMAIL_OAUTH_CLIENT_SECRET_FILE: the file is empty"):
-        tokens_of(settings(**given))
+        make_tokens(settings(**given))
 
 
 def test_what_keeps_the_relay_from_being_used_is_one_series_while_it_lasts() -> None:
@@ -143,9 +143,9 @@ def test_what_keeps_the_relay_from_being_used_is_one_series_while_it_lasts() -> 
         return [sample.labels for metric in SENDER_RELAY_TROUBLE.collect() for sample in metric.samples]
 
     for said in ("550 5.4.5 quota id-1", "550 5.4.5 quota id-2"):
-        _show(NotSent(Phase.ENVELOPE, said, True, "relay:25"))
+        _export_trouble(NotSent(Phase.ENVELOPE, said, True, "relay:25"))
         assert series() == [{"relay": "relay:25", "phase": "envelope", "reply": said}]
-    _show(None)
+    _export_trouble(None)
     assert series() == []
 
 
@@ -153,7 +153,10 @@ def test_what_keeps_the_relay_from_being_used_is_one_series_while_it_lasts() -> 
 async def test_one_domain_gets_no_sender_whole(sessions: int, a_domain: int) -> None:
     service = await build(settings(sender_sessions=sessions, email_helo="mail.example.org"))
     assert (service._sender._sessions._free, service._sender._sessions._per_domain) == (sessions, a_domain)
-    assert (service._sender._hands._free, service._sender._hands._per_domain) == (4 * sessions, 4 * a_domain)
+    assert (service._sender._claim_slots._free, service._sender._claim_slots._per_domain) == (
+        4 * sessions,
+        4 * a_domain,
+    )
 
 
 async def test_trouble_with_the_token_and_with_the_relay_is_on_readyz() -> None:

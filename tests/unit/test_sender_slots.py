@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.sender.slots import Crowded, Slots, share
+from services.sender.slots import DomainSaturated, Slots, domain_share
 
 
 async def settle() -> None:
@@ -64,10 +64,10 @@ async def test_a_domain_at_its_bound_leaves_the_rest_to_others() -> None:
 async def test_a_domain_that_hangs_takes_no_more_than_three_quarters_of_few_sessions(
     sessions: int, per_domain: int, expected: int
 ) -> None:
-    assert share(sessions, per_domain) == expected
+    assert domain_share(sessions, per_domain) == expected
     if not expected or sessions == 1:
         return
-    slots = Slots(sessions, share(sessions, per_domain))
+    slots = Slots(sessions, domain_share(sessions, per_domain))
     hanging = [asyncio.ensure_future(slots.acquire("slow")) for _ in range(3 * sessions)]
     await settle()
     await asyncio.wait_for(slots.acquire("quick"), 1)
@@ -144,10 +144,10 @@ async def test_a_rate_lets_a_seconds_worth_through_and_then_one_at_a_time() -> N
 async def test_what_waits_too_long_for_a_slow_domain_in_a_crowd_is_sent_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.sender.slots.PATIENCE", 0.1)
-    monkeypatch.setattr("services.sender.slots._LOOK", 0.05)
+    monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.1)
+    monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.05)
     full = True
-    slots = Slots(2, 1, crowded=lambda: full)
+    slots = Slots(2, 1, saturated=lambda: full)
     await slots.acquire("hangs")
     waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(50)]
     await asyncio.wait_for(slots.acquire("quick"), 1)
@@ -159,7 +159,7 @@ async def test_what_waits_too_long_for_a_slow_domain_in_a_crowd_is_sent_away(
     left = [task for task in waiting if not task.done()]
     assert 1 <= len(left) <= 13
     assert left == waiting[: len(left)], "the first in line stay"
-    assert all(isinstance(task.exception(), Crowded) for task in waiting[len(left) :])
+    assert all(isinstance(task.exception(), DomainSaturated) for task in waiting[len(left) :])
     await asyncio.sleep(0.3)
     assert not any(task.done() for task in left), "where there is room nobody leaves"
     slots.release("quick")
@@ -193,7 +193,7 @@ async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() ->
     await slots.acquire("slow")
     waiting = asyncio.ensure_future(slots.acquire("slow"))
     await asyncio.sleep(0)
-    slots.unspent("slow")
+    slots.refund_rate("slow")
     await asyncio.wait_for(waiting, 1)
     slots.release("slow")
     more = asyncio.ensure_future(slots.acquire("slow"))
@@ -203,9 +203,9 @@ async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() ->
 
 
 async def test_a_long_queue_that_moves_sends_nobody_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sender.slots.PATIENCE", 0.5)
-    monkeypatch.setattr("services.sender.slots._LOOK", 0.02)
-    slots = Slots(4, 0, crowded=lambda: True)
+    monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.5)
+    monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.02)
+    slots = Slots(4, 0, saturated=lambda: True)
 
     async def one() -> None:
         await slots.acquire("busy")
@@ -218,34 +218,34 @@ async def test_a_long_queue_that_moves_sends_nobody_away(monkeypatch: pytest.Mon
 async def test_a_domain_that_stands_still_sends_away_whoever_waits_long_before_there_is_a_crowd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.sender.slots.STANDSTILL", 0.2)
-    monkeypatch.setattr("services.sender.slots._LOOK", 0.02)
+    monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.2)
+    monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.02)
     slots = Slots(5, 3)
     for _ in range(3):
         await slots.acquire("hangs")
     waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(12)]
     await asyncio.wait_for(slots.acquire("quick"), 1)
-    assert not slots.stands("hangs"), "it has moved just now"
+    assert not slots.is_stalled("hangs"), "it has moved just now"
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[3:])
-    assert all(isinstance(task.exception(), Crowded) for task in waiting[3:])
+    assert all(isinstance(task.exception(), DomainSaturated) for task in waiting[3:])
     assert not any(task.done() for task in waiting[:3]), "one a slot stays, for when the domain moves"
-    assert slots.stands("hangs")
-    assert not slots.stands("quick")
+    assert slots.is_stalled("hangs")
+    assert not slots.is_stalled("quick")
     [hangs] = [held for held in slots.held() if held.domain == "hangs"]
     assert (hangs.used, hangs.waiting) == (3, 3)
     assert hangs.still > 0.2
     for task in waiting[:3]:
         slots.release("hangs")
         await asyncio.wait_for(task, 1)
-    assert not slots.stands("hangs")
+    assert not slots.is_stalled("hangs")
 
 
 async def test_a_domain_that_moves_or_that_its_rate_alone_holds_does_not_stand_still(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.sender.slots.STANDSTILL", 1)
-    monkeypatch.setattr("services.sender.slots._LOOK", 0.01)
+    monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 1)
+    monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     slots = Slots(4, 2, rate=0.01)
     await slots.acquire("limited")
     limited = [asyncio.ensure_future(slots.acquire("limited")) for _ in range(5)]
@@ -258,6 +258,6 @@ async def test_a_domain_that_moves_or_that_its_rate_alone_holds_does_not_stand_s
 
     await asyncio.gather(*(one() for _ in range(60)))
     assert not any(task.done() for task in limited)
-    assert not slots.stands("limited")
+    assert not slots.is_stalled("limited")
     for task in limited:
         task.cancel()

@@ -41,7 +41,7 @@ REFUSED_AFTER_DOT = Rejected(Phase.AFTER_DOT, "554 5.7.1 refused", True, None, "
 DROPPED = NotSent(Phase.DATA, "connection lost", False, "r:25")
 SILENT = InDoubt("timed out", "r:25")
 
-Answer = replies.Outcome | Callable[[Callable[[], bool]], Awaitable[replies.Outcome]]
+Answer = replies.SendResult | Callable[[Callable[[], bool]], Awaitable[replies.SendResult]]
 
 
 class Pool:
@@ -62,7 +62,7 @@ class Pool:
 
     async def send(
         self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
-    ) -> replies.Outcome:
+    ) -> replies.SendResult:
         answer = self.answers.pop(0)
         self.mails.append((mail_from, rcpt, message))
         if isinstance(answer, Sent | Rejected | NotSent | InDoubt | LeaseLost):
@@ -79,7 +79,7 @@ class World:
         *,
         hold: bool = False,
         lease: float = 20,
-        hands: int = 10,
+        claim_slots: int = 10,
         handover: float = 620,
         max_resends: int = 1,
     ) -> None:
@@ -91,10 +91,10 @@ class World:
         self.broker = asyncio.Event()
         self.broker.set()
         self.handover = handover
-        self.sender = self.another(hands)
+        self.sender = self.another(claim_slots)
 
     def another(
-        self, hands: int = 10, sessions: int = 0, now_us: Callable[[], int] = lambda: NOW_US
+        self, claim_slots: int = 10, sessions: int = 0, now_us: Callable[[], int] = lambda: NOW_US
     ) -> Sender:
         """One more sender on the same claims and the same pool."""
         return Sender(
@@ -103,8 +103,8 @@ class World:
             pool=self.pool,
             composer=Composer("shop@a.test"),
             policy=Policy(DELAYS, 86400, self.claims.hold, self.claims.max_resends),
-            hands=Slots(hands, 0),
-            sessions=Slots(sessions or hands, 0),
+            claim_slots=Slots(claim_slots, 0),
+            sessions=Slots(sessions or claim_slots, 0),
             publish=self.publish,
             owner=owner_tokens(),
             handover=self.handover,
@@ -186,7 +186,7 @@ async def build() -> AsyncIterator[Callable[..., World]]:
 
 @pytest.mark.parametrize("answer", [SENT, REJECTED, GREYLISTED, DROPPED, SILENT])
 async def test_an_outcome_is_stored_and_told_and_told_the_same_again_after_a_crash(
-    build: Callable[..., World], answer: replies.Outcome
+    build: Callable[..., World], answer: replies.SendResult
 ) -> None:
     world = build(answer)
     told = await world.handle(mx_ok())
@@ -312,7 +312,7 @@ async def test_a_first_attempt_that_comes_too_late_fails_as_expired_unsent(
 async def test_the_age_is_checked_after_the_wait_for_a_session(build: Callable[..., World]) -> None:
     entered, leave = asyncio.Event(), asyncio.Event()
 
-    async def hang(guard: Callable[[], bool]) -> replies.Outcome:
+    async def hang(guard: Callable[[], bool]) -> replies.SendResult:
         entered.set()
         await leave.wait()
         return SENT
@@ -366,7 +366,7 @@ async def test_a_claim_of_another_is_waited_for_and_its_outcome_told(build: Call
 
 
 async def test_a_waiting_handler_keeps_nobody_else_from_sending(build: Callable[..., World]) -> None:
-    world = build(SENT, hands=1)
+    world = build(SENT, claim_slots=1)
     world.someone_claims()
     waiting = asyncio.ensure_future(world.handle(mx_ok()))
     await until(lambda: world.claims.calls > 1)
@@ -411,8 +411,8 @@ async def test_a_record_that_was_overtaken_says_nothing(build: Callable[..., Wor
 # --- a claim that is lost -------------------------------------------------------------------------
 
 
-def taken_over_meanwhile(world: World, answer: replies.Outcome) -> Answer:
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+def taken_over_meanwhile(world: World, answer: replies.SendResult) -> Answer:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         world.claims.expire()
         world.theirs = world.someone_claims()  # type: ignore[attr-defined]
         return answer
@@ -422,7 +422,7 @@ def taken_over_meanwhile(world: World, answer: replies.Outcome) -> Answer:
 
 @pytest.mark.parametrize("answer", [REJECTED, GREYLISTED, DROPPED, SILENT])
 async def test_an_outcome_whose_claim_was_lost_is_not_told_but_the_new_owners_is(
-    build: Callable[..., World], answer: replies.Outcome
+    build: Callable[..., World], answer: replies.SendResult
 ) -> None:
     world = build()
     world.pool.answers.append(taken_over_meanwhile(world, answer))
@@ -453,11 +453,11 @@ async def test_a_lease_that_ran_out_before_the_mail_is_given_back_and_claimed_an
 ) -> None:
     states = []
 
-    async def too_late(guard: Callable[[], bool]) -> replies.Outcome:
+    async def too_late(guard: Callable[[], bool]) -> replies.SendResult:
         await until(lambda: not guard())
         return LeaseLost(Phase.DATA)
 
-    async def in_time(guard: Callable[[], bool]) -> replies.Outcome:
+    async def in_time(guard: Callable[[], bool]) -> replies.SendResult:
         states.append((guard(), world.row.takeovers))
         return SENT
 
@@ -473,7 +473,7 @@ async def test_a_lease_that_ran_out_before_the_mail_is_given_back_and_claimed_an
 async def test_trouble_with_the_relay_spends_no_attempt_and_leaves_no_claim(
     build: Callable[..., World],
 ) -> None:
-    async def goes_down(guard: Callable[[], bool]) -> replies.Outcome:
+    async def goes_down(guard: Callable[[], bool]) -> replies.SendResult:
         world.pool.up.clear()
         return OURS
 
@@ -501,13 +501,13 @@ async def test_nothing_is_claimed_while_the_relay_is_down(build: Callable[..., W
 async def test_what_waits_for_its_turn_when_the_relay_goes_down_is_not_claimed(
     build: Callable[..., World],
 ) -> None:
-    async def goes_down(guard: Callable[[], bool]) -> replies.Outcome:
+    async def goes_down(guard: Callable[[], bool]) -> replies.SendResult:
         world.pool.up.clear()
         await turns()
         return OURS
 
     ids = [number.to_bytes(16, "big") for number in range(1, 41)]
-    world = build(*[goes_down] * 4, *[SENT] * 40, hands=4)
+    world = build(*[goes_down] * 4, *[SENT] * 40, claim_slots=4)
     tasks = [asyncio.ensure_future(world.handle(mx_ok(id=id_))) for id_ in ids]
     await until(lambda: len(world.pool.mails) == 4)
     await until(lambda: {row.state for row in world.claims.rows.values()} == {"released"})
@@ -521,7 +521,7 @@ async def test_what_waits_for_its_turn_when_the_relay_goes_down_is_not_claimed(
 async def test_the_mail_that_tries_whether_a_refusal_is_over_is_claimed_though_the_relay_is_down(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def taken(guard: Callable[[], bool]) -> replies.Outcome:
+    async def taken(guard: Callable[[], bool]) -> replies.SendResult:
         world.pool.up.set()
         return SENT
 
@@ -536,7 +536,7 @@ async def test_the_mail_that_tries_whether_a_refusal_is_over_is_claimed_though_t
     assert isinstance(only_event(await task), pb.MailSent)
 
 
-async def lost_its_lease(guard: Callable[[], bool]) -> replies.Outcome:
+async def lost_its_lease(guard: Callable[[], bool]) -> replies.SendResult:
     return LeaseLost(Phase.ENVELOPE)
 
 
@@ -560,22 +560,22 @@ async def test_only_a_mail_that_the_relay_was_tried_with_counts_for_the_domains_
     counted: int,
 ) -> None:
     world = build(*answers)
-    world.sender._hands = hands = Slots(4, 0, rate=1000)
+    world.sender._claim_slots = claim_slots = Slots(4, 0, rate=1000)
     count = 0
 
     def take(domain: str, now: float) -> None:
         nonlocal count
         count += 1
 
-    unspent = hands.unspent
+    refund_rate = claim_slots.refund_rate
 
     def give_back(domain: str) -> None:
         nonlocal count
         count -= 1
-        unspent(domain)
+        refund_rate(domain)
 
-    monkeypatch.setattr(hands, "_count", take)
-    monkeypatch.setattr(hands, "unspent", give_back)
+    monkeypatch.setattr(claim_slots, "_count_rate", take)
+    monkeypatch.setattr(claim_slots, "refund_rate", give_back)
     record = mx_ok(**task)
     if "created_at_us" in task:
         record.event.at_us = 0
@@ -587,14 +587,14 @@ async def test_cancelled_before_it_hands_the_mail_over_it_costs_nothing_of_the_d
     build: Callable[..., World],
 ) -> None:
     world = build()
-    world.sender._hands = hands = Slots(4, 0, rate=1)
+    world.sender._claim_slots = claim_slots = Slots(4, 0, rate=1)
     world.someone_claims()
     world.claims.expire()
     world.broker.clear()
     task = asyncio.ensure_future(world.handle(mx_ok()))
     await until(lambda: len(world.leases) == 1)
     await cancel_and_close(world, task)
-    await asyncio.wait_for(hands.acquire("b.test"), 0.5)
+    await asyncio.wait_for(claim_slots.acquire("b.test"), 0.5)
     world.broker.set()
 
 
@@ -618,7 +618,7 @@ async def test_a_database_that_is_away_is_waited_for_and_shown(
 
 
 async def test_an_outcome_waits_for_the_database(build: Callable[..., World]) -> None:
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         world.claims.errors = [refused(2013), refused(2003)]
         return SENT
 
@@ -649,7 +649,7 @@ async def test_cancelled_before_it_hands_the_mail_over_it_frees_the_claim(
 ) -> None:
     sending = asyncio.Event()
 
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         sending.set()
         try:
             await asyncio.sleep(60)
@@ -670,18 +670,18 @@ class Exchange:
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
-        self.answer: asyncio.Future[replies.Outcome] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[replies.SendResult] = asyncio.get_running_loop().create_future()
         self.cut = False
 
-    async def __call__(self, guard: Callable[[], bool]) -> replies.Outcome:
-        rest = asyncio.ensure_future(self._rest())
+    async def __call__(self, guard: Callable[[], bool]) -> replies.SendResult:
+        rest = asyncio.ensure_future(self._growth_timer())
         self.begun.set()
         try:
             return await asyncio.shield(rest)
         except asyncio.CancelledError:
             raise SendCancelled(rest) from None
 
-    async def _rest(self) -> replies.Outcome:
+    async def _growth_timer(self) -> replies.SendResult:
         try:
             return await self.answer
         except asyncio.CancelledError:
@@ -701,7 +701,7 @@ async def cancel_amid_the_exchange(world: World, exchange: Exchange) -> None:
     ("answer", "state"), [(SENT, "sent"), (REFUSED_AFTER_DOT, "failed"), (SILENT, "deferred")]
 )
 async def test_what_was_handed_over_goes_on_without_its_handler_and_its_next_owner_tells_the_outcome(
-    build: Callable[..., World], answer: replies.Outcome, state: str
+    build: Callable[..., World], answer: replies.SendResult, state: str
 ) -> None:
     exchange = Exchange()
     world = build(exchange)
@@ -758,7 +758,7 @@ async def test_a_late_outcome_is_published_where_the_next_owner_has_ended(
 
 async def test_what_is_handed_over_keeps_its_place_until_it_is_settled(build: Callable[..., World]) -> None:
     exchange = Exchange()
-    world = build(exchange, SENT, hands=1)
+    world = build(exchange, SENT, claim_slots=1)
     await cancel_amid_the_exchange(world, exchange)
     other = asyncio.ensure_future(world.handle(mx_ok(id=bytes(16))))
     await turns()
@@ -781,7 +781,7 @@ async def test_what_is_never_answered_is_cut_off_at_the_limit_and_on_record_as_i
 async def test_the_outcome_of_what_was_handed_over_waits_for_the_database_longer_than_the_lease(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sender.stage._LAST_WORDS", 0)
+    monkeypatch.setattr("services.sender.stage._CLEANUP_TIMEOUT", 0)
     exchange = Exchange()
     world = build(exchange, handover=10)
     await cancel_amid_the_exchange(world, exchange)
@@ -798,9 +798,9 @@ async def test_the_outcome_of_what_was_handed_over_waits_for_the_database_longer
 async def test_a_sent_mail_whose_handler_is_cancelled_keeps_its_lease_until_it_is_stored(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sender.stage._LAST_WORDS", 0)
+    monkeypatch.setattr("services.sender.stage._CLEANUP_TIMEOUT", 0)
 
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         world.claims.errors = [refused(2003)] * 1000
         return SENT
 
@@ -829,7 +829,7 @@ async def test_cancelled_while_it_claims_it_gives_the_claim_back(build: Callable
 
 
 async def test_cancelled_while_it_settles_it_settles_all_the_same(build: Callable[..., World]) -> None:
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         world.claims.gate.clear()
         return SENT
 
@@ -845,7 +845,7 @@ async def test_cancelled_while_it_settles_it_settles_all_the_same(build: Callabl
 async def test_cancelled_while_its_outcome_waits_for_the_database_it_still_stores_it(
     build: Callable[..., World],
 ) -> None:
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         world.claims.errors = [refused(2003)] * 1000
         return SENT
 
@@ -881,7 +881,7 @@ DOUBTS = pytest.mark.parametrize(
 @DOUBTS
 @pytest.mark.parametrize("times", [1, 3])
 async def test_cancelled_before_a_doubt_is_on_record_it_costs_no_resend(
-    build: Callable[..., World], doubt: str, answers: list[replies.Outcome], hold: bool, times: int
+    build: Callable[..., World], doubt: str, answers: list[replies.SendResult], hold: bool, times: int
 ) -> None:
     world = build(*answers, hold=hold)
     record = await in_doubt(world, doubt)
@@ -908,7 +908,7 @@ async def test_cancelled_before_a_doubt_is_on_record_it_costs_no_resend(
 
 @DOUBTS
 async def test_cancelled_while_it_claims_what_is_in_doubt_it_costs_no_resend(
-    build: Callable[..., World], doubt: str, answers: list[replies.Outcome], hold: bool
+    build: Callable[..., World], doubt: str, answers: list[replies.SendResult], hold: bool
 ) -> None:
     world = build(*answers, hold=hold)
     record = await in_doubt(world, doubt)
@@ -969,7 +969,7 @@ async def test_a_claim_whose_answer_was_lost_tells_no_doubt_of_an_attempt_that_w
 
 @DOUBTS
 async def test_a_claim_whose_answer_was_lost_has_its_doubt_on_record_first(
-    build: Callable[..., World], doubt: str, answers: list[replies.Outcome], hold: bool
+    build: Callable[..., World], doubt: str, answers: list[replies.SendResult], hold: bool
 ) -> None:
     world = build(*answers, hold=hold)
     record = await in_doubt(world, doubt)
@@ -988,12 +988,12 @@ async def test_a_claim_whose_answer_was_lost_has_its_doubt_on_record_first(
 async def test_cancelled_while_it_waits_for_a_hand_it_leaves_nothing(build: Callable[..., World]) -> None:
     started = asyncio.Event()
 
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         started.set()
         await asyncio.sleep(60)
         return SENT
 
-    world = build(send, SENT, hands=1)
+    world = build(send, SENT, claim_slots=1)
     first = asyncio.ensure_future(world.handle(mx_ok(id=bytes(16))))
     await started.wait()
     second = asyncio.ensure_future(world.handle(mx_ok()))
@@ -1005,7 +1005,7 @@ async def test_cancelled_while_it_waits_for_a_hand_it_leaves_nothing(build: Call
 
 
 async def test_an_error_of_the_pools_leaves_the_claim_in_doubt(build: Callable[..., World]) -> None:
-    async def broken(guard: Callable[[], bool]) -> replies.Outcome:
+    async def broken(guard: Callable[[], bool]) -> replies.SendResult:
         raise RuntimeError("a bug")
 
     world = build(broken)
@@ -1030,7 +1030,7 @@ async def test_a_cancel_waits_for_what_is_being_sent_and_stops_its_next_attempt(
 ) -> None:
     go = asyncio.Event()
 
-    async def send(guard: Callable[[], bool]) -> replies.Outcome:
+    async def send(guard: Callable[[], bool]) -> replies.SendResult:
         await go.wait()
         return GREYLISTED
 
@@ -1060,11 +1060,11 @@ async def test_a_cancel_of_what_is_in_doubt_is_told_as_uncertain(build: Callable
 async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sender.slots.PATIENCE", 0.01)
-    monkeypatch.setattr("services.sender.slots._LOOK", 0.01)
+    monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.01)
+    monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     world = build()
-    world.sender._hands = Slots(1, 1, crowded=lambda: True)
-    await world.sender._hands.acquire("b.test")
+    world.sender._claim_slots = Slots(1, 1, saturated=lambda: True)
+    await world.sender._claim_slots.acquire("b.test")
     waiting = [asyncio.ensure_future(world.handle(mx_ok(attempt=2))) for _ in range(3)]
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[1:])
@@ -1082,16 +1082,16 @@ async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
 async def test_of_72_mails_to_a_domain_that_never_answers_most_are_put_off_though_there_is_room(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sender.slots.STANDSTILL", 0.3)
-    monkeypatch.setattr("services.sender.slots._LOOK", 0.02)
+    monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.3)
+    monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.02)
     answered = asyncio.Event()
 
-    async def hang(guard: Callable[[], bool]) -> replies.Outcome:
+    async def hang(guard: Callable[[], bool]) -> replies.SendResult:
         await answered.wait()
         return SENT
 
     world = build(*[hang] * 15, *[SENT] * 16)
-    world.sender._hands, world.sender._sessions = Slots(80, 60, crowded=lambda: False), Slots(20, 15)
+    world.sender._claim_slots, world.sender._sessions = Slots(80, 60, saturated=lambda: False), Slots(20, 15)
     ids = [number.to_bytes(16, "big") for number in range(1, 74)]
     records = [mx_ok(id=id_, domain="hangs.test") for id_ in ids[:72]]
     tasks = [asyncio.ensure_future(world.sender.handle(record)) for record in records]
@@ -1114,8 +1114,8 @@ async def test_of_72_mails_to_a_domain_that_never_answers_most_are_put_off_thoug
 async def test_a_claimed_mail_does_not_wait_for_the_sessions_of_a_domain_that_stands_still(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sender.slots.STANDSTILL", 0.05)
-    monkeypatch.setattr("services.sender.slots._LOOK", 0.01)
+    monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.05)
+    monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     world = build()
     world.sender._sessions = sessions = Slots(2, 1)
     await sessions.acquire("b.test")

@@ -7,7 +7,13 @@ import pytest
 
 from services.sender.masking import Mask
 from services.sender.replies import Reply
-from services.sender.smtp_auth import UnsupportedAuthError, exchange, mechanisms, reason, secret_may_go
+from services.sender.smtp_auth import (
+    UnsupportedAuthError,
+    challenge_text,
+    exchange,
+    may_send_secret,
+    mechanisms,
+)
 from services.sender.smtp_relay import Credentials, Relay, Tls
 
 
@@ -25,16 +31,16 @@ def unnamed() -> ssl.SSLContext:
 
 @pytest.mark.parametrize("tls", list(Tls))
 def test_a_secret_goes_to_a_verified_peer_or_in_clear_on_demand(tls: Tls) -> None:
-    assert secret_may_go(tls, ssl.create_default_context())
-    assert not secret_may_go(tls, unverified())
-    assert not secret_may_go(tls, unnamed())
-    assert secret_may_go(tls, None) is (tls is Tls.NONE)
+    assert may_send_secret(tls, ssl.create_default_context())
+    assert not may_send_secret(tls, unverified())
+    assert not may_send_secret(tls, unnamed())
+    assert may_send_secret(tls, None) is (tls is Tls.NONE)
 
 
 @pytest.mark.parametrize("tls", [Tls.IMPLICIT, Tls.STARTTLS, Tls.OPPORTUNISTIC])
 def test_whoever_is_given_credentials_is_verified(tls: Tls) -> None:
     relay = Relay("mail.example.org", 587, tls, Credentials("ann", "pw"))
-    assert secret_may_go(tls, relay.tls_context())
+    assert may_send_secret(tls, relay.tls_context())
 
 
 @pytest.mark.parametrize(
@@ -105,4 +111,4 @@ def test_xoauth2_sends_its_token_once_more_where_the_server_asks_and_asks_for_a_
     [("eyJzdGF0dXMiOiI0MDEifQ==", '{"status":"401"}'), ("", ""), ("no base64!", ""), ("/w==", "")],
 )
 def test_what_a_challenge_says(challenge: str, expected: str) -> None:
-    assert reason(Reply(334, (challenge,)), Mask()) == expected
+    assert challenge_text(Reply(334, (challenge,)), Mask()) == expected

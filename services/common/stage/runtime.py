@@ -162,7 +162,7 @@ class StageRuntime:
                     raise ValueError(f"an event cannot be published: {error}")
             await asyncio.sleep(1)
 
-    def crowded(self) -> bool:
+    def saturated(self) -> bool:
         """Return whether more than half of what may be held is held: the slow then hold up the rest."""
         return self._in_flight.over_half()
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from services.sender.replies import Outcome
+from services.sender.replies import SendResult
 from services.sender.smtp import Limits, Relay, SmtpPool, Timeouts, Tls
 
 __all__ = [
@@ -213,10 +213,12 @@ async def pool_for(server: ScriptedServer, **settings: Any) -> AsyncIterator[Smt
         await pool.close(grace=0)
 
 
-async def send(pool: SmtpPool, message: bytes = MESSAGE, guard: Callable[[], bool] = lambda: True) -> Outcome:
+async def send(
+    pool: SmtpPool, message: bytes = MESSAGE, guard: Callable[[], bool] = lambda: True
+) -> SendResult:
     return await pool.send(FROM, TO, message, guard)
 
 
-async def outcome_of(script: Script, message: bytes = MESSAGE, **settings: Any) -> Outcome:
+async def outcome_of(script: Script, message: bytes = MESSAGE, **settings: Any) -> SendResult:
     async with scripted(script) as server, pool_for(server, **settings) as pool:
         return await send(pool, message)

@@ -73,10 +73,10 @@ async def test_replies_in_single_bytes_and_many_lines() -> None:
         (b"\r\n.\r\n", b"\r\n..\r\n"),
     ],
 )
-async def test_dots_are_doubled(message: bytes, wire: bytes) -> None:
+async def test_dots_are_doubled(message: bytes, connection: bytes) -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
-        assert await c.mail() == wire
+        assert await c.mail() == connection
         await c.ended()
 
     assert isinstance(await outcome_of(script, message), Sent)

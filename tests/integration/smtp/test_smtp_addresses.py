@@ -10,7 +10,7 @@ import pytest
 from services.sender import smtp_addresses
 from services.sender.replies import NotSent, Phase, Sent
 from services.sender.smtp import Limits, SmtpPool
-from services.sender.smtp_addresses import Address, Addresses, ConnectError, in_turn
+from services.sender.smtp_addresses import Addresses, ConnectError, RelayAddress, interleave_families
 from tests.integration.smtp.script import Conversation, ScriptedServer, pool_for, scripted, send, until
 from tests.integration.smtp.test_smtp_pool import serving
 
@@ -32,7 +32,7 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The addresses that are tried from now on, as they are."""
     made: list[str] = []
 
-    async def counted(address: Address, timeout: float) -> socket.socket:
+    async def counted(address: RelayAddress, timeout: float) -> socket.socket:
         made.append(address.ip)
         return await connected(address, timeout)
 
@@ -44,11 +44,11 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def resolved(pool: SmtpPool, *ips: str) -> None:
     """Have the pool's relay stand for these addresses; uvloop's own resolver cannot be replaced."""
 
-    async def resolve(host: str, port: int) -> list[Address]:
-        listed = [Address(socket.AF_INET, (ip, port)) for ip in ips]
+    async def resolve(host: str, port: int) -> list[RelayAddress]:
+        listed = [RelayAddress(socket.AF_INET, (ip, port)) for ip in ips]
         return addresses.order(listed)
 
-    addresses = pool._sessions._learnt.addresses
+    addresses = pool._sessions._memory.addresses
     addresses.resolve = resolve  # type: ignore[method-assign]
 
 
@@ -108,7 +108,7 @@ async def test_all_addresses_dead_is_told_of_each_and_the_first_is_tried_again()
     async with scripted(serving) as server:
         port = server.port
     addresses = Addresses(delay=0.01)
-    listed = [Address(socket.AF_INET, (ip, port)) for ip in (DEAD, OTHER)]
+    listed = [RelayAddress(socket.AF_INET, (ip, port)) for ip in (DEAD, OTHER)]
     for _ in range(2):
         with pytest.raises(ConnectError) as caught:
             await addresses.connect(addresses.order(listed), 5)
@@ -120,7 +120,7 @@ async def test_all_addresses_dead_is_told_of_each_and_the_first_is_tried_again()
 
 async def test_a_dead_address_is_given_another_chance_after_a_while() -> None:
     async with scripted(Conversation.drained) as server:
-        listed = [Address(socket.AF_INET, (ip, server.port)) for ip in (DEAD, GOOD)]
+        listed = [RelayAddress(socket.AF_INET, (ip, server.port)) for ip in (DEAD, GOOD)]
         addresses = Addresses(dead_for=0.0)
         for _ in range(2):
             address, sock = await addresses.connect(addresses.order(listed), 5)
@@ -136,7 +136,7 @@ async def test_a_dead_address_is_given_another_chance_after_a_while() -> None:
 async def test_a_connection_that_is_cancelled_leaves_nothing_behind() -> None:
     async with scripted(serving) as server:
         with silent(DEAD, server.port), silent(OTHER, server.port):
-            listed = [Address(socket.AF_INET, (ip, server.port)) for ip in (DEAD, OTHER)]
+            listed = [RelayAddress(socket.AF_INET, (ip, server.port)) for ip in (DEAD, OTHER)]
             before = asyncio.all_tasks()
             task = asyncio.ensure_future(Addresses(delay=0.01).connect(listed, 60))
             await until(lambda: len(asyncio.all_tasks() - before) >= 3)
@@ -149,13 +149,13 @@ async def test_a_connection_that_is_cancelled_leaves_nothing_behind() -> None:
 async def test_an_address_that_never_answers_is_given_up_in_time() -> None:
     async with scripted(serving) as server:
         with silent(DEAD, server.port), pytest.raises(ConnectError, match="timed out"):
-            await Addresses().connect([Address(socket.AF_INET, (DEAD, server.port))], 0.1)
+            await Addresses().connect([RelayAddress(socket.AF_INET, (DEAD, server.port))], 0.1)
 
 
 def test_families_take_turns_in_the_order_of_the_first() -> None:
-    six = [Address(socket.AF_INET6, (f"2001:db8::{n}", 25, 0, 0)) for n in range(3)]
-    four = [Address(socket.AF_INET, (f"192.0.2.{n}", 25)) for n in range(2)]
-    assert in_turn([*six, *four]) == [six[0], four[0], six[1], four[1], six[2]]
-    assert in_turn([*four, *six]) == [four[0], six[0], four[1], six[1], six[2]]
-    assert in_turn([four[0], four[0]]) == [four[0]]
-    assert in_turn([]) == []
+    six = [RelayAddress(socket.AF_INET6, (f"2001:db8::{n}", 25, 0, 0)) for n in range(3)]
+    four = [RelayAddress(socket.AF_INET, (f"192.0.2.{n}", 25)) for n in range(2)]
+    assert interleave_families([*six, *four]) == [six[0], four[0], six[1], four[1], six[2]]
+    assert interleave_families([*four, *six]) == [four[0], six[0], four[1], six[1], six[2]]
+    assert interleave_families([four[0], four[0]]) == [four[0]]
+    assert interleave_families([]) == []

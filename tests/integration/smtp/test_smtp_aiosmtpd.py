@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
-from services.sender.replies import NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.replies import NotSent, Phase, Rejected, SendResult, Sent
 from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Tls
 from tests.certificates import Certificates, make_certificates
 from tests.integration.smtp.script import FROM, QUICK
@@ -76,7 +76,7 @@ def pool_to(port: int, certificates: Certificates, password: str | None = None, 
     return SmtpPool(relay, limits=Limits(sessions=2), timeouts=QUICK)
 
 
-async def send(pool: SmtpPool, to: str = "ann@example.net", message: bytes = MESSAGE) -> Outcome:
+async def send(pool: SmtpPool, to: str = "ann@example.net", message: bytes = MESSAGE) -> SendResult:
     return await pool.send(FROM, to, message, lambda: True)
 
 
@@ -98,7 +98,7 @@ async def test_a_wrong_password(certificates: Certificates) -> None:
         outcome = await send(pool)
         await pool.close()
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.AUTH, True)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
 
 
 async def test_auth_wanted_and_not_given(certificates: Certificates) -> None:
@@ -107,7 +107,7 @@ async def test_auth_wanted_and_not_given(certificates: Certificates) -> None:
         outcome = await send(pool)
         await pool.close()
     assert isinstance(outcome, NotSent)
-    assert outcome.ours
+    assert outcome.spares_attempt
 
 
 async def test_refusals_leave_the_session_usable(certificates: Certificates) -> None:

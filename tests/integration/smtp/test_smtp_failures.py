@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from services.sender.replies import InDoubt, LeaseLost, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, SendResult, Sent
 from services.sender.smtp import SendCancelled, Timeouts
 from tests.integration.smtp.script import (
     MESSAGE,
@@ -26,7 +26,7 @@ HUGE = b"Subject: huge\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 98 + b"\r\n") * 
 HASTY_BLOCK = Timeouts(connect=5, command=5, data=5, block=0.3 - len(HUGE) / 10_000, after_dot=60)
 
 
-async def reused(script: Script) -> tuple[Outcome, int]:
+async def reused(script: Script) -> tuple[SendResult, int]:
     """The outcome of a second mail over a session, played by ``script``, and how many connections it took."""
 
     async def first(c: Conversation) -> None:
@@ -70,14 +70,14 @@ async def test_lost_in_the_envelope(
 ) -> None:
     outcome = await outcome_of(answering(*replies, then=end))
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (phase, False)
+    assert (outcome.phase, outcome.spares_attempt) == (phase, False)
 
 
 @pytest.mark.parametrize("end", [Conversation.close, Conversation.reset])
 async def test_lost_waiting_for_the_354(end: Callable[[Conversation], None]) -> None:
     outcome = await outcome_of(answering("250 ok", "250 ok", then=end))
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.DATA, False)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.DATA, False)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ async def test_421_is_transient_and_ends_the_session(replies: list[str], phase: 
 async def test_a_demand_for_auth_is_ours() -> None:
     outcome = await outcome_of(answering("530 5.7.0 Authentication required", "503 no", "503 no"))
     assert isinstance(outcome, NotSent)
-    assert outcome.ours
+    assert outcome.spares_attempt
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ async def test_answers_out_of_step_end_the_session(replies: list[str]) -> None:
     async with scripted(answering(*replies)) as server, pool_for(server) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert not outcome.ours
+        assert not outcome.spares_attempt
         assert pool.state.idle == pool.state.busy == 0
 
 
@@ -145,7 +145,7 @@ async def test_answers_out_of_step_end_the_session(replies: list[str]) -> None:
 async def test_a_hang_in_the_envelope(replies: list[str], phase: Phase) -> None:
     outcome = await outcome_of(answering(*replies), timeouts=HASTY)
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.cause, outcome.ours) == (phase, "timed out", False)
+    assert (outcome.phase, outcome.cause, outcome.spares_attempt) == (phase, "timed out", False)
 
 
 # --- A session that was idle
@@ -226,7 +226,7 @@ async def test_mail_out_of_sequence_is_never_the_mails_fault() -> None:
 
     fresh = await outcome_of(answering("503 authenticate first", "503 no", "503 no"))
     assert isinstance(fresh, NotSent)
-    assert fresh.ours
+    assert fresh.spares_attempt
 
 
 async def test_what_comes_after_mail_on_a_used_session_is_not_tried_again() -> None:
@@ -252,7 +252,7 @@ async def test_lost_while_the_message_is_still_with_us_is_not_sent() -> None:
 
     outcome = await outcome_of(script, HUGE)
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.DATA, False)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.DATA, False)
 
 
 async def test_nothing_more_leaves_once_it_counts_as_not_sent() -> None:
@@ -518,7 +518,7 @@ async def test_cancelled_once_the_message_is_sent_it_goes_on_and_its_session_is_
         assert server.connections == 1
 
 
-async def cut_off(script: Script, ready: asyncio.Event, message: bytes = MESSAGE) -> Outcome:
+async def cut_off(script: Script, ready: asyncio.Event, message: bytes = MESSAGE) -> SendResult:
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
         sending = asyncio.create_task(send(pool, message))
         await asyncio.wait_for(ready.wait(), 5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.sender.oauth import TokenError
-from services.sender.replies import InDoubt, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.replies import InDoubt, NotSent, Phase, Rejected, SendResult, Sent
 from services.sender.smtp import Credentials, Relay, SmtpPool, Timeouts, Tls
 from tests.certificates import Certificates, make_certificates
 from tests.integration.smtp.script import (
@@ -43,7 +43,7 @@ async def refusal_of(script: Script, **settings: Any) -> NotSent:
     async with scripted(script) as server, pool_for(server, **settings) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent), outcome
-        assert outcome.ours
+        assert outcome.spares_attempt
         assert not pool.available
         assert pool.state.trouble == outcome
         assert "s3cret" not in f"{outcome} {pool.relay} {pool.state}"
@@ -71,14 +71,14 @@ async def test_nobody_listens() -> None:
     await listener.wait_closed()
     outcome = await SmtpPool(Relay("127.0.0.1", port, tls=Tls.NONE)).send(FROM, TO, MESSAGE, lambda: True)
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
 
 
 async def test_a_name_that_does_not_resolve() -> None:
     pool = SmtpPool(Relay("relay.invalid", 25, tls=Tls.NONE))
     outcome = await pool.send(FROM, TO, MESSAGE, lambda: True)
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
     await pool.close()
 
 
@@ -169,7 +169,7 @@ async def test_the_client_name_can_be_given() -> None:
 # --- What the server can do
 
 
-async def parameters(*extensions: str, mail: tuple[str, str, bytes]) -> tuple[Outcome, bytes]:
+async def parameters(*extensions: str, mail: tuple[str, str, bytes]) -> tuple[SendResult, bytes]:
     """The outcome of ``mail``, and what stood behind MAIL FROM."""
 
     async def script(c: Conversation) -> None:
@@ -519,7 +519,7 @@ async def test_a_refused_token_is_fetched_anew_and_trouble_with_it_is_the_relays
         tokens.left.clear()
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.ours) == (Phase.AUTH, True)
+        assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
         assert outcome.cause == "OAuth token: 401 invalid_client"
 
 
@@ -625,7 +625,7 @@ async def test_a_certificate_that_does_not_hold(
     ):
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.ours) == (Phase.TLS, True)
+        assert (outcome.phase, outcome.spares_attempt) == (Phase.TLS, True)
         assert "certificate" in outcome.cause.lower()
 
 

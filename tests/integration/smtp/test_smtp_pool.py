@@ -13,7 +13,7 @@ from services.sender import smtp_sessions
 from services.sender.replies import InDoubt, NotSent, Phase, Sent
 from services.sender.smtp import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Timeouts, Tls
 from services.sender.smtp_opening import open_session
-from services.sender.smtp_session import Learnt, Session, UnavailableError
+from services.sender.smtp_session import RelayMemory, Session, UnavailableError
 from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for, scripted, send, until
 
 
@@ -223,10 +223,10 @@ async def test_away_and_back_again() -> None:
     )
     outcome = await send(pool)
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
     assert not pool.available
     again = await asyncio.wait_for(send(pool), 0.5)
-    assert again == outcome or (isinstance(again, NotSent) and again.ours)
+    assert again == outcome or (isinstance(again, NotSent) and again.spares_attempt)
     waiting = [asyncio.create_task(pool.wait_available()) for _ in range(50)]
     async with on_port(port, serving):
         await asyncio.wait_for(asyncio.gather(*waiting), 10)
@@ -265,18 +265,18 @@ def opening(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
     left = list(errors)
 
     async def open_or_fail(
-        relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, learnt: Learnt
+        relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, memory: RelayMemory
     ) -> Session:
         await asyncio.sleep(0)
         if left:
             raise left.pop(0)
-        return await open_session(relay, context, timeouts, learnt)
+        return await open_session(relay, context, timeouts, memory)
 
     monkeypatch.setattr(smtp_sessions, "open_session", open_or_fail)
 
 
 async def test_an_unexpected_error_does_not_end_the_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    away = UnavailableError.at(Phase.CONNECT, "refused", "relay")
+    away = UnavailableError.during(Phase.CONNECT, "refused", "relay")
     opening(monkeypatch, away, RuntimeError("unexpected"), ValueError("too"))
     async with scripted(serving) as server, pool_for(server) as pool:
         with capture_logs() as logs:
@@ -290,12 +290,12 @@ async def test_an_unexpected_error_does_not_end_the_recovery(monkeypatch: pytest
 async def test_a_check_that_fails_after_a_session_opened_does_not_end_the_sending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    away = UnavailableError.at(Phase.CONNECT, "refused", "relay")
+    away = UnavailableError.during(Phase.CONNECT, "refused", "relay")
     opens, fails, checks = asyncio.Event(), asyncio.Event(), asyncio.Event()
     calls = 0
 
     async def open_in_turn(
-        relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, learnt: Learnt
+        relay: Relay, context: ssl.SSLContext | None, timeouts: Timeouts, memory: RelayMemory
     ) -> Session:
         nonlocal calls
         calls += 1
@@ -304,10 +304,10 @@ async def test_a_check_that_fails_after_a_session_opened_does_not_end_the_sendin
             raise away
         if calls == 2:
             await opens.wait()
-            return await open_session(relay, context, timeouts, learnt)
+            return await open_session(relay, context, timeouts, memory)
         checks.set()
         await fails.wait()
-        raise UnavailableError.at(Phase.CONNECT, "timed out", "relay")
+        raise UnavailableError.during(Phase.CONNECT, "timed out", "relay")
 
     monkeypatch.setattr(smtp_sessions, "open_session", open_in_turn)
     limits = Limits(sessions=2, backoff=0.01)
@@ -357,7 +357,7 @@ async def test_sends_that_wait_learn_of_it_when_the_relay_goes_away() -> None:
         assert isinstance(outcomes[0], InDoubt)
         for outcome in outcomes[1:]:
             assert isinstance(outcome, NotSent)
-            assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+            assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
 
 
 async def test_the_pauses_between_tries_grow() -> None:
@@ -402,7 +402,7 @@ async def test_a_relay_that_wants_auth_at_mail_is_asked_ever_more_rarely() -> No
         for _ in range(5):
             outcome = await send(pool)
             assert isinstance(outcome, NotSent)
-            assert outcome.ours
+            assert outcome.spares_attempt
             assert not pool.available
             await asyncio.wait_for(pool.wait_available(), 5)
         pauses = [b - a for a, b in pairwise(asked)]
@@ -421,7 +421,7 @@ async def test_closing_says_quit_and_refuses_what_comes_later() -> None:
         assert [c.heard[-1] for c in server.conversations] == [b"QUIT"] * 3
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert outcome.ours
+        assert outcome.spares_attempt
         with pytest.raises(PoolClosedError):
             await pool.wait_available()
 
@@ -444,7 +444,7 @@ async def test_closing_lets_a_mail_under_way_end() -> None:
         closing = asyncio.create_task(pool.close(grace=5))
         outcome = await queued
         assert isinstance(outcome, NotSent)
-        assert outcome.ours
+        assert outcome.spares_attempt
         assert not closing.done()
         release.set()
         assert isinstance(await under_way, Sent)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from services.sender.message import build
-from services.sender.replies import At, InDoubt, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.replies import InDoubt, NotSent, Phase, Rejected, SendResult, Sent, TransactionStep
 from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from tests.postfix import PASSWORD, USER, Postfix, missing, postfix
 
@@ -93,7 +93,7 @@ def mail(to: str = "ann@local.test", **more: Any) -> tuple[str, bytes]:
     return message_id, build(message_id=message_id, from_addr=FROM, to_addr=to, **(fields | more))
 
 
-async def send(pool: SmtpPool, to: str = "ann@local.test", **more: Any) -> Outcome:
+async def send(pool: SmtpPool, to: str = "ann@local.test", **more: Any) -> SendResult:
     return await pool.send(FROM, to, mail(to, **more)[1], lambda: True)
 
 
@@ -154,29 +154,33 @@ async def test_a_mail_near_the_size_limit(server: Postfix) -> None:
 @pytest.mark.parametrize(
     ("to", "more", "expected"),
     [
-        ("gone@local.test", {}, Rejected(Phase.ENVELOPE, "550 5.1.1", True, at=At.RCPT)),
-        ("full@local.test", {}, Rejected(Phase.ENVELOPE, "452 4.2.2", False, at=At.RCPT)),
+        ("gone@local.test", {}, Rejected(Phase.ENVELOPE, "550 5.1.1", True, step=TransactionStep.RCPT)),
+        ("full@local.test", {}, Rejected(Phase.ENVELOPE, "452 4.2.2", False, step=TransactionStep.RCPT)),
         (
             "closing@local.test",
             {},
-            Rejected(Phase.ENVELOPE, "421 4.3.2", False, about_session=True, at=At.RCPT),
+            Rejected(Phase.ENVELOPE, "421 4.3.2", False, about_session=True, step=TransactionStep.RCPT),
         ),
-        ("ann@elsewhere.test", {}, Rejected(Phase.ENVELOPE, "554 5.7.1", True, at=At.RCPT)),
+        ("ann@elsewhere.test", {}, Rejected(Phase.ENVELOPE, "554 5.7.1", True, step=TransactionStep.RCPT)),
         (
             "ann@local.test",
             {"subject": "unwanted"},
-            Rejected(Phase.AFTER_DOT, "550 5.7.1", True, at=At.MESSAGE),
+            Rejected(Phase.AFTER_DOT, "550 5.7.1", True, step=TransactionStep.MESSAGE),
         ),
         (
             "ann@local.test",
             {"text": "unwanted body"},
-            Rejected(Phase.AFTER_DOT, "550 5.6.0", True, at=At.MESSAGE),
+            Rejected(Phase.AFTER_DOT, "550 5.6.0", True, step=TransactionStep.MESSAGE),
         ),
-        ("later@local.test", {}, Rejected(Phase.AFTER_DOT, "451 4.7.1", False, 300.0, at=At.MESSAGE)),
+        (
+            "later@local.test",
+            {},
+            Rejected(Phase.AFTER_DOT, "451 4.7.1", False, 300.0, step=TransactionStep.MESSAGE),
+        ),
         (
             "closingafter@local.test",
             {},
-            Rejected(Phase.AFTER_DOT, "421 4.3.2", False, about_session=True, at=At.MESSAGE),
+            Rejected(Phase.AFTER_DOT, "421 4.3.2", False, about_session=True, step=TransactionStep.MESSAGE),
         ),
         ("ann@local.test", {"text": "x" * 300_000}, Rejected(Phase.ENVELOPE, "552 5.3.4", True)),
     ],
@@ -198,7 +202,7 @@ async def test_a_refused_sender(server: Postfix) -> None:
         outcome = await pool.send("banned@example.org", "ann@local.test", mail()[1], lambda: True)
         # Nobody's mail would be taken from this address.
         assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.ours) == (Phase.ENVELOPE, True)
+        assert (outcome.phase, outcome.spares_attempt) == (Phase.ENVELOPE, True)
         assert "Sender address rejected" in outcome.cause
 
 
@@ -221,7 +225,7 @@ async def test_a_wrong_password_is_ours(server: Postfix, capsys: pytest.CaptureF
     async with pool_to(server, server.submission_port, credentials=credentials) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.ours) == (Phase.AUTH, True)
+        assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
         assert outcome.cause.startswith("535 5.7.8")
         assert not pool.available
     assert "s3cret" not in capsys.readouterr().out
@@ -231,7 +235,7 @@ async def test_tls_demanded_and_not_used_is_ours(server: Postfix) -> None:
     async with pool_to(server, server.submission_port, Tls.NONE) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert outcome.ours
+        assert outcome.spares_attempt
         assert outcome.cause.startswith("530 5.7.0")
 
 
@@ -239,7 +243,7 @@ async def test_auth_in_clear_where_the_server_hides_it_is_ours(server: Postfix) 
     async with pool_to(server, server.mx_port, Tls.NONE, credentials=Credentials(USER, PASSWORD)) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.ours) == (Phase.AUTH, True)
+        assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
 
 
 # --- Sessions
@@ -333,4 +337,4 @@ async def test_a_line_cut_before_the_354_is_not_sent(server: Postfix) -> None:
     async with cutting(server.mx_port, envelope) as port, pool_to(server, port, Tls.NONE) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert not outcome.ours
+        assert not outcome.spares_attempt

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.sender.replies import LeaseLost, NotSent, Outcome, Phase, Rejected, Sent
+from services.sender.replies import LeaseLost, NotSent, Phase, Rejected, SendResult, Sent
 from services.sender.smtp import Limits, SendCancelled, SmtpPool
 from tests.integration.smtp.script import (
     FROM,
@@ -75,12 +75,12 @@ def playing(**answers: Answer) -> Script:
     return script
 
 
-async def until_taken(pool: SmtpPool) -> Outcome:
+async def until_taken(pool: SmtpPool) -> SendResult:
     """Send a mail as the stage does: wait for the relay, and try again while the refusal is the account's."""
     while True:
         await pool.wait_available()
         outcome = await send(pool)
-        if not (isinstance(outcome, NotSent) and outcome.ours):
+        if not (isinstance(outcome, NotSent) and outcome.spares_attempt):
             return outcome
 
 
@@ -184,7 +184,7 @@ async def test_a_new_session_that_cannot_be_had_spends_no_attempt() -> None:
     async with scripted(playing(MAIL=lambda n: "!421 bye"), full) as server, pool_for(server) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert outcome.ours
+        assert outcome.spares_attempt
         assert server.connections >= 2
 
 
@@ -262,7 +262,7 @@ async def test_a_refusal_of_the_account_has_all_mails_wait(command: str, reply: 
         waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
         await until(lambda: not pool.available and sum(told == [] or t == reply for t in told) >= 5)
         assert pool.state.trouble is not None
-        assert (pool.state.trouble.cause, pool.state.trouble.ours) == (reply, True)
+        assert (pool.state.trouble.cause, pool.state.trouble.spares_attempt) == (reply, True)
         assert not any(task.done() for task in waiting)
         refusing = False
         outcomes += await asyncio.wait_for(asyncio.gather(*waiting), 20)
@@ -305,7 +305,7 @@ async def test_a_mail_that_comes_while_nobody_waits_is_the_next_to_be_tried() ->
     async with scripted(script) as server, pool_for(server) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        await until(lambda: pool._offered)
+        await until(lambda: pool._probe_pending)
         assert not pool.available
         assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
         assert pool.available
@@ -357,7 +357,7 @@ async def test_a_mail_that_the_relay_was_not_asked_for_shows_nothing() -> None:
     ],
 )
 async def test_a_refusal_shows_that_the_account_is_taken_from_where_it_was_refused_on(
-    refused: str, trial: str, up: bool, pipelining: bool
+    refused: str, probe: str, up: bool, pipelining: bool
 ) -> None:
     mails = 0
 
@@ -365,7 +365,7 @@ async def test_a_refusal_shows_that_the_account_is_taken_from_where_it_was_refus
         def one(n: int) -> str | None:
             if mails == 1 and command == refused:
                 return "550 5.4.5 Daily user sending quota exceeded"
-            return "552 5.3.4 too big" if mails == 2 and command == trial else None
+            return "552 5.3.4 too big" if mails == 2 and command == probe else None
 
         return one
 
@@ -415,12 +415,16 @@ async def test_a_relay_that_answers_no_mail_command_is_down_before_long(
     timeouts = replace(QUICK, command=0.1)
     async with scripted(script) as server, pool_for(server, timeouts=timeouts) as pool:
         outcomes = [await send(pool) for _ in range(3)]
-        assert [outcome.ours for outcome in outcomes if isinstance(outcome, NotSent)] == [False, False, True]
+        assert [outcome.spares_attempt for outcome in outcomes if isinstance(outcome, NotSent)] == [
+            False,
+            False,
+            True,
+        ]
         assert not pool.available
         await pool.wait_available()
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        assert outcome.ours
+        assert outcome.spares_attempt
         assert outcome.phase is Phase.ENVELOPE
         well = True
         assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
@@ -439,7 +443,7 @@ async def test_an_answer_to_another_mail_shows_that_the_relay_is_well(reply: str
     async with scripted(script) as server, pool_for(server) as pool:
         for _ in range(9):
             outcome = await send(pool)
-            assert not (isinstance(outcome, NotSent) and outcome.ours)
+            assert not (isinstance(outcome, NotSent) and outcome.spares_attempt)
         assert pool.available
 
 
@@ -453,7 +457,7 @@ async def test_silence_to_a_whole_envelope_may_be_the_recipients() -> None:
         for _ in range(5):
             outcome = await send(pool)
             assert isinstance(outcome, NotSent)
-            assert not outcome.ours
+            assert not outcome.spares_attempt
 
 
 async def test_the_message_size_is_the_mails_own() -> None:

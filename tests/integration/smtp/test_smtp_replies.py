@@ -61,7 +61,7 @@ async def test_without_a_code_it_is_a_doubt_and_the_words_are_shown(answer: byte
     outcome = await outcome_of(after_the_dot(answer))
     assert isinstance(outcome, InDoubt)
     assert answer.decode().strip() in outcome.cause
-    assert outcome.said == answer.decode().strip()
+    assert outcome.unparsed == answer.decode().strip()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ async def test_what_was_said_before_the_message_is_told_though_it_is_no_answer(
 
     outcome = await outcome_of(script)
     assert isinstance(outcome, NotSent)
-    assert (outcome.said, outcome.ours) == (said, False)
+    assert (outcome.unparsed, outcome.spares_attempt) == (said, False)
 
 
 async def test_a_reply_after_the_dot_that_does_not_end_counts_once_the_time_is_over() -> None:
@@ -101,9 +101,9 @@ async def test_a_delivery_that_is_cut_off_knows_what_was_answered() -> None:
     async with scripted(script) as server, pool_for(server) as pool:
         sending = asyncio.create_task(send(pool))
         await asyncio.wait_for(answered.wait(), 5)
-        wire = next(iter(pool._sessions._ready)).wire
+        connection = next(iter(pool._sessions._ready)).connection
         async with asyncio.timeout(5):
-            while wire._parser.unfinished is None:  # noqa: ASYNC110
+            while connection._parser.unfinished is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         sending.cancel()
         with pytest.raises(SendCancelled) as caught:
@@ -154,7 +154,7 @@ async def test_a_banner_that_is_no_welcome_is_shown_and_nothing_is_sent(banner: 
 
     outcome = await outcome_of(script)
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
     assert said in outcome.cause
 
 
@@ -180,5 +180,5 @@ async def test_a_session_that_ends_as_it_opens_takes_no_mail() -> None:
 
     outcome = await outcome_of(script)
     assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.ours) == (Phase.CONNECT, True)
+    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
     assert "250-scripted" in outcome.cause

@@ -9,10 +9,10 @@ from services.sender.masking import Mask
 from services.sender.replies import Reply
 from services.sender.reply_parser import GarbageError, ReplyParser
 
-__all__ = ["Wire"]
+__all__ = ["SmtpConnection"]
 
 
-class Wire(asyncio.Protocol):
+class SmtpConnection(asyncio.Protocol):
     """Asks and waits for replies. It never raises for what a server does; it says what it knows.
 
     Every reply must have been asked for: what comes unasked ends the connection, so that no reply is ever
@@ -36,9 +36,9 @@ class Wire(asyncio.Protocol):
         "_wanted",
         "closed",
         "lost",
-        "said",
         "timed_out",
         "transport",
+        "unparsed",
         "unsent",
     )
 
@@ -57,7 +57,7 @@ class Wire(asyncio.Protocol):
         self._on_lost: Callable[[], None] | None = None
         self.lost: str | None = None
         """Why no more replies will come; None while they may."""
-        self.said = ""
+        self.unparsed = ""
         """What had come of the server by then and was no whole reply, or was not asked for."""
         self.timed_out = False
         """Whether it is over because the server did not answer in time."""
@@ -77,7 +77,7 @@ class Wire(asyncio.Protocol):
         timeout: float,
         *,
         flush_timeout: float | None = None,
-        patient: bool = False,
+        lenient: bool = False,
     ) -> list[Reply]:
         """Write ``data`` and wait for ``count`` replies.
 
@@ -97,7 +97,7 @@ class Wire(asyncio.Protocol):
         self._replies = []
         if self.lost is not None:
             return []
-        self._parser.patient = patient
+        self._parser.lenient = lenient
         self._wanted = count
         self._waiter = self._loop.create_future()
         self.transport.write(data)
@@ -145,11 +145,11 @@ class Wire(asyncio.Protocol):
     def abort(self, cause: str) -> None:
         """End the connection at once; what was not handed over yet never will be."""
         if self.lost is None:
-            unfinished, said = self._parser.unfinished, self._parser.said
+            unfinished, said = self._parser.unfinished, self._parser.unparsed
             if unfinished is not None and self._waiter is not None and len(self._replies) < self._wanted:
                 self._replies.append(unfinished)
             self.lost = f"{cause}, after {said[:200]!r}" if said else cause
-            self.said = self.said or said
+            self.unparsed = self.unparsed or said
             self.unsent = self._buffered
             if self._on_lost is not None:
                 self._on_lost()
@@ -214,7 +214,7 @@ class Wire(asyncio.Protocol):
             replies = self._parser.feed(data)
         except GarbageError as error:
             replies, over = error.replies, str(error)
-            self.said = error.said
+            self.unparsed = error.unparsed
         waiter = self._waiter
         if waiter is None or waiter.done():
             if over is not None or replies or not self._parser.empty:
@@ -232,8 +232,8 @@ class Wire(asyncio.Protocol):
         if over is None and (count > self._wanted or not self._parser.empty):
             over = "more replies than commands"
             if count > self._wanted:
-                self.said = str(self._replies[self._wanted])
-                over += f": {self.said!r}"
+                self.unparsed = str(self._replies[self._wanted])
+                over += f": {self.unparsed!r}"
         if over is not None:
             del self._replies[self._wanted :]
             self.abort(over)
