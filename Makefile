@@ -1,6 +1,6 @@
 # Postroad: `make` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs check lint types imports protos schema baseline fmt \
+.PHONY: help setup demo up down status logs check lint types imports prose protos schema baseline fmt \
 	test test-long unit integration e2e chaos simulate bench lock clean
 
 PYTHON := .venv/bin/python
@@ -39,7 +39,7 @@ status: ## what runs, where, and how it is
 logs: ## the end of each log; all of one: make logs NAME=sender-1
 	@$(STACK) logs $(NAME)
 
-check: setup lint types imports schema ## all that is checked without running: style, types, imports, protos
+check: setup lint types imports prose schema ## all that is checked without running: style, types, imports, prose, protos
 
 lint: setup
 	@$(PYTHON) -m ruff check .
@@ -50,6 +50,9 @@ types: setup
 
 imports: setup
 	@.venv/bin/lint-imports
+
+prose: setup ## the language of documents, docstrings, comments and names (docs/glossary.md)
+	@$(PYTHON) -m tools.prose $(ARGS)
 
 protos: setup ## make the code beside the protos
 	@$(call generate,protos)
