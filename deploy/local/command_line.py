@@ -60,7 +60,7 @@ def _show(stack: Stack) -> int:
     for column in ("name", "pid", "state", "ready", "address"):
         table.add_column(column)
     table.add_column("memory", justify="right")
-    rows = stack.rows()
+    rows = stack.processes()
     for row in rows:
         state = "running" if row.pid else "down"
         memory = f"{row.memory / 2**20:.0f} MB" if row.pid else ""

@@ -13,7 +13,7 @@ from deploy.local.database_tree import Server, find_server, template_path
 from deploy.local.files import write_whole
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
-from deploy.local.state import State
+from deploy.local.state import StackState
 
 __all__ = ["database_component"]
 
@@ -72,7 +72,7 @@ def _prepare(server: Server, data: Path, statements: Path, password: str) -> Non
         (data / f"server.{left}").unlink(missing_ok=True)
 
 
-def database_component(layout: Layout, state: State) -> Component:
+def database_component(layout: Layout, state: StackState) -> Component:
     """The database server. Raises SetupError when it is not installed."""
     server = find_server(state.database)
     if server is None:

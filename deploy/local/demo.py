@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.local.commands import SetupError
-from deploy.local.demo_cases import CASES, Sent, plan
+from deploy.local.demo_cases import CASES, DemoMail, plan
 from deploy.local.environment import REPLACED_BY, merged, stack_environment
 from deploy.local.layout import Layout
 from deploy.local.stack import Stack, StackError
@@ -51,14 +51,14 @@ class Demo:
         _, _, token = env.get("POSTROAD_API_TOKENS", "").partition(",")[0].partition(":")
         self._metadata = (("authorization", f"Bearer {token}"),) if token else None
         self.run = f"{int(time.time()):x}{secrets.token_hex(2)}"
-        self.sent: dict[str, Sent] = {}
+        self.sent: dict[str, DemoMail] = {}
         self._journal = stack.layout.mail / "journal.jsonl"
         self._plan = list(plan(self.run, count))
 
     def create(self) -> None:
         """Send all of the plan."""
 
-        def create(sent: Sent) -> str:
+        def create(sent: DemoMail) -> str:
             data = task_service_pb2.TaskData(
                 email=sent.address,
                 subject=f"Postroad demo: {sent.case.text}",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["CASES", "Case", "Sent", "plan"]
+__all__ = ["CASES", "Case", "DemoMail", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class DemoMail:
     """One mail of the demo: the case that it plays, and its recipient."""
 
     case: Case
@@ -41,8 +41,8 @@ CASES = (
 )
 
 
-def plan(run: str, count: int) -> Iterator[Sent]:
+def plan(run: str, count: int) -> Iterator[DemoMail]:
     """`count` mails that play the cases in turn; `run` keeps their addresses apart from other runs'."""
     for number in range(count):
         case = CASES[number % len(CASES)]
-        yield Sent(case, case.address.format(tag=f"{run}{number // len(CASES)}"))
+        yield DemoMail(case, case.address.format(tag=f"{run}{number // len(CASES)}"))

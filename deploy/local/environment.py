@@ -8,7 +8,7 @@ resolver, a broker), which then is not started here. It is remembered until `dow
 import dataclasses
 from collections.abc import Mapping
 
-from deploy.local.state import SERVICES, State
+from deploy.local.state import SERVICES, StackState
 from services.common.stages import STAGES
 
 __all__ = [
@@ -56,7 +56,7 @@ SENDER_DELAYS = "2,5,30,120"
 VALIDATOR_DELAYS = "1,2,4"
 
 
-def replaced(state: State, process: str) -> bool:
+def replaced(state: StackState, process: str) -> bool:
     """Whether the user brought this one along (`kafka`, `mysql`, `dns`, `catcher` or `api`)."""
     return any(state.given.get(variable) for variable in REPLACED_BY[process])
 
@@ -80,7 +80,7 @@ def foreign_free(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _own(state: State) -> dict[str, str]:
+def _own(state: StackState) -> dict[str, str]:
     """What the stack would say if nothing were given."""
     database = (
         f"mysql+mysqlconnector://postroad:{state.password}@{LOOPBACK}:{state.port('mysql', 'sql')}/postroad"
@@ -107,7 +107,7 @@ def _own(state: State) -> dict[str, str]:
     return own
 
 
-def given_variables(state: State, environ: Mapping[str, str]) -> dict[str, str]:
+def given_variables(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of `environ` that speak for the user: not empty, not private, not this stack's own words.
 
     The last matters to whoever runs `up` in a shell that has read stack.env.
@@ -124,7 +124,7 @@ def given_variables(state: State, environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def merged(state: State, environ: Mapping[str, str]) -> dict[str, str]:
+def merged(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
     """What was given so far, and what `environ` gives now.
 
     Where `environ` has the value that is the stack's own, that ends what was given.
@@ -134,7 +134,7 @@ def merged(state: State, environ: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **given_variables(state, environ)}
 
 
-def stack_environment(state: State) -> dict[str, str]:
+def stack_environment(state: StackState) -> dict[str, str]:
     """The content of stack.env: the stack's own words, what was given, and where each replica's health is."""
     health = {
         f"POSTROAD_HTTP_{name.upper().replace('-', '_')}": f"{LOOPBACK}:{state.port(name, 'http')}"
@@ -143,7 +143,7 @@ def stack_environment(state: State) -> dict[str, str]:
     return {**_own(state), **state.given, **health}
 
 
-def service_environment(state: State, name: str) -> dict[str, str]:
+def service_environment(state: StackState, name: str) -> dict[str, str]:
     """What the replica `name` gets on top of the command's own environment."""
     listen = {"POSTROAD_LISTEN": f"{LOOPBACK}:{state.port(name, 'grpc')}"} if name.startswith("api-") else {}
     return {

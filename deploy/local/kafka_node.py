@@ -11,7 +11,7 @@ from deploy.local.files import write_whole
 from deploy.local.kafka_java import java, storage_format
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
-from deploy.local.state import State
+from deploy.local.state import StackState
 
 __all__ = ["kafka_component"]
 
@@ -19,7 +19,7 @@ OFFSETS_PARTITIONS = 12
 MAX_MESSAGE = 4 << 20
 
 
-def _properties(layout: Layout, state: State, name: str) -> dict[str, object]:
+def _properties(layout: Layout, state: StackState, name: str) -> dict[str, object]:
     """server.properties. The group settings are DESIGN's: a killed member is replaced in 10 s, not in 45."""
     node = int(name.rpartition("-")[2])
     replicas = state.kafka_nodes
@@ -68,7 +68,7 @@ def _properties(layout: Layout, state: State, name: str) -> dict[str, object]:
     }
 
 
-def kafka_component(layout: Layout, state: State, name: str) -> Component:
+def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
     """The node `name` (`kafka-1` ...). Its data directory is formatted at the first start."""
     node = int(name.rpartition("-")[2])
     address = f"{HOST}:{state.port(name, 'client')}"

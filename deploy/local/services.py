@@ -12,7 +12,7 @@ from deploy.local.component import Component, http_ok
 from deploy.local.environment import concerned, service_environment, stack_environment
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
-from deploy.local.state import State
+from deploy.local.state import StackState
 from services.common.stages import STAGES
 
 __all__ = ["PATIENCE", "catcher_component", "dns_component", "service_component"]
@@ -23,7 +23,7 @@ PATIENCE = {"POSTROAD_DRAIN_SECONDS": 20.0, "POSTROAD_HANDOVER_SECONDS": 620.0}
 _CLOSING = 25.0
 
 
-def service_component(layout: Layout, state: State, name: str) -> Component:
+def service_component(layout: Layout, state: StackState, name: str) -> Component:
     """One replica of a service, such as `sender-2`; ready when its /readyz says so."""
     service = name.rpartition("-")[0]
     health = f"{HOST}:{state.port(name, 'http')}"
@@ -55,7 +55,7 @@ def _seconds(said: str | None, default: float) -> float:
         return default
 
 
-def dns_component(layout: Layout, state: State) -> Component:
+def dns_component(layout: Layout, state: StackState) -> Component:
     """The name server; ready when it answers a question."""
     port = state.port("dns", "dns")
 
@@ -76,7 +76,7 @@ def dns_component(layout: Layout, state: State) -> Component:
     )  # fmt: skip
 
 
-def catcher_component(layout: Layout, state: State) -> Component:
+def catcher_component(layout: Layout, state: StackState) -> Component:
     """The mail server that keeps all it is sent; ready when it takes a connection."""
     port = state.port("catcher", "smtp")
     told = stack_environment(state)

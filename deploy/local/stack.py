@@ -29,9 +29,9 @@ from deploy.local.files import write_whole
 from deploy.local.kafka_node import kafka_component
 from deploy.local.layout import ROOT, Layout
 from deploy.local.services import catcher_component, dns_component, service_component
-from deploy.local.state import DEFAULT_REPLICAS, SERVICES, State
+from deploy.local.state import DEFAULT_REPLICAS, SERVICES, StackState
 
-__all__ = ["Row", "Stack", "StackError"]
+__all__ = ["ProcessStatus", "Stack", "StackError"]
 
 
 API_PORT = 50051
@@ -50,7 +50,7 @@ def _api_port() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ProcessStatus:
     """What `status` tells of one process."""
 
     name: str
@@ -65,7 +65,7 @@ class Stack:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.state = State.load(layout.state)
+        self.state = StackState.load(layout.state)
         self._failure = ""
 
     # What there is
@@ -95,18 +95,20 @@ class Stack:
             return catcher_component(self.layout, self.state)
         return service_component(self.layout, self.state, name)
 
-    def rows(self) -> list[Row]:
+    def processes(self) -> list[ProcessStatus]:
         """Every process of the stack as it is now."""
 
-        def row(name: str) -> Row:
+        def process_status(name: str) -> ProcessStatus:
             component = self.component(name)
             pid = process.find(self.layout, name)
             memory = process.resident_bytes(pid) if pid else 0
-            return Row(name, pid, pid is not None and component.is_ready(), component.address, memory)
+            return ProcessStatus(
+                name, pid, pid is not None and component.is_ready(), component.address, memory
+            )
 
         names = self.infrastructure() + self.services()
         with ThreadPoolExecutor(max(1, len(names))) as pool:
-            return list(pool.map(row, names))
+            return list(pool.map(process_status, names))
 
     # What changes it
 
@@ -116,7 +118,7 @@ class Stack:
         self.layout.root.mkdir(parents=True, exist_ok=True)
         with self.layout.lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self.state = State.load(self.layout.state)
+            self.state = StackState.load(self.layout.state)
             yield
             self._save()
 
@@ -260,7 +262,7 @@ class Stack:
             if wipe:
                 for directory in ("data", "logs", "mail", "dns"):
                     shutil.rmtree(self.layout.root / directory, ignore_errors=True)
-                self.state = State()
+                self.state = StackState()
         if wipe:
             self.layout.state.unlink()
             self.layout.env.unlink()

@@ -9,14 +9,14 @@ from deploy.local.files import write_whole
 from deploy.local.ports import claim, free_port, is_free, release
 from services.common.stages import STAGES
 
-__all__ = ["DEFAULT_REPLICAS", "SERVICES", "State"]
+__all__ = ["DEFAULT_REPLICAS", "SERVICES", "StackState"]
 
 SERVICES = ("api", *STAGES)
 DEFAULT_REPLICAS = {"api": 1, **{name: stage.replicas for name, stage in STAGES.items()}}
 
 
 @dataclass(slots=True)
-class State:
+class StackState:
     """The plan of a stack. `ports` is by process name and use; `given` came from the environment of `up`."""
 
     ports: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class State:
     given: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> "State":
+    def load(cls, path: Path) -> "StackState":
         """The state kept in `path`, or a new one. Raises ValueError for a file that is not a state."""
         try:
             return cls(**json.loads(path.read_text()))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CANCELLED, TASK_CREATED
+from services.common.kafka import topics
 
 if TYPE_CHECKING:
     from services.common.config import Settings
@@ -52,14 +52,14 @@ STAGES: Mapping[str, StageSpec] = {
     for stage in (
         StageSpec(
             "validator",
-            reads=(TASK_CREATED,),
+            reads=(topics.TASK_CREATED,),
             module="services.validator",
             delays_setting="validator_delays",
             settings=("POSTROAD_DNS_", "POSTROAD_VALIDATOR_"),
         ),
         StageSpec(
             "sender",
-            reads=(MX_OK, TASK_CANCELLED),
+            reads=(topics.MX_OK, topics.TASK_CANCELLED),
             module="services.sender",
             delays_setting="sender_delays",
             settings=(
@@ -74,7 +74,7 @@ STAGES: Mapping[str, StageSpec] = {
         ),
         StageSpec(
             "status",
-            reads=EVENT_TOPICS,
+            reads=topics.EVENT_TOPICS,
             module="services.status",
             settings=("POSTROAD_BODY_RETENTION",),
         ),

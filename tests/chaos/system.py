@@ -29,7 +29,7 @@ from deploy.local.kafka_node import kafka_component
 from deploy.local.layout import ROOT, Layout
 from deploy.local.ports import HOST
 from deploy.local.services import catcher_component, dns_component, service_component
-from deploy.local.state import SERVICES, State
+from deploy.local.state import SERVICES, StackState
 from tests.chaos.history import History
 from tests.chaos.proxy import Proxies
 
@@ -61,7 +61,7 @@ class System:
     ) -> None:  # fmt: skip
         self.layout = Layout(directory)
         self._history, self._mutant = history, mutant
-        self._state = State(
+        self._state = StackState(
             kafka_nodes=kafka_nodes, replicas={**dict.fromkeys(SERVICES, 2), **(replicas or {})}
         )
         self._proxies = Proxies()

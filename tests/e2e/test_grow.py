@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from services.common.stages import STAGES
 from tests.cli import Command
 from tests.e2e.road import Road, until
 from tests.stack import Stack
@@ -59,8 +60,8 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         assert waiting, "tasks were deferred when the topics grew"
         before = len(ids)
         # The stages' producers learn of the new partitions within five minutes; a restart is sooner.
-        for name in ("validator-1", "sender-1", "status-1", "api-1"):
-            stack.stop(name)
+        for service in (*STAGES, "api"):
+            stack.stop(f"{service}-1")
         Stack(stack.directory, {"POSTROAD_PARTITIONS": "6"}).up()
         until(lambda: len(ids) > before + 40, "more tasks")
         enough.set()

@@ -23,12 +23,12 @@ from deploy.local.environment import (
 from deploy.local.layout import Layout
 from deploy.local.ports import claim, free_port, is_free, release
 from deploy.local.stack import Stack, StackError
-from deploy.local.state import State
+from deploy.local.state import StackState
 from deploy.local.zone import misbehaviour
 
 
 def test_nothing_given_is_the_stack_itself() -> None:
-    state = State()
+    state = StackState()
     own = stack_environment(state)
     assert given_variables(state, own) == {}
     assert given_variables(state, {**own, "EMAIL_HOST": "", "HOME": "/root"}) == {}
@@ -38,7 +38,7 @@ def test_nothing_given_is_the_stack_itself() -> None:
 
 
 def test_what_is_given_wins_and_private_variables_do_not() -> None:
-    state = State(replicas={"sender": 1})
+    state = StackState(replicas={"sender": 1})
     environ = {
         "EMAIL_PORT": "2525",
         "EMAIL_USER": "post",
@@ -61,8 +61,8 @@ def test_what_is_given_wins_and_private_variables_do_not() -> None:
 
 
 def test_the_stacks_own_value_ends_what_was_given() -> None:
-    state = State(given={"EMAIL_USER": "post", "POSTROAD_SENDER_DELAYS": "9"})
-    environ = {"POSTROAD_SENDER_DELAYS": stack_environment(State())["POSTROAD_SENDER_DELAYS"]}
+    state = StackState(given={"EMAIL_USER": "post", "POSTROAD_SENDER_DELAYS": "9"})
+    environ = {"POSTROAD_SENDER_DELAYS": stack_environment(StackState())["POSTROAD_SENDER_DELAYS"]}
     assert merged(state, environ) == {"EMAIL_USER": "post"}
     assert merged(state, {"EMAIL_PASS": "p"}) == {**state.given, "EMAIL_PASS": "p"}
     assert merged(state, stack_environment(state)) == state.given
@@ -81,7 +81,7 @@ def test_the_demo_says_how_to_get_rid_of_another_mail_server(
         if name.startswith(("POSTROAD_", "EMAIL_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("POSTROAD_LOCAL_DIR", str(tmp_path))
-    State(given={"EMAIL_HOST": "relay.example"}).save(tmp_path / "state.json")
+    StackState(given={"EMAIL_HOST": "relay.example"}).save(tmp_path / "state.json")
     assert demo.main() == 1
     said = capsys.readouterr().err
     assert "EMAIL_HOST" in said
@@ -89,17 +89,17 @@ def test_the_demo_says_how_to_get_rid_of_another_mail_server(
 
 
 def test_a_relay_of_ones_own_ends_the_catchers_settings_only() -> None:
-    state = State(given={"EMAIL_HOST": "relay.example"})
+    state = StackState(given={"EMAIL_HOST": "relay.example"})
     env = stack_environment(state)
     assert (env["EMAIL_HOST"], env["EMAIL_PORT"]) == ("relay.example", "25")
     assert not replaced(state, "dns")
 
 
 def test_ports_are_remembered_and_distinct(tmp_path: Path) -> None:
-    state = State(kafka_nodes=3, replicas={"api": 2, "sender": 3})
+    state = StackState(kafka_nodes=3, replicas={"api": 2, "sender": 3})
     env = stack_environment(state)
     state.save(tmp_path / "state.json")
-    assert stack_environment(State.load(tmp_path / "state.json")) == env
+    assert stack_environment(StackState.load(tmp_path / "state.json")) == env
     used = [port for uses in state.ports.values() for port in uses.values()]
     assert len(set(used)) == len(used)
 
@@ -109,7 +109,7 @@ def test_the_first_api_takes_the_port_that_is_wanted_where_it_is_free() -> None:
     release([wanted])
     with socket.socket() as other:
         other.bind(("127.0.0.1", wanted))
-        state = State(replicas={"api": 2})
+        state = StackState(replicas={"api": 2})
         state.prefer_api_port(wanted)
         state.choose_ports()
         assert wanted not in {state.port(name, "grpc") for name in ("api-1", "api-2")}

@@ -65,7 +65,7 @@ def test_status_tells_of_what_was_stopped(layout: Layout) -> None:
     _begin(layout, "dns", "catcher")
     stack = Stack(layout)
     stack.stop("dns")
-    assert {row.name: bool(row.pid) for row in stack.rows() if row.name in ("dns", "catcher")} == {
+    assert {row.name: bool(row.pid) for row in stack.processes() if row.name in ("dns", "catcher")} == {
         "dns": False,
         "catcher": True,
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.environment import SERVES_ONE, concerned, service_environment
-from deploy.local.state import SERVICES, State
+from deploy.local.state import SERVICES, StackState
 from services.common.config import Settings, variable
 from services.common.environment import OTHERS
 from services.common.stages import STAGES
@@ -128,7 +128,10 @@ def read_by(service: str) -> set[str]:
         return read_from(*((name, defined) for name in names for defined in module(name).defined))
     if service == "topics":
         return read_from(("services.common.kafka.admin", "apply"))
-    return read_from(("services.common.process", "main"), (f"services.{service}.service", "build"))
+    main = "services.api" if service == "api" else STAGES[service].module
+    if (ROOT / main.replace(".", "/")).is_dir():
+        main = f"{main}.service"
+    return read_from(("services.common.process", "main"), (main, "build"))
 
 
 def handed_to(service: str) -> set[str]:
@@ -154,7 +157,7 @@ def test_compose_hands_each_service_what_it_reads(service: str) -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_local_stack_hands_each_service_what_it_reads(service: str) -> None:
     given = {variable(field): "given" for field in Settings.model_fields}
-    state = State(given=given)
+    state = StackState(given=given)
     assert read_by(service) <= set(service_environment(state, f"{service}-1"))
 
 

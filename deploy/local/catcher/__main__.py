@@ -12,7 +12,7 @@ import uvloop
 
 from deploy.local.catcher.control import Control
 from deploy.local.catcher.journal import Journal
-from deploy.local.catcher.session import Settings, SmtpSession
+from deploy.local.catcher.session import CatcherSettings, SmtpSession
 
 __all__ = ["main", "serve"]
 
@@ -26,7 +26,7 @@ async def serve(host: str, port: int, directory: Path, tls: ssl.SSLContext | Non
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    settings = Settings(
+    settings = CatcherSettings(
         Journal(directory),
         Control(directory / "control.json"),
         user=os.environ.get("EMAIL_USER", ""),

@@ -24,7 +24,7 @@ __all__ = ["Control", "Orders"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class FaultRule:
     """One rule: the glob of the recipients it is for, what it does, and how often (0 to 1)."""
 
     rcpt: str
@@ -39,15 +39,15 @@ class Orders:
     connect: str = "ok"
     auth: str = "ok"
     mail: bytes = b""
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[FaultRule, ...] = ()
     chance: random.Random = field(default_factory=random.Random)
 
 
-def _rule(text: dict[str, Any]) -> Rule:
+def _fault_rule(text: dict[str, Any]) -> FaultRule:
     fault = fault_named(str(text["fault"]))
     if fault is None:
         raise ValueError(f"unknown fault {text['fault']!r}")
-    return Rule(str(text.get("rcpt", "*")).lower(), fault, float(text.get("probability", 1)))
+    return FaultRule(str(text.get("rcpt", "*")).lower(), fault, float(text.get("probability", 1)))
 
 
 def _orders(text: dict[str, Any]) -> Orders:
@@ -59,7 +59,7 @@ def _orders(text: dict[str, Any]) -> Orders:
         connect=connect,
         auth=auth,
         mail=f"{mail}\r\n".encode() if mail else b"",
-        rules=tuple(_rule(rule) for rule in text.get("rules", ())),
+        rules=tuple(_fault_rule(rule) for rule in text.get("rules", ())),
         chance=random.Random(text.get("seed")),
     )
 

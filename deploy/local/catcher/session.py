@@ -17,7 +17,7 @@ from deploy.local.catcher.control import Control
 from deploy.local.catcher.faults import Fault
 from deploy.local.catcher.journal import Journal
 
-__all__ = ["Settings", "SmtpSession"]
+__all__ = ["CatcherSettings", "SmtpSession"]
 
 MAX_LINE = 2048
 _PATH = re.compile(r"(?:FROM|TO):\s*<([^>]*)>\s*(.*)", re.IGNORECASE)
@@ -25,7 +25,7 @@ _SIZE = re.compile(r"\bSIZE=(\d+)", re.IGNORECASE)
 
 
 @dataclass(slots=True)
-class Settings:
+class CatcherSettings:
     """What all sessions of one catcher share."""
 
     journal: Journal
@@ -40,7 +40,7 @@ class Settings:
 class SmtpSession(asyncio.Protocol):
     """One client's session, from the banner to the end of the connection."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: CatcherSettings) -> None:
         self._settings = settings
         self._buffer = bytearray()
         self._scanned = 0
