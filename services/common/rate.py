@@ -1,4 +1,4 @@
-"""A bounded rate: the generic cell rate algorithm (ITU-T I.371, annex A). Pure: the clock is the caller's."""
+"""A bounded rate: the generic cell rate algorithm (ITU-T I.371, annex A). Pure: the caller has the clock."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ __all__ = ["Rate"]
 
 
 class Rate:
-    """At most `rate` a second, `burst` of them at once after a rest. Raises ValueError for a rate of 0."""
+    """Allows `rate` events a second, and `burst` of them at once after a pause. ValueError: the rate is 0."""
 
-    __slots__ = ("_due", "_gap", "_rest")
+    __slots__ = ("_burst", "_due", "_gap")
 
     def __init__(self, rate: float, burst: float = 1) -> None:
         if rate <= 0:
             raise ValueError(f"a rate of {rate:g} a second would never end")
         self._gap = 1 / rate
-        self._rest = self._gap * (max(1, burst) - 1)
-        # When the next one would be due, had all been taken evenly.
+        self._burst = self._gap * (max(1, burst) - 1)
+        # When the next event would be due if all had come evenly.
         self._due = float("-inf")
 
     def wait(self, now: float) -> float:
-        """Return in how many seconds the next one may go; 0: now."""
-        return max(0.0, self._due - self._rest - now)
+        """Return the seconds until the next event may happen; 0: now."""
+        return max(0.0, self._due - self._burst - now)
 
     def took(self, now: float) -> None:
-        """Count one that went at `now`, after its wait."""
+        """Count an event that happened at `now`, after its wait."""
         self._due = max(now, self._due) + self._gap
 
     def undo(self) -> None:
-        """Count one less: it did not go."""
+        """Uncount one event that did not happen after all."""
         self._due -= self._gap
 
     def is_idle(self, now: float) -> bool:
-        """Return whether it has forgotten all that went: a new one would say the same."""
+        """Return whether a new Rate would give the same answers."""
         return self._due <= now

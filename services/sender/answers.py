@@ -1,4 +1,4 @@
-"""What becomes of a record whose row is settled, and what a takeover tells the other stages. Pure."""
+"""The outcome of a record whose delivery is settled, and the event of a takeover. Pure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ __all__ = ["answer", "takeover_event"]
 
 
 def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
-    """Return the outcome of the record whose row is settled as `row`.
+    """Return the outcome of the record whose delivery is settled as `row`.
 
-    A deferred one comes back when the row says, or as late as the longest of `delays` (seconds) allows
-    where the settings have changed since. Raises ValueError on a row that is not settled.
+    A deferred record comes back at the row's time. Where the settings have changed since and that time is
+    too late for them, it comes back after the longest of `delays` (seconds). Raises ValueError for a row
+    that is not settled.
     """
     if row.state == "cancelled" or failed_before_sender(row):
         return Done()
@@ -28,7 +29,7 @@ def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
 
 
 def takeover_event(taken: Delivery, now_us: int) -> pb.MailDeferred:
-    """Return the event of a claim that took over from an owner who may have handed the mail over."""
+    """Return the event of a takeover from an owner that may have handed the mail over."""
     return pb.MailDeferred(
         id=taken.task_id,
         epoch=taken.epoch,
@@ -43,7 +44,7 @@ def takeover_event(taken: Delivery, now_us: int) -> pb.MailDeferred:
 
 
 def _due(row: Delivery, delays: Sequence[int], now_ms: int) -> tuple[int, int]:
-    """Return the delay topic and the due time (ms); jitter may have added a tenth to the delay."""
+    """Return the delay (seconds) and the due time (Unix ms); jitter may have added a tenth to the delay."""
     due_ms = row.next_attempt_at // 1000
     delay = next((delay for delay in delays if now_ms + delay * 1100 >= due_ms), delays[-1])
     return delay, min(due_ms, now_ms + delay * 1100)

@@ -1,4 +1,4 @@
-"""The claims for coroutines: one call for all that is asked in a moment, and patience with the database."""
+"""The claims for coroutines: calls are batched, and repeated while the database is away."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LIMIT = 500
-# Once the database is back, no claim is taken over for so long (seconds): its owner may be there, with an
-# outcome to store or a lease to renew. It tries every second; a connection without an answer takes four more.
+# After an outage no claim is taken over for this long (seconds): its owner may still have an outcome to store
+# or a lease to renew. Owners try every second; a connection attempt without an answer takes four more.
 OWNERS_FIRST = 6.0
 _RETRY_SECONDS = 1.0
-# Whoever waits asks the database every second or so: trouble that is so old (seconds) may be over.
+# Waiting callers ask the database about every second. Trouble that is older than this (seconds) may be over.
 _TROUBLE_TTL = 30.0
 
 
 class BlockingClaims(Protocol):
-    """What is made asynchronous here; `Claims` says what each does."""
+    """The calls behind AsyncClaims; `Claims` says what each does."""
 
     def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]: ...
 
@@ -44,9 +44,9 @@ class BlockingClaims(Protocol):
 class AsyncClaims:
     """`Claims` for the handlers. Belongs to one event loop.
 
-    `claim` and `settle` wait as long as the database is away; a caller that waits no longer cancels them. A
-    cancelled call may still be made. When the database answers for the first time, or after trouble or
-    silence, nothing is taken over for `owners_first` seconds.
+    `claim` and `settle` wait while the database is away; a caller may cancel them. A cancelled call may still
+    reach the database. When the database answers for the first time, after trouble, or after a silence, no
+    claim is taken over for `owners_first` seconds.
     """
 
     def __init__(self, claims: BlockingClaims, owners_first: float = OWNERS_FIRST) -> None:
@@ -70,22 +70,22 @@ class AsyncClaims:
 
     @property
     def trouble(self) -> str | None:
-        """What the database last said, while it is of no use; None once nobody has asked it for a while."""
+        """The database's last error text while it is away; None once nobody has asked it for a while."""
         return self._trouble if time.monotonic() - self._trouble_at < _TROUBLE_TTL else None
 
     async def claim(self, request: Claim | Cancel) -> ClaimAnswer:
-        """Answer one request. Requests are made in the order in which they were asked for."""
-        # Whoever asked nothing for a while does not know whether the database was away.
+        """Return the answer to one request. Requests reach the database in the order of the calls."""
+        # After a silence the sender does not know whether the database was away.
         if asyncio.get_running_loop().time() - self._answered_at > self._owners_first:
             self._forbid_take_over()
         return await self._retried(self._claim, request)
 
     async def settle(self, settled: Delivery) -> Settlement:
-        """Write one outcome; return what became of it."""
+        """Store one outcome; return what became of it."""
         return await self._retried(self._settle, settled)
 
     async def renew(self, rows: Sequence[Delivery]) -> Sequence[bool | None]:
-        """Renew once, at once; raises `sqlalchemy.exc.DBAPIError`."""
+        """Renew the leases of `rows` in one call, without a retry. Raises `sqlalchemy.exc.DBAPIError`."""
         loop = asyncio.get_running_loop()
         try:
             held = await loop.run_in_executor(self._renewals, self._claims.renew, rows)
@@ -96,7 +96,7 @@ class AsyncClaims:
         return held
 
     async def close(self) -> None:
-        """Return once all that was asked for is done."""
+        """Wait until all calls have ended; refuse later ones."""
         if self._until_take_over is not None:
             self._until_take_over.cancel()
         await self._claim.close()

@@ -1,12 +1,12 @@
-"""The claims on the tasks' deliveries, in SQL. All of it blocks, and bears many threads.
+"""The claims on the tasks' deliveries, in SQL. All methods block; any thread may call them.
 
-The rules are in decide.py; here they meet the rows. The common case of each call (nobody else knows
-the task; the claim is still one's own) is one statement for all that it is given, known from the
-number of affected rows alone. Only otherwise are the rows read, under their locks. Ids are sorted, so
-that two senders that meet on the same rows wait for each other instead of dying of it.
+services/common/deliveries/decide.py has the rules; this file applies them to the rows. In the common case
+(the task has no delivery yet; the claim is still held) a call is one statement for all its requests, and the
+number of affected rows shows that it was enough. Only otherwise does a call read the rows, under their locks.
+The ids are sorted, so that two senders with the same rows wait for each other instead of deadlocking.
 
-Leases run by the database's clock. Where the connection died while it committed, a call is made again;
-that changes nothing, since no two claims share an owner token.
+Leases follow the database's clock. Where a connection is lost during the commit, the call is repeated. That
+changes nothing, since every claim has an owner token of its own.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, lock_ro
 
 __all__ = ["Claims"]
 
-# Assignments see what those before them have written: the state, which the others ask for, comes last.
+# An assignment sees what those before it have written, so the state, which all conditions read, comes last.
 _SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
     f"{name} = IF(owner = VALUES(owner) AND state = 'sending', VALUES({name}), {name})"
     for name in (
-        # A claim that is given back restores these.
+        # A released claim restores these.
         "epoch",
         "attempt",
         "takeovers",
@@ -54,17 +54,17 @@ _SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
     )
 )
 
-# Rows a statement, so that it is of bounded length however many claims are in hand.
+# Rows a statement: its length is bounded however many claims a sender holds.
 _RENEWALS = 5000
 
 _by_id = attrgetter("task_id")
 
 
 class Claims:
-    """Claims, settles and renews. `hold`: what is found in doubt is held as uncertain, not sent again;
-    otherwise it is sent again `max_resends` times an epoch at most.
+    """Claims, settles and renews. All methods raise `sqlalchemy.exc.DBAPIError`.
 
-    Everything raises `sqlalchemy.exc.DBAPIError`.
+    With `hold` a mail found in doubt becomes uncertain. Otherwise it is sent again, at most `max_resends`
+    times an epoch.
     """
 
     def __init__(self, engine: Engine, lease_seconds: float, hold: bool, max_resends: int = 1) -> None:
@@ -76,8 +76,10 @@ class Claims:
         self._renew = f"UPDATE deliveries SET lease_until = {lease}"
 
     def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]:
-        """Answer each request, in order. Several may be about one task. Without `take_over` nobody loses a
-        claim whose lease is over."""
+        """Return the answer to each request, in order. Several requests may concern one task.
+
+        Without `take_over` a claim whose lease has ended stays its owner's.
+        """
         since = time.monotonic()
         rows = [initial_row(request, UNKNOWN) for request in sorted(requests, key=_by_id)]
         statement = f"{INSERT_NEW} {','.join([self._new_row] * len(rows))}"
@@ -86,21 +88,21 @@ class Claims:
             for row in rows
             for value in (row.task_id, row.state, row.epoch, row.attempt, row.owner, row.message_id)
         )
-        # A transaction of its own: its shared locks on the rows of others must be gone before those are
-        # locked exclusively, or two senders that meet here end in a deadlock.
+        # A transaction of its own: it must release its shared locks on existing rows before `_decide` locks
+        # them exclusively. Otherwise two senders would deadlock here.
         won = transaction(self._engine, lambda c: c.exec_driver_sql(statement, parameters).rowcount)
         if won == len(requests):
             return [self._won(request, since) for request in requests]
         return transaction(self._engine, lambda c: self._decide(c, requests, since, take_over))
 
     def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
-        """Write the outcome of each claimed row unless its claim was lost; return what became of them."""
+        """Store the outcome of each claimed row unless its claim was lost; return what became of each."""
         return transaction(self._engine, lambda c: self._settle(c, settled))
 
     def renew(self, rows: Sequence[Delivery]) -> list[bool | None]:
-        """Begin the lease of each claim anew; return which are still their owners', in order.
+        """Renew the lease of each claim; return in order whether each is still held.
 
-        None: the row is locked, so its lease stays as it was. It holds up no other row's renewal.
+        None: the row is locked, so its lease stays as it was. A locked row does not delay the others.
         """
         held: list[bool | None] = []
         for start in range(0, len(rows), _RENEWALS):
@@ -129,7 +131,7 @@ class Claims:
         return verdicts
 
     def _settle(self, connection: Connection, settled: Sequence[Delivery]) -> list[Settlement]:
-        # 2 for a row that changed, 1 for one left as it was.
+        # The server counts 2 for a row that changed, and 1 for one that stayed as it was.
         if execute_rows(connection, INSERT, sorted(settled, key=_by_id), _SETTLE) == 2 * len(settled):
             return [Settlement.STORED] * len(settled)
         rows, _ = lock_rows(connection, {row.task_id for row in settled})
@@ -158,7 +160,8 @@ class Claims:
 
 
 def _held_by_owners(rows: Sequence[Delivery]) -> str:
-    # An owner token is one row's: two lists find the same rows as one list of pairs, and by the index.
+    # Every claim has a token of its own, so two lists find the same rows as a list of pairs, and use the
+    # index.
     several = placeholders(len(rows))
     return f"WHERE task_id IN ({several}) AND owner IN ({several}) AND state = 'sending'"
 

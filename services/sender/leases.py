@@ -1,4 +1,4 @@
-"""How long each claim is surely still ours, and its renewal."""
+"""The leases of a sender's claims: how long each claim is certainly its own, and their renewal."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ __all__ = ["Lease", "Leases"]
 
 log = structlog.get_logger(__name__)
 
-# Seconds until a renewal that failed, or that a lock kept from a row, is tried again, where a quarter of the
-# lease would be longer.
+# A renewal that failed, or that missed a locked row, is tried again after this long (seconds) at most.
 _RETRY_SECONDS = 1.0
 
 
 class Lease:
     """One claim's lease, by this process's monotonic clock.
 
-    It is measured from before the database was asked, so it ends no later than the row says, however
-    long the answer took or the process stood still.
+    It counts from before the database was asked. So it ends no later than the row says, however long the
+    answer took or the process was frozen.
     """
 
     __slots__ = ("_clock", "ends", "row")
@@ -36,16 +35,16 @@ class Lease:
         self._clock = clock
 
     def holds(self) -> bool:
-        """Whether nobody else can have taken the claim by now."""
+        """Return whether the claim is certainly still this sender's."""
         return self._clock() < self.ends
 
 
 class Leases:
-    """The leases of all claims in hand, renewed together every quarter of their length.
+    """The leases of all claims that this sender holds, renewed together every quarter of a lease.
 
-    `renew` gets the rows and answers which are still ours (None: not known, the lease stays as it was);
-    what it raises (the database is away) leaves the leases to run out by themselves. `seconds` is the
-    lease's length. Belongs to one event loop.
+    `renew` gets the rows and returns for each whether its claim is still held; None: not known, the lease
+    stays as it was. While it raises (the database is away), the leases run out. `seconds` is a lease's
+    length. Belongs to one event loop.
     """
 
     def __init__(
@@ -63,17 +62,17 @@ class Leases:
         return len(self._held)
 
     def hold(self, row: Delivery, since: float) -> Lease:
-        """Return the lease of a claim that was asked for at `since`; it is renewed until dropped."""
+        """Return the lease of a claim asked for at `since` (monotonic). It is renewed until dropped."""
         lease = Lease(row, since + self._seconds, self._clock)
         self._held.add(lease)
         return lease
 
     def drop(self, lease: Lease) -> None:
-        """Renew this lease no more. Dropping it twice is fine."""
+        """Stop renewing this lease. Dropping it twice is allowed."""
         self._held.discard(lease)
 
     async def run(self) -> None:
-        """Renew for ever; ends by being cancelled."""
+        """Renew the leases until cancelled."""
         pause = self._seconds / 4
         while True:
             await asyncio.sleep(pause)
@@ -85,21 +84,18 @@ class Leases:
                 log.warning("leases not renewed", leases=len(self._held), error=error_text(error))
 
     async def renew(self) -> bool:
-        """Renew all leases in hand once; return whether it is known of each what became of it.
-
-        Raises what `renew` raised.
-        """
+        """Renew all leases once; return whether the fate of each is known. Raises what `renew` raised."""
         leases = list(self._held)
         if not leases:
             return True
         known = True
         since = self._clock()
-        for lease, ours in zip(leases, await self._renew([lease.row for lease in leases]), strict=True):
-            known = known and ours is not None
-            # One dropped meanwhile was settled meanwhile: nothing was lost.
-            if lease in self._held and ours is not None:
-                lease.ends = since + self._seconds if ours else float("-inf")
-                if not ours:
+        for lease, still_held in zip(leases, await self._renew([lease.row for lease in leases]), strict=True):
+            known = known and still_held is not None
+            # A lease that was dropped meanwhile belongs to a settled claim: it was not lost.
+            if lease in self._held and still_held is not None:
+                lease.ends = since + self._seconds if still_held else float("-inf")
+                if not still_held:
                     self._held.discard(lease)
                     SENDER_LEASES_LOST.inc()
         return known

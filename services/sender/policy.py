@@ -1,4 +1,4 @@
-"""How an attempt ends: from what the mail server did to the row that records it. Pure."""
+"""The outcome of an attempt: from the result of a send to the delivery's row. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.sender.replies import InDoubt, NotSent, Rejected, Sent
 
 __all__ = ["CONNECTION_LOST", "DEFERRED", "EXPIRED", "REJECTED", "UNSENDABLE", "Policy"]
 
-# Reasons, as clients see them. The fifth is IN_DOUBT.
+# The reasons that clients see, besides IN_DOUBT.
 REJECTED = "rejected"
 DEFERRED = "deferred"
 CONNECTION_LOST = "connection_lost"
@@ -25,11 +25,11 @@ _MAX_RELAY = 255
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The settings that decide how an attempt ends.
+    """The settings that decide an attempt's outcome.
 
     `delays`: seconds before each further attempt, rising; the last one repeats. `max_age`: seconds after
-    which a task is not sent any more. `hold`: a mail in doubt is held, not sent again;
-    otherwise it is sent again `max_resends` times an epoch at most.
+    which a task expires. With `hold` a mail in doubt becomes uncertain. Otherwise it is sent again, at most
+    `max_resends` times an epoch.
     """
 
     delays: Sequence[int]
@@ -72,13 +72,13 @@ class Policy:
                 return self._defer(row, IN_DOUBT, age_start_us, rng)
 
     def unsendable(self, claimed: Delivery, now_us: int) -> Delivery:
-        """Return the claimed row of a task from which no mail can be built."""
+        """Return the failed row of a claimed task from which no mail can be built."""
         return claimed._replace(state="failed", settled_at=now_us, reason=UNSENDABLE)
 
     def expired(self, claimed: Delivery, age_start_us: int, now_us: int) -> Delivery | None:
-        """Return the outcome, as `settled` does, of a claimed task that is too old to be sent; else None.
+        """Return the row of a claimed task that has expired; None if it has not.
 
-        The times are those of `settled`. A task of which an earlier attempt is in doubt is uncertain.
+        The times are those of `settled`. A task with an earlier attempt in doubt becomes uncertain.
         """
         if now_us - age_start_us <= self.max_age * 1_000_000:
             return None
@@ -90,10 +90,10 @@ class Policy:
     def _defer(
         self, row: Delivery, reason: str, age_start_us: int, rng: random.Random, after: float = 0
     ) -> Delivery:
-        """Defer the row, or end it where the task is too old.
+        """Return the row as deferred, or as expired.
 
-        A server's wish (`after`, seconds) for a longer wait is granted as far as the delays go; one for a
-        shorter wait is not, since some servers express it after every attempt.
+        A server may ask to wait for `after` seconds. The policy grants a longer wait as far as the delays go,
+        and no shorter one: some servers ask for it after every attempt.
         """
         expired = self.expired(row._replace(reason=reason), age_start_us, row.settled_at)
         if expired is not None:

@@ -1,4 +1,4 @@
-"""Who may send next: a bounded number at once, the recipients' domains in turn."""
+"""Slots that bound how many mails a sender has at a time, shared fairly among the recipients' domains."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from services.common.rate import Rate
 
 __all__ = ["DomainSaturated", "SlotUse", "Slots", "domain_share"]
 
-# How long (seconds) the first of a queue waits before that is a reason to leave: one that moves, however
-# long, is worked off sooner than it could come back.
+# Load shedding begins once a queue's first caller has waited this long (seconds). A queue that moves, however
+# long, is served sooner than a deferred record would come back.
 SHED_AFTER = 5.0
-# How long (seconds) a domain that has all the slots it can get gets no other one before it stands still.
+# A domain that has all slots it may have is stalled after this long (seconds) without a change.
 STALLED_AFTER = 30.0
 _SHED_INTERVAL = 1.0
-# Domains whose rates are remembered, before those that are at rest are forgotten.
-_MOST_RATES = 10_000
+# Above this number of domains, the rates of idle ones are dropped.
+_MAX_RATES = 10_000
 
 
 class DomainSaturated(Exception):
-    """The domain is slow and holds up the rest: come back later."""
+    """The domain's mails hold up those of others: its caller is to defer its record."""
 
 
 class SlotUse(NamedTuple):
-    """The domain's slots in use, its callers that wait, and the seconds since it got or gave back a slot."""
+    """What one domain uses of the slots."""
 
     domain: str
     used: int
     waiting: int
-    still: float
+    """Callers that wait for a slot."""
+    unchanged_seconds: float
+    """Seconds since the domain last acquired or released a slot; 0 if it has none."""
 
 
 class _SlotWaiter(NamedTuple):
@@ -41,23 +43,25 @@ class _SlotWaiter(NamedTuple):
 
 
 def domain_share(sessions: int, per_domain: int) -> int:
-    """Return how many of the sessions one domain may use: `per_domain`, but not all unless that is 0 (all).
+    """Return how many of `sessions` one domain may use, given the setting `per_domain` (0: all).
 
-    Where there are no more sessions than that, a domain gets three quarters of them: one that hangs would
-    keep all others waiting.
+    Where `per_domain` would be all sessions, a domain gets three quarters of them: one that hangs would
+    otherwise keep all others waiting.
     """
     return per_domain if per_domain < sessions else max(1, sessions * 3 // 4)
 
 
 class Slots:
-    """`total` slots at once, at most `per_domain` of them to one domain (0: no such bound).
+    """`total` slots at a time, at most `per_domain` of them for one domain (0: no such bound).
 
-    Domains that wait are served in turn, each one's callers in order: a thousand mails to a slow domain
-    delay another domain's only mail by one turn, not by a thousand. A domain gets `rate` slots a second at
-    most, a second's worth of them at once (0: no such bound). While it is `saturated`, the domains that have
-    more than an equal share of the queue and whose first in line has waited for PATIENCE lose the later
-    half of theirs, every second anew. So does, crowded or not, a domain that `is_stalled` still, down to one
-    caller a slot. Belongs to one event loop.
+    Waiting domains take turns, and each domain's callers are served in order. So a thousand mails to a slow
+    domain delay another domain's only mail by one turn. `rate` bounds the slots that a domain gets a second,
+    with bursts of one second's worth (0: no such bound).
+
+    Load shedding happens once a second. While `saturated()` is true, each domain with more than an equal
+    share of the queue, whose first caller has waited for SHED_AFTER, loses the later half of its callers. A
+    stalled domain (`is_stalled`) loses them at any time, down to one caller a slot. A caller that is shed
+    gets DomainSaturated. Belongs to one event loop.
     """
 
     def __init__(
@@ -71,10 +75,10 @@ class Slots:
         self._free = total
         self._per_domain = per_domain or total
         self._used: dict[str, int] = {}
-        # When a domain in use last got a slot or gave one back.
-        self._moved: dict[str, float] = {}
-        self._time: Callable[[], float] = time.monotonic
-        # The domains that have callers waiting, in the order of their turns.
+        # When each domain with slots last acquired or released one.
+        self._changed_at: dict[str, float] = {}
+        self._clock: Callable[[], float] = time.monotonic
+        # The domains with waiting callers, in the order of their turns.
         self._waiting: dict[str, deque[_SlotWaiter]] = {}
         self._saturated = saturated
         self._rate = rate
@@ -83,9 +87,9 @@ class Slots:
         self._shed_timer: asyncio.TimerHandle | None = None
 
     async def acquire(self, domain: str) -> None:
-        """Wait for a slot; every return needs one `release`. Raises Crowded."""
+        """Wait for a slot. The caller must `release` it. Raises DomainSaturated if the caller is shed."""
         loop = asyncio.get_running_loop()
-        self._time = loop.time
+        self._clock = loop.time
         now = loop.time()
         if self._free and domain not in self._waiting and self._may_acquire(domain, now):
             self._take(domain, now)
@@ -106,39 +110,41 @@ class Slots:
             raise
 
     def release(self, domain: str) -> None:
-        """Give a slot back."""
+        """Release one slot of the domain."""
         self._free += 1
         left = self._used[domain] - 1
         if left:
             self._used[domain] = left
-            self._moved[domain] = asyncio.get_running_loop().time()
+            self._changed_at[domain] = asyncio.get_running_loop().time()
         else:
-            del self._used[domain], self._moved[domain]
+            del self._used[domain], self._changed_at[domain]
         self._serve()
 
     def is_stalled(self, domain: str) -> bool:
-        """Tell whether all of the domain's slots have been in use for STANDSTILL, and as many callers wait.
+        """Return whether all of the domain's slots are in use since STALLED_AFTER, and as many callers wait.
 
-        Those take all of the slots at once when the domain moves again; who waits behind them waits in vain.
+        When the domain moves again, those callers take all of its slots; a later one would wait in vain.
         """
         used, waiting = self._used.get(domain, 0), len(self._waiting.get(domain, ()))
         full = used >= self._per_domain or not self._free
-        return 0 < used <= waiting and full and self._still(domain) > STALLED_AFTER
+        return 0 < used <= waiting and full and self._unchanged_seconds(domain) > STALLED_AFTER
 
-    def held(self) -> list[SlotUse]:
-        """Return the domains that have slots in use or callers waiting. Safe from any thread."""
+    def usage(self) -> list[SlotUse]:
+        """Return the domains that have slots or waiting callers. Safe on any thread."""
         used, waiting = dict(self._used), dict(self._waiting)
         return [
-            SlotUse(domain, used.get(domain, 0), len(waiting.get(domain, ())), self._still(domain))
+            SlotUse(
+                domain, used.get(domain, 0), len(waiting.get(domain, ())), self._unchanged_seconds(domain)
+            )
             for domain in used.keys() | waiting.keys()
         ]
 
-    def _still(self, domain: str) -> float:
-        now = self._time()
-        return max(0.0, now - self._moved.get(domain, now))
+    def _unchanged_seconds(self, domain: str) -> float:
+        now = self._clock()
+        return max(0.0, now - self._changed_at.get(domain, now))
 
     def refund_rate(self, domain: str) -> None:
-        """Have the slot that was taken last not count for the domain's rate: nothing was sent in it."""
+        """Uncount one slot of the domain's rate: its caller sent nothing."""
         if domain in self._rates:
             self._rates[domain].undo()
             self._serve()
@@ -149,31 +155,31 @@ class Slots:
     def _take(self, domain: str, now: float) -> None:
         self._free -= 1
         self._used[domain] = self._used.get(domain, 0) + 1
-        self._moved[domain] = now
+        self._changed_at[domain] = now
         if self._rate:
             self._count_rate(domain, now)
 
     def _rate_wait(self, domain: str, now: float) -> float:
-        """Return in how many seconds the domain's rate allows a slot; 0: at once."""
+        """Return the seconds until the domain's rate allows a slot; 0: now."""
         rate = self._rates.get(domain)
         return rate.wait(now) if rate is not None else 0.0
 
     def _count_rate(self, domain: str, now: float) -> None:
         if domain not in self._rates:
-            if len(self._rates) >= _MOST_RATES:
+            if len(self._rates) >= _MAX_RATES:
                 self._rates = {name: rate for name, rate in self._rates.items() if not rate.is_idle(now)}
             self._rates[domain] = Rate(self._rate, burst=self._rate)
         self._rates[domain].took(now)
 
     def _leave(self, domain: str, waiter: _SlotWaiter) -> None:
         queue = self._waiting.get(domain)
-        if queue and waiter in queue:  # else its turn came between its cancellation and now
+        if queue and waiter in queue:  # it is not where its turn came after its cancellation
             queue.remove(waiter)
             if not queue:
                 del self._waiting[domain]
 
     def _serve(self) -> None:
-        """Hand free slots to those whose turn it is. A domain at its bound keeps its place."""
+        """Give free slots to the callers whose turn it is. A domain at its bound keeps its turn."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         while self._free:
@@ -190,13 +196,13 @@ class Slots:
                 waiter.turn.set_result(None)
 
     def _wake_for_rates(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
-        """Come back when the first domain that only its rate holds may go on."""
+        """Set a timer for the first domain that waits only for its rate."""
         if self._rate:
             waits = (wait for domain in self._waiting if (wait := self._rate_wait(domain, now)) > 0)
             self._wake_within(loop, min(waits, default=0.0))
 
     def _wake_within(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        """Come back in so many seconds, or sooner where a timer is set already; 0: no timer is needed."""
+        """Have `_serve` run within so many seconds; 0: no timer is needed."""
         if seconds <= 0 or (self._timer is not None and self._timer.when() <= loop.time() + seconds):
             return
         if self._timer is not None:

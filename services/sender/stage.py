@@ -1,7 +1,8 @@
-"""The sender stage: a task whose domain takes mail comes in, what became of its mail goes out.
+"""The sender stage: it reads tasks whose domain takes mail, and publishes what became of each mail.
 
-Claim, send, settle, then the runtime publishes and commits. What can go wrong between any two of these
-steps is answered by the next one to claim the task (decide.py).
+A handler claims the task, sends the mail and settles the delivery. Then the runtime publishes the event and
+commits the offset. Where a sender dies between two of these steps, the task's next claim finds out and
+decides (services/common/deliveries/decide.py).
 """
 
 from __future__ import annotations
@@ -9,16 +10,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
-from uuid import UUID
-
-import structlog
+from typing import NamedTuple, Protocol, cast
 
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import (
-    IN_DOUBT,
     Cancel,
     Claim,
     ClaimAnswer,
@@ -38,45 +35,38 @@ from services.common.stages import STAGES
 from services.sender import replies
 from services.sender.answers import answer, takeover_event
 from services.sender.async_claims import AsyncClaims
+from services.sender.cleanup import Cleanups, within
 from services.sender.composer import Composer
 from services.sender.leases import Leases
-from services.sender.metrics import (
-    SENDER_CROWDED,
-    SENDER_FENCED,
-    SENDER_IN_DOUBT,
-    SENDER_OUTCOMES,
-    SENDER_SECONDS,
-    SENDER_SKIPPED,
-)
+from services.sender.metrics import SENDER_CROWDED, SENDER_SECONDS, SENDER_SKIPPED
 from services.sender.policy import Policy
+from services.sender.settling import record_doubt, store_outcome
 from services.sender.slots import DomainSaturated, Slots
 from services.sender.smtp import SendCancelled
 
 __all__ = ["DomainUse", "Pool", "Publish", "Sender", "stage"]
 
-log = structlog.get_logger(__name__)
-
-R = TypeVar("R")
-
-# Publishes and returns once all is acked, however long that takes.
 Publish = Callable[[Sequence[Event], bytes | None], Awaitable[None]]
+"""Publishes events under a traceparent, and returns once all are acked, however long that takes."""
 
-# A claim that another holds is asked for again this often (seconds): most are settled long before their
-# lease ends.
+# A handler asks again for another owner's claim this often (seconds): most claims end long before their
+# lease.
 _CLAIM_POLL_SECONDS = 0.5
-# What a cancelled handler still has to write is given this long (seconds), unless it handed its mail over.
+# A cancelled handler has this long (seconds) for its last writes, unless its mail was handed over.
 _CLEANUP_TIMEOUT = 5.0
 
 
 class DomainUse(NamedTuple):
-    """What a recipients' domain has of a sender: sessions, claims (those with a session among them), records
-    that wait for a claim, and the seconds since one of its sessions was taken or given back."""
+    """What the mails to one recipient domain use of a sender."""
 
     name: str
     sessions: int
     claims: int
+    """Claims of the domain, those with a session among them."""
     waiting: int
+    """Records that wait for a claim slot."""
     still_seconds: float
+    """Seconds since the domain last acquired or released a session."""
 
 
 class Pool(Protocol):
@@ -93,7 +83,7 @@ class Pool(Protocol):
 
 
 class Sender:
-    """Handles `mx.ok` and `task.cancelled`. Belongs to one event loop.
+    """Handles the records of `mx.ok` and `task.cancelled`. Belongs to one event loop.
 
     `claim_slots` bounds the mails that are claimed and not settled, `sessions` the mails that the pool sends.
     `owner` returns a new owner token at each call. `now_us` returns microseconds since the Unix epoch.
@@ -117,54 +107,60 @@ class Sender:
         rng: random.Random | None = None,
     ) -> None:
         self._claims, self._leases, self._pool = claims, leases, pool
-        self._composer, self._policy, self._claim_slots, self._sessions = (
-            composer,
-            policy,
-            claim_slots,
-            sessions,
-        )
+        self._composer, self._policy = composer, policy
+        self._claim_slots, self._sessions = claim_slots, sessions
         self._publish, self._owner, self._now_us = publish, owner, now_us
         self._handover = handover
         self._rng = rng or random.Random()
-        self._cleanups: set[asyncio.Task[object]] = set()
-        self.handed_over = 0
-        """Mails that were handed over and go on without their handlers, not settled yet."""
+        self._cleanups = Cleanups()
+
+    @property
+    def handed_over(self) -> int:
+        """Handed-over mails whose handlers were cancelled and whose outcomes are not stored yet."""
+        return self._cleanups.handed_over
 
     def handle(self, record: Record) -> Awaitable[Outcome]:
         """Return a coroutine that ends when the record's task has an outcome.
 
-        Cancelled, it leaves the claim free where the mail was not handed over. What was handed over goes on:
-        the sender waits for the server's reply and settles the row; the record's next owner publishes it.
+        A cancelled handler releases its claim, unless the mail was handed over. Then the sender still waits
+        for the server's reply and settles the delivery, and the partition's next owner publishes the event.
         """
         if isinstance(record.event, pb.TaskCancelled):
             return self._cancel(record.event)
         return self._deliver(record, cast(pb.MxOk, record.event))
 
     async def close(self) -> None:
-        """Return once cancelled handlers have left their claims as they should, or had the time to.
+        """Wait until the cleanups of cancelled handlers have ended.
 
-        That takes seconds, or as long as `handover` where a mail was handed over and is not answered.
+        That takes seconds, or up to `handover` where a handed-over mail has no reply yet.
         """
-        if self.handed_over:
-            log.info("mails were handed over: waiting for their replies", mails=self.handed_over)
-        while self._cleanups:
-            await asyncio.wait(self._cleanups)
+        await self._cleanups.close()
+
+    def domains(self) -> list[DomainUse]:
+        """Return the domains that use or wait for sessions or claims, worst first. Safe on any thread."""
+        sessions = {use.domain: use for use in self._sessions.usage()}
+        found = []
+        for use in self._claim_slots.usage():
+            session = sessions.get(use.domain)
+            used, still = (session.used, session.unchanged_seconds) if session else (0, 0.0)
+            found.append(DomainUse(use.domain, used, use.used, use.waiting, still))
+        return sorted(found, key=lambda use: (-use.sessions, -use.claims, -use.waiting, use.name))
 
     async def _cancel(self, event: pb.TaskCancelled) -> Outcome:
         while True:
-            verdict = await self._claims.claim(Cancel(event.id, event.epoch, self._owner()))
-            if isinstance(verdict, Wait):
-                await _wait_for_claim(verdict)
+            answered = await self._claims.claim(Cancel(event.id, event.epoch, self._owner()))
+            if isinstance(answered, Wait):
+                await _wait_for_claim(answered)
                 continue
-            if isinstance(verdict, Stale):
+            if isinstance(answered, Stale):
                 return Done()
-            return self._answer(verdict.row)
+            return self._answer(answered.row)
 
     async def _deliver(self, record: Record, event: pb.MxOk) -> Outcome:
         task = event.task
         message_id = self._composer.message_id(task.id)
         while True:
-            # Nothing is claimed while nothing can be sent: a sender that dies then leaves nothing in doubt.
+            # The sender claims nothing while it can send nothing: if it dies then, no mail is in doubt.
             probe = False
             if not self._pool.available:
                 await self._pool.wait_available()
@@ -175,59 +171,59 @@ class Sender:
                 await self._claim_slots.acquire(task.domain)
             except DomainSaturated:
                 return self._defer_untried(task.domain)
-            # `refund_rate` has the slot not count for the domain's rate, unless the relay was tried.
-            with ExitStack() as held, ExitStack() as refund_rate:
+            # The slot does not count for the domain's rate where the relay was not tried.
+            with ExitStack() as held, ExitStack() as rate_refund:
                 held.callback(self._claim_slots.release, task.domain)
-                refund_rate.callback(self._claim_slots.refund_rate, task.domain)
+                rate_refund.callback(self._claim_slots.refund_rate, task.domain)
                 # The relay may have gone down during the wait; one mail may still be tried.
                 if not (self._pool.available or probe):
                     continue
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
-                verdict = await self._claim(claim)
-                if isinstance(verdict, Taken):
+                answered = await self._claim(claim)
+                if isinstance(answered, Taken):
                     try:
-                        settled = await self._attempt(verdict, record, event, held, refund_rate)
+                        settled = await self._attempt(answered, record, event, held, rate_refund)
                     except DomainSaturated:
                         return self._defer_untried(task.domain)
                     if settled is None:
                         continue
                     return self._answer(settled)
-            if isinstance(verdict, Wait):
-                await _wait_for_claim(verdict)
+            if isinstance(answered, Wait):
+                await _wait_for_claim(answered)
                 continue
-            SENDER_SKIPPED.labels("stale" if isinstance(verdict, Stale) else "stored").inc()
-            if isinstance(verdict, Stale):
+            SENDER_SKIPPED.labels("stale" if isinstance(answered, Stale) else "stored").inc()
+            if isinstance(answered, Stale):
                 return Done()
-            if verdict.row.owner == claim.owner:
-                _count_doubt(verdict.row, "takeover")
-            return self._answer(verdict.row)
+            if answered.row.owner == claim.owner:
+                record_doubt(answered.row, "takeover")
+            return self._answer(answered.row)
 
     async def _claim(self, claim: Claim) -> ClaimAnswer:
-        # Asked once: its answer alone says what to give back.
-        answer = asyncio.ensure_future(self._claims.claim(claim))
+        # The call goes on when the handler is cancelled: only its answer says what to release.
+        call = asyncio.ensure_future(self._claims.claim(claim))
         try:
-            return await asyncio.shield(answer)
+            return await asyncio.shield(call)
         except asyncio.CancelledError:
-            self._run_cleanup(self._within(self._release_claim(answer), _CLEANUP_TIMEOUT))
+            self._cleanups.run(within(self._release_claim(call), _CLEANUP_TIMEOUT))
             raise
 
     async def _attempt(
-        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack, refund_rate: ExitStack
+        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack, rate_refund: ExitStack
     ) -> Delivery | None:
         """Send the claimed mail; return its settled row, or None where the claim must be asked for anew.
 
-        `held` is what is given back when the attempt is over, `refund_rate` where it was none. Raises Crowded
-        where the domain's sessions stand still; the claim is free again then.
+        The callbacks of `held` run when the attempt is over, those of `rate_refund` if the relay was not
+        tried. Raises DomainSaturated where the domain's sessions are stalled; the claim is then released.
         """
         row = taken.row._replace(reason="")
         released = row._replace(state="released")
         lease = self._leases.hold(row, taken.since)
         held.callback(self._leases.drop, lease)
-        # What leaves the row to its next owner as if this one had never had it; None where nothing does.
-        back: Delivery | None = released_row(taken)
+        # The row to store if this handler ends early, so that the next claim starts as this one did.
+        undo: Delivery | None = released_row(taken)
         try:
             await self._publish_doubt(taken, record)
-            back = released
+            undo = released
             try:
                 mail = self._composer.compose(event, row.message_id)
             except ValueError as error:
@@ -237,102 +233,72 @@ class Sender:
                 await self._sessions.acquire(event.task.domain)
             except DomainSaturated:
                 await self._claims.settle(released)
-                back = None
+                undo = None
                 raise
             with ExitStack() as session:
                 session.callback(self._sessions.release, event.task.domain)
-                # Not before: the wait may have been long.
+                # The mail may have expired while it waited for the session.
                 expired = self._policy.expired(row, _age_start_us(event), self._now_us())
                 if expired is not None:
                     return await self._settle(expired, held)
-                back = None
+                undo = None
                 started = time.perf_counter()
                 try:
-                    ended = await self._pool.send(*mail, lease.holds)
+                    result = await self._pool.send(*mail, lease.holds)
                 except SendCancelled as cancelled:
                     if cancelled.rest is None:
-                        back = released
+                        undo = released
                     else:
-                        refund_rate.pop_all()
+                        rate_refund.pop_all()
                         held.push(session.pop_all())
                         rest = self._finish_handover(cancelled.rest, row, event, started)
-                        self._run_cleanup(rest, held, handed_over=True)
+                        self._cleanups.run(rest, held, handed_over=True)
                     raise
                 SENDER_SECONDS.observe(time.perf_counter() - started)
-            settled = self._outcome(row, ended, event)
+            settled = self._settled_row(row, result, event)
             if settled.state == "released":
-                back = settled
+                undo = settled
                 await self._claims.settle(settled)
                 return None
-            refund_rate.pop_all()
-            return await self._settle(settled, held, ended)
+            rate_refund.pop_all()
+            return await self._settle(settled, held, result)
         except BaseException:
-            if back is not None:
-                self._run_cleanup(self._within(self._claims.settle(back), _CLEANUP_TIMEOUT))
+            if undo is not None:
+                self._cleanups.run(within(self._claims.settle(undo), _CLEANUP_TIMEOUT))
             raise
 
-    def domains(self) -> list[DomainUse]:
-        """Return the domains that hold sessions or claims, or wait for them, worst first; on any thread."""
-        sessions = {held.domain: held for held in self._sessions.held()}
-        found = []
-        for held in self._claim_slots.held():
-            session = sessions.get(held.domain)
-            used, still = (session.used, session.still) if session else (0, 0.0)
-            found.append(DomainUse(held.domain, used, held.used, held.waiting, still))
-        return sorted(found, key=lambda one: (-one.sessions, -one.claims, -one.waiting, one.name))
-
-    def _outcome(self, row: Delivery, ended: replies.SendResult, event: pb.MxOk) -> Delivery:
-        """Return the row to store after an attempt; released where it was none."""
-        if isinstance(ended, replies.LeaseLost) or (
-            isinstance(ended, replies.NotSent) and ended.spares_attempt
+    def _settled_row(self, row: Delivery, result: replies.SendResult, event: pb.MxOk) -> Delivery:
+        """Return the row to store after a send; a released one where the send was no attempt."""
+        if isinstance(result, replies.LeaseLost) or (
+            isinstance(result, replies.NotSent) and result.spares_attempt
         ):
             return row._replace(state="released")
-        return self._policy.settled(row, ended, _age_start_us(event), self._now_us(), self._rng)
+        return self._policy.settled(row, result, _age_start_us(event), self._now_us(), self._rng)
 
     async def _publish_doubt(self, taken: Taken, record: Record) -> None:
-        """Have it on record that the mail may have gone out, before it goes out again."""
+        """Publish that the mail may have gone out, before it goes out again."""
         if taken.earlier is not None:
             await self._publish([event_of(taken.earlier)], record.traceparent)
         if taken.doubtful:
             await self._publish([takeover_event(taken.row, self._now_us())], record.traceparent)
-            _count_doubt(taken.row, "takeover")
+            record_doubt(taken.row, "takeover")
 
     async def _settle(
-        self, settled: Delivery, held: ExitStack, ended: replies.SendResult | None = None, cause: str = ""
+        self, settled: Delivery, held: ExitStack, result: replies.SendResult | None = None, cause: str = ""
     ) -> Delivery | None:
-        """Store the outcome of an attempt that `ended` so; cancelled, go on without the handler."""
-        try:
-            became = await self._store(settled, ended, cause)
-        except asyncio.CancelledError:
-            handed_over = _handed_over(ended)
-            limit = self._handover if handed_over else _CLEANUP_TIMEOUT
-            work = self._within(self._store(settled, ended, cause), limit)
-            self._run_cleanup(self._publish_if_late(work, settled), held, handed_over)
-            raise
-        return settled if became is Settlement.STORED else None
+        """Store an attempt's outcome; a cancelled handler leaves that to a cleanup.
 
-    async def _store(
-        self, settled: Delivery, ended: replies.SendResult | None, cause: str = ""
-    ) -> Settlement:
-        cause = cause or getattr(ended, "cause", "")
-        became = await self._claims.settle(settled)
-        if became is Settlement.STORED:
-            SENDER_OUTCOMES.labels(settled.state).inc()
-            if isinstance(ended, replies.InDoubt):
-                _count_doubt(settled, "lost reply", cause=cause)
-            elif settled.state != "sent":
-                _log(settled, cause=cause)
-            return became
-        SENDER_FENCED.labels(became.value).inc()
-        log.warning(
-            "the claim was lost before its outcome was stored",
-            task=str(UUID(bytes=settled.task_id)),
-            outcome=settled.state,
-            became=became.value,
-            message_id=settled.message_id,
-            reply=settled.reply,
-        )
-        return became
+        Returns the row, or None where the claim was lost.
+        """
+        try:
+            settlement = await store_outcome(self._claims, settled, result, cause)
+        except asyncio.CancelledError:
+            handed_over = _handed_over(result)
+            limit = self._handover if handed_over else _CLEANUP_TIMEOUT
+            storing = within(store_outcome(self._claims, settled, result, cause), limit)
+            self._cleanups.run(self._publish_if_late(storing, settled), held, handed_over=handed_over)
+            raise
+        return settled if settlement is Settlement.STORED else None
 
     def _defer_untried(self, domain: str) -> Outcome:
         SENDER_CROWDED.inc()
@@ -343,70 +309,46 @@ class Sender:
     def _answer(self, row: Delivery) -> Outcome:
         return answer(row, self._policy.delays, self._now_us() // 1000)
 
-    # --- what a cancelled handler leaves ------------------------------------------------------
-
-    def _run_cleanup(
-        self, work: Coroutine[Any, Any, object], held: ExitStack | None = None, handed_over: bool = False
-    ) -> None:
-        """Do `work` without the handler, and give back afterwards what the handler held."""
-        kept = held.pop_all() if held is not None else ExitStack()
-        self.handed_over += handed_over
-        task = asyncio.get_running_loop().create_task(work)
-        self._cleanups.add(task)
-
-        def over(task: asyncio.Task[object]) -> None:
-            self._cleanups.discard(task)
-            self.handed_over -= handed_over
-            kept.close()
-
-        task.add_done_callback(over)
+    # --- cleanups ---
 
     async def _finish_handover(
         self, rest: asyncio.Task[replies.SendResult], row: Delivery, event: pb.MxOk, started: float
     ) -> None:
-        """Wait for the reply to a mail that was handed over, and settle its row; its next owner publishes."""
+        """Wait for the reply to a handed-over mail and settle its row; the next owner publishes the event."""
         now = asyncio.get_running_loop().time
         until = now() + self._handover
         await asyncio.wait({rest}, timeout=self._handover)
         rest.cancel()
-        ended = await rest
+        result = await rest
         SENDER_SECONDS.observe(time.perf_counter() - started)
-        settled = self._outcome(row, ended, event)
+        settled = self._settled_row(row, result, event)
         released = settled.state == "released"
-        work = self._claims.settle(settled) if released else self._store(settled, ended)
-        await self._publish_if_late(self._within(work, max(until - now(), _CLEANUP_TIMEOUT)), settled)
-
-    async def _within(self, work: Awaitable[R], seconds: float) -> R | None:
-        try:
-            async with asyncio.timeout(seconds):
-                return await work
-        except TimeoutError:
-            log.warning("gave up what a cancelled handler had left to store or to publish", seconds=seconds)
-            return None
+        storing = self._claims.settle(settled) if released else store_outcome(self._claims, settled, result)
+        await self._publish_if_late(within(storing, max(until - now(), _CLEANUP_TIMEOUT)), settled)
 
     async def _publish_if_late(self, storing: Awaitable[Settlement | None], settled: Delivery) -> None:
         """Store an outcome; publish it if that was late: the next owner may have published another one."""
         if await storing is not Settlement.LATE:
             return
         claim = Claim(settled.task_id, settled.epoch, settled.attempt, self._owner(), settled.message_id)
-        verdict = await self._within(self._claims.claim(claim), _CLEANUP_TIMEOUT)
-        if isinstance(verdict, Stored):
-            await self._within(self._publish([event_of(verdict.row)], None), _CLEANUP_TIMEOUT)
+        answered = await within(self._claims.claim(claim), _CLEANUP_TIMEOUT)
+        if isinstance(answered, Stored):
+            await within(self._publish([event_of(answered.row)], None), _CLEANUP_TIMEOUT)
 
-    async def _release_claim(self, answer: Awaitable[ClaimAnswer]) -> None:
-        """Give back a claim whose answer nobody waits for any more."""
-        verdict = await answer
-        if isinstance(verdict, Taken):
-            await self._claims.settle(released_row(verdict))
+    async def _release_claim(self, call: Awaitable[ClaimAnswer]) -> None:
+        """Release a claim whose handler was cancelled before it had the answer."""
+        answered = await call
+        if isinstance(answered, Taken):
+            await self._claims.settle(released_row(answered))
 
 
 def stage(sender: Sender, delays: Sequence[int]) -> Stage:
-    """The stage as the runtime takes it: what it reads, its handler and its delays (seconds)."""
+    """Return the sender's stage for the runtime; `delays` are in seconds."""
     return Stage.of(STAGES["sender"], handle=sender.handle, delays=delays, close=sender.close)
 
 
 async def _wait_for_claim(wait: Wait) -> None:
-    # A lease that is over and may not be taken over yet has no time left to wait for.
+    # A lease that has ended and may not be taken over yet leaves 0 seconds.
     await asyncio.sleep(min(wait.seconds, _CLAIM_POLL_SECONDS) or _CLAIM_POLL_SECONDS)
 
 
@@ -414,24 +356,7 @@ def _age_start_us(event: pb.MxOk) -> int:
     return max(event.task.created_at_us, event.at_us, event.epoch * 1000)
 
 
-def _handed_over(ended: replies.SendResult | None) -> bool:
-    return isinstance(ended, replies.Sent | replies.InDoubt) or (
-        isinstance(ended, replies.Rejected) and ended.phase is replies.Phase.AFTER_DOT
-    )
-
-
-def _count_doubt(row: Delivery, how: str, **more: object) -> None:
-    SENDER_IN_DOUBT.labels(how).inc()
-    _log(row, how=how, **more)
-
-
-def _log(row: Delivery, **more: object) -> None:
-    log.info(
-        "in doubt" if row.reason == IN_DOUBT or row.state == "sending" else f"mail {row.state}",
-        task=str(UUID(bytes=row.task_id)),
-        attempt=row.attempt,
-        reason=row.reason,
-        reply=row.reply,
-        message_id=row.message_id,
-        **more,
+def _handed_over(result: replies.SendResult | None) -> bool:
+    return isinstance(result, replies.Sent | replies.InDoubt) or (
+        isinstance(result, replies.Rejected) and result.phase is replies.Phase.AFTER_DOT
     )

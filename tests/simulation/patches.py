@@ -18,8 +18,7 @@ from services.api.uuid7 import text
 from services.common import batching, taskstore
 from services.common.stage import commits, intake, membership, poller, runtime
 from services.common.stage.ledger import Fetched, Ledger
-from services.sender import async_claims
-from services.sender import stage as sender_stage
+from services.sender import async_claims, cleanup, settling
 from services.status import stage as status_stage
 from tests.simulation.cluster_check import ClusterCheck
 from tests.simulation.database import Database
@@ -117,7 +116,7 @@ _LOGGING = (
     ),
     *(
         module.__name__
-        for module in (reader, recorder, relay, sweeper, sender_stage, status_stage, async_claims)
+        for module in (reader, recorder, relay, sweeper, status_stage, async_claims, cleanup, settling)
     ),
     "services.sender.leases",
     "services.validator.stage",

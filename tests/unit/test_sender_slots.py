@@ -232,9 +232,9 @@ async def test_a_domain_that_stands_still_sends_away_whoever_waits_long_before_t
     assert not any(task.done() for task in waiting[:3]), "one a slot stays, for when the domain moves"
     assert slots.is_stalled("hangs")
     assert not slots.is_stalled("quick")
-    [hangs] = [held for held in slots.held() if held.domain == "hangs"]
+    [hangs] = [held for held in slots.usage() if held.domain == "hangs"]
     assert (hangs.used, hangs.waiting) == (3, 3)
-    assert hangs.still > 0.2
+    assert hangs.unchanged_seconds > 0.2
     for task in waiting[:3]:
         slots.release("hangs")
         await asyncio.wait_for(task, 1)
