@@ -23,6 +23,7 @@ help: ## show this list
 
 setup: ## install what is missing: Debian packages, .venv, Kafka, MySQL (quick when all is there)
 	@python3 -m deploy.local.setup
+	@[ ! -e .git ] || git config core.hooksPath >/dev/null || git config core.hooksPath tools/hooks || true
 
 demo: setup ## bring the system up and watch a dozen mails end in every way (DEMO_TASKS=n for more)
 	@$(PYTHON) -m deploy.local.demo

@@ -1,0 +1,38 @@
+"""What CONTRIBUTING.md asks of the repository itself: the hook, the form of ADRs, the changelog."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ADRS = sorted((ROOT / "docs/adr").glob("*.md"))
+
+
+def test_the_pre_commit_hook_runs_make_check(tmp_path: Path) -> None:
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "make $*, GIT_DIR=${GIT_DIR-}"\n')
+    make.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GIT_DIR": ".git"}
+    done = subprocess.run(
+        ["tools/hooks/pre-commit"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "make check, GIT_DIR=\n"
+
+
+@pytest.mark.parametrize("path", ADRS[1:], ids=lambda path: path.stem)
+def test_an_adr_follows_the_template(path: Path) -> None:
+    text = path.read_text()
+    assert re.match(rf"# {int(path.name[:4])}\. \S", text)
+    assert re.search(r"^- Status: (proposed|accepted|superseded by \[ADR \d+\]\(.*\))$", text, re.M)
+    assert re.search(r"^- Date: \d{4}-\d\d-\d\d$", text, re.M)
+    assert re.findall(r"^## (.*)$", text, re.M) == ["Context", "Decision", "Consequences"]
+
+
+def test_no_two_adrs_have_a_number() -> None:
+    numbers = [path.name[:4] for path in ADRS]
+    assert len(numbers) == len(set(numbers)) > 20
