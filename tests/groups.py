@@ -11,7 +11,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from services.common.kafka import group_description
-from services.common.kafka.group_description import Group
+from services.common.kafka.group_description import ConsumerGroup
 
 __all__ = ["Offsets", "describe"]
 
@@ -97,6 +97,6 @@ class Offsets:
                 raise KafkaException(at.error)
 
 
-def describe(bootstrap: str, group: str) -> Group:
+def describe(bootstrap: str, group: str) -> ConsumerGroup:
     """Return the group as its coordinator knows it. Raises KafkaException."""
     return group_description.describe({"bootstrap.servers": bootstrap}, [group], 10)[group]

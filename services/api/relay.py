@@ -20,7 +20,7 @@ from services.api.outbox import Decided, Item, item_of
 from services.common.batching import Batcher
 from services.common.database.errors import error_text
 from services.common.events import encode
-from services.common.kafka.publisher import Failure, Publisher
+from services.common.kafka.publisher import Publisher, PublishFailure
 from services.common.kafka.records import OutgoingRecord
 from services.common.stage.metrics import STAGE_PUBLISH_FAILURES
 
@@ -108,7 +108,7 @@ class Relay:
                 "there is room again" if room else "full: what is recorded now is left to the sweeper"
             )
 
-    def _delivered(self, items: list[Item], size: int, failures: list[Failure]) -> None:
+    def _delivered(self, items: list[Item], size: int, failures: list[PublishFailure]) -> None:
         self._bytes -= size
         failed = {index for index, _ in failures}
         if failed:

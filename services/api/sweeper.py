@@ -113,7 +113,7 @@ class Sweeper:
         if len(there) < len(items):
             log.error("in the outbox without a task", ids=[i.task_id.hex() for i in items if i not in events])
         records = [encode(events[item], "api", traceparent(None, item.task_id)) for item in there]
-        failed = {index for index, _ in await self._publisher.attempt(records)}
+        failed = {index for index, _ in await self._publisher.publish(records)}
         API_PUBLISHED.labels("sweeper").inc(len(there) - len(failed))
         if failed:
             STAGE_PUBLISH_FAILURES.labels("api").inc(len(failed))

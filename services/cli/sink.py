@@ -11,7 +11,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from services.cli.kafka import SILENT, TIMEOUT, missing
 from services.common.config import Settings
 from services.common.kafka.clients import producer_config
-from services.common.kafka.publisher import hopeless, refusal
+from services.common.kafka.publisher import is_permanent, produce_error
 from services.common.kafka.records import Headers
 
 __all__ = ["LARGEST", "Refused", "Sink"]
@@ -102,8 +102,8 @@ class Sink:
                 self._producer.poll(0.1)
                 continue
             except Exception as error:
-                why = refusal(error)
-                if item.refused is None or not hopeless(why):
+                why = produce_error(error)
+                if item.refused is None or not is_permanent(why):
                     raise
                 item.refused(why)
             self._producer.poll(0)
@@ -132,7 +132,7 @@ class Sink:
             error = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
         if error is None:
             return
-        for_good = hopeless(error) or error.code() == KafkaError._INVALID_DIFFERENT_RECORD
+        for_good = is_permanent(error) or error.code() == KafkaError._INVALID_DIFFERENT_RECORD
         if for_good and item.shares and not alone:
             self._again.append(item)
         elif for_good and item.refused is not None:

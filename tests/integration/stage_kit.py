@@ -153,7 +153,7 @@ class Kit:
         """Produce, acked."""
         publisher = Publisher(self.settings, client_id="test")
         publisher.start()
-        assert await publisher.attempt(list(outgoing)) == []
+        assert await publisher.publish(list(outgoing)) == []
         await publisher.close(5)
 
     def read(self, bare: str) -> list[Message]:

@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, TopicPartition
 from services.common.config import Settings
 from services.common.kafka.topics import MX_OK
 from services.common.stage import membership
-from services.common.stage.broker_view import BrokerView
+from services.common.stage.coordinator_view import CoordinatorView
 from tests.groups import describe
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
 
@@ -39,30 +39,30 @@ class _HardOfHearing(Consumer):
 
 
 def test_a_broker_that_cannot_be_asked_says_nothing() -> None:
-    view = BrokerView(Settings(kafka_bootstrap="127.0.0.1:9"), "validator")
-    view.ask("someone")
+    view = CoordinatorView(Settings(kafka_bootstrap="127.0.0.1:9"), "validator")
+    view.request("someone")
     deadline = time.monotonic() + 30
-    while view._asking is not None:
+    while view._request is not None:
         assert time.monotonic() < deadline
-        assert view.answer() is None
+        assert view.response() is None
         time.sleep(0.05)
 
 
 async def test_the_broker_says_what_a_member_owns_and_nothing_of_strangers(newest: Kit) -> None:
     kit = newest
     async with kit.running(handle=passed_on):
-        view, told = BrokerView(kit.settings, "validator"), list[Any]()
+        view, told = CoordinatorView(kit.settings, "validator"), list[Any]()
 
         def answered() -> bool:
-            told.append(view.answer())
-            return view._asking is None
+            told.append(view.response())
+            return view._request is None
 
         [member] = describe(kit.infra.bootstrap, kit.group).members
-        view.ask(member.id)
+        view.request(member.id)
         await until(answered)
         topics = ("task.created", "validator.delay.1", "validator.delay.2")
         assert told[-1] == {(kit.prefix + topic, n) for topic in topics for n in range(PARTITIONS)}
-        view.ask("a stranger")
+        view.request("a stranger")
         await until(answered)
         assert told[-1] is None
 
@@ -71,8 +71,8 @@ async def test_the_broker_says_what_a_member_owns_and_nothing_of_strangers(newes
 async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
     newest: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(membership, "_COMPARE", 0.5)
-    monkeypatch.setattr(membership, "_DIFFER", 2.0)
+    monkeypatch.setattr(membership, "_COMPARE_INTERVAL", 0.5)
+    monkeypatch.setattr(membership, "_MISMATCH_PATIENCE", 2.0)
     kit = newest
     made: list[_HardOfHearing] = []
 
@@ -90,7 +90,7 @@ async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
             await until(lambda: made[0].missed, 30)
             # Heartbeats are not answered in time only while a broker is in trouble.
             with kit.infra.frozen("kafka-1"):
-                await until(lambda: remaining._poller._membership._doubted_at is not None, 30)
+                await until(lambda: remaining._poller._membership._trouble_at is not None, 30)
             await kit.publish(created(n) for n in range(100))
             await until(lambda: sum(kit.committed().values()) == 200, 30)
             await until(lambda: not remaining.problems(), 30)

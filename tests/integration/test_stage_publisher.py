@@ -7,7 +7,7 @@ import time
 
 from confluent_kafka import KafkaError
 
-from services.common.kafka.publisher import Failure, Publisher
+from services.common.kafka.publisher import Publisher, PublishFailure
 from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topics import TASK_CREATED
 from tests.integration.stage_kit import Kit, created, until
@@ -18,10 +18,10 @@ async def test_the_items_that_failed_are_named_and_the_others_are_there(newest: 
     publisher.start()
     good = [created(n) for n in range(3)]
     local = OutgoingRecord(TASK_CREATED, b"local", b"x" * (6 << 20), [])  # more than the client sends
-    ((index, error),) = await publisher.attempt([good[0], local, good[1], good[2]])
+    ((index, error),) = await publisher.publish([good[0], local, good[1], good[2]])
     assert index == 1
     assert error.code() == KafkaError.MSG_SIZE_TOO_LARGE
-    assert await publisher.attempt([]) == []
+    assert await publisher.publish([]) == []
     assert await publisher.close(5)
     assert sorted(m.key() for m in newest.read(TASK_CREATED)) == sorted(item.key for item in good)
 
@@ -31,7 +31,7 @@ async def test_more_than_the_producers_queue_holds_is_sent_in_order(newest: Kit)
     publisher.start()
     same_key = created().key
     items = [OutgoingRecord(TASK_CREATED, same_key, b"%d" % n, []) for n in range(5000)]
-    answers: list[list[Failure]] = []
+    answers: list[list[PublishFailure]] = []
     for start in range(0, 5000, 1000):
         publisher.send(items[start : start + 1000], answers.append)
     await until(lambda: len(answers) == 5)
@@ -43,7 +43,7 @@ async def test_more_than_the_producers_queue_holds_is_sent_in_order(newest: Kit)
 async def test_closing_waits_for_what_is_under_way(newest: Kit) -> None:
     publisher = Publisher(newest.settings, "test")
     publisher.start()
-    answers: list[list[Failure]] = []
+    answers: list[list[PublishFailure]] = []
     for _ in range(50):
         publisher.send([created() for _ in range(50)], answers.append)
     assert await publisher.close(10)
@@ -57,7 +57,7 @@ async def test_without_a_broker_the_answer_is_a_failure_in_time(newest: Kit) -> 
     )
     publisher.start()
     started = time.monotonic()
-    failures = await publisher.attempt([created(), created()])
+    failures = await publisher.publish([created(), created()])
     assert [index for index, _ in failures] == [0, 1]
     assert {error.code() for _, error in failures} == {KafkaError._MSG_TIMED_OUT}
     assert 1 < time.monotonic() - started < 10

@@ -278,9 +278,9 @@ async def test_stopping_while_the_broker_is_frozen_takes_no_longer_than_the_drai
 async def test_a_consumer_that_never_reaches_its_coordinator_is_replaced(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(membership, "_UNHEARD", 3.0)
-    monkeypatch.setattr(membership, "_IDLE_MEMBER", 0.5)
-    monkeypatch.setattr(membership, "_QUIET", 0.5)
+    monkeypatch.setattr(membership, "_MAX_SILENCE", 3.0)
+    monkeypatch.setattr(membership, "_ASK_BEFORE_JOIN", 0.5)
+    monkeypatch.setattr(membership, "_ASK_WHEN_IDLE", 0.5)
     made: list[Consumer] = []
 
     def make(config: dict[str, Any]) -> Consumer:

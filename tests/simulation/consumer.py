@@ -8,7 +8,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from services.common.stage.ledger import Fetched
+from services.common.stage.partition_tracker import InFlightRecord
 from tests.simulation.broker import Broker, Message, Place
 from tests.simulation.process import Process
 
@@ -30,7 +30,7 @@ class Consumer:
         self.leaving: set[Place] = set()
         self.due: Callable[[], float] = lambda: float("inf")
         self.behind: Callable[[], bool] = lambda: True
-        self.taken: dict[Place, list[Fetched]] = {}
+        self.taken: dict[Place, list[InFlightRecord]] = {}
         """What the stage took from each partition since it was assigned; for the watch over its commits."""
         self._broker, self._world = broker, broker.world
         self._group = broker.group(config["group.id"])

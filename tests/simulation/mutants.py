@@ -15,10 +15,10 @@ from services.api.relay import Creation, Relay
 from services.common import fold
 from services.common.deliveries import decide
 from services.common.deliveries.decide import Claim, Delivery, Settlement, Taken, initial_row
-from services.common.stage.ledger import Fetched, Ledger
-from services.common.stage.offsets import Offsets
+from services.common.stage.handler_runner import HandlerRunner
+from services.common.stage.offset_tracker import OffsetTracker
+from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
 from services.common.stage.types import Dead
-from services.common.stage.work import Work
 from services.sender.async_claims import AsyncClaims
 from services.sender.stage import Sender
 from tests.simulation.database import Database
@@ -33,10 +33,10 @@ Patches = list[tuple[Any, str, Any]]
 def _commit_before_send() -> Patches:
     """A record counts as finished as soon as it is fetched."""
 
-    def seen(self: Offsets, mark: object, offset: int) -> None:
+    def add(self: OffsetTracker, record: object, offset: int) -> None:
         self._next = max(self._next or 0, offset + 1)
 
-    return [(Offsets, "seen", seen)]
+    return [(OffsetTracker, "add", add)]
 
 
 def _no_claim() -> Patches:
@@ -70,7 +70,7 @@ def _no_fencing_on_settle() -> Patches:
 def _stale_completion_counts() -> Patches:
     """A completion from before a partition was revoked finishes the same offset handed out again."""
 
-    def give_back(self: Ledger, records: Sequence[Fetched]) -> None:
+    def release(self: PartitionTracker, records: Sequence[InFlightRecord]) -> None:
         for record in records:
             self.in_flight.remove(record.size)
             if not record.finished:
@@ -78,11 +78,11 @@ def _stale_completion_counts() -> Patches:
             place = record.assignment.topic, record.assignment.partition
             assignment = self._live.get(place)
             if assignment is not None:
-                marks = assignment.offsets._unfinished
-                for mark in [mark for mark, offset in marks.items() if offset == record.offset]:
-                    assignment.offsets.finish(mark)
+                unfinished = assignment.offsets._unfinished
+                for same in [other for other, offset in unfinished.items() if offset == record.offset]:
+                    assignment.offsets.finish(same)
 
-    return [(Ledger, "give_back", give_back)]
+    return [(PartitionTracker, "release", release)]
 
 
 def _cuts_off_what_was_handed_over() -> Patches:
@@ -111,11 +111,11 @@ def _takes_over_at_once() -> Patches:
 def _counts_offsets() -> Patches:
     """The next position is the last one plus the number of records, as if there were no gaps."""
 
-    def seen(self: Offsets, mark: object, offset: int) -> None:
-        self._unfinished[mark] = offset
+    def add(self: OffsetTracker, record: object, offset: int) -> None:
+        self._unfinished[record] = offset
         self._next = offset + 1 if self._next is None else self._next + 1
 
-    return [(Offsets, "seen", seen)]
+    return [(OffsetTracker, "add", add)]
 
 
 def _outbox_before_ack() -> Patches:
@@ -149,13 +149,13 @@ def _cancel_without_claim() -> Patches:
 def _dead_letter_failure_ignored() -> Patches:
     """A record is finished though its dead letter could not be published."""
 
-    original = Work._delivered
+    original = HandlerRunner._on_published
 
-    def delivered(self: Work, outcomes: Any, outgoing: Any, owners: Any, failures: Any) -> None:
+    def on_published(self: HandlerRunner, outcomes: Any, outgoing: Any, owners: Any, failures: Any) -> None:
         kept = [f for f in failures if not isinstance(outcomes[owners[f[0]]], Dead)]
         original(self, outcomes, outgoing, owners, kept)
 
-    return [(Work, "_delivered", delivered)]
+    return [(HandlerRunner, "_on_published", on_published)]
 
 
 def _fold_ignores_epochs() -> Patches:

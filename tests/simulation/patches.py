@@ -16,8 +16,8 @@ from postroad.v1 import task_pb2
 from services.api import cancelling, decider, outbox, reader, recorder, relay, resolving, standing, sweeper
 from services.api.uuid7 import text
 from services.common import batching, taskstore
-from services.common.stage import commits, intake, membership, poller, runtime
-from services.common.stage.ledger import Fetched, Ledger
+from services.common.stage import membership, offset_committer, poller, record_reader, runtime
+from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
 from services.sender import async_claims, cleanup, settling
 from services.status import stage as status_stage
 from tests.simulation.cluster_check import ClusterCheck
@@ -45,15 +45,15 @@ class _Log:
     debug = info = warning = error = exception = _write
 
 
-def _take(ledger: Ledger, record: Fetched) -> None:
-    _TAKE(ledger, record)
+def _add(tracker: PartitionTracker, record: InFlightRecord) -> None:
+    _ORIGINAL_ADD(tracker, record)
     # Known to its consumer too, which watches over the commits.
-    consumer = ledger.consumer  # type: ignore[attr-defined]
+    consumer = tracker.consumer  # type: ignore[attr-defined]
     place = record.assignment.topic, record.assignment.partition
     consumer.taken.setdefault(place, []).append(record)
 
 
-_TAKE = Ledger.take
+_ORIGINAL_ADD = PartitionTracker.add
 
 
 def _originals(connection: Database, ids: Any) -> dict[bytes, task_pb2.Task]:
@@ -76,13 +76,13 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "time", VirtualTime),
     (membership, "time", VirtualTime),
     (poller, "threading", VirtualTime),
-    (commits, "time", VirtualTime),
-    (intake, "time", VirtualTime),
+    (offset_committer, "time", VirtualTime),
+    (record_reader, "time", VirtualTime),
     (batching, "ThreadPoolExecutor", Executor),
     (async_claims, "ThreadPoolExecutor", Executor),
     # A waiting poller is woken by whoever has something for it (poller.py).
-    (poller, "_TURN", 1e9),
-    (poller, "_PAUSED_TURN", 1.0),
+    (poller, "_POLL_SECONDS", 1e9),
+    (poller, "_SATURATED_SECONDS", 1.0),
     (runtime, "Poller", Poller),
     (runtime, "Publisher", Publisher),
     (runtime, "ClusterCheck", ClusterCheck),
@@ -112,7 +112,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
 _LOGGING = (
     *(
         "services.common.stage." + name
-        for name in ("batches", "commits", "poller", "republish", "runtime", "work")
+        for name in ("batch_runner", "handler_runner", "offset_committer", "poller", "republisher", "runtime")
     ),
     *(
         module.__name__
@@ -144,7 +144,7 @@ def installed() -> Iterator[None]:
         (importlib.import_module(name), "log", log) for name in _LOGGING
     ]
     state = random.getstate()
-    with replaced([*_REPLACED, *loggers, (Ledger, "take", _take)]):
+    with replaced([*_REPLACED, *loggers, (PartitionTracker, "add", _add)]):
         yield
     random.setstate(state)
 

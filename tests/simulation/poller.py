@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from services.common.stage import poller
-from services.common.stage.ledger import Fetched
 from services.common.stage.membership import Membership
+from services.common.stage.partition_tracker import InFlightRecord
 from tests.simulation.consumer import Consumer
 from tests.simulation.scheduler import here
 from tests.simulation.threads import VirtualTime
@@ -23,17 +23,17 @@ class Poller(poller.Poller):
         def make(final: Any) -> Any:
             made: Consumer = consumer(final)
             made.due, made.behind = self._due, self._behind
-            self._ledger.consumer = made  # type: ignore[attr-defined]
+            self._tracker.consumer = made  # type: ignore[attr-defined]
             return made
 
         super().__init__(config, *arguments, consumer=make, **named)
         self._membership.silence = self._silence  # type: ignore[method-assign]
 
-    def give_back(self, records: list[Fetched]) -> None:
-        super().give_back(records)
+    def release(self, records: list[InFlightRecord]) -> None:
+        super().release(records)
         if self._consumer is not None:
             # Nothing comes of it before the next commit.
-            self._consumer.nudge(self._commits._next - VirtualTime.monotonic())
+            self._consumer.nudge(self._committer._next - VirtualTime.monotonic())
 
     def stop(self) -> None:
         super().stop()
@@ -44,17 +44,17 @@ class Poller(poller.Poller):
         # Whoever idles asks every few seconds whether it is heard; that it would have been, while the
         # broker is there, is not played.
         if self._consumer is None or self._consumer.reachable:
-            self._membership._heard = VirtualTime.monotonic()
+            self._membership._heard_at = VirtualTime.monotonic()
         return Membership.silence(self._membership)
 
     def _behind(self) -> bool:
         """Whether there is more to commit than what is being committed."""
-        return bool(self._returned) or self._commits._under_way != self._ledger.to_commit()
+        return bool(self._released) or self._committer._under_way != self._tracker.offsets_to_commit()
 
     def _due(self) -> float:
         """When to turn next, in virtual seconds: the next commit, where one is to be made."""
-        if self._returned:
-            return here().now + max(0.0, self._commits._next - VirtualTime.monotonic()) + 0.001
-        if self._commits._under_way is not None or not self._ledger.to_commit():
+        if self._released:
+            return here().now + max(0.0, self._committer._next - VirtualTime.monotonic()) + 0.001
+        if self._committer._under_way is not None or not self._tracker.offsets_to_commit():
             return float("inf")
-        return here().now + max(0.0, self._commits._next - VirtualTime.monotonic()) + 0.001
+        return here().now + max(0.0, self._committer._next - VirtualTime.monotonic()) + 0.001

@@ -9,7 +9,7 @@ from typing import Any
 from confluent_kafka import KafkaError
 
 from services.common.kafka import publisher
-from services.common.kafka.publisher import Failure
+from services.common.kafka.publisher import PublishFailure
 from services.common.kafka.records import OutgoingRecord
 from tests.simulation.broker import Broker
 from tests.simulation.loop import Loop
@@ -37,12 +37,12 @@ class Publisher(publisher.Publisher):
     def start(self) -> None:
         """Nothing has to be."""
 
-    def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[Failure]], None]) -> None:
+    def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[PublishFailure]], None]) -> None:
         """Publish; `done` is called once, with what failed."""
         if not batch:
             self._loop.call_soon(done, [])
             return
-        failures: list[Failure] = []
+        failures: list[PublishFailure] = []
         left = len(batch)
         self._open += 1
 

@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 import pytest
 from sqlalchemy.exc import DataError, OperationalError
 
-from services.common.stage.batches import Batches
-from services.common.stage.ledger import Assignment, Fetched
+from services.common.stage.batch_runner import BatchRunner
+from services.common.stage.handler_runner import _dead_by_error
+from services.common.stage.partition_tracker import Assignment, InFlightRecord
 from services.common.stage.types import BatchHandler, Done, Outcome, Record
-from services.common.stage.work import _blame
 
 
 class Rig:
-    """A Batches with what came out of it."""
+    """A BatchRunner with what came out of it."""
 
     def __init__(self, handle: BatchHandler, most: int = 500) -> None:
         self.settled: list[int] = []
         self.abandoned: list[int] = []
-        self.batches = Batches(
+        self.batches = BatchRunner(
             handle,
             lambda settled: self.settled.extend(record.offset for record, _ in settled),
             lambda records: self.abandoned.extend(record.offset for record in records),
@@ -29,9 +29,12 @@ class Rig:
         )
 
 
-def records(*offsets: int, assignment: Assignment | None = None) -> list[Fetched]:
+def records(*offsets: int, assignment: Assignment | None = None) -> list[InFlightRecord]:
     owner = assignment or Assignment("t", 0)
-    return [Fetched(assignment=owner, offset=o, topic="t", key=b"", value=b"", headers=None) for o in offsets]
+    return [
+        InFlightRecord(assignment=owner, offset=o, topic="t", key=b"", value=b"", headers=None)
+        for o in offsets
+    ]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -147,4 +150,4 @@ async def test_i2_an_outcome_that_comes_in_spite_of_being_given_up_settles_nothi
 def test_a_dead_letters_cause_says_what_the_database_said_without_the_statement() -> None:
     [record] = records(0)
     error = DataError("INSERT " * 7000, None, Exception("too long"))
-    assert _blame(record, error).cause == "DataError: too long"
+    assert _dead_by_error(record, error).cause == "DataError: too long"

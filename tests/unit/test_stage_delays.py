@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.stage.delays import FirstSeen, hold, longest, look_again, schedule
+from services.common.stage.delays import FirstSeen, held_until, longest_wait, next_look_ms, schedule
 
 DELAYS = st.lists(st.integers(1, 20_000), min_size=1, max_size=6, unique=True).map(sorted)
 NOW = st.integers(0, 4_000_000_000_000)
@@ -41,8 +41,8 @@ def test_no_delays_is_an_error() -> None:
 @given(DELAYS, NOW, st.integers())
 def test_what_is_scheduled_is_read_again_after_it_is_due(delays: list[int], now_ms: int, seed: int) -> None:
     delay, due = schedule(delays, delays[0], now_ms, random.Random(seed))
-    assert due < look_again(due, delay) <= due + 1000
-    assert due <= now_ms + 1000 * longest(delay) + 1
+    assert due < next_look_ms(due, delay) <= due + 1000
+    assert due <= now_ms + 1000 * longest_wait(delay) + 1
 
 
 @pytest.mark.parametrize("skew", [-(10**9), -90.0, -30.0, -1.0, 0.0, 1.0, 30.0, 90.0, 10**9])
@@ -58,7 +58,7 @@ def test_no_record_waits_longer_than_its_delay_and_jitter_whatever_the_clocks_sa
     while head < len(written):
         now = max(now, written[head])
         looks += 1
-        until = hold(due[head], delay, round(1000 * now), now, seen.since(head, now))
+        until = held_until(due[head], delay, round(1000 * now), now, seen.since(head, now))
         if until is None:
             waited = now - written[head]
             # Looks lie a tenth of the delay apart, so a record may be known of that much later.
@@ -75,9 +75,9 @@ def test_no_record_waits_longer_than_its_delay_and_jitter_whatever_the_clocks_sa
 
 
 def test_a_clock_that_is_set_back_prolongs_no_wait() -> None:
-    assert hold(60_000, 60, 0, 100.0, 100.0) == pytest.approx(161)
-    assert hold(60_000, 60, -(10**9), 161.0, 100.0) == pytest.approx(166)
-    assert hold(60_000, 60, -(10**9), 166.0, 100.0) is None
+    assert held_until(60_000, 60, 0, 100.0, 100.0) == pytest.approx(161)
+    assert held_until(60_000, 60, -(10**9), 161.0, 100.0) == pytest.approx(166)
+    assert held_until(60_000, 60, -(10**9), 166.0, 100.0) is None
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 3)), max_size=60))

@@ -15,9 +15,9 @@ from services.common.events import DECODERS, encode
 from services.common.kafka.headers import delayed_headers
 from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import RecordLocation
-from services.common.stage.inflight import InFlight
-from services.common.stage.intake import Intake
-from services.common.stage.ledger import Fetched, Ledger
+from services.common.stage.in_flight_limit import InFlightLimit
+from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
+from services.common.stage.record_reader import RecordReader
 from services.common.stage.types import Done, Stage
 
 ID = bytes(range(16))
@@ -35,12 +35,12 @@ class Clock:
         return self.now / 1000
 
 
-def build(clock: Clock) -> tuple[Intake, Ledger]:
+def build(clock: Clock) -> tuple[RecordReader, PartitionTracker]:
     stage = Stage("sender", ["task.created"], DECODERS, handle=lambda _: Done(), delays=(5, 60))
-    ledger = Ledger(InFlight(10, 1 << 20))
-    intake = Intake(stage, Settings(topic_prefix="p."), ledger, clock, clock.monotonic)
-    ledger.assign((topic, 0) for topic in intake.topics)
-    return intake, ledger
+    tracker = PartitionTracker(InFlightLimit(10, 1 << 20))
+    reader = RecordReader(stage, Settings(topic_prefix="p."), tracker, clock, clock.monotonic)
+    tracker.assign((topic, 0) for topic in reader.topics)
+    return reader, tracker
 
 
 def message(
@@ -61,14 +61,14 @@ def back(due: int, origin: str = "task.created", attempt: int = 3) -> Headers:
 
 
 def test_topics_are_the_full_names_of_events_and_delays() -> None:
-    intake, _ = build(Clock())
-    assert intake.topics == ["p.task.created", "p.sender.delay.5", "p.sender.delay.60"]
+    reader, _ = build(Clock())
+    assert reader.topics == ["p.task.created", "p.sender.delay.5", "p.sender.delay.60"]
 
 
 def test_an_event_record_is_read_with_its_bare_topic_and_trace() -> None:
-    intake, _ = build(Clock())
-    record = intake.read(message(7))
-    assert isinstance(record, Fetched)
+    reader, _ = build(Clock())
+    record = reader.read(message(7))
+    assert isinstance(record, InFlightRecord)
     assert (record.topic, record.offset, record.attempt, record.fault) == ("task.created", 7, 1, None)
     assert record.traceparent == b"00-1-2-01"
     assert isinstance(record.event, pb.TaskCreated)
@@ -77,21 +77,21 @@ def test_an_event_record_is_read_with_its_bare_topic_and_trace() -> None:
 
 @given(st.none() | st.binary(max_size=200))
 def test_any_bytes_are_an_event_or_a_fault(value: bytes | None) -> None:
-    intake, _ = build(Clock())
-    record = intake.read(message(0, value=value))
+    reader, _ = build(Clock())
+    record = reader.read(message(0, value=value))
     assert record is not None
     assert (record.event is None) == (record.fault is not None)
 
 
 def test_what_is_not_owned_is_not_read() -> None:
-    intake, ledger = build(Clock())
-    ledger.let_go(ledger.owned())
-    assert intake.read(message(0)) is None
+    reader, tracker = build(Clock())
+    tracker.release_partitions(tracker.owned())
+    assert reader.read(message(0)) is None
 
 
 def test_a_due_record_is_read_as_its_origin_and_attempt() -> None:
-    intake, _ = build(Clock())
-    record = intake.read(message(3, "p.sender.delay.5", headers=back(NOW)))
+    reader, _ = build(Clock())
+    record = reader.read(message(3, "p.sender.delay.5", headers=back(NOW)))
     assert record is not None
     assert (record.topic, record.attempt, record.fault) == ("task.created", 3, None)
     assert str(record.origin) == "task.created/4/17"
@@ -100,35 +100,35 @@ def test_a_due_record_is_read_as_its_origin_and_attempt() -> None:
 
 def test_never_early_the_head_is_held_and_all_behind_it() -> None:
     clock = Clock()
-    intake, ledger = build(clock)
+    reader, tracker = build(clock)
     topic = "p.sender.delay.5"
-    assert intake.read(message(3, topic, headers=back(NOW + 2000))) is None
-    assert intake.read(message(4, topic, headers=back(NOW - 1))) is None
-    assert intake.read(message(9)) is not None
-    ((assignment, offset),) = intake.take_held()
+    assert reader.read(message(3, topic, headers=back(NOW + 2000))) is None
+    assert reader.read(message(4, topic, headers=back(NOW - 1))) is None
+    assert reader.read(message(9)) is not None
+    ((assignment, offset),) = reader.pop_new_holds()
     assert (assignment.topic, offset) == (topic, 3)
-    assert intake.take_held() == []
-    assert intake.held == 1
-    assert intake.wait(0.1) == 0.1
+    assert reader.pop_new_holds() == []
+    assert reader.held == 1
+    assert reader.seconds_until_due(0.1) == 0.1
     clock.now = NOW + 2000
-    assert intake.release() == []  # a little later, so that more have fallen due
+    assert reader.end_due_holds() == []  # a little later, so that more have fallen due
     clock.now = NOW + 2100
-    assert intake.wait(0.1) == 0
-    assert intake.release() == [assignment]
-    assert intake.held == 0
-    assert intake.read(message(3, topic, headers=back(NOW + 2000))) is not None
-    assert assignment is ledger.find(topic, 0)
+    assert reader.seconds_until_due(0.1) == 0
+    assert reader.end_due_holds() == [assignment]
+    assert reader.held == 0
+    assert reader.read(message(3, topic, headers=back(NOW + 2000))) is not None
+    assert assignment is tracker.find(topic, 0)
 
 
 def test_a_hold_ends_with_its_assignment() -> None:
-    intake, ledger = build(Clock())
-    intake.read(message(3, "p.sender.delay.5", headers=back(NOW + 2000)))
-    gone = ledger.select([("p.sender.delay.5", 0)])
-    ledger.let_go(gone)
-    intake.forget(gone)
-    assert intake.held == 0
-    ledger.assign([("p.sender.delay.5", 0)])
-    assert intake.read(message(3, "p.sender.delay.5", headers=back(NOW))) is not None
+    reader, tracker = build(Clock())
+    reader.read(message(3, "p.sender.delay.5", headers=back(NOW + 2000)))
+    gone = tracker.select([("p.sender.delay.5", 0)])
+    tracker.release_partitions(gone)
+    reader.drop_holds(gone)
+    assert reader.held == 0
+    tracker.assign([("p.sender.delay.5", 0)])
+    assert reader.read(message(3, "p.sender.delay.5", headers=back(NOW))) is not None
 
 
 @pytest.mark.parametrize(
@@ -139,37 +139,37 @@ def test_a_hold_ends_with_its_assignment() -> None:
     ],
 )
 def test_a_delayed_record_that_is_not_ours_is_a_fault_and_holds_nothing(headers: Headers, cause: str) -> None:
-    intake, _ = build(Clock())
-    record = intake.read(message(3, "p.sender.delay.5", headers=headers))
+    reader, _ = build(Clock())
+    record = reader.read(message(3, "p.sender.delay.5", headers=headers))
     assert record is not None
     assert record.fault is not None
     assert cause in record.fault
-    assert intake.held == 0
+    assert reader.held == 0
 
 
 @pytest.mark.parametrize("ahead_ms", [60_000, 10**15])
 def test_a_record_of_a_clock_that_is_ahead_waits_its_delay_and_is_no_dead_letter(ahead_ms: int) -> None:
     clock = Clock()
-    intake, _ = build(clock)
+    reader, _ = build(clock)
     topic, headers = "p.sender.delay.5", back(NOW + 5000 + ahead_ms)
     for offset in (3, 4):
         # The one behind was there as early, so it waits no second time.
-        while (record := intake.read(message(offset, topic, headers=headers))) is None:
-            ((assignment, head),) = intake.take_held()
+        while (record := reader.read(message(offset, topic, headers=headers))) is None:
+            ((assignment, head),) = reader.pop_new_holds()
             assert head == offset == 3
-            intake.saw(assignment, 5)
+            reader.note_end(assignment, 5)
             assert assignment.held_until is not None
             clock.now = round(1000 * assignment.held_until)
-            assert intake.release() == [assignment]
+            assert reader.end_due_holds() == [assignment]
         assert (record.fault, record.attempt) == (None, 3)
         assert clock.now == NOW + 5500
 
 
 @pytest.mark.parametrize("lost", ["due-at", "attempt", "origin"])
 def test_a_faulty_delayed_record_keeps_the_origin_and_attempt_that_can_be_read(lost: str) -> None:
-    intake, _ = build(Clock())
+    reader, _ = build(Clock())
     headers = [header for header in back(NOW) if header[0] != lost]
-    record = intake.read(message(3, "p.sender.delay.5", headers=headers))
+    record = reader.read(message(3, "p.sender.delay.5", headers=headers))
     assert record is not None
     assert record.fault is not None
     assert record.attempt == (1 if lost == "attempt" else 3)
@@ -192,12 +192,12 @@ class _WithABadName:
 
 @pytest.mark.parametrize("topic", ["task.created", "sender.delay.60"])
 def test_headers_that_cannot_be_read_are_a_fault_of_that_record_alone(topic: str) -> None:
-    intake, ledger = build(Clock())
+    reader, tracker = build(Clock())
     bad = _WithABadName(message(7, "p." + topic))
-    record = intake.read(bad)
+    record = reader.read(bad)
     assert record is not None
     assert (record.offset, record.topic, record.value, record.headers) == (7, topic, TASK.value, None)
     assert record.fault == "headers that cannot be read: SystemError"
     assert bad.asked == 1
-    ledger.take(record)
-    assert isinstance(intake.read(message(8)), Fetched)
+    tracker.add(record)
+    assert isinstance(reader.read(message(8)), InFlightRecord)

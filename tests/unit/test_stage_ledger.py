@@ -1,86 +1,86 @@
-"""The ledger: assignments, what is in flight, what may be committed."""
+"""The tracker: assignments, what is in flight, what may be committed."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from services.common.stage.inflight import InFlight
-from services.common.stage.ledger import Assignment, Fetched, Ledger
+from services.common.stage.in_flight_limit import InFlightLimit
+from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
 
 PARTITION = ("task.created", 0)
 
 
-def fetched(assignment: Assignment, offset: int, value: bytes = b"x" * 100) -> Fetched:
-    return Fetched(
+def fetched(assignment: Assignment, offset: int, value: bytes = b"x" * 100) -> InFlightRecord:
+    return InFlightRecord(
         assignment=assignment, offset=offset, topic="task.created", key=b"k", value=value, headers=None
     )
 
 
-def owned(ledger: Ledger) -> Assignment:
-    assignment = ledger.find(*PARTITION)
+def owned(tracker: PartitionTracker) -> Assignment:
+    assignment = tracker.find(*PARTITION)
     assert assignment is not None
     return assignment
 
 
 def test_i3_a_completion_of_a_former_assignment_changes_nothing() -> None:
-    ledger = Ledger(InFlight(10, 1 << 20))
-    ledger.assign([PARTITION])
-    former = owned(ledger)
+    tracker = PartitionTracker(InFlightLimit(10, 1 << 20))
+    tracker.assign([PARTITION])
+    former = owned(tracker)
     late = fetched(former, 7)
-    ledger.take(late)
-    ledger.let_go([former])
+    tracker.add(late)
+    tracker.release_partitions([former])
 
-    ledger.assign([PARTITION])
-    again = fetched(owned(ledger), 7)
-    ledger.take(again)
+    tracker.assign([PARTITION])
+    again = fetched(owned(tracker), 7)
+    tracker.add(again)
     late.finished = True
-    ledger.give_back([late])
-    assert ledger.to_commit() == {owned(ledger): 7}
-    assert ledger.in_flight.records == 1
+    tracker.release([late])
+    assert tracker.offsets_to_commit() == {owned(tracker): 7}
+    assert tracker.in_flight.records == 1
 
     again.finished = True
-    ledger.give_back([again])
-    assert ledger.to_commit() == {owned(ledger): 8}
+    tracker.release([again])
+    assert tracker.offsets_to_commit() == {owned(tracker): 8}
 
 
 def test_i2_a_record_given_up_stays_uncommitted() -> None:
-    ledger = Ledger(InFlight(10, 1 << 20))
-    ledger.assign([PARTITION])
-    records = [fetched(owned(ledger), offset) for offset in range(3)]
+    tracker = PartitionTracker(InFlightLimit(10, 1 << 20))
+    tracker.assign([PARTITION])
+    records = [fetched(owned(tracker), offset) for offset in range(3)]
     for record in records:
-        ledger.take(record)
+        tracker.add(record)
         record.finished = record.offset != 1
-    ledger.give_back(records)
-    assert ledger.to_commit() == {owned(ledger): 1}
-    assert ledger.in_flight.records == 0
+    tracker.release(records)
+    assert tracker.offsets_to_commit() == {owned(tracker): 1}
+    assert tracker.in_flight.records == 0
 
 
 def test_i7_nothing_is_to_be_committed_for_what_is_not_owned() -> None:
-    ledger = Ledger(InFlight(10, 1 << 20))
-    ledger.assign([PARTITION])
-    assignment = owned(ledger)
+    tracker = PartitionTracker(InFlightLimit(10, 1 << 20))
+    tracker.assign([PARTITION])
+    assignment = owned(tracker)
     record = fetched(assignment, 0)
-    ledger.take(record)
+    tracker.add(record)
     record.finished = True
-    ledger.give_back([record])
-    assert ledger.to_commit([assignment]) == {assignment: 1}
-    ledger.let_go([assignment])
-    assert ledger.to_commit() == {}
-    assert ledger.to_commit([assignment]) == {}
-    assert ledger.find(*PARTITION) is None
+    tracker.release([record])
+    assert tracker.offsets_to_commit([assignment]) == {assignment: 1}
+    tracker.release_partitions([assignment])
+    assert tracker.offsets_to_commit() == {}
+    assert tracker.offsets_to_commit([assignment]) == {}
+    assert tracker.find(*PARTITION) is None
 
 
 def test_what_was_committed_is_not_committed_again() -> None:
-    ledger = Ledger(InFlight(10, 1 << 20))
-    ledger.assign([PARTITION])
-    record = fetched(owned(ledger), 4)
-    ledger.take(record)
+    tracker = PartitionTracker(InFlightLimit(10, 1 << 20))
+    tracker.assign([PARTITION])
+    record = fetched(owned(tracker), 4)
+    tracker.add(record)
     record.finished = True
-    ledger.give_back([record])
-    positions = ledger.to_commit()
-    assert positions == ledger.to_commit()  # until it was acked
-    ledger.committed(positions)
-    assert ledger.to_commit() == {}
+    tracker.release([record])
+    positions = tracker.offsets_to_commit()
+    assert positions == tracker.offsets_to_commit()  # until it was acked
+    tracker.mark_committed(positions)
+    assert tracker.offsets_to_commit() == {}
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -88,31 +88,31 @@ class AnyOrder(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.ledger = Ledger(InFlight(50, 1 << 20))
-        self.out: list[Fetched] = []
+        self.tracker = PartitionTracker(InFlightLimit(50, 1 << 20))
+        self.out: list[InFlightRecord] = []
         self.next = dict.fromkeys(range(3), 0)  # what the group has committed, by partition
         self.read = dict.fromkeys(range(3), 0)
         self.done: dict[int, set[int]] = {n: set() for n in range(3)}
 
     @rule(number=st.integers(0, 2))
     def assign(self, number: int) -> None:
-        if self.ledger.find("t", number) is None:
-            self.ledger.assign([("t", number)])
+        if self.tracker.find("t", number) is None:
+            self.tracker.assign([("t", number)])
             self.read[number] = self.next[number]
 
     @rule(number=st.integers(0, 2))
     def lose(self, number: int) -> None:
-        self.ledger.let_go(self.ledger.select([("t", number)]))
+        self.tracker.release_partitions(self.tracker.select([("t", number)]))
 
     @rule(number=st.integers(0, 2), count=st.integers(1, 5))
     def fetch(self, number: int, count: int) -> None:
-        assignment = self.ledger.find("t", number)
+        assignment = self.tracker.find("t", number)
         if assignment is None:
             return
         for _ in range(count):
             record = fetched(assignment, self.read[number])
             self.read[number] += 1
-            self.ledger.take(record)
+            self.tracker.add(record)
             self.out.append(record)
 
     @precondition(lambda self: self.out)
@@ -122,16 +122,16 @@ class AnyOrder(RuleBasedStateMachine):
         record.finished = finished
         if finished:
             self.done[record.assignment.partition].add(record.offset)
-        self.ledger.give_back([record])
+        self.tracker.release([record])
 
     @rule()
     def commit(self) -> None:
-        positions = self.ledger.to_commit()
+        positions = self.tracker.offsets_to_commit()
         for assignment, position in positions.items():
             assert assignment.live
             assert position >= self.next[assignment.partition]
             self.next[assignment.partition] = position
-        self.ledger.committed(positions)
+        self.tracker.mark_committed(positions)
 
     @invariant()
     def i1_everything_committed_is_done(self) -> None:
@@ -140,8 +140,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def i4_everything_out_is_counted(self) -> None:
-        assert self.ledger.in_flight.records == len(self.out)
-        assert self.ledger.in_flight.bytes == sum(record.size for record in self.out)
+        assert self.tracker.in_flight.records == len(self.out)
+        assert self.tracker.in_flight.bytes == sum(record.size for record in self.out)
 
 
 test_i1_i4_in_any_order = AnyOrder.TestCase
@@ -149,11 +149,11 @@ test_i1_i4_in_any_order = AnyOrder.TestCase
 
 @given(st.lists(st.integers(1, 500), max_size=100))
 def test_i4_full_at_the_bound_and_not_before_half_again(sizes: list[int]) -> None:
-    held = InFlight(20, 5000)
+    held = InFlightLimit(20, 5000)
     inside: list[int] = []
     rested = False
     for size in sizes:
-        if held.full():
+        if held.reached():
             rested = True
             assert len(inside) * 2 > 20 or sum(inside) * 2 > 5000
             held.remove(inside.pop())
@@ -168,10 +168,10 @@ def test_i4_full_at_the_bound_and_not_before_half_again(sizes: list[int]) -> Non
             inside.append(size)
 
 
-def test_room_is_what_is_left_and_never_none() -> None:
-    held = InFlight(10, 1 << 20)
-    assert held.room(500) == 10
-    assert held.room(3) == 3
+def test_the_capacity_is_what_is_left_and_at_least_one() -> None:
+    held = InFlightLimit(10, 1 << 20)
+    assert held.capacity(500) == 10
+    assert held.capacity(3) == 3
     for _ in range(12):
         held.add(1)
-    assert held.room(500) == 1
+    assert held.capacity(500) == 1

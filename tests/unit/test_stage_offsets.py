@@ -1,9 +1,9 @@
-"""Offsets: what may be committed of one assignment."""
+"""OffsetTracker: what may be committed of one assignment."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.stage.offsets import Offsets
+from services.common.stage.offset_tracker import OffsetTracker
 
 # Rising offsets with gaps, now and then one that was handed out before.
 STEPS = st.lists(st.tuples(st.sampled_from(["see", "again", "finish"]), st.integers(0, 50)), max_size=200)
@@ -13,7 +13,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["see", "again", "finish"]), st.integ
 def test_i1_position_stays_at_or_below_the_lowest_unfinished_and_never_goes_back(
     steps: list[tuple[str, int]],
 ) -> None:
-    offsets = Offsets()
+    offsets = OffsetTracker()
     unfinished: dict[object, int] = {}
     seen: list[int] = []
     before = None
@@ -23,13 +23,13 @@ def test_i1_position_stays_at_or_below_the_lowest_unfinished_and_never_goes_back
             seen.append(offset)
             mark = object()
             unfinished[mark] = offset
-            offsets.seen(mark, offset)
+            offsets.add(mark, offset)
         elif step == "finish" and unfinished:
             mark = list(unfinished)[number % len(unfinished)]
             del unfinished[mark]
             assert offsets.finish(mark)
             assert not offsets.finish(mark)
-        position = offsets.position()
+        position = offsets.to_commit()
         assert position is None or not unfinished or position <= min(unfinished.values())
         assert before is None or (position is not None and position >= before)
         if seen and not unfinished:
@@ -38,40 +38,40 @@ def test_i1_position_stays_at_or_below_the_lowest_unfinished_and_never_goes_back
 
 
 def test_i1_an_offset_handed_out_again_holds_the_position_but_does_not_pull_it_back() -> None:
-    offsets = Offsets()
+    offsets = OffsetTracker()
     first, second, again = object(), object(), object()
-    offsets.seen(first, 5)
-    offsets.seen(second, 9)
+    offsets.add(first, 5)
+    offsets.add(second, 9)
     offsets.finish(first)
-    assert offsets.position() == 9
-    offsets.seen(again, 5)
+    assert offsets.to_commit() == 9
+    offsets.add(again, 5)
     offsets.finish(second)
-    assert offsets.position() == 9
+    assert offsets.to_commit() == 9
     offsets.finish(again)
-    assert offsets.position() == 10
+    assert offsets.to_commit() == 10
 
 
 def test_gaps_are_not_waited_for() -> None:
-    offsets = Offsets()
+    offsets = OffsetTracker()
     marks = {offset: object() for offset in (3, 17, 400)}
-    assert offsets.position() is None
+    assert offsets.to_commit() is None
     for offset, mark in marks.items():
-        offsets.seen(mark, offset)
-    assert offsets.position() == 3
+        offsets.add(mark, offset)
+    assert offsets.to_commit() == 3
     offsets.finish(marks[3])
-    assert offsets.position() == 17
+    assert offsets.to_commit() == 17
     offsets.finish(marks[400])
-    assert offsets.position() == 17
+    assert offsets.to_commit() == 17
     offsets.finish(marks[17])
-    assert offsets.position() == 401
+    assert offsets.to_commit() == 401
 
 
 def test_i4_what_is_finished_behind_a_stuck_record_takes_no_memory() -> None:
-    offsets = Offsets()
-    offsets.seen(object(), 0)
+    offsets = OffsetTracker()
+    offsets.add(object(), 0)
     for offset in range(1, 10_000):
         mark = object()
-        offsets.seen(mark, offset)
+        offsets.add(mark, offset)
         offsets.finish(mark)
     assert len(offsets) == 1
-    assert offsets.position() == 0
+    assert offsets.to_commit() == 0

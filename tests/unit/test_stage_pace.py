@@ -25,7 +25,7 @@ def fetches(
         index += count
         sizes.append(count)
         now += 0.0003
-        pace.took(count, now)
+        pace.note_batch(count, now)
     return waits, sizes, now
 
 
@@ -61,5 +61,5 @@ def test_back_to_no_wait_once_the_rush_is_over() -> None:
 def test_no_wait_where_more_is_there_already() -> None:
     pace = Pace(0.02)
     for turn in range(100):
-        pace.took(500, turn * 0.01, full=True)
+        pace.note_batch(500, turn * 0.01, full=True)
     assert pace.wait(0.99) == 0

@@ -13,7 +13,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from services.common.config import Settings
-from services.common.kafka.publisher import Publisher, hopeless
+from services.common.kafka.publisher import Publisher, is_permanent
 from services.common.kafka.records import OutgoingRecord
 from tests.librdkafka import handle, library
 
@@ -66,15 +66,15 @@ async def test_what_the_client_cannot_write_is_refused_and_holds_up_nothing() ->
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
     async with running(**mock) as publisher:
         bad = OutgoingRecord("task.created", b"k", 5, [])  # type: ignore[arg-type]
-        [(index, error)] = await asyncio.wait_for(publisher.attempt([bad, item(1)]), 20)
+        [(index, error)] = await asyncio.wait_for(publisher.publish([bad, item(1)]), 20)
         assert index == 0
-        assert hopeless(error)
+        assert is_permanent(error)
 
 
 async def test_a_producer_that_gave_up_is_replaced() -> None:
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
     async with running(**mock) as publisher:
-        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+        assert await asyncio.wait_for(publisher.publish([item(0)]), 20) == []
         for turn in range(3):
             spent = publisher._producer
             break_down(spent)
@@ -82,13 +82,13 @@ async def test_a_producer_that_gave_up_is_replaced() -> None:
             # What meets the spent one fails at once; the new one delivers.
             while failures:
                 assert asyncio.get_running_loop().time() < deadline, turn
-                failures = await asyncio.wait_for(publisher.attempt([item(1), item(2)]), 20)
+                failures = await asyncio.wait_for(publisher.publish([item(1), item(2)]), 20)
             assert publisher._producer is not spent
 
 
 async def test_what_a_spent_producer_held_has_failed() -> None:
     async with running() as publisher:
-        before = publisher.attempt([item(1), item(2)])
+        before = publisher.publish([item(1), item(2)])
         break_down(publisher._producer)
         assert [index for index, _ in await asyncio.wait_for(before, 10)] == [0, 1]
 
@@ -99,19 +99,19 @@ async def test_what_is_acked_only_because_a_later_batch_was_is_not_delivered() -
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "linger.ms": 0, "batch.num.messages": 1}
     async with running(**mock) as publisher:
         answer_next(publisher._producer, NOT_ENOUGH_REPLICAS, NO_ERROR)
-        failures = await asyncio.wait_for(publisher.attempt([item(1), item(2)]), 20)
+        failures = await asyncio.wait_for(publisher.publish([item(1), item(2)]), 20)
         assert [index for index, _ in failures] == [0]
-        assert await asyncio.wait_for(publisher.attempt([item(1)]), 20) == []
+        assert await asyncio.wait_for(publisher.publish([item(1)]), 20) == []
 
 
 async def test_a_producer_that_delivers_nothing_is_replaced() -> None:
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
     async with running(**mock, **{"delivery.timeout.ms": 4000, "linger.ms": 0}) as publisher:
-        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+        assert await asyncio.wait_for(publisher.publish([item(0)]), 20) == []
         deaf = publisher._producer
         silence(deaf)
         deadline = asyncio.get_running_loop().time() + 20
-        while await asyncio.wait_for(publisher.attempt([item(1)]), 20):
+        while await asyncio.wait_for(publisher.publish([item(1)]), 20):
             assert asyncio.get_running_loop().time() < deadline
         assert publisher._producer is not deaf
 
@@ -141,9 +141,9 @@ async def test_what_is_being_produced_while_the_producer_is_replaced_is_answered
     async with running(**mock, **{"delivery.timeout.ms": 3000}) as publisher:
         silence(publisher._producer)
         publisher._producer = _GivesUpAmidst(publisher, 20)  # type: ignore[assignment]
-        failures = await asyncio.wait_for(publisher.attempt([item(n) for n in range(40)]), 20)
+        failures = await asyncio.wait_for(publisher.publish([item(n) for n in range(40)]), 20)
         assert len(failures) == 40
-        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+        assert await asyncio.wait_for(publisher.publish([item(0)]), 20) == []
 
 
 async def test_a_producer_that_cannot_be_replaced_yet_is_replaced_later(
@@ -151,7 +151,7 @@ async def test_a_producer_that_cannot_be_replaced_yet_is_replaced_later(
 ) -> None:
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
     async with running(**mock) as publisher:
-        assert await asyncio.wait_for(publisher.attempt([item(0)]), 20) == []
+        assert await asyncio.wait_for(publisher.publish([item(0)]), 20) == []
         refused: list[None] = []
 
         def make(config: dict[str, Any]) -> Producer:
@@ -163,6 +163,6 @@ async def test_a_producer_that_cannot_be_replaced_yet_is_replaced_later(
         monkeypatch.setattr("services.common.kafka.publisher.Producer", make)
         break_down(publisher._producer)
         deadline = time.monotonic() + 20
-        while await asyncio.wait_for(publisher.attempt([item(0)]), 20):
+        while await asyncio.wait_for(publisher.publish([item(0)]), 20):
             assert time.monotonic() < deadline
         assert len(refused) == 3

@@ -13,13 +13,14 @@ from confluent_kafka import KafkaError
 from postroad.v1 import events_pb2 as pb
 from services.common.events import DECODERS
 from services.common.kafka.headers import parse_attempt, parse_origin
-from services.common.kafka.publisher import Failure
+from services.common.kafka.publisher import PublishFailure
 from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topic_partition import RecordLocation
-from services.common.stage import republish, work
-from services.common.stage.inflight import InFlight
-from services.common.stage.ledger import Fetched, Ledger
-from services.common.stage.outgoing import Render
+from services.common.stage import republisher
+from services.common.stage.handler_runner import HandlerRunner
+from services.common.stage.in_flight_limit import InFlightLimit
+from services.common.stage.outcome_encoder import OutcomeEncoder
+from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 
 Event = pb.TaskCreated(task=pb.MailTask(id=bytes(16)))
@@ -35,10 +36,10 @@ class Broker:
     def send(self, batch: Sequence[OutgoingRecord], done: Any) -> None:
         asyncio.get_running_loop().call_soon(done, self._take(batch))
 
-    async def attempt(self, batch: Sequence[OutgoingRecord]) -> list[Failure]:
+    async def publish(self, batch: Sequence[OutgoingRecord]) -> list[PublishFailure]:
         return self._take(batch)
 
-    def _take(self, batch: Sequence[OutgoingRecord]) -> list[Failure]:
+    def _take(self, batch: Sequence[OutgoingRecord]) -> list[PublishFailure]:
         if self.passing:
             self.passing -= 1
             return [(n, KafkaError(KafkaError._MSG_TIMED_OUT)) for n in range(len(batch))]
@@ -58,14 +59,14 @@ async def settled(
 ) -> OutgoingRecord:
     """Have a stage answer this outcome for a record, and return what was written once it is finished."""
     stage = Stage("sender", ["task.created"], DECODERS, handle=lambda _: outcome, delays=(5,))
-    given_back: list[Fetched] = []
+    released: list[InFlightRecord] = []
     publisher: Any = broker
-    worker = work.Work(stage, Render(stage, "sender"), publisher, given_back.extend)
-    ledger = Ledger(InFlight(10, 1 << 30))
-    ledger.assign([("task.created", 3)])
-    assignment = ledger.find("task.created", 3)
+    runner = HandlerRunner(stage, OutcomeEncoder(stage, "sender"), publisher, released.extend)
+    tracker = PartitionTracker(InFlightLimit(10, 1 << 30))
+    tracker.assign([("task.created", 3)])
+    assignment = tracker.find("task.created", 3)
     assert assignment is not None
-    record = Fetched(
+    record = InFlightRecord(
         assignment=assignment,
         offset=17,
         topic="task.created",
@@ -76,9 +77,9 @@ async def settled(
         origin=RecordLocation("task.created", 1, 2),
         attempt=4,
     )
-    worker.take([record])
+    runner.start([record])
     async with asyncio.timeout(5):
-        while not given_back:  # noqa: ASYNC110
+        while not released:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert record.finished
     (item,) = broker.taken
@@ -90,7 +91,7 @@ async def settled(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(republish, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(republisher, "_FIRST_PAUSE", 0.001)
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ class Feed:
                 if wait := pace.wait(time.monotonic()):
                     time.sleep(wait)
                 batch = self._good(topics.fetch(_MOST, _TURN))
-            pace.took(len(batch), time.monotonic(), full=len(batch) == _MOST)
+            pace.note_batch(len(batch), time.monotonic(), full=len(batch) == _MOST)
             self._post(self._batches.put_nowait, batch)
 
     def _good(self, fetched: list[Message]) -> list[Message]:

@@ -100,12 +100,12 @@ class Reader:
         found = group_description.describe(self._config, list(names.values()), kafka.TIMEOUT)
         return {stage: self._group(name, found[name]) for stage, name in names.items()}
 
-    def _group(self, name: str, found: group_description.Group) -> Group:
+    def _group(self, name: str, found: group_description.ConsumerGroup) -> Group:
         # Of a group that never was, Kafka says that it is dead.
         state = found.state.lower().replace("_", " ").replace("dead", "none")
         return Group(name, state, [self._member(member) for member in found.members])
 
-    def _member(self, member: group_description.Member) -> Member:
+    def _member(self, member: group_description.GroupMember) -> Member:
         owned = (TopicPartition(topic, n) for topic, numbers in member.owned.items() for n in numbers)
         return Member(member.id, member.client, member.host, frozenset(map(self._place, owned)))
 

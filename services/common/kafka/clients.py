@@ -11,13 +11,13 @@ from services.common.config import Settings
 from services.common.kafka.pace import LINGER_MS
 from services.common.kafka.topics import MAX_RECORD_BYTES, Names
 
-__all__ = ["Overheard", "client_config", "consumer_config", "plain_config", "producer_config"]
+__all__ = ["TimeoutDetectingLogger", "client_config", "consumer_config", "plain_config", "producer_config"]
 
 # librdkafka's own lines go where all logs go.
 _kafka_log = logging.getLogger("postroad.kafka")
 
 
-class _Seldom(logging.Filter):
+class _RateLimitedFilter(logging.Filter):
     """Lets a line of one kind from one client through every ten seconds.
 
     While a broker is away librdkafka reports each refused connection, twenty a second.
@@ -39,10 +39,10 @@ class _Seldom(logging.Filter):
         return True
 
 
-_kafka_log.addFilter(_Seldom())
+_kafka_log.addFilter(_RateLimitedFilter())
 
 
-class Overheard:
+class TimeoutDetectingLogger:
     """A client's `logger` that also calls `timed_out` when requests were not answered in their time.
 
     Of that librdkafka tells its log alone. The call comes on the thread that polls the client.

@@ -13,14 +13,14 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 
-__all__ = ["Group", "GroupDescription", "Member", "describe"]
+__all__ = ["ConsumerGroup", "GroupDescription", "GroupMember", "describe"]
 
 # So many times a request's timeout the process may take: it starts, connects, asks and ends.
 _PATIENCE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class GroupMember:
     """One member of a group, and the partitions of each topic that the coordinator has assigned to it."""
 
     id: str
@@ -30,11 +30,11 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ConsumerGroup:
     """A consumer group. `state` is librdkafka's name: STABLE, EMPTY, DEAD (also: never was), ..."""
 
     state: str
-    members: Sequence[Member]
+    members: Sequence[GroupMember]
 
 
 class GroupDescription:
@@ -89,7 +89,7 @@ class GroupDescription:
             self._process.kill()
         return False
 
-    def result(self) -> Mapping[str, Group]:
+    def result(self) -> Mapping[str, ConsumerGroup]:
         """Return each group by its name. Blocks until it is there; raises KafkaException."""
         try:
             said, _ = self._process.communicate(timeout=max(0.0, self._until - time.monotonic()))
@@ -103,12 +103,12 @@ class GroupDescription:
         if self._process.returncode:
             raise KafkaException(KafkaError(answer["error"]["code"], answer["error"]["text"]))
         return {
-            name: Group(group["state"], [Member(**member) for member in group["members"]])
+            name: ConsumerGroup(group["state"], [GroupMember(**member) for member in group["members"]])
             for name, group in answer.items()
         }
 
 
-def describe(config: Mapping[str, Any], groups: Sequence[str], timeout: float) -> Mapping[str, Group]:
+def describe(config: Mapping[str, Any], groups: Sequence[str], timeout: float) -> Mapping[str, ConsumerGroup]:
     """Return these groups by name, all members told of. Blocks; raises KafkaException and OSError."""
     with GroupDescription(config, groups, timeout) as description:
         return description.result()

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from math import exp
 
-__all__ = ["FETCH", "LINGER_MS", "PRODUCE", "Pace"]
+__all__ = ["LINGER_MS", "LONGEST_FETCH_WAIT", "LONGEST_PRODUCE_WAIT", "Pace"]
 
-FETCH = 0.1
+LONGEST_FETCH_WAIT = 0.1
 """The longest wait between two fetches, in seconds: it bounds what a stage adds to a task's time."""
 
-PRODUCE = 0.05
+LONGEST_PRODUCE_WAIT = 0.05
 """The same between two bursts of producing. What one fetch gave rise to comes together and waits for nothing;
 what ends one by one (RPCs, SMTP transactions) is gathered."""
 
@@ -40,7 +40,7 @@ class Pace:
         self._last = 0.0
         self._until = 0.0
 
-    def took(self, count: int, now: float, *, full: bool = False) -> None:
+    def note_batch(self, count: int, now: float, *, full: bool = False) -> None:
         """Note a batch of `count` records at `now` (monotonic seconds); `full` if there was no more room."""
         self._level = self._level * exp((self._last - now) / _MEMORY) + count
         self._last = now

@@ -15,14 +15,14 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.common.config import Settings
 from services.common.kafka.clients import producer_config
-from services.common.kafka.pace import PRODUCE, Pace
+from services.common.kafka.pace import LONGEST_PRODUCE_WAIT, Pace
 from services.common.kafka.records import OutgoingRecord
 
-__all__ = ["Failure", "Publisher", "hopeless", "refusal"]
+__all__ = ["PublishFailure", "Publisher", "is_permanent", "produce_error"]
 
 log = structlog.get_logger(__name__)
 
-Failure = tuple[int, KafkaError]
+PublishFailure = tuple[int, KafkaError]
 """An item's index in its batch, and why it was not delivered."""
 
 _HOPELESS = frozenset(
@@ -40,12 +40,12 @@ _FLUSHES = 50
 _UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
 
 
-def hopeless(error: KafkaError) -> bool:
+def is_permanent(error: KafkaError) -> bool:
     """Return whether the same record would be refused every time."""
     return error.code() in _HOPELESS
 
 
-def refusal(error: Exception) -> KafkaError:
+def produce_error(error: Exception) -> KafkaError:
     """Return why the client did not take a record: what `Producer.produce` raised, as Kafka's own error."""
     if isinstance(error, KafkaException):
         found: KafkaError = error.args[0]
@@ -59,11 +59,11 @@ class _Batch:
     __slots__ = ("_finished", "count", "done", "failures", "left")
 
     def __init__(
-        self, count: int, done: Callable[[list[Failure]], None], finished: Callable[[_Batch], None]
+        self, count: int, done: Callable[[list[PublishFailure]], None], finished: Callable[[_Batch], None]
     ) -> None:
         self.count = self.left = count
         self.done = done
-        self.failures: list[Failure] = []
+        self.failures: list[PublishFailure] = []
         self._finished = finished
 
     def delivered(self, index: int, error: KafkaError | None, message: Message | None) -> None:
@@ -96,7 +96,7 @@ class Publisher:
         self._prefix = settings.topic_prefix
         self._config = producer_config(settings, client_id) | {"error_cb": self._on_error} | overrides
         self._waiting: deque[tuple[OutgoingRecord, Callable[..., None]]] = deque()
-        self._pace = Pace(PRODUCE)
+        self._pace = Pace(LONGEST_PRODUCE_WAIT)
         self._timer: asyncio.TimerHandle | None = None
         self._refused: deque[Callable[[], None]] = deque()
         self._finished: list[_Batch] = []
@@ -115,21 +115,21 @@ class Publisher:
         self._thread = threading.Thread(target=self._poll, name="publisher", daemon=True)
         self._thread.start()
 
-    def attempt(self, batch: Sequence[OutgoingRecord]) -> asyncio.Future[list[Failure]]:
+    def publish(self, batch: Sequence[OutgoingRecord]) -> asyncio.Future[list[PublishFailure]]:
         """Publish a batch; the result is the failed items, empty once all are acked by all in-sync replicas.
 
         It comes after `delivery.timeout.ms` at the latest.
         """
-        future: asyncio.Future[list[Failure]] = self._loop.create_future()
+        future: asyncio.Future[list[PublishFailure]] = self._loop.create_future()
 
-        def done(failures: list[Failure]) -> None:
+        def done(failures: list[PublishFailure]) -> None:
             if not future.done():
                 future.set_result(failures)
 
         self.send(batch, done)
         return future
 
-    def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[Failure]], None]) -> None:
+    def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[PublishFailure]], None]) -> None:
         """Like `attempt`, but `done` is called once on the loop, with the failed items. Does not block."""
         if not batch:
             self._loop.call_soon(done, [])
@@ -174,9 +174,9 @@ class Publisher:
                     break
                 except Exception as error:
                     # Left in front of the queue it would hold up all others.
-                    self._refused.append(partial(delivered, refusal(error), None))
+                    self._refused.append(partial(delivered, produce_error(error), None))
                 waiting.popleft()
-        self._pace.took(count - len(waiting), time.monotonic())
+        self._pace.note_batch(count - len(waiting), time.monotonic())
 
     def _poll(self) -> None:
         while not self._closed:

@@ -1,6 +1,6 @@
-"""Whether this member is heard by its group's coordinator, and agrees with it on what it owns.
+"""Watches whether the group's coordinator answers this member, and agrees with it on the partitions it owns.
 
-Used on the poller's thread alone, but for `joined`.
+The poller's thread alone uses it; any thread may read `joined`.
 """
 
 from __future__ import annotations
@@ -13,136 +13,138 @@ import confluent_kafka
 from confluent_kafka import Consumer, KafkaError, KafkaException
 
 from services.common.kafka.topic_partition import TopicPartition
-from services.common.stage.commits import Commits
-from services.common.stage.ledger import Ledger
+from services.common.stage.offset_committer import OffsetCommitter
+from services.common.stage.partition_tracker import PartitionTracker
 
-__all__ = ["Agreement", "Membership", "View"]
+__all__ = ["Membership", "OwnershipMismatch", "OwnershipView"]
 
-# A member that got no partition in this time asks the coordinator whether it is heard at all.
-_IDLE_MEMBER = 5.0
-# A member that has nothing to commit asks this often.
-_QUIET = 15.0
-# A Consumer that reaches no coordinator for so long is replaced: after two outages in a row librdkafka was
-# seen to leave its coordinator's connection closed for good.
-_UNHEARD = 60.0
-# From the first trouble with a broker on, this often it is asked what this member owns, until both see it
-# alike after the last; how long they may differ. A change of the group passes within a few heartbeats; what a
-# revocation waits for holds up the poller itself.
-_COMPARE = 5.0
-_DIFFER = 10.0
-_DIFFER_MOST = 300.0
-
-
-class View(Protocol):
-    """What the coordinator says of its group."""
-
-    def ask(self, member: str) -> None:
-        """Ask what this member owns. Does not block."""
-
-    def answer(self) -> Collection[TopicPartition] | None:
-        """Return the answer, once; None while there is none, or where the member is not known."""
+# All are seconds. A member asks the coordinator for a sign of life after so long without one: before it has
+# joined the group, and when it has nothing to commit.
+_ASK_BEFORE_JOIN = 5.0
+_ASK_WHEN_IDLE = 15.0
+# After so long without a sign the Consumer is replaced: after two outages in a row, librdkafka was seen to
+# leave the connection to its coordinator closed for good.
+_MAX_SILENCE = 60.0
+# After trouble with a broker the coordinator is asked this often which partitions this member owns, until
+# both agree after the last trouble. They may differ for so long: a rebalance takes a few heartbeats, and a
+# revocation that waits for records holds up the poller itself.
+_COMPARE_INTERVAL = 5.0
+_MISMATCH_PATIENCE = 10.0
+_MAX_MISMATCH_PATIENCE = 300.0
 
 
-class Agreement:
-    """Tells a difference that stays from those that come and go with the group's changes. Pure."""
+class OwnershipView(Protocol):
+    """Asks the coordinator which partitions a member owns."""
+
+    def request(self, member: str) -> None:
+        """Ask for the partitions of this member id. Does not block."""
+
+    def response(self) -> Collection[TopicPartition] | None:
+        """Return the partitions, once; None while there is no response, or for an unknown member."""
+
+
+class OwnershipMismatch:
+    """Tells a mismatch that lasts from those that come and go with rebalances. Pure."""
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._difference: frozenset[TopicPartition] = frozenset()
-        self._since = self._seen = 0.0
+        self._since = self._compared_at = 0.0
 
-    def broken(self, owned: Collection[TopicPartition], told: Collection[TopicPartition], now: float) -> bool:
+    def lasts(
+        self, owned: Collection[TopicPartition], assigned: Collection[TopicPartition], now: float
+    ) -> bool:
         """Return whether these have differed in the same partitions for `patience` seconds by `now`.
 
-        What was not looked at for as long begins anew.
+        A comparison that comes `patience` seconds or more after the previous one starts anew.
         """
-        difference = frozenset(owned) ^ frozenset(told)
-        if difference != self._difference or now - self._seen >= self._patience:
+        difference = frozenset(owned) ^ frozenset(assigned)
+        if difference != self._difference or now - self._compared_at >= self._patience:
             self._difference, self._since = difference, now
-        self._seen = now
+        self._compared_at = now
         return bool(difference) and now - self._since >= self._patience
 
 
 class Membership:
-    """One member's place in its group. `trouble` is told what the coordinator answers when it is asked."""
+    """One member of a consumer group. `on_error` takes what the coordinator answers instead of offsets."""
 
     def __init__(
         self,
         topic: str,
-        ledger: Ledger,
-        commits: Commits,
-        view: View | None,
-        trouble: Callable[[KafkaError], None],
+        tracker: PartitionTracker,
+        committer: OffsetCommitter,
+        view: OwnershipView | None,
+        on_error: Callable[[KafkaError], None],
     ) -> None:
-        self._topic, self._ledger, self._commits = topic, ledger, commits
-        self._view, self._trouble = view, trouble
-        self._doubted_at: float | None = None
-        self._patience = _DIFFER
+        self._topic, self._tracker, self._committer = topic, tracker, committer
+        self._view, self._on_error = view, on_error
+        self._trouble_at: float | None = None
+        self._patience = _MISMATCH_PATIENCE
         self.joined = False
-        """Whether the group counts this member in."""
+        """Whether the coordinator counts this member in."""
 
     def use(self, consumer: Consumer) -> None:
-        """Begin anew with this Consumer."""
+        """Start anew with this Consumer."""
         self._consumer = consumer
         self.joined = False
-        self._heard = self._asked = self._compared = time.monotonic()
-        self._agreement = Agreement(self._patience)
+        self._heard_at = self._asked_at = self._requested_at = time.monotonic()
+        self._mismatch = OwnershipMismatch(self._patience)
 
-    def assigned(self) -> None:
-        """Note that the coordinator has given this member partitions, or none."""
+    def on_assign(self) -> None:
+        """Note that the coordinator assigned partitions to this member, or none."""
         self.joined = True
-        self._heard = time.monotonic()
+        self._heard_at = time.monotonic()
 
-    def lost(self) -> None:
+    def on_lost(self) -> None:
         """Note that the coordinator counts this member out."""
         self.joined = False
 
-    def doubt(self, now: float) -> None:
-        """Note trouble with a broker (`now`: monotonic seconds): a heartbeat's answer may be lost with it."""
-        if self._doubted_at is None:
-            self._compared = now
-        self._doubted_at = now
+    def on_trouble(self, now: float) -> None:
+        """Note trouble with a broker (`now`: monotonic seconds): it may have cost a heartbeat's response."""
+        if self._trouble_at is None:
+            self._requested_at = now
+        self._trouble_at = now
 
     def check(self, now: float) -> str | None:
-        """Return why another Consumer must take this one's place, None while none must.
+        """Return why the Consumer must be replaced, None while it need not be.
 
-        May block for a second, where the coordinator was not heard of for a while.
+        Blocks for up to a second where the coordinator has been silent for a while.
         """
-        patience = _QUIET if self.joined else _IDLE_MEMBER
-        if self.silence() > patience and now - self._asked > _IDLE_MEMBER:
+        patience = _ASK_WHEN_IDLE if self.joined else _ASK_BEFORE_JOIN
+        if self.silence() > patience and now - self._asked_at > _ASK_BEFORE_JOIN:
             self._ask()
-        if self.silence() > _UNHEARD:
-            return "the group's coordinator is not reached"
-        if self._view is not None and self._differs(self._view, now):
-            return "the group's coordinator sees other partitions here"
+        if self.silence() > _MAX_SILENCE:
+            return "the group's coordinator does not answer"
+        if self._view is not None and self._mismatch_lasts(self._view, now):
+            return "the group's coordinator assigned other partitions than this member owns"
         return None
 
     def silence(self) -> float:
-        """Return the seconds since the group's coordinator was last heard of."""
-        return time.monotonic() - max(self._heard, self._commits.acked_at)
+        """Return the seconds since the coordinator's last sign of life."""
+        return time.monotonic() - max(self._heard_at, self._committer.acked_at)
 
     def _ask(self) -> None:
-        self._asked = time.monotonic()
+        self._asked_at = time.monotonic()
         try:
             self._consumer.committed([confluent_kafka.TopicPartition(self._topic, 0)], timeout=1)
-            self.assigned()
+            self.on_assign()
         except KafkaException as error:
-            self._trouble(error.args[0])
+            self._on_error(error.args[0])
 
-    def _differs(self, view: View, now: float) -> bool:
-        told, asked_at = view.answer(), self._compared
-        if self._doubted_at is None or not self.joined:
+    def _mismatch_lasts(self, view: OwnershipView, now: float) -> bool:
+        assigned, requested_at = view.response(), self._requested_at
+        if self._trouble_at is None or not self.joined:
             return False
-        if now - self._compared > _COMPARE:
-            self._compared = now
-            view.ask(self._consumer.memberid())
-        if told is None:
+        if now - self._requested_at > _COMPARE_INTERVAL:
+            self._requested_at = now
+            view.request(self._consumer.memberid())
+        if assigned is None:
             return False
-        owned = {TopicPartition(a.topic, a.partition) for a in self._ledger.owned()}
-        if owned == set(told) and asked_at > self._doubted_at:
-            self._doubted_at, self._patience = None, _DIFFER
-        if not self._agreement.broken(owned, told, now):
+        owned = {TopicPartition(a.topic, a.partition) for a in self._tracker.owned()}
+        if owned == set(assigned) and requested_at > self._trouble_at:
+            self._trouble_at, self._patience = None, _MISMATCH_PATIENCE
+        if not self._mismatch.lasts(owned, assigned, now):
             return False
-        # Where joining anew does not help, it is done ever more seldom.
-        self._patience = min(2 * self._patience, _DIFFER_MOST)
+        # Where a new Consumer does not help, the next one comes ever later.
+        self._patience = min(2 * self._patience, _MAX_MISMATCH_PATIENCE)
         return True

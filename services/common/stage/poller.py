@@ -1,4 +1,7 @@
-"""The thread that alone touches the Consumer."""
+"""Polls Kafka: fetches records, hands them to the event loop, and commits what comes back finished.
+
+Only the poller's thread touches the Consumer (invariant I5). handler_runner.py is the half on the loop.
+"""
 
 from __future__ import annotations
 
@@ -12,99 +15,102 @@ import confluent_kafka
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 
-from services.common.kafka.clients import Overheard
-from services.common.kafka.pace import FETCH, Pace
+from services.common.kafka.clients import TimeoutDetectingLogger
+from services.common.kafka.pace import LONGEST_FETCH_WAIT, Pace
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage import metrics
-from services.common.stage.commits import Commits
-from services.common.stage.intake import Intake
-from services.common.stage.ledger import Assignment, Fetched, Ledger
-from services.common.stage.membership import Membership, View
-from services.common.stage.pauses import Pauses
+from services.common.stage.flow_control import FlowControl
+from services.common.stage.membership import Membership, OwnershipView
+from services.common.stage.offset_committer import OffsetCommitter
+from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
+from services.common.stage.record_reader import RecordReader
 
 __all__ = ["Poller"]
 
 log = structlog.get_logger(__name__)
 
-_MOST = 500
-_TURN = 0.1
-_PAUSED_TURN = 0.05
-# How long cancelled handlers may take to come back before the consumer is closed without them.
-_CANCEL_GRACE = 2.0
-# How long a client's error counts as a problem, unless it is repeated.
-_ERROR_LASTS = 5.0
+# The most records of one fetch.
+_MAX_BATCH = 500
+# All others are seconds. The longest wait of one poll, and of one round without capacity:
+_POLL_SECONDS = 0.1
+_SATURATED_SECONDS = 0.05
+# How long cancelled handlers may take to end before the Consumer is closed without them.
+_CANCEL_SECONDS = 2.0
+# How long a client's error counts as a problem, unless librdkafka repeats it.
+_ERROR_SECONDS = 5.0
 
 
 class Poller:
-    """Fetches records, hands them on in batches, and commits what came back finished.
+    """Runs the poller's thread of one stage.
 
-    `hand_on` and `cancel` (of which assignments, None for all, and in how many seconds) are called on this
-    thread and must be thread-safe and quick; `give_back` and `stop` may be called from any thread. `ended`
-    is called last, with what made the thread end, or None.
+    The thread calls `dispatch` with fetched records, and `cancel` with the assignments to stop working for
+    (None: all) and in how many seconds. Both must be thread-safe and may not block. It calls `ended` last,
+    with the error that ended it or None. `release`, `stop` and `problems` may be called from any thread.
     """
 
     def __init__(
         self,
         config: dict[str, Any],
         topics: Sequence[str],
-        intake: Intake,
-        ledger: Ledger,
+        reader: RecordReader,
+        tracker: PartitionTracker,
         *,
         stage: str,
         revoke_seconds: float,
         drain_seconds: float,
-        hand_on: Callable[[list[Fetched]], None],
+        dispatch: Callable[[list[InFlightRecord]], None],
         cancel: Callable[[Collection[Assignment] | None, float], None],
         ended: Callable[[BaseException | None], None],
-        view: View | None = None,
+        view: OwnershipView | None = None,
         consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
     ) -> None:
-        self._commits, self._pauses = Commits(ledger, stage), Pauses(ledger, intake, stage)
-        self._membership = Membership(topics[0], ledger, self._commits, view, self._on_error)
+        self._committer = OffsetCommitter(tracker, stage)
+        self._flow_control = FlowControl(tracker, reader, stage)
+        self._membership = Membership(topics[0], tracker, self._committer, view, self._on_error)
         self._config = config | {
             "error_cb": self._on_error,
-            "on_commit": self._commits.answered,
-            "logger": Overheard(self._on_timeout),
+            "on_commit": self._committer.on_commit,
+            "logger": TimeoutDetectingLogger(self._on_timeout),
         }
-        self._topics, self._intake, self._ledger, self._stage = topics, intake, ledger, stage
+        self._topics, self._reader, self._tracker, self._stage = topics, reader, tracker, stage
         self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
-        self._hand_on, self._cancel, self._ended, self._make = hand_on, cancel, ended, consumer
-        self._pace = Pace(FETCH)
-        self._returned: deque[list[Fetched]] = deque()
+        self._dispatch, self._cancel, self._ended, self._make_consumer = dispatch, cancel, ended, consumer
+        self._pace = Pace(LONGEST_FETCH_WAIT)
+        self._released: deque[list[InFlightRecord]] = deque()
         self._wake = threading.Event()
         self._sleeping = False
         self._stopping = False
         self._fatal: KafkaError | None = None
         self._errors: dict[int, tuple[str, float]] = {}
-        self._turned = time.monotonic()
+        self._polled_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
         self._owned_gauge = metrics.STAGE_PARTITIONS.labels(stage)
-        metrics.STAGE_IN_FLIGHT.labels(stage).set_function(lambda: ledger.in_flight.records)
-        metrics.STAGE_IN_FLIGHT_BYTES.labels(stage).set_function(lambda: ledger.in_flight.bytes)
+        metrics.STAGE_IN_FLIGHT.labels(stage).set_function(lambda: tracker.in_flight.records)
+        metrics.STAGE_IN_FLIGHT_BYTES.labels(stage).set_function(lambda: tracker.in_flight.bytes)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Begin to drain: no more records; the thread ends when all is given back or time is up."""
+        """Begin to drain: fetch no more, and end once every record is released or time is up."""
         self._stopping = True
         self._wake.set()
 
-    def give_back(self, records: list[Fetched]) -> None:
-        """Return records, finished (`finished`) or given up."""
-        self._returned.append(records)
+    def release(self, records: list[InFlightRecord]) -> None:
+        """Take back records that are finished (`finished`) or abandoned. Does not block."""
+        self._released.append(records)
         if self._sleeping:
             self._wake.set()
 
     def problems(self) -> list[str]:
-        """Return why records may not be coming in."""
+        """Return why records may not be coming in, empty where they are."""
         if not self._thread.is_alive():
             return ["the consumer is closed"]
         now = time.monotonic()
         problems = [text for text, until in list(self._errors.values()) if now < until]
-        if now - self._turned > self._revoke_seconds + 5:
-            problems.append(f"the poller has not turned for {now - self._turned:.0f} s")
+        if now - self._polled_at > self._revoke_seconds + 5:
+            problems.append(f"the poller has not polled for {now - self._polled_at:.0f} s")
         if not self._membership.joined:
             problems.append("not yet in the consumer group")
         return problems
@@ -122,9 +128,9 @@ class Poller:
 
     def _consume(self) -> None:
         """Run one Consumer until the stage stops, or until a new one has to take its place."""
-        self._consumer = self._make(self._config)
-        self._commits.use(self._consumer)
-        self._pauses.consumer = self._consumer
+        self._consumer = self._make_consumer(self._config)
+        self._committer.use(self._consumer)
+        self._flow_control.consumer = self._consumer
         self._membership.use(self._consumer)
         self._consumer.subscribe(
             list(self._topics),
@@ -134,174 +140,173 @@ class Poller:
         )
         try:
             while not self._stopping:
-                self._turn()
-                if why := self._membership.check(self._turned):
-                    log.error("leaving the group to join it anew", stage=self._stage, why=why)
+                self._poll_once()
+                if why := self._membership.check(self._polled_at):
+                    log.error("the consumer leaves its group to join it anew", stage=self._stage, why=why)
                     break
             else:
                 self._drain()
         finally:
             self._consumer.close()
-        if left := self._ledger.owned():
-            self._leave(left)
+        if left := self._tracker.owned():
+            self._release_partitions(left)
             self._cancel(left, 0)
 
-    def _turn(self) -> None:
-        now = self._turned = time.monotonic()
-        self._take_back()
-        self._commits.commit_if_due(now)
+    def _poll_once(self) -> None:
+        now = self._polled_at = time.monotonic()
+        self._take_released()
+        self._committer.commit_if_due(now)
         if self._fatal is not None:
             raise KafkaException(self._fatal)
-        self._pauses.release()
-        if self._ledger.in_flight.full():
-            self._pauses.no_room(now)
-            messages = self._nap()
+        self._flow_control.resume_due()
+        if self._tracker.in_flight.reached():
+            self._flow_control.on_saturated(now)
+            messages = self._wait_for_capacity()
         else:
-            self._pauses.room()
+            self._flow_control.on_capacity()
             messages = self._fetch(now)
         if messages:
-            self._receive(messages)
+            self._take_in(messages)
 
     def _fetch(self, now: float) -> list[Message]:
         wait = self._pace.wait(now)
         if wait:
             time.sleep(wait)
-        room = self._ledger.in_flight.room(_MOST)
-        messages: list[Message] = self._consumer.consume(room, 0)
+        capacity = self._tracker.in_flight.capacity(_MAX_BATCH)
+        messages: list[Message] = self._consumer.consume(capacity, 0)
         if not messages:
-            first = self._consumer.poll(self._intake.wait(_TURN))
+            first = self._consumer.poll(self._reader.seconds_until_due(_POLL_SECONDS))
             if first is None:
                 return []
             messages = [first]
-            if room > 1:
-                messages += self._consumer.consume(room - 1, 0)
-        self._pace.took(len(messages), time.monotonic(), full=len(messages) == room)
+            if capacity > 1:
+                messages += self._consumer.consume(capacity - 1, 0)
+        self._pace.note_batch(len(messages), time.monotonic(), full=len(messages) == capacity)
         return messages
 
-    def _nap(self) -> list[Message]:
-        """Take nothing while there is no room; once paused, keep polling for the group's sake."""
+    def _wait_for_capacity(self) -> list[Message]:
+        """Wait a moment for released records. Once all partitions are paused, poll to stay in the group."""
         self._sleeping = True
-        if not self._returned:
-            self._wake.wait(_PAUSED_TURN)
+        if not self._released:
+            self._wake.wait(_SATURATED_SECONDS)
         self._sleeping = False
         self._wake.clear()
-        if not self._pauses.resting:
+        if not self._flow_control.all_paused:
             return []
+        # A message still comes where it was on its way before the pause.
         first = self._consumer.poll(0)
-        # Only what was on its way before the pause took hold.
         return [first] if first is not None else []
 
-    def _receive(self, messages: list[Message]) -> None:
-        batch: list[Fetched] = []
+    def _take_in(self, messages: list[Message]) -> None:
+        batch: list[InFlightRecord] = []
         for message in messages:
             error = message.error()
             if error is not None:
                 self._on_error(error)
                 continue
-            record = self._intake.read(message)
+            record = self._reader.read(message)
             if record is not None:
-                self._ledger.take(record)
+                self._tracker.add(record)
                 batch.append(record)
-        self._pauses.hold()
+        self._flow_control.hold_back()
         if batch:
-            self._hand_on(batch)
+            self._dispatch(batch)
 
-    def _take_back(self) -> None:
-        while self._returned:
-            self._ledger.give_back(self._returned.popleft())
+    def _take_released(self) -> None:
+        while self._released:
+            self._tracker.release(self._released.popleft())
 
-    # --- rebalances: called by librdkafka inside poll, consume and close ------------------------
+    # --- rebalances: librdkafka calls these inside poll, consume and close ----------------------
 
     def _on_assign(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        self._count("assigned", partitions)
-        self._ledger.assign(_keys(partitions))
+        self._note_rebalance("assigned", partitions)
+        self._tracker.assign(_keys(partitions))
         consumer.incremental_assign(partitions)
-        self._pauses.assigned(partitions)
-        self._membership.assigned()
-        self._owned_gauge.set(len(self._ledger.owned()))
+        self._flow_control.on_assign(partitions)
+        self._membership.on_assign()
+        self._owned_gauge.set(len(self._tracker.owned()))
 
     def _on_revoke(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        self._count("revoked", partitions)
-        leaving = self._ledger.select(_keys(partitions))
+        self._note_rebalance("revoked", partitions)
+        leaving = self._tracker.select(_keys(partitions))
         deadline = time.monotonic() + (0 if self._stopping else self._revoke_seconds)
-        self._settle(leaving, deadline)
-        stuck = [assignment for assignment in leaving if len(assignment.offsets)]
-        self._commits.commit_now(leaving, deadline)
-        self._leave(leaving)
-        if stuck:
-            log.warning("partitions given up with records unfinished", partitions=len(stuck))
-            self._cancel(stuck, 0)
+        self._wait_until_released(leaving, deadline)
+        unfinished = [assignment for assignment in leaving if len(assignment.offsets)]
+        self._committer.commit_now(leaving, deadline)
+        self._release_partitions(leaving)
+        if unfinished:
+            log.warning("partitions revoked with records unfinished", partitions=len(unfinished))
+            self._cancel(unfinished, 0)
         consumer.incremental_unassign(partitions)
 
     def _on_lost(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        self._count("lost", partitions)
-        leaving = self._ledger.select(_keys(partitions))
-        self._membership.lost()
-        self._leave(leaving)
-        # Another replica may have them by now. What is under way may still come to its end, as it may when
-        # partitions are revoked: to be cut off in the middle is what leaves a mail in doubt.
+        self._note_rebalance("lost", partitions)
+        leaving = self._tracker.select(_keys(partitions))
+        self._membership.on_lost()
+        self._release_partitions(leaving)
+        # Another replica may own them by now. Handlers may end all the same, as when partitions are revoked:
+        # to be cut off in the middle is what leaves a mail in doubt.
         self._cancel(leaving, self._revoke_seconds)
         consumer.incremental_unassign(partitions)
 
-    def _leave(self, leaving: list[Assignment]) -> None:
-        self._ledger.let_go(leaving)
-        self._intake.forget(leaving)
-        self._owned_gauge.set(len(self._ledger.owned()))
+    def _release_partitions(self, leaving: list[Assignment]) -> None:
+        self._tracker.release_partitions(leaving)
+        self._reader.drop_holds(leaving)
+        self._owned_gauge.set(len(self._tracker.owned()))
 
-    def _settle(self, leaving: list[Assignment], deadline: float) -> None:
-        """Wait until nothing of these is in flight, taking back what comes. There is no polling in here."""
+    def _wait_until_released(self, leaving: list[Assignment], deadline: float) -> None:
+        """Wait until none of these has a record in flight, or until the deadline. Does not poll meanwhile."""
         self._sleeping = True
         while True:
             self._wake.clear()
-            self._take_back()
+            self._take_released()
             left = deadline - time.monotonic()
             if left <= 0 or not any(len(assignment.offsets) for assignment in leaving):
                 break
             self._wake.wait(min(left, 0.5))
         self._sleeping = False
 
-    def _count(self, kind: str, partitions: list[confluent_kafka.TopicPartition]) -> None:
+    def _note_rebalance(self, kind: str, partitions: list[confluent_kafka.TopicPartition]) -> None:
         metrics.STAGE_REBALANCES.labels(self._stage, kind).inc()
         log.info("partitions " + kind, stage=self._stage, count=len(partitions))
 
     # --- the end -----------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Wait for what is in flight, polling on; then commit. What stays unfinished stays uncommitted."""
-        self._pauses.rest()
-        deadline = time.monotonic() + self._drain_seconds
-        self._empty(deadline)
-        if self._ledger.in_flight.records:
-            log.warning("drain time is over", unfinished=self._ledger.in_flight.records)
+        """Wait for the records in flight, and commit. What stays unfinished stays uncommitted."""
+        self._flow_control.pause_all()
+        self._poll_until_released(time.monotonic() + self._drain_seconds)
+        if self._tracker.in_flight.records:
+            log.warning("the drain time is over", unfinished=self._tracker.in_flight.records)
             self._cancel(None, 0)
-            self._empty(time.monotonic() + _CANCEL_GRACE)
-        self._commits.commit_now(self._ledger.owned(), time.monotonic())
+            self._poll_until_released(time.monotonic() + _CANCEL_SECONDS)
+        self._committer.commit_now(self._tracker.owned(), time.monotonic())
 
-    def _empty(self, deadline: float) -> None:
+    def _poll_until_released(self, deadline: float) -> None:
         while True:
-            now = self._turned = time.monotonic()
-            self._take_back()
-            self._commits.commit_if_due(now)
-            if not self._ledger.in_flight.records or now > deadline:
+            now = self._polled_at = time.monotonic()
+            self._take_released()
+            self._committer.commit_if_due(now)
+            if not self._tracker.in_flight.records or now > deadline:
                 return
-            messages = self._nap()
+            messages = self._wait_for_capacity()
             if messages:
-                self._receive(messages)
+                self._take_in(messages)
 
     # --- trouble -----------------------------------------------------------------------------
 
     def _on_timeout(self) -> None:
-        self._membership.doubt(time.monotonic())
+        self._membership.on_trouble(time.monotonic())
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():
             self._fatal = error
-        # librdkafka repeats an error for as long as it lasts.
         now = time.monotonic()
-        self._membership.doubt(now)
+        self._membership.on_trouble(now)
+        # librdkafka repeats an error for as long as it lasts.
         if now >= self._errors.get(error.code(), ("", 0.0))[1]:
-            log.warning("consumer", stage=self._stage, error=error.str())
-        self._errors[error.code()] = (error.str(), now + _ERROR_LASTS)
+            log.warning("the consumer reports an error", stage=self._stage, error=error.str())
+        self._errors[error.code()] = (error.str(), now + _ERROR_SECONDS)
 
 
 def _keys(partitions: list[confluent_kafka.TopicPartition]) -> list[TopicPartition]:

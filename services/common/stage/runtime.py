@@ -1,4 +1,4 @@
-"""A stage, running: records in, handler, outcomes out, positions committed."""
+"""Runs one stage: wires the poller's thread and the handler runner's loop together, from start to drain."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from services.common.config import Settings
 from services.common.events import Event, encode
 from services.common.kafka.clients import consumer_config
 from services.common.kafka.cluster_check import ClusterCheck
-from services.common.kafka.publisher import Publisher, hopeless
+from services.common.kafka.publisher import Publisher, is_permanent
 from services.common.kafka.topics import Names
 from services.common.stage import metrics
-from services.common.stage.broker_view import BrokerView
-from services.common.stage.inflight import InFlight
-from services.common.stage.intake import Intake
-from services.common.stage.ledger import Assignment, Fetched, Ledger
-from services.common.stage.membership import View
-from services.common.stage.outgoing import Render
+from services.common.stage.coordinator_view import CoordinatorView
+from services.common.stage.handler_runner import HandlerRunner
+from services.common.stage.in_flight_limit import InFlightLimit
+from services.common.stage.membership import OwnershipView
+from services.common.stage.outcome_encoder import OutcomeEncoder
+from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
 from services.common.stage.poller import Poller
+from services.common.stage.record_reader import RecordReader
 from services.common.stage.types import Stage
-from services.common.stage.work import Work
 
 __all__ = ["StageRuntime"]
 
 log = structlog.get_logger(__name__)
 
-# Beyond the drain: the last commit, leaving the group, the producer's last records.
+# Seconds beyond the drain for the last commit and for leaving the group.
 _CLOSE_SECONDS = 15.0
-# What a cancelled handler may take to end.
+# Seconds that a cancelled handler may take to end.
 _CANCEL_SECONDS = 5.0
 
 
 class StageRuntime:
-    """Runs one stage until it is stopped.
+    """Runs one stage until it is stopped. Use it on one event loop.
 
-    `source` is who speaks in the events (`ce_source`). `run` returns after a drain; it raises what ended
-    the stage otherwise, and then the process must exit with an error, so that another takes its place.
+    `source` names the stage in its events (`ce_source`). `run` returns after a drain. It raises what else
+    ended the stage; the process must then exit with an error, so that another one takes its place.
     """
 
     def __init__(
@@ -50,33 +50,36 @@ class StageRuntime:
         *,
         source: str,
         consumer: Callable[[dict[str, Any]], Consumer] = Consumer,
-        view: Callable[[Settings, str], View] | None = BrokerView,
+        view: Callable[[Settings, str], OwnershipView] | None = CoordinatorView,
     ) -> None:
         self._stage, self._settings, self._source = stage, settings, source
         self._make_consumer = consumer
-        # Under the classic protocols every assignment is answered for by the member.
+        # Under the classic protocol the member itself confirms every assignment: there is nothing to compare.
         self._view = view(settings, stage.name) if view and settings.group_protocol == "consumer" else None
         self._stop = asyncio.Event()
         self._poller: Poller | None = None
-        self._work: Work | None = None
+        self._runner: HandlerRunner | None = None
         self._cluster: ClusterCheck | None = None
         self._publisher = Publisher(settings, client_id=settings.replica_name)
-        self._in_flight = InFlight(settings.max_in_flight, settings.max_in_flight_bytes)
+        self._in_flight = InFlightLimit(settings.max_in_flight, settings.max_in_flight_bytes)
 
     async def run(self) -> None:
-        """Run the stage. Returns when `stop` was called and what was in flight is settled and committed,
-        or `drain_seconds` are over: what is unfinished then stays uncommitted."""
+        """Run the stage until `stop`, and drain it.
+
+        After the drain all records in flight are finished and committed. After `drain_seconds` the unfinished
+        ones stay uncommitted, for their partition's next owner.
+        """
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
         self._publisher.start()
-        ledger = Ledger(self._in_flight)
-        intake = Intake(self._stage, self._settings, ledger)
+        tracker = PartitionTracker(self._in_flight)
+        reader = RecordReader(self._stage, self._settings, tracker)
 
         def post(call: Callable[..., object], *args: object) -> None:
             try:
                 loop.call_soon_threadsafe(call, *args)
             except RuntimeError:
-                log.warning("the loop has ended before the poller")
+                log.warning("the event loop ended before the poller")
 
         def on_end(error: BaseException | None) -> None:
             if ended.done():
@@ -86,18 +89,18 @@ class StageRuntime:
             else:
                 ended.set_exception(error)
 
-        def take(records: list[Fetched]) -> None:
+        def start(records: list[InFlightRecord]) -> None:
             try:
-                work.take(records)
+                runner.start(records)
             except Exception as error:
-                # Not the handler's fault, or it would be settled: records would hang here for ever.
+                # A handler's own error is an outcome. Any other would leave these records in flight for ever.
                 on_end(error)
 
-        def hand_on(records: list[Fetched]) -> None:
-            post(take, records)
+        def dispatch(records: list[InFlightRecord]) -> None:
+            post(start, records)
 
         def cancel(assignments: Collection[Assignment] | None, after: float) -> None:
-            post(loop.call_later, after, work.cancel, assignments)
+            post(loop.call_later, after, runner.cancel, assignments)
 
         poller = self._poller = Poller(
             consumer_config(
@@ -107,24 +110,24 @@ class StageRuntime:
                 # A stage that works in batches has time for larger ones.
                 gather=self._stage.handle_batch is not None,
             ),
-            intake.topics,
-            intake,
-            ledger,
+            reader.topics,
+            reader,
+            tracker,
             stage=self._stage.name,
             revoke_seconds=self._settings.revoke_seconds,
             drain_seconds=self._settings.drain_seconds,
-            hand_on=hand_on,
+            dispatch=dispatch,
             cancel=cancel,
             ended=lambda error: post(on_end, error),
             view=self._view,
             consumer=self._make_consumer,
         )
-        work = self._work = Work(
-            self._stage, Render(self._stage, self._source), self._publisher, poller.give_back
+        runner = self._runner = HandlerRunner(
+            self._stage, OutcomeEncoder(self._stage, self._source), self._publisher, poller.release
         )
-        # What the stage writes to as well shows itself once it cannot be published.
+        # The stage writes its dead letters rarely. It would miss any other topic when it publishes.
         dead = Names(self._settings.topic_prefix).dead(self._stage.name)
-        self._cluster = ClusterCheck(self._settings, [*intake.topics, dead])
+        self._cluster = ClusterCheck(self._settings, [*reader.topics, dead])
         self._cluster.start()
         poller.start()
         stopped = asyncio.create_task(self._stop.wait())
@@ -141,29 +144,29 @@ class StageRuntime:
             stopped.cancel()
             self._cluster.stop()
             poller.stop()
-            work.cancel(None)
-            await work.ended(_CANCEL_SECONDS)
+            runner.cancel(None)
+            await runner.wait_cancelled(_CANCEL_SECONDS)
             if self._stage.close is not None:
                 await self._stage.close()
             await self._publisher.close(1.0)
 
     async def publish(self, events: Sequence[Event], traceparent: bytes | None = None) -> None:
-        """Publish events that must be on record before a handler goes on, ahead of its outcome.
+        """Publish events that must be on Kafka before a handler goes on, ahead of its outcome.
 
-        Returns once all are acked; what is not is published again for as long as the caller waits.
-        Raises ValueError where Kafka would refuse an event every time.
+        Return once all are acked; publish again what failed, for as long as the caller waits. Raise
+        ValueError where Kafka would refuse an event every time.
         """
         batch = [encode(event, self._source, traceparent) for event in events]
         failures = metrics.STAGE_PUBLISH_FAILURES.labels(self._stage.name)
-        while failed := await self._publisher.attempt(batch):
+        while failed := await self._publisher.publish(batch):
             failures.inc()
             for _, error in failed:
-                if hopeless(error):
+                if is_permanent(error):
                     raise ValueError(f"an event cannot be published: {error}")
             await asyncio.sleep(1)
 
     def saturated(self) -> bool:
-        """Return whether more than half of what may be held is held: the slow then hold up the rest."""
+        """Return whether more than half of what may be in flight is: slow records then hold up the others."""
         return self._in_flight.over_half()
 
     def stop(self) -> None:
@@ -171,14 +174,14 @@ class StageRuntime:
         self._stop.set()
 
     def ready(self) -> bool:
-        """Return whether the stage is in its group and nothing keeps it from getting on."""
+        """Return whether the stage is in its group and nothing keeps it from progress."""
         return not self.problems()
 
     def problems(self) -> list[str]:
-        """Return what keeps the stage from getting on, empty when nothing does. Safe from any thread."""
-        if self._poller is None or self._work is None or self._cluster is None:
+        """Return what keeps the stage from progress, empty where nothing does. Safe from any thread."""
+        if self._poller is None or self._runner is None or self._cluster is None:
             return ["not started"]
-        problems = [*self._cluster.problems(), *self._poller.problems(), *self._work.problems()]
+        problems = [*self._cluster.problems(), *self._poller.problems(), *self._runner.problems()]
         if self._stop.is_set():
             problems.append("draining")
         return problems

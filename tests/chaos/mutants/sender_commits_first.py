@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import runpy
 
-from services.common.stage.offsets import Offsets
+from services.common.stage.offset_tracker import OffsetTracker
 
 __all__: list[str] = []
 
 
-def _position(self: Offsets) -> int | None:
+def _to_commit(self: OffsetTracker) -> int | None:
     return self._next
 
 
 if __name__ == "__main__":
-    Offsets.position = _position  # type: ignore[method-assign]
+    OffsetTracker.to_commit = _to_commit  # type: ignore[method-assign]
     runpy.run_module("services.sender", run_name="__main__")

@@ -1,4 +1,4 @@
-"""From a Kafka message to a record: decoding, and holding back what is not yet due."""
+"""Makes in-flight records of fetched messages: decodes them, holds delay topics until their head is due."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from services.common.events import Event, Undecodable
 from services.common.kafka.headers import parse_attempt, parse_delayed_headers, parse_origin
 from services.common.kafka.records import Headers, MalformedHeaders, read_headers, traceparent
 from services.common.kafka.topics import Names
-from services.common.stage.delays import hold
-from services.common.stage.ledger import Assignment, Fetched, Ledger
+from services.common.stage.delays import held_until
+from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
 from services.common.stage.types import Stage
 
-__all__ = ["Intake", "RawMessage"]
+__all__ = ["KafkaMessage", "RecordReader"]
 
 Decoder = Callable[[bytes | None], Event]
 
-# A part of the delay: how exactly it is remembered when a record came. It bounds what is remembered.
+# How exactly FirstSeen remembers when a record came, as a part of the delay. It bounds FirstSeen's memory.
 _GRAIN = 0.02
 
 
-class RawMessage(Protocol):
-    """What is read of a message; confluent_kafka's has these."""
+class KafkaMessage(Protocol):
+    """What is read of a fetched message, as confluent_kafka.Message has it."""
 
     def topic(self) -> Any: ...
     def partition(self) -> Any: ...
@@ -35,23 +35,23 @@ class RawMessage(Protocol):
     def headers(self) -> Any: ...
 
 
-class Intake:
-    """Reads a stage's messages. `topics` are the full names of all that the stage reads.
+class RecordReader:
+    """Reads the messages of one stage. `topics` are the full names of all topics that the stage reads.
 
-    `now_ms` is the clock (Unix milliseconds) that due times are compared with, `now` one that nobody sets
-    (seconds).
+    `now_ms` returns the Unix time in milliseconds, with which due times are compared. `now` returns seconds
+    of a clock that nobody sets.
     """
 
     def __init__(
         self,
         stage: Stage,
         settings: Settings,
-        ledger: Ledger,
+        tracker: PartitionTracker,
         now_ms: Callable[[], int] | None = None,
         now: Callable[[], float] | None = None,
     ) -> None:
         names = Names(settings.topic_prefix)
-        self._ledger = ledger
+        self._tracker = tracker
         self._decoders: Mapping[str, Decoder] = stage.decoders
         self._events = {names.topic(name): (name, stage.decoders[name]) for name in stage.topics}
         bare = Names()
@@ -62,20 +62,20 @@ class Intake:
         self._now_ms = now_ms or (lambda: int(time.time() * 1000))
         self._now = now or time.monotonic
         self._held: set[Assignment] = set()
-        self._to_hold: list[tuple[Assignment, int]] = []
+        self._new_holds: list[tuple[Assignment, int]] = []
 
     @property
     def held(self) -> int:
         """How many partitions are held until their head is due."""
         return len(self._held)
 
-    def read(self, message: RawMessage) -> Fetched | None:
+    def read(self, message: KafkaMessage) -> InFlightRecord | None:
         """Return the message as a record; one that cannot be decoded has a `fault`.
 
-        None where it is not to be handled now: its partition is not owned any more, or is held.
+        Return None where nobody is to handle it now: its partition is no longer owned, or is held.
         """
         topic = message.topic()
-        assignment = self._ledger.find(topic, message.partition())
+        assignment = self._tracker.find(topic, message.partition())
         if assignment is None or assignment.held_until is not None:
             return None
         try:
@@ -85,11 +85,11 @@ class Intake:
             return _unreadable(message, assignment, name, str(error))
         found = self._events.get(topic)
         if found is None:
-            return self._delayed(message, assignment, headers, *self._delays[topic])
+            return self._read_delayed(message, assignment, headers, *self._delays[topic])
         name, decode = found
         value = message.value()
-        event, fault = _decoded(decode, value)
-        return Fetched(
+        event, fault = _decode(decode, value)
+        return InFlightRecord(
             assignment=assignment,
             offset=message.offset(),
             topic=name,
@@ -101,21 +101,21 @@ class Intake:
             fault=fault,
         )
 
-    def take_held(self) -> list[tuple[Assignment, int]]:
-        """Return the partitions that were found held since the last call, with their head's offset.
+    def pop_new_holds(self) -> list[tuple[Assignment, int]]:
+        """Return the partitions held since the last call, each with the offset of its head.
 
-        The caller must pause them and seek back to the head: nothing from it on was taken.
+        The caller must pause them and seek back to the head: `read` took nothing from the head on.
         """
-        to_hold, self._to_hold = self._to_hold, []
-        return to_hold
+        new_holds, self._new_holds = self._new_holds, []
+        return new_holds
 
-    def saw(self, assignment: Assignment, end: int) -> None:
-        """Note that a held partition has all records below the offset `end`."""
+    def note_end(self, assignment: Assignment, end: int) -> None:
+        """Note that a held partition now has all records below the offset `end`."""
         delay = self._delays[assignment.topic][1]
         assignment.first_seen.note(end, self._now(), delay * _GRAIN)
 
-    def release(self) -> list[Assignment]:
-        """End the hold of partitions whose head is to be looked at again, and return them."""
+    def end_due_holds(self) -> list[Assignment]:
+        """End the hold of the partitions whose head is to be read again, and return them."""
         if not self._held:
             return []
         now = self._now()
@@ -125,22 +125,22 @@ class Intake:
             self._held.discard(assignment)
         return due
 
-    def forget(self, assignments: Iterable[Assignment]) -> None:
-        """Drop the holds of assignments that ended."""
+    def drop_holds(self, assignments: Iterable[Assignment]) -> None:
+        """Forget the holds of assignments that ended."""
         self._held.difference_update(assignments)
 
-    def wait(self, most: float) -> float:
+    def seconds_until_due(self, most: float) -> float:
         """Return the seconds until the next hold ends, at most `most`."""
         if not self._held:
             return most
         first = min(a.held_until or 0 for a in self._held)
         return min(most, max(0.0, first - self._now()))
 
-    def _delayed(
-        self, message: RawMessage, assignment: Assignment, headers: Headers, name: str, delay: int
-    ) -> Fetched | None:
+    def _read_delayed(
+        self, message: KafkaMessage, assignment: Assignment, headers: Headers, name: str, delay: int
+    ) -> InFlightRecord | None:
         offset = message.offset()
-        record = Fetched(
+        record = InFlightRecord(
             assignment=assignment,
             offset=offset,
             topic=name,
@@ -150,25 +150,26 @@ class Intake:
             traceparent=traceparent(headers),
         )
         try:
-            back = parse_delayed_headers(headers)
+            delayed = parse_delayed_headers(headers)
             now = self._now()
-            until = hold(back.due_at_ms, delay, self._now_ms(), now, assignment.first_seen.since(offset, now))
+            since = assignment.first_seen.since(offset, now)
+            until = held_until(delayed.due_at_ms, delay, self._now_ms(), now, since)
             if until is not None:
                 assignment.first_seen.note(offset + 1, now, delay * _GRAIN)
                 self._hold(assignment, offset, until)
                 return None
-            if back.origin.topic not in self._decoders:
-                raise MalformedHeaders(f"its origin {back.origin.topic} is not read here")
+            if delayed.origin.topic not in self._decoders:
+                raise MalformedHeaders(f"its origin {delayed.origin.topic} is not read here")
         except MalformedHeaders as error:
             record.fault = f"delayed record: {error}"
-            # What can be read of it goes with the dead letter, which is sent back by it.
+            # The dead letter keeps what can be read, so that it can be redriven.
             with suppress(MalformedHeaders):
                 record.origin = parse_origin(headers)
             with suppress(MalformedHeaders):
                 record.attempt = parse_attempt(headers)
             return record
-        record.topic, record.origin, record.attempt = back.origin.topic, back.origin, back.attempt
-        event, record.fault = _decoded(self._decoders[record.topic], record.value)
+        record.topic, record.origin, record.attempt = delayed.origin.topic, delayed.origin, delayed.attempt
+        event, record.fault = _decode(self._decoders[record.topic], record.value)
         if event is not None:
             record.event = event
         return record
@@ -176,11 +177,11 @@ class Intake:
     def _hold(self, assignment: Assignment, offset: int, until: float) -> None:
         assignment.held_until = until
         self._held.add(assignment)
-        self._to_hold.append((assignment, offset))
+        self._new_holds.append((assignment, offset))
 
 
-def _unreadable(message: RawMessage, assignment: Assignment, name: str, fault: str) -> Fetched:
-    return Fetched(
+def _unreadable(message: KafkaMessage, assignment: Assignment, name: str, fault: str) -> InFlightRecord:
+    return InFlightRecord(
         assignment=assignment,
         offset=message.offset(),
         topic=name,
@@ -191,8 +192,8 @@ def _unreadable(message: RawMessage, assignment: Assignment, name: str, fault: s
     )
 
 
-def _decoded(decode: Decoder, value: bytes | None) -> tuple[Event | None, str | None]:
-    """Return the event, or why there is none."""
+def _decode(decode: Decoder, value: bytes | None) -> tuple[Event | None, str | None]:
+    """Return the event and None, or None and why the value is no event."""
     try:
         return decode(value), None
     except Undecodable as error:
