@@ -36,3 +36,11 @@ def test_an_adr_follows_the_template(path: Path) -> None:
 def test_no_two_adrs_have_a_number() -> None:
     numbers = [path.name[:4] for path in ADRS]
     assert len(numbers) == len(set(numbers)) > 20
+
+
+def test_the_changelog_has_one_line_a_change() -> None:
+    released = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1:]
+    for section in (part for release in released for part in release.split("\n### ")[1:]):
+        title, *lines = filter(None, section.splitlines())
+        assert title in ("Added", "Changed", "Removed", "Fixed")
+        assert [line for line in lines if not re.fullmatch(r"- .{1,117}\.|[A-Z].{1,40}:", line)] == []
