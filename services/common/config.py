@@ -106,7 +106,7 @@ class Settings(BaseSettings):
         30 * 86400,
         ge=0,
         le=_CENTURY,
-        description="Seconds that the bodies of settled tasks are kept in MySQL; 0: for ever",
+        description="Seconds that the bodies of settled tasks are kept in MySQL; 0: forever",
     )
     max_pending_creates: int = Field(
         5000,
