@@ -10,7 +10,7 @@ __all__: list[str] = []
 
 
 def _in_virtual_environment() -> None:
-    """Run again under this clone's .venv when this python lacks what the stack needs."""
+    """Replace this process by one of this clone's .venv when this Python lacks what the stack imports."""
     needed = ("confluent_kafka", "dns", "mysql", "rich", "uvloop")
     if all(importlib.util.find_spec(name) for name in needed):
         return

@@ -1,4 +1,4 @@
-"""What was downloaded once, shared by every clone of this user and keyed by what it was made from.
+"""The cache of downloads: all clones of this user share it, and the recipe of an entry is its key.
 
 Standard library only: `make setup` runs it on a bare python3.
 """
@@ -16,13 +16,13 @@ __all__ = ["cache_root", "entry_path", "locked", "make_entry"]
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/postroad`, by default `~/.cache/postroad` (XDG Base Directory Specification)."""
+    """Return `$XDG_CACHE_HOME/postroad`, or `~/.cache/postroad` (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "postroad"
 
 
 def entry_path(kind: str, recipe: bytes) -> Path:
-    """Where the entry made from `recipe` stands, whether or not it has been made yet."""
+    """Return the path of the entry made from `recipe`, whether or not it exists."""
     return cache_root() / f"{kind}-{hashlib.sha256(recipe).hexdigest()[:16]}"
 
 
@@ -37,11 +37,11 @@ def locked(name: str) -> Iterator[None]:
 
 
 def make_entry(kind: str, recipe: bytes, build: Callable[[Path], None]) -> Path:
-    """The directory for `recipe`, made by `build(directory)` if it is not there.
+    """Return the directory for `recipe`; `build(directory)` makes it if it does not exist.
 
-    The build fills a temporary directory that is renamed when it is whole, under a lock: a second clone
-    setting up at the same time waits and then finds the entry, and an interrupted build leaves nothing that
-    looks finished. May block for as long as the build takes; what `build` raises is raised.
+    The build fills a temporary directory, which is renamed when it is complete. So an interrupted build
+    leaves no entry. A lock makes a second clone wait for the first one's build. Blocks as long as the build
+    takes, and raises what `build` raises.
     """
     path = entry_path(kind, recipe)
     if path.exists():

@@ -16,7 +16,7 @@ from deploy.local.state import SERVICES
 
 __all__ = ["main"]
 
-# Of each log, where none is named: enough to see what a process does now.
+# How much of each log `logs` prints without a name: enough to see what a process does now.
 LINES = 10
 
 
@@ -65,7 +65,7 @@ def _show(stack: Stack) -> int:
         state = "running" if row.pid else "down"
         memory = f"{row.memory / 2**20:.0f} MB" if row.pid else ""
         table.add_row(row.name, str(row.pid or ""), state, "yes" if row.ready else "no", row.address, memory)
-    # A pipe has no width of its own: nothing may be cut off there.
+    # A pipe has no width, and rich would cut the rows at 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0 if rows and all(row.ready for row in rows) else 1
 
@@ -120,7 +120,7 @@ def _run(arguments: argparse.Namespace, stack: Stack) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did what it says, 1 with the cause on stderr, 2 for a wrong command line."""
+    """Run one command. Return 0 on success, 1 with the cause on stderr, 2 for a wrong command line."""
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments, Stack(Layout.from_environment()))

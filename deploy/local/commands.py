@@ -1,4 +1,4 @@
-"""Running other people's installers: quiet when they work, whole when they do not.
+"""Runs installers: silently while they succeed, with the end of their output when they fail.
 
 Standard library only: `make setup` runs it on a bare python3.
 """
@@ -13,19 +13,19 @@ __all__ = ["SetupError", "run", "say"]
 
 
 class SetupError(Exception):
-    """Something could not be installed. The text is for the person at the terminal."""
+    """The installation of something failed. The text is for the person at the terminal."""
 
 
 def say(text: str) -> None:
-    """One line of progress on stderr."""
+    """Print one line of progress on stderr."""
     print(f"setup: {text}", file=sys.stderr, flush=True)
 
 
 def run(argv: Sequence[str | Path], *, tries: int = 1) -> str:
-    """The standard output of a command; blocks until it ends.
+    """Run a command and return its standard output. Blocks until it ends.
 
-    `tries` above 1 is for what fetches from a mirror: a mirror that stumbles is asked again after 1, 2, 4 s.
-    Raises SetupError with the tail of what the command said if the last try fails too, or if it is not there.
+    `tries` above 1 is for downloads: a failed try is repeated after 1, 2, 4 s, since mirrors fail at times.
+    Raises SetupError with the last lines of the output if the last try fails, or if the program is missing.
     """
     command = [str(part) for part in argv]
     for attempt in range(1, tries + 1):

@@ -1,4 +1,4 @@
-"""What the stack needs to know of one process: how to start it, when it is ready, how long it may take."""
+"""What the stack knows of one process: how to start it, when it is ready, how long it may take."""
 
 import urllib.error
 import urllib.request
@@ -9,15 +9,16 @@ __all__ = ["Component", "http_ok", "nothing"]
 
 
 def nothing() -> None:
-    """For a component that has nothing to prepare."""
+    """Do nothing: the `prepare` of a component that needs no preparation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One process. `prepare` runs before each start and clears what a kill left.
+    """How to run one process.
 
-    `is_ready` may take a second; `grace` is how many seconds SIGTERM is given, `patience` how many the start
-    may take.
+    `prepare` runs before each start and removes what a killed process left. `is_ready` may block for a
+    second. The stack waits `patience` seconds for a start, and `grace` seconds after SIGTERM before it sends
+    SIGKILL.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Component:
 
 
 def http_ok(address: str, path: str) -> bool:
-    """Whether `http://address/path` answers 200 within a second."""
+    """Return whether `http://address/path` answers 200 within a second."""
     try:
         with urllib.request.urlopen(f"http://{address}{path}", timeout=1) as response:
             return bool(response.status == 200)

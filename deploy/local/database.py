@@ -1,4 +1,4 @@
-"""The database server: MySQL (or MariaDB), durable, on loopback, reached by TCP only."""
+"""The database server: MySQL or MariaDB. It syncs each commit, and listens on loopback by TCP only."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ FLAGS = (
     "--character-set-server=utf8mb4",
     "--collation-server=utf8mb4_general_ci",
     "--max-connections=400",
-    # MariaDB's default; MySQL's is four times as much.
+    # MariaDB's default. MySQL's is four times as large.
     "--max-allowed-packet=16M",
 )
 KIND_FLAGS = {
@@ -45,7 +45,7 @@ KIND_FLAGS = {
 
 
 def _first_statements(password: str) -> str:
-    """What the server runs at each start, before it listens: the database, its user, and root locked out."""
+    """Return what the server runs at each start before it listens: it makes the database, locks root out."""
     return "\n".join(
         (
             "CREATE DATABASE IF NOT EXISTS postroad CHARACTER SET utf8mb4;",
@@ -67,13 +67,14 @@ def _prepare(server: Server, data: Path, statements: Path, password: str) -> Non
         shutil.copytree(template / "data", partial, dirs_exist_ok=True, symlinks=True)
         partial.rename(data)
     write_whole(statements, _first_statements(password))
-    # A killed server leaves its socket and a lock with its number, which may be another's by now.
+    # A killed server leaves its socket, and its process id in a lock. Another process may have that id by
+    # now.
     for left in ("sock", "sock.lock", "pid"):
         (data / f"server.{left}").unlink(missing_ok=True)
 
 
 def database_component(layout: Layout, state: StackState) -> Component:
-    """The database server. Raises SetupError when it is not installed."""
+    """Return the component of the database server. Raises SetupError when it is not installed."""
     server = find_server(state.database)
     if server is None:
         raise SetupError(f"{state.database} is not installed: run `make setup`")
@@ -98,7 +99,7 @@ def database_component(layout: Layout, state: StackState) -> Component:
             *KIND_FLAGS[server.kind],
             *(["--user=root"] if os.geteuid() == 0 else []),
             f"--datadir={data}",
-            # Relative to the data directory: the path of a socket may have 107 bytes only.
+            # Relative to the data directory, since the path of a socket has at most 107 bytes.
             "--socket=server.sock",
             "--pid-file=server.pid",
             f"--port={port}",

@@ -1,4 +1,4 @@
-"""Which database server this machine runs: mysqld of the PATH, MySQL fetched from Debian, or MariaDB.
+"""Finds the database server: mysqld on the PATH, MySQL out of Debian's packages, or MariaDB.
 
 Standard library only: `make setup` runs it on a bare python3.
 """
@@ -18,16 +18,16 @@ __all__ = ["MARIADB", "Server", "find_server", "make_server", "make_template", "
 
 SUITE = "sid"
 PACKAGES = ("mysql-server-core",)
-# Bump when what is kept of the packages changes.
+# Raise the number when `_fetch_tree` keeps other files.
 RECIPE = f"1 {SUITE} {' '.join(PACKAGES)}".encode()
 OLDEST = (8, 4)
-# The second holds a program that the first one's installer calls.
+# The installer in the first package calls a program of the second one.
 MARIADB = ("mariadb-server-core", "mariadb-client-core")
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """How to start a database server: `argv` with its directories; `kind` is `mysql` or `mariadb`."""
+    """How to start a database server. `kind` is `mysql` or `mariadb`; `identity` changes with the version."""
 
     kind: str
     argv: tuple[str, ...]
@@ -35,7 +35,7 @@ class Server:
 
 
 def wanted_kind() -> str:
-    """`POSTROAD_LOCAL_DB`: `mysql` (default) or `mariadb`. Raises SetupError for another value."""
+    """Return POSTROAD_LOCAL_DB: `mysql` (default) or `mariadb`. Raises SetupError for another value."""
     kind = os.environ.get("POSTROAD_LOCAL_DB") or "mysql"
     if kind not in {"mysql", "mariadb"}:
         raise SetupError(f"POSTROAD_LOCAL_DB is {kind!r}: it may be mysql or mariadb")
@@ -47,19 +47,19 @@ def _on_path(name: str) -> str | None:
 
 
 def _path_mysqld() -> Server | None:
-    """mysqld of the PATH when it is MySQL 8.4 or later."""
+    """Return mysqld of the PATH when it is MySQL 8.4 or later."""
     mysqld = _on_path("mysqld")
     if not mysqld:
         return None
-    said = run([mysqld, "--no-defaults", "--version"])
-    version = re.search(r"Ver (\d+)\.(\d+)", said)
-    if "MariaDB" in said or not version or (int(version[1]), int(version[2])) < OLDEST:
+    output = run([mysqld, "--no-defaults", "--version"])
+    version = re.search(r"Ver (\d+)\.(\d+)", output)
+    if "MariaDB" in output or not version or (int(version[1]), int(version[2])) < OLDEST:
         return None
-    return Server("mysql", (mysqld, "--no-defaults"), f"{mysqld} {said.strip()}")
+    return Server("mysql", (mysqld, "--no-defaults"), f"{mysqld} {output.strip()}")
 
 
 def _tree_server(tree: Path) -> Server:
-    """The server of a fetched tree, started through that tree's own loader and C library."""
+    """Return the server of a fetched tree. It starts through the loader and the C library of that tree."""
     library = next(tree.glob("usr/lib/*-linux-gnu*"))
     loader = next(library.glob("ld-linux-*.so.*"))
     share = tree / "usr/share/mysql"
@@ -72,7 +72,7 @@ def _tree_server(tree: Path) -> Server:
 
 
 def find_server(kind: str) -> Server | None:
-    """The server of that kind which is here already, or None. Quick."""
+    """Return the installed server of that kind, or None. Takes some milliseconds."""
     if kind == "mariadb":
         mariadbd, helper = _on_path("mariadbd"), _on_path("my_print_defaults")
         return Server("mariadb", (mariadbd, "--no-defaults"), mariadbd) if mariadbd and helper else None
@@ -83,7 +83,7 @@ def find_server(kind: str) -> Server | None:
 
 
 def _fetch_tree(target: Path) -> None:
-    """MySQL out of Debian's packages: the server, its libraries and messages, a third of what they hold."""
+    """Fetch MySQL's packages and keep a third of them: the server, its libraries and its messages."""
     with tempfile.TemporaryDirectory(prefix=".apt-", dir=cache_root()) as scratch:
         unpacked = Path(scratch) / "tree"
         fetch_packages(PACKAGES, SUITE, unpacked, Path(scratch))
@@ -101,7 +101,7 @@ def _fetch_tree(target: Path) -> None:
 
 
 def make_server(kind: str) -> Server:
-    """The server of that kind, installed if it is not here. Raises SetupError."""
+    """Return the server of that kind, and install it if it is missing. Raises SetupError."""
     if server := find_server(kind):
         return server
     if kind == "mariadb":
@@ -123,16 +123,16 @@ def _template_recipe(server: Server) -> bytes:
 
 
 def template_path(server: Server) -> Path:
-    """Where the empty, initialised data directory of `server` stands."""
+    """Return the path of the initialised, empty data directory of `server`."""
     return entry_path(f"{server.kind}-data", _template_recipe(server))
 
 
 def make_template(server: Server) -> Path:
-    """An initialised data directory to copy for each new stack: 0.2 s instead of 2-6 s. Raises SetupError."""
+    """Make the data directory that each new stack copies: 0.2 s instead of 2-6 s. Raises SetupError."""
 
     def build(target: Path) -> None:
         data = target / "data"
-        # Both refuse to run as root unless told to.
+        # Both servers run as root only with this flag.
         user = ["--user=root"] if os.geteuid() == 0 else []
         if server.kind == "mariadb":
             install = _on_path("mariadb-install-db")

@@ -1,4 +1,4 @@
-"""Debian: the packages this project needs, and a private apt root for what the release is too old for.
+"""Debian packages: installed by apt, or unpacked by an apt of their own where the release is too old.
 
 Standard library only: `make setup` runs it on a bare python3.
 """
@@ -28,19 +28,19 @@ def _os_release() -> dict[str, str]:
 
 
 def is_debian() -> bool:
-    """Whether packages come by apt here: Debian or a system that says it is like it."""
+    """Return whether this is Debian, or a system that calls itself like it and has apt."""
     release = _os_release()
     family = (release.get("ID", ""), *release.get("ID_LIKE", "").split())
     return "debian" in family and shutil.which("apt-get") is not None
 
 
 def has_debian_mirror() -> bool:
-    """Whether this machine's mirror has Debian's own suites; that of a kin, such as Ubuntu, has not."""
+    """Return whether the mirror has Debian's own suites. Those of relatives such as Ubuntu have not."""
     return is_debian() and _os_release().get("ID") == "debian"
 
 
 def install_packages(names: Iterable[str]) -> None:
-    """`apt-get install` what is named, through sudo when this user is not root. Raises SetupError."""
+    """Install packages by apt, through sudo when this user is not root. Raises SetupError."""
     wanted = list(names)
     if not is_debian():
         raise SetupError(f"not Debian: please install what these Debian packages hold: {', '.join(wanted)}")
@@ -55,7 +55,7 @@ def install_packages(names: Iterable[str]) -> None:
 
 
 def preseed(answer: str) -> None:
-    """Answer a question that a package would ask while it is installed (debconf). Needs root."""
+    """Answer a question that a package would ask during its installation (debconf). Needs root."""
     with tempfile.NamedTemporaryFile("w", suffix=".debconf") as file:
         file.write(f"{answer}\n")
         file.flush()
@@ -63,7 +63,7 @@ def preseed(answer: str) -> None:
 
 
 def _entries(text: str, name: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(uri, suites, components) of an apt source file, either style (sources.list(5))."""
+    """Yield (uri, suites, components) of an apt source file in either style (sources.list(5))."""
     if name.endswith(".sources"):
         for stanza in re.split(r"\n\s*\n", text):
             field: dict[str, list[str]] = {}
@@ -86,7 +86,7 @@ def _entries(text: str, name: str) -> Iterator[tuple[str, list[str], list[str]]]
 
 
 def mirror(root: Path = Path("/etc/apt")) -> str:
-    """The mirror that this machine takes its own release from. Raises SetupError when none is found."""
+    """Return the mirror of this machine's own release. Raises SetupError when there is none."""
     suites = {_os_release().get("VERSION_CODENAME", ""), "stable", "testing", "unstable", "sid"} - {""}
     files = [root / "sources.list", *sorted(root.glob("sources.list.d/*"))]
     for file in files:
@@ -98,10 +98,10 @@ def mirror(root: Path = Path("/etc/apt")) -> str:
 
 
 def fetch_packages(names: Iterable[str], suite: str, target: Path, scratch: Path) -> None:
-    """Unpack packages of `suite` and all they depend on into `target`, as any user, installing nothing.
+    """Unpack packages of `suite` with all their dependencies into `target`. Installs nothing; needs no root.
 
-    An apt of its own under `scratch`: empty dpkg status, so every dependency is fetched, libc included, and
-    signatures checked against Debian's keyring. Raises SetupError.
+    apt works under `scratch` with an empty dpkg status, so it fetches every dependency, libc included. It
+    checks the signatures against Debian's keyring. Raises SetupError.
     """
     if not KEYRING.exists():
         raise SetupError(f"{KEYRING} is missing (package debian-archive-keyring)")
@@ -121,7 +121,7 @@ def fetch_packages(names: Iterable[str], suite: str, target: Path, scratch: Path
         "Dir::Etc::preferencesparts=-",
         "APT::Sandbox::User=",
         "Acquire::Languages=none",
-        # A mirror may be frozen at a date; its signatures still hold.
+        # The signatures of a mirror that is frozen at a date are still good.
         "Acquire::Check-Valid-Until=false",
     ]
     apt = ["apt-get", *(part for option in options for part in ("-o", option))]

@@ -1,7 +1,7 @@
 """`make demo`: bring the stack up, send mails that end in every way, and watch them settle.
 
-`DEMO_TASKS=n` sends n instead of a dozen. Ends with 0 when every task ended as it must and the catcher's
-journal agrees, with 1 when not. The stack stays up.
+`DEMO_TASKS=n` sends n mails instead of a dozen. The demo exits with 0 when every task ended as it must and
+the catcher's journal agrees, with 1 otherwise. The stack stays up.
 """
 
 import json
@@ -31,7 +31,7 @@ __all__ = ["main"]
 CALLERS = 64
 LOOK = 0.25
 PATIENCE = 60.0
-# What even a busy desk carries.
+# Mails a second that even a busy machine sends.
 SLOWEST_RATE = 50
 SETTLED = {"completed", "failed", "uncertain", "cancelled"}
 ROWS_SHOWN = 24
@@ -41,7 +41,7 @@ Tasks = dict[str, task_pb2.Task]
 
 
 class Demo:
-    """One run against the stack that is up."""
+    """One run of the demo on a stack that is up."""
 
     def __init__(self, stack: Stack, count: int) -> None:
         env = stack_environment(stack.state)
@@ -56,7 +56,7 @@ class Demo:
         self._plan = list(plan(self.run, count))
 
     def create(self) -> None:
-        """Send all of the plan."""
+        """Create a task for each mail of the plan. Blocks; raises grpc.RpcError."""
 
         def create(sent: DemoMail) -> str:
             data = task_service_pb2.TaskData(
@@ -72,7 +72,7 @@ class Demo:
             self.sent = dict(zip(pool.map(create, self._plan), self._plan, strict=True))
 
     def tasks(self) -> Tasks:
-        """All tasks of this run as the List RPC tells them, oldest first."""
+        """Return all tasks of this run from the List RPC, oldest first."""
         found: list[task_pb2.Task] = []
         token = ""
         while True:
@@ -86,7 +86,7 @@ class Demo:
                 return {task.id: task for task in reversed(found)}
 
     def watch(self) -> Iterator[Tasks]:
-        """The tasks again and again, until all are settled or the patience is over."""
+        """Yield the tasks again and again, until all are settled or the time is over."""
         deadline = time.monotonic() + PATIENCE + len(self.sent) / SLOWEST_RATE
         while True:
             tasks = self.tasks()
@@ -98,7 +98,7 @@ class Demo:
             time.sleep(LOOK)
 
     def mistakes(self, tasks: Tasks) -> list[str]:
-        """What did not end as it must, in words."""
+        """Return a line for each task that did not end as it must."""
         wrong = []
         for task_id, sent in self.sent.items():
             case, task = sent.case, tasks.get(task_id)
@@ -109,7 +109,7 @@ class Demo:
         return wrong + self._mistakes_in_mail(tasks)
 
     def _mistakes_in_mail(self, tasks: Tasks) -> list[str]:
-        """Message-IDs that the catcher took more or less often than their tasks tell."""
+        """Return a line for each Message-ID that the catcher took more or less often than expected."""
         entries = map(json.loads, self._journal.read_text().splitlines())
         taken = Counter(entry["message_id"] for entry in entries if self.run in entry["rcpt"])
         right: Counter[str] = Counter()
@@ -123,7 +123,7 @@ class Demo:
 
 
 def _table(demo: Demo, tasks: Tasks) -> Table:
-    """One row a task, or one a case when there are many."""
+    """Return a table with a row for each task, or for each case when there are many tasks."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     if len(demo.sent) <= ROWS_SHOWN:
         for column in ("case", "recipient", "status", "reason", "last reply"):
@@ -146,20 +146,20 @@ def _table(demo: Demo, tasks: Tasks) -> Table:
 
 
 def _show(demo: Demo, console: Console) -> Tasks:
-    """Watch until all is settled: a live table on a terminal, a line for each change elsewhere."""
+    """Watch until all tasks are settled: a live table on a terminal, a line for each change elsewhere."""
     tasks: Tasks = {}
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             for tasks in demo.watch():
                 live.update(_table(demo, tasks), refresh=True)
         return tasks
-    said: dict[str, str] = {}
+    shown: dict[str, str] = {}
     for tasks in demo.watch():
         for task_id, task in tasks.items():
-            told = f"{task.status} {task.reason}".strip()
-            if said.get(task_id) != told and len(demo.sent) <= ROWS_SHOWN:
-                print(f"{demo.sent[task_id].case.text:32} {task.email:50} {told}", flush=True)
-            said[task_id] = told
+            state = f"{task.status} {task.reason}".strip()
+            if shown.get(task_id) != state and len(demo.sent) <= ROWS_SHOWN:
+                print(f"{demo.sent[task_id].case.text:32} {task.email:50} {state}", flush=True)
+            shown[task_id] = state
     console.print(_table(demo, tasks))
     return tasks
 
@@ -180,14 +180,14 @@ The API is at {demo.address}; settings: {stack.layout.env}; mail: {stack.layout.
 
 
 def _replacements(stack: Stack) -> str:
-    """The variables that stand for another mail server or DNS, be they set now or since `up`."""
+    """Return the variables that name another mail server or DNS, set now or since `up`."""
     given = merged(stack.state, os.environ)
     return ", ".join(name for server in ("catcher", "dns") for name in REPLACED_BY[server] if given.get(name))
 
 
 def main() -> int:
-    """Run the demo; 0 when all ended as it must."""
-    # A pipe has no width of its own: nothing may be cut off there.
+    """Run the demo. Return 0 when every task ended as it must."""
+    # A pipe has no width, and rich would cut the rows at 80 columns.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     count = int(os.environ.get("DEMO_TASKS") or len(CASES))
     stack = Stack(Layout.from_environment())
@@ -200,7 +200,7 @@ def main() -> int:
         )
         return 1
     try:
-        console.print("Bringing up Kafka, MySQL, DNS, a mail server and the four services ...")
+        console.print("Bringing up Kafka, MySQL, DNS, a mail server and the services ...")
         stack.up({}, None)
     except (StackError, SetupError) as error:
         print(f"demo: {error}", file=sys.stderr)

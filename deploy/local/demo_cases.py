@@ -1,4 +1,4 @@
-"""What the demo sends, and how each of it must end: pure."""
+"""The mails that the demo sends, and how the task of each must end. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ __all__ = ["CASES", "Case", "DemoMail", "plan"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to end. `address` has a place for a tag; `copies` is how often the mail reaches the catcher."""
+    """One way for a task to end. `address` holds `{tag}`; the catcher takes the mail `copies` times."""
 
     text: str
     address: str
@@ -19,7 +19,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class DemoMail:
-    """One mail of the demo: the case that it plays, and its recipient."""
+    """One mail of the demo: its case and its recipient."""
 
     case: Case
     address: str
@@ -42,7 +42,7 @@ CASES = (
 
 
 def plan(run: str, count: int) -> Iterator[DemoMail]:
-    """`count` mails that play the cases in turn; `run` keeps their addresses apart from other runs'."""
+    """Yield `count` mails of the cases in turn. `run` makes their addresses unlike those of other runs."""
     for number in range(count):
         case = CASES[number % len(CASES)]
         yield DemoMail(case, case.address.format(tag=f"{run}{number // len(CASES)}"))

@@ -1,14 +1,14 @@
-"""`python3 -m deploy.local.dns`: an authoritative name server for zone.py's world, UDP and TCP, on one port.
+"""`python3 -m deploy.local.dns`: an authoritative name server for the names of zone.py, by UDP and TCP.
 
-The control file, read again when it changes, makes names misbehave while the stack runs:
+The control file makes names misbehave while the stack runs. The server reads it again when it changes:
 
     {"names": {"good.test": "servfail", "*": "delay-300"}}
 
 A value is a label of zone.py's table of misbehaviours (`servfail`, `refused`, `timeout`, `nxdomain`,
-`truncated`, `delay-N`, `flaky-N`); `*` is for every name. Each change also starts the counts of the `flaky`
-names anew.
+`truncated`, `delay-N`, `flaky-N`); `*` is for every name. Each change also resets the counts of the `flaky`
+names.
 
-With `--forward` it answers for `.test` alone and asks the machine's resolver for all other names.
+With `--forward` the server answers for `.test` only, and asks the machine's resolver for all other names.
 """
 
 import argparse
@@ -39,19 +39,19 @@ TTL = 60
 SOA = f"ns.post.test. hostmaster.post.test. 1 3600 600 86400 {TTL}"
 APEX = dns.name.from_text("test.")
 MAX_CNAMES = 8
-MOST_READY = 50_000
+MOST_CACHED = 50_000
 
 
 class NameServer:
-    """Answers questions, well or as badly as told. `control` is the path of the control file."""
+    """Answers questions, rightly or as the control file orders. `control` is the path of that file."""
 
     def __init__(self, control: Path | None) -> None:
         self._control = control
         self._stamp = 0
-        self._told: dict[str, Misbehaviour] = {}
+        self._ordered: dict[str, Misbehaviour] = {}
         self._asked: Counter[str] = Counter()
-        # Question without its id -> answer without it: a question seen before costs two microseconds.
-        self._ready: dict[bytes, bytes] = {}
+        # By question, both without their ids: to answer a known question costs two microseconds.
+        self._cache: dict[bytes, bytes] = {}
 
     def _read_control(self) -> None:
         if self._control is None:
@@ -64,23 +64,23 @@ class NameServer:
             return
         try:
             names = json.loads(self._control.read_text()).get("names", {}) if stamp else {}
-            told = {}
+            ordered = {}
             for name, label in names.items():
                 if (meant := misbehaviour(label)) is None:
                     raise ValueError(f"unknown misbehaviour {label!r}")
-                told[name.lower().rstrip(".")] = meant
+                ordered[name.lower().rstrip(".")] = meant
         except (ValueError, AttributeError) as error:
-            # Half-written or wrong: what was told before holds; a whole file has another time stamp.
+            # The file is half-written or wrong. The old orders hold until its time stamp changes again.
             print(f"{self._control}: {error}", flush=True)
             self._stamp = stamp
             return
-        self._stamp, self._told = stamp, told
+        self._stamp, self._ordered = stamp, ordered
         self._asked.clear()
-        self._ready.clear()
+        self._cache.clear()
 
     def _misbehaviour(self, name: dns.name.Name) -> Misbehaviour | None:
         text = name.to_text(omit_final_dot=True)
-        meant = self._told.get(text) or self._told.get("*")
+        meant = self._ordered.get(text) or self._ordered.get("*")
         if meant is None and len(name.labels) > 2:
             meant = misbehaviour(name.labels[-3].decode("ascii", "replace"))
         if meant is None or not meant.first:
@@ -89,10 +89,10 @@ class NameServer:
         return meant if self._asked[text] <= meant.first else None
 
     def answer(self, question: bytes, *, tcp: bool) -> tuple[bytes | None, float]:
-        """The answer to one message and the seconds to wait before it; None for silence."""
+        """Return the answer to a message, None for no answer, and the seconds to wait before it is sent."""
         self._read_control()
-        if ready := self._ready.get(question[2:]):
-            return question[:2] + ready, 0
+        if cached := self._cache.get(question[2:]):
+            return question[:2] + cached, 0
         try:
             query = dns.message.from_wire(question, ignore_trailing=True)
         except dns.exception.DNSException:
@@ -120,19 +120,19 @@ class NameServer:
             _fill(reply, name, query.question[0].rdtype)
         wire = reply.to_wire()
         if meant is None and not self._asked[name.to_text(omit_final_dot=True)]:
-            if len(self._ready) > MOST_READY:
-                self._ready.clear()
-            self._ready[question[2:]] = wire[2:]
+            if len(self._cache) > MOST_CACHED:
+                self._cache.clear()
+            self._cache[question[2:]] = wire[2:]
         return wire, meant.milliseconds / 1000 if meant else 0
 
 
 def _add_soa(reply: dns.message.Message) -> None:
-    """Who says so and for how long: what makes a negative answer cacheable (RFC 2308)."""
+    """Add the SOA record, which makes a negative answer cacheable (RFC 2308)."""
     reply.authority.append(dns.rrset.from_text(APEX, TTL, "IN", "SOA", SOA))
 
 
 def _fill(reply: dns.message.Message, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> None:
-    """Answer as an authoritative server does, following aliases within this world."""
+    """Answer as an authoritative server does, and follow aliases within the zone."""
     wanted = dns.rdatatype.to_text(kind)
     for _ in range(MAX_CNAMES):
         found = records(name)
@@ -181,7 +181,7 @@ async def _tcp(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """One connection: messages with their length in front (RFC 1035, 4.2.2)."""
+    """Serve one connection. Each message has its length in front (RFC 1035, 4.2.2)."""
     try:
         while True:
             (length,) = struct.unpack("!H", await reader.readexactly(2))
@@ -205,7 +205,7 @@ async def _tcp(
 async def serve(host: str, port: int, control: Path | None, forwarder: Forwarder | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError when the port is taken.
 
-    `forwarder` answers for the names outside `test.`; without one, this world's table does.
+    `forwarder` answers for the names outside `test.`; without one, zone.py answers for all names.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -222,7 +222,7 @@ async def serve(host: str, port: int, control: Path | None, forwarder: Forwarder
 
 
 def main() -> None:
-    """The command line: `--listen HOST:PORT`, `--control FILE`, `--forward`, `--table`."""
+    """Run by the command line: `--listen HOST:PORT`, `--control FILE`, `--forward`, `--table`."""
     parser = argparse.ArgumentParser(prog="python3 -m deploy.local.dns", description="The local name server.")
     parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
     parser.add_argument("--control", type=Path, metavar="FILE")

@@ -1,8 +1,8 @@
-"""`stack.env`: what clients and services of the stack are told. What the user set wins.
+"""`stack.env`: the settings of the stack's clients and services. A variable of the user's wins.
 
-A variable that is set when the stack is brought up stands for something of the user's own (a relay, a
-resolver, a broker), which then is not started here. It is remembered until `down`, so that a later `scale` or
-`start` from another terminal gives its process the same settings as the others have.
+Such a variable may name a server of the user's own (a relay, a resolver, a broker), which the stack then does
+not start. The stack remembers it until `down`. So `scale` or `start` from another terminal gives a new
+process the same settings as the others have.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ __all__ = [
     "stack_environment",
 ]
 
-# Which process is not started when one of these is set.
+# The stack does not start the process when one of these variables is set.
 REPLACED_BY = {
     "kafka": ("POSTROAD_KAFKA_BOOTSTRAP",),
     "mysql": ("POSTROAD_DATABASE_URL",),
@@ -32,13 +32,13 @@ REPLACED_BY = {
     "catcher": ("EMAIL_HOST", "EMAIL_PORT"),
     "api": ("POSTROAD_API",),
 }
-# Each process' own, or this package's: never taken over from outside.
+# Each process gets its own value from the stack, so these are never taken from the environment.
 PRIVATE = {"POSTROAD_LISTEN", "POSTROAD_REPLICA"}
-# Where the `postroad` command of the user's own finds an installation: not what this stack is made of.
+# They tell the user's `postroad` command where an installation is; they are no settings of the stack.
 OPERATORS = {"POSTROAD_CONFIG", "POSTROAD_PROFILE", "POSTROAD_ENV_FILE", "POSTROAD_TOKEN", "POSTROAD_TLS"}
 PRIVATE_PREFIXES = ("POSTROAD_HTTP_", "POSTROAD_LOCAL_", "POSTROAD_TEST_")
 PREFIXES = ("POSTROAD_", "EMAIL_")
-# How the settings begin that one service alone reads; any other setting concerns all services.
+# The prefixes of the settings that only one service reads. Any other setting concerns all services.
 SERVES_ONE = {
     "api": (
         "POSTROAD_API_TOKENS",
@@ -48,21 +48,21 @@ SERVES_ONE = {
     ),
     **{name: stage.settings for name, stage in STAGES.items()},
 }
-# The topics' alone: `postroad topics apply` reads them, no service does.
+# Only `postroad topics apply` reads these; no service does.
 TOPICS = ("POSTROAD_PARTITIONS", "POSTROAD_REPLICATION")
 LOOPBACK = "127.0.0.1"
-# On a desk nobody waits four hours for a second attempt.
+# Whoever tries the stack out does not wait hours for a second attempt.
 SENDER_DELAYS = "2,5,30,120"
 VALIDATOR_DELAYS = "1,2,4"
 
 
 def replaced(state: StackState, process: str) -> bool:
-    """Whether the user brought this one along (`kafka`, `mysql`, `dns`, `catcher` or `api`)."""
+    """Return whether the user has this server elsewhere (`kafka`, `mysql`, `dns`, `catcher` or `api`)."""
     return any(state.given.get(variable) for variable in REPLACED_BY[process])
 
 
 def concerned(variable: str) -> tuple[str, ...]:
-    """The services that must be started anew when this setting changes."""
+    """Return the services that must restart when this setting changes."""
     if variable in TOPICS:
         return ()
     for service, starts in SERVES_ONE.items():
@@ -72,7 +72,7 @@ def concerned(variable: str) -> tuple[str, ...]:
 
 
 def foreign_free(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` without settings: the processes of a stack get them from its state, all the same ones."""
+    """Return `environ` without settings: the processes of a stack get the same ones, from its state."""
     return {
         name: value
         for name, value in environ.items()
@@ -81,7 +81,7 @@ def foreign_free(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _own(state: StackState) -> dict[str, str]:
-    """What the stack would say if nothing were given."""
+    """Return the settings of the stack without the user's variables."""
     database = (
         f"mysql+mysqlconnector://postroad:{state.password}@{LOOPBACK}:{state.port('mysql', 'sql')}/postroad"
         "?charset=utf8mb4&collation=utf8mb4_general_ci"
@@ -108,9 +108,9 @@ def _own(state: StackState) -> dict[str, str]:
 
 
 def given_variables(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of `environ` that speak for the user: not empty, not private, not this stack's own words.
+    """Return the variables of `environ` that the user set: not empty, not private, not the stack's own value.
 
-    The last matters to whoever runs `up` in a shell that has read stack.env.
+    The last rule is for a shell that has read stack.env.
     """
     own = _own(dataclasses.replace(state, given={}))
     return {
@@ -125,9 +125,9 @@ def given_variables(state: StackState, environ: Mapping[str, str]) -> dict[str, 
 
 
 def merged(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
-    """What was given so far, and what `environ` gives now.
+    """Return the variables given so far, with those that `environ` gives now.
 
-    Where `environ` has the value that is the stack's own, that ends what was given.
+    A variable that `environ` sets to the stack's own value is no longer given.
     """
     own = _own(dataclasses.replace(state, given={}))
     kept = {name: value for name, value in state.given.items() if environ.get(name) != own.get(name, "")}
@@ -135,7 +135,7 @@ def merged(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def stack_environment(state: StackState) -> dict[str, str]:
-    """The content of stack.env: the stack's own words, what was given, and where each replica's health is."""
+    """Return the content of stack.env: the stack's settings, the given ones, each replica's HTTP address."""
     health = {
         f"POSTROAD_HTTP_{name.upper().replace('-', '_')}": f"{LOOPBACK}:{state.port(name, 'http')}"
         for name in state.service_names()
@@ -144,7 +144,7 @@ def stack_environment(state: StackState) -> dict[str, str]:
 
 
 def service_environment(state: StackState, name: str) -> dict[str, str]:
-    """What the replica `name` gets on top of the command's own environment."""
+    """Return the variables that the replica `name` gets besides the command's own environment."""
     listen = {"POSTROAD_LISTEN": f"{LOOPBACK}:{state.port(name, 'grpc')}"} if name.startswith("api-") else {}
     return {
         **stack_environment(state),

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Writes files in one step: beside their place first, then renamed."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ __all__ = ["write_whole"]
 
 
 def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace `path` by `text` in one step: a reader or a crash sees the old or the new, never a part."""
+    """Replace the content of `path` in one step: a reader sees the old or the new one, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

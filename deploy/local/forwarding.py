@@ -1,4 +1,4 @@
-"""Questions that the local name server does not answer itself: they go to the resolver of the machine."""
+"""Forwards the questions for other names than `.test` to the machine's resolver."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ import dns.resolver
 __all__ = ["Forwarder", "system_resolvers"]
 
 OWN = dns.name.from_text("test.")
-"""What this name server answers for; every other name is forwarded."""
-# A resolver that is silent leaves time for the next one: clients wait some 5 s.
+"""The names that this server answers for itself."""
+# Clients wait some 5 s, which must leave time for a second resolver.
 SECONDS = 2.0
 LARGEST = 65_535
 
 
 def system_resolvers() -> list[tuple[str, int]]:
-    """The (address, port) pairs of /etc/resolv.conf; empty when it names none."""
+    """Return the (address, port) pairs of /etc/resolv.conf; empty when it names none."""
     try:
         return [(str(server), 53) for server in dns.resolver.Resolver().nameservers]
     except dns.resolver.NoResolverConfiguration:
@@ -28,13 +28,13 @@ def system_resolvers() -> list[tuple[str, int]]:
 
 
 class Forwarder:
-    """Asks `resolvers`, (address, port) pairs, one after the other, each for `seconds`."""
+    """Asks `resolvers`, (address, port) pairs, one after the other. Each has `seconds` to answer."""
 
     def __init__(self, resolvers: Sequence[tuple[str, int]], seconds: float = SECONDS) -> None:
         self._resolvers, self._seconds = resolvers, seconds
 
     def takes(self, question: bytes) -> bool:
-        """Whether this message asks for a name outside `test.`."""
+        """Return whether this message asks for a name outside `test.`."""
         try:
             query = dns.message.from_wire(question, question_only=True, ignore_trailing=True)
         except dns.exception.DNSException:
@@ -42,7 +42,7 @@ class Forwarder:
         return len(query.question) == 1 and not query.question[0].name.is_subdomain(OWN)
 
     async def answer(self, question: bytes, *, tcp: bool) -> bytes:
-        """The first answer that a resolver gives, SERVFAIL when none does in time; for what `takes` takes."""
+        """Return the first answer of a resolver, or SERVFAIL when none answers in time."""
         query = dns.message.from_wire(question, ignore_trailing=True)
         ask = dns.asyncquery.tcp if tcp else dns.asyncquery.udp
         for address, port in self._resolvers:

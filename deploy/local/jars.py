@@ -1,4 +1,4 @@
-"""Apache Kafka's jars, brought by Maven into the cache.
+"""Apache Kafka's jars, which Maven fetches into the cache.
 
 Standard library only: `make setup` runs it on a bare python3.
 """
@@ -14,12 +14,12 @@ POM = Path(__file__).parent / "kafka" / "pom.xml"
 
 
 def jars_path() -> Path:
-    """The directory of jars that pom.xml names, whether or not it is there."""
+    """Return the directory of the jars that pom.xml names, whether or not it exists."""
     return entry_path("kafka", POM.read_bytes())
 
 
 def make_jars() -> Path:
-    """The directory of jars, fetched if it is not there (44 MB, 4-7 s). Raises SetupError."""
+    """Return the directory of the jars; fetch them if it does not exist (44 MB, 4-7 s). Raises SetupError."""
 
     def build(target: Path) -> None:
         run(

@@ -1,4 +1,4 @@
-"""How Kafka's programs are started, and an archive of their classes that halves what a start costs.
+"""Starts Kafka's programs, and makes the archive of their classes that halves the cost of a start.
 
 Standard library only: `make setup` runs it on a bare python3.
 """
@@ -30,12 +30,12 @@ def _recipe() -> bytes:
 
 
 def archive_path() -> Path:
-    """Where the class archive stands, whether or not it is there."""
+    """Return the path of the class archive, whether or not it exists."""
     return entry_path("kafka-classes", _recipe())
 
 
 def java(heap: str, *options: str) -> list[str]:
-    """The start of a command line that runs a class of Kafka's with at most `heap` (such as `512m`)."""
+    """Return the start of a command line that runs a class of Kafka's. `heap` is its limit (`512m`)."""
     archive = archive_path() / "kafka.jsa"
     shared = [f"-XX:SharedArchiveFile={archive}"] if archive.exists() else []
     return [
@@ -51,10 +51,9 @@ def storage_format(configuration: Path, cluster: str) -> None:
 
 
 def make_archive() -> Path:
-    """The class archive (AppCDS), made by running a broker once. Raises SetupError.
+    """Make the class archive (AppCDS): fetch the jars and run a broker once. Raises SetupError.
 
-    Fetches the jars first. A broker's start took 3.1 s of CPU without and 1.8 s with it. Java ignores an
-    archive that does not fit.
+    A broker's start took 3.1 s of CPU without and 1.8 s with it. Java ignores an archive that does not fit.
     """
 
     make_jars()

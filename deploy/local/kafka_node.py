@@ -1,4 +1,4 @@
-"""A Kafka node: broker and KRaft controller in one process, one or three of them."""
+"""A Kafka node: broker and KRaft controller in one process. A stack has one node or three."""
 
 import base64
 import socket
@@ -20,7 +20,7 @@ MAX_MESSAGE = 4 << 20
 
 
 def _properties(layout: Layout, state: StackState, name: str) -> dict[str, object]:
-    """server.properties. The group settings are DESIGN's: a killed member is replaced in 10 s, not in 45."""
+    """Return server.properties. With these group settings a killed member is replaced in 10 s, not in 45."""
     node = int(name.rpartition("-")[2])
     replicas = state.kafka_nodes
     in_sync = max(1, replicas - 1)
@@ -52,24 +52,24 @@ def _properties(layout: Layout, state: StackState, name: str) -> dict[str, objec
         "group.consumer.min.session.timeout.ms": 6000,
         "group.consumer.session.timeout.ms": 10000,
         "group.consumer.min.heartbeat.interval.ms": 1000,
-        # librdkafka gives a heartbeat up after one interval. At 1 s a slow broker's answer that brought
-        # partitions was lost so, and nobody read them until the group changed again.
+        # librdkafka drops the answer to a heartbeat after one interval. At 1 s it dropped a slow broker's
+        # answer that assigned partitions, and nobody read them until the next rebalance.
         "group.consumer.heartbeat.interval.ms": 2000,
         "group.consumer.assignment.interval.ms": 100,
         "group.min.session.timeout.ms": 6000,
         "num.network.threads": 2,
         "num.io.threads": 4,
         "log.cleaner.dedupe.buffer.size": 16 << 20,
-        # A node that comes back after a kill is refused until its old session is over. Where it led the
-        # controllers too, its partitions get new leaders only this long after a new controller is elected,
-        # which takes 3 s: with the default of 9 s no leader was there after 12.
+        # The controller refuses a killed node until the node's old session is over. If the node was the
+        # active controller too, its partitions get new leaders only this long after the election, which takes
+        # 3 s. With the default of 9 s there was no leader after 12.
         "broker.session.timeout.ms": 3000 if replicas == 1 else 4000,
         "broker.heartbeat.interval.ms": 1000,
     }
 
 
 def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
-    """The node `name` (`kafka-1` ...). Its data directory is formatted at the first start."""
+    """Return the component of the node `name` (`kafka-1` ...). Its first start formats the data directory."""
     node = int(name.rpartition("-")[2])
     address = f"{HOST}:{state.port(name, 'client')}"
     heap = "512m" if state.kafka_nodes == 1 else "384m"
@@ -84,13 +84,13 @@ def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
 
     def is_ready() -> bool:
         try:
-            # The client library would log each refused connection.
+            # A connection that is refused here is not logged by the client library.
             socket.create_connection((HOST, state.port(name, "client")), timeout=1).close()
             consumer = Consumer({"bootstrap.servers": address, "group.id": "postroad.ready", "log_level": 0})
             try:
                 brokers = consumer.list_topics(timeout=1).brokers
-                # The first question makes the offsets topic and waits until it is loaded: the first member
-                # of a group would else lose five seconds on it.
+                # This makes Kafka create and load the offsets topic. Otherwise the first member of a group
+                # waits five seconds for it.
                 consumer.committed([TopicPartition("none", 0)], timeout=2)
             finally:
                 consumer.close()
@@ -108,8 +108,8 @@ def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
 
 
 def _cluster_id(seed: str) -> str:
-    """A UUID in Kafka's text form (base64url without padding), the same for the three nodes of one stack.
+    """Return the cluster's UUID in Kafka's text form (base64url without padding), the same for all nodes.
 
-    It begins with `A`: one that began with `-` would look like an option.
+    It begins with `A`, since one that begins with `-` would look like an option.
     """
     return "A" + base64.urlsafe_b64encode(uuid.uuid5(uuid.NAMESPACE_URL, seed).bytes).decode()[1:22]

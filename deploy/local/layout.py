@@ -1,4 +1,4 @@
-"""Where a stack keeps what: everything lies under one directory, so several stacks stand side by side."""
+"""The paths of a stack. All are under one directory, so several stacks can run side by side."""
 
 import os
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ class Layout:
 
     @classmethod
     def from_environment(cls) -> "Layout":
-        """The stack that `POSTROAD_LOCAL_DIR` names, or this clone's own."""
+        """Return the layout of the stack that POSTROAD_LOCAL_DIR names, or of this clone's own."""
         return cls(Path(os.environ.get("POSTROAD_LOCAL_DIR") or ROOT / ".local").absolute())
 
     @property
     def lock(self) -> Path:
-        """Held by whichever command is changing the stack."""
+        """The file that a command locks while it changes the stack."""
         return self.root / "lock"
 
     @property
     def state(self) -> Path:
-        """What this package remembers: ports, replicas, the variables given at `up`."""
+        """The file that holds a StackState: ports, replicas, the variables given at `up`."""
         return self.root / "state.json"
 
     @property
@@ -37,26 +37,26 @@ class Layout:
 
     @property
     def mail(self) -> Path:
-        """The catcher's journal, its control file and the messages."""
+        """The directory of the catcher's journal, its control file and the messages."""
         return self.root / "mail"
 
     @property
     def dns(self) -> Path:
-        """The name server's control file."""
+        """The directory of the name server's control file."""
         return self.root / "dns"
 
     def data(self, name: str) -> Path:
-        """The data directory of one server."""
+        """Return the data directory of one server."""
         return self.root / "data" / name
 
     def pid(self, name: str) -> Path:
-        """The file that holds the process id of `name`."""
+        """Return the path of the file that holds the process id of `name`."""
         return self.root / "pids" / f"{name}.pid"
 
     def log(self, name: str) -> Path:
-        """What `name` wrote to stdout and stderr."""
+        """Return the path of the log of `name`: its stdout and stderr."""
         return self.root / "logs" / f"{name}.log"
 
     def names_in(self, directory: str, suffix: str) -> list[str]:
-        """The process names that have a file in `pids` or `logs`, sorted."""
+        """Return the process names that have a file with this suffix in this directory, sorted."""
         return sorted(path.name.removesuffix(suffix) for path in (self.root / directory).glob(f"*{suffix}"))

@@ -1,7 +1,7 @@
-"""Debian packages that only tests want: a second database, a second mail server, and the documents' tools.
+"""Debian packages that only tests need: a second database, a second mail server, and the documents' tools.
 
-Standard library only: `make test` runs it on a bare python3. Where they cannot be had, the tests that need
-them are skipped and say so.
+Standard library only: `make test` runs it on a bare python3. Without the packages, the tests that need them
+are skipped with that reason.
 """
 
 import os
@@ -12,7 +12,7 @@ from deploy.local.debian import install_packages, preseed
 
 __all__ = ["install_test_packages", "missing_test_packages"]
 
-# What proves that a package is there.
+# A file that exists when these packages are installed.
 EVERYONE = {
     "/usr/sbin/mariadbd": MARIADB,
     "/usr/bin/my_print_defaults": MARIADB,
@@ -20,19 +20,19 @@ EVERYONE = {
     "/usr/bin/jq": ("jq",),
     "/usr/bin/curl": ("curl",),
 }
-# The Postfix tests need root anyway; on anyone's desk no mail server is installed behind their back.
+# The Postfix tests need root anyway, and nobody gets a mail server installed unasked.
 ROOT = {"/usr/sbin/postfix": ("postfix",), "/usr/sbin/saslpasswd2": ("sasl2-bin", "libsasl2-modules")}
 
 
 def missing_test_packages() -> list[str]:
-    """The names of the packages that this user's tests want and that are not there."""
-    wanted = EVERYONE | (ROOT if os.geteuid() == 0 else {})
-    missing = (names for proof, names in wanted.items() if not Path(proof).exists())
+    """Return the missing packages that this user's tests need, sorted."""
+    needed = EVERYONE | (ROOT if os.geteuid() == 0 else {})
+    missing = (names for proof, names in needed.items() if not Path(proof).exists())
     return sorted({name for names in missing for name in names})
 
 
 def install_test_packages() -> None:
-    """Install them; nothing of theirs is started. Raises SetupError."""
+    """Install the missing packages. It starts none of their servers. Raises SetupError."""
     names = missing_test_packages()
     if "postfix" in names:
         preseed("postfix postfix/main_mailer_type select No configuration")

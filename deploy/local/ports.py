@@ -1,8 +1,8 @@
-"""Free ports that stay free: chosen below the range that the kernel hands to outgoing connections.
+"""Chooses ports below the range from which the kernel takes the ports of outgoing connections.
 
-A server that is killed and started again needs its port back; out of the ephemeral range any client might
-have been given it meanwhile. What was chosen lately is noted in the cache: between the choice and the moment
-that a server listens, seconds pass in which another stack of this user must not choose it too.
+A killed server needs its port again when it restarts. The kernel may give a port of the ephemeral range to a
+client meanwhile. The cache notes the ports that were chosen lately. A server needs seconds until it listens,
+and another stack of this user must not choose its port in that time.
 
 Standard library only: `make setup` uses it on a bare python3.
 """
@@ -22,12 +22,12 @@ __all__ = ["HOST", "claim", "free_port", "is_free", "release"]
 
 HOST = "127.0.0.1"
 LOWEST = 15_000
-# Longer than any server takes from the choice of its port to listening on it.
+# No server needs longer from the choice of its port until it listens.
 NOTED_SECONDS = 300
 
 
 def is_free(port: int) -> bool:
-    """Whether TCP and UDP can be bound to `port` on loopback, connections in TIME_WAIT aside."""
+    """Return whether TCP and UDP can be bound to `port` on loopback, whatever is in TIME_WAIT."""
     for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
         with socket.socket(socket.AF_INET, kind) as probe:
             if kind == socket.SOCK_STREAM:
@@ -47,9 +47,9 @@ def _ephemeral_start() -> int:
 
 
 def free_port(taken: Collection[int]) -> int:
-    """A port that nobody listens on, that is not in `taken`, and that no other stack chose just now.
+    """Return a port where nobody listens, that is not in `taken`, and that no other stack chose lately.
 
-    Raises RuntimeError when none is found. Blocks while another process of this user chooses.
+    Blocks while another process of this user chooses. Raises RuntimeError when there is none.
     """
     highest = _ephemeral_start()
     if highest <= LOWEST + 1000:
@@ -64,7 +64,7 @@ def free_port(taken: Collection[int]) -> int:
 
 
 def claim(port: int) -> bool:
-    """Choose this very port; False when somebody listens on it or another stack chose it just now.
+    """Choose this port. Return False when somebody listens there or another stack chose it lately.
 
     Blocks while another process of this user chooses.
     """
@@ -76,7 +76,7 @@ def claim(port: int) -> bool:
 
 
 def release(ports: Collection[int]) -> None:
-    """Forget that these ports were chosen: what listened on them has ended."""
+    """Let others choose these ports: the servers that listened there have ended."""
     with _notes() as noted:
         for port in ports:
             noted.pop(str(port), None)
@@ -84,7 +84,7 @@ def release(ports: Collection[int]) -> None:
 
 @contextlib.contextmanager
 def _notes() -> Iterator[dict[str, float]]:
-    """The ports chosen lately, with their times; what the block changes in them is kept."""
+    """Yield the ports that were chosen lately, with their times. Store what the block changes in them."""
     notes = cache_root() / "ports.json"
     with locked("ports"):
         noted: dict[str, float] = {}

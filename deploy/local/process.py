@@ -1,7 +1,7 @@
-"""One process of the stack: start it, know it for ours, end it.
+"""Starts, finds and ends the processes of a stack.
 
-A process is ours when its environment names this stack's directory and its own name, as the kernel tells it
-(proc(5), /proc/pid/environ). A pid file alone proves nothing: after a crash its number may be anyone's.
+A process belongs to a stack when its environment (proc(5), /proc/pid/environ) names the stack's directory and
+its own name there. A pid file alone proves nothing: after a crash another process may have its number.
 """
 
 import os
@@ -24,9 +24,9 @@ DIRECTORY = "POSTROAD_LOCAL_DIR"
 def spawn(
     layout: Layout, name: str, argv: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
 ) -> int:
-    """Start `name` in a session of its own with its output going to its log; returns its pid.
+    """Start `name` in a session of its own, with its output in its log. Return its pid.
 
-    Returns once the program has been executed, so from then on `find` knows it. Raises OSError.
+    Returns once the program has been executed, so from then on `find` finds it. Raises OSError.
     """
     log = layout.log(name)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -40,19 +40,19 @@ def spawn(
             env={**env, DIRECTORY: str(layout.root), NAME: name},
             cwd=cwd,
         )
-    # Popen returns when exec has closed its pipe; the kernel shows the new environment a moment later.
-    while _marks(child.pid) is None and child.poll() is None:
+    # Popen returns when exec closes its pipe. The kernel shows the new environment a moment later.
+    while _identity(child.pid) is None and child.poll() is None:
         time.sleep(0.001)
-    # It outlives this command, whoever is its parent then.
+    # The process outlives this command. A return code keeps Popen from a warning about that.
     child.returncode = child.returncode or 0
     write_whole(layout.pid(name), f"{child.pid}\n", 0o644)
     return child.pid
 
 
-def _marks(pid: int) -> tuple[str, str] | None:
-    """(stack directory, name) of a process that carries both, leads its session and lives."""
-    told = environment(pid)
-    directory, name = told.get(DIRECTORY), told.get(NAME)
+def _identity(pid: int) -> tuple[str, str] | None:
+    """Return the stack directory and the name of a live process that leads its session, else None."""
+    variables = environment(pid)
+    directory, name = variables.get(DIRECTORY), variables.get(NAME)
     try:
         leads = os.getsid(pid) == pid
     except OSError:
@@ -61,7 +61,7 @@ def _marks(pid: int) -> tuple[str, str] | None:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; empty when it is gone."""
+    """Return the environment that a process was started with; empty when the process is gone."""
     try:
         raw = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
@@ -71,22 +71,22 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def find(layout: Layout, name: str) -> int | None:
-    """The pid of `name` when it is running and ours, from its pid file."""
+    """Return the pid of `name` from its pid file, None when no such process of this stack runs."""
     try:
         pid = int(layout.pid(name).read_text())
     except (OSError, ValueError):
         return None
-    return pid if _marks(pid) == (str(layout.root), name) else None
+    return pid if _identity(pid) == (str(layout.root), name) else None
 
 
 def find_all(layout: Layout) -> dict[str, int]:
-    """Every running process of this stack by name, pid file or not (a start may have been cut short)."""
+    """Return the pids of all running processes of this stack by name, even of those without a pid file."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            marks = _marks(int(entry.name))
-            if marks and marks[0] == str(layout.root):
-                found[marks[1]] = int(entry.name)
+            identity = _identity(int(entry.name))
+            if identity and identity[0] == str(layout.root):
+                found[identity[1]] = int(entry.name)
     return found
 
 
@@ -97,10 +97,10 @@ def _wait_gone(descriptor: int, timeout: float) -> bool:
 
 
 def end(layout: Layout, name: str, grace: float) -> bool:
-    """End `name` by SIGTERM, and by SIGKILL once `grace` seconds are over; 0 kills at once.
+    """End `name` by SIGTERM, and by SIGKILL after `grace` seconds. With a `grace` of 0, SIGKILL comes first.
 
-    Blocks until it is gone. Returns whether it ended by itself in time (true also when nothing was running).
-    One that is killed at once keeps its pid file, as after any other end that nobody planned.
+    Blocks until the process is gone. Returns whether it ended in time, True also when it did not run. With a
+    `grace` of 0 the pid file stays, as it does after a crash.
     """
     in_time = _end(layout, name, grace)
     if grace > 0:
@@ -117,12 +117,12 @@ def _end(layout: Layout, name: str, grace: float) -> bool:
     except ProcessLookupError:
         return True
     try:
-        # The descriptor holds that very process: its number cannot become another's under our hands.
+        # The descriptor refers to this one process, even when the kernel reuses its pid.
         if find(layout, name) != pid:
             return True
         if grace > 0:
             signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-            # One that is stopped (SIGSTOP) would not hear it.
+            # A process that SIGSTOP stopped does not handle SIGTERM.
             signal.pidfd_send_signal(descriptor, signal.SIGCONT)
             if _wait_gone(descriptor, grace):
                 return True
@@ -136,7 +136,7 @@ def _end(layout: Layout, name: str, grace: float) -> bool:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process, in bytes; 0 when it is gone."""
+    """Return the resident memory of a process in bytes; 0 when it is gone."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -144,7 +144,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def log_tail(layout: Layout, name: str, lines: int = 20) -> str:
-    """The last lines of a log, for an error message."""
+    """Return the last lines of a log; empty when it cannot be read."""
     try:
         return "\n".join(layout.log(name).read_text(errors="replace").splitlines()[-lines:])
     except OSError:

@@ -1,4 +1,4 @@
-"""The processes of this project: the services, the name server and the catcher."""
+"""The components that run this project's code: the services, the name server and the catcher."""
 
 import socket
 import sys
@@ -18,13 +18,13 @@ from services.common.stages import STAGES
 __all__ = ["PATIENCE", "catcher_component", "dns_component", "service_component"]
 
 PATIENCE = {"POSTROAD_DRAIN_SECONDS": 20.0, "POSTROAD_HANDOVER_SECONDS": 620.0}
-"""How long a draining service waits, by setting; the values are the settings' own defaults."""
-# Beyond that: the last commit, leaving the group, closing.
+"""Seconds that a draining service waits, by setting; the values are the settings' defaults."""
+# Seconds for what follows the drain: the last commit, leaving the group, closing.
 _CLOSING = 25.0
 
 
 def service_component(layout: Layout, state: StackState, name: str) -> Component:
-    """One replica of a service, such as `sender-2`; ready when its /readyz says so."""
+    """Return the component of a replica such as `sender-2`. It is ready when its /readyz answers 200."""
     service = name.rpartition("-")[0]
     health = f"{HOST}:{state.port(name, 'http')}"
     env = service_environment(state, name)
@@ -39,24 +39,24 @@ def service_component(layout: Layout, state: StackState, name: str) -> Component
 
 
 def _grace(service: str, env: Mapping[str, str]) -> float:
-    """Seconds after which a service that drains is taken for stuck.
+    """Return the seconds after which a draining service counts as stuck.
 
-    A sender also waits for the replies to the mails that it handed over. That takes long only where a mail
-    server is slow, and to kill the sender then leaves those mails in doubt.
+    A sender also waits for the replies to the mails that it handed over. That takes long only when a mail
+    server is slow. To kill the sender then leaves those mails in doubt.
     """
     waits = [name for name in PATIENCE if service in concerned(name)]
     return _CLOSING + sum(_seconds(env.get(name), PATIENCE[name]) for name in waits)
 
 
-def _seconds(said: str | None, default: float) -> float:
+def _seconds(value: str | None, default: float) -> float:
     try:
-        return float(said) if said else default
-    except ValueError:  # the service itself refuses to start with it
+        return float(value) if value else default
+    except ValueError:  # the service refuses to start with it
         return default
 
 
 def dns_component(layout: Layout, state: StackState) -> Component:
-    """The name server; ready when it answers a question."""
+    """Return the component of the name server. It is ready when it answers a question."""
     port = state.port("dns", "dns")
 
     def is_ready() -> bool:
@@ -77,9 +77,9 @@ def dns_component(layout: Layout, state: StackState) -> Component:
 
 
 def catcher_component(layout: Layout, state: StackState) -> Component:
-    """The mail server that keeps all it is sent; ready when it takes a connection."""
+    """Return the component of the catcher. It is ready when it accepts a connection."""
     port = state.port("catcher", "smtp")
-    told = stack_environment(state)
+    settings = stack_environment(state)
 
     def is_ready() -> bool:
         try:
@@ -93,7 +93,7 @@ def catcher_component(layout: Layout, state: StackState) -> Component:
         argv=(sys.executable, "-m", "deploy.local.catcher", "--listen", f"{HOST}:{port}",
               "--mail-dir", str(layout.mail)),
         address=f"{HOST}:{port}",
-        env={name: told[name] for name in ("EMAIL_USER", "EMAIL_PASS")},
+        env={name: settings[name] for name in ("EMAIL_USER", "EMAIL_PASS")},
         is_ready=is_ready,
         grace=5,
     )  # fmt: skip

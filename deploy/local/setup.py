@@ -1,7 +1,7 @@
-"""`make setup`: everything this project stands on, installed where it is missing. Safe to repeat, quick then.
+"""`make setup`: installs what the project needs and this machine lacks. A second run does nothing, quickly.
 
-Debian packages, the virtual environment from the hash-pinned lock, Kafka's jars, the database server and its
-empty data directory. Standard library only: it runs on a bare python3.
+It installs Debian packages, the virtual environment (from the lock with its hashes), Kafka's jars, and the
+database server with an empty data directory. Standard library only: it runs on a bare python3.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ __all__ = ["main"]
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 LOCK = ROOT / "requirements-dev.lock"
-# Where packages come from: an option of pip, the variable that uv has for it.
+# pip's options for package sources, and uv's variable for each.
 PIP_AND_UV = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS"}
 OLDEST_PYTHON = (3, 11)
 OLDEST_JAVA = 17
@@ -58,7 +58,7 @@ def _missing_packages() -> list[str]:
 
 
 def _venv_stamp() -> str:
-    """What the virtual environment was made from; another text means that it must be made anew."""
+    """Return a hash of what the virtual environment is made from; another hash means that it is outdated."""
     files = (LOCK.read_bytes(), (ROOT / "pyproject.toml").read_bytes())
     return hashlib.sha256(b"\0".join((sys.version.encode(), str(ROOT).encode(), *files))).hexdigest()
 
@@ -69,9 +69,9 @@ def _venv_is_current() -> bool:
 
 
 def _uv(pip: list[str | Path]) -> list[str | Path]:
-    """The start of a command that installs into the virtual environment five times as fast as pip.
+    """Return the start of a command that installs into the virtual environment, five times as fast as pip.
 
-    pip fetches uv first, by the lock's hash. Raises SetupError.
+    pip installs uv first, by the lock's hash. Raises SetupError.
     """
     with tempfile.TemporaryDirectory(prefix="postroad-") as scratch:
         pinned = Path(scratch) / "uv.lock"
@@ -79,14 +79,14 @@ def _uv(pip: list[str | Path]) -> list[str | Path]:
         run([*pip, "install", "--quiet", "--require-hashes", "--no-deps", "-r", pinned], tries=3)
     configured = run([*pip, "config", "list"])
     for name, variable in PIP_AND_UV.items():
-        # uv does not read pip's configuration. A URL may hold a password, so it stands in no command line.
+        # uv does not read pip's configuration. A URL may hold a password, so no command line shows it.
         if found := re.search(rf"^(?:global|install|:env:)\.{name}='(.*)'$", configured, re.M):
             os.environ.setdefault(variable, found[1])
     return [VENV / "bin/uv", "pip", "install", "--quiet", "--native-tls", "--python", VENV / "bin/python"]
 
 
 def _pinned(name: str) -> str:
-    """The requirement called `name` as the lock has it, with its hashes."""
+    """Return the lock's requirement of the package `name`, with its hashes."""
     found = re.search(rf"^{name}==.*\n(?:    --hash=.*\n)+", LOCK.read_text(), re.M)
     if not found:
         raise SetupError(f"{LOCK.name} does not pin {name}")
@@ -139,9 +139,9 @@ def _for_tests() -> None:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Install what is missing; 0 when all is there, 1 with what could not be installed named on stderr.
+    """Install what is missing. Return 0 on success, 1 with the failed installations on stderr.
 
-    `--tests` installs what only tests want too.
+    `--tests` also installs what only tests need.
     """
     if sys.version_info < OLDEST_PYTHON:
         say(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")

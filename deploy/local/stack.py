@@ -1,4 +1,4 @@
-"""The stack as a whole: bring up, scale, start, stop, kill, take down."""
+"""The stack as a whole: up, scale, start, stop, kill, down."""
 
 import fcntl
 import os
@@ -35,23 +35,23 @@ __all__ = ["ProcessStatus", "Stack", "StackError"]
 
 
 API_PORT = 50051
-"""The port of the README's examples, which the first api takes where it is free."""
+"""The port of the README's examples. The first api listens there when it is free."""
 
 
 class StackError(Exception):
-    """The stack cannot do what was asked. The text is for the person at the terminal."""
+    """The stack cannot do what the command asks. The text is for the person at the terminal."""
 
 
 def _api_port() -> int:
-    said = os.environ.get("POSTROAD_LOCAL_API_PORT") or str(API_PORT)
-    if not (said.isdecimal() and int(said) < 65_536):
-        raise StackError(f"POSTROAD_LOCAL_API_PORT is {said!r}; write a port, or 0 for any")
-    return int(said)
+    port = os.environ.get("POSTROAD_LOCAL_API_PORT") or str(API_PORT)
+    if not (port.isdecimal() and int(port) < 65_536):
+        raise StackError(f"POSTROAD_LOCAL_API_PORT is {port!r}; write a port, or 0 for any")
+    return int(port)
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """What `status` tells of one process."""
+    """What `status` shows of one process. `memory` is in bytes."""
 
     name: str
     pid: int | None
@@ -61,27 +61,27 @@ class ProcessStatus:
 
 
 class Stack:
-    """The stack under one directory. Its methods block until what they say is true, and raise StackError."""
+    """The stack under one directory. Its methods block until they are done, and raise StackError."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.state = StackState.load(layout.state)
         self._failure = ""
 
-    # What there is
+    # What the stack consists of
 
     def infrastructure(self) -> list[str]:
-        """The names of the servers that the services stand on, without those that the user brought along."""
+        """Return the names of the servers that this stack runs; the user may have others elsewhere."""
         names = [] if replaced(self.state, "kafka") else self.state.kafka_names()
         return names + [name for name in ("mysql", "dns", "catcher") if not replaced(self.state, name)]
 
     def services(self) -> list[str]:
-        """The names of all replicas that should run."""
+        """Return the names of all replicas that should run."""
         names = self.state.service_names()
         return [n for n in names if not (n.startswith("api-") and replaced(self.state, "api"))]
 
     def component(self, name: str) -> Component:
-        """How to run `name`."""
+        """Return how to run `name`. Raises StackError when the stack has no such process."""
         if name not in self.infrastructure() + self.services():
             there = ", ".join(self.infrastructure() + self.services())
             raise StackError(f"no {name} in this stack; there are {there}")
@@ -96,7 +96,7 @@ class Stack:
         return service_component(self.layout, self.state, name)
 
     def processes(self) -> list[ProcessStatus]:
-        """Every process of the stack as it is now."""
+        """Return the present state of every process of the stack."""
 
         def process_status(name: str) -> ProcessStatus:
             component = self.component(name)
@@ -110,11 +110,11 @@ class Stack:
         with ThreadPoolExecutor(max(1, len(names))) as pool:
             return list(pool.map(process_status, names))
 
-    # What changes it
+    # Commands
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the stack's lock; within it the state is the newest, and is kept when the block is left."""
+        """Hold the stack's lock. The block works on the newest state, which is saved when it ends."""
         self.layout.root.mkdir(parents=True, exist_ok=True)
         with self.layout.lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -123,16 +123,17 @@ class Stack:
             self._save()
 
     def _save(self) -> None:
-        # All ports are chosen here, under the lock: the threads that start processes must agree on them.
+        # All ports are chosen here, under the lock, since the threads that start processes need the same
+        # ones.
         self.state.choose_ports()
         text = "".join(f"{name}={value}\n" for name, value in sorted(stack_environment(self.state).items()))
         self.state.save(self.layout.state)
         write_whole(self.layout.env, text)
 
     def up(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool = True) -> None:
-        """Start what does not run, and anew what a changed setting concerns; returns when all is ready.
+        """Start what does not run, and restart what a changed setting concerns. Returns when all is ready.
 
-        `services=False` leaves them out. What cannot come up with the settings given now, keeps none of them.
+        `services=False` starts the servers only. On failure the stack keeps the settings that it had before.
         """
         with self.changing():
             before = dict(self.state.given)
@@ -146,7 +147,7 @@ class Stack:
                 raise
 
     def _bring_up(self, *, services: bool, changed: bool) -> None:
-        """Start what the plan has; `changed`: other settings are given than before."""
+        """Start the planned processes. `changed`: the given settings differ from those before."""
         wanted = self.services() if services else []
         running = process.find_all(self.layout)
         stale = {name: settings for name in running if (settings := self._changed(name, running[name]))}
@@ -190,7 +191,7 @@ class Stack:
             state.replicas |= replicas
 
     def _refuse_replacements(self, given: Mapping[str, str], running: Collection[str]) -> None:
-        """Raise StackError where a server that runs would be replaced, or one that was replaced come back."""
+        """Raise StackError when a variable names another server in place of one that runs."""
         for server, variables in REPLACED_BY.items():
             names = [name for name in running if name == server or name.startswith(f"{server}-")]
             now = [variable for variable in variables if given.get(variable)]
@@ -198,10 +199,10 @@ class Stack:
                 raise StackError(f"{names[0]} runs, and {now[0]} is given in its place: `make down` first")
 
     def _changed(self, name: str, pid: int) -> list[str]:
-        """The settings that a running process was started with other values of, and that concern it."""
+        """Return the settings that concern a running process and had other values when it started."""
         try:
             wanted = self.component(name).env
-        except StackError:  # no part of the stack any more
+        except StackError:  # it is not part of the stack any more
             return []
         has = process.environment(pid)
         service = name.rpartition("-")[0]
@@ -218,14 +219,14 @@ class Stack:
         )
 
     def _refuse_settings(self) -> None:
-        """Raise StackError where a setting is given to a command that starts some processes only."""
+        """Raise StackError when the environment gives another setting than the stack has."""
         given = given_variables(self.state, os.environ)
         other = sorted(name for name, value in given.items() if self.state.given.get(name) != value)
         if other:
             raise StackError(f"{other[0]} is set here, and not in the stack: `up` gives it to all processes")
 
     def scale(self, service: str, count: int) -> None:
-        """Have `count` replicas of a service: the new ones are started, those of higher numbers drained."""
+        """Start or drain replicas of a service until it has `count`; the highest numbers are drained."""
         with self.changing():
             self._refuse_settings()
             self.state.replicas[service] = count
@@ -234,7 +235,7 @@ class Stack:
             self._end_surplus(service)
 
     def start(self, name: str) -> None:
-        """Start `name` unless it runs; returns when it is ready."""
+        """Start `name` unless it runs. Returns when it is ready."""
         with self.changing():
             self._refuse_settings()
             self.component(name)
@@ -242,13 +243,13 @@ class Stack:
             self._start_all([name])
 
     def stop(self, name: str, *, kill: bool = False) -> bool:
-        """End `name` by SIGTERM (or SIGKILL at once); returns whether it ended by itself in time."""
+        """End `name` by SIGTERM, or by SIGKILL with `kill`. Return whether it ended by itself in time."""
         with self.changing():
             grace = self.component(name).grace
             return process.end(self.layout, name, 0 if kill else grace)
 
     def down(self, *, wipe: bool = False) -> None:
-        """End all that runs, services first; keep the data unless `wipe`."""
+        """End all processes, services first. Keep the data unless `wipe`."""
         with self.changing():
             while running := process.find_all(self.layout):
                 for name, pid in running.items():
@@ -267,7 +268,7 @@ class Stack:
             self.layout.state.unlink()
             self.layout.env.unlink()
 
-    # How
+    # How the commands work
 
     def _start_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor() as pool:
@@ -292,7 +293,7 @@ class Stack:
             pause = min(pause * 1.3, 0.2)
 
     def _give_up(self, text: str, name: str) -> NoReturn:
-        """One that fails ends the waiting for the others: they may never be ready without it."""
+        """Raise StackError, and end the waits for the other processes, which may need this one."""
         self._failure = self._failure or f"{text}:\n{process.log_tail(self.layout, name)}"
         raise StackError(self._failure)
 
@@ -308,12 +309,12 @@ class Stack:
 
     def _end_surplus(self, service: str) -> None:
         keep = set(self.state.replica_names(service))
-        # One that was killed runs no more, but still has its pid file.
+        # A killed replica does not run, but still has its pid file.
         there = {*process.find_all(self.layout), *self.layout.names_in("pids", ".pid")}
         self._end_all(n for n in there if n.rpartition("-")[0] == service and n not in keep)
 
     def _command(self, command: str, after: Collection[Future[None]]) -> None:
-        """Run `postroad command` once what it needs is ready."""
+        """Run `postroad command` once the processes that it needs are ready."""
         self._results(after)
         argv = [sys.executable, "-m", "services.cli", *command.split()]
         env = {**foreign_free(os.environ), **stack_environment(self.state), "POSTROAD_CONFIG": os.devnull}
@@ -322,7 +323,7 @@ class Stack:
             raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")
 
     def _results(self, futures: Collection[Future[None]]) -> None:
-        """Wait for all of them; raise what one that failed raised. Interrupted, the others stop waiting."""
+        """Wait for all of them, and raise what a failed one raised. An interruption ends the other waits."""
         try:
             for future in wait(futures).done:
                 future.result()

@@ -1,4 +1,4 @@
-"""What a stack remembers between commands: ports, replicas, and the variables it was brought up with."""
+"""What a stack remembers between commands: ports, replicas, and the variables that `up` was given."""
 
 import json
 import secrets
@@ -17,7 +17,7 @@ DEFAULT_REPLICAS = {"api": 1, **{name: stage.replicas for name, stage in STAGES.
 
 @dataclass(slots=True)
 class StackState:
-    """The plan of a stack. `ports` is by process name and use; `given` came from the environment of `up`."""
+    """The plan of a stack. `ports` is by process name and use; `given` comes from the environment of `up`."""
 
     ports: dict[str, dict[str, int]] = field(default_factory=dict)
     replicas: dict[str, int] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class StackState:
 
     @classmethod
     def load(cls, path: Path) -> "StackState":
-        """The state kept in `path`, or a new one. Raises ValueError for a file that is not a state."""
+        """Return the state in `path`, or a new one. Raises ValueError for a file that holds no state."""
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
@@ -37,18 +37,18 @@ class StackState:
             raise ValueError(f"{path} is of another version of this stack: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Keep it in `path`, whole or not at all."""
+        """Write the state to `path` in one step."""
         write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def port(self, name: str, use: str) -> int:
-        """The port of process `name` for `use`: chosen free at first, the same ever after."""
+        """Return the port of process `name` for `use`: a free one at first, later the same one."""
         mine = self.ports.setdefault(name, {})
         if use not in mine:
             mine[use] = free_port({port for ports in self.ports.values() for port in ports.values()})
         return mine[use]
 
     def choose_ports(self) -> None:
-        """Choose every port that this plan needs and has not chosen yet."""
+        """Choose every port that this plan needs and does not have yet."""
         uses = {
             "mysql": ("sql",),
             "dns": ("dns",),
@@ -63,28 +63,28 @@ class StackState:
                 self.port(name, use)
 
     def prefer_api_port(self, port: int) -> None:
-        """Let the first api listen on `port` where that is free; 0: on any. Call it while nothing runs."""
+        """Let the first api listen on `port` when it is free; 0: on any. Call it while nothing runs."""
         mine = self.ports.setdefault("api-1", {})
         if port and mine.get("grpc") != port and claim(port):
             mine["grpc"] = port
 
     def release_ports(self) -> None:
-        """Let other stacks choose these ports; this one takes those that are free when it comes up again."""
+        """Let other stacks choose these ports. This one reuses those that are still free at the next `up`."""
         release([port for uses in self.ports.values() for port in uses.values()])
 
     def drop_busy_ports(self) -> None:
-        """Forget ports that others took while the whole stack was down."""
+        """Forget the ports that others took while the whole stack was down."""
         for name, uses in list(self.ports.items()):
             self.ports[name] = {use: port for use, port in uses.items() if is_free(port)}
 
     def kafka_names(self) -> list[str]:
-        """The names of the Kafka nodes."""
+        """Return the names of the Kafka nodes."""
         return [f"kafka-{number}" for number in range(1, self.kafka_nodes + 1)]
 
     def replica_names(self, service: str) -> list[str]:
-        """The names of the replicas of a service."""
+        """Return the names of the replicas of a service."""
         return [f"{service}-{number}" for number in range(1, self.replicas.get(service, 0) + 1)]
 
     def service_names(self) -> list[str]:
-        """The names of all replicas of all services."""
+        """Return the names of all replicas of all services."""
         return [name for service in SERVICES for name in self.replica_names(service)]

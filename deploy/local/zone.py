@@ -1,11 +1,11 @@
-"""The names that the local name server knows: a world of mail domains, good and bad.
+"""The mail domains that the local name server knows: some take mail, the others fail in every way.
 
-The first label under `test.` or `example.` says what a domain is, so `good.test` and `good.example` are alike
-(TABLE below; `python3 -m deploy.local.dns --table` prints it). `example.com`, `.net` and `.org` take mail.
-Every other name does not exist. All addresses are of 192.0.2.0/24 and 2001:db8::/32 (RFC 5737, RFC 3849).
+The first label under `test.` or `example.` says what a domain is, so `good.test` and `good.example` are
+alike. `python3 -m deploy.local.dns --table` prints the TABLE of labels. `example.com`, `.net` and `.org` take
+mail. No other name exists. All addresses are in 192.0.2.0/24 and 2001:db8::/32 (RFC 5737, RFC 3849).
 
-Names that misbehave take any name below them as well (`a.flaky-2.test`, `b.flaky-2.test`), each with a count
-of its own.
+A label that misbehaves applies to any name below it too (`a.flaky-2.test`, `b.flaky-2.test`). Each such name
+has a count of its own.
 """
 
 import re
@@ -22,7 +22,7 @@ Records = dict[str, tuple[str, ...]]
 GOOD: Records = {"MX": ("10 mx1.post.test.", "20 mx2.post.test.")}
 TLDS = ("test", "example")
 
-# first label: (what it is, its records); a record set that is empty makes the name exist without it
+# First label: (what the domain is, its records). A name with other records only exists without the rest.
 ZONE: dict[str, tuple[str, Records]] = {
     "good": ("two mail hosts: ok", GOOD),
     "xn--bcher-kva": ("bücher, an IDN domain: ok", GOOD),
@@ -57,7 +57,7 @@ HOSTS: dict[str, Records] = {
     "zero": {"A": ("0.0.0.0",)},
 }
 
-# what names of many forms are
+# The labels that stand for many names.
 FORMS = {
     "d0 ... d99": "as good: ok",
     "*.ok": "any name below ok.test, as good: ok",
@@ -75,7 +75,7 @@ TABLE = {**{label: text for label, (text, _) in ZONE.items()}, **FORMS}
 
 @dataclass(frozen=True, slots=True)
 class Misbehaviour:
-    """How a name is answered wrongly. `first` of 0 means always, n means the first n questions only."""
+    """How the server answers a name wrongly: at the first `first` questions, or always when that is 0."""
 
     kind: str
     milliseconds: int = 0
@@ -98,7 +98,7 @@ MISBEHAVIOURS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Misbehavio
 
 
 def misbehaviour(label: str) -> Misbehaviour | None:
-    """What a label such as `delay-300` asks for; None for one that asks for nothing."""
+    """Return the misbehaviour that a label such as `delay-300` stands for; None for any other label."""
     for pattern, make in MISBEHAVIOURS:
         if match := pattern.fullmatch(label):
             return make(match)
@@ -106,7 +106,7 @@ def misbehaviour(label: str) -> Misbehaviour | None:
 
 
 def records(name: dns.name.Name) -> Records | None:
-    """The record sets of a name in lower case, by type; None when the name does not exist."""
+    """Return the record sets of a lower-case name by type; None when the name does not exist."""
     labels = [label.decode("ascii", "replace") for label in reversed(name.labels) if label]
     if labels in (["com"], ["net"], ["org"], *([tld] for tld in TLDS)):
         return {}

@@ -1,4 +1,4 @@
-"""`python3 -m deploy.local.catcher`: one catcher. It prints `listening on HOST:PORT` when it does."""
+"""`python3 -m deploy.local.catcher` runs a catcher. It prints `listening on HOST:PORT` once it listens."""
 
 import argparse
 import asyncio
@@ -21,7 +21,7 @@ BACKLOG = 512
 
 
 async def serve(host: str, port: int, directory: Path, tls: ssl.SSLContext | None, *, implicit: bool) -> None:
-    """Serve until SIGTERM or SIGINT; mail already sent whole is kept and answered first. Raises OSError."""
+    """Serve until SIGTERM or SIGINT, then keep and answer the mail that is complete. Raises OSError."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,13 +58,13 @@ async def serve(host: str, port: int, directory: Path, tls: ssl.SSLContext | Non
     if server:
         server.close()
     settings.journal.close()
-    # The last answers are callbacks of the loop by now.
+    # By now the last answers are callbacks of the loop.
     await asyncio.sleep(0)
     await asyncio.sleep(0)
 
 
 def main() -> None:
-    """The command line: where to listen, where to keep the mail, and with which TLS."""
+    """Run by the command line: where to listen, where to keep the mail, and with which TLS."""
     parser = argparse.ArgumentParser(
         prog="python3 -m deploy.local.catcher",
         description="An SMTP server that keeps what it is sent; with EMAIL_USER set it asks for AUTH.",
@@ -76,7 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     context = None
     if arguments.tls != "none":
-        # Brings a large library along: only when asked for.
+        # This imports a large library.
         from deploy.local.catcher.certificate import server_context  # noqa: PLC0415
 
         context = server_context(arguments.mail_dir / "tls")

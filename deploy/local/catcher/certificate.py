@@ -1,4 +1,4 @@
-"""A certificate of the catcher's own, signed by itself: for trying STARTTLS on a desk."""
+"""The catcher's own self-signed certificate, to try STARTTLS with."""
 
 import datetime
 import ipaddress
@@ -17,9 +17,9 @@ DAYS = 365
 
 
 def server_context(directory: Path) -> ssl.SSLContext:
-    """A TLS context with the key and certificate in `directory`, made there if they are missing.
+    """Return a TLS context with the key and the certificate in `directory`; make them if they are missing.
 
-    `cert.pem` is what a client must trust; it is good for localhost and 127.0.0.1.
+    Clients must trust `cert.pem`, which is valid for localhost and 127.0.0.1.
     """
     certificate, key = directory / "cert.pem", directory / "key.pem"
     if not (certificate.exists() and key.exists()):

@@ -1,4 +1,4 @@
-"""The control file: what the catcher does to everybody, or to recipients that a rule picks.
+"""The control file: how the catcher misbehaves, to everybody or to the recipients of a rule.
 
     {"connect": "ok" | "refuse" | "hang" | "421",
      "auth":    "ok" | "fail" | "temporary",
@@ -6,9 +6,9 @@
      "seed":    1,
      "rules":   [{"rcpt": "*@slow.test", "fault": "slow-500", "probability": 0.5}]}
 
-`refuse` closes the port and what is open, `hang` accepts and says nothing, `mail` is the answer to every
-MAIL. A rule's `fault` is a row of faults.TABLE; the first rule that fits (and whose probability strikes)
-counts, then what the recipient's own name asks for. Every key may be left out; no file: all is well.
+`refuse` closes the port and all connections, `hang` accepts and stays silent, `mail` is the reply to every
+MAIL. A rule's `fault` is a row of faults.TABLE. The first rule that matches the recipient counts, with its
+probability; without one, the recipient's own name counts. Every key is optional, and so is the file.
 """
 
 import fnmatch
@@ -25,7 +25,7 @@ __all__ = ["Control", "Orders"]
 
 @dataclass(frozen=True, slots=True)
 class FaultRule:
-    """One rule: the glob of the recipients it is for, what it does, and how often (0 to 1)."""
+    """A fault for the recipients that the glob `rcpt` matches, with a probability from 0 to 1."""
 
     rcpt: str
     fault: Fault
@@ -34,7 +34,7 @@ class FaultRule:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """The control file's content."""
+    """The content of the control file."""
 
     connect: str = "ok"
     auth: str = "ok"
@@ -65,7 +65,7 @@ def _orders(text: dict[str, Any]) -> Orders:
 
 
 class Control:
-    """The orders of now, and the tries that each recipient has made."""
+    """The present orders, and the number of tries for each recipient."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -74,7 +74,7 @@ class Control:
         self.orders = Orders()
 
     def refresh(self) -> Orders:
-        """Read the file again if it has changed; half-written or wrong, what was ordered before holds."""
+        """Read the file again if it has changed, and return the orders. A wrong file changes nothing."""
         try:
             stamp = self._path.stat().st_mtime_ns
         except FileNotFoundError:
@@ -88,7 +88,7 @@ class Control:
         return self.orders
 
     def fault(self, recipient: str) -> Fault | None:
-        """What happens to this try of `recipient`; each call counts as a try."""
+        """Return the fault of this try for `recipient`, None for no fault. Each call counts as a try."""
         for rule in self.orders.rules:
             if fnmatch.fnmatchcase(recipient.lower(), rule.rcpt) and (
                 self.orders.chance.random() < rule.probability

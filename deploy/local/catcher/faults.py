@@ -1,7 +1,7 @@
-"""What a recipient's local part makes the catcher do: pure.
+"""The faults that a recipient's local part orders. Pure.
 
-`NAME@any.domain` and `NAME+anything@any.domain` mean the same; NAME is a row of TABLE, with `-N` or `-always`
-behind it to say how many tries of one recipient it spoils (`reject4-2`, `drop-after-always`).
+`NAME@any.domain` and `NAME+anything@any.domain` mean the same. NAME is a row of TABLE. `-N` or `-always`
+behind it says how many tries for one recipient fail (`reject4-2`, `drop-after-always`).
 """
 
 import re
@@ -11,7 +11,7 @@ __all__ = ["TABLE", "Fault", "fault_named", "fault_of"]
 
 ALWAYS = 0
 
-# name: (tries spoilt unless said otherwise, 0 for all; what happens)
+# Name: (how many tries fail by default, 0 for all; what happens).
 TABLE: dict[str, tuple[int, str]] = {
     "reject4": (ALWAYS, "450 at RCPT"),
     "reject5": (ALWAYS, "550 at RCPT"),
@@ -40,7 +40,7 @@ _NAMED = re.compile(rf"({'|'.join(sorted(TABLE, key=len, reverse=True))})(?:-(\d
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One misbehaviour: `first` tries of a recipient are spoilt, 0 for all; `milliseconds` is for `slow`."""
+    """One fault. The first `first` tries for a recipient fail, or all for 0; `milliseconds` is for `slow`."""
 
     name: str
     first: int = ALWAYS
@@ -48,12 +48,12 @@ class Fault:
 
     @property
     def reply(self) -> bytes:
-        """The reply that it puts in the place of the right one; empty when it is not about a reply."""
+        """The reply that replaces the right one; empty for a fault without a reply."""
         return REPLIES.get(self.name, b"")
 
 
 def fault_named(text: str) -> Fault | None:
-    """The fault that `text` names, such as `greylist-2`; None when it names none."""
+    """Return the fault that `text` names, such as `greylist-2`; None when it names none."""
     match = _NAMED.fullmatch(text)
     if match is None:
         return None
@@ -66,5 +66,5 @@ def fault_named(text: str) -> Fault | None:
 
 
 def fault_of(recipient: str) -> Fault | None:
-    """The fault that a recipient's address asks for; None for an ordinary one."""
+    """Return the fault that a recipient's address orders; None for an ordinary address."""
     return fault_named(recipient.rpartition("@")[0].partition("+")[0].lower())

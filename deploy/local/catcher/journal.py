@@ -1,10 +1,10 @@
-"""The journal of accepted mail: one JSON object a line, on disk before the sender is told 250.
+"""The journal of accepted mail: one JSON object a line, on disk before the catcher replies 250.
 
     {"message_id": "<...>", "rcpt": "a@b.test", "mail_from": "...", "at": 1.7e9, "size": 512, "path": ""}
 
-One line a recipient; `at` is in seconds since the epoch, `size` in bytes, dots unstuffed. All sessions share
-one fdatasync: a thread writes whatever has come while the last one ran. The .eml files are written before the
-line but not synced: the journal is the proof, they are for reading.
+Each recipient has a line. `at` is in seconds since the epoch, `size` in bytes without dot-stuffing. All
+sessions share one fdatasync: a thread writes all that came while the last one ran. The .eml files are written
+before their lines and not synced: the journal is the proof, the files are for readers.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ __all__ = ["Item", "Journal"]
 
 _MESSAGE_ID = re.compile(rb"^message-id:\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 
-# Who sent it, to whom, the message, and whom to tell.
+# The sender, the recipients, the message, and the callback for the result.
 Item = tuple[str, list[str], bytes, Callable[[bool], None]]
 
 
@@ -40,11 +40,11 @@ class Journal:
         self._thread.start()
 
     def add(self, item: Item) -> None:
-        """Keep a message; its callback is called on the loop, True once it is on disk, False if it is not."""
+        """Store a message. Its callback gets True on the loop once it is on disk, False if that failed."""
         self._queue.put(item)
 
     def close(self) -> None:
-        """Write what was added, then end; blocks until then."""
+        """Write what was added, and end. Blocks until then."""
         self._queue.put(None)
         self._thread.join()
         os.close(self._file)

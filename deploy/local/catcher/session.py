@@ -1,6 +1,6 @@
-"""One SMTP session (RFC 5321) as an asyncio Protocol, with PIPELINING, and the faults woven in.
+"""One SMTP session (RFC 5321) as an asyncio Protocol, with PIPELINING and with the faults.
 
-The bytes are handled as they come: what a pipelining client sends in one piece is answered in one piece.
+The session handles bytes as they come: it answers in one piece what a pipelining client sends in one piece.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class SmtpSession(asyncio.Protocol):
     # The connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greet, unless ordered otherwise."""
+        """Send the greeting, unless the control file orders something else."""
         self._transport = cast(asyncio.Transport, transport)
         if self._encrypted:
             return
@@ -73,16 +73,16 @@ class SmtpSession(asyncio.Protocol):
             self._transport.write(b"220 catcher.post.test ESMTP\r\n")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone: what it had not finished is forgotten."""
+        """Drop what the client had not finished."""
         self._waiting = True
         self._settings.open.discard(self)
 
     def abort(self) -> None:
-        """Cut the connection, as a server that dies does."""
+        """Cut the connection, as a crashing server does."""
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Handle as many commands as there are."""
+        """Handle all complete commands."""
         self._buffer += data
         self._go_on()
 
@@ -94,7 +94,7 @@ class SmtpSession(asyncio.Protocol):
             self._out.clear()
 
     def _close(self) -> None:
-        """Send what is owed and close."""
+        """Send the pending replies and close."""
         self._transport.write(b"".join(self._out))
         self._out.clear()
         self._waiting = True
@@ -208,7 +208,7 @@ class SmtpSession(asyncio.Protocol):
         if self._scanned == 0 and buffer.startswith(b".\r\n"):
             end, length = 0, 3
         else:
-            # The end mark may lie across two pieces.
+            # The end of the message may be split over two pieces.
             end, length = buffer.find(b"\r\n.\r\n", max(0, self._scanned - 4)), 5
             if end < 0:
                 if len(buffer) > self._settings.max_size:
@@ -268,7 +268,7 @@ class SmtpSession(asyncio.Protocol):
         if not self._settings.tls or self._encrypted:
             self._out.append(b"502 5.5.1 No TLS here\r\n")
             return
-        # What came before the handshake must not count after it.
+        # Commands from before the handshake must not count after it (RFC 3207, section 6).
         self._buffer.clear()
         self._waiting = True
         self._transport.write(b"220 2.0.0 Go on\r\n")
