@@ -72,7 +72,7 @@ class Database:
         actor = self.world.scheduler.actor
         kind = operation or f"{actor.service if actor else '-'}.db"
         verdict = self.world.operation(kind, actor)
-        if verdict == "failed_row":
+        if verdict == "refused":
             raise _lost()
         result = work(self)
         if kind == "status.db":
