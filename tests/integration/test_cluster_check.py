@@ -46,7 +46,7 @@ def test_a_broker_that_is_away_is_named() -> None:
 
 
 async def test_a_stage_that_waits_for_a_topic_says_so(newest: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_check, "_EVERY", 0.2)
+    monkeypatch.setattr(cluster_check, "_INTERVAL", 0.2)
     kit, name = newest, newest.names.topic(TASK_CREATED)
     async with kit.running(handle=passed_on) as runtime:
         await asyncio.to_thread(kit.admin.delete_topics([name])[name].result, 20)
@@ -61,8 +61,8 @@ async def test_a_stage_that_waits_for_a_topic_says_so(newest: Kit, monkeypatch: 
 
 
 def test_a_question_that_fails_once_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_check, "_EVERY", 0.01)
-    monkeypatch.setattr(cluster_check, "_AFTER_TROUBLE", 0.01)
+    monkeypatch.setattr(cluster_check, "_INTERVAL", 0.01)
+    monkeypatch.setattr(cluster_check, "_RETRY_INTERVAL", 0.01)
     check = ClusterCheck(Settings(kafka_bootstrap="127.0.0.1:9"), ["task.created"])
     answers = itertools.chain([["slow"], [], ["slow"], []], itertools.repeat(["away"]))
     seen: list[list[str]] = []
@@ -71,7 +71,7 @@ def test_a_question_that_fails_once_is_no_problem(monkeypatch: pytest.MonkeyPatc
         seen.append(check.problems())
         return next(answers)
 
-    monkeypatch.setattr(check, "_ask", ask)
+    monkeypatch.setattr(check, "_check", ask)
     check.start()
     try:
         eventually(lambda: check.problems() == ["away"])

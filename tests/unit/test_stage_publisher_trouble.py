@@ -71,7 +71,7 @@ async def test_what_the_client_cannot_write_is_refused_and_holds_up_nothing() ->
         assert is_permanent(error)
 
 
-async def test_a_producer_that_gave_up_is_replaced() -> None:
+async def test_a_producer_that_failed_is_replaced() -> None:
     mock: dict[str, Any] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": True}
     async with running(**mock) as publisher:
         assert await asyncio.wait_for(publisher.publish([item(0)]), 20) == []
@@ -126,7 +126,7 @@ class _GivesUpAmidst:
         self._producer.produce(*arguments, **named)
         self._left -= 1
         if not self._left:
-            self._publisher._gave_up = KafkaError(KafkaError._MSG_TIMED_OUT)
+            self._publisher._failed = KafkaError(KafkaError._MSG_TIMED_OUT)
             time.sleep(1)
 
     def __len__(self) -> int:

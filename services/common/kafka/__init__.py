@@ -1,1 +1,4 @@
-"""Kafka for all services: client settings, publishing, headers, topics, administration. It knows no stage."""
+"""Kafka for all services: client settings, publishing, headers, topics and administration.
+
+It does not know the stage runtime (services/common/stage), which is built on it.
+"""

@@ -1,4 +1,4 @@
-"""Creates the topics and checks them against what `topics.wanted` says. Blocks."""
+"""Creates an installation's topics, compares them with `topics.wanted`, and grows them. Everything blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Applied", "Plan", "apply", "client", "grow", "plan"]
 
 TIMEOUT = 15.0
 _RETENTION = "retention.ms"
-# What goes wrong is raised; librdkafka's own account of every refused connection helps nobody.
+# Errors are raised. librdkafka would also log every refused connection, which helps nobody.
 _silent = logging.getLogger("postroad.kafka_admin")
 _silent.addHandler(logging.NullHandler())
 _silent.propagate = False
@@ -34,10 +34,11 @@ _silent.propagate = False
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What of an installation's topics is not as it must be.
+    """How an installation's topics differ from the wanted ones.
 
-    `missing` are not there. `short` keep their records too short a time (milliseconds, by name), `small` have
-    too few partitions. `differences` are all others, a line each; Postroad changes none of these.
+    `missing` do not exist. `short` have too short a retention (name to milliseconds), `small` too few
+    partitions (name to number). `differences` describe all others, a line each; Postroad changes none of
+    these. `retention` is the wanted retention of every topic, in milliseconds.
     """
 
     missing: Sequence[Topic]
@@ -52,10 +53,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was created, and in which ways topics that were there already differ from what is wanted.
-
-    `raised`: the topics that kept their records too short a time, and now keep them as long as is wanted.
-    """
+    """The topics that were `created`, those whose retention was `raised`, and the remaining `differences`."""
 
     created: Sequence[str]
     raised: Sequence[str]
@@ -63,14 +61,14 @@ class Applied:
 
 
 def client(settings: Settings) -> AdminClient:
-    """Return a client that logs nothing; it connects with its first question."""
+    """Return a client that logs nothing. It connects with its first request."""
     return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
 
 
 def plan(settings: Settings) -> Plan:
     """Compare the cluster's topics with those that the settings want. Changes nothing.
 
-    Raises `confluent_kafka.KafkaException` where the cluster cannot be asked.
+    Raises `confluent_kafka.KafkaException` where the cluster does not answer.
     """
     admin = client(settings)
     topics = wanted(settings, stage_delays(settings))
@@ -95,10 +93,10 @@ def plan(settings: Settings) -> Plan:
 
 
 def apply(settings: Settings, planned: Plan | None = None) -> Applied:
-    """Create the missing topics and compare the others, or do what was `planned`.
+    """Create the missing topics and raise the retentions that are too short: as `planned`, or by a new plan.
 
-    It changes one thing of a topic that exists: a retention that is too short. Longer ones stay.
-    Raises `confluent_kafka.KafkaException` where the cluster cannot be asked or refuses.
+    It changes nothing else of a topic that exists. Raises `confluent_kafka.KafkaException` where the cluster
+    does not answer or refuses.
     """
     planned = planned or plan(settings)
     admin = client(settings)
@@ -109,10 +107,10 @@ def apply(settings: Settings, planned: Plan | None = None) -> Applied:
 
 
 def grow(settings: Settings, small: Collection[str]) -> None:
-    """Give these topics the partitions that are wanted.
+    """Give these topics as many partitions as the settings want.
 
-    Keys move to other partitions by it: of one task, older records may then stand in another partition than
-    newer ones. Kafka never takes a partition back. Raises `confluent_kafka.KafkaException`.
+    Keys then move to other partitions: a task's older and newer records may be in different ones. Kafka never
+    removes a partition. Raises `confluent_kafka.KafkaException`.
     """
     if small:
         admin = client(settings)
@@ -138,18 +136,18 @@ def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
             done.result()
             created.append(name)
         except KafkaException as error:
-            # Another one applies them at the same time.
+            # Another process applies them at the same time.
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
-    # Also what another one has made at the same time, with as many partitions as that one wanted.
+    # A topic that another process created has as many partitions as that one wanted.
     _wait_until_shown(admin, {t.name: t.partitions if t.name in created else 1 for t in topics})
     return created
 
 
 def _wait_until_shown(admin: AdminClient, partitions: Mapping[str, int]) -> None:
-    """Wait until the topics are shown with so many partitions: a broker's metadata follow the controller's.
+    """Wait until the brokers show the topics with so many partitions: they learn of them from the controller.
 
-    Raises `confluent_kafka.KafkaException` where that takes too long.
+    Raises `confluent_kafka.KafkaException` after TIMEOUT.
     """
     deadline = time.monotonic() + TIMEOUT
     while True:
@@ -164,7 +162,7 @@ def _wait_until_shown(admin: AdminClient, partitions: Mapping[str, int]) -> None
 
 
 def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[dict[str, int], list[str]]:
-    """Return the retention, in milliseconds, of the topics where it is too short, and what else differs."""
+    """Return the retentions (milliseconds, by topic) that are too short, and a line per other difference."""
     if not topics:
         return {}, []
     asked = {ConfigResource(ResourceType.TOPIC, topic.name): topic for topic in topics}
@@ -174,7 +172,7 @@ def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[dict[s
         for key, value in topic.config.items():
             has = entries[key].value
             if key == _RETENTION:
-                # -1 is for ever.
+                # -1 means for ever.
                 if 0 <= int(has) < int(value):
                     short[topic.name] = int(has)
             elif has != value:

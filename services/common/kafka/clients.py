@@ -1,4 +1,4 @@
-"""How the Kafka clients of a stage are set."""
+"""The librdkafka settings of every consumer and producer, and where librdkafka logs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from services.common.kafka.topics import MAX_RECORD_BYTES, Names
 
 __all__ = ["TimeoutDetectingLogger", "client_config", "consumer_config", "plain_config", "producer_config"]
 
-# librdkafka's own lines go where all logs go.
+# librdkafka's lines go where all logs go.
 _kafka_log = logging.getLogger("postroad.kafka")
 
 
 class _RateLimitedFilter(logging.Filter):
-    """Lets a line of one kind from one client through every ten seconds.
+    """Passes one line of each kind and client every ten seconds.
 
-    While a broker is away librdkafka reports each refused connection, twenty a second.
+    While a broker is away, librdkafka reports each refused connection: twenty a second.
     """
 
-    _EVERY = 10.0
+    _INTERVAL = 10.0
 
     def __init__(self) -> None:
         super().__init__()
         self._next: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        # The kind and the client come first, then the thread and what happened.
+        # A line names its kind and its client, then its thread and what happened.
         kind = record.getMessage().partition(" [thrd:")[0]
         now = time.monotonic()
         if now < self._next.get(kind, 0):
             return False
-        self._next[kind] = now + self._EVERY
+        self._next[kind] = now + self._INTERVAL
         return True
 
 
@@ -43,48 +43,48 @@ _kafka_log.addFilter(_RateLimitedFilter())
 
 
 class TimeoutDetectingLogger:
-    """A client's `logger` that also calls `timed_out` when requests were not answered in their time.
+    """A client's `logger` that also calls `on_timeout` when a request was not answered in time.
 
-    Of that librdkafka tells its log alone. The call comes on the thread that polls the client.
+    librdkafka reports that to its log alone. The call comes on the thread that polls the client.
     """
 
-    def __init__(self, timed_out: Callable[[], None]) -> None:
-        self._timed_out = timed_out
+    def __init__(self, on_timeout: Callable[[], None]) -> None:
+        self._on_timeout = on_timeout
 
     def log(self, level: int, text: str, *arguments: object) -> None:
-        """Take a line of librdkafka's; what kind it is comes first."""
+        """Log a line of librdkafka, which begins with its kind."""
         if (str(arguments[0]) if arguments else text).startswith("REQTMOUT"):
-            self._timed_out()
+            self._on_timeout()
         _kafka_log.log(level, text, *arguments)
 
 
 def client_config(settings: Settings, client_id: str) -> dict[str, Any]:
-    """Return what all clients are set to, their logs included."""
+    """Return the settings that all clients share, with their logger."""
     return plain_config(settings, client_id) | {"logger": _kafka_log}
 
 
 def plain_config(settings: Settings, client_id: str) -> dict[str, Any]:
-    """Return the same without the logs: text, numbers and truth values, for another process."""
+    """Return the same without the logger: texts, numbers and truth values, to be sent to another process."""
     return {
         "bootstrap.servers": settings.kafka_bootstrap,
         "client.id": client_id,
         "allow.auto.create.topics": False,
-        # A broker that comes back is found again within a second.
+        # The client finds a broker that comes back within a second.
         "reconnect.backoff.max.ms": 1000,
         "reconnect.backoff.ms": 250,
         "socket.keepalive.enable": True,
-        # A broker that returned under another address is given up at its old one (30 s by default).
+        # The client soon gives up the old address of a broker that has a new one (30 s by default).
         "socket.connection.setup.timeout.ms": 5000,
-        # Bounds every request, so also a synchronous commit while a coordinator is away.
+        # It bounds every request, so also a synchronous commit while the coordinator is away.
         "socket.timeout.ms": 10_000,
     }
 
 
 def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: bool) -> dict[str, Any]:
-    """Return the consumer's settings: positions are committed by the stage runtime alone.
+    """Return a consumer's settings; it commits nothing by itself.
 
-    `gather`: the broker may hold an answer back for up to 50 ms while there is little to send. A fetch
-    names every partition, so what it costs hardly depends on what it brings.
+    `gather` lets the broker hold a response back for up to 50 ms while there is little to send. A fetch names
+    every partition, so it costs much the same however many records it brings.
     """
     config = client_config(settings, client_id) | {
         "group.id": Names(settings.topic_prefix).group(stage),
@@ -92,26 +92,26 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "auto.offset.reset": "earliest",
-        # Also what a group waits for a member that must give partitions up.
+        # A group also waits so long for a member whose partitions it revokes.
         "max.poll.interval.ms": max(60_000, round(settings.revoke_seconds * 3000)),
-        # Memory: a fetch stops at 8 MiB in the client's queue. A larger single record still comes whole.
+        # Memory: fetches stop at 8 MiB in the client's queue. A larger single record still comes whole.
         "queued.max.messages.kbytes": 8 << 10,
         "max.partition.fetch.bytes": 256 << 10,
         "fetch.max.bytes": 4 << 20,
         "receive.message.max.bytes": MAX_RECORD_BYTES + (8 << 20),
-        # A partition that is resumed, due again or just emptied waits for the fetch under way: no longer
-        # than this. At 100 ms that wait was a stage's 90th percentile at 200 records a second.
+        # A partition that is resumed, due or just emptied waits for the fetch under way: this long at most.
+        # At 100 ms that wait was a stage's 90th percentile at 200 records a second.
         "fetch.wait.max.ms": 50 if gather else 20,
         "fetch.min.bytes": 64 << 10 if gather else 1,
         "fetch.error.backoff.ms": 100,
-        # While the client's queue holds anything it fetches no more, so that the poller's pace is the
-        # fetches' pace too: left to itself it asks again for every record that comes, at a thousand a
-        # second eight times a turn. The back-off is how soon after the queue is empty it asks.
+        # The client fetches only while its queue is empty, so it fetches at the poller's pace. By default it
+        # fetches again for every record that comes: at a thousand a second, eight times a poll. The back-off
+        # is how soon after its queue is empty it fetches.
         "queued.min.messages": 1,
         "fetch.queue.backoff.ms": 2,
     }
     if settings.group_protocol == "consumer":
-        # One replica gets the same partition numbers of all its topics: two never write one task's row.
+        # A replica owns the same partitions of all its topics, so two replicas never write one task's row.
         config["group.remote.assignor"] = "range"
     else:
         config |= {
@@ -123,16 +123,16 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
 
 
 def producer_config(settings: Settings, client_id: str) -> dict[str, Any]:
-    """Return the producer's settings: idempotent, acked by all in-sync replicas."""
+    """Return a producer's settings: idempotent, acked by all in-sync replicas."""
     return client_config(settings, client_id) | {
         "enable.idempotence": True,
         "acks": "all",
         "compression.type": "lz4",
         "linger.ms": LINGER_MS,
-        # The Java clients' choice, so that other tools put a key where this project does.
+        # The Java clients' default: other tools then put a key into the same partition.
         "partitioner": "murmur2_random",
         "message.max.bytes": MAX_RECORD_BYTES,
-        # After this a delivery has failed and the caller hears of it; it may try again.
+        # After this time a delivery has failed, and its caller may try again.
         "delivery.timeout.ms": 20_000,
         "queue.buffering.max.kbytes": 64 << 10,
     }

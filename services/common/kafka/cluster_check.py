@@ -1,4 +1,4 @@
-"""Whether Kafka answers and has the topics that a service needs, asked on a thread of its own."""
+"""Checks on a thread of its own whether Kafka answers and has the topics that a service needs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ __all__ = ["ClusterCheck"]
 
 log = structlog.get_logger(__name__)
 
-_EVERY = 5.0
-_AFTER_TROUBLE = 1.0
+# Seconds between two checks: while all is well, and after a check that found a problem.
+_INTERVAL = 5.0
+_RETRY_INTERVAL = 1.0
+# Seconds that one request may take.
 _TIMEOUT = 3.0
 
 
 class ClusterCheck:
     """Asks for these topics (full names) every few seconds.
 
-    Its own clients tell a service of neither fault: while there is nothing to send, a producer does not see
-    that the brokers are away, and a consumer waits without a word for a topic that is not there.
+    A service's own clients report neither problem. With nothing to send, a producer does not notice that the
+    brokers are away; a consumer waits in silence for a topic that does not exist.
     """
 
     def __init__(self, settings: Settings, topics: Sequence[str]) -> None:
@@ -35,31 +37,31 @@ class ClusterCheck:
         self._thread = threading.Thread(target=self._run, name="cluster check", daemon=True)
 
     def start(self) -> None:
-        """Start asking. Does not block."""
+        """Start to check. Does not block."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask no more; a question under way ends by itself. Does not block."""
+        """Check no more; a request under way ends by itself. Does not block."""
         self._stopping.set()
 
     def problems(self) -> list[str]:
-        """Return what is wrong, empty before the first answer. Safe from any thread."""
+        """Return what is wrong, empty before the first response. Safe from any thread."""
         return self._problems
 
     def _run(self) -> None:
         admin = AdminClient(client_config(self._settings, self._settings.replica_name))
         while not self._stopping.is_set():
-            found = self._ask(admin)
+            found = self._check(admin)
             if found and not self._problems:
-                # A broker that is slow for once, or has just begun and does not know all topics, is no fault.
-                self._stopping.wait(_AFTER_TROUBLE)
-                found = self._ask(admin)
+                # A broker may be slow once, or has just started and does not know all topics yet.
+                self._stopping.wait(_RETRY_INTERVAL)
+                found = self._check(admin)
             if found != self._problems:
-                log.warning("the cluster", problems=found)
+                log.warning("the problems of the Kafka cluster changed", problems=found)
             self._problems = found
-            self._stopping.wait(_AFTER_TROUBLE if found else _EVERY)
+            self._stopping.wait(_RETRY_INTERVAL if found else _INTERVAL)
 
-    def _ask(self, admin: AdminClient) -> list[str]:
+    def _check(self, admin: AdminClient) -> list[str]:
         try:
             return [text for name in self._topics if (text := _problem(admin, name))]
         except KafkaException as error:

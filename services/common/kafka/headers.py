@@ -48,13 +48,13 @@ _OWN = frozenset({"due-at", "attempt", "origin", "cause", RESOLVES, RESOLUTION})
     f"{part}-{what}" for part in ("value", "key") for what in ("size", "sha256")
 )
 _MAX_CAUSE = 2000
-# Kafka takes no longer names of topics.
+# The longest topic name that Kafka takes.
 _MAX_TOPIC = 249
 
 
 @dataclass(frozen=True, slots=True)
 class DelayedHeaders:
-    """What a delayed record's headers say."""
+    """What the headers of a delayed record say: when it is due, its next attempt, and its origin."""
 
     due_at_ms: int
     attempt: int
@@ -63,7 +63,7 @@ class DelayedHeaders:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A part of a dead record, `value` or `key`, that its letter does not carry: bytes and their SHA-256."""
+    """A part of a record, `value` or `key`, that its dead letter leaves out: its bytes and their SHA-256."""
 
     part: str
     size: int
@@ -71,14 +71,14 @@ class LeftOut:
 
     @classmethod
     def of(cls, part: str, content: bytes) -> LeftOut:
-        """Return what a letter says of this content in its stead."""
+        """Return what stands in the place of this content."""
         return cls(part, len(content), hashlib.sha256(content).hexdigest())
 
 
 def delayed_headers(
     headers: Headers | None, *, origin: RecordLocation, attempt: int, cause: str, due_at_ms: int
 ) -> Headers:
-    """Return the headers of the record that is to come back at `due_at_ms` as `attempt`."""
+    """Return the headers of a record that comes back at `due_at_ms` (Unix milliseconds) as `attempt`."""
     return [*_kept(headers), ("due-at", b"%d" % due_at_ms), *_ours(origin, attempt, cause)]
 
 
@@ -91,9 +91,9 @@ def dead_letter_headers(
     foreign: bool = False,
     left_out: Iterable[LeftOut] = (),
 ) -> Headers:
-    """Return the headers of the dead letter. `foreign`: no event of ours, so no replay produced it."""
+    """Return the headers of a dead letter. A `foreign` record is no event, so no replay produced it."""
     kept = (header for header in _kept(headers) if not (foreign and header[0] == REPLAY_ID))
-    said = [
+    left_out_headers = [
         header
         for one in left_out
         for header in (
@@ -101,11 +101,11 @@ def dead_letter_headers(
             (f"{one.part}-sha256", one.sha256.encode()),
         )
     ]
-    return [*kept, *_ours(origin, attempt, cause), *said]
+    return [*kept, *_ours(origin, attempt, cause), *left_out_headers]
 
 
 def left_out(headers: Headers | None) -> tuple[LeftOut, ...]:
-    """Return the parts that a dead letter with these headers does not carry."""
+    """Return the parts that a dead letter with these headers leaves out."""
     found = dict(headers or ())
     parts = []
     for part in ("value", "key"):
@@ -116,14 +116,14 @@ def left_out(headers: Headers | None) -> tuple[LeftOut, ...]:
 
 
 def parse_delayed_headers(headers: Headers | None) -> DelayedHeaders:
-    """Read a delayed record's headers. Raises MalformedHeaders, naming the header."""
+    """Read the headers of a delayed record. Raises MalformedHeaders, with the header's name."""
     found = {name: value for name, value in headers or () if name in _OWN}
     origin, attempt = _origin(found), parse_attempt(headers)
     return DelayedHeaders(_number(found, "due-at"), attempt, origin)
 
 
 def parse_attempt(headers: Headers | None) -> int:
-    """Return which attempt a delayed or dead record is. Raises MalformedHeaders, naming the header."""
+    """Return the attempt that the record is. Raises MalformedHeaders with the header's name."""
     attempt = _number({name: value for name, value in headers or () if name == "attempt"}, "attempt")
     if attempt < 1:
         raise MalformedHeaders(f"attempt is {attempt}")
@@ -131,12 +131,12 @@ def parse_attempt(headers: Headers | None) -> int:
 
 
 def parse_origin(headers: Headers | None) -> RecordLocation:
-    """Return where a delayed or dead record stood at first. Raises MalformedHeaders, naming the header."""
+    """Return where the record was at first. Raises MalformedHeaders, with the header's name."""
     return _origin({name: value for name, value in headers or () if name == "origin"})
 
 
 def original_headers(headers: Headers | None) -> Headers:
-    """Return the headers that a delayed or dead record had at first."""
+    """Return the headers that the record had at first."""
     return list(_kept(headers))
 
 
@@ -158,7 +158,7 @@ def _number(found: dict[str, bytes], name: str) -> int:
 
 def _origin(found: dict[str, bytes]) -> RecordLocation:
     parts = (found.get("origin") or b"").rsplit(b"/", 2)
-    # A dead letter carries its origin whatever else does not fit: so the origin has a bound.
+    # A dead letter keeps its origin whatever else it leaves out, so the origin must be bounded.
     if len(parts) == 3 and 0 < len(parts[0]) <= _MAX_TOPIC and parts[0].isascii():
         partition, offset = parse_number(parts[1]), parse_number(parts[2])
         if partition is not None and offset is not None:

@@ -1,10 +1,9 @@
-"""How long to wait between two batches, of what is fetched and of what is produced.
+"""Decides how long to wait between two batches, when fetching and when producing.
 
-Each turn costs much the same however many records it brings: threads wake, a batch crosses to the
-loop, a produce request follows for every partition. With no wait a record is through at once, but at a
-thousand a second every batch holds two or three. So the wait grows with the rate of records: none
-while there is little to do, the longest when there is much, and none again where a backlog fills the
-batches anyway.
+A batch costs much the same however many records it has: threads wake, the batch crosses to the loop, and a
+produce request follows for every partition. Without a wait a record passes at once, but at a thousand a
+second each batch has only two or three. So the wait grows with the rate of records: none at a low rate, the
+longest at a high one, and none again where a backlog fills the batches anyway.
 """
 
 from __future__ import annotations
@@ -17,20 +16,21 @@ LONGEST_FETCH_WAIT = 0.1
 """The longest wait between two fetches, in seconds: it bounds what a stage adds to a task's time."""
 
 LONGEST_PRODUCE_WAIT = 0.05
-"""The same between two bursts of producing. What one fetch gave rise to comes together and waits for nothing;
-what ends one by one (RPCs, SMTP transactions) is gathered."""
+"""The longest wait between two bursts of producing, in seconds. Records that one fetch led to come
+together and do not wait. Those that come one by one (RPCs, SMTP transactions) are gathered."""
 
 LINGER_MS = 1
-"""The producer's linger. Batches are made by the pace; this only lets one burst leave as one."""
+"""The producer's linger in milliseconds. The pace makes the batches; this only lets a burst leave as one."""
 
-# Records a second: up to the first there is no wait, from the second on the longest.
-_IDLE = 300.0
-_BUSY = 1000.0
-_MEMORY = 0.5
+# Records a second: no wait up to the first, the longest wait from the second on.
+_IDLE_RATE = 300.0
+_BUSY_RATE = 1000.0
+# Seconds over which the rate is averaged.
+_WINDOW = 0.5
 
 
 class Pace:
-    """The wait before the next batch, from the rate of records so far. Pure: the caller brings the time."""
+    """Derives the wait before the next batch from the rate of records. Pure: the caller brings the time."""
 
     __slots__ = ("_last", "_level", "_until", "longest")
 
@@ -41,12 +41,12 @@ class Pace:
         self._until = 0.0
 
     def note_batch(self, count: int, now: float, *, full: bool = False) -> None:
-        """Note a batch of `count` records at `now` (monotonic seconds); `full` if there was no more room."""
-        self._level = self._level * exp((self._last - now) / _MEMORY) + count
+        """Note a batch of `count` records at `now` (monotonic seconds); `full` where more may be waiting."""
+        self._level = self._level * exp((self._last - now) / _WINDOW) + count
         self._last = now
-        busy = (self._level / _MEMORY - _IDLE) / (_BUSY - _IDLE)
+        busy = (self._level / _WINDOW - _IDLE_RATE) / (_BUSY_RATE - _IDLE_RATE)
         self._until = now if full else now + self.longest * min(1.0, max(0.0, busy))
 
     def wait(self, now: float) -> float:
-        """Return the seconds to wait before the next batch, 0 when none."""
+        """Return the seconds to wait before the next batch."""
         return max(0.0, self._until - now)

@@ -1,4 +1,4 @@
-"""Producing to Kafka: batches in, one answer a batch out."""
+"""Produces batches of records to Kafka, and says of each batch which records were not acked."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["PublishFailure", "Publisher", "is_permanent", "produce_error"]
 log = structlog.get_logger(__name__)
 
 PublishFailure = tuple[int, KafkaError]
-"""An item's index in its batch, and why it was not delivered."""
+"""The index of a record in its batch, and why it was not delivered."""
 
-_HOPELESS = frozenset(
+_PERMANENT = frozenset(
     {
         KafkaError.MSG_SIZE_TOO_LARGE,
         KafkaError.RECORD_LIST_TOO_LARGE,
@@ -34,19 +34,20 @@ _HOPELESS = frozenset(
         KafkaError._INVALID_ARG,
     }
 )
-_TURN = 0.1
-# Turns that a purged producer has to answer for what it held: it does so at once.
+# Seconds that one poll of the producer may take.
+_POLL_SECONDS = 0.1
+# How many polls a purged producer gets to report what it held; it does so at once.
 _FLUSHES = 50
-_UNPROVEN = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
+_NO_OFFSET = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
 
 
 def is_permanent(error: KafkaError) -> bool:
-    """Return whether the same record would be refused every time."""
-    return error.code() in _HOPELESS
+    """Return whether Kafka would refuse the same record every time."""
+    return error.code() in _PERMANENT
 
 
 def produce_error(error: Exception) -> KafkaError:
-    """Return why the client did not take a record: what `Producer.produce` raised, as Kafka's own error."""
+    """Return what `Producer.produce` raised as a KafkaError."""
     if isinstance(error, KafkaException):
         found: KafkaError = error.args[0]
         return found
@@ -54,41 +55,46 @@ def produce_error(error: Exception) -> KafkaError:
 
 
 class _Batch:
-    """What is still to be acked of one batch. Only the poll thread changes it once it is sent."""
+    """Counts what is still to be acked of one batch. Once it is sent, only the poll thread changes it."""
 
-    __slots__ = ("_finished", "count", "done", "failures", "left")
+    __slots__ = ("_on_complete", "count", "failures", "left", "on_done")
 
     def __init__(
-        self, count: int, done: Callable[[list[PublishFailure]], None], finished: Callable[[_Batch], None]
+        self,
+        count: int,
+        on_done: Callable[[list[PublishFailure]], None],
+        on_complete: Callable[[_Batch], None],
     ) -> None:
         self.count = self.left = count
-        self.done = done
+        self.on_done = on_done
         self.failures: list[PublishFailure] = []
-        self._finished = finished
+        self._on_complete = on_complete
 
-    def delivered(self, index: int, error: KafkaError | None, message: Message | None) -> None:
+    def on_delivery(self, index: int, error: KafkaError | None, message: Message | None) -> None:
         # librdkafka takes a batch for delivered where a later one of its partition was. But a broker that
-        # does not know the producer yet takes any first batch, and then the earlier one, refused a moment
-        # ago, is never sent again. Only what a broker has written has an offset.
+        # does not know the producer yet takes any first batch; the earlier one, refused a moment ago, is
+        # then never sent again. Only a record that a broker has written has an offset.
         if error is None and (message is None or message.offset() is None):
-            error = _UNPROVEN
+            error = _NO_OFFSET
         if error is not None:
             self.failures.append((index, error))
         self.left -= 1
         if not self.left:
-            self._finished(self)
+            self._on_complete(self)
 
 
 class Publisher:
-    """One idempotent producer and its poll thread. To be used from one event loop.
+    """One idempotent producer and the thread that polls it. Use it from one event loop.
 
-    Items go to `settings.topic_prefix` + their topic, in the order of the calls. A batch is not atomic, and
-    one that is published again after a failure may be there twice: readers tell events by `ce_id`. What is
-    being published is bounded by the callers. When there is much of it, batches are gathered for a moment:
-    librdkafka makes one request for every partition, whatever it holds. A producer that fails for good (it
-    lost count of its batches in a long outage, say) is replaced, and so is one that has let deliveries time
-    out without a single ack meanwhile: after brokers were killed and frozen in turn librdkafka was seen to
-    deliver nothing more, to brokers that took others' records.
+    A record goes to `settings.topic_prefix` + its topic, in the order of the calls. A batch is not atomic.
+    One that is published again after a failure may be on Kafka twice: readers tell events apart by `ce_id`.
+    The callers bound how much is being published. At a high rate batches are gathered for a moment, since
+    librdkafka makes a request for every partition, whatever it holds.
+
+    The publisher replaces a producer that fails for good (one that lost count of its batches in a long
+    outage, say), and one whose deliveries time out without a single ack meanwhile. After brokers were killed
+    and frozen in turn, librdkafka was seen to deliver nothing more to brokers that took the records of
+    others.
     """
 
     def __init__(self, settings: Settings, client_id: str, **overrides: Any) -> None:
@@ -99,43 +105,43 @@ class Publisher:
         self._pace = Pace(LONGEST_PRODUCE_WAIT)
         self._timer: asyncio.TimerHandle | None = None
         self._refused: deque[Callable[[], None]] = deque()
-        self._finished: list[_Batch] = []
+        self._complete: list[_Batch] = []
         self._closed = False
-        # What is produced to a producer that was purged is never answered for.
-        self._changing = threading.Lock()
+        # A purged producer never reports what is produced to it afterwards.
+        self._replacing = threading.Lock()
         self._deadline = 0.0
-        self._gave_up: KafkaError | None = None
+        self._failed: KafkaError | None = None
         self._patience = self._config["delivery.timeout.ms"] / 1000
         self._acked_at = time.monotonic()
 
     def start(self) -> None:
-        """Start producing. Call on the loop's thread; does not block, nor wait for a broker."""
+        """Start the producer. Call on the loop's thread; it neither blocks nor waits for a broker."""
         self._loop = asyncio.get_running_loop()
         self._producer = Producer(self._config)
         self._thread = threading.Thread(target=self._poll, name="publisher", daemon=True)
         self._thread.start()
 
     def publish(self, batch: Sequence[OutgoingRecord]) -> asyncio.Future[list[PublishFailure]]:
-        """Publish a batch; the result is the failed items, empty once all are acked by all in-sync replicas.
+        """Publish a batch. The result has its failures, empty once all in-sync replicas acked every record.
 
-        It comes after `delivery.timeout.ms` at the latest.
+        It comes within `delivery.timeout.ms`.
         """
         future: asyncio.Future[list[PublishFailure]] = self._loop.create_future()
 
-        def done(failures: list[PublishFailure]) -> None:
+        def on_done(failures: list[PublishFailure]) -> None:
             if not future.done():
                 future.set_result(failures)
 
-        self.send(batch, done)
+        self.send(batch, on_done)
         return future
 
-    def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[PublishFailure]], None]) -> None:
-        """Like `attempt`, but `done` is called once on the loop, with the failed items. Does not block."""
+    def send(self, batch: Sequence[OutgoingRecord], on_done: Callable[[list[PublishFailure]], None]) -> None:
+        """Publish a batch, and call `on_done` once on the loop with its failures. Does not block."""
         if not batch:
-            self._loop.call_soon(done, [])
+            self._loop.call_soon(on_done, [])
             return
-        delivered = _Batch(len(batch), done, self._finished_one).delivered
-        self._waiting.extend((item, partial(delivered, index)) for index, item in enumerate(batch))
+        on_delivery = _Batch(len(batch), on_done, self._on_complete).on_delivery
+        self._waiting.extend((record, partial(on_delivery, index)) for index, record in enumerate(batch))
         if self._timer is None:
             wait = self._pace.wait(time.monotonic())
             if wait:
@@ -144,7 +150,7 @@ class Publisher:
                 self._produce()
 
     async def close(self, seconds: float) -> bool:
-        """Wait up to `seconds` for what is being published, then stop. Returns whether all was acked."""
+        """Wait up to `seconds` for what is being published, then stop. Return whether all was acked."""
         self._produce()
         self._deadline = time.monotonic() + seconds
         self._closed = True
@@ -157,96 +163,96 @@ class Publisher:
             self._timer = None
         prefix, waiting = self._prefix, self._waiting
         count = len(waiting)
-        with self._changing:
+        with self._replacing:
             produce = self._producer.produce
             while waiting:
-                item, delivered = waiting[0]
+                record, on_delivery = waiting[0]
                 try:
                     produce(
-                        prefix + item.topic,
-                        item.value,
-                        item.key,
-                        on_delivery=delivered,
-                        headers=item.headers,  # type: ignore[arg-type]
+                        prefix + record.topic,
+                        record.value,
+                        record.key,
+                        on_delivery=on_delivery,
+                        headers=record.headers,  # type: ignore[arg-type]
                     )
                 except BufferError:
-                    # The producer's own queue is full: the next answers make room.
+                    # The producer's own queue is full; the next deliveries make room in it.
                     break
                 except Exception as error:
-                    # Left in front of the queue it would hold up all others.
-                    self._refused.append(partial(delivered, produce_error(error), None))
+                    # A record that stayed at the head of the queue would hold up all others.
+                    self._refused.append(partial(on_delivery, produce_error(error), None))
                 waiting.popleft()
         self._pace.note_batch(count - len(waiting), time.monotonic())
 
     def _poll(self) -> None:
         while not self._closed:
-            self._heed(lambda: self._producer.poll(_TURN))
-            if self._gave_up is not None:
-                self._renew(self._gave_up)
+            self._call(lambda: self._producer.poll(_POLL_SECONDS))
+            if self._failed is not None:
+                self._replace_producer(self._failed)
             self._report()
-        self._heed(lambda: self._producer.flush(max(0.0, self._deadline - time.monotonic())))
+        self._call(lambda: self._producer.flush(max(0.0, self._deadline - time.monotonic())))
         self._report()
 
-    def _heed(self, call: Callable[[], int]) -> None:
-        """A fatal error is raised once, not told to `error_cb`; the calls after it answer what is left."""
+    def _call(self, call: Callable[[], int]) -> None:
+        """Call the producer. It raises a fatal error once and does not pass it to `error_cb`."""
         try:
             call()
         except KafkaException as error:
             self._on_error(error.args[0])
 
-    def _renew(self, error: KafkaError) -> None:
-        """Put a new producer in the place of one that gave up; what that one held has failed."""
+    def _replace_producer(self, error: KafkaError) -> None:
+        """Put a new producer in the place of one that failed; all that the old one held has failed."""
         try:
-            fresh = Producer(self._config)
+            new = Producer(self._config)
         except KafkaException as problem:
-            # No threads, no memory: the spent one stays, and refuses what it is given, until there is.
+            # Threads or memory are short: until there are more, the old producer refuses what it gets.
             log.error("no new producer can be made", error=str(problem))
-            time.sleep(_TURN)
+            time.sleep(_POLL_SECONDS)
             return
-        log.error("the producer gave up, a new one takes its place", error=str(error))
-        self._gave_up = None
-        with self._changing:
-            spent, self._producer = self._producer, fresh
-        spent.purge()
+        log.error("the producer failed and is replaced", error=str(error))
+        self._failed = None
+        with self._replacing:
+            old, self._producer = self._producer, new
+        old.purge()
         for _ in range(_FLUSHES):
-            self._heed(lambda: spent.flush(_TURN))
-            if not len(spent):
+            self._call(lambda: old.flush(_POLL_SECONDS))
+            if not len(old):
                 break
-        self._gave_up = None
+        self._failed = None
         self._acked_at = time.monotonic()
-        # It may give up at once again.
-        time.sleep(_TURN)
+        # The new one may fail at once again.
+        time.sleep(_POLL_SECONDS)
 
     def _report(self) -> None:
         while self._refused:
             self._refused.popleft()()
-        # What waits for the producer's queue has no delivery of its own to be woken by.
-        if self._finished or self._waiting:
-            finished, self._finished = self._finished, []
+        # Records that wait for room in the producer's queue have no delivery of their own to wake them.
+        if self._complete or self._waiting:
+            complete, self._complete = self._complete, []
             try:
-                self._loop.call_soon_threadsafe(self._answer, finished)
+                self._loop.call_soon_threadsafe(self._on_report, complete)
             except RuntimeError:
-                log.warning("deliveries came after the loop had ended", batches=len(finished))
+                log.warning("deliveries came after the loop had ended", batches=len(complete))
 
-    def _answer(self, finished: list[_Batch]) -> None:
+    def _on_report(self, complete: list[_Batch]) -> None:
         if self._waiting and self._timer is None:
             self._produce()
-        for batch in finished:
+        for batch in complete:
             try:
-                batch.done(batch.failures)
+                batch.on_done(batch.failures)
             except Exception:
-                log.exception("a batch's answer was not taken")
+                log.exception("the callback of a batch failed")
 
-    def _finished_one(self, batch: _Batch) -> None:
-        self._finished.append(batch)
+    def _on_complete(self, batch: _Batch) -> None:
+        self._complete.append(batch)
         if len(batch.failures) < batch.count:
             self._acked_at = time.monotonic()
             return
         _, error = batch.failures[0]
-        deaf = error.code() == KafkaError._MSG_TIMED_OUT
-        if deaf and time.monotonic() - self._acked_at > self._patience:
-            self._gave_up = error
+        timed_out = error.code() == KafkaError._MSG_TIMED_OUT
+        if timed_out and time.monotonic() - self._acked_at > self._patience:
+            self._failed = error
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() == KafkaError._FATAL or error.fatal():
-            self._gave_up = error
+            self._failed = error

@@ -36,7 +36,7 @@ TASK_CANCELLED = "task.cancelled"
 
 EVENT_TOPICS = (TASK_CREATED, MX_OK, MX_FAILED, MAIL_SENT, MAIL_DEFERRED, MAIL_FAILED, TASK_CANCELLED)
 
-# The largest body allowed by the settings (2 MiB), its headers and its envelope fit twice over.
+# Twice the largest body that the settings allow (2 MiB), with its headers and its envelope.
 MAX_RECORD_BYTES = 5 << 20
 
 _DAY_MS = 86_400_000
