@@ -94,7 +94,7 @@ chaos: setup ## kill, freeze and cut off what can be, under load (ARGS="--seed 1
 simulate: setup ## tens of thousands of interleavings with faults, in memory (ARGS="--seconds 600" for more)
 	@$(PYTHON) -m tests.simulation $(ARGS)
 
-bench: setup ## how fast the road is here
+bench: setup ## how fast the pipeline is here
 	@$(PYTHON) -m tests.bench $(ARGS)
 
 lock: setup ## pin the dependencies of pyproject.toml anew, with hashes

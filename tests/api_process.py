@@ -26,7 +26,7 @@ from services.common.kafka.topics import EVENT_TOPICS, TASK_CREATED
 from tests import forked
 from tests.stack import Infra
 
-__all__ = ["ApiProcess", "Road", "eventually", "request"]
+__all__ = ["ApiProcess", "Installation", "eventually", "request"]
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20) -> object:
@@ -49,7 +49,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Road:
+class Installation:
     """A migrated database and event topics that nobody else uses."""
 
     def __init__(self, infra: Infra) -> None:
@@ -67,7 +67,7 @@ class Road:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The settings that put a service on this road."""
+        """The settings that point a service at this installation."""
         return {
             "POSTROAD_KAFKA_BOOTSTRAP": self.infra.bootstrap,
             "POSTROAD_DATABASE_URL": self.database_url,
@@ -119,7 +119,7 @@ def request(number: int = 0, key: str = "", **data: Any) -> CreateRequest:
     return CreateRequest(data=TaskData(**mail), idempotency_key=key)
 
 
-class Installation(Protocol):
+class HasEnvironment(Protocol):
     """What an api can be started on."""
 
     @property
@@ -130,13 +130,13 @@ class Installation(Protocol):
 class ApiProcess:
     """`python -m services.api`, ready when the context is entered; SIGTERM at its end, and exit code 0."""
 
-    def __init__(self, road: Installation, **environment: str) -> None:
+    def __init__(self, installation: HasEnvironment, **environment: str) -> None:
         self.target = f"127.0.0.1:{free_port()}"
         self.http = f"127.0.0.1:{free_port()}"
         self._log = tempfile.NamedTemporaryFile("w+b", suffix=".log")  # noqa: SIM115
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
         given = {"POSTROAD_LISTEN": self.target, "POSTROAD_HTTP_LISTEN": self.http} | environment
-        self._environment = clean | dict(road.environment) | given
+        self._environment = clean | dict(installation.environment) | given
         self.process: forked.Process | None = None
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The speed of the whole road: `python -m tests.bench [--tasks N] [--rate R] [--json]`.
+"""The speed of the whole pipeline: `python -m tests.bench [--tasks N] [--rate R] [--json]`.
 
 It brings up a local stack of its own, loads it with Creates and BatchCreates and takes the catcher's journal,
 not the services' word, for when each mail was accepted. CPU is that of every process of the stack
@@ -17,7 +17,7 @@ from typing import Any
 import uvloop
 
 from tests.bench.load import Sent, at_rate, by_batches, by_callers
-from tests.bench.road import Journal, quantiles, stack
+from tests.bench.pipeline import Journal, quantiles, stack
 from tests.bench.usage import usage
 
 

@@ -22,7 +22,7 @@ from services.common.kafka.headers import delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import Names
 from tests.bench.load import BODY
-from tests.bench.road import stack
+from tests.bench.pipeline import stack
 from tests.bench.usage import Usage, usage
 
 _CORE, _MEGABYTES = 0.01, 10.0

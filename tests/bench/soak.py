@@ -21,7 +21,7 @@ from deploy.local.state import SERVICES
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from tests.bench.load import at_rate
-from tests.bench.road import Journal, stack
+from tests.bench.pipeline import Journal, stack
 from tests.bench.usage import usage
 
 REPLICAS = tuple(f"{service}-1" for service in SERVICES)

@@ -28,7 +28,7 @@ import uvloop
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from tests.bench.load import BODY
-from tests.bench.road import quantiles, stack
+from tests.bench.pipeline import quantiles, stack
 from tests.bench.timelines import LIFE, Sample
 from tests.bench.usage import usage
 

@@ -10,7 +10,7 @@ from confluent_kafka import Producer
 
 from services.common.kafka import topics
 from services.common.stages import STAGES
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.stack import Stack
 
 # Far larger than a task can be, as large as a topic takes.
@@ -19,9 +19,9 @@ BAD = {"garbage": b"\xff\xfe no protobuf \x00", "empty": b"", "none": None, "ove
 
 
 @pytest.fixture
-def road(stack: Stack) -> Iterator[Road]:
-    with Road(stack) as road:
-        yield road
+def pipeline(stack: Stack) -> Iterator[Pipeline]:
+    with Pipeline(stack) as pipeline:
+        yield pipeline
 
 
 def _header(record: Any, name: str) -> str:
@@ -29,9 +29,9 @@ def _header(record: Any, name: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_bad_records_on_every_topic(road: Road, stack: Stack) -> None:
+def test_bad_records_on_every_topic(pipeline: Pipeline, stack: Stack) -> None:
     readers = {name: list(stage.reads) for name, stage in STAGES.items()}
-    before = {stage: len(road.records(f"{stage}.dead")) for stage in readers}
+    before = {stage: len(pipeline.records(f"{stage}.dead")) for stage in readers}
     producer = Producer(
         {
             "bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"],
@@ -47,7 +47,7 @@ def test_bad_records_on_every_topic(road: Road, stack: Stack) -> None:
         wanted = {f"bad-{topic}-{mark}".encode() for topic in reads for mark in BAD}
 
         def dead(stage: str = stage, wanted: set[bytes] = wanted) -> list[Any]:
-            found = [r for r in road.records(f"{stage}.dead")[before[stage] :] if r.key() in wanted]
+            found = [r for r in pipeline.records(f"{stage}.dead")[before[stage] :] if r.key() in wanted]
             return found if len(found) >= len(wanted) else []
 
         letters = until(dead, f"{stage}'s dead letters", 90)
@@ -59,6 +59,6 @@ def test_bad_records_on_every_topic(road: Road, stack: Stack) -> None:
             assert _header(letter, "cause")
             assert _header(letter, "traceparent") == "00-1-2-00"
 
-    after = [road.create(f"after{n}@d{n}.ok.test") for n in range(24)]
-    assert {task.status for task in road.settled(after).values()} == {"completed"}
-    until(lambda: not any(road.lag().values()), "no stage is stuck", 30)
+    after = [pipeline.create(f"after{n}@d{n}.ok.test") for n in range(24)]
+    assert {task.status for task in pipeline.settled(after).values()} == {"completed"}
+    until(lambda: not any(pipeline.lag().values()), "no stage is stuck", 30)

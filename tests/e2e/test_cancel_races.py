@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
 from tests.stack import Stack
 
@@ -23,11 +23,11 @@ CALLERS = 32
 KINDS = ("a", "a", "slow-20", "slow-80", "slow-300", "greylist", "reject5", "drop-before")
 
 
-def cancel(road: Road, id_: str) -> task_pb2.Task:
+def cancel(pipeline: Pipeline, id_: str) -> task_pb2.Task:
     """Cancel a task; again where its mail was under way for longer than a call waits."""
     while True:
         try:
-            task: task_pb2.Task = road.stub.Cancel(pb.CancelRequest(id=id_), timeout=20)
+            task: task_pb2.Task = pipeline.stub.Cancel(pb.CancelRequest(id=id_), timeout=20)
             return task
         except grpc.RpcError as error:
             if reason(error) != "BEING_SENT":
@@ -43,15 +43,15 @@ def reason(error: grpc.RpcError) -> str:
     return str(error_details_pb2.ErrorInfo.FromString(packed.value).reason)
 
 
-def retry(road: Road, id_: str) -> task_pb2.Task:
+def retry(pipeline: Pipeline, id_: str) -> task_pb2.Task:
     """Open a task again."""
-    task: task_pb2.Task = road.stub.Retry(pb.RetryRequest(id=id_), timeout=20)
+    task: task_pb2.Task = pipeline.stub.Retry(pb.RetryRequest(id=id_), timeout=20)
     return task
 
 
-def quiet(road: Road) -> None:
+def quiet(pipeline: Pipeline) -> None:
     """Wait until the stages have handled all that there is."""
-    until(lambda: not any(road.lag().values()), "all committed", 60)
+    until(lambda: not any(pipeline.lag().values()), "all committed", 60)
 
 
 @pytest.mark.timeout(600)
@@ -60,19 +60,19 @@ def test_each_race_ends_as_it_was_answered(stack: Stack) -> None:
 
     def race(number: int) -> tuple[str, task_pb2.Task]:
         rng = random.Random(seed + number)
-        id_ = road.create(f"{rng.choice(KINDS)}+{number}@c{number % 40}.ok.test")
+        id_ = pipeline.create(f"{rng.choice(KINDS)}+{number}@c{number % 40}.ok.test")
         # From before its first event is published to long after its mail is gone.
         time.sleep(rng.choice((0.0, 0.02, 0.1, 0.5, 2.5, 8.0)) * rng.random())
-        return id_, cancel(road, id_)
+        return id_, cancel(pipeline, id_)
 
-    with Road(stack) as road, ThreadPoolExecutor(CALLERS) as callers:
+    with Pipeline(stack) as pipeline, ThreadPoolExecutor(CALLERS) as callers:
         answered = dict(callers.map(race, range(RACES)))
-        quiet(road)
-        copies = road.copies(answered)
+        quiet(pipeline)
+        copies = pipeline.copies(answered)
         counted: Counter[str] = Counter()
         for id_, answer in answered.items():
             counted[answer.status] += 1
-            now = road.get(id_)
+            now = pipeline.get(id_)
             assert now.status == answer.status, f"{id_}: seed {seed}"
             assert copies[id_] == (answer.status == "completed"), f"{id_} is {answer.status}: seed {seed}"
             kinds = [entry.kind for entry in now.timeline]
@@ -91,35 +91,35 @@ def test_each_race_ends_as_it_was_answered(stack: Stack) -> None:
 def test_what_was_cancelled_while_it_waited_or_was_scheduled_is_sent_only_when_opened_again(
     stack: Stack,
 ) -> None:
-    with Road(stack) as road:
-        waiting = road.create("reject4@good.test")
-        until(lambda: road.get(waiting).attempts, "an attempt")
+    with Pipeline(stack) as pipeline:
+        waiting = pipeline.create("reject4@good.test")
+        until(lambda: pipeline.get(waiting).attempts, "an attempt")
         data = pb.TaskData(email="ada@good.test", subject="Later", body="text")
         asked = pb.CreateRequest(data=data)
         asked.send_at.FromNanoseconds(time.time_ns() + 5 * 10**9)
-        scheduled = road.stub.Create(asked, timeout=20).id
+        scheduled = pipeline.stub.Create(asked, timeout=20).id
         for id_ in (waiting, scheduled):
-            assert cancel(road, id_).status == "cancelled"
+            assert cancel(pipeline, id_).status == "cancelled"
         # The events reach the topics all the same.
         for topic in ("task.created", "task.cancelled"):
-            until(lambda topic=topic: scheduled in _keys(road, topic), f"it is on {topic}")  # type: ignore[misc]
-        quiet(road)
-        assert road.copies([waiting, scheduled]) == {waiting: 0, scheduled: 0}
-        assert cancel(road, scheduled).status == "cancelled"
+            until(lambda topic=topic: scheduled in _keys(pipeline, topic), f"it is on {topic}")  # type: ignore[misc]
+        quiet(pipeline)
+        assert pipeline.copies([waiting, scheduled]) == {waiting: 0, scheduled: 0}
+        assert cancel(pipeline, scheduled).status == "cancelled"
 
-        assert retry(road, scheduled).status == "pending"
-        assert road.settled([scheduled])[scheduled].status == "completed"
-        assert [entry.kind for entry in road.get(scheduled).timeline] == [
+        assert retry(pipeline, scheduled).status == "pending"
+        assert pipeline.settled([scheduled])[scheduled].status == "completed"
+        assert [entry.kind for entry in pipeline.get(scheduled).timeline] == [
             "created",
             "cancelled",
             "retried",
             "mx_ok",
             "sent",
         ]
-        road.sent_once([scheduled])
+        pipeline.sent_once([scheduled])
 
 
-def _keys(road: Road, topic: str) -> set[str]:
+def _keys(pipeline: Pipeline, topic: str) -> set[str]:
     from services.api.uuid7 import text
 
-    return {text(record.key()) for record in road.records(topic)}
+    return {text(record.key()) for record in pipeline.records(topic)}

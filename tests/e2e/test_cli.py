@@ -13,7 +13,7 @@ import pytest
 from tests import forked
 from tests.api_process import ApiProcess
 from tests.cli import Command, Done
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.stack import Stack
 
 FAILED, USAGE, NOT_FOUND, DENIED = 1, 2, 3, 4
@@ -26,9 +26,9 @@ def postroad(stack: Stack) -> Command:
 
 
 @pytest.fixture
-def road(stack: Stack) -> Iterator[Road]:
-    with Road(stack) as road:
-        yield road
+def pipeline(stack: Stack) -> Iterator[Pipeline]:
+    with Pipeline(stack) as pipeline:
+        yield pipeline
 
 
 def created(done: Done) -> str:
@@ -37,21 +37,21 @@ def created(done: Done) -> str:
     return id_
 
 
-def test_one_mail_from_flags_goes_out_whole(postroad: Command, road: Road, tmp_path: Path) -> None:
+def test_one_mail_from_flags_goes_out_whole(postroad: Command, pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<p>Hello")
     flags = ["--subject", "Grüße", "--body", "-", "--html-file", str(tmp_path / "page.html")]
     flags += ["--label", "cli=one", "--header", "Reply-To: desk@good.test", "--idempotency-key", "cli-one"]
     first = postroad("create", "ada@good.test", *flags, "-o", "json", given="From stdin.\n")
     id_ = created(first)
     assert created(postroad("create", "ada@good.test", *flags, "-o", "json", given="From stdin.\n")) == id_
-    road.settled([id_])
+    pipeline.settled([id_])
     row = postroad("get", id_, "-o", "json").json
     assert (row["status"], row["subject"], row["labels"]) == ("completed", "Grüße", {"cli": "one"})
     assert (row["body"], row["html"]) == ("From stdin.\n", "<p>Hello")
     assert [step["kind"] for step in row["timeline"]] == ["created", "mx_ok", "sent"]
     assert row["timeline"][2]["reply"].startswith("250 ")
-    (mail,) = [entry for entry in road.stack.journal() if id_ in entry["message_id"]]
-    text = (road.stack.mail / mail["path"]).read_text()
+    (mail,) = [entry for entry in pipeline.stack.journal() if id_ in entry["message_id"]]
+    text = (pipeline.stack.mail / mail["path"]).read_text()
     assert "Reply-To: desk@good.test" in text
 
 
@@ -106,11 +106,11 @@ def test_a_batch_file_of_more_than_one_batch(postroad: Command, tmp_path: Path) 
     ]
 
 
-def test_list_takes_all_filters_together(postroad: Command, road: Road) -> None:
+def test_list_takes_all_filters_together(postroad: Command, pipeline: Pipeline) -> None:
     label = "list-1"
-    ids = [road.create(f"filter-{n}@good.test", labels={"t": label, "n": str(n % 2)}) for n in range(4)]
-    gone = road.create("x@nxdomain.test", labels={"t": label})
-    road.settled([*ids, gone])
+    ids = [pipeline.create(f"filter-{n}@good.test", labels={"t": label, "n": str(n % 2)}) for n in range(4)]
+    gone = pipeline.create("x@nxdomain.test", labels={"t": label})
+    pipeline.settled([*ids, gone])
 
     def found(*flags: str) -> list[str]:
         done = postroad("list", "--label", f"t={label}", *flags, "-o", "jsonl")
@@ -139,15 +139,15 @@ def test_unknown_ids_are_a_line_and_exit_code_3(postroad: Command) -> None:
     assert postroad("get", "nonsense").code == USAGE
 
 
-def test_retry_and_cancel_say_the_worst(postroad: Command, road: Road) -> None:
-    sent, failed = road.create("a@good.test"), road.create("x@nxdomain.test")
-    road.settled([sent, failed])
+def test_retry_and_cancel_say_the_worst(postroad: Command, pipeline: Pipeline) -> None:
+    sent, failed = pipeline.create("a@good.test"), pipeline.create("x@nxdomain.test")
+    pipeline.settled([sent, failed])
     done = postroad("retry", failed, UNKNOWN, failed, "-o", "jsonl")
     assert done.code == NOT_FOUND
     again, missing = done.objects
     assert (again["id"], missing["id"], missing["error"]["code"]) == (failed, UNKNOWN, "NOT_FOUND")
     assert done.err == f"postroad: {UNKNOWN}: no task {UNKNOWN}\n"
-    until(lambda: [s.kind for s in road.get(failed).timeline].count("mx_failed") == 2, "a second verdict")
+    until(lambda: [s.kind for s in pipeline.get(failed).timeline].count("mx_failed") == 2, "a second verdict")
 
     held = created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "--send-at", "+1h", "-o", "json"))
     done = postroad("cancel", held, "-o", "json")
@@ -157,7 +157,7 @@ def test_retry_and_cancel_say_the_worst(postroad: Command, road: Road) -> None:
     assert (done.code, [row["status"] for row in done.json]) == (FAILED, ["completed", "cancelled"])
 
 
-def test_watch_ends_when_its_task_is_settled(postroad: Command, road: Road) -> None:
+def test_watch_ends_when_its_task_is_settled(postroad: Command, pipeline: Pipeline) -> None:
     id_ = created(postroad("create", "x@flaky-1.test", "-S", "s", "-b", "b", "-o", "json"))
     done = postroad("watch", id_, "-o", "jsonl", "--timeout", "60")
     assert done.code == 0, done.err
@@ -166,13 +166,13 @@ def test_watch_ends_when_its_task_is_settled(postroad: Command, road: Road) -> N
     assert rows[-1]["task"]["status"] == "completed"
     told = [row["change"]["kind"] for row in rows if row["change"]]
     # A watch is ahead of the fold.
-    road.settled([id_])
-    timeline = [step.kind for step in road.get(id_).timeline]
+    pipeline.settled([id_])
+    timeline = [step.kind for step in pipeline.get(id_).timeline]
     assert told == timeline[len(timeline) - len(told) :]
     settled = postroad("watch", id_, "--exit-status")
     assert (settled.code, settled.out.count(id_)) == (0, 1)
-    bad = road.create("x@nxdomain.test")
-    road.settled([bad])
+    bad = pipeline.create("x@nxdomain.test")
+    pipeline.settled([bad])
     assert postroad("watch", bad).code == 0
     assert postroad("watch", bad, "--exit-status").code == FAILED
 
@@ -183,12 +183,12 @@ def test_watch_gives_up_in_time(postroad: Command) -> None:
     assert (done.code, done.err) == (FAILED, "postroad: not settled in time\n")
 
 
-def test_a_watch_outlives_the_api(postroad: Command, road: Road, stack: Stack) -> None:
+def test_a_watch_outlives_the_api(postroad: Command, pipeline: Pipeline, stack: Stack) -> None:
     """What happens while the api is away is told when it is back; Ctrl-C then ends it."""
     with postroad.following("watch", "--label", "t=outlive", "-o", "jsonl") as watch:
 
         def stands() -> bool:
-            road.create("a@good.test", labels={"t": "outlive"})
+            pipeline.create("a@good.test", labels={"t": "outlive"})
             return bool(watch.objects)
 
         def told(id_: str) -> list[str]:
@@ -199,8 +199,8 @@ def test_a_watch_outlives_the_api(postroad: Command, road: Road, stack: Stack) -
         until(stands, "the watch tells of a task", 30)
         stack.stop("sender-1")
         try:
-            waiting = road.create("a@good.test", labels={"t": "outlive"})
-            until(lambda: road.get(waiting).status == "processing", "validated")
+            waiting = pipeline.create("a@good.test", labels={"t": "outlive"})
+            until(lambda: pipeline.get(waiting).status == "processing", "validated")
             stack.stop("api-1")
             stack.start("sender-1")
             until(lambda: any(waiting in mail["message_id"] for mail in stack.journal()), "sent")
@@ -213,10 +213,10 @@ def test_a_watch_outlives_the_api(postroad: Command, road: Road, stack: Stack) -
     assert [line for line in watch.errors if line.endswith("going on when it is back")]
 
 
-def test_tables_fit_80_and_160_columns(postroad: Command, road: Road) -> None:
+def test_tables_fit_80_and_160_columns(postroad: Command, pipeline: Pipeline) -> None:
     subject = "A subject that is far too long for any terminal, again and again, " * 3
-    id_ = road.create("somebody-with-a-long-name@refused-for-this-very-long-name.ok.test", subject)
-    road.settled([id_])
+    id_ = pipeline.create("somebody-with-a-long-name@refused-for-this-very-long-name.ok.test", subject)
+    pipeline.settled([id_])
     commands = (
         ["list", "-n", "5"],
         ["get", id_],
@@ -244,9 +244,9 @@ def _uncoloured(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def test_colour_is_for_terminals_that_want_it(postroad: Command, road: Road) -> None:
-    id_ = road.create("a@good.test", "x" * 200)
-    road.settled([id_])
+def test_colour_is_for_terminals_that_want_it(postroad: Command, pipeline: Pipeline) -> None:
+    id_ = pipeline.create("a@good.test", "x" * 200)
+    pipeline.settled([id_])
     assert "\x1b[" in postroad.on_terminal("list", "-n", "1").out
     assert "\x1b[" not in postroad.on_terminal("list", "-n", "1", NO_COLOR="1").out
     piped = postroad("list", "-n", "1")
@@ -279,12 +279,12 @@ def test_a_token_opens_what_it_may(stack: Stack, tmp_path: Path) -> None:
         assert postroad("watch", id_, "--profile", "blue", "--timeout", "30").code == 0
 
 
-def test_lag_tells_who_is_behind(postroad: Command, road: Road, stack: Stack) -> None:
+def test_lag_tells_who_is_behind(postroad: Command, pipeline: Pipeline, stack: Stack) -> None:
     until(lambda: postroad("lag", "--interval", "0", "-o", "json").json["stages"][1]["lag"] == 0, "no lag")
     stack.stop("sender-1")
     try:
-        ids = [road.create(f"lag-{n}@good.test") for n in range(30)]
-        until(lambda: all(road.get(id_).status == "processing" for id_ in ids), "all validated")
+        ids = [pipeline.create(f"lag-{n}@good.test") for n in range(30)]
+        until(lambda: all(pipeline.get(id_).status == "processing" for id_ in ids), "all validated")
         time.sleep(1.1)  # what waits has an age
         found = postroad("lag", "--partitions", "--interval", "0.2", "-o", "json").json
         stages = {row["stage"]: row for row in found["stages"]}
@@ -303,7 +303,7 @@ def test_lag_tells_who_is_behind(postroad: Command, road: Road, stack: Stack) ->
         assert [row["stage"] for row in only["stages"]] == ["sender"]
     finally:
         stack.start("sender-1")
-    road.settled(ids)
+    pipeline.settled(ids)
     with postroad.following("lag", "--watch", "--interval", "0.5", "-o", "jsonl") as watch:
         until(lambda: watch.objects and watch.objects[-1]["stages"][1]["lag"] == 0, "lag is gone")
         count = len(watch.objects)
@@ -311,8 +311,8 @@ def test_lag_tells_who_is_behind(postroad: Command, road: Road, stack: Stack) ->
     assert (watch.code, watch.errors) == (130, ["postroad: interrupted"])
 
 
-def test_what_waits_on_purpose_is_no_lag(postroad: Command, road: Road) -> None:
-    id_ = road.create("x@servfail.test")
+def test_what_waits_on_purpose_is_no_lag(postroad: Command, pipeline: Pipeline) -> None:
+    id_ = pipeline.create("x@servfail.test")
 
     def waits() -> list[dict[str, object]]:
         found = postroad("lag", "--stage", "validator", "--interval", "0", "-o", "json").json
@@ -320,7 +320,7 @@ def test_what_waits_on_purpose_is_no_lag(postroad: Command, road: Road) -> None:
         return rows if found["stages"][0]["lag"] == 0 else []
 
     assert until(waits, "on a delay topic, and no lag")[0]["next_due_at"]
-    road.settled([id_])
+    pipeline.settled([id_])
 
 
 def test_tables_that_are_watched_are_drawn_anew(postroad: Command) -> None:

@@ -26,7 +26,7 @@ from services.common.events import encode
 from services.common.kafka.headers import dead_letter_headers
 from services.common.kafka.topic_partition import RecordLocation
 from tests.documents import ROOT, commands, programs, python_samples
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.shell import Done, Shell
 from tests.stack import Infra, Stack, further, running
 
@@ -67,15 +67,15 @@ class Field:
 
     def __init__(self, stack: Stack, directory: Path) -> None:
         self.stack, self.env = stack, stack.env()
-        self.road = Road(stack)
+        self.pipeline = Pipeline(stack)
         here = {"POSTROAD_LOCAL_DIR": str(stack.directory), "POSTROAD_ENV_FILE": ".local/stack.env"}
         self.shell = Shell(directory, stack.directory, here)
         profile = directory / ".config/postroad/config.toml"
         profile.parent.mkdir(parents=True)
         profile.write_text(f'[profiles.production]\napi = "{self.env["POSTROAD_API"]}"\n')
         profile.chmod(0o600)
-        self.rejected = [self.road.create("reject5@good.test") for _ in range(2)]
-        self.doubtful = [self.road.create("drop-lost-always@good.test") for _ in range(4)]
+        self.rejected = [self.pipeline.create("reject5@good.test") for _ in range(2)]
+        self.doubtful = [self.pipeline.create("drop-lost-always@good.test") for _ in range(4)]
         self.replay = ""
         self._lags: dict[str, Future[Done]] = {}
         self._engine = make_engine(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
@@ -102,11 +102,15 @@ class Field:
         from postroad.v1 import task_service_pb2 as pb
 
         data = pb.TaskData(email="later@good.test", subject="Later", body="Later.", **more)
-        return str(self.road.stub.Create(pb.CreateRequest(data=data, send_at=later), timeout=20).id)
+        return str(self.pipeline.stub.Create(pb.CreateRequest(data=data, send_at=later), timeout=20).id)
 
     def ended(self, ids: list[str], status: str) -> str:
         """Wait until these tasks have ended as `status`; return the first, which leaves the list."""
-        until(lambda: all(self.road.get(id_).status == status for id_ in ids), f"tasks that are {status}", 30)
+        until(
+            lambda: all(self.pipeline.get(id_).status == status for id_ in ids),
+            f"tasks that are {status}",
+            30,
+        )
         return ids.pop(0)
 
     def letter(self) -> str:
@@ -135,7 +139,7 @@ class Field:
 def field(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     with running(further(infra, POSTROAD_LOCAL_API_PORT="50051")) as stack:
         field = Field(stack, tmp_path_factory.mktemp("reader"))
-        with field.shell, field.road, closing(field):
+        with field.shell, field.pipeline, closing(field):
             yield field
 
 

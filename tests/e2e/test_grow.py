@@ -9,7 +9,7 @@ from typing import Any
 
 from services.common.stages import STAGES
 from tests.cli import Command
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.stack import Stack
 
 
@@ -29,7 +29,7 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
     assert f"grow {prefix}mx.ok from 3 to 6 partitions, for good" in listed
     assert last == "Change 14 topics? [y/N] postroad: nothing was done"
 
-    with Road(stack) as road:
+    with Pipeline(stack) as pipeline:
 
         def lag() -> dict[str, list[dict[str, Any]]]:
             done = postroad("lag", "--partitions", "--interval", "0", "-o", "json")
@@ -44,7 +44,7 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
             number = 0
             while not enough.is_set() or number % 20:
                 kind = "greylist" if number % 3 == 0 else "x"
-                ids.append(road.create_surely(f"{kind}+{number}@good.test", f"grow-{number}"))
+                ids.append(pipeline.create_surely(f"{kind}+{number}@good.test", f"grow-{number}"))
                 number += 1
                 time.sleep(0.04)
 
@@ -66,8 +66,8 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         until(lambda: len(ids) > before + 40, "more tasks")
         enough.set()
         thread.join(60)
-        road.settled(ids, 120)
-        road.sent_once(ids)
+        pipeline.settled(ids, 120)
+        pipeline.sent_once(ids)
 
         until(lambda: all(row["lag"] + row["delayed"] == 0 for row in lag()["stages"]), "no lag", 30)
         used = {row["partition"] for row in lag()["partitions"] if row["topic"] == "mx.ok" and row["end"]}

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.e2e.test_cancel_races import cancel, quiet, reason, retry
 from tests.e2e.test_sender import LEASE, metric
 from tests.stack import Infra, Stack, further, running
@@ -24,13 +24,13 @@ def stack(infra: Infra) -> Iterator[Stack]:
 
 @pytest.mark.timeout(300)
 def test_a_killed_senders_mails_are_never_sent_again(stack: Stack) -> None:
-    with Road(stack) as road:
-        ids = road.create_many([f"slow-1500@h{n}.ok.test" for n in range(60)], "hold")
+    with Pipeline(stack) as pipeline:
+        ids = pipeline.create_many([f"slow-1500@h{n}.ok.test" for n in range(60)], "hold")
         until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
         stack.kill("sender-1")
         stack.start("sender-1")
-        tasks = road.settled(ids, 60)
-        copies = road.copies(ids)
+        tasks = pipeline.settled(ids, 60)
+        copies = pipeline.copies(ids)
         assert max(copies.values()) == 1
         statuses = {task.status for task in tasks.values()}
         assert statuses == {"completed", "uncertain"}
@@ -38,47 +38,47 @@ def test_a_killed_senders_mails_are_never_sent_again(stack: Stack) -> None:
             if task.status == "completed":
                 assert copies[task.id] == 1
             else:
-                assert (task.reason, road.doubts(task.id)) == ("in_doubt", 1)
+                assert (task.reason, pipeline.doubts(task.id)) == ("in_doubt", 1)
 
 
 @pytest.mark.timeout(300)
 def test_failed_and_uncertain_tasks_are_sent_when_opened_again_and_sent_ones_never(
     stack: Stack,
 ) -> None:
-    with Road(stack) as road:
+    with Pipeline(stack) as pipeline:
         stack.control_mail(
             rules=[
                 {"rcpt": "no*@*", "fault": "reject5"},
                 {"rcpt": "lost*@*", "fault": "drop-lost-always"},
             ]
         )
-        refused = [road.create(f"no{n}@d{n}.ok.test") for n in range(8)]
-        lost = [road.create(f"lost{n}@d{n}.ok.test") for n in range(8)]
-        sent = [road.create(f"yes{n}@d{n}.ok.test") for n in range(8)]
-        tasks = road.settled([*refused, *lost, *sent])
+        refused = [pipeline.create(f"no{n}@d{n}.ok.test") for n in range(8)]
+        lost = [pipeline.create(f"lost{n}@d{n}.ok.test") for n in range(8)]
+        sent = [pipeline.create(f"yes{n}@d{n}.ok.test") for n in range(8)]
+        tasks = pipeline.settled([*refused, *lost, *sent])
         for ids, status in ((refused, "failed"), (lost, "uncertain"), (sent, "completed")):
             assert {tasks[id_].status for id_ in ids} == {status}
         # A Cancel answers what has really happened; it closes a task whose mail may be out.
         for ids, status in ((refused, "failed"), (lost[:4], "cancelled"), (sent, "completed")):
-            assert {cancel(road, id_).status for id_ in ids} == {status}
-        assert {_refused(road, id_) for id_ in sent} == {
+            assert {cancel(pipeline, id_).status for id_ in ids} == {status}
+        assert {_refused(pipeline, id_) for id_ in sent} == {
             (grpc.StatusCode.FAILED_PRECONDITION, "ALREADY_SENT")
         }
         stack.control_mail(rules=[])
         with ThreadPoolExecutor(8) as callers:
-            opened = list(callers.map(lambda id_: _opened(road, id_), [*refused, *lost] * 3))
+            opened = list(callers.map(lambda id_: _opened(pipeline, id_), [*refused, *lost] * 3))
         # Asked for thrice at once, each is opened once, or anew where it had ended meanwhile.
         assert Counter(id_ for id_, done in opened if done).keys() == {*refused, *lost}
-        done = road.settled([*refused, *lost])
+        done = pipeline.settled([*refused, *lost])
         assert {task.status for task in done.values()} == {"completed"}
-        quiet(road)
-        assert set(road.copies([*refused, *lost, *sent]).values()) == {1}
-        assert {_refused(road, id_)[1] for id_ in [*refused, *lost]} == {"ALREADY_SENT"}
+        quiet(pipeline)
+        assert set(pipeline.copies([*refused, *lost, *sent]).values()) == {1}
+        assert {_refused(pipeline, id_)[1] for id_ in [*refused, *lost]} == {"ALREADY_SENT"}
 
 
-def _opened(road: Road, id_: str) -> tuple[str, bool]:
+def _opened(pipeline: Pipeline, id_: str) -> tuple[str, bool]:
     try:
-        retry(road, id_)
+        retry(pipeline, id_)
     except grpc.RpcError as error:
         if reason(error) not in ("NOT_OVER", "ALREADY_SENT"):
             raise
@@ -86,7 +86,7 @@ def _opened(road: Road, id_: str) -> tuple[str, bool]:
     return id_, True
 
 
-def _refused(road: Road, id_: str) -> tuple[grpc.StatusCode, str]:
+def _refused(pipeline: Pipeline, id_: str) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
-        retry(road, id_)
+        retry(pipeline, id_)
     return caught.value.code(), reason(caught.value)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from deploy.local.state import SERVICES
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
 from tests.groups import describe
 from tests.stack import Stack
@@ -20,7 +20,7 @@ TASKS = by_form(120, 2000)
 
 @pytest.mark.timeout(600)
 def test_each_service_killed_in_turn(stack: Stack) -> None:
-    with Road(stack) as road, Load(road, "kill") as load:
+    with Pipeline(stack) as pipeline, Load(pipeline, "kill") as load:
         for service in SERVICES:
             at = len(stack.journal())
             # In the midst of its work, not before or after.
@@ -29,42 +29,42 @@ def test_each_service_killed_in_turn(stack: Stack) -> None:
             stack.start(f"{service}-1")
         until(lambda: len(load.ids) >= TASKS, "as many tasks as asked for", 240)
         load.end()
-        tasks = road.settled(load.ids, 120)
+        tasks = pipeline.settled(load.ids, 120)
         assert {task.status for task in tasks.values()} == {"completed"}
-        road.sent_once(load.ids)
-        until(lambda: not any(road.lag().values()), "all committed", 30)
+        pipeline.sent_once(load.ids)
+        until(lambda: not any(pipeline.lag().values()), "all committed", 30)
 
 
 @pytest.mark.timeout(600)
 def test_senders_come_and_go(new_stack: Callable[..., Stack]) -> None:
     stack = new_stack(POSTROAD_PARTITIONS="12")
     stack.up("--sender", "2")
-    with Road(stack) as road:
-        until(lambda: len(_spread(road)) == 2, "two owners", 30)
-        assert sum(_spread(road).values()) == 12, "each partition of mx.ok has one owner"
+    with Pipeline(stack) as pipeline:
+        until(lambda: len(_spread(pipeline)) == 2, "two owners", 30)
+        assert sum(_spread(pipeline).values()) == 12, "each partition of mx.ok has one owner"
 
-        with Load(road, "scale") as load:
+        with Load(pipeline, "scale") as load:
             stack.scale("sender", 3)
-            until(lambda: len(_spread(road)) == 3, "the third has its share", 3)
-            until(lambda: sum(_spread(road).values()) == 12, "each partition has one owner", 10)
+            until(lambda: len(_spread(pipeline)) == 3, "the third has its share", 3)
+            until(lambda: sum(_spread(pipeline).values()) == 12, "each partition has one owner", 10)
             stack.kill("sender-2")
             until(
-                lambda: len(_spread(road)) == 2 and sum(_spread(road).values()) == 12,
+                lambda: len(_spread(pipeline)) == 2 and sum(_spread(pipeline).values()) == 12,
                 "the killed one's share is taken over within the session timeout",
                 # 10 s, counted from its last heartbeat, and what the new owners need to join.
                 14,
             )
-        tasks = road.settled(load.ids, 60)
+        tasks = pipeline.settled(load.ids, 60)
         assert {task.status for task in tasks.values()} == {"completed"}
-        road.sent_once(load.ids)
+        pipeline.sent_once(load.ids)
 
 
 class Load:
     """Careful callers that create tasks until told to end, `rate` a second. A context manager; `end` raises
     what they met."""
 
-    def __init__(self, road: Road, mark: str, callers: int = 4, rate: float = 20.0) -> None:
-        self._road, self._mark, self._pause = road, mark, callers / rate
+    def __init__(self, pipeline: Pipeline, mark: str, callers: int = 4, rate: float = 20.0) -> None:
+        self._pipeline, self._mark, self._pause = pipeline, mark, callers / rate
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(callers)
         self.ids: list[str] = []
@@ -75,7 +75,7 @@ class Load:
             if self._stop.is_set():
                 return
             email = f"u{lane}-{number}@d{number % 50}.ok.test"
-            self.ids.append(self._road.create_surely(email, f"{self._mark}-{lane}-{number}"))
+            self.ids.append(self._pipeline.create_surely(email, f"{self._mark}-{lane}-{number}"))
             self._stop.wait(self._pause)
 
     def end(self) -> None:
@@ -94,10 +94,10 @@ class Load:
             self.end()
 
 
-def _spread(road: Road) -> dict[str, int]:
+def _spread(pipeline: Pipeline) -> dict[str, int]:
     """How many partitions of mx.ok each member of the senders' group owns, by member."""
-    names = road.stack.names
-    group = describe(road.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], names.group("sender"))
+    names = pipeline.stack.names
+    group = describe(pipeline.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], names.group("sender"))
     owned: list[int] = []
     spread = {}
     for member in group.members:

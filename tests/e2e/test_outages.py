@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from tests.cli import Command
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
 from tests.stack import Stack
 
@@ -19,16 +19,16 @@ AWAY = by_form(3.0, 20.0)
 
 
 @pytest.fixture
-def road(stack: Stack) -> Iterator[Road]:
-    with Road(stack) as road:
-        yield road
+def pipeline(stack: Stack) -> Iterator[Pipeline]:
+    with Pipeline(stack) as pipeline:
+        yield pipeline
 
 
 class Load:
     """Creates that go on, each once, with what became of it. A context manager."""
 
-    def __init__(self, road: Road, mark: str) -> None:
-        self._road, self._mark = road, mark
+    def __init__(self, pipeline: Pipeline, mark: str) -> None:
+        self._pipeline, self._mark = pipeline, mark
         self._stop = threading.Event()
         self.accepted: list[str] = []
         self.refused: list[grpc.StatusCode] = []
@@ -40,7 +40,7 @@ class Load:
             began = time.monotonic()
             try:
                 email = f"{self._mark}{lane}-{number}@d{number % 50}.ok.test"
-                self.accepted.append(self._road.create(email))
+                self.accepted.append(self._pipeline.create(email))
             except grpc.RpcError as error:
                 self.refused.append(error.code())  # type: ignore[attr-defined]
             self.slowest = max(self.slowest, time.monotonic() - began)
@@ -68,25 +68,25 @@ def _away(stack: Stack, name: str, load: Load) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_mysql_away(road: Road, stack: Stack) -> None:
-    with Load(road, "m") as load:
+def test_mysql_away(pipeline: Pipeline, stack: Stack) -> None:
+    with Load(pipeline, "m") as load:
         _away(stack, "mysql", load)
         before = len(load.accepted)
         until(lambda: len(load.accepted) > before + 20, "Creates are taken again", 15)
     assert load.refused, "nothing was refused while there was no database"
     assert set(load.refused) == {grpc.StatusCode.UNAVAILABLE}
     assert load.slowest < 15, "a Create hung"
-    tasks = road.settled(load.accepted, 90)
+    tasks = pipeline.settled(load.accepted, 90)
     assert {task.status for task in tasks.values()} == {"completed"}
-    road.sent_once(load.accepted)
+    pipeline.sent_once(load.accepted)
 
 
 @pytest.mark.timeout(600)
-def test_kafka_away(road: Road, stack: Stack) -> None:
+def test_kafka_away(pipeline: Pipeline, stack: Stack) -> None:
     postroad = Command(stack.env())
     with (
         postroad.following("lag", "--watch", "--interval", "2", "-o", "jsonl") as watch,
-        Load(road, "k") as load,
+        Load(pipeline, "k") as load,
     ):
         until(lambda: watch.objects, "a first sample of the lag")
         _away(stack, "kafka-1", load)
@@ -102,6 +102,6 @@ def test_kafka_away(road: Road, stack: Stack) -> None:
         assert any("does not answer" in line for line in watch.errors), watch.errors
     assert not load.refused, "Create needs no Kafka"
     assert load.slowest < 5, "a Create hung"
-    tasks = road.settled(load.accepted, 120)
+    tasks = pipeline.settled(load.accepted, 120)
     assert {task.status for task in tasks.values()} == {"completed"}
-    road.sent_once(load.accepted)
+    pipeline.sent_once(load.accepted)

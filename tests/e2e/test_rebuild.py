@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from services.common.database.engine import make_engine
 from tests import forked
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.e2e.test_kills import Load
 from tests.forms import by_form
 from tests.stack import Stack
@@ -48,11 +48,11 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
     stack = new_stack(POSTROAD_SENDER_DELAYS="1,2", POSTROAD_VALIDATOR_DELAYS="1,2")
     stack.up()
     engine = make_engine(stack.env()["POSTROAD_DATABASE_URL"])
-    with Road(stack) as road:
+    with Pipeline(stack) as pipeline:
         emails = [ENDS[n % 4].format(n) for n in range(TASKS)]
-        ids = road.create_many(emails, "before")
-        road.settled(ids, 90)
-        until(lambda: not any(road.lag().values()), "all committed", 30)
+        ids = pipeline.create_many(emails, "before")
+        pipeline.settled(ids, 90)
+        until(lambda: not any(pipeline.lag().values()), "all committed", 30)
         until(lambda: not one(engine, "SELECT COUNT(*) FROM outbox"), "all published", 30)
         before = dump(engine)
         assert len(before["tasks"]) == TASKS
@@ -61,16 +61,16 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
         with engine.begin() as connection:
             for table in ("tasks", "task_events", "task_bodies", "deliveries"):
                 connection.exec_driver_sql(f"TRUNCATE {table}")
-        with Load(road, "meanwhile") as load:
+        with Load(pipeline, "meanwhile") as load:
             until(lambda: len(load.ids) > 20, "tasks arrive")
             count = len(load.ids)
             report = rebuilt(stack, "--yes")
             assert report["swapped"]
             assert report["missing"] >= TASKS
             until(lambda: len(load.ids) > count + 30, "tasks go on arriving")
-        tasks = road.settled(load.ids, 90)
+        tasks = pipeline.settled(load.ids, 90)
         assert {task.status for task in tasks.values()} == {"completed"}
-        road.sent_once(load.ids)
+        pipeline.sent_once(load.ids)
         after = dump(engine)
         for table in ("tasks", "task_events"):
             assert {key: after[table].get(key) for key in before[table]} == before[table]
@@ -80,7 +80,7 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
         assert rebuilt(stack)["differing"] == 0
 
         # The senders meet every record again, and know each mail for sent.
-        sent = road.copies(ids)
+        sent = pipeline.copies(ids)
         victim = ids[0].replace("-", "")
         with engine.begin() as connection:
             connection.exec_driver_sql(
@@ -90,6 +90,6 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
         assert (found["differing"], found["missing"], found["swapped"]) == (1, 0, False)
         assert {(s["task"], tuple(s["columns"])) for s in found["samples"]} == {(ids[0], ("status", "reply"))}
         assert rebuilt(stack, "--yes")["swapped"]
-        assert road.get(ids[0]).status == "completed"
-        assert road.copies(ids) == sent
+        assert pipeline.get(ids[0]).status == "completed"
+        assert pipeline.copies(ids) == sent
     engine.dispose()

@@ -16,7 +16,7 @@ from services.common.events import encode
 from services.common.kafka.topics import EVENT_TOPICS, TASK_CREATED
 from services.common.stages import STAGES
 from tests import forked
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.e2e.test_kills import Load
 from tests.forms import by_form
 from tests.groups import Offsets, describe
@@ -80,24 +80,26 @@ def caught_up(stack: Stack) -> None:
 class Before:
     """A system with tasks that ended in every way, and the record of it."""
 
-    def __init__(self, stack: Stack, road: Road) -> None:
-        self.stack, self.road = stack, road
+    def __init__(self, stack: Stack, pipeline: Pipeline) -> None:
+        self.stack, self.pipeline = stack, pipeline
         stack.control_mail(rules=[{"rcpt": "*@broken.ok.test", "fault": "reject5"}])
         stack.control_dns(**{"mute.ok.test": "servfail"})
         emails = [f"u{n}@d{n % 50}.ok.test" for n in range(SENT)]
-        self.sent = road.create_many(emails, "sent", 32)
-        self.rejected = road.create_many([f"u{n}@broken.ok.test" for n in range(REJECTED)], "rejected")
-        self.unanswered = road.create_many([f"u{n}@mute.ok.test" for n in range(UNANSWERED)], "mute")
-        self.waiting = road.create_many([f"reject4+{n}@good.test" for n in range(WAITING)], "waiting")
-        self.cancelled = road.create_many([f"reject4+c{n}@good.test" for n in range(CANCELLED)], "cancelled")
+        self.sent = pipeline.create_many(emails, "sent", 32)
+        self.rejected = pipeline.create_many([f"u{n}@broken.ok.test" for n in range(REJECTED)], "rejected")
+        self.unanswered = pipeline.create_many([f"u{n}@mute.ok.test" for n in range(UNANSWERED)], "mute")
+        self.waiting = pipeline.create_many([f"reject4+{n}@good.test" for n in range(WAITING)], "waiting")
+        self.cancelled = pipeline.create_many(
+            [f"reject4+c{n}@good.test" for n in range(CANCELLED)], "cancelled"
+        )
         for id_ in [*self.waiting, *self.cancelled]:
-            until(lambda i=id_: road.get(i).attempts, f"an attempt of {id_}")  # type: ignore[misc]
+            until(lambda i=id_: pipeline.get(i).attempts, f"an attempt of {id_}")  # type: ignore[misc]
         self._cancel()
-        road.settled([*self.sent, *self.failed, *self.cancelled], 120)
-        until(lambda: not any(road.lag().values()), "all committed", 60)
+        pipeline.settled([*self.sent, *self.failed, *self.cancelled], 120)
+        until(lambda: not any(pipeline.lag().values()), "all committed", 60)
         self.ids = [*self.sent, *self.failed, *self.cancelled, *self.waiting]
         self.statuses = self.now()
-        self.copies = road.copies(self.ids)
+        self.copies = pipeline.copies(self.ids)
         assert {self.copies[id_] for id_ in self.sent} == {1}
         assert {self.statuses[id_] for id_ in self.failed} == {"failed"}
         assert {self.statuses[id_] for id_ in self.waiting} == {"processing"}
@@ -112,7 +114,7 @@ class Before:
     def now(self) -> dict[str, str]:
         """How these tasks stand."""
         wanted = set(self.ids)
-        return {row.id: row.status for row in self.road.list_all() if row.id in wanted}
+        return {row.id: row.status for row in self.pipeline.list_all() if row.id in wanted}
 
     def stand(self, ids: list[str]) -> set[str]:
         """The statuses that these have."""
@@ -123,7 +125,7 @@ class Before:
         """Fail unless all stand as they did and no mail was sent again."""
         # What a stage has committed is on the next one's topics.
         caught_up(self.stack)
-        copies = self.road.copies(self.ids)
+        copies = self.pipeline.copies(self.ids)
         again = {id_ for id_ in self.ids if copies[id_] != self.copies[id_]}
         assert not again, f"{len(again)} mails were sent again"
         now = self.now()
@@ -141,8 +143,8 @@ class Before:
 
 @pytest.fixture(scope="module")
 def before(infra: Infra) -> Iterator[Before]:
-    with running(further(infra, **SETTINGS)) as stack, Road(stack) as road:
-        yield Before(stack, road)
+    with running(further(infra, **SETTINGS)) as stack, Pipeline(stack) as pipeline:
+        yield Before(stack, pipeline)
 
 
 def nothing_is_left(before: Before, load: Load) -> None:
@@ -151,22 +153,22 @@ def nothing_is_left(before: Before, load: Load) -> None:
     lag: dict[str, int] = {}
 
     def none_left() -> bool:
-        lag.update(before.road.lag())
+        lag.update(before.pipeline.lag())
         return not any(lag.values())
 
     try:
         until(none_left, "the lag is 0 again", 180)
     finally:
         print(f"{len(load.ids)} tasks came meanwhile; lag {lag} after {time.monotonic() - started:.1f} s")
-    before.road.settled(load.ids, 30)
-    before.road.sent_once(load.ids)
+    before.pipeline.settled(load.ids, 30)
+    before.pipeline.sent_once(load.ids)
     before.same()
 
 
 @pytest.mark.timeout(900)
 def test_replays_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
-    road, stack = before.road, before.stack
-    with Load(road, "meanwhile", callers=2, rate=5) as load:
+    pipeline, stack = before.pipeline, before.stack
+    with Load(pipeline, "meanwhile", callers=2, rate=5) as load:
         result = replay(stack, TASK_CREATED)
         assert became(result, "already sent") >= SENT
         assert became(result, "settled") == len(before.failed) + CANCELLED
@@ -182,13 +184,13 @@ def test_replays_send_nothing_again_while_new_tasks_arrive(before: Before) -> No
 
 @pytest.mark.timeout(900)
 def test_groups_reset_to_earliest_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
-    road, stack = before.road, before.stack
-    with Load(road, "resets", callers=2, rate=5) as load:
+    pipeline, stack = before.pipeline, before.stack
+    with Load(pipeline, "resets", callers=2, rate=5) as load:
         for stage in STAGES:
             stack.stop(f"{stage}-1")
         for stage in STAGES:
             reset_to_earliest(stack, stage)
-        lag = road.lag()
+        lag = pipeline.lag()
         assert all(lag[stage] >= SENT for stage in STAGES), lag
         for stage in STAGES:
             stack.start(f"{stage}-1")
@@ -199,16 +201,16 @@ def test_groups_reset_to_earliest_send_nothing_again_while_new_tasks_arrive(befo
 
 @pytest.mark.timeout(900)
 def test_reopened_exactly_the_failed_ones_are_sent_and_only_once(before: Before) -> None:
-    road, stack = before.road, before.stack
-    until(lambda: not any(road.lag().values()), "all committed", 60)
+    pipeline, stack = before.pipeline, before.stack
+    until(lambda: not any(pipeline.lag().values()), "all committed", 60)
     mails = len(stack.journal())
     result = replay(stack, TASK_CREATED, "--reopen", "failed", "--status", "failed")
     assert became(result, "reopened") == result["produced"] == len(before.failed)
     started = time.monotonic()
     until(lambda: before.stand(before.failed) == {"completed"}, "all sent", 120)
     print(f"{len(before.failed)} sent {time.monotonic() - started:.1f} s after the replay")
-    until(lambda: not any(road.lag().values()), "all committed", 60)
-    copies = road.copies(before.ids)
+    until(lambda: not any(pipeline.lag().values()), "all committed", 60)
+    copies = pipeline.copies(before.ids)
     assert {copies[id_] for id_ in before.failed} == {1}
     assert len(stack.journal()) == mails + len(before.failed), "nothing else was sent"
     rest = set(before.ids) - set(before.failed)
@@ -218,5 +220,5 @@ def test_reopened_exactly_the_failed_ones_are_sent_and_only_once(before: Before)
     # However often.
     assert replay(stack, TASK_CREATED, "--reopen", "failed")["produced"] == 0
     assert became(replay(stack, "mx.ok", "--reopen", "failed"), "reopened") == 0
-    until(lambda: not any(road.lag().values()), "all committed", 60)
+    until(lambda: not any(pipeline.lag().values()), "all committed", 60)
     assert len(stack.journal()) == mails + len(before.failed)

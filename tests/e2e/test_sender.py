@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from tests.cli import Command
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
 from tests.stack import Stack
 
@@ -27,9 +27,9 @@ def metric(stack: Stack, name: str, line: str) -> float:
     return sum(float(row.rpartition(" ")[2]) for row in found)
 
 
-def _statuses(road: Road, ids: Iterable[str]) -> set[str]:
+def _statuses(pipeline: Pipeline, ids: Iterable[str]) -> set[str]:
     wanted = set(ids)
-    return {task.status for task in road.list_all() if task.id in wanted}
+    return {task.status for task in pipeline.list_all() if task.id in wanted}
 
 
 def problems(stack: Stack, name: str) -> list[str]:
@@ -48,22 +48,22 @@ def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., 
     # So short a lease may run out on a busy machine as well.
     stack = new_stack(POSTROAD_LEASE_SECONDS=LEASE, POSTROAD_MAX_RESENDS="20")
     stack.up("--sender", "2")
-    with Road(stack) as road:
+    with Pipeline(stack) as pipeline:
         # Slow ones, so that the freeze finds mails under way.
         emails = [f"{'slow-2000' if n % 2 else f'f{n}'}@f{n}.ok.test" for n in range(60)]
-        ids = road.create_many(emails, "freeze")
+        ids = pipeline.create_many(emails, "freeze")
         until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
         with stack.frozen("sender-1"):
             # Its partitions go to the other after the session timeout, its claims after their leases.
-            tasks = road.settled(ids, 60)
+            tasks = pipeline.settled(ids, 60)
         assert {task.status for task in tasks.values()} == {"completed"}
-        assert sum(road.doubts(id_) for id_ in ids) > 0, "the freeze hit nothing"
+        assert sum(pipeline.doubts(id_) for id_ in ids) > 0, "the freeze hit nothing"
         until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") == 0, "the sleeper lets go")
-        more = road.create_many([f"g{n}@f{n}.ok.test" for n in range(20)], "thaw")
-        road.settled(more, 60)
-        road.sent_once(ids + more)
-        until(lambda: not any(road.lag().values()), "all committed", 30)
-        again = {task.id: task for task in road.list_all()}
+        more = pipeline.create_many([f"g{n}@f{n}.ok.test" for n in range(20)], "thaw")
+        pipeline.settled(more, 60)
+        pipeline.sent_once(ids + more)
+        until(lambda: not any(pipeline.lag().values()), "all committed", 30)
+        again = {task.id: task for task in pipeline.list_all()}
         assert all(again[id_].status == "completed" for id_ in ids + more)
 
 
@@ -82,10 +82,10 @@ def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
         """Have mails under way whose replies come later than a revocation and a drain would wait."""
         taken = len(stack.journal())
         emails = [f"slow-{seconds * 1000}@{mark}{n}.ok.test" for n in range(mails // 4)]
-        ids.extend(road.create_many(emails, mark))
+        ids.extend(pipeline.create_many(emails, mark))
         until(lambda: len(stack.journal()) >= taken + 6, f"mails are handed over: {mark}", 120)
 
-    with Road(stack) as road:
+    with Pipeline(stack) as pipeline:
         hand_over("one")
         stack.scale("sender", 3)
         hand_over("three")
@@ -94,31 +94,33 @@ def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
         stack.stop("sender-1")
         stack.start("sender-1")
         hand_over("restarted")
-        tasks = road.settled(ids, by_form(60, 600))
+        tasks = pipeline.settled(ids, by_form(60, 600))
         assert Counter(task.status for task in tasks.values()) == {"completed": mails}
-        assert Counter(road.copies(ids).values()) == {1: mails}
-        assert sum(road.doubts(id_) for id_ in ids) == 0
-        until(lambda: not any(road.lag().values()), "all committed", 30)
+        assert Counter(pipeline.copies(ids).values()) == {1: mails}
+        assert sum(pipeline.doubts(id_) for id_ in ids) == 0
+        until(lambda: not any(pipeline.lag().values()), "all committed", 30)
 
 
 @pytest.mark.timeout(300)
 def test_while_the_relay_is_away_tasks_wait_without_spending_attempts(stack: Stack) -> None:
-    with Road(stack) as road:
+    with Pipeline(stack) as pipeline:
         stack.kill("catcher")
         try:
-            ids = road.create_many([f"r{n}@d{n}.ok.test" for n in range(40)], f"relay-{time.time_ns()}")
+            ids = pipeline.create_many([f"r{n}@d{n}.ok.test" for n in range(40)], f"relay-{time.time_ns()}")
             until(lambda: any("relay" in said for said in problems(stack, "sender-1")), "the trouble shows")
             until(
-                lambda: {road.get(id_).status for id_ in ids} == {"processing"}, "all wait for the relay", 30
+                lambda: {pipeline.get(id_).status for id_ in ids} == {"processing"},
+                "all wait for the relay",
+                30,
             )
             until(
                 lambda: metric(stack, "sender-1", "postroad_sender_claims ") == 0, "nothing is in doubt", 30
             )
         finally:
             stack.start("catcher")
-        tasks = road.settled(ids, 60)
+        tasks = pipeline.settled(ids, 60)
         assert {(task.status, task.attempts) for task in tasks.values()} == {("completed", 1)}
-        road.sent_once(ids)
+        pipeline.sent_once(ids)
         assert problems(stack, "sender-1") == []
 
 
@@ -128,16 +130,16 @@ def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
 ) -> None:
     stack = new_stack(POSTROAD_MAX_IN_FLIGHT="200", POSTROAD_SENDER_DELAYS="2,5")
     stack.up()
-    with Road(stack) as road:
+    with Pipeline(stack) as pipeline:
         # Thrice what the sender holds in memory, in every partition, ahead of all others.
-        stuck = road.create_many(["hang@stuck.ok.test" for _ in range(600)], "stuck")
+        stuck = pipeline.create_many(["hang@stuck.ok.test" for _ in range(600)], "stuck")
         until(
             lambda: metric(stack, "sender-1", 'postroad_sender_sessions{state="busy"}') == 15,
             "a domain hangs",
         )
         start = time.monotonic()
-        others = road.create_many([f"o{n}@o{n}.ok.test" for n in range(100)], "others")
-        tasks = road.settled(others, 60)
+        others = pipeline.create_many([f"o{n}@o{n}.ok.test" for n in range(100)], "others")
+        tasks = pipeline.settled(others, 60)
         took = time.monotonic() - start
         assert {task.status for task in tasks.values()} == {"completed"}
         assert took < 30
@@ -149,9 +151,9 @@ def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
         assert found["domains"][0]["domain"] == "stuck.ok.test"
         assert found["domains"][0]["sending"] >= 15
         # Some of their events are still being folded.
-        until(lambda: _statuses(road, stuck) == {"processing"}, "what is stuck is being processed", 30)
-        again = {task.id: task for task in road.list_all()}
+        until(lambda: _statuses(pipeline, stuck) == {"processing"}, "what is stuck is being processed", 30)
+        again = {task.id: task for task in pipeline.list_all()}
         assert {again[id_].attempts for id_ in stuck} == {0}, "to wait for others is no attempt"
-        road.sent_once(others)
+        pipeline.sent_once(others)
         # A drain would wait for what hangs.
         stack.kill("sender-1")

@@ -13,7 +13,7 @@ import pytest
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
-from tests.e2e.road import SETTLED, Road
+from tests.e2e.pipeline import SETTLED, Pipeline
 from tests.forms import by_form
 from tests.stack import Stack
 
@@ -30,9 +30,9 @@ Story = list[task_pb2.TimelineEntry]
 
 
 @pytest.fixture(scope="module")
-def road(stack: Stack) -> Iterator[Road]:
-    with Road(stack) as road:
-        yield road
+def pipeline(stack: Stack) -> Iterator[Pipeline]:
+    with Pipeline(stack) as pipeline:
+        yield pipeline
 
 
 class Seen:
@@ -67,20 +67,20 @@ class Seen:
                 raise
 
 
-def test_cut_at_any_moment_the_union_is_every_timeline(road: Road, stack: Stack) -> None:
+def test_cut_at_any_moment_the_union_is_every_timeline(pipeline: Pipeline, stack: Stack) -> None:
     chance = random.Random(3)
     seen, over = Seen(), threading.Event()
-    seen.read(road.stub, 1, threading.Event())
+    seen.read(pipeline.stub, 1, threading.Event())
     assert seen.token
 
     def watch() -> None:
         while not over.is_set():
-            seen.read(road.stub, chance.randint(1, 100), over)
+            seen.read(pipeline.stub, chance.randint(1, 100), over)
             time.sleep(chance.random() / 20)
 
     def create(email: str) -> str:
         request = pb.CreateRequest(data=pb.TaskData(email=email, subject="s", body="b", labels=LABELS))
-        task: task_pb2.Task = road.stub.Create(request, timeout=20, wait_for_ready=True)
+        task: task_pb2.Task = pipeline.stub.Create(request, timeout=20, wait_for_ready=True)
         return task.id
 
     watcher = threading.Thread(target=watch)
@@ -92,8 +92,8 @@ def test_cut_at_any_moment_the_union_is_every_timeline(road: Road, stack: Stack)
             if number == ROUNDS // 2:
                 stack.stop("api-1")
                 stack.start("api-1")
-        tasks = road.settled(ids, 120)
-        stories = {id_: list(road.get(id_).timeline) for id_ in ids}
+        tasks = pipeline.settled(ids, 120)
+        stories = {id_: list(pipeline.get(id_).timeline) for id_ in ids}
         end = time.monotonic() + 60
         while seen.stories != stories and time.monotonic() < end:
             time.sleep(0.1)
@@ -107,8 +107,8 @@ def test_cut_at_any_moment_the_union_is_every_timeline(road: Road, stack: Stack)
     assert seen.stories.keys() == stories.keys()
 
 
-def test_a_restart_is_not_held_up_by_who_watches(road: Road, stack: Stack) -> None:
-    calls = [road.stub.Watch(pb.WatchRequest(), wait_for_ready=True) for _ in range(20)]
+def test_a_restart_is_not_held_up_by_who_watches(pipeline: Pipeline, stack: Stack) -> None:
+    calls = [pipeline.stub.Watch(pb.WatchRequest(), wait_for_ready=True) for _ in range(20)]
     for call in calls:
         next(call)
     started = time.monotonic()

@@ -13,18 +13,18 @@ import pytest
 from postroad.v1.task_service_pb2 import BatchCreateRequest, CountRequest
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.common.database.tables import STATUSES
-from tests.api_process import ApiProcess, Road, eventually, request
+from tests.api_process import ApiProcess, Installation, eventually, request
 from tests.stack import Infra
 
 
 @pytest.fixture
-def road(servers: Infra) -> Road:
-    return Road(servers)
+def installation(servers: Infra) -> Installation:
+    return Installation(servers)
 
 
 @pytest.fixture
-def api(road: Road) -> Iterator[ApiProcess]:
-    with ApiProcess(road) as process:
+def api(installation: Installation) -> Iterator[ApiProcess]:
+    with ApiProcess(installation) as process:
         yield process
 
 
@@ -35,13 +35,13 @@ def tasks(api: ApiProcess) -> Iterator[Any]:
         yield TaskServiceStub(channel)
 
 
-def test_a_thousand_are_recorded_in_their_order_and_published(road: Road, tasks: Any) -> None:
+def test_a_thousand_are_recorded_in_their_order_and_published(installation: Installation, tasks: Any) -> None:
     batch = BatchCreateRequest(requests=[request(n) for n in range(1000)])
     results = tasks.BatchCreate(batch, timeout=20).results
     assert [result.task.email for result in results] == [f"u{n}@shop.test" for n in range(1000)]
     ids = [result.task.id for result in results]
     assert ids == sorted(set(ids))
-    eventually(lambda: road.published_ids() == Counter(ids))
+    eventually(lambda: installation.published_ids() == Counter(ids))
     counts = tasks.Count(CountRequest())
     assert counts.total == 1000
     assert counts.counts == {status: 1000 if status == "pending" else 0 for status in STATUSES}
@@ -60,7 +60,7 @@ def test_no_item_or_too_many_are_refused(tasks: Any, count: int) -> None:
     assert (caught.value.details() or "").startswith("requests: ")
 
 
-def test_each_item_has_its_own_answer(road: Road, tasks: Any) -> None:
+def test_each_item_has_its_own_answer(installation: Installation, tasks: Any) -> None:
     known = tasks.Create(request(1, "known"))
     later = request(9)
     later.send_at.FromJsonString("9999-01-01T00:00:00Z")
@@ -91,7 +91,7 @@ def test_each_item_has_its_own_answer(road: Road, tasks: Any) -> None:
         assert [violation.field for violation in error.violations] == fields
         assert error.message
     expected = [known.id, first.id, results[7].task.id]
-    eventually(lambda: road.published_ids() == Counter(expected))
+    eventually(lambda: installation.published_ids() == Counter(expected))
     # All refused: still an answer for each.
     refused = tasks.BatchCreate(
         BatchCreateRequest(requests=[request(n, body=None) for n in range(3)])
@@ -129,12 +129,12 @@ def test_a_batch_has_what_single_creates_have_beside_it(tasks: Any) -> None:
 
 
 @pytest.mark.breaks_servers
-def test_batches_that_wait_keep_no_single_create_out(servers: Infra, road: Road) -> None:
+def test_batches_that_wait_keep_no_single_create_out(servers: Infra, installation: Installation) -> None:
     """Each has room of its own; a batch for which there is none is not even decoded."""
     few = {"POSTROAD_MAX_PENDING_CREATES": "20", "POSTROAD_MAX_IN_FLIGHT_BYTES": "65536"}
     batch = BatchCreateRequest(requests=[request(n, body="x" * 5000) for n in range(20)])
     with (
-        ApiProcess(road, **few) as api,
+        ApiProcess(installation, **few) as api,
         grpc.insecure_channel(api.target) as channel,
         ThreadPoolExecutor(3) as threads,
     ):

@@ -23,7 +23,7 @@ from services.common.database.tables import STATUSES
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.fold import TaskRow
-from tests.api_process import ApiProcess, Road
+from tests.api_process import ApiProcess, Installation
 from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
 from tests.stack import Infra
@@ -269,9 +269,9 @@ def test_who_has_few_tasks_among_many_has_only_those_read(large: Table, asked: F
 
 
 def test_paging_to_the_end_misses_and_doubles_no_row_while_new_ones_arrive(infra: Infra) -> None:
-    road = Road(infra)
+    installation = Installation(infra)
     with (
-        ApiProcess(road) as api,
+        ApiProcess(installation) as api,
         ReflectionClient(api.target) as client,
         ThreadPoolExecutor(16) as threads,
     ):
@@ -311,9 +311,9 @@ def test_paging_to_the_end_misses_and_doubles_no_row_while_new_ones_arrive(infra
 
 
 def test_a_page_of_large_tasks_stays_below_what_clients_take(infra: Infra) -> None:
-    road = Road(infra)
+    installation = Installation(infra)
     labels = {f"{n:060}": "v" * 250 for n in range(64)}
-    with ApiProcess(road) as api, ReflectionClient(api.target) as client:
+    with ApiProcess(installation) as api, ReflectionClient(api.target) as client:
         data = {"email": "a@shop.test", "subject": "s", "body": "", "labels": labels}
         ids = [client.call(CREATE, {"data": data})["id"] for _ in range(240)]
         found: list[str] = []

@@ -24,7 +24,7 @@ from services.common import taskstore
 from services.common.database.engine import make_engine
 from services.common.database.transactions import transaction
 from services.common.fold import delta
-from tests.api_process import ApiProcess, Road, eventually, request
+from tests.api_process import ApiProcess, Installation, eventually, request
 from tests.forms import by_form
 from tests.stack import Infra
 
@@ -33,10 +33,10 @@ CALLERS = 8
 
 
 class Db:
-    """What stands in a road's tables."""
+    """What stands in a installation's tables."""
 
-    def __init__(self, road: Road) -> None:
-        self.engine: Engine = make_engine(road.database_url)
+    def __init__(self, installation: Installation) -> None:
+        self.engine: Engine = make_engine(installation.database_url)
 
     def count(self, table: str) -> int:
         return int(self.rows(f"SELECT COUNT(*) FROM {table}")[0][0])
@@ -52,13 +52,13 @@ class Db:
 
 
 @pytest.fixture
-def road(servers: Infra) -> Road:
-    return Road(servers)
+def installation(servers: Infra) -> Installation:
+    return Installation(servers)
 
 
 @pytest.fixture
-def db(road: Road) -> Iterator[Db]:
-    tables = Db(road)
+def db(installation: Installation) -> Iterator[Db]:
+    tables = Db(installation)
     yield tables
     tables.engine.dispose()
 
@@ -118,17 +118,19 @@ class Load:
 # --- the usual way -------------------------------------------------------------------------------
 
 
-def test_a_task_is_published_at_once_as_it_would_be_rebuilt_and_leaves_the_outbox(road: Road, db: Db) -> None:
+def test_a_task_is_published_at_once_as_it_would_be_rebuilt_and_leaves_the_outbox(
+    installation: Installation, db: Db
+) -> None:
     given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    with ApiProcess(road) as api, stub(api) as tasks:
+    with ApiProcess(installation) as api, stub(api) as tasks:
         labels, headers = {"k": 'v"', "a": "é"}, {"X-B": "2", "X-A": "1"}
         rich = request(1, "key", html="<p>é</p>", headers=headers, labels=labels)
         ids = [tasks.Create(rich, metadata=[("traceparent", given)]).id]
         ids += [tasks.Create(request(n), metadata=[("traceparent", "00-junk")]).id for n in range(2, 30)]
         ids.append(tasks.Create(CreateRequest(data=TaskData(email="a@b.test", subject="s", html=""))).id)
-        eventually(lambda: len(road.published()) >= len(ids))
+        eventually(lambda: len(installation.published()) >= len(ids))
         eventually(db.outbox_empty)
-        found = road.published()
+        found = installation.published()
         assert sorted(uuid7.text(event.task.id) for event, _ in found) == sorted(ids)
         items = [outbox.created(event.task.id) for event, _ in found]
         again = transaction(db.engine, lambda c: sweeper.rebuilt(c, items))
@@ -147,9 +149,11 @@ def test_a_task_is_published_at_once_as_it_would_be_rebuilt_and_leaves_the_outbo
 # --- idempotency ---------------------------------------------------------------------------------
 
 
-def test_one_key_is_one_task_however_often_and_wherever_it_is_asked_for_at_once(road: Road, db: Db) -> None:
+def test_one_key_is_one_task_however_often_and_wherever_it_is_asked_for_at_once(
+    installation: Installation, db: Db
+) -> None:
     with ExitStack() as stack:
-        replicas = [stack.enter_context(ApiProcess(road)) for _ in range(2)]
+        replicas = [stack.enter_context(ApiProcess(installation)) for _ in range(2)]
         stubs = [stack.enter_context(stub(api)) for api in replicas]
         threads = stack.enter_context(ThreadPoolExecutor(32))
         keys = 40
@@ -166,11 +170,13 @@ def test_one_key_is_one_task_however_often_and_wherever_it_is_asked_for_at_once(
         assert set(answers) == set(by_key.items())
         assert db.ids() == db.ids("task_bodies", "task_id") == set(by_key.values())
         eventually(db.outbox_empty)
-        assert road.published_ids() == Counter(by_key.values())
+        assert installation.published_ids() == Counter(by_key.values())
 
 
-def test_the_same_key_for_another_request_is_a_conflict_that_names_the_original(road: Road, db: Db) -> None:
-    with ApiProcess(road) as api, stub(api) as tasks:
+def test_the_same_key_for_another_request_is_a_conflict_that_names_the_original(
+    installation: Installation, db: Db
+) -> None:
+    with ApiProcess(installation) as api, stub(api) as tasks:
         first = tasks.Create(request(1, "k"))
         for other in (request(2, "k"), request(1, "k", body=""), request(1, "k", labels={"a": "b"})):
             with pytest.raises(grpc.RpcError) as caught:
@@ -188,8 +194,8 @@ def test_the_same_key_for_another_request_is_a_conflict_that_names_the_original(
         assert db.count("tasks") == 3
 
 
-def test_the_original_comes_back_as_it_stands_now(road: Road, db: Db) -> None:
-    with ApiProcess(road) as api, stub(api) as tasks:
+def test_the_original_comes_back_as_it_stands_now(installation: Installation, db: Db) -> None:
+    with ApiProcess(installation) as api, stub(api) as tasks:
         first = tasks.Create(request(1, "k"))
         sent = events_pb2.MailSent(
             id=uuid7.parse(first.id),
@@ -210,9 +216,9 @@ def test_the_original_comes_back_as_it_stands_now(road: Road, db: Db) -> None:
 
 @pytest.mark.breaks_servers
 def test_while_kafka_is_away_creates_go_on_and_all_is_published_afterwards(
-    servers: Infra, road: Road, db: Db
+    servers: Infra, installation: Installation, db: Db
 ) -> None:
-    with ApiProcess(road, POSTROAD_MAX_IN_FLIGHT="20") as api:
+    with ApiProcess(installation, POSTROAD_MAX_IN_FLIGHT="20") as api:
         servers.stop("kafka-1")
         try:
             with Load(api) as load:
@@ -223,11 +229,11 @@ def test_while_kafka_is_away_creates_go_on_and_all_is_published_afterwards(
             servers.start("kafka-1")
         assert not load.refused
         eventually(db.outbox_empty, 90)
-        assert set(road.published_ids()) == set(load.accepted) == db.ids()
+        assert set(installation.published_ids()) == set(load.accepted) == db.ids()
 
 
-def test_the_api_names_a_kafka_that_is_away_and_records_all_the_same(road: Road) -> None:
-    with ApiProcess(road, POSTROAD_KAFKA_BOOTSTRAP="127.0.0.1:9") as api, stub(api) as tasks:
+def test_the_api_names_a_kafka_that_is_away_and_records_all_the_same(installation: Installation) -> None:
+    with ApiProcess(installation, POSTROAD_KAFKA_BOOTSTRAP="127.0.0.1:9") as api, stub(api) as tasks:
         tasks.Create(request())
         eventually(lambda: "127.0.0.1:9 does not answer" in str(api.readiness()["problems"]))
         assert api.readiness()["status"] == "degraded"
@@ -238,22 +244,24 @@ def test_the_api_names_a_kafka_that_is_away_and_records_all_the_same(road: Road)
 
 
 @pytest.mark.breaks_servers
-def test_what_a_killed_api_left_behind_another_one_publishes(servers: Infra, road: Road, db: Db) -> None:
-    with ApiProcess(road) as api, servers.frozen("kafka-1"):
+def test_what_a_killed_api_left_behind_another_one_publishes(
+    servers: Infra, installation: Installation, db: Db
+) -> None:
+    with ApiProcess(installation) as api, servers.frozen("kafka-1"):
         with Load(api) as load:
             eventually(lambda: len(load.accepted) > 40)
         api.kill()
     assert db.count("outbox") == len(load.accepted)
-    with ApiProcess(road) as first, ApiProcess(road) as second:
+    with ApiProcess(installation) as first, ApiProcess(installation) as second:
         eventually(db.outbox_empty, 60)
         swept = sum(api.metric('postroad_api_published_total{way="sweeper"}') for api in (first, second))
         # Each was taken by one of the two.
         assert swept == len(load.accepted)
-    assert road.published_ids() == Counter(load.accepted)
+    assert installation.published_ids() == Counter(load.accepted)
 
 
-def test_sigterm_answers_and_publishes_what_was_accepted(road: Road, db: Db) -> None:
-    with ApiProcess(road) as api, Load(api) as load:
+def test_sigterm_answers_and_publishes_what_was_accepted(installation: Installation, db: Db) -> None:
+    with ApiProcess(installation) as api, Load(api) as load:
         eventually(lambda: len(load.accepted) > 100)
         assert api.stop() == 0
     # gRPC itself cancels what reached it in the very moment of its closing.
@@ -262,11 +270,13 @@ def test_sigterm_answers_and_publishes_what_was_accepted(road: Road, db: Db) -> 
     assert codes[grpc.StatusCode.CANCELLED] <= CALLERS
     assert db.outbox_empty()
     assert set(load.accepted) <= db.ids()
-    assert set(road.published_ids()) == db.ids()
+    assert set(installation.published_ids()) == db.ids()
 
 
-def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(road: Road, db: Db) -> None:
-    with ApiProcess(road) as api, stub(api) as tasks:
+def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(
+    installation: Installation, db: Db
+) -> None:
+    with ApiProcess(installation) as api, stub(api) as tasks:
         tasks.Create(request())
         codes: Counter[grpc.StatusCode] = Counter()
         for n in range(120):
@@ -277,7 +287,7 @@ def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(road: Roa
         assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
         assert tasks.Create(request()).status == "pending"
         eventually(db.outbox_empty)
-        assert set(road.published_ids()) == db.ids()
+        assert set(installation.published_ids()) == db.ids()
 
 
 # --- MySQL away, hanging, cutting connections ----------------------------------------------------
@@ -285,9 +295,9 @@ def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(road: Roa
 
 @pytest.mark.breaks_servers
 def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
-    servers: Infra, road: Road, db: Db
+    servers: Infra, installation: Installation, db: Db
 ) -> None:
-    with ApiProcess(road) as api, stub(api) as tasks:
+    with ApiProcess(installation) as api, stub(api) as tasks:
         with Load(api) as load:
             eventually(lambda: len(load.accepted) > 100)
             servers.stop("mysql")
@@ -314,13 +324,15 @@ def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
     assert load.slowest < 8
     assert {error.code() for error in load.refused} == {grpc.StatusCode.UNAVAILABLE}
     assert set(load.accepted) <= db.ids()
-    assert db.ids() == set(road.published_ids())
+    assert db.ids() == set(installation.published_ids())
 
 
 @pytest.mark.breaks_servers
-def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(servers: Infra, road: Road, db: Db) -> None:
+def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(
+    servers: Infra, installation: Installation, db: Db
+) -> None:
     with (
-        ApiProcess(road, POSTROAD_MAX_PENDING_CREATES="20") as api,
+        ApiProcess(installation, POSTROAD_MAX_PENDING_CREATES="20") as api,
         stub(api) as tasks,
         ThreadPoolExecutor(64) as threads,
     ):
@@ -342,7 +354,7 @@ def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(servers: Infra,
         eventually(lambda: accepts(tasks))
         eventually(db.outbox_empty, 40)
     assert first in db.ids()
-    assert set(road.published_ids()) == db.ids()
+    assert set(installation.published_ids()) == db.ids()
 
 
 def accepts(tasks: Any) -> bool:
@@ -365,8 +377,8 @@ def cut_all(db: Db) -> int:
     return cuts
 
 
-def test_connections_cut_at_any_moment_lose_and_double_nothing(road: Road, db: Db) -> None:
-    with ApiProcess(road) as api, Load(api) as load:
+def test_connections_cut_at_any_moment_lose_and_double_nothing(installation: Installation, db: Db) -> None:
+    with ApiProcess(installation) as api, Load(api) as load:
         cuts = 0
         while cuts < CUTS or len(load.accepted) < 5 * CUTS:
             cuts += cut_all(db)
@@ -376,6 +388,6 @@ def test_connections_cut_at_any_moment_lose_and_double_nothing(road: Road, db: D
     assert len(load.accepted) == len(set(load.accepted))
     # An answer other than OK leaves open whether the task was recorded.
     assert len(db.ids()) <= len(load.accepted) + len(load.refused)
-    with ApiProcess(road):
+    with ApiProcess(installation):
         eventually(db.outbox_empty, 60)
-    assert set(road.published_ids()) == db.ids()
+    assert set(installation.published_ids()) == db.ids()

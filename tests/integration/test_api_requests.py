@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.api_process import ApiProcess, Road
+from tests.api_process import ApiProcess, Installation
 from tests.reflection_client import ReflectionClient
 from tests.stack import Infra
 
@@ -20,13 +20,13 @@ CREATE, GET, LIST = f"{TASKS}/Create", f"{TASKS}/Get", f"{TASKS}/List"
 
 
 @pytest.fixture(scope="module")
-def road(infra: Infra) -> Road:
-    return Road(infra)
+def installation(infra: Infra) -> Installation:
+    return Installation(infra)
 
 
 @pytest.fixture(scope="module")
-def api(road: Road) -> Iterator[ApiProcess]:
-    with ApiProcess(road) as process:
+def api(installation: Installation) -> Iterator[ApiProcess]:
+    with ApiProcess(installation) as process:
         yield process
 
 
@@ -328,16 +328,16 @@ def test_unknown_fields_are_tolerated(client: ReflectionClient) -> None:
     client.raw(CREATE, field(1, DATA + field(500, b"from the future")) + field(501, b"x"))
 
 
-def test_two_replicas_cannot_share_a_port_by_mistake(road: Road, api: ApiProcess) -> None:
-    second = ApiProcess(road, POSTROAD_LISTEN=api.target)
+def test_two_replicas_cannot_share_a_port_by_mistake(installation: Installation, api: ApiProcess) -> None:
+    second = ApiProcess(installation, POSTROAD_LISTEN=api.target)
     second.start()
     assert second.process is not None
     assert second.process.wait(30) == 1
     assert "cannot listen" in second.log()
 
 
-def test_a_bad_token_setting_ends_the_process_at_once(road: Road) -> None:
-    broken = ApiProcess(road, POSTROAD_API_TOKENS="shop:s3cretsecret,nonsense")
+def test_a_bad_token_setting_ends_the_process_at_once(installation: Installation) -> None:
+    broken = ApiProcess(installation, POSTROAD_API_TOKENS="shop:s3cretsecret,nonsense")
     broken.start()
     assert broken.process is not None
     assert broken.process.wait(30) != 0
@@ -354,10 +354,10 @@ def test_the_fast_parts_are_in_use() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_tenants_see_their_own_tasks_only(road: Road) -> None:
+def test_tenants_see_their_own_tasks_only(installation: Installation) -> None:
     tokens = {"shop": "shop-secret", "bank": "bank-secret"}
     given = ",".join(f"{tenant}:{token}" for tenant, token in tokens.items())
-    with ApiProcess(road, POSTROAD_API_TOKENS=given) as api, ReflectionClient(api.target) as client:
+    with ApiProcess(installation, POSTROAD_API_TOKENS=given) as api, ReflectionClient(api.target) as client:
 
         def call(tenant: str, rpc: str, data: Any) -> dict[str, Any]:
             return client.call(rpc, data, metadata=[("authorization", f"Bearer {tokens[tenant]}")])

@@ -22,7 +22,7 @@ from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.fold import delta
 from services.common.timeline import timeline_entry
-from tests.api_process import ApiProcess, Road, eventually
+from tests.api_process import ApiProcess, Installation, eventually
 from tests.forms import by_form
 from tests.stack import Infra
 
@@ -31,13 +31,13 @@ STANDING = by_form(4_000, 50_000)
 
 
 @pytest.fixture
-def road(servers: Infra) -> Road:
-    return Road(servers)
+def installation(servers: Infra) -> Installation:
+    return Installation(servers)
 
 
 @pytest.fixture
-def engine(road: Road) -> Iterator[Engine]:
-    engine = make_engine(road.database_url)
+def engine(installation: Installation) -> Iterator[Engine]:
+    engine = make_engine(installation.database_url)
     yield engine
     engine.dispose()
 
@@ -80,47 +80,47 @@ def stand(engine: Engine, count: int) -> None:
         transaction(engine, partial(write, part))
 
 
-def published_at(road: Road) -> list[tuple[str, float]]:
+def published_at(installation: Installation) -> list[tuple[str, float]]:
     """Return the id of each task that was published, and when that was."""
     return [
         (
             uuid7.text(events_pb2.TaskCreated.FromString(message.value() or b"").task.id),
             message.timestamp()[1] / 1000,
         )
-        for message in road.records()
+        for message in installation.records()
     ]
 
 
 @pytest.mark.breaks_servers
 def test_each_goes_at_its_time_though_tens_of_thousands_wait_and_api_and_database_die(
-    servers: Infra, road: Road, engine: Engine
+    servers: Infra, installation: Installation, engine: Engine
 ) -> None:
     stand(engine, STANDING)
-    with ApiProcess(road) as first, ApiProcess(road) as second:
+    with ApiProcess(installation) as first, ApiProcess(installation) as second:
         start = now_us() + 2 * SECOND
         times = {create(first, start + n * 150_000).id: start + n * 150_000 for n in range(10)}
         late = now_us() + 10 * SECOND
         times |= {create(second, late + n * 150_000).id: late + n * 150_000 for n in range(10)}
-        eventually(lambda: len(published_at(road)) >= 10)
+        eventually(lambda: len(published_at(installation)) >= 10)
         # Two replicas, one record each.
-        assert sorted(id_ for id_, _ in published_at(road)) == sorted(list(times)[:10])
+        assert sorted(id_ for id_, _ in published_at(installation)) == sorted(list(times)[:10])
         first.kill()
         second.kill()
     servers.stop("mysql")
     servers.start("mysql")
-    with ApiProcess(road):
+    with ApiProcess(installation):
         ready = now_us()
-        eventually(lambda: len(published_at(road)) >= 20, 40)
-        lateness = {id_: at - max(times[id_], ready) / SECOND for id_, at in published_at(road)}
-        early = [id_ for id_, at in published_at(road) if at < times[id_] / SECOND - 0.001]
-    assert len(published_at(road)) == 20
+        eventually(lambda: len(published_at(installation)) >= 20, 40)
+        lateness = {id_: at - max(times[id_], ready) / SECOND for id_, at in published_at(installation)}
+        early = [id_ for id_, at in published_at(installation) if at < times[id_] / SECOND - 0.001]
+    assert len(published_at(installation)) == 20
     assert lateness.keys() == times.keys()
     assert not early
     assert max(lateness.values()) < 1, sorted(lateness.values())
 
 
-def test_what_is_scheduled_says_so_and_its_key_stands_for_it(road: Road) -> None:
-    with ApiProcess(road) as api:
+def test_what_is_scheduled_says_so_and_its_key_stands_for_it(installation: Installation) -> None:
+    with ApiProcess(installation) as api:
         send_at_us = now_us() + 3600 * SECOND
         task = create(api, send_at_us, "k")
         assert (task.status, task.next_attempt_at.ToMicroseconds()) == ("pending", send_at_us)
@@ -139,5 +139,5 @@ def test_what_is_scheduled_says_so_and_its_key_stands_for_it(road: Road) -> None
         assert "send_at" in (caught.value.details() or "")
         past = create(api, 1)
         assert not past.HasField("next_attempt_at")
-        eventually(lambda: [id_ for id_, _ in published_at(road)] == [past.id])
+        eventually(lambda: [id_ for id_, _ in published_at(installation)] == [past.id])
         assert api.metric('postroad_api_published_total{way="relay"}') == 1

@@ -38,7 +38,7 @@ from services.common.fold import delta
 from services.common.kafka.clients import consumer_config
 from services.common.kafka.topics import EVENT_TOPICS
 from services.common.timeline import timeline_entry
-from tests.api_process import ApiProcess, Road, eventually
+from tests.api_process import ApiProcess, Installation, eventually
 from tests.forms import LONG, by_form
 from tests.groups import describe
 from tests.stack import Infra
@@ -55,17 +55,17 @@ def now_us() -> int:
 class Telling:
     """The stages' part: puts events on their topics, and folds them where that is asked for."""
 
-    def __init__(self, road: Road) -> None:
-        self._road = road
-        self._producer = Producer({"bootstrap.servers": road.infra.bootstrap, "linger.ms": 0})
-        self.engine = make_engine(road.database_url)
+    def __init__(self, installation: Installation) -> None:
+        self._installation = installation
+        self._producer = Producer({"bootstrap.servers": installation.infra.bootstrap, "linger.ms": 0})
+        self.engine = make_engine(installation.database_url)
 
     def tell(self, *events: Event, fold: bool = True, header: tuple[str, bytes] | None = None) -> None:
         """Publish, and return when all are acked. All have one time, however long this takes."""
         at = time.time_ns() // 1_000_000
         for event in events:
             record = encode(event, "test")
-            topic = self._road.prefix + record.topic
+            topic = self._installation.prefix + record.topic
             headers = [*record.headers, *([header] if header else [])]
             while True:
                 try:
@@ -85,13 +85,13 @@ class Telling:
 
 
 @pytest.fixture
-def road(infra: Infra) -> Road:
-    return Road(infra)
+def installation(infra: Infra) -> Installation:
+    return Installation(infra)
 
 
 @pytest.fixture
-def stages(road: Road) -> Iterator[Telling]:
-    telling = Telling(road)
+def stages(installation: Installation) -> Iterator[Telling]:
+    telling = Telling(installation)
     yield telling
     telling.engine.dispose()
 
@@ -195,8 +195,8 @@ def sent(task: task_pb2.Task, attempt: int = 1) -> ev.MailSent:
 LIFE = [("created", "pending"), ("mx_ok", "processing"), ("sent", "completed")]
 
 
-def test_one_task_its_state_first_and_its_changes_then(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api:
+def test_one_task_its_state_first_and_its_changes_then(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api:
         task = create(api)
         with Stream(api, id=task.id) as watch:
             assert not watch.messages[0].HasField("change")
@@ -213,9 +213,11 @@ def test_one_task_its_state_first_and_its_changes_then(road: Road, stages: Telli
             assert again.messages[0].task == last.task
 
 
-def test_a_filter_begins_with_a_token_and_tells_what_it_takes(road: Road, stages: Telling) -> None:
+def test_a_filter_begins_with_a_token_and_tells_what_it_takes(
+    installation: Installation, stages: Telling
+) -> None:
     with (
-        ApiProcess(road) as api,
+        ApiProcess(installation) as api,
         Stream(api, labels={"list": "news"}, domain="shop.test") as news,
         Stream(api, status=["completed"]) as done,
         Stream(api, email="nobody@shop.test") as nobody,
@@ -232,8 +234,10 @@ def test_a_filter_begins_with_a_token_and_tells_what_it_takes(road: Road, stages
         assert len(nobody.messages) == 1
 
 
-def test_what_is_read_too_soon_waits_for_what_came_before(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api, Stream(api) as watch:
+def test_what_is_read_too_soon_waits_for_what_came_before(
+    installation: Installation, stages: Telling
+) -> None:
+    with ApiProcess(installation) as api, Stream(api) as watch:
         task = create(api)
         watch.has(1)
         stages.tell(sent(task, 2))
@@ -249,15 +253,15 @@ def test_what_is_read_too_soon_waits_for_what_came_before(road: Road, stages: Te
             assert resumed.has(3)[-3:] == [LIFE[1], middle, LIFE[2]]
 
 
-def test_a_lost_predecessor_delays_and_does_not_block(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api, Stream(api) as watch:
+def test_a_lost_predecessor_delays_and_does_not_block(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api, Stream(api) as watch:
         task = create(api)
         stages.tell(sent(task))
         assert watch.has(2) == [LIFE[0], LIFE[2]]
 
 
-def test_an_event_is_told_once(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api, Stream(api) as watch:
+def test_an_event_is_told_once(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api, Stream(api) as watch:
         task, last = create(api), create(api, last="")
         first = ok(task)
         stages.tell(first, first, sent(task))
@@ -266,10 +270,10 @@ def test_an_event_is_told_once(road: Road, stages: Telling) -> None:
         assert [m.change.kind for m in watch.messages if m.task.id == task.id] == ["created", "mx_ok", "sent"]
 
 
-def test_a_replay_of_tasks_that_are_over_tells_nothing(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api:
+def test_a_replay_of_tasks_that_are_over_tells_nothing(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api:
         task = create(api)
-        eventually(road.published)
+        eventually(installation.published)
         created = ev.TaskCreated(task=mail(task), at_us=task.created_at.ToMicroseconds())
         stages.fold(created)
         stages.tell(ok(task), sent(task))
@@ -288,8 +292,8 @@ def test_a_replay_of_tasks_that_are_over_tells_nothing(road: Road, stages: Telli
             assert watch.has(3)[-1] == ("retried", "pending")
 
 
-def test_a_task_older_than_the_feed_is_asked_for(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api:
+def test_a_task_older_than_the_feed_is_asked_for(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api:
         task = create(api, list="news")
         stages.tell(ok(task))
         with Stream(api, labels={"list": "news"}) as watch:
@@ -314,7 +318,7 @@ def reached(watch: Stream, messages: int) -> bool:
     return len(watch.messages) >= messages
 
 
-def test_cut_at_any_moment_and_resumed_it_misses_nothing(road: Road, stages: Telling) -> None:
+def test_cut_at_any_moment_and_resumed_it_misses_nothing(installation: Installation, stages: Telling) -> None:
     chance = random.Random(7)
     expected = ["created.0", "mx_ok.1", "deferred.1", "sent.2"]
     tasks: list[task_pb2.Task] = []
@@ -329,7 +333,7 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(road: Road, stages: Tel
             # Within a task the topics' order is anybody's.
             stages.tell(*(event for step in steps for event in chance.sample(step, 3)))
 
-    with ApiProcess(road) as api, ApiProcess(road) as other:
+    with ApiProcess(installation) as api, ApiProcess(installation) as other:
         with Stream(api) as start:
             token, seen = start.token, list[WatchResponse]()
         worker = threading.Thread(target=work, args=(api,))
@@ -349,8 +353,10 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(road: Road, stages: Tel
             eventually(lambda: lives([*seen, *watch.messages]) == {task.id: expected for task in tasks}, 30)
 
 
-def test_many_that_were_cut_off_together_come_back_together(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api:
+def test_many_that_were_cut_off_together_come_back_together(
+    installation: Installation, stages: Telling
+) -> None:
+    with ApiProcess(installation) as api:
         first = [Stream(api, labels={"n": str(n % 3)}).__enter__() for n in range(30)]
         for watch in first:
             watch.cut()
@@ -373,8 +379,8 @@ def test_many_that_were_cut_off_together_come_back_together(road: Road, stages: 
             watch.cut()
 
 
-def test_from_long_ago_more_than_a_queue_holds(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api:
+def test_from_long_ago_more_than_a_queue_holds(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api:
         with Stream(api, labels={"n": "1"}) as start:
             token = start.token
         clock = uuid7.Clock()
@@ -412,8 +418,8 @@ def refusal(api: ApiProcess, metadata: Metadata = None, **asked: object) -> tupl
     return error.value.code(), fields
 
 
-def test_bad_requests(road: Road) -> None:
-    with ApiProcess(road) as api:
+def test_bad_requests(installation: Installation) -> None:
+    with ApiProcess(installation) as api:
         task = create(api)
         with Stream(api, id=task.id) as one, Stream(api, email="a@shop.test") as some:
             good, other = one.token, some.token
@@ -431,8 +437,10 @@ def test_bad_requests(road: Road) -> None:
         assert refusal(api, id=uuid7.text(bytes(16))) == (Code.NOT_FOUND, [])
 
 
-def test_a_scheduled_task_that_was_cancelled_stays_cancelled(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api, grpc.insecure_channel(api.target) as channel:
+def test_a_scheduled_task_that_was_cancelled_stays_cancelled(
+    installation: Installation, stages: Telling
+) -> None:
+    with ApiProcess(installation) as api, grpc.insecure_channel(api.target) as channel:
         stub = TaskServiceStub(channel)
         with Stream(api) as watch, Stream(api, status=["pending", "processing"]) as going:
             asked = CreateRequest(data=TaskData(email="ada@shop.test", subject="s", body="text"))
@@ -451,10 +459,10 @@ def test_a_scheduled_task_that_was_cancelled_stays_cancelled(road: Road, stages:
                 assert told[-1][1] == "cancelled"
 
 
-def test_tenants_hear_of_their_own(road: Road, stages: Telling) -> None:
+def test_tenants_hear_of_their_own(installation: Installation, stages: Telling) -> None:
     bearer = {name: (("authorization", f"Bearer {name}-secret"),) for name in ("red", "blue")}
     tokens = ",".join(f"{name}:{name}-secret" for name in bearer)
-    with ApiProcess(road, POSTROAD_API_TOKENS=tokens) as api:
+    with ApiProcess(installation, POSTROAD_API_TOKENS=tokens) as api:
         assert refusal(api) == (Code.UNAUTHENTICATED, [])
         with Stream(api, metadata=bearer["red"]) as red, Stream(api, metadata=bearer["blue"]) as blue:
             ours, theirs = create(api, bearer["red"]), create(api, bearer["blue"])
@@ -467,15 +475,15 @@ def test_tenants_hear_of_their_own(road: Road, stages: Telling) -> None:
         assert refusal(api, bearer["blue"], resume_token=token) == (Code.INVALID_ARGUMENT, ["resume_token"])
 
 
-def test_a_token_whose_records_are_gone(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api:
+def test_a_token_whose_records_are_gone(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api:
         with Stream(api) as watch:
             old = watch.token
             create(api)
             watch.has(1)
             fresh = watch.token
-        admin = AdminClient({"bootstrap.servers": road.infra.bootstrap})
-        all_ = [TopicPartition(road.prefix + name, n, -1) for name in EVENT_TOPICS for n in range(3)]
+        admin = AdminClient({"bootstrap.servers": installation.infra.bootstrap})
+        all_ = [TopicPartition(installation.prefix + name, n, -1) for name in EVENT_TOPICS for n in range(3)]
         for done in admin.delete_records(all_).values():
             done.result(20)
         assert refusal(api, resume_token=old) == (Code.OUT_OF_RANGE, [])
@@ -483,7 +491,7 @@ def test_a_token_whose_records_are_gone(road: Road, stages: Telling) -> None:
             create(api)
             watch.has(1)
     # A reader that comes upon what is gone goes on where the records begin.
-    topics = Topics(road.settings(), lambda _: None, 1 << 10, ends=True)
+    topics = Topics(installation.settings(), lambda _: None, 1 << 10, ends=True)
     starts = topics.starts(topics.places())
     place = next(place for place, start in starts.items() if start)
     topics.consumer.assign([topics.at(place, 0)])
@@ -497,15 +505,17 @@ def test_a_token_whose_records_are_gone(road: Road, stages: Telling) -> None:
     topics.close()
 
 
-def test_partitions_that_are_added_are_read_from_their_start(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api, Stream(api) as watch:
+def test_partitions_that_are_added_are_read_from_their_start(
+    installation: Installation, stages: Telling
+) -> None:
+    with ApiProcess(installation) as api, Stream(api) as watch:
         before = watch.token
-        admin = AdminClient({"bootstrap.servers": road.infra.bootstrap})
+        admin = AdminClient({"bootstrap.servers": installation.infra.bootstrap})
         for done in admin.create_partitions(
-            [NewPartitions(road.prefix + n, 6) for n in EVENT_TOPICS]
+            [NewPartitions(installation.prefix + n, 6) for n in EVENT_TOPICS]
         ).values():
             done.result(20)
-        fresh = Telling(road)
+        fresh = Telling(installation)
         tasks = [create(api) for _ in range(30)]
         fresh.tell(*(event for task in tasks for event in (ok(task), sent(task))))
         watch.has(90, 40)
@@ -518,8 +528,8 @@ def test_partitions_that_are_added_are_read_from_their_start(road: Road, stages:
 
 
 @pytest.mark.skipif(not LONG, reason="fills a queue of 20,000 messages: make test-long")
-def test_who_does_not_keep_up_is_ended_and_resumes(road: Road, stages: Telling) -> None:
-    with ApiProcess(road) as api, Stream(api, labels={"n": "1"}) as quick:
+def test_who_does_not_keep_up_is_ended_and_resumes(installation: Installation, stages: Telling) -> None:
+    with ApiProcess(installation) as api, Stream(api, labels={"n": "1"}) as quick:
         channel = grpc.insecure_channel(api.target, [("grpc.use_local_subchannel_pool", 1)])
         slow = TaskServiceStub(channel).Watch(WatchRequest())
         token = next(slow).resume_token
@@ -550,8 +560,8 @@ def test_who_does_not_keep_up_is_ended_and_resumes(road: Road, stages: Telling) 
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_a_drain_ends_the_streams_at_once(road: Road, stages: Telling, slow: bool) -> None:
-    with ApiProcess(road) as api:
+def test_a_drain_ends_the_streams_at_once(installation: Installation, stages: Telling, slow: bool) -> None:
+    with ApiProcess(installation) as api:
         watches = [Stream(api).__enter__() for _ in range(5)]
         channel = grpc.insecure_channel(api.target, [("grpc.use_local_subchannel_pool", 1)])
         stuck = TaskServiceStub(channel).Watch(WatchRequest())
@@ -572,8 +582,8 @@ def test_a_drain_ends_the_streams_at_once(road: Road, stages: Telling, slow: boo
         eventually(api.ready, 30)
 
 
-async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(road: Road) -> None:
-    watches = Watches(road.settings(), Reader(make_engine(road.database_url)))
+async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(installation: Installation) -> None:
+    watches = Watches(installation.settings(), Reader(make_engine(installation.database_url)))
     written = asyncio.Event()
 
     async def write(message: bytes) -> None:
@@ -593,10 +603,10 @@ async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(road: Road
     await watches.close()
 
 
-def test_the_folds_positions_are_asked_for_without_joining_its_group(road: Road) -> None:
-    settings = road.settings()
+def test_the_folds_positions_are_asked_for_without_joining_its_group(installation: Installation) -> None:
+    settings = installation.settings()
     member = Consumer(consumer_config(settings, "status", "member", gather=False))
-    topics = [road.prefix + name for name in EVENT_TOPICS]
+    topics = [installation.prefix + name for name in EVENT_TOPICS]
     member.subscribe(topics)
 
     def assigned() -> list[TopicPartition]:
@@ -604,7 +614,7 @@ def test_the_folds_positions_are_asked_for_without_joining_its_group(road: Road)
         return member.assignment()
 
     def group() -> object:
-        found = describe(road.infra.bootstrap, f"{road.prefix}postroad.status")
+        found = describe(installation.infra.bootstrap, f"{installation.prefix}postroad.status")
         return found.state, [member.id for member in found.members]
 
     eventually(lambda: len(assigned()) == 3 * len(topics), 40)
@@ -635,15 +645,17 @@ def test_the_folds_positions_are_asked_for_without_joining_its_group(road: Road)
     member.close()
 
 
-def test_kafka_away(road: Road) -> None:
-    with ApiProcess(road, POSTROAD_KAFKA_BOOTSTRAP="127.0.0.1:1") as api:
+def test_kafka_away(installation: Installation) -> None:
+    with ApiProcess(installation, POSTROAD_KAFKA_BOOTSTRAP="127.0.0.1:1") as api:
         assert refusal(api) == (Code.UNAVAILABLE, [])
         assert refusal(api, id=create(api).id) == (Code.UNAVAILABLE, [])
 
 
 @pytest.mark.parametrize("others_watch", [True, False])
-def test_one_task_while_the_fold_is_behind(road: Road, stages: Telling, others_watch: bool) -> None:
-    with ApiProcess(road) as api, Stream(api) as other:
+def test_one_task_while_the_fold_is_behind(
+    installation: Installation, stages: Telling, others_watch: bool
+) -> None:
+    with ApiProcess(installation) as api, Stream(api) as other:
         task = create(api)
         judged, mailed = ok(task), sent(task)
         stages.tell(judged, mailed, fold=False)

@@ -19,7 +19,7 @@ from services.common.stages import STAGES
 from tests.groups import Offsets
 from tests.stack import Stack
 
-__all__ = ["SETTLED", "Road", "until"]
+__all__ = ["SETTLED", "Pipeline", "until"]
 
 SETTLED = {"completed", "failed", "uncertain", "cancelled"}
 
@@ -48,7 +48,7 @@ def _watermarks(consumer: Consumer, topic: str, number: int) -> tuple[int, int] 
         return None
 
 
-class Road:
+class Pipeline:
     """Creates, reads and checks tasks of one stack. A context manager."""
 
     def __init__(self, stack: Stack) -> None:
@@ -59,7 +59,7 @@ class Road:
         )
         self.stub = rpc.TaskServiceStub(self._channel)
 
-    def __enter__(self) -> Road:
+    def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, *_: object) -> None:

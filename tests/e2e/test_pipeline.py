@@ -1,4 +1,4 @@
-"""The road as a user sees it: every way a task can end, the payloads of existing clients, pages."""
+"""The pipeline as a user sees it: every way a task can end, the payloads of existing clients, pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from postroad.v1 import task_service_pb2 as pb
-from tests.e2e.road import Road, until
+from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
 from tests.stack import Stack
@@ -36,51 +36,51 @@ ENDS = [
 
 
 @pytest.fixture(scope="module")
-def road(stack: Stack) -> Iterator[Road]:
-    with Road(stack) as road:
-        yield road
+def pipeline(stack: Stack) -> Iterator[Pipeline]:
+    with Pipeline(stack) as pipeline:
+        yield pipeline
 
 
-def test_every_end(road: Road) -> None:
-    ids = [road.create(email, subject=f"To {email}") for email, *_ in ENDS]
-    tasks = road.settled(ids)
-    copies = road.copies(ids)
+def test_every_end(pipeline: Pipeline) -> None:
+    ids = [pipeline.create(email, subject=f"To {email}") for email, *_ in ENDS]
+    tasks = pipeline.settled(ids)
+    copies = pipeline.copies(ids)
     for id_, (email, status, reason, reply, mails) in zip(ids, ENDS, strict=True):
         task = tasks[id_]
         assert (task.status, task.reason) == (status, reason), email
         assert task.reply.startswith(reply), email
         assert copies[id_] == mails, email
         # A copy more is there only where an attempt stands in doubt.
-        assert road.doubts(id_) == (email in ("drop-after@good.test", "drop-lost@good.test")), email
+        assert pipeline.doubts(id_) == (email in ("drop-after@good.test", "drop-lost@good.test")), email
 
 
-def test_what_has_no_end_yet_is_deferred(road: Road) -> None:
+def test_what_has_no_end_yet_is_deferred(pipeline: Pipeline) -> None:
     waiting = {
         "reject4@good.test": ("processing", "450"),
         "shut421@good.test": ("processing", "421"),
         "data4@good.test": ("processing", "451"),
     }
-    for id_, (status, reply) in [(road.create(email), what) for email, what in waiting.items()]:
-        task = until(lambda i=id_: (t := road.get(i)).attempts and t, f"an attempt of {id_}")  # type: ignore[misc]
+    for id_, (status, reply) in [(pipeline.create(email), what) for email, what in waiting.items()]:
+        task = until(lambda i=id_: (t := pipeline.get(i)).attempts and t, f"an attempt of {id_}")  # type: ignore[misc]
         assert task.status == status
         assert task.reply.startswith(reply)
         assert task.HasField("next_attempt_at")
-    unanswered = road.create("ada@servfail.test")
-    task = until(lambda: (t := road.get(unanswered)).reason and t, "the DNS failure on record")
+    unanswered = pipeline.create("ada@servfail.test")
+    task = until(lambda: (t := pipeline.get(unanswered)).reason and t, "the DNS failure on record")
     assert (task.status, task.reason) == ("pending", "dns_unavailable")
-    assert road.settled([unanswered], 60)[unanswered].status == "failed"
+    assert pipeline.settled([unanswered], 60)[unanswered].status == "failed"
 
 
-def test_the_mail_and_its_story(road: Road, stack: Stack) -> None:
+def test_the_mail_and_its_story(pipeline: Pipeline, stack: Stack) -> None:
     text = "Grüße,\n.a line with a dot\n" + "x" * 2000
-    id_ = road.create(
+    id_ = pipeline.create(
         "ada@good.test",
         "Zu Ihrer Anfrage — übermorgen",
         text,
         html="<p>Grüße</p>",
         headers={"Reply-To": "a@b.test"},
     )
-    task = road.settled([id_])[id_]
+    task = pipeline.settled([id_])[id_]
     assert task.message_id.strip("<>").startswith(id_)
     [entry] = [e for e in stack.journal() if e["message_id"] == task.message_id]
     path = Path(entry["path"])
@@ -94,21 +94,21 @@ def test_the_mail_and_its_story(road: Road, stack: Stack) -> None:
     assert plain is not None
     assert plain.get_content().replace("\r\n", "\n").rstrip("\n") == text
     assert mail.get_body(("html",)) is not None
-    got = road.get(id_)
+    got = pipeline.get(id_)
     assert got.body == text
     assert got.html == "<p>Grüße</p>"
     assert [step.kind for step in got.timeline] == ["created", "mx_ok", "sent"]
     assert [step.stage for step in got.timeline] == ["api", "validator", "sender"]
 
 
-def test_the_payloads_of_existing_clients(road: Road, stack: Stack) -> None:
+def test_the_payloads_of_existing_clients(pipeline: Pipeline, stack: Stack) -> None:
     service = "postroad.v1.TaskService"
     with ReflectionClient(stack.env()["POSTROAD_API"]) as client:
         assert service in client.services()
         data = {"data": {"email": "old@good.test", "subject": "From an old client", "body": "As ever."}}
         made = client.call(f"{service}/Create", data)
         assert made["status"] == "pending"
-        road.settled([made["id"]])
+        pipeline.settled([made["id"]])
         done = client.call(f"{service}/List", {"_filters": {"status": "completed"}})
         assert made["id"] in [row["id"] for row in done["results"]]
         shape = {"_filters": {"fields": {"status": {"string_value": "pending"}}}}
@@ -119,17 +119,17 @@ def test_the_payloads_of_existing_clients(road: Road, stack: Stack) -> None:
             assert all(row["status"] == status for row in rows)
 
 
-def test_a_repeated_create_makes_one_task(road: Road) -> None:
-    ids = road.create_many(["ada@good.test"] * 3, "each-its-own")
+def test_a_repeated_create_makes_one_task(pipeline: Pipeline) -> None:
+    ids = pipeline.create_many(["ada@good.test"] * 3, "each-its-own")
     assert len(set(ids)) == 3
-    first = road.create("ada@good.test", key="once")
-    assert road.create("ada@good.test", key="once") == first
-    road.settled([*ids, first])
-    road.sent_once([*ids, first])
+    first = pipeline.create("ada@good.test", key="once")
+    assert pipeline.create("ada@good.test", key="once") == first
+    pipeline.settled([*ids, first])
+    pipeline.sent_once([*ids, first])
 
 
-def test_pages_to_the_end_while_tasks_arrive(road: Road) -> None:
-    ids = set(road.create_many([f"u{n}@paged.test" for n in range(PAGED)], "paged", 32))
+def test_pages_to_the_end_while_tasks_arrive(pipeline: Pipeline) -> None:
+    ids = set(pipeline.create_many([f"u{n}@paged.test" for n in range(PAGED)], "paged", 32))
     assert len(ids) == PAGED
     stop = threading.Event()
     failed: list[BaseException] = []
@@ -138,7 +138,7 @@ def test_pages_to_the_end_while_tasks_arrive(road: Road) -> None:
         number = 0
         try:
             while not stop.is_set():
-                road.create(f"late{number}@paged.test")
+                pipeline.create(f"late{number}@paged.test")
                 number += 1
         except BaseException as error:
             failed.append(error)
@@ -150,7 +150,7 @@ def test_pages_to_the_end_while_tasks_arrive(road: Road) -> None:
         token = ""
         while True:
             request = pb.ListRequest(domain="paged.test", page_size=PAGED // 40, page_token=token)
-            page = road.stub.List(request, timeout=20)
+            page = pipeline.stub.List(request, timeout=20)
             assert len(page.results) <= PAGED // 40
             seen += [row.id for row in page.results]
             token = page.next_page_token
@@ -163,4 +163,4 @@ def test_pages_to_the_end_while_tasks_arrive(road: Road) -> None:
     assert len(seen) == len(set(seen)), "a row came twice"
     assert seen == sorted(seen, reverse=True), "not newest first"
     assert ids <= set(seen), "a row was missed"
-    road.settled(ids)
+    pipeline.settled(ids)
