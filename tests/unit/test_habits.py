@@ -44,3 +44,13 @@ def test_the_changelog_has_one_line_a_change() -> None:
         title, *lines = filter(None, section.splitlines())
         assert title in ("Added", "Changed", "Removed", "Fixed")
         assert [line for line in lines if not re.fullmatch(r"- .{1,117}\.|[A-Z].{1,40}:", line)] == []
+
+
+def test_the_tests_and_modules_that_the_documents_name_are_there() -> None:
+    names = {path.name for path in ROOT.glob("*/**/*.py") if not path.parts[len(ROOT.parts)].startswith(".")}
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for file, test in re.findall(r"\b([a-z]\w+\.py)(?:::(\w+))?`", document.read_text()):
+            assert file in names, f"{document.name} names {file}"
+            assert not test or any(
+                f"def {test}(" in path.read_text() for path in ROOT.glob(f"tests/**/{file}")
+            )
