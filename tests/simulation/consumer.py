@@ -40,7 +40,7 @@ class Consumer:
         self._highest: dict[Place, int] = {}
         self._events: deque[tuple[str, Any]] = deque()
         self._waiting = False
-        self._closed = False
+        self._closed = self._left = False
         self._turn = 0
         self._fresh = False
         """Whether there may be something to fetch."""
@@ -50,6 +50,10 @@ class Consumer:
     def subscribe(self, topics: Sequence[str], on_assign: Any, on_revoke: Any, on_lost: Any) -> None:
         self._topics, self._on_assign, self._on_revoke, self._on_lost = topics, on_assign, on_revoke, on_lost
         self._join()
+
+    def unsubscribe(self) -> None:
+        self._closed = True
+        self._events.append(("unsubscribed", None))
 
     def _join(self) -> None:
         scheduler = self._world.scheduler
@@ -189,6 +193,8 @@ class Consumer:
                 if self.member:
                     self._on_revoke(self, _partitions(place for place in what if place in self._positions))
                     self._request(self._group.released, self, self.epoch, what)
+            elif kind == "unsubscribed":
+                self._leave()
             elif not self.member:
                 self._on_lost(self, _partitions(self._positions))
                 self._positions.clear()
@@ -265,9 +271,14 @@ class Consumer:
             self._world.violation(f"{who} committed {where}@{position} with @{offset} unfinished")
 
     def close(self) -> None:
-        if self.process.dead or self._closed:
-            return
         self._closed = True
+        if not self.process.dead:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._left:
+            return
+        self._left = True
         if self.member and self._positions:
             self._on_revoke(self, _partitions(self._positions))
         self._request(self._group.leave, self)

@@ -16,7 +16,7 @@ from postroad.v1 import task_pb2
 from services.api import cancelling, decider, outbox, reader, recorder, relay, resolving, standing, sweeper
 from services.api.uuid7 import text
 from services.common import batching, taskstore
-from services.common.stage import membership, offset_committer, poller, record_reader, runtime
+from services.common.stage import consumer_close, membership, offset_committer, poller, record_reader, runtime
 from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
 from services.sender import async_claims, cleanup, settling
 from services.status import stage as status_stage
@@ -76,6 +76,8 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "time", VirtualTime),
     (membership, "time", VirtualTime),
     (poller, "threading", VirtualTime),
+    (consumer_close, "time", VirtualTime),
+    (consumer_close, "threading", VirtualTime),
     (offset_committer, "time", VirtualTime),
     (record_reader, "time", VirtualTime),
     (batching, "ThreadPoolExecutor", Executor),
@@ -112,7 +114,15 @@ _REPLACED: list[tuple[Any, str, Any]] = [
 _LOGGING = (
     *(
         "services.common.stage." + name
-        for name in ("batch_runner", "handler_runner", "offset_committer", "poller", "republisher", "runtime")
+        for name in (
+            "batch_runner",
+            "consumer_close",
+            "handler_runner",
+            "offset_committer",
+            "poller",
+            "republisher",
+            "runtime",
+        )
     ),
     *(
         module.__name__

@@ -111,9 +111,13 @@ class Side:
         return next((p.error for p in answer if getattr(p, "error", None) is not None), None)
 
     def close(self, member: Member) -> None:
-        """Have a member leave."""
+        """Have a member leave, as the poller does."""
 
         def leave() -> None:
+            member.consumer.unsubscribe()
+            deadline = time.monotonic() + 20
+            while member.owned and time.monotonic() < deadline:
+                member.consumer.poll(0.05)
             member.closed = True
             member.consumer.close()
 

@@ -19,6 +19,7 @@ from services.common.kafka.clients import TimeoutDetectingLogger
 from services.common.kafka.pace import LONGEST_FETCH_WAIT, Pace
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage import metrics
+from services.common.stage.consumer_close import close_consumer
 from services.common.stage.flow_control import FlowControl
 from services.common.stage.membership import Membership, OwnershipView
 from services.common.stage.offset_committer import OffsetCommitter
@@ -36,6 +37,8 @@ _POLL_SECONDS = 0.1
 _SATURATED_SECONDS = 0.05
 # How long cancelled handlers may take to end before the Consumer is closed without them.
 _CANCEL_SECONDS = 2.0
+# How long to leave the group may take, beside a revocation that waits for records.
+_CLOSE_SECONDS = 10.0
 # How long a client's error counts as a problem, unless librdkafka repeats it.
 _ERROR_SECONDS = 5.0
 
@@ -45,7 +48,8 @@ class Poller:
 
     The thread calls `dispatch` with fetched records, and `cancel` with the assignments to stop working for
     (None: all) and in how many seconds. Both must be thread-safe and may not block. It calls `ended` last,
-    with the error that ended it or None. `release`, `stop` and `problems` may be called from any thread.
+    with the error that ended it or None; where librdkafka does not let it end, another thread calls `ended`
+    for it, and a later call means nothing. `release`, `stop` and `problems` may be called from any thread.
     """
 
     def __init__(
@@ -138,16 +142,21 @@ class Poller:
             on_revoke=self._on_revoke,
             on_lost=self._on_lost,
         )
+        error: BaseException | None = None
         try:
             while not self._stopping:
                 self._poll_once()
                 if why := self._membership.check(self._polled_at):
                     log.error("the consumer leaves its group to join it anew", stage=self._stage, why=why)
+                    error = TimeoutError(f"a consumer to be replaced ({why}) did not close")
                     break
             else:
                 self._drain()
+        except BaseException as problem:
+            error = problem
+            raise
         finally:
-            self._consumer.close()
+            self._close(error)
         if left := self._tracker.owned():
             self._release_partitions(left)
             self._cancel(left, 0)
@@ -292,6 +301,16 @@ class Poller:
             messages = self._wait_for_capacity()
             if messages:
                 self._take_in(messages)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Leave the group. If librdkafka does not let it, end the stage with `error` all the same."""
+
+        def on_hang() -> None:
+            self._stopping = True
+            self._ended(error)
+
+        seconds = _CLOSE_SECONDS + (0 if self._stopping else self._revoke_seconds)
+        close_consumer(self._consumer, self._tracker.owned, seconds, on_hang)
 
     # --- trouble -----------------------------------------------------------------------------
 

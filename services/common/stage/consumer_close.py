@@ -1,0 +1,51 @@
+"""Leaves a consumer group and closes the Consumer, within a bound. The poller's thread alone uses it.
+
+librdkafka's close can wait for ever: an operation that a rebalance callback sends to a group that terminates
+meanwhile is dropped, and never gets a response (librdkafka issues 4527 and 4884). So the last revocation
+comes before the close, and a thread watches over both.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+from confluent_kafka import Consumer, KafkaException
+
+__all__ = ["close_consumer"]
+
+log = structlog.get_logger(__name__)
+
+# Seconds that the coordinator may take to revoke the partitions, and that one poll for it takes.
+_REVOKE_SECONDS = 3.0
+_POLL_SECONDS = 0.05
+
+
+def close_consumer(
+    consumer: Consumer, owns_partitions: Callable[[], object], seconds: float, on_hang: Callable[[], None]
+) -> None:
+    """Unsubscribe, poll until no partition is owned, and close the Consumer. Messages polled here are
+    dropped.
+
+    Blocks. If all of it takes longer than `seconds`, another thread calls `on_hang`; this one stays behind.
+    """
+    closed = threading.Event()
+
+    def watch() -> None:
+        if not closed.wait(seconds):
+            log.error("the consumer does not close; its session has to end by itself", seconds=seconds)
+            on_hang()
+
+    threading.Thread(target=watch, name="close watch", daemon=True).start()
+    deadline = time.monotonic() + _REVOKE_SECONDS
+    try:
+        consumer.unsubscribe()
+        while owns_partitions() and time.monotonic() < deadline:
+            consumer.poll(_POLL_SECONDS)
+    except KafkaException as error:
+        log.warning("the consumer could not leave its group before its close", error=str(error))
+    finally:
+        consumer.close()
+        closed.set()
