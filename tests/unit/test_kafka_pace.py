@@ -1,4 +1,4 @@
-"""The pace follows the load."""
+"""Pace: the wait between batches follows the load."""
 
 import random
 
@@ -10,7 +10,7 @@ from services.common.kafka.pace import Pace
 def fetches(
     pace: Pace, rate: float, seconds: float, start: float = 100.0
 ) -> tuple[list[float], list[int], float]:
-    """Feed records at `rate` a second, fetch when the pace allows; returns waits, batch sizes, end."""
+    """Feed records at `rate` a second, fetch at the pace. Return waits, batch sizes and the end."""
     rng = random.Random(3)
     waits, sizes = [], []
     now, arrivals = start, [start + rng.random() * 0.001]
@@ -29,12 +29,12 @@ def fetches(
     return waits, sizes, now
 
 
-def test_no_wait_when_there_is_little_to_do() -> None:
+def test_there_is_no_wait_at_a_low_rate() -> None:
     waits, _, _ = fetches(Pace(0.02), rate=200, seconds=5)
     assert max(waits[len(waits) // 2 :]) == 0
 
 
-def test_the_busier_the_larger_the_batches() -> None:
+def test_a_higher_rate_makes_larger_batches() -> None:
     means = []
     for rate in (100, 500, 1000, 2000, 8000):
         _, sizes, _ = fetches(Pace(0.02), rate, seconds=4)
@@ -45,12 +45,12 @@ def test_the_busier_the_larger_the_batches() -> None:
     assert means[-1] > 100
 
 
-def test_never_longer_than_the_longest() -> None:
+def test_no_wait_is_longer_than_the_longest() -> None:
     waits, _, _ = fetches(Pace(longest=0.02), rate=50_000, seconds=1)
     assert max(waits) == pytest.approx(0.02)
 
 
-def test_back_to_no_wait_once_the_rush_is_over() -> None:
+def test_the_wait_ends_when_the_rate_falls() -> None:
     pace = Pace(0.02)
     _, _, end = fetches(pace, rate=5000, seconds=2)
     assert pace.wait(end) > 0.01
@@ -58,7 +58,7 @@ def test_back_to_no_wait_once_the_rush_is_over() -> None:
     assert max(waits[len(waits) // 2 :]) == 0
 
 
-def test_no_wait_where_more_is_there_already() -> None:
+def test_there_is_no_wait_after_a_full_batch() -> None:
     pace = Pace(0.02)
     for turn in range(100):
         pace.note_batch(500, turn * 0.01, full=True)

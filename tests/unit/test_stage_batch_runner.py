@@ -1,4 +1,4 @@
-"""Batch handlers: one batch at a time, for ever until it is handled, without what was given up."""
+"""BatchRunner: one batch at a time, again until the handler succeeds, without the abandoned records."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from services.common.stage.types import BatchHandler, Done, Outcome, Record
 
 
 class Rig:
-    """A BatchRunner with what came out of it."""
+    """A BatchRunner, and the offsets that it passed on: handled or abandoned."""
 
     def __init__(self, handle: BatchHandler, most: int = 500) -> None:
-        self.settled: list[int] = []
+        self.handled: list[int] = []
         self.abandoned: list[int] = []
-        self.batches = BatchRunner(
+        self.runner = BatchRunner(
             handle,
-            lambda settled: self.settled.extend(record.offset for record, _ in settled),
+            lambda outcomes: self.handled.extend(record.offset for record, _ in outcomes),
             lambda records: self.abandoned.extend(record.offset for record in records),
             lambda seconds: None,
             most,
@@ -43,7 +43,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def test_a_problem_with_the_database_is_told_without_the_statement() -> None:
+async def test_a_problem_names_the_database_error_without_its_statement() -> None:
     tries = 0
 
     async def handle(batch: Sequence[Record]) -> Sequence[Outcome]:
@@ -54,13 +54,13 @@ async def test_a_problem_with_the_database_is_told_without_the_statement() -> No
         return [Done()] * len(batch)
 
     rig = Rig(handle)
-    rig.batches.put(records(0))
-    await until(lambda: bool(rig.batches.problems()))
-    assert [problem.endswith("OperationalError: gone") for problem in rig.batches.problems()] == [True]
-    await until(lambda: rig.settled == [0])
+    rig.runner.put(records(0))
+    await until(lambda: bool(rig.runner.problems()))
+    assert [problem.endswith("OperationalError: gone") for problem in rig.runner.problems()] == [True]
+    await until(lambda: rig.handled == [0])
 
 
-async def test_what_arrives_while_one_runs_makes_the_next_batch() -> None:
+async def test_records_that_arrive_during_a_batch_form_the_next_one() -> None:
     sizes: list[int] = []
     go = asyncio.Event()
 
@@ -70,18 +70,18 @@ async def test_what_arrives_while_one_runs_makes_the_next_batch() -> None:
         return [Done()] * len(batch)
 
     rig = Rig(handle, most=4)
-    rig.batches.put(records(0))
+    rig.runner.put(records(0))
     await until(lambda: sizes == [1])
     for offset in range(1, 8):
-        rig.batches.put(records(offset))
+        rig.runner.put(records(offset))
     go.set()
-    await until(lambda: len(rig.settled) == 8)
+    await until(lambda: len(rig.handled) == 8)
     assert sizes == [1, 4, 3]
-    assert rig.settled == list(range(8))
+    assert rig.handled == list(range(8))
 
 
-@pytest.mark.parametrize("trouble", ["raises", "cancels itself", "answers too few"])
-async def test_i2_a_batch_is_handled_again_until_it_is_handled(trouble: str) -> None:
+@pytest.mark.parametrize("trouble", ["raises", "cancels itself", "returns too few"])
+async def test_i2_a_failed_batch_is_handled_again_until_it_succeeds(trouble: str) -> None:
     tries = 0
 
     async def handle(batch: Sequence[Record]) -> Sequence[Outcome]:
@@ -96,15 +96,15 @@ async def test_i2_a_batch_is_handled_again_until_it_is_handled(trouble: str) -> 
         return [Done()]
 
     rig = Rig(handle)
-    rig.batches.put(records(0, 1, 2))
-    await until(lambda: tries == 1 and bool(rig.batches.problems()))
-    assert rig.settled == []
-    await until(lambda: rig.settled == [0, 1, 2])
-    assert rig.batches.problems() == []
+    rig.runner.put(records(0, 1, 2))
+    await until(lambda: tries == 1 and bool(rig.runner.problems()))
+    assert rig.handled == []
+    await until(lambda: rig.handled == [0, 1, 2])
+    assert rig.runner.problems() == []
     assert rig.abandoned == []
 
 
-async def test_i8_what_is_given_up_is_stopped_and_the_rest_is_handled_anew() -> None:
+async def test_i8_a_batch_with_abandoned_records_is_stopped_and_the_rest_is_handled_anew() -> None:
     seen: list[list[int]] = []
     go = asyncio.Event()
 
@@ -116,17 +116,17 @@ async def test_i8_what_is_given_up_is_stopped_and_the_rest_is_handled_anew() -> 
     staying, leaving = Assignment("t", 0), Assignment("t", 1)
     rig = Rig(handle, most=4)
     first = [*records(0, 1, assignment=staying), *records(10, 11, assignment=leaving)]
-    rig.batches.put(first)
+    rig.runner.put(first)
     await until(lambda: len(seen) == 1)
-    rig.batches.put([*records(2, assignment=staying), *records(12, assignment=leaving)])
-    rig.batches.cancel(lambda record: record.assignment is leaving)
+    rig.runner.put([*records(2, assignment=staying), *records(12, assignment=leaving)])
+    rig.runner.cancel(lambda record: record.assignment is leaving)
     go.set()
-    await until(lambda: rig.settled == [0, 1, 2])
+    await until(lambda: rig.handled == [0, 1, 2])
     assert seen == [[0, 1, 10, 11], [0, 1], [2]]
     assert sorted(rig.abandoned) == [10, 11, 12]
 
 
-async def test_i2_an_outcome_that_comes_in_spite_of_being_given_up_settles_nothing() -> None:
+async def test_i2_outcomes_of_abandoned_records_finish_nothing() -> None:
     started = asyncio.Event()
 
     async def stubborn(batch: Sequence[Record]) -> Sequence[Outcome]:
@@ -138,16 +138,16 @@ async def test_i2_an_outcome_that_comes_in_spite_of_being_given_up_settles_nothi
         return []
 
     rig = Rig(stubborn)
-    rig.batches.put(records(0, 1))
+    rig.runner.put(records(0, 1))
     await started.wait()
-    rig.batches.cancel(lambda _: True)
+    rig.runner.cancel(lambda _: True)
     await until(lambda: rig.abandoned == [0, 1])
     for _ in range(10):
         await asyncio.sleep(0)
-    assert rig.settled == []
+    assert rig.handled == []
 
 
-def test_a_dead_letters_cause_says_what_the_database_said_without_the_statement() -> None:
+def test_a_dead_letters_cause_has_the_database_error_without_its_statement() -> None:
     [record] = records(0)
     error = DataError("INSERT " * 7000, None, Exception("too long"))
     assert _dead_by_error(record, error).cause == "DataError: too long"

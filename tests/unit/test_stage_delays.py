@@ -1,4 +1,4 @@
-"""Delays: which topic, when due, when to look again."""
+"""Delays: which topic a record gets, when it is due, and until when its partition is held."""
 
 import random
 
@@ -13,7 +13,7 @@ NOW = st.integers(0, 4_000_000_000_000)
 
 
 @given(DELAYS, st.floats(0, 30_000), NOW, st.integers())
-def test_never_early_and_at_most_a_tenth_late(
+def test_a_due_time_is_never_early_and_at_most_a_tenth_late(
     delays: list[int], after: float, now_ms: int, seed: int
 ) -> None:
     delay, due = schedule(delays, after, now_ms, random.Random(seed))
@@ -26,7 +26,7 @@ def test_never_early_and_at_most_a_tenth_late(
         assert delay == delays[-1]
 
 
-def test_the_jitter_spreads() -> None:
+def test_jitter_spreads_the_due_times() -> None:
     rng = random.Random(1)
     dues = {schedule([60], 1, 0, rng)[1] for _ in range(100)}
     assert len(dues) > 90
@@ -39,7 +39,7 @@ def test_no_delays_is_an_error() -> None:
 
 
 @given(DELAYS, NOW, st.integers())
-def test_what_is_scheduled_is_read_again_after_it_is_due(delays: list[int], now_ms: int, seed: int) -> None:
+def test_a_partition_is_read_again_after_its_head_is_due(delays: list[int], now_ms: int, seed: int) -> None:
     delay, due = schedule(delays, delays[0], now_ms, random.Random(seed))
     assert due < next_look_ms(due, delay) <= due + 1000
     assert due <= now_ms + 1000 * longest_wait(delay) + 1
@@ -61,7 +61,7 @@ def test_no_record_waits_longer_than_its_delay_and_jitter_whatever_the_clocks_sa
         until = held_until(due[head], delay, round(1000 * now), now, seen.since(head, now))
         if until is None:
             waited = now - written[head]
-            # Looks lie a tenth of the delay apart, so a record may be known of that much later.
+            # Looks are a tenth of the delay apart, so a record may be seen that much later.
             assert waited <= 1.2 * delay
             if skew >= 0:
                 assert waited >= delay - 0.001
@@ -74,14 +74,14 @@ def test_no_record_waits_longer_than_its_delay_and_jitter_whatever_the_clocks_sa
     assert looks < 40 * len(written)
 
 
-def test_a_clock_that_is_set_back_prolongs_no_wait() -> None:
+def test_a_clock_that_is_set_back_makes_no_wait_longer() -> None:
     assert held_until(60_000, 60, 0, 100.0, 100.0) == pytest.approx(161)
     assert held_until(60_000, 60, -(10**9), 161.0, 100.0) == pytest.approx(166)
     assert held_until(60_000, 60, -(10**9), 166.0, 100.0) is None
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 3)), max_size=60))
-def test_no_record_is_taken_for_older_than_it_is_known_to_be(steps: list[tuple[int, float]]) -> None:
+def test_no_record_counts_as_older_than_it_is_known_to_be(steps: list[tuple[int, float]]) -> None:
     seen, end, now, grain = FirstSeen(), 0, 0.0, 1.0
     known: list[float] = []
     for more, after in steps:

@@ -1,4 +1,4 @@
-"""From messages to records: what is decoded, what is faulty, what is held back."""
+"""RecordReader: what it decodes, what it marks as faulty, what it holds back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.common.config import Settings
 from services.common.events import DECODERS, encode
 from services.common.kafka.headers import delayed_headers
 from services.common.kafka.records import Headers
-from services.common.kafka.topic_partition import RecordLocation
+from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 from services.common.stage.in_flight_limit import InFlightLimit
 from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
 from services.common.stage.record_reader import RecordReader
@@ -39,7 +39,7 @@ def build(clock: Clock) -> tuple[RecordReader, PartitionTracker]:
     stage = Stage("sender", ["task.created"], DECODERS, handle=lambda _: Done(), delays=(5, 60))
     tracker = PartitionTracker(InFlightLimit(10, 1 << 20))
     reader = RecordReader(stage, Settings(topic_prefix="p."), tracker, clock, clock.monotonic)
-    tracker.assign((topic, 0) for topic in reader.topics)
+    tracker.assign(TopicPartition(topic, 0) for topic in reader.topics)
     return reader, tracker
 
 
@@ -54,13 +54,13 @@ def message(
     )
 
 
-def back(due: int, origin: str = "task.created", attempt: int = 3) -> Headers:
+def delayed(due: int, origin: str = "task.created", attempt: int = 3) -> Headers:
     return delayed_headers(
         TASK.headers, origin=RecordLocation(origin, 4, 17), attempt=attempt, cause="c", due_at_ms=due
     )
 
 
-def test_topics_are_the_full_names_of_events_and_delays() -> None:
+def test_topics_are_the_full_names_of_event_and_delay_topics() -> None:
     reader, _ = build(Clock())
     assert reader.topics == ["p.task.created", "p.sender.delay.5", "p.sender.delay.60"]
 
@@ -76,14 +76,14 @@ def test_an_event_record_is_read_with_its_bare_topic_and_trace() -> None:
 
 
 @given(st.none() | st.binary(max_size=200))
-def test_any_bytes_are_an_event_or_a_fault(value: bytes | None) -> None:
+def test_any_value_is_an_event_or_a_fault(value: bytes | None) -> None:
     reader, _ = build(Clock())
     record = reader.read(message(0, value=value))
     assert record is not None
     assert (record.event is None) == (record.fault is not None)
 
 
-def test_what_is_not_owned_is_not_read() -> None:
+def test_a_partition_that_is_not_owned_is_not_read() -> None:
     reader, tracker = build(Clock())
     tracker.release_partitions(tracker.owned())
     assert reader.read(message(0)) is None
@@ -91,19 +91,19 @@ def test_what_is_not_owned_is_not_read() -> None:
 
 def test_a_due_record_is_read_as_its_origin_and_attempt() -> None:
     reader, _ = build(Clock())
-    record = reader.read(message(3, "p.sender.delay.5", headers=back(NOW)))
+    record = reader.read(message(3, "p.sender.delay.5", headers=delayed(NOW)))
     assert record is not None
     assert (record.topic, record.attempt, record.fault) == ("task.created", 3, None)
     assert str(record.origin) == "task.created/4/17"
     assert isinstance(record.event, pb.TaskCreated)
 
 
-def test_never_early_the_head_is_held_and_all_behind_it() -> None:
+def test_a_head_that_is_not_due_holds_its_partition() -> None:
     clock = Clock()
     reader, tracker = build(clock)
     topic = "p.sender.delay.5"
-    assert reader.read(message(3, topic, headers=back(NOW + 2000))) is None
-    assert reader.read(message(4, topic, headers=back(NOW - 1))) is None
+    assert reader.read(message(3, topic, headers=delayed(NOW + 2000))) is None
+    assert reader.read(message(4, topic, headers=delayed(NOW - 1))) is None
     assert reader.read(message(9)) is not None
     ((assignment, offset),) = reader.pop_new_holds()
     assert (assignment.topic, offset) == (topic, 3)
@@ -111,34 +111,34 @@ def test_never_early_the_head_is_held_and_all_behind_it() -> None:
     assert reader.held == 1
     assert reader.seconds_until_due(0.1) == 0.1
     clock.now = NOW + 2000
-    assert reader.end_due_holds() == []  # a little later, so that more have fallen due
+    assert reader.end_due_holds() == []  # it ends a little later, when more records are due
     clock.now = NOW + 2100
     assert reader.seconds_until_due(0.1) == 0
     assert reader.end_due_holds() == [assignment]
     assert reader.held == 0
-    assert reader.read(message(3, topic, headers=back(NOW + 2000))) is not None
+    assert reader.read(message(3, topic, headers=delayed(NOW + 2000))) is not None
     assert assignment is tracker.find(topic, 0)
 
 
 def test_a_hold_ends_with_its_assignment() -> None:
     reader, tracker = build(Clock())
-    reader.read(message(3, "p.sender.delay.5", headers=back(NOW + 2000)))
-    gone = tracker.select([("p.sender.delay.5", 0)])
+    reader.read(message(3, "p.sender.delay.5", headers=delayed(NOW + 2000)))
+    gone = tracker.select([TopicPartition("p.sender.delay.5", 0)])
     tracker.release_partitions(gone)
     reader.drop_holds(gone)
     assert reader.held == 0
-    tracker.assign([("p.sender.delay.5", 0)])
-    assert reader.read(message(3, "p.sender.delay.5", headers=back(NOW))) is not None
+    tracker.assign([TopicPartition("p.sender.delay.5", 0)])
+    assert reader.read(message(3, "p.sender.delay.5", headers=delayed(NOW))) is not None
 
 
 @pytest.mark.parametrize(
     ("headers", "cause"),
     [
         ([("ce_id", b"1")], "delayed record: origin"),
-        (back(NOW, origin="who.knows"), "is not read here"),
+        (delayed(NOW, origin="who.knows"), "is not read here"),
     ],
 )
-def test_a_delayed_record_that_is_not_ours_is_a_fault_and_holds_nothing(headers: Headers, cause: str) -> None:
+def test_a_foreign_record_on_a_delay_topic_is_faulty_and_holds_nothing(headers: Headers, cause: str) -> None:
     reader, _ = build(Clock())
     record = reader.read(message(3, "p.sender.delay.5", headers=headers))
     assert record is not None
@@ -148,12 +148,12 @@ def test_a_delayed_record_that_is_not_ours_is_a_fault_and_holds_nothing(headers:
 
 
 @pytest.mark.parametrize("ahead_ms", [60_000, 10**15])
-def test_a_record_of_a_clock_that_is_ahead_waits_its_delay_and_is_no_dead_letter(ahead_ms: int) -> None:
+def test_a_record_from_a_clock_that_is_ahead_waits_its_delay_and_is_not_faulty(ahead_ms: int) -> None:
     clock = Clock()
     reader, _ = build(clock)
-    topic, headers = "p.sender.delay.5", back(NOW + 5000 + ahead_ms)
+    topic, headers = "p.sender.delay.5", delayed(NOW + 5000 + ahead_ms)
     for offset in (3, 4):
-        # The one behind was there as early, so it waits no second time.
+        # The second record came as early, so it does not wait again.
         while (record := reader.read(message(offset, topic, headers=headers))) is None:
             ((assignment, head),) = reader.pop_new_holds()
             assert head == offset == 3
@@ -168,7 +168,7 @@ def test_a_record_of_a_clock_that_is_ahead_waits_its_delay_and_is_no_dead_letter
 @pytest.mark.parametrize("lost", ["due-at", "attempt", "origin"])
 def test_a_faulty_delayed_record_keeps_the_origin_and_attempt_that_can_be_read(lost: str) -> None:
     reader, _ = build(Clock())
-    headers = [header for header in back(NOW) if header[0] != lost]
+    headers = [header for header in delayed(NOW) if header[0] != lost]
     record = reader.read(message(3, "p.sender.delay.5", headers=headers))
     assert record is not None
     assert record.fault is not None
@@ -176,14 +176,14 @@ def test_a_faulty_delayed_record_keeps_the_origin_and_attempt_that_can_be_read(l
     assert record.origin == (None if lost == "origin" else RecordLocation("task.created", 4, 17))
 
 
-class _WithABadName:
-    """A message with a header whose name is not UTF-8, as confluent_kafka has it. Ask it once."""
+class _UnreadableHeaders:
+    """A message with a header name that is not UTF-8, as confluent_kafka shows it. Counts the calls."""
 
     def __init__(self, plain: Message) -> None:
-        self._plain, self.asked = plain, 0
+        self._plain, self.calls = plain, 0
 
     def headers(self) -> Headers:
-        self.asked += 1
+        self.calls += 1
         raise SystemError("<method 'headers'> returned a result with an exception set")
 
     def __getattr__(self, name: str) -> Any:
@@ -191,13 +191,13 @@ class _WithABadName:
 
 
 @pytest.mark.parametrize("topic", ["task.created", "sender.delay.60"])
-def test_headers_that_cannot_be_read_are_a_fault_of_that_record_alone(topic: str) -> None:
+def test_unreadable_headers_make_only_their_record_faulty(topic: str) -> None:
     reader, tracker = build(Clock())
-    bad = _WithABadName(message(7, "p." + topic))
+    bad = _UnreadableHeaders(message(7, "p." + topic))
     record = reader.read(bad)
     assert record is not None
     assert (record.offset, record.topic, record.value, record.headers) == (7, topic, TASK.value, None)
     assert record.fault == "headers that cannot be read: SystemError"
-    assert bad.asked == 1
+    assert bad.calls == 1
     tracker.add(record)
     assert isinstance(reader.read(message(8)), InFlightRecord)

@@ -1,4 +1,4 @@
-"""What Kafka refuses for ever holds no commit up; what it refuses for now waits."""
+"""Republisher: a record that Kafka always refuses holds up no commit; one that it refuses for now waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.common.events import DECODERS
 from services.common.kafka.headers import parse_attempt, parse_origin
 from services.common.kafka.publisher import PublishFailure
 from services.common.kafka.records import OutgoingRecord
-from services.common.kafka.topic_partition import RecordLocation
+from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 from services.common.stage import republisher
 from services.common.stage.handler_runner import HandlerRunner
 from services.common.stage.in_flight_limit import InFlightLimit
@@ -26,22 +26,22 @@ from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 Event = pb.TaskCreated(task=pb.MailTask(id=bytes(16)))
 
 
-class Broker:
-    """Takes what is not larger than `most`; refuses the first `passing` tries for a reason that passes."""
+class FakePublisher:
+    """Acks records of up to `most` bytes, after the first `timeouts` tries timed out."""
 
-    def __init__(self, most: int, passing: int = 0) -> None:
-        self.most, self.passing = most, passing
-        self.taken: list[OutgoingRecord] = []
+    def __init__(self, most: int, timeouts: int = 0) -> None:
+        self.most, self.timeouts = most, timeouts
+        self.acked: list[OutgoingRecord] = []
 
     def send(self, batch: Sequence[OutgoingRecord], done: Any) -> None:
-        asyncio.get_running_loop().call_soon(done, self._take(batch))
+        asyncio.get_running_loop().call_soon(done, self._publish(batch))
 
     async def publish(self, batch: Sequence[OutgoingRecord]) -> list[PublishFailure]:
-        return self._take(batch)
+        return self._publish(batch)
 
-    def _take(self, batch: Sequence[OutgoingRecord]) -> list[PublishFailure]:
-        if self.passing:
-            self.passing -= 1
+    def _publish(self, batch: Sequence[OutgoingRecord]) -> list[PublishFailure]:
+        if self.timeouts:
+            self.timeouts -= 1
             return [(n, KafkaError(KafkaError._MSG_TIMED_OUT)) for n in range(len(batch))]
         failures = []
         for n, item in enumerate(batch):
@@ -50,20 +50,19 @@ class Broker:
             if size > self.most:
                 failures.append((n, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)))
             else:
-                self.taken.append(item)
+                self.acked.append(item)
         return failures
 
 
-async def settled(
-    broker: Broker, outcome: Outcome, value: bytes, key: bytes, header: bytes
+async def dead_letter(
+    publisher: FakePublisher, outcome: Outcome, value: bytes, key: bytes, header: bytes
 ) -> OutgoingRecord:
-    """Have a stage answer this outcome for a record, and return what was written once it is finished."""
+    """Let a handler return this outcome for a record, and return the one record that is published for it."""
     stage = Stage("sender", ["task.created"], DECODERS, handle=lambda _: outcome, delays=(5,))
     released: list[InFlightRecord] = []
-    publisher: Any = broker
-    runner = HandlerRunner(stage, OutcomeEncoder(stage, "sender"), publisher, released.extend)
+    runner = HandlerRunner(stage, OutcomeEncoder(stage, "sender"), publisher, released.extend)  # type: ignore[arg-type]
     tracker = PartitionTracker(InFlightLimit(10, 1 << 30))
-    tracker.assign([("task.created", 3)])
+    tracker.assign([TopicPartition("task.created", 3)])
     assignment = tracker.find("task.created", 3)
     assert assignment is not None
     record = InFlightRecord(
@@ -82,7 +81,7 @@ async def settled(
         while not released:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert record.finished
-    (item,) = broker.taken
+    (item,) = publisher.acked
     assert item.topic == "sender.dead"
     assert str(parse_origin(item.headers)) == "task.created/1/2"
     assert parse_attempt(item.headers) == 4
@@ -99,9 +98,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     [Dead("no"), Retry(5, 0, "later"), Done([pb.TaskCreated(task=pb.MailTask(body="b" * 3000))])],
     ids=["dead", "retry", "done"],
 )
-async def test_a_record_that_fits_into_no_letter_goes_without_its_value(outcome: Outcome) -> None:
+async def test_a_dead_letter_that_is_too_large_goes_without_its_value(outcome: Outcome) -> None:
     value = b"v" * 3000
-    item = await settled(Broker(1000), outcome, value, b"k", b"h")
+    item = await dead_letter(FakePublisher(1000), outcome, value, b"k", b"h")
     headers = dict(item.headers)
     assert (item.key, item.value, headers["x"]) == (b"k", None, b"h")
     assert headers["value-size"] == b"3000"
@@ -111,8 +110,8 @@ async def test_a_record_that_fits_into_no_letter_goes_without_its_value(outcome:
 
 
 @pytest.mark.parametrize(("key", "header"), [(b"k" * 3000, b"h"), (b"k", b"h" * 3000)])
-async def test_one_whose_key_or_headers_do_not_fit_goes_without_them_too(key: bytes, header: bytes) -> None:
-    item = await settled(Broker(1000), Dead("no"), b"v" * 10, key, header)
+async def test_a_dead_letter_with_a_large_key_or_headers_goes_without_them(key: bytes, header: bytes) -> None:
+    item = await dead_letter(FakePublisher(1000), Dead("no"), b"v" * 10, key, header)
     headers = dict(item.headers)
     assert (item.key, item.value) == (None, None)
     assert "x" not in headers
@@ -120,6 +119,6 @@ async def test_one_whose_key_or_headers_do_not_fit_goes_without_them_too(key: by
     assert headers["key-sha256"] == hashlib.sha256(key).hexdigest().encode()
 
 
-async def test_i9_a_letter_that_is_refused_for_now_waits_and_keeps_its_value() -> None:
-    item = await settled(Broker(1000, passing=4), Dead("no"), b"v" * 10, b"k", b"h")
+async def test_i9_a_dead_letter_that_times_out_is_published_again_with_its_value() -> None:
+    item = await dead_letter(FakePublisher(1000, timeouts=4), Dead("no"), b"v" * 10, b"k", b"h")
     assert (item.key, item.value) == (b"k", b"v" * 10)
