@@ -29,7 +29,7 @@ def statuses() -> Iterable[str]:
 
 def reopenable() -> Iterable[str]:
     """Return what a replay may reopen."""
-    from services.cli.replay.decide import REOPENABLE  # noqa: PLC0415
+    from services.common.operations.replay.decide import REOPENABLE  # noqa: PLC0415
 
     return REOPENABLE
 
@@ -43,16 +43,16 @@ def stages() -> Iterable[str]:
 
 def topics() -> Iterable[str]:
     """Return the topics that can be replayed, without delay topics where Kafka does not answer at once."""
-    from services.cli.kafka import admin  # noqa: PLC0415
-    from services.cli.replay.records import replayable  # noqa: PLC0415
     from services.cli.settings import settings_of, values  # noqa: PLC0415
     from services.common.kafka.topics import EVENT_TOPICS  # noqa: PLC0415
+    from services.common.operations.clients import admin_client  # noqa: PLC0415
+    from services.common.operations.replay.records import can_replay  # noqa: PLC0415
 
     found = list(EVENT_TOPICS)
     # A shell that completes shows no errors; the command itself will.
     with contextlib.suppress(Exception):
         settings = settings_of(values({}, os.environ))
-        known = admin(settings).list_topics(timeout=1).topics
+        known = admin_client(settings).list_topics(timeout=1).topics
         bare = (name.removeprefix(settings.topic_prefix) for name in known)
-        found += sorted(name for name in bare if name not in EVENT_TOPICS and replayable(name))
+        found += sorted(name for name in bare if name not in EVENT_TOPICS and can_replay(name))
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import json
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +14,7 @@ from services.cli.output import Column, Row, plain, safe_text
 from services.cli.terminal import confirm, progress, say
 
 if TYPE_CHECKING:
-    from services.cli.dead.letter import Letter, Place
+    from services.common.operations.dead_letters.dead_letter import DeadLetter
 
 __all__ = ["register"]
 
@@ -25,34 +26,37 @@ _GROUPS = (
     Column("sample"),
     Column("cause", least=20),
 )
-_LETTERS = (
+_DEAD_LETTERS = (
     Column("letter"),
     Column("time", rank=1),
     Column("origin", rank=2),
     Column("task", rank=3),
     Column("cause", least=20),
 )
+_NONE = "There are no dead letters."
 
-Places = Annotated[list[str] | None, typer.Argument(metavar="STAGE/PARTITION/OFFSET", help="Letters.")]
+Locations = Annotated[
+    list[str] | None, typer.Argument(metavar="STAGE/PARTITION/OFFSET", help="Dead letters.")
+]
 OneStage = Annotated[
     str | None,
     typer.Option("--stage", help="Those of this stage.", metavar="STAGE", autocompletion=among(stages)),
 ]
 Cause = Annotated[str, typer.Option("--cause", help="Those whose cause contains this text.", metavar="TEXT")]
-All = Annotated[bool, typer.Option("--all", help="All letters of all stages.")]
+All = Annotated[bool, typer.Option("--all", help="All dead letters of all stages.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group `dead` to the app."""
     dead = typer.Typer(no_args_is_help=True, help="The dead letters: records that a stage could not handle.")
     app.add_typer(dead, name="dead")
-    _list(dead)
-    _show(dead)
-    _replay(dead)
-    _purge(dead)
+    _register_list(dead)
+    _register_show(dead)
+    _register_replay(dead)
+    _register_purge(dead)
 
 
-def _list(dead: typer.Typer) -> None:
+def _register_list(dead: typer.Typer) -> None:
     @command(
         dead,
         "list",
@@ -67,36 +71,36 @@ def _list(dead: typer.Typer) -> None:
         frame: Frame,
         stage: OneStage = None,
         cause: Cause = "",
-        each: Annotated[bool, typer.Option("--each", help="Every letter, not only how many.")] = False,
+        each: Annotated[bool, typer.Option("--each", help="Every dead letter, not only how many.")] = False,
     ) -> None:
         """Show the dead letters by stage and cause. Those that were replayed or purged are not shown."""
-        from services.cli.dead.pick import groups  # noqa: PLC0415
+        from services.common.operations.dead_letters.dead_letter import group_by_cause  # noqa: PLC0415
 
-        letters, _ = _read(frame, None, stage, cause)
+        found = _find(frame, None, stage, cause)
         if each:
-            frame.out.rows(map(_row, letters), _LETTERS, "There are no dead letters.")
+            frame.out.rows([one.summary() for one in found], _DEAD_LETTERS, _NONE)
         else:
-            frame.out.rows(groups(letters), _GROUPS, "There are no dead letters.")
+            frame.out.rows(group_by_cause(found), _GROUPS, _NONE)
 
 
-def _show(dead: typer.Typer) -> None:
+def _register_show(dead: typer.Typer) -> None:
     @command(dead, "show", uses=(KAFKA,), examples="postroad dead show sender/3/17")
     def show(
         frame: Frame,
-        letter: Annotated[str, typer.Argument(metavar="STAGE/PARTITION/OFFSET", help="The letter.")],
+        location: Annotated[str, typer.Argument(metavar="STAGE/PARTITION/OFFSET", help="The dead letter.")],
     ) -> None:
-        """Show a dead letter: why it is there, where it came from, and the record itself, decoded."""
-        from services.cli.dead.board import records  # noqa: PLC0415
-        from services.cli.dead.letter import shown  # noqa: PLC0415
+        """Show a dead letter: its cause, its origin, and the record itself, decoded."""
+        from services.common.operations.dead_letters.dead_letter import describe  # noqa: PLC0415
+        from services.common.operations.dead_letters.reader import read_records  # noqa: PLC0415
 
-        letters, _ = _read(frame, [letter], None, "")
-        found = next(records(frame.settings(), [letters[0].place]), None)
+        [dead_letter] = _find(frame, [location], None, "")
+        found = next(read_records(frame.settings(), [dead_letter.location]), None)
         if found is None:
-            raise Failure(f"no dead letter {letter}", NOT_FOUND)
-        frame.out.one(shown(found.letter, found.value, found.headers), lambda row: _letter(frame, row))
+            raise Failure(f"no dead letter {location}", NOT_FOUND)
+        frame.out.one(describe(*found), lambda row: _show_details(frame, row))
 
 
-def _replay(dead: typer.Typer) -> None:
+def _register_replay(dead: typer.Typer) -> None:
     @command(
         dead,
         "replay",
@@ -108,45 +112,46 @@ def _replay(dead: typer.Typer) -> None:
     )
     def replay(
         frame: Frame,
-        letters: Places = None,
+        locations: Locations = None,
         *,
         stage: OneStage = None,
         cause: Cause = "",
         all_: All = False,
         yes: Yes = False,
     ) -> None:
-        """Send dead letters back to the topics that they came from, once what was wrong is mended.
+        """Send dead letters back to the topics that they came from, once the fault is mended.
 
-        Every stage that reads the topic sees the record again; a mail that went out is not sent again. What
-        died on a retry comes back to its stage alone, as that attempt. A value that did not fit into its
-        letter is read where it came from, while that topic keeps it. The exit code is 1 where a letter stays.
+        Every stage that reads the topic sees the record again; a mail that went out is not sent again. A
+        record that died on a retry comes back to its stage alone, as that attempt. A value that did not fit
+        into its dead letter is read at its origin, while that topic keeps it. The exit code is 1 where a dead
+        letter stays.
         """
-        from services.cli.dead import resolve  # noqa: PLC0415
-        from services.cli.dead.back import replayable  # noqa: PLC0415
+        from services.common.operations.dead_letters.redrive import can_redrive, redrive  # noqa: PLC0415
 
-        meant, settings = _meant(frame, letters, stage, cause, all_)
-        there = [letter for letter in meant if replayable(letter)]
-        if len(there) < len(meant):
-            say(f"{len(meant) - len(there)} letters do not say which event topic they came from; they stay.")
-        if not there:
-            raise Failure("none of these letters can be replayed", FAILED)
-        _ask("Replay", there, yes)
-        stay: list[str] = []
+        chosen = _choose(frame, locations, stage, cause, all_)
+        possible = [one for one in chosen if can_redrive(one)]
+        if len(possible) < len(chosen):
+            number = len(chosen) - len(possible)
+            say(f"{number} dead letters do not say which event topic they came from; they stay.")
+        if not possible:
+            raise Failure("none of these dead letters can be replayed", FAILED)
+        _ask("Replay", possible, yes)
+        kept: list[str] = []
         try:
-            with progress("replay", len(there)) as bar:
-                done = resolve.replay(settings, there, bar.advance, stay.append)
+            with progress("replay", len(possible)) as bar:
+                done = redrive(frame.settings(), possible, bar.advance, kept.append)
         finally:
-            for why in stay:
+            for why in kept:
                 say(f"{why}; it stays.")
-        if len(stay) == len(there):
-            raise Failure("none of these letters can be replayed", FAILED)
-        kept = len(meant) - len(there) + len(stay)
-        frame.out.one({"replayed": done, "kept": kept})
-        if kept:
+        if len(kept) == len(possible):
+            raise Failure("none of these dead letters can be replayed", FAILED)
+        staying = len(chosen) - len(possible) + len(kept)
+        frame.out.one({"replayed": done, "kept": staying})
+        if staying:
             raise typer.Exit(FAILED)
 
 
-def _purge(dead: typer.Typer) -> None:
+def _register_purge(dead: typer.Typer) -> None:
     @command(
         dead,
         "purge",
@@ -158,7 +163,7 @@ def _purge(dead: typer.Typer) -> None:
     )
     def purge(
         frame: Frame,
-        letters: Places = None,
+        locations: Locations = None,
         *,
         stage: OneStage = None,
         cause: Cause = "",
@@ -166,80 +171,61 @@ def _purge(dead: typer.Typer) -> None:
         yes: Yes = False,
     ) -> None:
         """Do away with dead letters. The records themselves stay on the topics that they came from."""
-        from services.cli.dead import resolve  # noqa: PLC0415
+        from services.common.operations.dead_letters import redrive  # noqa: PLC0415
 
-        meant, settings = _meant(frame, letters, stage, cause, all_)
-        _ask("Purge", meant, yes)
-        with progress("purge", len(meant)) as bar:
-            done = resolve.purge(settings, meant, bar.advance)
+        chosen = _choose(frame, locations, stage, cause, all_)
+        _ask("Purge", chosen, yes)
+        with progress("purge", len(chosen)) as bar:
+            done = redrive.purge(frame.settings(), chosen, bar.advance)
         frame.out.one({"purged": done})
 
 
-def _meant(
-    frame: Frame, places: list[str] | None, stage: str | None, cause: str, all_: bool
-) -> tuple[list[Letter], Any]:
-    if not (places or stage or cause or all_):
-        raise Failure("name the letters, or say --stage, --cause or --all", USAGE)
-    if all_ and (places or stage or cause):
-        raise Failure("--all means all letters; it goes with nothing else", USAGE)
-    letters, settings = _read(frame, places, stage, cause)
-    if not letters:
+def _choose(
+    frame: Frame, locations: list[str] | None, stage: str | None, cause: str, all_: bool
+) -> list[DeadLetter]:
+    if not (locations or stage or cause or all_):
+        raise Failure("name the dead letters, or say --stage, --cause or --all", USAGE)
+    if all_ and (locations or stage or cause):
+        raise Failure("--all means all dead letters; it goes with nothing else", USAGE)
+    found = _find(frame, locations, stage, cause)
+    if not found:
         raise Failure("there are no such dead letters", NOT_FOUND)
-    return letters, settings
+    return found
 
 
-def _read(frame: Frame, places: list[str] | None, stage: str | None, cause: str) -> tuple[list[Letter], Any]:
-    from services.cli.dead.board import read_board  # noqa: PLC0415
-    from services.cli.dead.letter import parse_place  # noqa: PLC0415
-    from services.cli.dead.pick import missing, picked  # noqa: PLC0415
-    from services.common.stages import STAGES  # noqa: PLC0415
+def _find(frame: Frame, locations: list[str] | None, stage: str | None, cause: str) -> list[DeadLetter]:
+    from services.common.operations.dead_letters.dead_letter import parse_location  # noqa: PLC0415
+    from services.common.operations.dead_letters.reader import find_dead_letters  # noqa: PLC0415
+    from services.common.operations.errors import InvalidOption  # noqa: PLC0415
 
     try:
-        wanted: set[Place] = {parse_place(text) for text in places or ()}
+        wanted = {parse_location(text) for text in locations or ()}
     except ValueError as error:
         raise Failure(error, USAGE) from None
-    stages = {place.stage for place in wanted} if wanted else {stage} if stage else set(STAGES)
-    unknown = (stages | ({stage} if stage else set())) - set(STAGES)
-    if unknown:
-        raise Failure(f"no stage {sorted(unknown)[0]!r}; there are {', '.join(STAGES)}", USAGE)
-    settings = frame.settings()
-    letters = picked(read_board(settings, sorted(stages)).letters.values(), wanted, cause)
-    gone = missing(letters, wanted)
-    if gone:
-        raise Failure(f"no dead letter {', '.join(map(str, gone))}", NOT_FOUND)
-    return [letter for letter in letters if stage is None or letter.place.stage == stage], settings
+    try:
+        return find_dead_letters(frame.settings(), wanted, stage, cause)
+    except InvalidOption as error:
+        # A location may name the unknown stage, not --stage.
+        raise Failure(error.problem, USAGE) from None
 
 
-def _ask(what: str, letters: list[Letter], yes: bool) -> None:
-    from services.cli.dead.pick import groups  # noqa: PLC0415
+def _ask(what: str, dead_letters: list[DeadLetter], yes: bool) -> None:
+    from services.common.operations.dead_letters.dead_letter import group_by_cause  # noqa: PLC0415
 
     if not yes:
-        for row in groups(letters):
+        for row in group_by_cause(dead_letters):
             say(f"{row['count']:>8} of {row['stage']}: {plain(row['cause'])[:80]}")
-    confirm(f"{what} {len(letters)} dead letter{'s' if len(letters) > 1 else ''}?", yes)
+    confirm(f"{what} {len(dead_letters)} dead letter{'s' if len(dead_letters) > 1 else ''}?", yes)
 
 
-def _row(letter: Letter) -> dict[str, Any]:
-    return {
-        "letter": str(letter.place),
-        "time": letter.time,
-        "origin": str(letter.origin) if letter.origin else None,
-        "attempt": letter.attempt or None,
-        "task": letter.task or None,
-        "cause": letter.cause,
-    }
-
-
-def _letter(frame: Frame, row: Row) -> None:
-    import json  # noqa: PLC0415
-
+def _show_details(frame: Frame, row: Row) -> None:
     apart = ("headers", "event", "value", "left_out")
     frame.out.values({key: value for key, value in row.items() if key not in apart})
     for part in row["left_out"] or ():
         print(f"\nleft out: the {part['part']}, {part['size']} bytes, SHA-256 {part['sha256']}")
     for title, value in (("headers", row["headers"]), ("event", row["event"])):
         if value:
-            # JSON escapes some control characters, not those from 0x7f on.
+            # JSON escapes some control characters, but none from 0x7f on.
             print(f"\n{title}\n{safe_text(json.dumps(value, ensure_ascii=False, indent=2))}")
     if row["value"] is not None:
         print(f"\nvalue\n{row['value']}")

@@ -78,6 +78,9 @@ _KAFKA: Final = {
 _MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1698, 3118})
 
 
+_OPERATIONS: Final = "services.common.operations.errors"
+
+
 class Failure(Exception):
     """A command's end other than OK: a line for people, without a full stop, and an exit code."""
 
@@ -105,6 +108,8 @@ def explain(error: BaseException, brokers: str = "") -> Failure | None:
         return _kafka(error, brokers)
     if _is(error, "pydantic", "ValidationError"):
         return _settings(error)
+    if _is(error, _OPERATIONS, "OperationError"):
+        return _operation(error)
     if _is(error, "sqlalchemy.exc", "ArgumentError"):
         return Failure(f"POSTROAD_DATABASE_URL (--database): {error}", USAGE)
     if _is(error, "sqlalchemy.exc", "DBAPIError") or _is(error, "sqlalchemy.exc", "TimeoutError"):
@@ -185,6 +190,15 @@ def _kafka(error: Any, brokers: str) -> Failure:
     if _KAFKA.get(name) == UNAVAILABLE:
         return Failure(f"{kafka} does not answer: {cause.str()}", UNAVAILABLE)
     return Failure(f"{kafka}: {cause.str() if name else cause}", _KAFKA.get(name, FAILED))
+
+
+def _operation(error: Any) -> Failure:
+    if _is(error, _OPERATIONS, "InvalidOption"):
+        flag = error.option.upper() if error.option == "topic" else f"--{error.option}"
+        return Failure(f"{flag}: {error.problem}", USAGE)
+    if _is(error, _OPERATIONS, "InvalidDatabaseUrl"):
+        return Failure(f"POSTROAD_DATABASE_URL (--database): {error}", USAGE)
+    return Failure(error, NOT_FOUND if _is(error, _OPERATIONS, "NotFound") else FAILED)
 
 
 def _settings(error: Any) -> Failure:

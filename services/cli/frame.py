@@ -19,7 +19,8 @@ A command is a function whose first parameter is the `Frame`; the others are Typ
   one line and the right exit code of it. An unreachable server is such an error; so is Ctrl-C (catch
   KeyboardInterrupt where something must be put in order, and raise Failure(..., INTERRUPTED)). It prints to
   stderr by `say`, asks by `confirm(question, yes)` (declare `yes: Yes = False`) and shows `progress`, all of
-  services/cli/terminal.py. Kafka clients come from services/cli/kafka.py, which keeps librdkafka silent.
+  services/cli/terminal.py. What a command does beyond that is in services/common/operations, which neither
+  prints nor asks.
 - What takes long to import (grpc, confluent_kafka, sqlalchemy, services.common) is imported inside the
   function: `postroad --help` loads every command's module.
 - Its module's `register` is called in services/cli/main.py, where a group's `typer.Typer` is made too.

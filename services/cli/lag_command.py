@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +13,7 @@ from services.cli.completion import among, stages
 from services.cli.errors import UNAVAILABLE, USAGE, Failure, explain
 from services.cli.frame import DATABASE, KAFKA, Frame, command
 from services.cli.output import Column, Row
-from services.cli.terminal import say
+from services.cli.terminal import OncePerChange, say
 from services.cli.times import ago, short
 from services.common.stages import STAGES
 
@@ -34,7 +33,7 @@ def _one_of(names: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
-def _known(given: list[str] | None) -> list[str] | None:
+def _known_stages(given: list[str] | None) -> list[str] | None:
     for name in given or ():
         if name not in STAGES:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, STAGES))}.")
@@ -117,7 +116,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 help=f"This stage only: {_one_of(STAGES)}; repeatable.",
                 metavar="STAGE",
-                callback=_known,
+                callback=_known_stages,
                 autocompletion=among(stages),
                 show_default=False,
             ),
@@ -125,7 +124,7 @@ def register(app: typer.Typer) -> None:
         partitions: Annotated[bool, typer.Option("--partitions", help="Show each partition too.")] = False,
         domains: Annotated[
             bool,
-            typer.Option("--domains", help="Show whose mails the sender has in hand; with --stage sender."),
+            typer.Option("--domains", help="Show whose mails the sender has claimed; with --stage sender."),
         ] = False,
         watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
         interval: Annotated[
@@ -150,38 +149,30 @@ def register(app: typer.Typer) -> None:
 
         --watch says when Kafka does not answer, and goes on when it does again.
         """
-        from services.cli.lag.domains import domains as whose  # noqa: PLC0415
-        from services.cli.lag.outbox import Outbox  # noqa: PLC0415
-        from services.cli.lag.read import Reader  # noqa: PLC0415
-        from services.cli.lag.report import report  # noqa: PLC0415
+        from services.common.operations.lag.monitor import LagMonitor  # noqa: PLC0415
 
         if domains and (stage or []) != ["sender"]:
             raise Failure("--domains is of the sender: it goes with --stage sender", USAGE)
-        with ExitStack() as stack:
-            reader = stack.enter_context(Reader(frame.settings(), stage or list(STAGES)))
-            outbox = stack.enter_context(Outbox(frame.settings())) if domains or not stage else None
-            before = reader.sample(heads=False) if interval else None
-            write, said = frame.out.lines(()), ""
+        with LagMonitor(
+            frame.settings(), stage or list(STAGES), domains=domains, outbox=not stage
+        ) as monitor:
+            if interval:
+                monitor.start()
+            write = frame.out.lines(())
+            kafka_remarks, outbox_remarks = OncePerChange(), OncePerChange()
             while True:
                 time.sleep(interval)
                 try:
-                    now = reader.sample()
-                    shown = whose(frame.settings(), outbox.engine, now) if domains and outbox else None
-                    said = ""
+                    found = monitor.measure(partitions=partitions)
                 except Exception as error:
                     failure = explain(error, frame.settings().kafka_bootstrap)
                     if not watch or failure is None or failure.code != UNAVAILABLE:
                         raise
-                    if failure.line != said:
-                        said = failure.line
-                        say(f"postroad: {said}")
+                    kafka_remarks.say(f"postroad: {failure.line}")
                     time.sleep(1)
                     continue
-                found = report(reader.reads, now, before, partitions=partitions)
-                if domains:
-                    found["domains"] = shown
-                elif outbox is not None:
-                    found["outbox"] = outbox.ask()
+                kafka_remarks.forget()
+                _say_outbox_error(monitor.outbox_error, outbox_remarks)
                 if not watch:
                     frame.out.one(found, lambda found: _show(frame, found))
                     return
@@ -190,9 +181,18 @@ def register(app: typer.Typer) -> None:
                     _show(frame, found)
                 else:
                     write(found)
-                before = now
-                # Without rates nothing is waited for between two samples.
+                # Without an interval, only this pause separates two samples.
                 time.sleep(0 if interval else 1)
+
+
+def _say_outbox_error(error: Exception | None, remarks: OncePerChange) -> None:
+    if error is None:
+        remarks.forget()
+        return
+    failure = explain(error)
+    if failure is None:
+        raise error
+    remarks.say(f"postroad: the outbox is not shown: {failure.line}")
 
 
 def _clear(found: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ def _clear(found: dict[str, Any]) -> None:
 
 
 def _show(frame: Frame, found: Row) -> None:
-    from services.cli.lag.report import remarks  # noqa: PLC0415
+    from services.common.operations.lag.report import remarks  # noqa: PLC0415
 
     out = frame.out
     stages = [

@@ -14,7 +14,7 @@ from services.cli.terminal import progress, say
 from services.cli.times import short
 
 if TYPE_CHECKING:
-    from services.cli.rebuild.run import Report
+    from services.common.operations.rebuild.report import RebuildReport
 
 __all__ = ["register"]
 
@@ -82,16 +82,13 @@ def register(app: typer.Typer) -> None:
 
         Exit code 1: something differs, and was left so.
         """
-        from services.cli.rebuild.run import Underway  # noqa: PLC0415
-        from services.cli.rebuild.run import rebuild as run  # noqa: PLC0415
-        from services.cli.rebuild.swapping import Busy  # noqa: PLC0415
+        from services.common.operations.rebuild.run import rebuild as run  # noqa: PLC0415
+        from services.common.operations.rebuild.swap_tables import TableBusy  # noqa: PLC0415
 
         try:
             with progress("rebuild") as bar:
                 report = run(frame.settings(), yes, bar)
-        except Underway as error:
-            raise Failure(error, FAILED) from None
-        except Busy as error:
+        except TableBusy as error:
             raise Failure(f"{error}; run it again", UNAVAILABLE) from None
         frame.out.one(_row(report), lambda row: _show(frame, row, yes))
         if report.gone:
@@ -102,7 +99,7 @@ def register(app: typer.Typer) -> None:
             raise typer.Exit(FAILED)
 
 
-def _row(report: Report) -> dict[str, Any]:
+def _row(report: RebuildReport) -> dict[str, Any]:
     row = asdict(report)
     row["samples"] = [
         asdict(sample) | {"task": str(sample.task), "columns": list(sample.columns)}

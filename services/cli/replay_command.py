@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,26 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from services.cli.completion import among, reopenable, statuses, topics
-from services.cli.errors import FAILED, INTERRUPTED, NOT_FOUND, USAGE, Failure
+from services.cli.errors import FAILED, INTERRUPTED, USAGE, Failure
 from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
-from services.cli.replay_results import produced, refused, result, show, told
-from services.cli.terminal import Bar, confirm, progress, say
+from services.cli.replay_results import produced_text, show_counts, show_result
+from services.cli.terminal import ProgressBar, confirm, progress, say
+from services.cli.times import parse_point
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from services.cli.replay.asked import Asked
-    from services.cli.replay.records import Read
-    from services.cli.replay.store import Replay
     from services.common.config import Settings
+    from services.common.operations.replay.options import ReplayOptions
+    from services.common.operations.replay.records import ReplayedRecord
+    from services.common.operations.replay.store import Replay
 
 __all__ = ["register"]
 
 _PANEL = "Which tasks"
-_MARK = "(try 'postroad replay --help')"
+_SEE_HELP = "(try 'postroad replay --help')"
 
 
-def _many(flag: str, text: str, metavar: str, panel: str | None = _PANEL, words: Any = None) -> Any:
+def _filter_option(flag: str, text: str, metavar: str, panel: str | None = _PANEL, words: Any = None) -> Any:
     return typer.Option(
         flag,
         help=text,
@@ -43,7 +43,7 @@ def _many(flag: str, text: str, metavar: str, panel: str | None = _PANEL, words:
     )
 
 
-Many: TypeAlias = list[str] | None
+Texts: TypeAlias = list[str] | None
 
 
 def register(app: typer.Typer) -> None:
@@ -76,18 +76,23 @@ def register(app: typer.Typer) -> None:
         ] = "start",
         to: Annotated[str, typer.Option("--to", help="end, an offset, or a time.", metavar="POINT")] = "end",
         status: Annotated[
-            Many, _many("--status", "Tasks of this status; several: of any.", "STATUS", words=statuses)
+            Texts,
+            _filter_option("--status", "Tasks of this status; several: of any.", "STATUS", words=statuses),
         ] = None,
-        reason: Annotated[Many, _many("--reason", "Tasks of this reason.", "CODE")] = None,
-        recipient: Annotated[Many, _many("--recipient", "Tasks to this recipient.", "ADDRESS")] = None,
-        domain: Annotated[Many, _many("--domain", "Tasks to recipients of this domain.", "NAME")] = None,
-        id_: Annotated[Many, _many("--id", "This task.", "ID")] = None,
+        reason: Annotated[Texts, _filter_option("--reason", "Tasks of this reason.", "CODE")] = None,
+        recipient: Annotated[
+            Texts, _filter_option("--recipient", "Tasks to this recipient.", "ADDRESS")
+        ] = None,
+        domain: Annotated[
+            Texts, _filter_option("--domain", "Tasks to recipients of this domain.", "NAME")
+        ] = None,
+        id_: Annotated[Texts, _filter_option("--id", "This task.", "ID")] = None,
         label: Annotated[
-            Many, _many("--label", "Tasks with this label; several: with all.", "KEY=VALUE")
+            Texts, _filter_option("--label", "Tasks with this label; several: with all.", "KEY=VALUE")
         ] = None,
         reopen: Annotated[
-            Many,
-            _many(
+            Texts,
+            _filter_option(
                 "--reopen",
                 "Send again what is failed, cancelled or uncertain; deferred: what waits goes now.",
                 "STATUS",
@@ -116,7 +121,7 @@ def register(app: typer.Typer) -> None:
         A record that cannot be produced is told and counted as refused, and the exit code is 1 at the end.
         Ctrl-C stops it where it stands (exit code 130); --resume goes on from there, also after a crash.
         """
-        from services.cli.replay.asked import Asked  # noqa: PLC0415
+        from services.common.operations.replay.options import ReplayOptions  # noqa: PLC0415
 
         given = (
             from_ != "start",
@@ -131,15 +136,17 @@ def register(app: typer.Typer) -> None:
             dry_run,
         )
         if resume and (topic or any(given)):
-            raise Failure(f"--resume goes on with what was asked for; only --rate may change {_MARK}", USAGE)
+            raise Failure(
+                f"--resume goes on with what was asked for; only --rate may change {_SEE_HELP}", USAGE
+            )
         if not resume and not topic:
-            raise Failure(f"which TOPIC? {_MARK}", USAGE)
+            raise Failure(f"which TOPIC? {_SEE_HELP}", USAGE)
         settings = frame.settings()
         with _engine(settings) as engine:
             if resume:
-                _go_on(frame, settings, engine, resume, rate)
+                _resume(frame, settings, engine, resume, rate)
                 return
-            asked = Asked(
+            options = ReplayOptions(
                 topic=topic.removeprefix(settings.topic_prefix),
                 start=from_,
                 end=to,
@@ -152,105 +159,98 @@ def register(app: typer.Typer) -> None:
                 reopen=tuple(reopen or ()),
                 rate=500.0 if rate is None else rate,
             )
-            _begin(frame, settings, engine, asked, dry_run=dry_run, yes=yes)
+            _begin(frame, settings, engine, options, dry_run=dry_run, yes=yes)
 
 
 def _begin(
-    frame: Frame, settings: Settings, engine: Engine, asked: Asked, *, dry_run: bool, yes: bool
+    frame: Frame, settings: Settings, engine: Engine, options: ReplayOptions, *, dry_run: bool, yes: bool
 ) -> None:
-    from services.cli.replay.asked import checked  # noqa: PLC0415
-    from services.cli.replay.run import survey  # noqa: PLC0415
-    from services.cli.replay.source import spans  # noqa: PLC0415
-    from services.cli.replay.span import parse_point  # noqa: PLC0415
-    from services.cli.replay.store import Replay, create, new_id  # noqa: PLC0415
+    from services.common.operations.replay.options import check_options  # noqa: PLC0415
+    from services.common.operations.replay.preview import preview  # noqa: PLC0415
+    from services.common.operations.replay.records import offset_ranges  # noqa: PLC0415
+    from services.common.operations.replay.store import begin_replay, count_produced  # noqa: PLC0415
 
-    try:
-        asked = checked(asked)
-    except ValueError as error:
-        raise Failure(error, USAGE) from None
+    options = check_options(options)
     now = datetime.now(UTC)
-    start, end = (parse_point(f, t, now) for f, t in (("--from", asked.start), ("--to", asked.end)))
-    todo = spans(settings, asked.topic, start, end)
+    start, end = parse_point("--from", options.start, now), parse_point("--to", options.end, now)
+    ranges = offset_ranges(settings, options.topic, start, end)
     if dry_run or not yes:
-        total = sum(span.left for span in todo.values())
+        total = sum(range_.left for range_ in ranges.values())
         with progress("looking", total) as bar:
-            counts, tasks = survey(settings, engine, asked, todo, _ticks(bar, total))
+            counts, tasks = preview(settings, engine, options, ranges, _on_progress(bar, total))
         if dry_run:
-            result(frame.out, None, counts, "dry run", tasks)
+            show_result(frame.out, None, counts, "dry run", tasks)
             return
-        show(counts, tasks)
-        if not produced(counts):
+        show_counts(counts, tasks)
+        if not count_produced(counts):
             say("None of these records would be produced.")
             if not frame.out.is_table:
-                result(frame.out, None, counts, "nothing to do", tasks)
+                show_result(frame.out, None, counts, "nothing to do", tasks)
             return
-        confirm(f"Produce {told(counts, tasks)} to {asked.topic} at {asked.rate:g}/s?", yes)
-    replay = Replay(new_id(now), asked.topic, asked.arguments(), time.time_ns() // 1_000_000, todo)
-    create(engine, replay)
+        records = produced_text(counts, tasks)
+        confirm(f"Produce {records} to {options.topic} at {options.rate:g}/s?", yes)
+    replay = begin_replay(engine, options, ranges, now)
     say(f"Replay {replay.id} begins.")
     _run(frame, settings, engine, replay)
 
 
-def _go_on(frame: Frame, settings: Settings, engine: Engine, id_: str, rate: float | None) -> None:
-    from services.cli.replay.asked import check_rate  # noqa: PLC0415
-    from services.cli.replay.store import load, unfinished  # noqa: PLC0415
+def _resume(frame: Frame, settings: Settings, engine: Engine, id_: str, rate: float | None) -> None:
+    from services.common.operations.replay.options import check_rate  # noqa: PLC0415
+    from services.common.operations.replay.store import find_replay  # noqa: PLC0415
 
-    replay = load(engine, id_)
-    if replay is None:
-        open_ = ", ".join(unfinished(engine)) or "none"
-        raise Failure(f"there is no replay {id_}; those that are not at their end: {open_}", NOT_FOUND)
+    replay = find_replay(engine, id_)
     if replay.finished:
         say(f"Replay {id_} is at its end.")
-        _finished(frame, replay)
+        _finish(frame, replay)
         return
     if rate is not None:
-        try:
-            check_rate(rate)
-        except ValueError as error:
-            raise Failure(error, USAGE) from None
-        replay.arguments = {**replay.arguments, "rate": rate}
+        check_rate(rate)
+        replay.options = {**replay.options, "rate": rate}
     _run(frame, settings, engine, replay)
 
 
 def _run(frame: Frame, settings: Settings, engine: Engine, replay: Replay) -> None:
-    from services.cli.replay.run import Superseded, run  # noqa: PLC0415
+    from services.common.operations.replay.run import ReplayTakenOver, run  # noqa: PLC0415
 
     total = replay.left
     try:
         with _stopped_by_signals() as stop, progress(f"replay {replay.topic}", total) as bar:
-            finished = run(settings, engine, replay, stop, _ticks(bar, total), refused=_say_refused)
-    except Superseded as error:
-        raise Failure(error, FAILED) from None
+            on_progress = _on_progress(bar, total)
+            finished = run(settings, engine, replay, stop, on_progress, on_refused=_say_refused)
+    except ReplayTakenOver:
+        raise
     except BaseException:
         say(f"Replay {replay.id} was cut off. Go on with: postroad replay --resume {replay.id}")
         raise
     if finished:
-        _finished(frame, replay)
+        _finish(frame, replay)
     else:
-        result(frame.out, replay.id, replay.counts, "stopped")
+        show_result(frame.out, replay.id, replay.counts, "stopped")
         line = (
             f"interrupted with {replay.left} records left; go on with: postroad replay --resume {replay.id}"
         )
         raise Failure(line, INTERRUPTED)
 
 
-def _finished(frame: Frame, replay: Replay) -> None:
-    result(frame.out, replay.id, replay.counts, "finished")
-    number = refused(replay.counts)
+def _finish(frame: Frame, replay: Replay) -> None:
+    from services.common.operations.replay.store import count_refused  # noqa: PLC0415
+
+    show_result(frame.out, replay.id, replay.counts, "finished")
+    number = count_refused(replay.counts)
     if number:
         raise Failure(f"{number} record{'s' if number > 1 else ''} could not be produced", FAILED)
 
 
-def _say_refused(record: Read, why: str) -> None:
+def _say_refused(record: ReplayedRecord, why: str) -> None:
     say(f"{record.topic}/{record.partition}/{record.offset} was not produced: {why}")
 
 
 @contextmanager
 def _engine(settings: Settings) -> Iterator[Engine]:
-    from services.cli.database import url_of  # noqa: PLC0415
     from services.common.database.engine import make_engine  # noqa: PLC0415
+    from services.common.operations.clients import database_url  # noqa: PLC0415
 
-    engine = make_engine(url_of(settings), pool_size=1)
+    engine = make_engine(database_url(settings), pool_size=1)
     try:
         yield engine
     finally:
@@ -259,7 +259,7 @@ def _engine(settings: Settings) -> Iterator[Engine]:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM sets the event; the second ends the command as it would have."""
+    """Yield an event that the first SIGINT or SIGTERM sets. The second signal ends the command as usual."""
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -267,24 +267,24 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def asked_to_stop(_number: int, _frame: object) -> None:
+    def request_stop(_number: int, _frame: object) -> None:
         stop.set()
         restore()
 
     for number in before:
-        signal.signal(number, asked_to_stop)
+        signal.signal(number, request_stop)
     try:
         yield stop
     finally:
         restore()
 
 
-def _ticks(bar: Bar, total: int) -> Any:
+def _on_progress(bar: ProgressBar, total: int) -> Any:
     left = total
 
-    def tick(now_left: int) -> None:
+    def advance(now_left: int) -> None:
         nonlocal left
         bar.advance(left - now_left)
         left = now_left
 
-    return tick
+    return advance

@@ -31,10 +31,10 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
 
         A database that a later version has migrated serves this one too: nothing is done then.
         """
-        from services.cli.database import url_of  # noqa: PLC0415
         from services.common.migrations import migrate as run  # noqa: PLC0415
+        from services.common.operations.clients import database_url  # noqa: PLC0415
 
-        migrated = run(url_of(frame.settings()))
+        migrated = run(database_url(frame.settings()))
         line = "up to date" if migrated else "newer than this version, which goes on with it as it is"
         frame.out.one({"migrated": migrated}, lambda _: print(f"The database is {line}."))
 
@@ -125,9 +125,9 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
 
 
 def _settings(frame: Frame) -> Settings:
-    from services.cli.installation import completed  # noqa: PLC0415
+    from services.common.operations.installation import with_cluster_settings  # noqa: PLC0415
 
-    return completed(frame.settings())
+    return with_cluster_settings(frame.settings())
 
 
 def _rows(plan: Plan, settings: Settings) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What is said to the person at the terminal, on stderr: questions, progress, remarks."""
+"""What a command tells the person at the terminal, on stderr: questions, progress, remarks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Protocol
 
 from services.cli.errors import FAILED, USAGE, Failure
 
-__all__ = ["Bar", "confirm", "progress", "say"]
+__all__ = ["OncePerChange", "ProgressBar", "confirm", "progress", "say"]
 
 
-class Bar(Protocol):
-    """How far something is."""
+class ProgressBar(Protocol):
+    """A progress bar, whether it is shown or not."""
 
     def advance(self, steps: int = 1) -> None:
-        """It went on by so many steps."""
+        """Show so many further steps as done."""
 
     def total(self, steps: int) -> None:
-        """It has so many steps in all."""
+        """Set the number of all steps."""
 
     def note(self, text: str) -> None:
         """Show a few words beside the bar."""
@@ -31,7 +31,7 @@ def say(line: str) -> None:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Return where the user agrees, by --yes or at the terminal; raise Failure otherwise. Blocks."""
+    """Return if the user agrees, by --yes or at the terminal. Raises Failure otherwise. Blocks."""
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -41,11 +41,28 @@ def confirm(question: str, yes: bool) -> None:
         raise Failure("nothing was done", FAILED)
 
 
+class OncePerChange:
+    """Says a line once, and again only after another one or `forget`: for trouble that lasts."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def say(self, line: str) -> None:
+        """Write a line for people to stderr, unless it is the last one."""
+        if line != self._last:
+            self._last = line
+            say(line)
+
+    def forget(self) -> None:
+        """Have the next line written whatever it is."""
+        self._last = ""
+
+
 @contextlib.contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Bar]:
-    """Show a bar on stderr, on a terminal only; `total` None: not known yet."""
+def progress(what: str, total: int | None = None) -> Iterator[ProgressBar]:
+    """Show a progress bar on stderr, if that is a terminal. `total` None: not known yet."""
     if not sys.stderr.isatty():
-        yield _Silent()
+        yield _NoBar()
         return
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import (  # noqa: PLC0415
@@ -66,10 +83,10 @@ def progress(what: str, total: int | None = None) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bars:
-        yield _Rich(bars, bars.add_task(what, total=total, note=""))
+        yield _RichBar(bars, bars.add_task(what, total=total, note=""))
 
 
-class _Silent:
+class _NoBar:
     def advance(self, steps: int = 1) -> None:
         pass
 
@@ -80,7 +97,7 @@ class _Silent:
         pass
 
 
-class _Rich:
+class _RichBar:
     def __init__(self, bars: Any, task: Any) -> None:
         self._bars, self._task = bars, task
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from services.cli.errors import USAGE, Failure
 
-__all__ = ["ago", "exact", "moment", "short"]
+if TYPE_CHECKING:
+    from services.common.operations.replay.records import Point
+
+__all__ = ["ago", "exact", "moment", "parse_point", "short"]
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _RELATIVE: Final = re.compile(r"([+-])(\d{1,9}(?:\.\d+)?)([smhdw])")
@@ -30,6 +33,24 @@ def moment(text: str, now: datetime) -> datetime:
     except (ValueError, OverflowError):
         raise Failure(
             f"{text!r} is no time: write 2026-01-31T12:00:00Z, 2026-01-31, -2h or +10m", USAGE
+        ) from None
+
+
+def parse_point(flag: str, text: str, now: datetime) -> Point:
+    """Return the point of a topic that `text` names: start, end, an offset, or what `moment` takes.
+
+    Raises Failure, which names the flag.
+    """
+    if text in ("start", "end"):
+        return cast(Literal["start", "end"], text)
+    if text.isascii() and text.isdigit() and len(text) < 19:
+        return int(text)
+    try:
+        return moment(text, now)
+    except Failure:
+        raise Failure(
+            f"{flag}: {text!r} is neither start, end, an offset nor a time (2026-01-31T12:00:00Z or -2h)",
+            USAGE,
         ) from None
 
 

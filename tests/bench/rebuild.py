@@ -21,11 +21,12 @@ from confluent_kafka import Producer
 
 from postroad.v1 import events_pb2 as pb
 from services.api.uuid7 import Clock
-from services.cli.rebuild.run import Report, rebuild
 from services.common.config import Settings
 from services.common.events import Event, encode
 from services.common.kafka import admin as kafka_admin
 from services.common.migrations import migrate
+from services.common.operations.rebuild.report import RebuildReport
+from services.common.operations.rebuild.run import rebuild
 from tests.bench.usage import usage
 from tests.stack import Infra
 
@@ -112,7 +113,7 @@ def fill(settings: Settings, tasks: int) -> int:
     return count
 
 
-def _run(name: str, infra: Infra, settings: Settings, swap_in: bool) -> Report:
+def _run(name: str, infra: Infra, settings: Settings, swap_in: bool) -> RebuildReport:
     pids = infra.directory / "pids"
     before, used = usage(pids), time.process_time()
     phases = _Phases()

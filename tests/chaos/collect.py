@@ -14,8 +14,8 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
-from services.cli.dead import marker
 from services.common.kafka.topics import EVENT_TOPICS
+from services.common.operations.dead_letters.resolution import resolved_offsets
 from services.common.stages import STAGES
 from tests.chaos.load import SUBJECT
 from tests.groups import Offsets
@@ -105,7 +105,7 @@ class Log:
         """Return each dead letter's topic, task, cause and origin."""
         letters = []
         for record in self._records([name for name in self.topics() if name.endswith(".dead")]):
-            if marker.resolved(record.offset(), record.key(), record.value(), record.headers()):
+            if resolved_offsets(record.offset(), record.key(), record.value(), record.headers()):
                 continue
             headers = dict(record.headers() or [])
             task = (record.key() or b"").hex()

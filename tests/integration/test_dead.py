@@ -15,17 +15,18 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from postroad.v1 import events_pb2 as pb
-from services.cli.dead import resolve
-from services.cli.dead.board import Board, read_board
-from services.cli.dead.letter import Letter
-from services.cli.errors import NOT_FOUND, Failure
-from services.cli.sink import Sink
 from services.common.events import DECODERS, encode
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka import headers
 from services.common.kafka.headers import parse_delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import TASK_CREATED
+from services.common.operations.dead_letters import redrive as redrive_module
+from services.common.operations.dead_letters.dead_letter import DeadLetter
+from services.common.operations.dead_letters.reader import UnresolvedDeadLetters, read_unresolved
+from services.common.operations.dead_letters.redrive import purge, redrive
+from services.common.operations.errors import NotFound
+from services.common.operations.record_producer import RecordProducer
 from services.common.stage.types import Dead, Done, Record, Retry
 from tests import forked
 from tests.event_strategies import mail_task
@@ -52,21 +53,21 @@ def dies(record: Record) -> Done:
     raise KeyError("template")
 
 
-def board(kit: Kit) -> Board:
-    return read_board(kit.settings, ["validator"])
+def unresolved(kit: Kit) -> UnresolvedDeadLetters:
+    return read_unresolved(kit.settings, ["validator"])
 
 
-def letters(kit: Kit) -> list[Letter]:
-    return sorted(board(kit).letters.values(), key=lambda letter: letter.place)
+def dead_letters(kit: Kit) -> list[DeadLetter]:
+    return sorted(unresolved(kit).dead_letters.values(), key=lambda letter: letter.location)
 
 
-async def killed(kit: Kit, count: int) -> list[Letter]:
+async def killed(kit: Kit, count: int) -> list[DeadLetter]:
     """Have a stage whose handler is broken meet `count` records; return its letters."""
     kafka_admin.apply(kit.settings)
     await kit.publish([created(number) for number in range(count)])
     async with kit.running(handle=dies):
-        await until(lambda: len(board(kit).letters) == count)
-    return letters(kit)
+        await until(lambda: len(unresolved(kit).dead_letters) == count)
+    return dead_letters(kit)
 
 
 async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
@@ -78,7 +79,7 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
     )
     assert producer.flush(10) == 0
     async with kit.running(handle=dies):
-        await until(lambda: len(board(kit).letters) == 6)
+        await until(lambda: len(unresolved(kit).dead_letters) == 6)
 
     rows = answer(kit, "list")
     assert [(row["stage"], row["count"], row["origins"]) for row in rows] == [
@@ -96,7 +97,7 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
     assert len(answer(kit, "list", "--each", "--stage", "validator")) == 6
 
     before = kit.end()
-    replayed = {str(letter.origin): letter for letter in letters(kit) if "template" in letter.cause}
+    replayed = {str(letter.origin): letter for letter in dead_letters(kit) if "template" in letter.cause}
     originals = {
         f"task.created/{m.partition()}/{m.offset()}": (m.key(), m.value(), m.headers())
         for m in kit.read(TASK_CREATED)
@@ -122,7 +123,7 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
     # One is purged; then all are resolved, and so the partitions are emptied, markers and all.
     assert answer(kit, "purge", rows[1]["sample"], "--yes") == {"purged": 1}
     assert answer(kit, "list") == []
-    emptied = read_board(kit.settings)
+    emptied = read_unresolved(kit.settings)
     assert emptied.starts == emptied.ends
     gone = postroad(kit, "show", rows[1]["sample"])
     assert (gone.returncode, gone.stdout) == (3, "")
@@ -146,18 +147,18 @@ async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replaye
     assert producer.flush(10) == 0
     async with kit.running(handle=lambda _: Dead("refused")):
         await until(lambda: kit.committed() == kit.end())
-    ours = next(letter for letter in letters(kit) if letter.key == event.key)
-    row = answer(kit, "show", str(ours.place))
+    ours = next(letter for letter in dead_letters(kit) if letter.key == event.key)
+    row = answer(kit, "show", str(ours.location))
     assert (row["size"], row["value"], row["event"]) == (len(event.value), None, None)
     assert row["left_out"][0]["sha256"] == hashlib.sha256(event.value).hexdigest()
     assert row["attempt"] == 1
-    assert "left out: the value, 62" in postroad(kit, "show", str(ours.place)).stdout
+    assert "left out: the value, 62" in postroad(kit, "show", str(ours.location)).stdout
 
     assert answer(kit, "replay", "--cause", "refused", "--yes") == {"replayed": 1, "kept": 0}
     copies = [(m.key(), m.value(), m.headers()) for m in kit.read(TASK_CREATED) if m.key() == event.key]
     assert copies == [(event.key, event.value, event.headers)] * 2
 
-    (foreign,) = letters(kit)
+    (foreign,) = dead_letters(kit)
     assert foreign.origin is not None
     gone = TopicPartition(kit.names.topic(TASK_CREATED), foreign.origin.partition, foreign.origin.offset + 1)
     for done in kit.admin.delete_records([gone]).values():
@@ -165,7 +166,7 @@ async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replaye
     refused = postroad(kit, "replay", "--all", "--yes")
     assert refused.returncode == 1
     assert f"{foreign.origin} is no longer on its topic" in refused.stderr
-    assert letters(kit) == [foreign]
+    assert dead_letters(kit) == [foreign]
 
 
 async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replayed(newest: Kit) -> None:
@@ -187,10 +188,10 @@ async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replaye
 
     done = postroad(kit, "replay", "--all", "--yes", "-o", "json")
     assert (done.returncode, json.loads(done.stdout)) == (1, {"replayed": 3, "kept": 1})
-    [stays] = read_board(kit.settings, ["sender"]).letters.values()
+    [stays] = read_unresolved(kit.settings, ["sender"]).dead_letters.values()
     assert stays.origin == RecordLocation("mx.ok", 2, 1)
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"{stays.place}: ")
+    assert line.startswith(f"{stays.location}: ")
     assert "too large" in line
     assert [message.value() for message in kit.read("mx.ok")] == [event.value] * 3
 
@@ -205,8 +206,8 @@ async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, atte
         return dies(record) if record.attempt == attempt else Retry(1, 0, "not yet")
 
     async with kit.running(handle=dies_later):
-        await until(lambda: letters(kit))
-    (letter,) = letters(kit)
+        await until(lambda: dead_letters(kit))
+    (letter,) = dead_letters(kit)
     assert letter.attempt == attempt
     before = kit.end()
     assert answer(kit, "replay", "--all", "--yes") == {"replayed": 1, "kept": 0}
@@ -223,7 +224,7 @@ async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, atte
     assert seen == [(TASK_CREATED, attempt)]
     (passed,) = kit.read("mx.ok")
     assert pb.MxOk.FromString(passed.value() or b"").attempt == attempt
-    assert letters(kit) == []
+    assert dead_letters(kit) == []
 
 
 async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(newest: Kit) -> None:
@@ -277,23 +278,23 @@ async def test_what_is_resolved_before_an_open_letter_is_deleted_and_the_rest_is
     kit = newest
     all_ = await killed(kit, 40)
     # The partition with the most letters.
-    by_partition = {p: [x for x in all_ if x.place.partition == p] for p in range(4)}
+    by_partition = {p: [x for x in all_ if x.location.partition == p] for p in range(4)}
     partition, mine = max(by_partition.items(), key=lambda item: len(item[1]))
     assert len(mine) >= 4
     first, second, open_, *later = mine
-    resolve.purge(kit.settings, later, lambda steps: None)
-    assert board(kit).starts["validator", partition] == 0
-    assert {x.place for x in letters(kit)} == {x.place for x in all_} - {x.place for x in later}
-    resolve.purge(kit.settings, [second], lambda steps: None)
-    assert board(kit).starts["validator", partition] == 0
-    assert resolve.replay(kit.settings, [first], lambda steps: None) == 1
-    left = board(kit)
-    assert left.starts["validator", partition] == open_.place.offset
-    assert {place for place in left.letters if place.partition == partition} == {open_.place}
+    purge(kit.settings, later, lambda steps: None)
+    assert unresolved(kit).starts["validator", partition] == 0
+    assert {x.location for x in dead_letters(kit)} == {x.location for x in all_} - {x.location for x in later}
+    purge(kit.settings, [second], lambda steps: None)
+    assert unresolved(kit).starts["validator", partition] == 0
+    assert redrive(kit.settings, [first], lambda steps: None) == 1
+    left = unresolved(kit)
+    assert left.starts["validator", partition] == open_.location.offset
+    assert {place for place in left.dead_letters if place.partition == partition} == {open_.location}
     # A letter that another one has resolved meanwhile is not there any more.
-    assert resolve.replay(kit.settings, [first], lambda steps: None) == 0
-    resolve.purge(kit.settings, [open_], lambda steps: None)
-    done = board(kit)
+    assert redrive(kit.settings, [first], lambda steps: None) == 0
+    purge(kit.settings, [open_], lambda steps: None)
+    done = unresolved(kit)
     assert done.starts["validator", partition] == done.ends["validator", partition] > 0
 
 
@@ -308,14 +309,14 @@ async def test_a_letter_whose_marker_was_not_written_is_replayed_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(resolve, "_mark", die)
+        patched.setattr(redrive_module, "_resolve", die)
         with pytest.raises(KeyboardInterrupt):
-            resolve.replay(kit.settings, [letter], lambda steps: None)
-    assert [x.place for x in letters(kit)] == [letter.place]
-    assert resolve.replay(kit.settings, [letter], lambda steps: None) == 1
+            redrive(kit.settings, [letter], lambda steps: None)
+    assert [x.location for x in dead_letters(kit)] == [letter.location]
+    assert redrive(kit.settings, [letter], lambda steps: None) == 1
     copies = [(m.value(), m.headers()) for m in kit.read(TASK_CREATED)]
     assert copies == [copies[0]] * 3
-    assert letters(kit) == []
+    assert dead_letters(kit) == []
 
 
 async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Kit) -> None:
@@ -385,10 +386,9 @@ def test_a_topic_that_is_not_there_is_named(newest: Kit) -> None:
     done = postroad(kit, "list", "--stage", "sender")
     line = f"postroad: no topic {kit.prefix}sender.dead: 'postroad topics apply' creates it\n"
     assert (done.returncode, done.stdout, done.stderr) == (3, "", line)
-    sink = Sink(kit.settings)
-    with pytest.raises(Failure, match=r"no topic .*sender\.delay\.60: ") as failed:
-        sink.put(kit.names.delay("sender", 60), b"k", b"v", [])
-    assert failed.value.code == NOT_FOUND
+    producer = RecordProducer(kit.settings)
+    with pytest.raises(NotFound, match=r"no topic .*sender\.delay\.60: "):
+        producer.put(kit.names.delay("sender", 60), b"k", b"v", [])
 
 
 async def test_what_has_headers_that_cannot_be_read_is_shown_and_done_away_with(newest: Kit) -> None:
@@ -400,4 +400,4 @@ async def test_what_has_headers_that_cannot_be_read_is_shown_and_done_away_with(
     [row] = answer(kit, "list", "--each", "--stage", "validator")
     assert answer(kit, "show", row["letter"])["key"] == "key"
     assert postroad(kit, "purge", "--stage", "validator", "--yes").returncode == 0
-    assert letters(kit) == []
+    assert dead_letters(kit) == []

@@ -23,10 +23,6 @@ from sqlalchemy import Connection, Engine
 from postroad.v1 import events_pb2 as pb
 from services.api import outbox
 from services.api.uuid7 import Clock
-from services.cli.rebuild import run, swapping
-from services.cli.rebuild.pairs import TASKS, create
-from services.cli.rebuild.run import Report, Underway, rebuild
-from services.cli.rebuild.swapping import swap
 from services.common.config import Settings
 from services.common.database.bulk import execute_rows
 from services.common.database.transactions import transaction
@@ -36,6 +32,11 @@ from services.common.events import Event, encode, event_key
 from services.common.fold import delta
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka.topics import EVENT_TOPICS
+from services.common.operations.rebuild import run, swap_tables
+from services.common.operations.rebuild.report import RebuildReport
+from services.common.operations.rebuild.run import RebuildRunning, rebuild
+from services.common.operations.rebuild.shadow_table import TASKS, create_tables
+from services.common.operations.rebuild.swap_tables import swap
 from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
 from services.common.timeline import timeline_entry
 from services.sender.claims import Claims
@@ -127,7 +128,7 @@ class Road:
         transaction(self.engine, lambda connection: store_rows(connection, settled))
         return histories
 
-    def rebuild(self, swap_in: bool = True) -> Report:
+    def rebuild(self, swap_in: bool = True) -> RebuildReport:
         return rebuild(self.settings, swap_in, Silent())
 
     def rows(self, query: str) -> list[Any]:
@@ -687,7 +688,7 @@ def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
 def test_a_swap_that_cannot_be_finished_changes_nothing(road: Road) -> None:
     road.travel(16)
     before = road.dump()
-    transaction(road.engine, create)
+    transaction(road.engine, create_tables)
 
     def fail(connection: Connection) -> None:
         connection.exec_driver_sql("DELETE FROM tasks_rebuild")
@@ -702,12 +703,12 @@ def test_a_swap_that_cannot_be_finished_changes_nothing(road: Road) -> None:
 
 def test_a_swap_waits_for_a_long_reader_and_gives_up(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     road.travel(8)
-    monkeypatch.setattr(swapping, "_TRIES", 2)
-    monkeypatch.setattr(swapping, "_LOCK_WAIT", 1)
-    transaction(road.engine, create)
+    monkeypatch.setattr(swap_tables, "_TRIES", 2)
+    monkeypatch.setattr(swap_tables, "_LOCK_WAIT", 1)
+    transaction(road.engine, create_tables)
     with road.engine.begin() as reader:
         reader.exec_driver_sql("SELECT COUNT(*) FROM tasks")
-        with pytest.raises(swapping.Busy):
+        with pytest.raises(swap_tables.TableBusy):
             swap(road.engine, TASKS, lambda connection: None)
         # Nobody is held up by what was given up.
         assert len(road.rows("SELECT 1 FROM tasks")) == 8
@@ -727,7 +728,7 @@ def test_there_is_one_at_a_time(road: Road, monkeypatch: pytest.MonkeyPatch) -> 
     first.start()
     try:
         assert entered.wait(30)
-        with pytest.raises(Underway):
+        with pytest.raises(RebuildRunning):
             road.rebuild()
     finally:
         leave.set()

@@ -31,11 +31,6 @@ from confluent_kafka.admin import (
 from sqlalchemy import Engine
 
 from postroad.v1 import events_pb2 as pb
-from services.cli.replay.asked import Asked
-from services.cli.replay.run import Superseded, run
-from services.cli.replay.source import Span, spans
-from services.cli.replay.standings import standings
-from services.cli.replay.store import Replay, create, load, save, unfinished
 from services.common.config import Settings
 from services.common.database.engine import make_engine
 from services.common.deliveries.decide import Delivery
@@ -48,6 +43,17 @@ from services.common.kafka.headers import delayed_headers, parse_delayed_headers
 from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import MAIL_SENT, MX_OK, TASK_CREATED
+from services.common.operations.replay.options import ReplayOptions
+from services.common.operations.replay.records import OffsetRange, offset_ranges
+from services.common.operations.replay.run import ReplayTakenOver, run
+from services.common.operations.replay.store import (
+    Replay,
+    insert_replay,
+    load_replay,
+    save_replay,
+    unfinished_replays,
+)
+from services.common.operations.replay.task_state import read_task_states
 from services.common.taskstore import upsert
 from tests import forked
 from tests.stack import Infra
@@ -143,7 +149,7 @@ class Site:
         consumer = Consumer({"bootstrap.servers": self.settings.kafka_bootstrap, "group.id": "none"})
         found: list[Any] = []
         try:
-            left = {n: s for n, s in spans(self.settings, topic, "start", "end").items() if s.left}
+            left = {n: s for n, s in offset_ranges(self.settings, topic, "start", "end").items() if s.left}
             consumer.assign([TopicPartition(name, number, 0) for number in left])
             deadline = time.monotonic() + 20
             while left:
@@ -244,7 +250,7 @@ def test_a_dry_run_shows_what_would_become_of_each_record_and_changes_nothing(
     assert asked[("failed", "rejected", "reopened")] == 2
     assert asked[("processing", "", "next attempt")] == 2
     assert {topic: ids(here.records(topic)) for topic in before} == before
-    assert unfinished(here.engine) == []
+    assert unfinished_replays(here.engine) == []
     with here.engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all() == rows
 
@@ -256,7 +262,7 @@ def test_without_a_terminal_and_without_yes_it_shows_and_does_nothing(site: Call
     assert "already sent" in said
     assert said.splitlines()[-1].startswith("postroad: ")
     assert here.replayed(MX_OK) == []
-    assert unfinished(here.engine) == []
+    assert unfinished_replays(here.engine) == []
 
 
 @pytest.mark.parametrize("arguments", [["--yes"], []])
@@ -489,17 +495,17 @@ def test_it_begins_and_ends_where_it_is_told(site: Callable[[], Site]) -> None:
     middle = datetime.now(UTC)
     time.sleep(0.05)
     here.publish(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in late))
-    everything = spans(here.settings, TASK_CREATED, "start", "end")
+    everything = offset_ranges(here.settings, TASK_CREATED, "start", "end")
     assert sum(span.left for span in everything.values()) == 18
-    after = spans(here.settings, TASK_CREATED, middle, "end")
-    before = spans(here.settings, TASK_CREATED, "start", middle)
+    after = offset_ranges(here.settings, TASK_CREATED, middle, "end")
+    before = offset_ranges(here.settings, TASK_CREATED, "start", middle)
     assert sum(span.left for span in after.values()) == 12
     assert {n: span.end for n, span in before.items()} == {n: span.next for n, span in after.items()}
-    future = spans(here.settings, TASK_CREATED, middle + timedelta(days=1), "end")
+    future = offset_ranges(here.settings, TASK_CREATED, middle + timedelta(days=1), "end")
     assert sum(span.left for span in future.values()) == 0
-    from_two = spans(here.settings, TASK_CREATED, 2, 10**15)
+    from_two = offset_ranges(here.settings, TASK_CREATED, 2, 10**15)
     assert all(span.next == min(2, everything[n].end) for n, span in from_two.items())
-    backwards = spans(here.settings, TASK_CREATED, "end", "start")
+    backwards = offset_ranges(here.settings, TASK_CREATED, "end", "start")
     assert sum(span.left for span in backwards.values()) == 0
     text = middle.isoformat()
     assert here.replay(TASK_CREATED, "--yes", "--from", text)["produced"] == 12
@@ -523,8 +529,8 @@ def underway(here: Site, *arguments: str, seconds: float = 30) -> subprocess.Pop
     while True:
         assert time.monotonic() < deadline, "it stored no position"
         assert process.poll() is None, process.communicate()[1]
-        for id_ in unfinished(here.engine):
-            replay = load(here.engine, id_)
+        for id_ in unfinished_replays(here.engine):
+            replay = load_replay(here.engine, id_)
             if replay is not None and replay.counts.total():
                 return process
         time.sleep(0.02)
@@ -561,7 +567,7 @@ def test_killed_it_goes_on_from_where_it_was_stored_and_what_it_repeats_is_the_s
     process = underway(here, TASK_CREATED, "--yes", "--rate", "150", "--reopen", "failed")
     process.kill()
     process.wait(10)
-    [id_] = unfinished(here.engine)
+    [id_] = unfinished_replays(here.engine)
     assert len(here.replayed(TASK_CREATED)) < 600
     assert here.replay("--resume", id_, "--rate", "5000")["state"] == "finished"
     records = here.replayed(TASK_CREATED)
@@ -569,13 +575,13 @@ def test_killed_it_goes_on_from_where_it_was_stored_and_what_it_repeats_is_the_s
     # Two seconds' worth at most: a batch, and what came since the last position was stored.
     assert len(records) - 600 <= 2 * 150 + 10
     assert len({r.value() for r in records}) == 600, "a repeated record is the same record"
-    assert unfinished(here.engine) == []
+    assert unfinished_replays(here.engine) == []
 
 
 def test_it_keeps_to_its_rate(site: Callable[[], Site]) -> None:
     here = site()
     many(here, 200)
-    before = {n: span.end for n, span in spans(here.settings, TASK_CREATED, "start", "end").items()}
+    before = {n: span.end for n, span in offset_ranges(here.settings, TASK_CREATED, "start", "end").items()}
     assert here.replay(TASK_CREATED, "--yes", "--rate", "100", "--reopen", "failed")["produced"] == 200
     times = sorted(
         r.timestamp()[1] for r in here.records(TASK_CREATED) if r.offset() >= before[r.partition()]
@@ -593,7 +599,7 @@ def test_what_it_produces_is_not_read_again_and_what_comes_meanwhile_neither(
     many(here, 50)
     process = here.start(TASK_CREATED, "--yes", "--rate", "50", "--reopen", "failed")
     deadline = time.monotonic() + 20
-    while not unfinished(here.engine):
+    while not unfinished_replays(here.engine):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     here.publish(*(pb.TaskCreated(task=task(n), at_us=NOW_US) for n in range(100, 150)))
@@ -605,13 +611,13 @@ def test_what_it_produces_is_not_read_again_and_what_comes_meanwhile_neither(
 def test_two_cannot_go_on_with_one_replay(site: Callable[[], Site]) -> None:
     here = site()
     many(here, 20)
-    todo = spans(here.settings, TASK_CREATED, "start", "end")
-    create(here.engine, Replay("r", TASK_CREATED, {"topic": TASK_CREATED, "rate": 100.0}, 1, todo))
-    mine, theirs = load(here.engine, "r"), load(here.engine, "r")
+    todo = offset_ranges(here.settings, TASK_CREATED, "start", "end")
+    insert_replay(here.engine, Replay("r", TASK_CREATED, {"topic": TASK_CREATED, "rate": 100.0}, 1, todo))
+    mine, theirs = load_replay(here.engine, "r"), load_replay(here.engine, "r")
     assert mine is not None
     assert theirs is not None
-    assert save(here.engine, theirs)
-    with pytest.raises(Superseded):
+    assert save_replay(here.engine, theirs)
+    with pytest.raises(ReplayTakenOver):
         run(here.settings, here.engine, mine, threading.Event(), lambda left: None)
 
 
@@ -634,7 +640,9 @@ def test_what_cannot_be_is_one_line_and_the_right_code(
     filtered: Site, arguments: list[str], code: int, line: str
 ) -> None:
     if "open" in arguments:
-        create(filtered.engine, Replay("open", TASK_CREATED, Asked(TASK_CREATED).arguments(), 1, {}))
+        insert_replay(
+            filtered.engine, Replay("open", TASK_CREATED, ReplayOptions(TASK_CREATED).as_json(), 1, {})
+        )
     said = filtered.replay(*arguments, code=code)["said"].splitlines()
     assert len(said) == 1
     assert line in said[0]
@@ -657,20 +665,22 @@ def test_a_topic_that_is_not_there_is_named(filtered: Site) -> None:
 
 
 def test_a_replay_is_kept_whole(engine: Engine) -> None:
-    replay = Replay("20260101T000000-aa", MX_OK, {"topic": MX_OK, "label": ["a=é"]}, 1 << 41, {0: Span(1, 5)})
-    create(engine, replay)
-    kept = load(engine, replay.id)
+    replay = Replay(
+        "20260101T000000-aa", MX_OK, {"topic": MX_OK, "label": ["a=é"]}, 1 << 41, {0: OffsetRange(1, 5)}
+    )
+    insert_replay(engine, replay)
+    kept = load_replay(engine, replay.id)
     assert kept == replay
-    replay.positions[0], replay.positions[11] = Span(5, 5), Span(7, 9)
+    replay.positions[0], replay.positions[11] = OffsetRange(5, 5), OffsetRange(7, 9)
     replay.counts["failed", "rejected", "settled"] += 3
-    assert save(engine, replay)
-    assert load(engine, replay.id) == replay
-    assert unfinished(engine) == [replay.id]
+    assert save_replay(engine, replay)
+    assert load_replay(engine, replay.id) == replay
+    assert unfinished_replays(engine) == [replay.id]
     replay.finished = True
-    assert save(engine, replay)
-    assert load(engine, replay.id) == replay
-    assert unfinished(engine) == []
-    assert load(engine, "another") is None
+    assert save_replay(engine, replay)
+    assert load_replay(engine, replay.id) == replay
+    assert unfinished_replays(engine) == []
+    assert load_replay(engine, "another") is None
 
 
 def test_how_many_tasks_stand(engine: Engine) -> None:
@@ -678,9 +688,9 @@ def test_how_many_tasks_stand(engine: Engine) -> None:
     with engine.begin() as connection:
         upsert(connection, (delta(pb.TaskCreated(task=t, at_us=NOW_US)) for t in tasks))
         store_rows(connection, [delivery(tasks[0].id, "sent"), delivery(tasks[1].id, "deferred", 0, 3, 77)])
-    found = standings(engine, [*(t.id for t in tasks), b"unknown" * 2 + b"??"])
+    found = read_task_states(engine, [*(t.id for t in tasks), b"unknown" * 2 + b"??"])
     assert len(found) == 1100
     assert found[tasks[0].id].status == "completed"
     assert (found[tasks[1].id].status, found[tasks[1].id].waits) == ("processing", (3, 77))
     assert (found[tasks[2].id].status, found[tasks[2].id].labels) == ("pending", {"team": "blue"})
-    assert standings(engine, []) == {}
+    assert read_task_states(engine, []) == {}

@@ -8,34 +8,35 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
-from services.cli.lag import outbox, read
-from services.cli.lag.domains import State, Waiting, figures
-from services.cli.lag.report import remarks, report
-from services.cli.lag.sample import Group, Head, Member, Place, Sample
 from services.cli.lag_command import _DELAYS, _MEMBERS, _PARTITIONS
 from services.cli.main import app
 from services.cli.output import Form, Output
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import delay_of
+from services.common.operations.lag import monitor
+from services.common.operations.lag.domains import DeliveryProgress, UncommittedMail, domain_rows
+from services.common.operations.lag.report import remarks, report
+from services.common.operations.lag.sampler import LagSample, OldestRecord, StageGroup, StageMember
 
 READS = {"sender": ["mx.ok", "sender.delay.60", "sender.delay.300"]}
-MX0, MX1 = Place("mx.ok", 0), Place("mx.ok", 1)
-D60, D300 = Place("sender.delay.60", 0), Place("sender.delay.300", 0)
+MX0, MX1 = TopicPartition("mx.ok", 0), TopicPartition("mx.ok", 1)
+D60, D300 = TopicPartition("sender.delay.60", 0), TopicPartition("sender.delay.300", 0)
 EVERY = (MX0, MX1, D60, D300)
 
 
-def sample(at: float = 1000.0, **changes: Any) -> Sample:
+def sample(at: float = 1000.0, **changes: Any) -> LagSample:
     members = [
-        Member("m1", "sender-1", "10.0.0.1", frozenset({MX0, D60})),
-        Member("m2", "sender-2", "10.0.0.2", frozenset({MX1})),
+        StageMember("m1", "sender-1", "10.0.0.1", frozenset({MX0, D60})),
+        StageMember("m2", "sender-2", "10.0.0.2", frozenset({MX1})),
     ]
     fields: dict[str, Any] = {
         "starts": dict.fromkeys(EVERY, 0),
         "ends": {MX0: 100, MX1: 50, D60: 7, D300: 0},
-        "groups": {"sender": Group("postroad.sender", "stable", members)},
+        "groups": {"sender": StageGroup("postroad.sender", "stable", members)},
         "committed": {"sender": {MX0: 90, MX1: 50, D60: 5}},
-        "heads": {("sender", MX0): Head(970.0, None), ("sender", D60): Head(950.0, 1012.5)},
+        "oldest": {("sender", MX0): OldestRecord(970.0, None), ("sender", D60): OldestRecord(950.0, 1012.5)},
     }
-    return Sample(at, **(fields | changes))
+    return LagSample(at, **(fields | changes))
 
 
 def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
@@ -59,7 +60,7 @@ def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
 
 
 def test_a_delay_topic_that_nobody_reads_counts_while_something_waits_there_or_no_replica_is_left() -> None:
-    def shown(now: Sample) -> tuple[list[str], int]:
+    def shown(now: LagSample) -> tuple[list[str], int]:
         found = report(READS, now, None, partitions=True)
         assert {row["topic"] for row in found["partitions"]} == {
             "mx.ok",
@@ -71,7 +72,7 @@ def test_a_delay_topic_that_nobody_reads_counts_while_something_waits_there_or_n
     assert shown(sample()) == (["sender.delay.60"], 0)
     ends = {MX0: 100, MX1: 50, D60: 7, D300: 1}
     assert shown(sample(ends=ends)) == (["sender.delay.60", "sender.delay.300"], 1)
-    alone = {"sender": Group("postroad.sender", "empty", [])}
+    alone = {"sender": StageGroup("postroad.sender", "empty", [])}
     assert shown(sample(groups=alone)) == (["sender.delay.60", "sender.delay.300"], 4)
 
 
@@ -112,20 +113,26 @@ def test_the_domains_that_hold_the_sender_come_first() -> None:
     def task(number: int) -> bytes:
         return number.to_bytes(16, "big")
 
-    records = [Waiting(task(n), "hangs.test", 0, 1, 400.0 + n) for n in range(5)]
-    records += [Waiting(task(10), "quick.test", 0, 1, 990.0), Waiting(task(11), "deferred.test", 0, 2, 900.0)]
-    records += [Waiting(task(12), "again.test", 7, 1, 995.0), Waiting(task(13), "claimed.test", 0, 1, 999.0)]
+    records = [UncommittedMail(task(n), "hangs.test", 0, 1, 400.0 + n) for n in range(5)]
+    records += [
+        UncommittedMail(task(10), "quick.test", 0, 1, 990.0),
+        UncommittedMail(task(11), "deferred.test", 0, 2, 900.0),
+    ]
+    records += [
+        UncommittedMail(task(12), "again.test", 7, 1, 995.0),
+        UncommittedMail(task(13), "claimed.test", 0, 1, 999.0),
+    ]
     states = {
-        **{task(n): State("sending", 0, 1) for n in range(3)},
+        **{task(n): DeliveryProgress("sending", 0, 1) for n in range(3)},
         # Sent, and its commit waits for one that hangs.
-        task(10): State("sent", 0, 1),
+        task(10): DeliveryProgress("sent", 0, 1),
         # Its second attempt has not begun.
-        task(11): State("deferred", 0, 1),
+        task(11): DeliveryProgress("deferred", 0, 1),
         # Reopened since: the row is of the epoch before.
-        task(12): State("failed", 0, 3),
-        task(13): State("released", 0, 1),
+        task(12): DeliveryProgress("failed", 0, 3),
+        task(13): DeliveryProgress("released", 0, 1),
     }
-    rows = figures(records, states, 1000.0)
+    rows = domain_rows(records, states, 1000.0)
     assert [tuple(row.values()) for row in rows] == [
         ("hangs.test", 3, 2, 0, 600.0),
         ("again.test", 0, 1, 0, 5.0),
@@ -164,12 +171,12 @@ def test_rates_come_from_two_samples() -> None:
 
 
 def test_a_clock_that_goes_fast_makes_no_negative_age() -> None:
-    ahead = sample(heads={("sender", MX0): Head(1003.0, None)})
+    ahead = sample(oldest={("sender", MX0): OldestRecord(1003.0, None)})
     assert report(READS, ahead, None, partitions=False)["stages"][0]["oldest_waiting_seconds"] == 0
 
 
 def test_a_foreign_due_time_that_no_calendar_has_ends_nothing() -> None:
-    far = sample(heads={("sender", D60): Head(950.0, 1e15)})
+    far = sample(oldest={("sender", D60): OldestRecord(950.0, 1e15)})
     assert (
         report(READS, far, None, partitions=False)["delays"][0]["next_due_at"] == "9999-12-31T23:59:59.000Z"
     )
@@ -206,21 +213,21 @@ def test_80_columns_show_where_each_partition_ends_and_whose_it_is(
     assert line.split()[1].endswith("x2x4z-1")
 
 
-class _Reader:
-    """A `Reader` that answers each question with the next of `answers`; then comes Ctrl-C."""
+class _Sampler:
+    """A `LagSampler` that answers each question with the next of `answers`; then comes Ctrl-C."""
 
     reads = READS
 
-    def __init__(self, answers: list[Sample | KafkaException]) -> None:
+    def __init__(self, answers: list[LagSample | KafkaException]) -> None:
         self._answers = iter(answers)
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> _Sampler:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
-    def sample(self, *, heads: bool = True) -> Sample:
+    def sample(self, *, offsets_only: bool = False) -> LagSample:
         answer = next(self._answers, None)
         if answer is None:
             raise KeyboardInterrupt
@@ -229,9 +236,9 @@ class _Reader:
         return answer
 
 
-def _lag(monkeypatch: pytest.MonkeyPatch, answers: list[Sample | KafkaException], *options: str) -> object:
-    monkeypatch.setattr(read, "Reader", lambda settings, stages: _Reader(answers))
-    monkeypatch.setattr(outbox.Outbox, "ask", lambda self: {"due": 0, "oldest_due_seconds": None})
+def _lag(monkeypatch: pytest.MonkeyPatch, answers: list[LagSample | KafkaException], *options: str) -> object:
+    monkeypatch.setattr(monitor, "LagSampler", lambda settings, stages: _Sampler(answers))
+    monkeypatch.setattr(monitor, "outbox_lag", lambda engine: {"due": 0, "oldest_due_seconds": None})
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return app(["lag", "--interval", "0", "-o", "jsonl", *options], standalone_mode=False)
 

@@ -11,11 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
-from services.cli.dead import marker
-from services.cli.dead.back import Back, back, replayable
-from services.cli.dead.letter import Letter, Place, letter_of, parse_place, shown
-from services.cli.dead.pick import groups, missing, picked
-from services.cli.dead_commands import _ask, _letter
+from services.cli.dead_commands import _ask, _show_details
 from services.cli.errors import Failure
 from services.cli.frame import Frame
 from services.common.deliveries.decide import Claim, Delivery, DeliveryState, Stale, Stored, Taken, decide
@@ -24,41 +20,53 @@ from services.common.kafka import headers
 from services.common.kafka.headers import LeftOut, parse_delayed_headers
 from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import RecordLocation
+from services.common.operations.dead_letters.dead_letter import (
+    DeadLetter,
+    DeadLetterLocation,
+    absent_locations,
+    describe,
+    filter_dead_letters,
+    group_by_cause,
+    parse_dead_letter,
+    parse_location,
+)
+from services.common.operations.dead_letters.redrive import RedriveTarget, can_redrive, redrive_target
+from services.common.operations.dead_letters.resolution import resolution_headers, resolved_offsets
 from tests.event_strategies import mail_task
 
-PLACE = Place("validator", 3, 17)
+LOCATION = DeadLetterLocation("validator", 3, 17)
 
 
 @given(st.sets(st.integers(0, 1 << 62), max_size=50) | st.sets(st.integers(0, 60), max_size=50))
 def test_a_marker_says_which_offsets_it_resolves(offsets: set[int]) -> None:
-    written = marker.headers_of(offsets, "purged")
-    read = marker.resolved(1 << 63, None, None, written) or []
+    written = resolution_headers(offsets, "purged")
+    read = resolved_offsets(1 << 63, None, None, written) or []
     assert {offset for part in read for offset in part} == offsets
     assert written[1] == ("resolution", b"purged")
 
 
 def test_no_number_of_a_foreign_record_is_too_long_to_be_read() -> None:
     digits = b"9" * 5000
-    assert marker.resolved(9, None, None, [("resolves", digits), ("resolution", b"purged")]) is None
-    assert letter_of(PLACE, 0, None, [("attempt", digits)]).attempt == 0
+    assert resolved_offsets(9, None, None, [("resolves", digits), ("resolution", b"purged")]) is None
+    assert parse_dead_letter(LOCATION, 0, None, [("attempt", digits)]).attempt == 0
 
 
 def test_neighbours_are_one_range() -> None:
-    assert marker.headers_of([9, 3, 4, 5], "replayed")[0] == ("resolves", b"3-5,9")
+    assert resolution_headers([9, 3, 4, 5], "replayed")[0] == ("resolves", b"3-5,9")
 
 
 def test_a_letter_is_no_marker_and_a_bad_marker_resolves_nothing() -> None:
-    assert marker.resolved(9, None, None, None) is None
+    assert resolved_offsets(9, None, None, None) is None
     carried = headers.dead_letter_headers([], origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="c")
-    assert marker.resolved(9, None, None, carried) is None
+    assert resolved_offsets(9, None, None, carried) is None
     bad = [("resolves", b"x,-,1-,-2,\xff"), ("resolution", b"purged")]
-    assert marker.resolved(9, None, None, bad) == [range(1, 2)]
+    assert resolved_offsets(9, None, None, bad) == [range(1, 2)]
 
 
 def test_a_marker_counts_for_what_stands_before_it() -> None:
-    later = marker.headers_of([3, 4, 5, 6, 9], "purged")
-    assert marker.resolved(5, None, None, later) == [range(3, 5)]
-    assert marker.resolved(3, None, None, later) is None
+    later = resolution_headers([3, 4, 5, 6, 9], "purged")
+    assert resolved_offsets(5, None, None, later) == [range(3, 5)]
+    assert resolved_offsets(3, None, None, later) is None
 
 
 def test_a_foreign_record_with_a_header_of_a_marker_is_a_letter() -> None:
@@ -70,18 +78,18 @@ def test_a_foreign_record_with_a_header_of_a_marker_is_a_letter() -> None:
         (None, None, foreign[:1]),
         (None, None, [*foreign, ("attempt", b"1"), ("origin", b"mx.ok/0/1"), ("cause", b"c")]),
     ):
-        assert marker.resolved(9, key, value, carried) is None
+        assert resolved_offsets(9, key, value, carried) is None
 
 
 @pytest.mark.parametrize("text", ["", "validator", "validator/1", "/1/2", "validator/-1/2", "validator/1/x"])
 def test_a_place_is_stage_partition_offset(text: str) -> None:
     with pytest.raises(ValueError, match="STAGE/PARTITION/OFFSET"):
-        parse_place(text)
-    assert parse_place(str(PLACE)) == PLACE
+        parse_location(text)
+    assert parse_location(str(LOCATION)) == LOCATION
 
 
-def letter(headers: Headers | None, key: bytes | None = None) -> Letter:
-    return letter_of(PLACE, 1_763_976_543_123, key, headers)
+def letter(headers: Headers | None, key: bytes | None = None) -> DeadLetter:
+    return parse_dead_letter(LOCATION, 1_763_976_543_123, key, headers)
 
 
 def test_a_letter_shows_its_event_decoded() -> None:
@@ -89,7 +97,7 @@ def test_a_letter_shows_its_event_decoded() -> None:
     carried = headers.dead_letter_headers(
         record.headers, origin=RecordLocation("task.created", 3, 9), attempt=2, cause="KeyError: 'x'"
     )
-    row = shown(letter(carried, record.key), record.value, carried)
+    row = describe(letter(carried, record.key), record.value, carried)
     assert (row["cause"], row["origin"], row["attempt"]) == ("KeyError: 'x'", "task.created/3/9", 2)
     assert row["event"]["type"] == "postroad.v1.TaskCreated"
     assert row["event"]["task"]["id"] == row["task"] == str(UUID(bytes=mail_task(1).id))
@@ -116,21 +124,21 @@ def test_what_does_not_decode_is_shown_so_that_no_terminal_minds(
     carried = headers.dead_letter_headers(
         None, origin=RecordLocation("mail.sent", 0, 1), attempt=1, cause="not a MailSent"
     )
-    row = shown(letter(carried), value, carried)
+    row = describe(letter(carried), value, carried)
     assert (row["event"], row["value"]) == (None, text)
 
 
 def test_a_letter_that_no_stage_wrote_can_only_be_purged() -> None:
     for foreign in (None, [("cause", b"\xff")], [("origin", b"nowhere"), ("attempt", b"x")]):
         assert letter(foreign).origin is None
-        assert not replayable(letter(foreign))
-        assert shown(letter(foreign), b"x", foreign)["origin"] is None
+        assert not can_redrive(letter(foreign))
+        assert describe(letter(foreign), b"x", foreign)["origin"] is None
     delayed = headers.dead_letter_headers(
         None, origin=RecordLocation("sender.delay.60", 0, 1), attempt=1, cause="due-at is missing"
     )
-    assert not replayable(letter(delayed))
+    assert not can_redrive(letter(delayed))
     known = headers.dead_letter_headers(None, origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="")
-    assert replayable(letter(known))
+    assert can_redrive(letter(known))
 
 
 def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +151,7 @@ def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> No
     one = letter(carried, record.key)
     with pytest.raises(Failure, match="--yes"):
         _ask("Purge", [one], False)
-    _letter(Frame({}), shown(one, record.value, carried))
+    _show_details(Frame({}), describe(one, record.value, carried))
     said = capsys.readouterr()
     assert r"\x1b[2J\x9b31m" in said.err
     assert not {"\x1b", "\x9b"} & {*said.out, *said.err}
@@ -156,7 +164,7 @@ def test_a_letter_says_what_it_does_not_carry() -> None:
     )
     one = letter(carried)
     assert one.left_out == (value,)
-    row = shown(one, None, carried)
+    row = describe(one, None, carried)
     assert (row["size"], row["left_out"]) == (
         100,
         [{"part": "value", "size": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()}],
@@ -166,14 +174,14 @@ def test_a_letter_says_what_it_does_not_carry() -> None:
 
 
 def test_letters_are_grouped_by_stage_and_cause() -> None:
-    def at(stage: str, offset: int, cause: str) -> Letter:
+    def at(stage: str, offset: int, cause: str) -> DeadLetter:
         carried = headers.dead_letter_headers(
             None, origin=RecordLocation("mx.ok", 0, offset), attempt=1, cause=cause
         )
-        return letter_of(Place(stage, 0, offset), 1000 * offset, None, carried)
+        return parse_dead_letter(DeadLetterLocation(stage, 0, offset), 1000 * offset, None, carried)
 
     letters = [at("sender", 1, "b"), at("sender", 2, "a"), at("sender", 3, "a"), at("status", 4, "a")]
-    rows = groups(letters)
+    rows = group_by_cause(letters)
     assert [(row["stage"], row["cause"], row["count"]) for row in rows] == [
         ("sender", "a", 2),
         ("sender", "b", 1),
@@ -181,32 +189,36 @@ def test_letters_are_grouped_by_stage_and_cause() -> None:
     ]
     assert (rows[0]["first"], rows[0]["last"]) == (letters[1].time, letters[2].time)
     assert (rows[0]["sample"], rows[0]["origins"]) == ("sender/0/3", ["mx.ok"])
-    assert picked(letters, set(), "a") == [letters[1], letters[2], letters[3]]
-    there, gone = letters[3].place, Place("status", 0, 5)
-    assert picked(letters, {there, gone}, "") == [letters[3]]
-    assert missing(letters, {there, gone}) == [gone]
+    assert filter_dead_letters(letters, set(), "a") == [letters[1], letters[2], letters[3]]
+    there, gone = letters[3].location, DeadLetterLocation("status", 0, 5)
+    assert filter_dead_letters(letters, {there, gone}, "") == [letters[3]]
+    assert absent_locations(letters, {there, gone}) == [gone]
 
 
 DELAYS = {"validator": (5, 30), "sender": (60, 300)}
 
 
-def died(stage: str, topic: str, attempt: int) -> tuple[Letter, Headers]:
+def died(stage: str, topic: str, attempt: int) -> tuple[DeadLetter, Headers]:
     """A letter of a record that came with these headers of its own, and the letter's headers."""
     carried = headers.dead_letter_headers(
         [("ce_id", b"1")], origin=RecordLocation(topic, 2, 40), attempt=attempt, cause="OSError"
     )
-    return letter_of(Place(stage, 0, 0), 1000, b"k" * 16, carried), carried
+    return parse_dead_letter(DeadLetterLocation(stage, 0, 0), 1000, b"k" * 16, carried), carried
 
 
 def test_what_died_at_first_goes_back_as_it_was() -> None:
     for stage, topic in (("validator", "task.created"), ("sender", "mx.ok"), ("status", "mail.sent")):
-        assert back(*died(stage, topic, 1), DELAYS) == Back(topic, [("ce_id", b"1")])
+        assert redrive_target(*died(stage, topic, 1), DELAYS) == RedriveTarget(topic, [("ce_id", b"1")])
 
 
 def test_a_stage_that_has_no_delays_or_does_not_read_the_topic_gets_no_delayed_record() -> None:
-    assert back(*died("status", "mail.sent", 2), DELAYS) == Back("mail.sent", [("ce_id", b"1")])
-    assert back(*died("sender", "mail.sent", 2), DELAYS) == Back("mail.sent", [("ce_id", b"1")])
-    assert back(*died("validator", "task.created", 2), {"validator": ()}).topic == "task.created"
+    assert redrive_target(*died("status", "mail.sent", 2), DELAYS) == RedriveTarget(
+        "mail.sent", [("ce_id", b"1")]
+    )
+    assert redrive_target(*died("sender", "mail.sent", 2), DELAYS) == RedriveTarget(
+        "mail.sent", [("ce_id", b"1")]
+    )
+    assert redrive_target(*died("validator", "task.created", 2), {"validator": ()}).topic == "task.created"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +228,7 @@ def test_what_died_on_a_retry_comes_back_as_that_attempt_and_is_due(
     stage: str, topic: str, delay: int
 ) -> None:
     for attempt in (2, 3):
-        went = back(*died(stage, topic, attempt), DELAYS)
+        went = redrive_target(*died(stage, topic, attempt), DELAYS)
         assert went.topic == f"{stage}.delay.{delay}"
         came = parse_delayed_headers(went.headers)
         assert (came.attempt, came.due_at_ms, came.origin) == (attempt, 0, RecordLocation(topic, 2, 40))
@@ -241,7 +253,7 @@ def test_the_sender_takes_up_what_died_on_a_retry(
     now, lease = datetime(2026, 3, 1, 12), timedelta(seconds=20)
     id_ = bytes(range(16))
     row = Delivery(id_, state, 7, attempt - before, 0, b"o" * 16, now, 1, 1, "", "", "", "<m@x>")
-    went = back(*died("sender", "mx.ok", attempt), DELAYS)
+    went = redrive_target(*died("sender", "mx.ok", attempt), DELAYS)
     claim = Claim(id_, 7, parse_delayed_headers(went.headers).attempt, b"n" * 16, "<m@x>")
     assert isinstance(decide(row, claim, now + lease, lease, False)[0], verdict)
     first = decide(row, claim._replace(attempt=1), now + lease, lease, False)[0]

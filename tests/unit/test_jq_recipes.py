@@ -12,13 +12,15 @@ import pytest
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from services.cli import watching
-from services.cli.dead.letter import Place, letter_of
-from services.cli.dead.pick import groups
-from services.cli.dead_commands import _row
-from services.cli.lag.report import report
-from services.cli.lag.sample import Group, Sample
 from services.cli.output import Form, Output
 from services.cli.tasks import full_row, task_row
+from services.common.operations.dead_letters.dead_letter import (
+    DeadLetterLocation,
+    group_by_cause,
+    parse_dead_letter,
+)
+from services.common.operations.lag.report import report
+from services.common.operations.lag.sampler import LagSample, StageGroup
 
 ROOT = Path(__file__).parents[2]
 PATH = r"\.[a-z_]\w*(?:\[\])?(?:\.[a-z_]\w*(?:\[\])?)*"
@@ -52,8 +54,11 @@ def printed(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[Any]:
     out = Output(Form(re.findall(r"-o (\w+)", arguments)[0]))
     if arguments.startswith("dead list "):
         keys = (b"k" * 16, None)
-        letters = [letter_of(Place("sender", 0, number), 0, key, []) for number, key in enumerate(keys)]
-        out.rows(map(_row, letters) if "--each" in arguments else groups(letters), ())
+        letters = [
+            parse_dead_letter(DeadLetterLocation("sender", 0, number), 0, key, [])
+            for number, key in enumerate(keys)
+        ]
+        out.rows([one.summary() for one in letters] if "--each" in arguments else group_by_cause(letters), ())
     elif arguments.startswith("list "):
         out.rows([task_row(task)], ())
     elif arguments.startswith("get "):
@@ -64,7 +69,9 @@ def printed(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[Any]:
         change = pb.WatchResponse(task=task, change=task.timeline[0])
         out.lines(())(watching._row(change))
     elif arguments.startswith("lag "):
-        sample = Sample(0.0, {}, {}, {"sender": Group("postroad.sender", "stable", [])}, {"sender": {}})
+        sample = LagSample(
+            0.0, {}, {}, {"sender": StageGroup("postroad.sender", "stable", [])}, {"sender": {}}
+        )
         out.one(report({"sender": []}, sample, None, partitions=False))
     text = capsys.readouterr().out
     return [json.loads(part) for part in ([text] if out.form is Form.JSON else text.splitlines())]

@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
-from services.cli.rebuild.deliveries import Told, merge, restored, told
-from services.cli.rebuild.folding import Folded
 from services.common.deliveries.decide import (
     IN_DOUBT,
     NO_OWNER,
@@ -29,6 +27,13 @@ from services.common.deliveries.mx_failures import failed_row
 from services.common.deliveries.outcome import event_of
 from services.common.events import Event, event_key
 from services.common.fold import delta, fold
+from services.common.operations.rebuild.folded_batch import (
+    DeliveryFacts,
+    FoldedBatch,
+    delivery_facts,
+    merge_facts,
+    restored_delivery,
+)
 from services.sender.answers import takeover_event
 from tests.event_strategies import events_of, mail_task
 from tests.forms import by_form
@@ -38,9 +43,9 @@ LEASE = timedelta(seconds=20)
 START = datetime(2026, 3, 1)
 
 
-def known(events: list[Event]) -> Told | None:
-    each = [one for event in events if (one := told(event, delta(event).version)) is not None]
-    return reduce(merge, each) if each else None
+def known(events: list[Event]) -> DeliveryFacts | None:
+    each = [one for event in events if (one := delivery_facts(event, delta(event).version)) is not None]
+    return reduce(merge_facts, each) if each else None
 
 
 class Deliveries:
@@ -116,7 +121,7 @@ def test_the_topics_tell_a_settled_row(seed: int) -> None:
     tells = known(events + events[: len(events) // 2])
     if row is None or tells is None:
         return
-    made = restored(tells, START)
+    made = restored_delivery(tells, START)
     # Whatever the row is, none that is restored lets a mail go out again that the row would hold back.
     if row.state == "sending" or made.state == "sending":
         assert (made.state == "sent") <= (row.state == "sent")
@@ -144,7 +149,7 @@ def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
     )
     tells = known([event])
     assert tells is not None
-    row = restored(tells, START)
+    row = restored_delivery(tells, START)
     assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NO_OWNER, 2, START)
     verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False, max_resends=3)
     assert isinstance(verdict, Taken)
@@ -156,9 +161,11 @@ def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
 
 def test_a_task_that_failed_before_the_sender_saw_it_is_restored_as_status_has_it() -> None:
     event = pb.MxFailed(id=mail_task(0).id, epoch=3, attempt=2, reason="null_mx" * 20, detail="d", at_us=7)
-    tells = told(event, 1)
+    tells = delivery_facts(event, 1)
     assert tells is not None
-    assert restored(tells, START)._replace(lease_until=failed_row(event).lease_until) == failed_row(event)
+    assert restored_delivery(tells, START)._replace(lease_until=failed_row(event).lease_until) == failed_row(
+        event
+    )
 
 
 def test_what_an_operator_decided_is_restored_so_that_nothing_is_sent() -> None:
@@ -166,14 +173,14 @@ def test_what_an_operator_decided_is_restored_so_that_nothing_is_sent() -> None:
     closed = pb.TaskCancelled(id=ID, epoch=9, attempts=2, in_doubt=True, at_us=9)
     tells = known([doubt, closed])
     assert tells is not None
-    row = restored(tells, START)
+    row = restored_delivery(tells, START)
     assert (row.state, row.epoch, row.reason, row.takeovers, row.message_id) == ("cancelled", 9, "", 1, "<m>")
     sent = pb.MailSent(id=ID, epoch=9, attempt=2, message_id="<m>", resolved=True, at_us=9)
     not_sent = pb.MailFailed(id=ID, epoch=9, attempt=2, reason=NOT_SENT, message_id="<m>", at_us=9)
     for event in (sent, not_sent):
         tells = known([doubt, event])
         assert tells is not None
-        assert event_of(restored(tells, START)) == event
+        assert event_of(restored_delivery(tells, START)) == event
 
 
 def test_a_late_verdict_leaves_a_deferred_delivery_to_the_sender() -> None:
@@ -192,7 +199,7 @@ def test_what_is_not_about_the_delivery_tells_nothing() -> None:
         pb.MxOk(task=task),
         pb.MailDeferred(id=task.id, stage="validator"),
     ):
-        assert told(event, 1) is None
+        assert delivery_facts(event, 1) is None
 
 
 @given(st.lists(events_of(mail_task(0)), min_size=1, max_size=12), st.randoms(use_true_random=False))
@@ -210,7 +217,7 @@ def test_what_is_told_does_not_depend_on_the_order(events: list[Event], rng: ran
 
 @given(st.lists(events_of(mail_task(0)) | events_of(mail_task(1)) | events_of(mail_task(2)), max_size=20))
 def test_a_batch_is_the_fold_of_its_events(events: list[Event]) -> None:
-    folded = Folded()
+    folded = FoldedBatch()
     for event in events:
         folded.add(event)
     for number in range(3):
@@ -225,7 +232,7 @@ def test_a_batch_is_the_fold_of_its_events(events: list[Event]) -> None:
     assert {**first.rows, **second.rows} == folded.rows
     assert {**first.entries, **second.entries} == folded.entries
     assert {**first.bodies, **second.bodies} == folded.bodies
-    assert {**first.told, **second.told} == folded.told
+    assert {**first.facts, **second.facts} == folded.facts
     assert not first.rows.keys() & second.rows.keys()
 
 
@@ -233,7 +240,7 @@ def test_a_body_that_was_purged_does_not_stand_in_the_way_of_one_that_was_not() 
     without = mail_task(0)
     without.ClearField("body")
     without.ClearField("html")
-    folded = Folded()
+    folded = FoldedBatch()
     folded.add(pb.TaskCreated(task=without, epoch=1))
     folded.add(pb.TaskCreated(task=mail_task(0)))
     assert folded.bodies[without.id].body == "body"

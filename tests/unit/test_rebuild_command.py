@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 
 from services.cli.frame import Frame
-from services.cli.rebuild.run import Report
 from services.cli.rebuild_command import _row, _show
+from services.common.operations.rebuild.report import RebuildReport
 
 
-def shown(capsys: pytest.CaptureFixture[str], report: Report, yes: bool) -> dict[str, str]:
+def shown(capsys: pytest.CaptureFixture[str], report: RebuildReport, yes: bool) -> dict[str, str]:
     _show(Frame({}), _row(report), yes)
     lines = capsys.readouterr().out.splitlines()
     return {title.strip(): value for title, _, value in (line.rpartition(" ") for line in lines)}
 
 
 def test_restored_rows_are_no_exchange_that_did_not_happen(capsys: pytest.CaptureFixture[str]) -> None:
-    restored = shown(capsys, Report(deliveries=3, bodies=2), True)
+    restored = shown(capsys, RebuildReport(deliveries=3, bodies=2), True)
     assert (restored["deliveries restored"], restored["bodies restored"]) == ("3", "2")
     assert "swapped in" not in restored
-    compared = shown(capsys, Report(deliveries=3), False)
+    compared = shown(capsys, RebuildReport(deliveries=3), False)
     assert (compared["deliveries missing"], compared["swapped in"]) == ("3", "no")
-    exchanged = shown(capsys, Report(deliveries=3, differing=1, swapped=True), True)
+    exchanged = shown(capsys, RebuildReport(deliveries=3, differing=1, swapped=True), True)
     assert (exchanged["deliveries restored"], exchanged["swapped in"]) == ("3", "yes")
-    kept = shown(capsys, Report(differing=1), True)
+    kept = shown(capsys, RebuildReport(differing=1), True)
     assert kept["swapped in"] == "no"

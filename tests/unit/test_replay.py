@@ -18,16 +18,9 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.errors import Failure
 from services.cli.frame import Frame
 from services.cli.output import Form, Output
-from services.cli.replay.asked import Asked, asked_from, checked
-from services.cli.replay.decide import OVERDUE_US, Decision, What, delayed, in_time, working
-from services.cli.replay.records import Read, again, see
-from services.cli.replay.run import Tasks
-from services.cli.replay.selection import Selection
-from services.cli.replay.span import parse_point
-from services.cli.replay.standing import Sending, Standing, first_seen, known
-from services.cli.replay.store import Counts, Replay
-from services.cli.replay_command import _finished
-from services.cli.replay_results import result
+from services.cli.replay_command import _finish
+from services.cli.replay_results import show_result
+from services.cli.times import parse_point
 from services.common.addresses import normalise
 from services.common.deliveries.decide import (
     IN_DOUBT,
@@ -42,6 +35,25 @@ from services.common.deliveries.decide import (
 from services.common.events import DECODERS, Undecodable, encode
 from services.common.kafka.headers import delayed_headers, parse_delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
+from services.common.operations.errors import InvalidOption
+from services.common.operations.replay.decide import (
+    OVERDUE_US,
+    ReplayAction,
+    ReplayDecision,
+    decide_delayed,
+    decide_work,
+    wait_for_send_at,
+)
+from services.common.operations.replay.options import (
+    ReplayOptions,
+    TaskFilter,
+    check_options,
+    parse_options,
+)
+from services.common.operations.replay.preview import DistinctTasks
+from services.common.operations.replay.records import ReplayedRecord, decode, replayed
+from services.common.operations.replay.store import Counts, Replay
+from services.common.operations.replay.task_state import StoredDelivery, TaskState, combine, new_task_state
 from services.common.rate import Rate
 from tests.event_strategies import mail_task
 from tests.forms import by_form
@@ -54,98 +66,110 @@ FRESH = 1_772_366_400_000
 DELAYS = {"validator": (5, 30), "sender": (60, 300)}
 
 
-def ask(task: Standing, *reopen: str, epoch: int = 0, fresh: int = FRESH, sends: bool = True) -> Decision:
-    return working(epoch, task, reopen=set(reopen), fresh=fresh, now_us=NOW_US, sends=sends)
+def ask(
+    task: TaskState, *reopen: str, epoch: int = 0, new_epoch: int = FRESH, to_sender: bool = True
+) -> ReplayDecision:
+    return decide_work(
+        epoch, task, reopen=set(reopen), new_epoch=new_epoch, now_us=NOW_US, to_sender=to_sender
+    )
 
 
 # --- one record, one task ---
 
 
-@pytest.mark.parametrize("sends", [True, False])
+@pytest.mark.parametrize("to_sender", [True, False])
 @pytest.mark.parametrize(
     ("status", "reopen", "what", "epoch"),
     [
-        ("completed", [], What.ALREADY_SENT, 7),
-        ("completed", ["failed", "cancelled", "uncertain", "deferred"], What.ALREADY_SENT, 7),
-        ("failed", [], What.SETTLED, 7),
-        ("failed", ["cancelled", "uncertain", "deferred"], What.SETTLED, 7),
-        ("failed", ["failed"], What.REOPENED, FRESH),
-        ("cancelled", [], What.SETTLED, 7),
-        ("cancelled", ["cancelled", "failed"], What.REOPENED, FRESH),
-        ("uncertain", ["failed"], What.SETTLED, 7),
-        ("uncertain", ["uncertain"], What.REOPENED, FRESH),
-        ("pending", ["failed"], What.AGAIN, 7),
-        ("processing", ["failed"], What.AGAIN, 7),
+        ("completed", [], ReplayAction.ALREADY_SENT, 7),
+        ("completed", ["failed", "cancelled", "uncertain", "deferred"], ReplayAction.ALREADY_SENT, 7),
+        ("failed", [], ReplayAction.SETTLED, 7),
+        ("failed", ["cancelled", "uncertain", "deferred"], ReplayAction.SETTLED, 7),
+        ("failed", ["failed"], ReplayAction.REOPENED, FRESH),
+        ("cancelled", [], ReplayAction.SETTLED, 7),
+        ("cancelled", ["cancelled", "failed"], ReplayAction.REOPENED, FRESH),
+        ("uncertain", ["failed"], ReplayAction.SETTLED, 7),
+        ("uncertain", ["uncertain"], ReplayAction.REOPENED, FRESH),
+        ("pending", ["failed"], ReplayAction.REPUBLISH, 7),
+        ("processing", ["failed"], ReplayAction.REPUBLISH, 7),
     ],
 )
 def test_what_becomes_of_a_record(
-    status: str, reopen: list[str], what: What, epoch: int, sends: bool
+    status: str, reopen: list[str], what: ReplayAction, epoch: int, to_sender: bool
 ) -> None:
-    assert ask(Standing(status, "", 7), *reopen, epoch=7, sends=sends) == Decision(what, epoch)
+    assert ask(TaskState(status, "", 7), *reopen, epoch=7, to_sender=to_sender) == ReplayDecision(what, epoch)
 
 
 def test_a_record_of_an_earlier_epoch_goes_in_the_task_s_own() -> None:
-    assert ask(Standing("pending", "", 7), epoch=0) == Decision(What.AGAIN, 7)
+    assert ask(TaskState("pending", "", 7), epoch=0) == ReplayDecision(ReplayAction.REPUBLISH, 7)
 
 
 def test_a_record_of_a_later_epoch_than_the_row_knows_is_no_settled_task_s() -> None:
-    assert ask(Standing("failed", "rejected", 0), epoch=9) == Decision(What.AGAIN, 9)
-    assert ask(Standing("failed", "rejected", 0), "failed", epoch=9) == Decision(What.AGAIN, 9)
+    assert ask(TaskState("failed", "rejected", 0), epoch=9) == ReplayDecision(ReplayAction.REPUBLISH, 9)
+    assert ask(TaskState("failed", "rejected", 0), "failed", epoch=9) == ReplayDecision(
+        ReplayAction.REPUBLISH, 9
+    )
 
 
-@pytest.mark.parametrize("what", What)
-def test_nothing_goes_before_its_time(what: What) -> None:
-    decision = Decision(what, 5)
-    assert in_time(decision, 3, 100, 100) == in_time(decision, 3, 0, 100) == decision
-    assert in_time(decision, 3, 101, 100) == (Decision(What.WAITS, 3) if what.produced else decision)
+@pytest.mark.parametrize("what", ReplayAction)
+def test_nothing_goes_before_its_time(what: ReplayAction) -> None:
+    decision = ReplayDecision(what, 5)
+    assert wait_for_send_at(decision, 3, 100, 100) == wait_for_send_at(decision, 3, 0, 100) == decision
+    assert wait_for_send_at(decision, 3, 101, 100) == (
+        ReplayDecision(ReplayAction.WAITS, 3) if what.produces else decision
+    )
 
 
 def test_what_failed_again_after_this_replay_reopened_it_is_left_to_the_next_one() -> None:
-    assert ask(Standing("failed", "rejected", FRESH), "failed").what is What.REOPENED_SINCE
-    assert ask(Standing("failed", "rejected", FRESH + 1), "failed").what is What.REOPENED_SINCE
+    assert ask(TaskState("failed", "rejected", FRESH), "failed").action is ReplayAction.REOPENED_SINCE
+    assert ask(TaskState("failed", "rejected", FRESH + 1), "failed").action is ReplayAction.REOPENED_SINCE
 
 
 def test_a_deferred_mail_waits_for_its_next_attempt_unless_that_is_lost_or_asked_for() -> None:
     later, lost = NOW_US + 60_000_000, NOW_US - OVERDUE_US - 1
-    waits = Standing("processing", "deferred", 3, waits=(2, later))
-    assert ask(waits).what is What.WAITS
-    assert ask(waits, "failed").what is What.WAITS
-    assert ask(waits, "deferred") == Decision(What.NEXT_ATTEMPT, 3, 3)
-    assert ask(waits._replace(waits=(2, lost))) == Decision(What.NEXT_ATTEMPT, 3, 3)
+    waits = TaskState("processing", "deferred", 3, deferred=(2, later))
+    assert ask(waits).action is ReplayAction.WAITS
+    assert ask(waits, "failed").action is ReplayAction.WAITS
+    assert ask(waits, "deferred") == ReplayDecision(ReplayAction.NEXT_ATTEMPT, 3, 3)
+    assert ask(waits._replace(deferred=(2, lost))) == ReplayDecision(ReplayAction.NEXT_ATTEMPT, 3, 3)
     # The validator's record comes to the sender as a first attempt, which is over.
-    assert ask(waits._replace(waits=(2, lost)), "deferred", sends=False).what is What.WAITS
+    assert ask(waits._replace(deferred=(2, lost)), "deferred", to_sender=False).action is ReplayAction.WAITS
 
 
 @pytest.mark.parametrize(("attempt", "goes_as"), [(0, 0), (1, 0), (2, 2), (5, 5)])
 def test_what_the_sender_has_at_a_later_attempt_goes_as_that_attempt(attempt: int, goes_as: int) -> None:
-    works = Standing("processing", "", 3, attempt=attempt)
-    assert ask(works, epoch=3) == ask(works, epoch=0) == Decision(What.AGAIN, 3, goes_as)
-    assert ask(works, "deferred", epoch=3) == Decision(What.AGAIN, 3, goes_as)
+    works = TaskState("processing", "", 3, attempt=attempt)
+    assert ask(works, epoch=3) == ask(works, epoch=0) == ReplayDecision(ReplayAction.REPUBLISH, 3, goes_as)
+    assert ask(works, "deferred", epoch=3) == ReplayDecision(ReplayAction.REPUBLISH, 3, goes_as)
     # The validator's attempts are its own.
-    assert ask(works, sends=False) == Decision(What.AGAIN, 3)
+    assert ask(works, to_sender=False) == ReplayDecision(ReplayAction.REPUBLISH, 3)
 
 
 @pytest.mark.parametrize(
     ("status", "task_epoch", "due_ms", "what"),
     [
-        ("processing", 3, 10, What.AGAIN),
-        ("processing", 3, 11, What.WAITS),
-        ("processing", 4, 10, What.REOPENED_SINCE),
-        ("failed", 3, 10, What.SETTLED),
-        ("failed", 2, 10, What.AGAIN),
-        ("completed", 3, 10, What.ALREADY_SENT),
-        ("completed", 0, 11, What.ALREADY_SENT),
+        ("processing", 3, 10, ReplayAction.REPUBLISH),
+        ("processing", 3, 11, ReplayAction.WAITS),
+        ("processing", 4, 10, ReplayAction.REOPENED_SINCE),
+        ("failed", 3, 10, ReplayAction.SETTLED),
+        ("failed", 2, 10, ReplayAction.REPUBLISH),
+        ("completed", 3, 10, ReplayAction.ALREADY_SENT),
+        ("completed", 0, 11, ReplayAction.ALREADY_SENT),
     ],
 )
-def test_what_becomes_of_a_delayed_record(status: str, task_epoch: int, due_ms: int, what: What) -> None:
-    assert delayed(3, Standing(status, "", task_epoch), due_ms=due_ms, now_ms=10) == Decision(what, 3)
+def test_what_becomes_of_a_delayed_record(
+    status: str, task_epoch: int, due_ms: int, what: ReplayAction
+) -> None:
+    assert decide_delayed(3, TaskState(status, "", task_epoch), due_ms=due_ms, now_ms=10) == ReplayDecision(
+        what, 3
+    )
 
 
 # --- how a task stands ---
 
 
-def sending(state: str, epoch: int = 0, attempt: int = 1, reason: str = "") -> Sending:
-    return Sending(state, epoch, attempt, 55 if state == "deferred" else 0, reason)
+def sending(state: str, epoch: int = 0, attempt: int = 1, reason: str = "") -> StoredDelivery:
+    return StoredDelivery(state, epoch, attempt, 55 if state == "deferred" else 0, reason)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +190,9 @@ def sending(state: str, epoch: int = 0, attempt: int = 1, reason: str = "") -> S
     ],
 )
 def test_the_sender_s_memory_knows_more_than_a_row_that_lags(
-    row: tuple[str, str, int], memory: Sending | None, stands: tuple[str, str, int]
+    row: tuple[str, str, int], memory: StoredDelivery | None, stands: tuple[str, str, int]
 ) -> None:
-    assert known(Standing(*row), memory)[:3] == stands
+    assert combine(TaskState(*row), memory)[:3] == stands
 
 
 @pytest.mark.parametrize(
@@ -183,18 +207,18 @@ def test_the_sender_s_memory_knows_more_than_a_row_that_lags(
     ],
 )
 def test_the_sender_s_memory_tells_at_which_attempt_it_is(
-    memory: Sending, attempt: int, waits: tuple[int, int] | None
+    memory: StoredDelivery, attempt: int, waits: tuple[int, int] | None
 ) -> None:
-    stands = known(Standing("processing", "", 5), memory)
-    assert (stands.attempt, stands.waits) == (attempt, waits)
+    stands = combine(TaskState("processing", "", 5), memory)
+    assert (stands.attempt, stands.deferred) == (attempt, waits)
 
 
 def test_a_task_without_a_row_is_pending() -> None:
     task = mail_task(1)
-    seen = first_seen(pb.TaskCreated(task=task, epoch=4))
+    seen = new_task_state(pb.TaskCreated(task=task, epoch=4))
     assert (seen.status, seen.epoch, seen.recipient) == ("pending", 4, task.email)
     assert seen.labels == dict(task.labels)
-    assert first_seen(pb.MailSent(id=ID, epoch=4)) == Standing("pending", "", 4)
+    assert new_task_state(pb.MailSent(id=ID, epoch=4)) == TaskState("pending", "", 4)
 
 
 # --- against the sender ---
@@ -213,7 +237,7 @@ class Task:
 
     def __init__(self) -> None:
         self.delivery: Delivery | None = None
-        self.row = Standing("pending", "", 0)
+        self.row = TaskState("pending", "", 0)
         self.records = [(0, 1)]
         self.number = 0
         self.clock = NOW
@@ -254,14 +278,14 @@ class Task:
     def fold(self) -> None:
         self.row = self.stands()
 
-    def stands(self) -> Standing:
+    def stands(self) -> TaskState:
         row = self.delivery
         memory = (
             None
             if row is None
-            else Sending(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
+            else StoredDelivery(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
         )
-        return known(self.row, memory)
+        return combine(self.row, memory)
 
     def cancel(self) -> None:
         self.number += 1
@@ -278,19 +302,19 @@ class Task:
         self.fold()
         if self.row.status in ("failed", "uncertain", "cancelled"):
             epoch = FRESH + 1_000_000 + self.number
-            self.row = Standing("pending", "", max(epoch, self.row.epoch + 1))
+            self.row = TaskState("pending", "", max(epoch, self.row.epoch + 1))
             self.records.append((self.row.epoch, 1))
             self._ask()
 
     def look(self, record: tuple[int, int], reopen: set[str], lags: bool) -> tuple[int, int] | None:
         """What a replay makes of a record; `lags`: it sees the row alone."""
         task = self.row if lags else self.stands()
-        decision = working(
-            record[0], task, reopen=reopen, fresh=FRESH + self.number, now_us=NOW_US, sends=True
+        decision = decide_work(
+            record[0], task, reopen=reopen, new_epoch=FRESH + self.number, now_us=NOW_US, to_sender=True
         )
-        if decision.what is What.REOPENED:
+        if decision.action is ReplayAction.REOPENED:
             self._ask()
-        return (decision.epoch, decision.attempt or 1) if decision.what.produced else None
+        return (decision.epoch, decision.attempt or 1) if decision.action.produces else None
 
     def _over(self) -> None:
         self.wanted = False
@@ -389,8 +413,8 @@ def test_what_is_stuck_goes_again(state: Any, attempt: int) -> None:
     if state is not None:
         due = NOW_US - 2 * OVERDUE_US
         row = Delivery(ID, state, 5, attempt, 0, b"x" * 16, NOW, 0, due, "", "", "", "<m@x>")
-    memory = row and Sending(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
-    decision = ask(known(Standing("processing", "", 5), memory), epoch=0)
+    memory = row and StoredDelivery(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
+    decision = ask(combine(TaskState("processing", "", 5), memory), epoch=0)
     verdict, _ = decide(row, claim(decision.epoch, decision.attempt or 1, 1), NOW + LEASE, LEASE, False)
     assert isinstance(verdict, Taken)
 
@@ -398,14 +422,14 @@ def test_what_is_stuck_goes_again(state: Any, attempt: int) -> None:
 # --- the records ---
 
 
-def record(event: Any, topic: str, *headers: tuple[str, bytes]) -> Read:
+def record(event: Any, topic: str, *headers: tuple[str, bytes]) -> ReplayedRecord:
     out = encode(event, "api", b"00-1-2-01")
-    return Read(topic, 3, 17, out.key, out.value, [*out.headers, *headers])
+    return ReplayedRecord(topic, 3, 17, out.key, out.value, [*out.headers, *headers])
 
 
 def test_a_record_goes_again_as_it_is_and_says_which_replay_it_is_of() -> None:
     read = record(pb.MxOk(task=mail_task(1), attempt=2, at_us=9), "mx.ok", ("replay-id", b"an earlier one"))
-    out = again(read, see(read), Decision(What.AGAIN, 0), "r2", "sender.delay.60")
+    out = replayed(read, decode(read), ReplayDecision(ReplayAction.REPUBLISH, 0), "r2", "sender.delay.60")
     assert (out.topic, out.key, out.value) == ("mx.ok", read.key, read.value)
     assert [h for h in out.headers if h[0] == "replay-id"] == [("replay-id", b"r2")]
     assert [h for h in out.headers if h[0] != "replay-id"] == (read.headers or [])[:-1]
@@ -419,7 +443,9 @@ def test_a_reopened_task_is_the_same_event_whoever_produces_it_in_that_epoch() -
     made = []
     for event in events:
         read = record(event, "task.created")
-        made.append(again(read, see(read), Decision(What.REOPENED, FRESH), "r", "sender.delay.60"))
+        made.append(
+            replayed(read, decode(read), ReplayDecision(ReplayAction.REOPENED, FRESH), "r", "sender.delay.60")
+        )
     assert made[0] == made[1]
     assert DECODERS["task.created"](made[0].value) == pb.TaskCreated(
         task=mail_task(1), epoch=FRESH, at_us=FRESH * 1000
@@ -429,7 +455,9 @@ def test_a_reopened_task_is_the_same_event_whoever_produces_it_in_that_epoch() -
 
 def test_a_next_attempt_is_a_delayed_record_that_is_due() -> None:
     read = record(pb.MxOk(task=mail_task(1), epoch=5, at_us=9), "mx.ok")
-    out = again(read, see(read), Decision(What.NEXT_ATTEMPT, 5, 3), "r", "sender.delay.60")
+    out = replayed(
+        read, decode(read), ReplayDecision(ReplayAction.NEXT_ATTEMPT, 5, 3), "r", "sender.delay.60"
+    )
     assert (out.topic, out.value) == ("sender.delay.60", read.value)
     back = parse_delayed_headers(out.headers)
     assert (back.due_at_ms, back.attempt, back.origin) == (0, 3, RecordLocation("mx.ok", 3, 17))
@@ -437,7 +465,7 @@ def test_a_next_attempt_is_a_delayed_record_that_is_due() -> None:
 
 def test_what_goes_again_as_a_later_attempt_is_a_delayed_record_in_the_task_s_epoch() -> None:
     read = record(pb.MxOk(task=mail_task(1), at_us=9), "mx.ok")
-    out = again(read, see(read), Decision(What.AGAIN, 5, 2), "r", "sender.delay.60")
+    out = replayed(read, decode(read), ReplayDecision(ReplayAction.REPUBLISH, 5, 2), "r", "sender.delay.60")
     assert out.topic == "sender.delay.60"
     back = parse_delayed_headers(out.headers)
     assert (back.due_at_ms, back.attempt, back.origin) == (0, 2, RecordLocation("mx.ok", 3, 17))
@@ -448,28 +476,28 @@ def test_delayed_records_are_told_by_their_origin() -> None:
     origin = RecordLocation("mx.ok", 1, 2)
     headers = delayed_headers([], origin=origin, attempt=4, cause="c", due_at_ms=77)
     read = record(pb.MxOk(task=mail_task(1)), "sender.delay.60", *headers)
-    seen = see(read)
+    seen = decode(read)
     assert isinstance(seen.event, pb.MxOk)
-    assert seen.back is not None
-    assert (seen.back.attempt, seen.back.due_at_ms) == (4, 77)
+    assert seen.delayed is not None
+    assert (seen.delayed.attempt, seen.delayed.due_at_ms) == (4, 77)
     with pytest.raises(Undecodable, match="not read by validator"):
-        see(read._replace(topic="validator.delay.5"))
+        decode(read._replace(topic="validator.delay.5"))
     with pytest.raises(Undecodable):
-        see(read._replace(headers=[]))
+        decode(read._replace(headers=[]))
 
 
 @given(st.binary(max_size=60), st.sampled_from(sorted(DECODERS)))
 def test_what_does_not_decode_is_said_to_be_so(value: bytes, topic: str) -> None:
     with contextlib.suppress(Undecodable):
-        assert see(Read(topic, 0, 0, b"", value, None)).event is not None
+        assert decode(ReplayedRecord(topic, 0, 0, b"", value, None)).event is not None
 
 
 # --- what is asked for ---
 
 
 def test_a_selection_takes_what_fits_in_every_respect() -> None:
-    task = Standing("failed", "rejected", 0, "Ada@Good.test", "good.test", {"team": "blue", "n": "1"})
-    asked = Asked(
+    task = TaskState("failed", "rejected", 0, "Ada@Good.test", "good.test", {"team": "blue", "n": "1"})
+    asked = ReplayOptions(
         "mx.ok",
         status=("failed", "pending"),
         reason=("rejected",),
@@ -478,9 +506,9 @@ def test_a_selection_takes_what_fits_in_every_respect() -> None:
         id=(str(uuid.UUID(bytes=ID)),),
         label=("team=blue", "n=1"),
     )
-    assert asked.selection().takes(ID, task)
-    assert Selection().takes(ID, task)
-    assert not asked.selection().takes(bytes(16), task)
+    assert asked.task_filter().matches(ID, task)
+    assert TaskFilter().matches(ID, task)
+    assert not asked.task_filter().matches(bytes(16), task)
     for other in (
         task._replace(status="cancelled"),
         task._replace(reason=""),
@@ -489,7 +517,7 @@ def test_a_selection_takes_what_fits_in_every_respect() -> None:
         task._replace(labels={"team": "blue"}),
         task._replace(labels={"team": "red", "n": "1"}),
     ):
-        assert not asked.selection().takes(ID, other)
+        assert not asked.task_filter().matches(ID, other)
 
 
 @pytest.mark.parametrize(
@@ -506,34 +534,40 @@ def test_a_selection_takes_what_fits_in_every_respect() -> None:
 )
 def test_recipients_and_domains_are_found_in_any_form_that_the_api_takes(email: str, asked: str) -> None:
     recipient, domain = normalise(email)
-    task = Standing("failed", "rejected", 0, recipient, domain)
-    assert checked(Asked("mx.ok", recipient=(asked,))).selection().takes(ID, task)
-    assert checked(Asked("mx.ok", domain=(asked.partition("@")[2],))).selection().takes(ID, task)
+    task = TaskState("failed", "rejected", 0, recipient, domain)
+    assert check_options(ReplayOptions("mx.ok", recipient=(asked,))).task_filter().matches(ID, task)
+    assert (
+        check_options(ReplayOptions("mx.ok", domain=(asked.partition("@")[2],)))
+        .task_filter()
+        .matches(ID, task)
+    )
 
 
 def test_another_domain_that_folds_to_the_same_letters_is_not_meant() -> None:
     recipient, domain = normalise("ada@strasse.example")
-    task = Standing("failed", "rejected", 0, recipient, domain)
+    task = TaskState("failed", "rejected", 0, recipient, domain)
     for asked in (
-        Asked("mx.ok", recipient=("ada@straße.example",)),
-        Asked("mx.ok", domain=("straße.example",)),
+        ReplayOptions("mx.ok", recipient=("ada@straße.example",)),
+        ReplayOptions("mx.ok", domain=("straße.example",)),
     ):
-        assert not checked(asked).selection().takes(ID, task)
+        assert not check_options(asked).task_filter().matches(ID, task)
 
 
 def test_a_replay_keeps_what_it_selects_by_in_the_form_that_tasks_have() -> None:
-    asked = checked(Asked("mx.ok", recipient=("ada@xn--bcher-kva.example",), domain=("Bücher.example",)))
+    asked = check_options(
+        ReplayOptions("mx.ok", recipient=("ada@xn--bcher-kva.example",), domain=("Bücher.example",))
+    )
     assert (asked.recipient, asked.domain) == (("ada@bücher.example",), ("xn--bcher-kva.example",))
-    assert checked(asked_from(asked.arguments())) == asked
+    assert check_options(parse_options(asked.as_json())) == asked
 
 
 def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.CaptureFixture[str]) -> None:
     replay = Replay("r", "mx.ok", {}, FRESH, {}, Counter({("pending", "", "again"): 3}))
-    _finished(Frame({"output": "json"}), replay)
+    _finish(Frame({"output": "json"}), replay)
     assert json.loads(capsys.readouterr().out)["produced"] == 3
     replay.counts["pending", "", "refused"] = 2
     with pytest.raises(Failure, match="2 records could not be produced") as failed:
-        _finished(Frame({"output": "json"}), replay)
+        _finish(Frame({"output": "json"}), replay)
     assert failed.value.code == 1
     shown = json.loads(capsys.readouterr().out)
     assert (shown["records"], shown["produced"]) == (5, 3)
@@ -541,14 +575,14 @@ def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.Capt
 
 def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[str]) -> None:
     kind, other = ("failed", "rejected", "reopened"), ("completed", "", "already sent")
-    tasks = Tasks(3)
+    tasks = DistinctTasks(3)
     tasks.add([(kind, b"a"), (kind, b"a"), (kind, b"b"), (other, b"c")])
     counts: Counts = Counter({kind: 3, other: 1})
-    result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
+    show_result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
     shown = capsys.readouterr()
     assert "Of 4 records, 3 records of 2 tasks would be produced." in shown.err
     assert "TASKS" in shown.out
-    result(Output(Form.JSON), None, counts, "dry run", tasks.counts())
+    show_result(Output(Form.JSON), None, counts, "dry run", tasks.counts())
     assert {row["what"]: row["tasks"] for row in json.loads(capsys.readouterr().out)["counts"]} == {
         "reopened": 2,
         "already sent": 1,
@@ -556,59 +590,59 @@ def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[st
     # So many that telling them apart would take all memory.
     tasks.add([(kind, b"d")])
     assert tasks.counts() is None
-    result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
+    show_result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
     assert "Of 4 records, 3 records would be produced." in capsys.readouterr().err
 
 
 def test_what_a_filter_left_out_is_said_to_be_so_also_in_a_replay_begun_before() -> None:
-    assert What("not meant") is What.NOT_SELECTED
-    assert What.NOT_SELECTED.value == "not selected"
+    assert ReplayAction("not meant") is ReplayAction.NOT_SELECTED
+    assert ReplayAction.NOT_SELECTED.value == "not selected"
     with pytest.raises(ValueError, match="sideways"):
-        What("sideways")
+        ReplayAction("sideways")
 
 
 def test_what_was_asked_for_is_kept_whole() -> None:
-    asked = Asked("mx.ok", "5", "-2h", ("failed",), label=("a=b",), reopen=("failed",), rate=7.5)
-    assert asked_from(asked.arguments()) == asked
-    assert asked_from({**asked.arguments(), "status": ["failed"], "a later version's": 1}) == asked
+    asked = ReplayOptions("mx.ok", "5", "-2h", ("failed",), label=("a=b",), reopen=("failed",), rate=7.5)
+    assert parse_options(asked.as_json()) == asked
+    assert parse_options({**asked.as_json(), "status": ["failed"], "a later version's": 1}) == asked
 
 
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        (Asked("mail.lost"), "TOPIC"),
-        (Asked("sender.delay.x"), "TOPIC"),
-        (Asked("sender.delay.060"), "TOPIC"),
-        (Asked("status.delay.60"), "TOPIC"),
-        (Asked("sender.dead"), "TOPIC"),
-        (Asked("mx.ok", status=("done",)), "--status"),
-        (Asked("mx.ok", reopen=("completed",)), "--reopen"),
-        (Asked("mail.failed", reopen=("failed",)), "--reopen"),
-        (Asked("sender.delay.60", reopen=("deferred",)), "--reopen"),
-        (Asked("mx.ok", id=("17",)), "--id"),
-        (Asked("mx.ok", label=("team",)), "--label"),
-        (Asked("mx.ok", label=("=blue",)), "--label"),
-        (Asked("mx.ok", label=("team=blue", "team=red")), "--label"),
-        (Asked("mx.ok", recipient=("good.test",)), "--recipient: 'good.test'"),
-        (Asked("mx.ok", recipient=("Ada <ada@good.test>",)), "--recipient"),
-        (Asked("mx.ok", recipient=("ada@slow.example.",)), "--recipient"),
-        (Asked("mx.ok", recipient=("",)), "--recipient"),
-        (Asked("mx.ok", domain=("slow.example.",)), "--domain: 'slow.example.'"),
-        (Asked("mx.ok", domain=("good.test", "@good.test")), "--domain"),
-        (Asked("mx.ok", domain=("",)), "--domain"),
-        (Asked("mx.ok", rate=0), "--rate"),
-        (Asked("mx.ok", rate=math.nan), "--rate"),
-        (Asked("mx.ok", rate=math.inf), "--rate"),
+        (ReplayOptions("mail.lost"), "topic"),
+        (ReplayOptions("sender.delay.x"), "topic"),
+        (ReplayOptions("sender.delay.060"), "topic"),
+        (ReplayOptions("status.delay.60"), "topic"),
+        (ReplayOptions("sender.dead"), "topic"),
+        (ReplayOptions("mx.ok", status=("done",)), "status"),
+        (ReplayOptions("mx.ok", reopen=("completed",)), "reopen"),
+        (ReplayOptions("mail.failed", reopen=("failed",)), "reopen"),
+        (ReplayOptions("sender.delay.60", reopen=("deferred",)), "reopen"),
+        (ReplayOptions("mx.ok", id=("17",)), "id"),
+        (ReplayOptions("mx.ok", label=("team",)), "label"),
+        (ReplayOptions("mx.ok", label=("=blue",)), "label"),
+        (ReplayOptions("mx.ok", label=("team=blue", "team=red")), "label"),
+        (ReplayOptions("mx.ok", recipient=("good.test",)), "recipient: 'good.test'"),
+        (ReplayOptions("mx.ok", recipient=("Ada <ada@good.test>",)), "recipient"),
+        (ReplayOptions("mx.ok", recipient=("ada@slow.example.",)), "recipient"),
+        (ReplayOptions("mx.ok", recipient=("",)), "recipient"),
+        (ReplayOptions("mx.ok", domain=("slow.example.",)), "domain: 'slow.example.'"),
+        (ReplayOptions("mx.ok", domain=("good.test", "@good.test")), "domain"),
+        (ReplayOptions("mx.ok", domain=("",)), "domain"),
+        (ReplayOptions("mx.ok", rate=0), "rate"),
+        (ReplayOptions("mx.ok", rate=math.nan), "rate"),
+        (ReplayOptions("mx.ok", rate=math.inf), "rate"),
     ],
 )
-def test_what_cannot_be_is_refused_by_its_name(asked: Asked, named: str) -> None:
-    with pytest.raises(ValueError, match=f"^{named}"):
-        checked(asked)
+def test_what_cannot_be_is_refused_by_its_name(asked: ReplayOptions, named: str) -> None:
+    with pytest.raises(InvalidOption, match=f"^{named}"):
+        check_options(asked)
 
 
 @pytest.mark.parametrize("topic", ["task.created", "task.cancelled", "sender.delay.300", "validator.delay.5"])
 def test_event_topics_and_delay_topics_can_be_replayed(topic: str) -> None:
-    assert checked(Asked(topic)) == Asked(topic)
+    assert check_options(ReplayOptions(topic)) == ReplayOptions(topic)
 
 
 def test_points() -> None:

@@ -122,9 +122,13 @@ def _dotted(path: Path) -> str:
 def read_by(service: str) -> set[str]:
     """Return the variables that a service's process, or a command of compose.yaml's, reads."""
     if service == "migrate":
-        return read_from(("services.cli.database", "url_of"), ("services.common.migrations", "migrate"))
+        return read_from(
+            ("services.common.operations.clients", "database_url"), ("services.common.migrations", "migrate")
+        )
     if service == "postroad":
-        names = [_dotted(path) for path in (ROOT / "services/cli").rglob("*.py") if path.stem != "__init__"]
+        folders = (ROOT / "services/cli", ROOT / "services/common/operations")
+        paths = [path for folder in folders for path in folder.rglob("*.py") if path.stem != "__init__"]
+        names = [_dotted(path) for path in paths]
         return read_from(*((name, defined) for name in names for defined in module(name).defined))
     if service == "topics":
         return read_from(("services.common.kafka.admin", "apply"))

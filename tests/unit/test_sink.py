@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from services.cli import sink as sinks
-from services.cli.sink import Sink
 from services.common.config import Settings
 from services.common.kafka.clients import producer_config
+from services.common.operations import record_producer
+from services.common.operations.record_producer import RecordProducer
 from tests.librdkafka import handle, library
 
 PRODUCE = 0
@@ -22,15 +22,15 @@ Refusals = list[tuple[int, KafkaError]]
 
 
 @pytest.fixture
-def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sink]:
-    """A sink with the client library's own broker, whose topic is there."""
+def producer(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordProducer]:
+    """A producer with the client library's own broker, whose topic is there."""
 
     def config(settings: Settings, client_id: str) -> dict[str, Any]:
         return producer_config(settings, client_id) | {"test.mock.num.brokers": 1}
 
-    monkeypatch.setattr(sinks, "producer_config", config)
-    monkeypatch.setattr(sinks, "LARGEST", 1 << 20)
-    made = Sink(Settings(kafka_bootstrap="127.0.0.1:1"))
+    monkeypatch.setattr(record_producer, "producer_config", config)
+    monkeypatch.setattr(record_producer, "MAX_RECORD_SIZE", 1 << 20)
+    made = RecordProducer(Settings(kafka_bootstrap="127.0.0.1:1"))
     assert library().rd_kafka_mock_topic_create(cluster(made._producer), TOPIC.encode(), 1, 1) == 0
     yield made
     made._producer.purge()
@@ -42,62 +42,64 @@ def cluster(producer: Producer) -> ctypes.c_void_p:
     return ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(producer)))
 
 
-def answer_next(sink: Sink, *errors: int) -> None:
+def answer_next(producer: RecordProducer, *errors: int) -> None:
     """Have the broker answer the next Produce requests with these errors."""
     codes = [ctypes.c_int(error) for error in errors]
     library().rd_kafka_mock_push_request_errors(
-        cluster(sink._producer), ctypes.c_int16(PRODUCE), ctypes.c_size_t(len(codes)), *codes
+        cluster(producer._producer), ctypes.c_int16(PRODUCE), ctypes.c_size_t(len(codes)), *codes
     )
 
 
-def put(sink: Sink, *numbers: int) -> Refusals:
+def put(producer: RecordProducer, *numbers: int) -> Refusals:
     """Put records; return the list that their refusals come into."""
     refusals: Refusals = []
     for number in numbers:
-        sink.put(TOPIC, b"k", b"%d" % number, [], refused=lambda why, n=number: refusals.append((n, why)))
+        producer.put(
+            TOPIC, b"k", b"%d" % number, [], on_refusal=lambda why, n=number: refusals.append((n, why))
+        )
     return refusals
 
 
-def test_what_the_client_refuses_is_told_and_the_rest_goes(sink: Sink) -> None:
+def test_what_the_client_refuses_is_told_and_the_rest_goes(producer: RecordProducer) -> None:
     refusals: Refusals = []
-    sink.put(TOPIC, b"k", b"1", [], refused=lambda why: refusals.append((1, why)))
+    producer.put(TOPIC, b"k", b"1", [], on_refusal=lambda why: refusals.append((1, why)))
     # Value and key alone would fit.
     large = [("x", b"h" * (1 << 20))]
-    sink.put(TOPIC, b"k", b"2", large, refused=lambda why: refusals.append((2, why)))
+    producer.put(TOPIC, b"k", b"2", large, on_refusal=lambda why: refusals.append((2, why)))
     bad: Any = 5
-    sink.put(TOPIC, b"k", bad, [], refused=lambda why: refusals.append((3, why)))
-    sink.put(TOPIC, b"k", b"4", [], refused=lambda why: refusals.append((4, why)))
-    sink.flush()
+    producer.put(TOPIC, b"k", bad, [], on_refusal=lambda why: refusals.append((3, why)))
+    producer.put(TOPIC, b"k", b"4", [], on_refusal=lambda why: refusals.append((4, why)))
+    producer.flush()
     assert [(number, why.code()) for number, why in refusals] == [
         (2, KafkaError.MSG_SIZE_TOO_LARGE),
         (3, KafkaError._INVALID_ARG),
     ]
 
 
-def test_of_a_batch_that_the_broker_refuses_those_that_it_takes_alone_go(sink: Sink) -> None:
-    answer_next(sink, TOO_LARGE, NO_ERROR, TOO_LARGE, NO_ERROR)
-    refusals = put(sink, 1, 2, 3)
-    sink.flush()
+def test_of_a_batch_that_the_broker_refuses_those_that_it_takes_alone_go(producer: RecordProducer) -> None:
+    answer_next(producer, TOO_LARGE, NO_ERROR, TOO_LARGE, NO_ERROR)
+    refusals = put(producer, 1, 2, 3)
+    producer.flush()
     assert [(number, why.code()) for number, why in refusals] == [(2, KafkaError.MSG_SIZE_TOO_LARGE)]
-    assert put(sink, 4) == []
-    sink.flush()
+    assert put(producer, 4) == []
+    producer.flush()
 
 
-def test_what_another_try_may_mend_is_no_refusal(sink: Sink) -> None:
-    answer_next(sink, UNKNOWN_SERVER_ERROR)
-    refusals = put(sink, 1)
+def test_what_another_try_may_mend_is_no_refusal(producer: RecordProducer) -> None:
+    answer_next(producer, UNKNOWN_SERVER_ERROR)
+    refusals = put(producer, 1)
     with pytest.raises(KafkaException) as failed:
-        sink.flush()
+        producer.flush()
     assert failed.value.args[0].code() == UNKNOWN_SERVER_ERROR
     assert refusals == []
 
 
-def test_whoever_asks_for_no_refusals_gets_them_raised(sink: Sink) -> None:
+def test_whoever_asks_for_no_refusals_gets_them_raised(producer: RecordProducer) -> None:
     with pytest.raises(KafkaException):
-        sink.put(TOPIC, b"k", b"v" * (1 << 20), [])
-    answer_next(sink, TOO_LARGE, TOO_LARGE)
-    sink.put(TOPIC, b"k", b"v", [])
+        producer.put(TOPIC, b"k", b"v" * (1 << 20), [])
+    answer_next(producer, TOO_LARGE, TOO_LARGE)
+    producer.put(TOPIC, b"k", b"v", [])
     with pytest.raises(KafkaException):
-        sink.flush()
+        producer.flush()
     # It is raised once.
-    sink.flush()
+    producer.flush()

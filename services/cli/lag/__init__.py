@@ -1,1 +1,0 @@
-"""How far each stage is behind: what is read from Kafka, and what it means."""
