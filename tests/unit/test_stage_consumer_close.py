@@ -1,4 +1,4 @@
-"""How the poller leaves its group: within a bound, though librdkafka's Consumer.close can wait for ever."""
+"""How the poller leaves its group: within a bound, though librdkafka's close may hang."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[dict[s
         for key, value in topic.config.items():
             has = entries[key].value
             if key == _RETENTION:
-                # -1 means for ever.
+                # -1 means without end.
                 if 0 <= int(has) < int(value):
                     short[topic.name] = int(has)
             elif has != value:

@@ -27,7 +27,7 @@ class ClusterCheck:
     """Asks for these topics (full names) every few seconds.
 
     A service's own clients report neither problem. With nothing to send, a producer does not notice that the
-    brokers are away; a consumer waits in silence for a topic that does not exist.
+    brokers are away. A consumer waits in silence for a topic that does not exist.
     """
 
     def __init__(self, settings: Settings, topics: Sequence[str]) -> None:

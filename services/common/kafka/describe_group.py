@@ -1,13 +1,14 @@
 """`python -m services.common.kafka.describe_group`: describes consumer groups, and ends.
 
-stdin: a JSON object with the client's `config`, the `groups`, the `timeout` in seconds, and `member`: the id
-of the only member to describe, or null for all. stdout: a JSON object. For each group it has the `state` and
-the `members`, each with its `id`, `client`, `host` and the `owned` partitions by topic. Where the coordinator
-did not answer, it has the `code` and the `text` of the `error`, and the exit code is 1.
+stdin has a JSON object: the client's `config`, the `groups`, the `timeout` in seconds, and `member`. That is
+the id of the only member to describe, or null for all. stdout gets a JSON object. For each group it has the
+`state` and the `members`, each with its `id`, `client`, `host` and the `owned` partitions by topic. Where the
+coordinator did not answer, it has the `code` and the `text` of the `error`, and the exit code is 1.
 
-It is a process of its own because librdkafka's requests to a group's coordinator belong to its admin API, and
-that aborts its process when it loses a connection meanwhile (librdkafka issue 4605). No other code may make
-such a request: tests/unit/test_coordinator_requests.py checks that. This module imports as little as it can.
+It is a process of its own because librdkafka's requests to a group's coordinator belong to its admin API.
+That API aborts its process when it loses a connection meanwhile (librdkafka issue 4605). No other code may
+make such a request: tests/unit/test_coordinator_requests.py checks that. This module imports as little as it
+can.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Both keep the original record's key, value and headers (CloudEvents' `ce_*`, `tr
 A dead letter that is too large goes without its value, or without its key and headers too. It then has
 `value-size` (bytes) and `value-sha256` (hexadecimal), and `key-size` and `key-sha256`.
 
-A resolution on a dead-letter topic says in RESOLVES which dead letters before it in its partition are done,
-and in RESOLUTION what became of them. A record that a replay produced names that replay in REPLAY_ID.
+A resolution on a dead-letter topic says in RESOLVES which dead letters before it in its partition are done.
+RESOLUTION says what became of them. A record that a replay produced names that replay in REPLAY_ID.
 
 Any producer may write headers of these names. The runtime drops them unless Postroad itself wrote them.
 """

@@ -1,9 +1,9 @@
 """Decides how long to wait between two batches, when fetching and when producing.
 
-A batch costs much the same however many records it has: threads wake, the batch crosses to the loop, and a
+A batch costs much the same however many records it has. Threads wake, the batch crosses to the loop, and a
 produce request follows for every partition. Without a wait a record passes at once, but at a thousand a
-second each batch has only two or three. So the wait grows with the rate of records: none at a low rate, the
-longest at a high one, and none again where a backlog fills the batches anyway.
+second each batch has only two or three. So the wait grows with the rate of records. There is none at a low
+rate, and none where a backlog fills the batches anyway.
 """
 
 from __future__ import annotations

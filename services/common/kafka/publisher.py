@@ -91,10 +91,10 @@ class Publisher:
     The callers bound how much is being published. At a high rate batches are gathered for a moment, since
     librdkafka makes a request for every partition, whatever it holds.
 
-    The publisher replaces a producer that fails for good (one that lost count of its batches in a long
-    outage, say), and one whose deliveries time out without a single ack meanwhile. After brokers were killed
-    and frozen in turn, librdkafka was seen to deliver nothing more to brokers that took the records of
-    others.
+    The publisher replaces a producer that fails for good, as one that lost count of its batches in a long
+    outage. It also replaces one whose deliveries time out without a single ack meanwhile. After brokers were
+    killed and frozen in turn, librdkafka was seen to deliver nothing more to brokers that took the records
+    of others.
     """
 
     def __init__(self, settings: Settings, client_id: str, **overrides: Any) -> None:

@@ -1,8 +1,7 @@
 """Where records are: `TopicPartition` names a partition, `RecordLocation` one record in it.
 
-They are plain tuples, so that pure code needs no Kafka client; confluent_kafka has a class of its own named
-TopicPartition, which also carries an offset and an error. Either takes a topic's full name or its bare one;
-each use says which.
+They are plain tuples, so that pure code needs no Kafka client. The TopicPartition of confluent_kafka also
+carries an offset and an error. The topic is a full name or a bare one; each use says which.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 class BatchRunner:
     """Calls `handle` with batches of up to `most` records, in the order in which they came.
 
-    When the handler raises, the runner handles the same batch again after a growing pause, for ever: the
+    When the handler raises, the runner handles the same batch again after a growing pause, without end: the
     cause is not one record. `on_outcomes` takes each batch's outcomes, `on_abandoned` the records whose
     partition left, `observe` the seconds that a call took. Use it on the loop's thread.
     """

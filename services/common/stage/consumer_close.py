@@ -1,7 +1,7 @@
 """Leaves a consumer group and closes the Consumer, within a bound. The poller's thread alone uses it.
 
-librdkafka's close can wait for ever: an operation that a rebalance callback sends to a group that terminates
-meanwhile is dropped, and never gets a response (librdkafka issues 4527 and 4884). So the last revocation
+The close of librdkafka can hang: a rebalance callback then waits for the response to an operation that its
+group has dropped, because it terminated meanwhile (librdkafka issues 4527 and 4884). So the last revocation
 comes before the close, and a thread watches over both.
 """
 

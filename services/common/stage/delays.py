@@ -1,11 +1,11 @@
 """Decides how long a deferred record waits on its delay topic, and when its partition is read again.
 
-Each delay has a topic of its own, so its records are roughly in the order of their due times, and only the
-head of each partition must be watched. Jitter may make a record due up to a tenth of the delay before the
+Each delay has a topic of its own, so its records are roughly in the order of their due times. The stage
+watches only the head of each partition. Jitter may make a record due up to a tenth of the delay before the
 head; it then waits for the head. A record may come late, never early.
 
 The writer's clock set the due time, and the reader's clock may differ. So the reader also measures, by its
-monotonic clock, how long it has known a record: after the delay and all of the jitter it handles it. Pure.
+monotonic clock, how long it has known a record. After the delay and all of the jitter it handles it. Pure.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _JITTER = 0.1
 def schedule(delays: Sequence[int], after: float, now_ms: int, rng: random.Random) -> tuple[int, int]:
     """Choose the delay topic for a record that is to come back in `after` seconds.
 
-    Return the delay in seconds (the shortest of the rising `delays` that is not below `after`, or else the
-    longest) and the due time in Unix milliseconds: `now_ms`, the whole delay, and up to a tenth of it. The
-    tenth keeps records that fail together from returning together. Raise ValueError when `delays` is empty.
+    Return the delay in seconds and the due time in Unix milliseconds. The delay is the shortest of the
+    rising `delays` that is not below `after`, or else the longest. It is due after the whole delay and up to
+    a tenth of it. The tenth keeps records that fail together from returning together. Raise ValueError when
+    `delays` is empty.
     """
     if not delays:
         raise ValueError("no delays to choose from")

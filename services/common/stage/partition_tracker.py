@@ -1,7 +1,7 @@
 """Tracks the partitions that a replica owns, the records in flight from each, and the offsets to commit.
 
-A record is in flight from the moment the poller fetched it until the handler runner releases it: finished,
-or unfinished for its partition's next owner. Pure: no Kafka client, no clock.
+A record is in flight from its fetch until the handler runner releases it: finished, or unfinished for its
+partition's next owner. Pure: no Kafka client, no clock.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Assignment:
     """One assignment of one partition (full topic name). Assigned again, a partition is another Assignment.
 
     `live` until the partition is revoked or lost; `committed` is the offset last committed, if any; `paused`
-    while the consumer fetches nothing from it. For a delay topic, `first_seen` knows when its records came
-    and `held_until` until when its head is not due (monotonic seconds), None while it is read.
+    while the consumer fetches nothing from it. For a delay topic, `first_seen` knows when its records came.
+    `held_until` is until when its head is not due (monotonic seconds), None while it is read.
     """
 
     __slots__ = ("committed", "first_seen", "held_until", "live", "offsets", "partition", "paused", "topic")

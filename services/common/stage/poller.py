@@ -48,8 +48,8 @@ class Poller:
 
     The thread calls `dispatch` with fetched records, and `cancel` with the assignments to stop working for
     (None: all) and in how many seconds. Both must be thread-safe and may not block. It calls `ended` last,
-    with the error that ended it or None; where librdkafka does not let it end, another thread calls `ended`
-    for it, and a later call means nothing. `release`, `stop` and `problems` may be called from any thread.
+    with the error that ended it or None. Where librdkafka does not let it end, another thread calls `ended`
+    for it. `release`, `stop` and `problems` may be called from any thread.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class PendingOutcome:
 class Republisher:
     """Publishes each pending outcome again, in rounds with growing pauses.
 
-    Kafka refuses some records for ever (too large). An outcome with such a record becomes a dead letter.
+    Kafka refuses some records every time (too large). An outcome with such a record becomes a dead letter.
     Where Kafka refuses that too, it goes without its value, then without its key and headers. `encode` makes
     the records of the new outcome. In the end `on_published` or `on_abandoned` takes the record.
     """

@@ -93,7 +93,7 @@ class StageRuntime:
             try:
                 runner.start(records)
             except Exception as error:
-                # A handler's own error is an outcome. Any other would leave these records in flight for ever.
+                # A handler's own error is an outcome. Any other would leave these records in flight.
                 on_end(error)
 
         def dispatch(records: list[InFlightRecord]) -> None:

@@ -1,4 +1,4 @@
-"""What a stage is made of: records come in, outcomes go out."""
+"""What a stage's author writes: a Stage, with a handler that turns each Record into an Outcome."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["BatchHandler", "Dead", "Done", "Handler", "Outcome", "Record", "Retr
 class Record:
     """One record as a handler sees it. Compared by identity: the same offset fetched again is another record.
 
-    `topic` is the bare name of the event topic that it came from at first, also when it comes back
-    from a delay topic; `attempt` counts from 1 and rises with each Retry.
+    `topic` is the bare name of the event topic that it came from at first, also for a delayed record.
+    `attempt` counts from 1 and rises with each Retry. `traceparent` is the W3C trace context, if any.
     """
 
     topic: str
@@ -28,18 +28,19 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Publish these events, then the record is finished."""
+    """Publish these events; then the record is finished."""
 
     events: Sequence[Event] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Hand the record back as attempt + 1 once `due_at_ms` (Unix milliseconds) has come, never earlier.
+    """Handle the record again as attempt + 1, once `due_at_ms` (Unix milliseconds) has come and never
+    earlier.
 
-    `delay` names the delay topic, one of the stage's `delays` (seconds); `events` are published as well.
-    A due time beyond the delay and a tenth of it counts as one of another clock: the record waits no longer.
-    Unless it `counts` the record comes back as the same attempt: nothing was tried.
+    `delay` selects the delay topic, one of the stage's `delays` (seconds). `events` are published too. The
+    record waits at most the delay and a tenth of it: a later due time comes from another clock. Without
+    `counts` the record comes back as the same attempt, since nothing was tried.
     """
 
     delay: int
@@ -51,24 +52,24 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """Put the record on the stage's dead-letter topic with this cause."""
+    """Publish the record to the stage's dead-letter topic with this cause."""
 
     cause: str
 
 
 Outcome = Done | Retry | Dead
-# A handler may not block. Where it has nothing to wait for it answers at once, without a coroutine.
-# What it raises makes the record Dead with the exception as its cause; being cancelled leaves the
-# record unfinished and uncommitted, so that its next owner handles it.
+# A handler may not block. Where it has nothing to wait for, it returns an outcome and no coroutine. An
+# exception makes the record Dead with the exception as its cause. A cancelled handler leaves its record
+# unfinished and uncommitted, so that the partition's next owner handles it.
 Handler = Callable[[Record], Outcome | Awaitable[Outcome]]
-# Answers one outcome a record, in the records' order. What it raises is no fault of one record: the
-# batch is handled again after a pause, for ever, since its partition's next owner would do the same.
+# It returns one outcome a record, in their order. An exception is not the fault of one record: the runtime
+# handles the batch again after a pause, without end, since the partitions' next owners would do the same.
 BatchHandler = Callable[[Sequence[Record]], Awaitable[Sequence[Outcome]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage: what it reads and one handler. Exactly one of `handle` and `handle_batch` is given."""
+    """A stage: the bare topics that it reads, their decoders, and one handler: `handle` or `handle_batch`."""
 
     name: str
     topics: Sequence[str]
@@ -77,7 +78,7 @@ class Stage:
     handle_batch: BatchHandler | None = None
     delays: Sequence[int] = field(default=())
     close: Callable[[], Awaitable[None]] | None = None
-    """Awaited after the last handler has ended or was cancelled, while events can still be published."""
+    """Awaited once the last handler has ended or was cancelled; it can still publish events."""
 
     @classmethod
     def of(
