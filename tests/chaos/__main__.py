@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: kill, freeze and cut off what can be, under load; is anything lost?"""
+"""`python -m tests.chaos` kills, freezes and cuts off parts of the system under load."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run; 0 when every rule held, 1 when one did not, 2 for a wrong command line."""
+    """Run. Return 0 when every rule held, 1 when one did not, 2 for a wrong command line."""
     arguments = _parser().parse_args()
     if arguments.check:
         runs = [(*judge(folder, arguments.slack), folder) for folder in arguments.check]

@@ -1,7 +1,7 @@
-"""What must hold of every run, judged from what was recorded. Pure: values in, a verdict out.
+"""Checks the rules that hold for every run, by what the run recorded. Pure: values in, a verdict out.
 
-Ground truth is the mail server's journal. The clients' record says what was acknowledged; a Create that
-was never answered is unknown, neither lost nor owed, but what the system did record of it must end too.
+The mail server's journal is the truth. The clients' history says which Creates were acknowledged. A Create
+without an answer may be missing; but if the system recorded its task, that task must end.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 __all__ = ["Create", "Evidence", "Mail", "Recovery", "Row", "Verdict", "check", "load_evidence", "task_of"]
 
 TERMINAL = frozenset({"completed", "failed", "uncertain", "cancelled"})
-# What waits for its next attempt this far ahead (seconds), or was due that shortly ago, is deferred.
+# A task whose next attempt is in the future, or was due at most this many seconds ago, is deferred.
 _DUE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """What a client asked for and was told: acked (then with `id`), refused, unknown or error.
+    """A client's Create and its `outcome`: acked (then with `id`), refused, unknown or error.
 
-    `expected` is the status in which such a task must end.
+    `expected` is the status in which the task must end. `details` is the text of an error.
     """
 
     number: int
@@ -30,12 +30,12 @@ class Create:
     outcome: str
     expected: str
     id: str = ""
-    said: str = ""
+    details: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A task as the API shows it. `number` is the client's, from the subject; `next_at` 0 where unset."""
+    """A task as the API shows it. `number` is the client's, from the subject. `next_at` is 0 when unset."""
 
     id: str
     number: int
@@ -56,10 +56,10 @@ class Mail:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """How long the system took to serve again after a fault; `limit` None where nothing is promised.
+    """How many seconds the system took to serve again after a fault; `limit` is None without a promise.
 
-    `seconds` None: the next fault came before it could be told; with `gave_up` when it was late already by
-    then, or did not serve again at all.
+    `seconds` is None when the next fault came first. `gave_up` then says that the recovery was late by that
+    time, or never came.
     """
 
     fault: str
@@ -71,11 +71,11 @@ class Recovery:
 
 @dataclass(slots=True)
 class Evidence:
-    """All that was recorded of a run.
+    """Everything that a run recorded.
 
-    `doubts`: by task, the Message-IDs of its attempts that stand in the timeline as in doubt; needed for
-    tasks that were sent more than once. `published`: by topic, the task ids found on it. `collected`: when
-    the rows were read, `deadline` the moment by which all had to be settled, both in Unix seconds.
+    `doubts` has the Message-IDs of the attempts in doubt for each task that was sent more than once.
+    `published` counts the records of each task by topic. `collected` is the time in Unix seconds when the
+    rows were read.
     """
 
     creates: Sequence[Create]
@@ -93,7 +93,7 @@ class Evidence:
 
 @dataclass(slots=True)
 class Verdict:
-    """Figures of a run, and every breach of a rule as (rule, what)."""
+    """The figures of a run, and every breach of a rule as (rule, what)."""
 
     tasks: int = 0
     acknowledged: int = 0
@@ -109,12 +109,12 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether every rule held."""
+        """True when every rule held."""
         return not self.breaches
 
 
 def task_of(message_id: str) -> str:
-    """Return the task id in a Message-ID of this system's."""
+    """Return the task id in a Message-ID of this system."""
     return message_id.strip("<>").partition("@")[0]
 
 
@@ -143,11 +143,11 @@ def _deferred(row: Row, evidence: Evidence) -> bool:
 def _clients(
     evidence: Evidence, rows: Mapping[str, Row], mails: Mapping[str, Sequence[Mail]], verdict: Verdict
 ) -> None:
-    """Accepted means kept: each acknowledged task is there, has ended, and has its mail if it says so."""
+    """Check that each acknowledged task exists, has ended as expected, and has a mail if completed."""
     for create in evidence.creates:
         if create.outcome != "acked":
             if create.outcome == "error":
-                verdict.breaches.append(("answer", f"{create.number} {create.email}: {create.said}"))
+                verdict.breaches.append(("answer", f"{create.number} {create.email}: {create.details}"))
             verdict.refused += create.outcome == "refused"
             verdict.unknown += create.outcome == "unknown"
             continue
@@ -179,7 +179,7 @@ def _clients(
 def _tasks(
     evidence: Evidence, rows: Mapping[str, Row], mails: Mapping[str, Sequence[Mail]], verdict: Verdict
 ) -> None:
-    """What was recorded without the client's knowing must end too, and no client's task stands twice."""
+    """Check that unacknowledged tasks end too, and that no client's task was recorded twice."""
     acked = {create.id for create in evidence.creates if create.outcome == "acked"}
     for row in rows.values():
         if row.id in acked:
@@ -200,7 +200,7 @@ def _tasks(
 def _journal(
     evidence: Evidence, rows: Mapping[str, Row], mails: Mapping[str, Sequence[Mail]], verdict: Verdict
 ) -> None:
-    """One mail a task, and none where there should be none; a copy needs an attempt in doubt on record."""
+    """Check that each task has one mail or none, as its status says. A copy needs a recorded doubt."""
     for id_, taken in mails.items():
         row = rows.get(id_)
         if row is None:
@@ -227,13 +227,13 @@ def _journal(
 
 
 def _rest(evidence: Evidence, slack: float, verdict: Verdict) -> None:
-    """Topics, lag, dead letters, processes and the time it took."""
+    """Check the topics, the lag, the dead letters, the crashes and the recoveries."""
     if evidence.published is not None:
         _topics(evidence, evidence.published, verdict)
     for stage, records in evidence.lag.items():
         if records:
             verdict.breaches.append(("lag", f"{stage}: {records} records not committed"))
-    verdict.breaches += [("dead", letter) for letter in evidence.dead]
+    verdict.breaches += [("dead", dead_letter) for dead_letter in evidence.dead]
     verdict.breaches += [("crash", crash) for crash in evidence.crashes]
     for recovery in evidence.recoveries:
         if recovery.limit is None or (recovery.seconds is None and not recovery.gave_up):
@@ -246,7 +246,7 @@ def _rest(evidence: Evidence, slack: float, verdict: Verdict) -> None:
 
 
 def _topics(evidence: Evidence, published: Mapping[str, Mapping[str, int]], verdict: Verdict) -> None:
-    """What the table says must stand on the topics, or it could not be rebuilt from them."""
+    """Check that the topics hold what the table says, since a rebuild reads the topics only."""
     created, sent = published.get("task.created", {}), published.get("mail.sent", {})
     ends: set[str] = set()
     for topic in ("mail.sent", "mail.failed", "mx.failed", "task.cancelled"):
@@ -261,14 +261,14 @@ def _topics(evidence: Evidence, published: Mapping[str, Mapping[str, int]], verd
 
 
 def load_evidence(folder: Mapping[str, Sequence[Any]], expected: Mapping[str, str]) -> Evidence:
-    """Return the evidence in a run's files, by their names without suffix (see runner.py)."""
+    """Return the evidence of a run. `folder` has the lines of its files by name (runner.FILES)."""
     history = folder["history"]
     summary = folder["summary"][0]
     return Evidence(
         creates=[
             Create(
                 entry["number"], entry["email"], entry["outcome"], expected[entry["email"]],
-                entry.get("id", ""), f"{entry.get('code', '')} {entry.get('said', '')}",
+                entry.get("id", ""), f"{entry.get('code', '')} {entry.get('details', '')}",
             )
             for entry in history
             if entry["what"] == "create"

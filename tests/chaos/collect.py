@@ -1,4 +1,4 @@
-"""What is there after a run: the task table through the API, the topics, the lag, the dead letters."""
+"""Collects the state after a run: the task table through the API, the topics, the lag, the dead letters."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["Api", "Log", "row_of"]
 
 
 class Api:
-    """Reads the task table. Blocks; tries again while the API is away, for a minute."""
+    """Reads the task table through the API. Blocks; retries for a minute while the API is away."""
 
     def __init__(self, target: str) -> None:
         options = [("grpc.max_reconnect_backoff_ms", 500), ("grpc.max_receive_message_length", 64 << 20)]
         self._stub = rpc.TaskServiceStub(grpc.insecure_channel(target, options))
 
     def tasks(self, **filters: Any) -> list[task_pb2.Task]:
-        """Return every task that the filters take."""
+        """Return every task that the filters match."""
         rows: list[task_pb2.Task] = []
         token = ""
         while True:
@@ -77,7 +77,7 @@ class Log:
         self._consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "chaos.reader"})
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._consumer.close()
 
     def ends(self, topics: Iterable[str]) -> dict[tuple[str, int], tuple[int, int]]:
@@ -95,26 +95,26 @@ class Log:
         return sorted(name for name in self._consumer.list_topics(timeout=20).topics if name[0] != "_")
 
     def published(self) -> dict[str, dict[str, int]]:
-        """Return by event topic how many records each task has there."""
+        """Return the number of records of each task, by event topic."""
         found: dict[str, Counter[str]] = defaultdict(Counter)
         for record in self._records(EVENT_TOPICS):
             found[record.topic()][str(UUID(bytes=record.key()))] += 1
         return {topic: dict(counts) for topic, counts in found.items()}
 
     def dead(self) -> list[str]:
-        """Return each dead letter's topic, task, cause and origin."""
-        letters = []
+        """Return a line for each dead letter: its topic, task, cause and origin."""
+        dead_letters = []
         for record in self._records([name for name in self.topics() if name.endswith(".dead")]):
             if resolved_offsets(record.offset(), record.key(), record.value(), record.headers()):
                 continue
             headers = dict(record.headers() or [])
             task = (record.key() or b"").hex()
-            letters.append(f"{record.topic()} {task}: {headers.get('cause')!r}"
+            dead_letters.append(f"{record.topic()} {task}: {headers.get('cause')!r}"
                            f" {headers.get('origin')!r}")  # fmt: skip
-        return letters
+        return dead_letters
 
     def lag(self) -> dict[str, int]:
-        """Return how many records each stage has not committed, on all that it reads."""
+        """Return how many records each stage has not committed on its topics, delay topics included."""
         lags = {}
         for stage, spec in STAGES.items():
             group = f"postroad.{stage}"

@@ -1,4 +1,4 @@
-"""What happened, as it happens: one JSON object a line, and what was found at the end beside it."""
+"""The files of a run, with one JSON value a line: the history, and what was collected at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class History:
         return time.monotonic() - self._start
 
     def write(self, what: str, **fields: Any) -> dict[str, Any]:
-        """Add a line; returns it."""
+        """Write a line and return it."""
         entry = {"t": round(self.now(), 3), "at": round(time.time(), 3), "what": what, **fields}
         with self._lock:
             self.entries.append(entry)
@@ -43,10 +43,10 @@ class History:
 
 
 def save(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line."""
+    """Write each row as a line of JSON."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load(path: Path) -> list[Any]:
-    """Return what `save` or a History wrote."""
+    """Return the values that `save` or a History wrote."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

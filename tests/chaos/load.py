@@ -1,4 +1,4 @@
-"""A steady load of clients, careful and careless, and what each was told."""
+"""A steady load of careful and careless clients. It records the answer to each."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Load"]
 SUBJECT = "Chaos "
 _PATIENCE = 90.0
 _ANSWER = 5.0
-# No answer, or one that tells nothing of what became of the request.
+# Without an answer, or with one of these, a client does not know what became of its request.
 _UNKNOWN = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"}
 _BODY = "Your parcel has left the depot and is on its way to you.\n"
 
 
 class Load:
-    """Creates `rate` tasks a second at the `targets` until told to end.
+    """Creates `rate` tasks a second at the `targets` until `end` is called.
 
-    A careful client has an idempotency key and asks until it is answered, at any replica. A careless one
-    asks once, without a key: what it hears nothing of is unknown, neither lost nor owed.
+    A careful client has an idempotency key and repeats its Create at any replica until it has an answer. A
+    careless client has no key and calls once. Without an answer its task is unknown: it may exist or not.
     """
 
     def __init__(self, targets: list[str], rate: float, seed: int, history: History) -> None:
@@ -48,7 +48,7 @@ class Load:
         self._last_answer = 0.0
 
     async def run(self) -> None:
-        """Create until `end` is called, then wait for the answers that are out."""
+        """Create tasks until `end` is called, then wait for the answers that are still missing."""
         start = time.monotonic()
         while not self._ended.is_set():
             late = start + self.created / self._rate - time.monotonic()
@@ -64,13 +64,13 @@ class Load:
             await channel.close()
 
     def end(self) -> None:
-        """Begin no more tasks."""
+        """Start no more Creates."""
         self._ended.set()
 
     async def answered(self, since: float, patience: float) -> float | None:
-        """Wait for a Create that is answered well after `since`; return when, both in monotonic seconds.
+        """Wait for a Create that succeeds after `since`. Return its time; both are in monotonic seconds.
 
-        None where there is none within `patience` seconds.
+        Returns None when there is none within `patience` seconds.
         """
         try:
             async with asyncio.timeout(patience), self._answers:
@@ -118,5 +118,5 @@ class Load:
         try:
             task = await stub.Create(request, timeout=_ANSWER)
         except grpc.aio.AioRpcError as error:
-            return {"code": error.code().name, "said": (error.details() or "")[:300]}
+            return {"code": error.code().name, "details": (error.details() or "")[:300]}
         return {"id": task.id}

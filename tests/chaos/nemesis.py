@@ -1,4 +1,4 @@
-"""Does what the plan says, and measures how long the system takes to get over it."""
+"""Carries out the faults of a plan, and measures how long the system takes to recover from each."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from tests.chaos.system import System
 
 __all__ = ["Nemesis"]
 
-# What is promised, in seconds: session timeout (10) + 2; a new leader; after MySQL's return.
+# The promised recovery in seconds: after a killed replica (session timeout 10 + 2), a killed broker, MySQL's
+# return.
 REPLICA, LEADER, DATABASE = 12.0, 12.0, 5.0
 _PATIENCE = 45.0
 
 
 class Nemesis:
-    """Acts on `system` by the plan. `say` prints a line.
+    """Carries out a plan on `system`. `say` prints a line.
 
-    `slack`: seconds that a recovery may take beyond what is promised before the next fault finds it late.
+    `slack` is how many seconds beyond the promise a recovery may take before the next fault makes it late.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class Nemesis:
         self._acting: dict[asyncio.Task[None], Fault] = {}
         self._watches: set[asyncio.Task[None]] = set()
         self.began = self.healed = 0.0
-        """Unix seconds: of the first fault's clock, and when all was whole again."""
+        """Unix seconds: when the plan's clock started, and when the last fault was over."""
 
     async def run(self) -> None:
-        """Do all of the plan; returns when everything is whole again."""
+        """Carry out the whole plan. Returns when the last fault is over."""
         self.began, began = time.time(), time.monotonic()
         for fault in self._faults:
             await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
@@ -62,13 +63,13 @@ class Nemesis:
         self._history.write("healed")
 
     async def close(self) -> None:
-        """Tell of the recoveries that are still being waited for; the load must have ended."""
+        """Record the recoveries that are still being measured. The load must have ended."""
         self._overtake()
         if self._watches:
             await asyncio.wait(set(self._watches))
 
     def _overtake(self) -> None:
-        """What has not recovered when the next fault comes cannot be told from it."""
+        """End the measurements: after the next fault nobody can tell the two recoveries apart."""
         for watch in list(self._watches):
             watch.cancel()
 
@@ -106,7 +107,7 @@ class Nemesis:
             seconds = None if at is None else round(at - since, 2)
             gave_up = at is None
         except asyncio.CancelledError:
-            # Overtaken by the next fault: that it is late by then can be told, how late it would be cannot.
+            # The next fault came first. The recovery may be late already, but its length is unknown.
             gave_up = limit is not None and time.time() - since > limit + self._slack
         self._recovered(fault, seconds, limit, "served again after", gave_up)
 
@@ -119,7 +120,7 @@ class Nemesis:
         if seconds is not None:
             self._say(f"{self._history.now():7.1f}  {fault.name}: {what} {seconds:.1f} s")
 
-    # What each kind is
+    # The kinds of faults
 
     async def _kill(self, fault: Fault) -> None:
         killed = time.time()
@@ -144,7 +145,7 @@ class Nemesis:
             await self._mysql_back(fault)
 
     async def _mysql_back(self, fault: Fault) -> None:
-        """MySQL is back: how long until a Create is answered, and until all is served."""
+        """Measure how long after MySQL's return a Create succeeds, and all partitions are served."""
         back = await _do(self._system.mysql_back)
         since = time.time() - (time.monotonic() - back)
         limit = DATABASE if fault.kind in ("kill", "restart") else None
@@ -175,7 +176,7 @@ class Nemesis:
         elif order in ("refuse", "hang", "421"):
             orders = {"connect": order}
         else:
-            # Ordinary recipients only: the others misbehave by themselves.
+            # Only for ordinary recipients, since the others have faults of their own.
             name = order if order.startswith("slow") else f"{order}-always"
             rule = {"rcpt": "u*@d*.ok.test", "fault": name, "probability": 0.3}
             orders = {"rules": [rule], "seed": round(fault.at * 10)}
@@ -192,7 +193,7 @@ class Nemesis:
         await _do(self._system.fill, fault.target)
         await asyncio.sleep(fault.seconds)
         await _do(self._system.empty, fault.target)
-        # A broker ends when its disk is full; the supervisor starts it again, in vain until there is room.
+        # A broker exits when its disk is full. The supervisor restarts it, in vain until there is space.
         if fault.target == "mysql":
             await self._mysql_back(fault)
 

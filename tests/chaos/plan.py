@@ -1,4 +1,4 @@
-"""What goes wrong and when: a pure function of the seed."""
+"""The plan of a run: which faults come when. A pure function of the seed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ TARGETS = (*SERVICES, "mysql", "kafka", "network", "mail", "dns", "disk", "roll"
 BROKERS = ("kafka-1", "kafka-2", "kafka-3")
 LINKS = ("mysql", "smtp", "clients", *BROKERS)
 ORDERS = ("refuse", "hang", "421", "busy", "drop-after", "drop-lost", "greylist", "slow-800")
-# How many replicas a service has: at least and at most while they come and go.
+# The least and the greatest number of replicas of a service while it is scaled.
 REPLICAS = {"api": (1, 2), **dict.fromkeys(STAGES, (2, 3))}
 
-# Before the first fault the load is under way; after the last one it goes on, so that recovery shows.
+# Seconds of load before the first fault, and after the last one, so that the recovery shows.
 _WARM_UP, _COOL_DOWN = 6.0, 10.0
-# A replica that is gone for longer than the session timeout has to be replaced by the others.
+# Longer than the session timeout: the other replicas must take a replica's partitions over.
 _GONE = 14.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing done to one target: it begins at `at` and ends after `seconds`, both from the start.
+    """One fault of one target. It begins `at` seconds after the start and lasts for `seconds`.
 
-    `kind` is kill, freeze, restart, reset, blackhole, slow, mail, servfail, full, roll or scale; `detail`
-    is the order for the mail server or the number of replicas. `alone`: no other fault overlaps it, so
-    the time that the system takes to recover is its own.
+    `kind` is the name of a method of Nemesis (kill, freeze, scale, ...). `detail` is the order for the mail
+    server or the number of replicas. A fault that is `alone` overlaps with no other fault, so that its
+    recovery can be measured.
     """
 
     at: float
@@ -43,7 +43,7 @@ class Fault:
 
     @property
     def name(self) -> str:
-        """What the fault is, in a few words."""
+        """The fault in a few words."""
         return " ".join(filter(None, (self.kind, self.target, self.detail)))
 
 
@@ -51,7 +51,7 @@ Card = tuple[str, str, str]
 
 
 def _cards(targets: Sequence[str]) -> list[Card]:
-    """Every fault that these targets allow, once."""
+    """Return every fault of these targets, once."""
     cards: list[Card] = []
     for service in SERVICES:
         if service in targets:
@@ -76,9 +76,9 @@ def _cards(targets: Sequence[str]) -> list[Card]:
 
 
 def _dealt(cards: Sequence[Card], rng: random.Random) -> Iterator[Card]:
-    """Cards for ever: each comes once before any comes again, one of every kind before the others.
+    """Yield cards without end: each comes once before any comes again, and one of every kind comes first.
 
-    A run of ten minutes is shorter than the deck, and yet has to see every kind.
+    A run of ten minutes is shorter than the deck, but must have every kind.
     """
     while cards:
         deck = list(cards)
@@ -92,7 +92,7 @@ def _seconds(card: Card, rng: random.Random) -> float:
     if kind == "freeze":
         return rng.uniform(5, 20)
     if kind == "kill":
-        # A server that is killed stays away for a while; a replica is at times started again at once.
+        # A killed broker stays away for a while. A killed replica may restart at once.
         return _GONE if target.startswith("kafka") or rng.random() < 0.6 else rng.uniform(0.5, 5)
     if kind in ("restart", "roll"):
         return 0.0
@@ -102,14 +102,14 @@ def _seconds(card: Card, rng: random.Random) -> float:
 
 
 def _takes(card: Card, lasts: float) -> float:
-    """How long nothing else may happen, so that the recovery can be measured."""
+    """Return how many seconds no other fault may follow, so that the recovery can be measured."""
     kind, target, _ = card
     if kind == "roll":
         return 25.0
     if kind == "kill" and target.startswith(tuple(STAGES)):
         return max(lasts, _GONE)
     if target == "mysql":
-        # It has a log to recover from before it takes logins again.
+        # MySQL recovers from its log before it accepts logins.
         return lasts + 6.0
     return lasts or 6.0
 
@@ -127,7 +127,7 @@ def plan(seed: int, seconds: float, targets: Sequence[str] = TARGETS) -> list[Fa
 
 
 def _main(rng: random.Random, seconds: float, targets: Sequence[str]) -> Iterator[Fault]:
-    """One fault after the other; now and then a second one in the midst of the first."""
+    """Yield one fault after the other, and at times a second one during the first."""
     at = _WARM_UP
     for card in (dealt := _dealt(_cards(targets), rng)):
         lasts = _seconds(card, rng)
@@ -146,7 +146,7 @@ def _main(rng: random.Random, seconds: float, targets: Sequence[str]) -> Iterato
 
 
 def _scaling(rng: random.Random, seconds: float, targets: Sequence[str]) -> Iterator[Fault]:
-    """Replicas come and go all the while."""
+    """Yield changes of the number of replicas, all through the run."""
     counts = {service: 2 for service in REPLICAS if service in targets}
     at = rng.uniform(8, 20)
     while counts and at < seconds - 5:

@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks what it carries: between the services and the servers that they stand on."""
+"""TCP proxies between the services and their servers. Each can reset, stop or slow down its connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CUT_EVERY = 1.0
 
 
 class _Link:
-    """One listening port and what becomes of its connections. Belongs to the proxies' loop."""
+    """One listening port and its connections. Belongs to the loop of the proxies."""
 
     def __init__(self, host: str, port: int) -> None:
         self._upstream = host, port
@@ -55,7 +55,8 @@ class _Link:
             await asyncio.sleep(_CUT_EVERY)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # What cannot be carried on is cut off: the other side sees what it would see of the server.
+        # A connection that fails on one side is reset on the other, which then sees what the server would
+        # show.
         self._open.add(writer)
         upstream: asyncio.StreamWriter | None = None
         try:
@@ -68,7 +69,7 @@ class _Link:
             ]
             await asyncio.wait(ways)
         except (OSError, asyncio.CancelledError):
-            # Cancelled when all is over; raised from here it would be reported once a connection.
+            # Cancelled when the proxies close. asyncio would report an exception for each connection.
             _reset(writer)
         finally:
             for one in filter(None, (writer, upstream)):
@@ -90,8 +91,8 @@ class _Link:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """End a connection at once, with a RST."""
-    # ValueError: it is closed already.
+    """End a connection at once with a RST."""
+    # ValueError: the socket is closed already.
     with contextlib.suppress(OSError, AttributeError, ValueError):
         writer.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
@@ -100,7 +101,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 class Proxies:
-    """Proxies on a thread of their own, each with a name. All methods block shortly."""
+    """Named proxies on a thread of their own. All methods block for a moment."""
 
     def __init__(self) -> None:
         self._loop = uvloop.new_event_loop()
@@ -109,7 +110,7 @@ class Proxies:
         self._thread.start()
 
     def add(self, name: str, host: str, port: int, listen: int = 0) -> int:
-        """Carry connections to host:port; returns the port that it listens on. Several may share a name."""
+        """Forward connections to host:port and return the proxy's port. Several proxies may share a name."""
 
         async def make() -> tuple[_Link, int]:
             link = _Link(host, port)
@@ -120,10 +121,10 @@ class Proxies:
         return int(listening)
 
     def set(self, name: str, mode: Mode) -> None:
-        """Do this to all connections of `name` from now on.
+        """Set the mode of all connections of `name`.
 
-        reset: each is cut once a second; blackhole: nothing flows, and goes on after; slow: every piece is
-        late.
+        `reset` resets them once a second, `blackhole` holds all data back until the mode changes, and `slow`
+        delays each piece.
         """
 
         async def change() -> None:
@@ -134,7 +135,7 @@ class Proxies:
         self._do(change())
 
     def close(self) -> None:
-        """End all."""
+        """End all connections and the thread."""
 
         async def end() -> None:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -1,4 +1,4 @@
-"""Whom the load writes to, and how such a task must end. Pure."""
+"""The recipients of the load, and the status in which a task to each must end. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 __all__ = ["end_of", "recipient"]
 
-# How often each is written to, in a hundred.
+# How many of a hundred mails each gets.
 _MIX: dict[str, int] = {
     "u{n}@d{d}.ok.test": 86,
     "greylist+{n}@d{d}.ok.test": 2,

@@ -1,4 +1,4 @@
-"""How long until the system serves again, seen from outside: tasks created since, in every partition."""
+"""Measures when the system serves again: when a new task in each partition is completed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def partition(id_: str) -> int:
 async def serves_again(targets: list[str], since: float, patience: float) -> float | None:
     """Wait until a task created after `since` (Unix seconds) is completed in each partition.
 
-    Returns the Unix seconds of that, None where it is not so after `patience` seconds.
+    Returns the Unix seconds of that moment, or None after `patience` seconds.
     """
     channels = [grpc.aio.insecure_channel(t, [("grpc.max_reconnect_backoff_ms", 500)]) for t in targets]
     stubs = [rpc.TaskServiceStub(channel) for channel in channels]

@@ -1,4 +1,4 @@
-"""Runs as a table."""
+"""Prints the results of runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST = 25
 
 
 def show(runs: Sequence[tuple[Verdict, Evidence, Path]]) -> None:
-    """Print a table of runs, with what was done, the recoveries and the breaches of them all."""
+    """Print a table of runs, then their faults, recoveries and breaches."""
     console = Console(width=150, highlight=False)
     history = [entry for _, _, folder in runs for entry in load(folder / "history.jsonl")]
     seeds = [entry["seed"] for entry in history if entry["what"] == "run"]
@@ -43,7 +43,7 @@ def _count(console: Console, what: str, names: Sequence[str]) -> None:
 
 
 def table(runs: Sequence[tuple[int, Verdict]]) -> Table:
-    """Return the figures of these runs, by seed."""
+    """Return a table with the figures of each run, by seed."""
     found = Table(box=None, pad_edge=False)
     columns = ("seed", "tasks", "acknowledged", "refused", "unknown", "settled", "deferred", "lost", "copies",
                "explained", "unexplained", "verdict")  # fmt: skip

@@ -1,4 +1,4 @@
-"""One run: the stack up, load and faults, the end awaited, the evidence collected and judged."""
+"""One run: it starts the stack, adds load and faults, waits for the end, and judges the evidence."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from tests.chaos.system import System
 __all__ = ["Run", "judge", "run"]
 
 FILES = ("history", "tasks", "journal", "timelines", "topics", "summary")
-# Seconds until the first tasks are through, and until the groups have committed what is settled.
+# Seconds for the first tasks to complete, and for the groups to commit what is settled.
 WARM, COMMIT = 120.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What to do. `slack`: seconds that recoveries may take longer than promised, on a busy machine.
+    """The parameters of a run.
 
-    `settle`: seconds after the last fault within which all must be settled.
+    `slack` is how many seconds longer than promised a recovery may take, on a busy machine. All tasks must be
+    settled `settle` seconds after the last fault.
     """
 
     seed: int
@@ -46,7 +47,7 @@ class Run:
 
 
 def run(spec: Run, folder: Path, say: Callable[[str], None] = print) -> tuple[Verdict, Evidence]:
-    """Do it; `folder` then holds the histories, and the logs of all processes. Blocks for minutes."""
+    """Carry out a run. `folder` then holds its files and the logs of all processes. Blocks for minutes."""
     history = History(folder / "history.jsonl")
     history.write("run", seed=spec.seed, seconds=spec.seconds, rate=spec.rate)
     save(folder / "plan.jsonl", (asdict(fault) for fault in spec.faults))
@@ -67,7 +68,7 @@ def run(spec: Run, folder: Path, say: Callable[[str], None] = print) -> tuple[Ve
 
 
 def judge(folder: Path, slack: float = 0.0) -> tuple[Verdict, Evidence]:
-    """Judge a run by the files in its folder."""
+    """Return the verdict on a run and its evidence, from the files in its folder."""
     files = {name: load(folder / f"{name}.jsonl") for name in FILES}
     emails = {entry["email"] for entry in files["history"] if entry["what"] == "create"}
     evidence = load_evidence(files, {email: end_of(email) for email in emails})
@@ -79,7 +80,7 @@ async def _go(spec: Run, system: System, history: History, folder: Path, say: Ca
     nemesis = Nemesis(system, spec.faults, work, history, say, slack=spec.slack)
     loading = asyncio.create_task(work.run())
     try:
-        # Before anything is broken, all must work: what a cold start costs is no recovery.
+        # Everything must work before the first fault: a cold start is no recovery.
         started = time.time()
         served = await serves_again(system.targets, started, WARM)
         if served is None:
@@ -140,10 +141,10 @@ def _timeline(api: Api, id_: str) -> dict[str, object]:
 
 
 def discard(folder: Path) -> None:
-    """Delete what a run left, histories and logs."""
+    """Delete the files and the logs of a run."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def can_mount() -> bool:
-    """Whether disks can be filled up here: small file systems are mounted for it, which takes root."""
+    """Return whether a run can fill disks: it mounts small file systems for that, as root."""
     return os.geteuid() == 0 and shutil.which("mount") is not None

@@ -1,4 +1,4 @@
-"""The real stack with a fault proxy on every link: its processes, started, ended, frozen and watched."""
+"""The real stack with a proxy on every link. It starts, ends, freezes and supervises the processes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from tests.chaos.proxy import Proxies
 
 __all__ = ["System"]
 
-# A deferred task is due again soon: every task must settle within a minute of the last fault. A name server
-# that is away for a while fails nobody. The faults hit some tasks again and again, and all must end as asked.
+# Short delays, since every task must settle within a minute of the last fault. Many DNS attempts and resends,
+# since the faults hit some tasks again and again, and each must still end as its recipient says.
 SETTINGS = {
     "POSTROAD_SENDER_DELAYS": "2,5,10",
     "POSTROAD_VALIDATOR_DELAYS": "1,2,4,8,15,30",
@@ -47,11 +47,11 @@ _READY = 180.0
 
 
 class System:
-    """Kafka, MySQL, the name server, the mail server, and the services, under `directory`.
+    """Kafka, MySQL, the name server, the mail server and the services, under `directory`.
 
-    `disks`: MySQL and kafka-1 each live on a small tmpfs of their own, which takes root. `mutant`: the name
-    of a module in tests.chaos.mutants that is run in the place of the service it breaks.
-    All methods block, and bear several threads.
+    With `disks`, MySQL and kafka-1 each have a small tmpfs of their own, which needs root. `mutant` is a
+    module of tests.chaos.mutants that runs in place of the service that it breaks. All methods block and are
+    thread-safe.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class System:
             "EMAIL_TLS": "none",
         }
 
-    # What there is
+    # What the system consists of
 
     @property
     def bootstrap(self) -> str:
@@ -100,15 +100,15 @@ class System:
 
     @property
     def direct(self) -> str:
-        """The first api replica, not through a proxy."""
+        """The address of the first api replica, without a proxy."""
         return f"{HOST}:{self._state.port('api-1', 'grpc')}"
 
     def replicas(self, service: str) -> list[str]:
-        """The names of a service's replicas that should be there."""
+        """Return the names of the replicas that a service should have."""
         return self._state.replica_names(service)
 
     def journal(self) -> list[dict[str, object]]:
-        """What the mail server has taken, oldest first."""
+        """Return the mails that the mail server took, oldest first."""
         text = (self.layout.mail / "journal.jsonl").read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
@@ -126,7 +126,7 @@ class System:
     # Up and down
 
     def up(self) -> None:
-        """Start everything; returns when all is ready. Raises RuntimeError when it does not become so."""
+        """Start everything. Returns when all is ready; raises RuntimeError when it does not get ready."""
         for name, size in self._disks.items():
             self._mount(name, size)
         servers = [*self._state.kafka_names(), "mysql", "dns", "catcher"]
@@ -142,7 +142,7 @@ class System:
             list(pool.map(self.wait_ready, services))
 
     def down(self, *, keep: bool = False) -> None:
-        """End everything; delete the data, but not the logs. `keep`: leave what is on a disk."""
+        """End everything. Delete the data but not the logs; `keep` leaves the data on real disks."""
         self._closing.set()
         with self._lock:
             self._wanted.clear()
@@ -155,13 +155,13 @@ class System:
             shutil.rmtree(self.layout.root / "data", ignore_errors=True)
 
     def inside(self, ids: Iterable[str]) -> dict[str, Any]:
-        """What the tables say of these tasks, and what the services count: for whoever looks for a cause."""
+        """Return the rows of these tasks and the services' metrics, for the search for a cause."""
         hexes = [id_.replace("-", "") for id_ in ids]
         found: dict[str, Any] = {}
         with self._connect() as connection, connection.cursor(dictionary=True) as cursor:
             for table, key in (("tasks", "id"), ("outbox", "task_id"), ("deliveries", "task_id")):
-                marks = ",".join(["UNHEX(%s)"] * len(hexes))
-                cursor.execute(f"SELECT * FROM {table} WHERE {key} IN ({marks})", hexes)
+                placeholders = ",".join(["UNHEX(%s)"] * len(hexes))
+                cursor.execute(f"SELECT * FROM {table} WHERE {key} IN ({placeholders})", hexes)
                 found[table] = [{k: _plain(v) for k, v in row.items()} for row in cursor.fetchall()]
             cursor.execute("SELECT COUNT(*) AS n, MIN(available_at) AS due FROM outbox")
             found["outbox_all"] = {k: _plain(v) for k, v in cursor.fetchone().items()}
@@ -200,7 +200,7 @@ class System:
     # Processes
 
     def start(self, name: str) -> None:
-        """Start a process unless it runs; does not wait until it is ready."""
+        """Start a process unless it runs. Does not wait until it is ready."""
         with self._lock:
             self._wanted.add(name)
             if process.find(self.layout, name) is not None:
@@ -216,7 +216,7 @@ class System:
             self._pids[name] = process.spawn(self.layout, name, argv, env, cwd=ROOT)
 
     def wait_ready(self, name: str, seconds: float = _READY) -> None:
-        """Wait until it answers, or is no longer wanted. Raises RuntimeError when it does not in time."""
+        """Wait until a process is ready, or should not run any more. Raises RuntimeError after `seconds`."""
         component = self._component(name)
         end = time.monotonic() + seconds
         while not component.is_ready() and name in self._wanted:
@@ -225,36 +225,36 @@ class System:
             time.sleep(0.05)
 
     def kill(self, name: str) -> None:
-        """SIGKILL; returns when it is gone."""
+        """Send SIGKILL. Returns when the process is gone."""
         self._end(name, 0)
 
     def stop(self, name: str) -> bool:
-        """SIGTERM; returns whether it ended by itself in its time, with 0."""
+        """Send SIGTERM. Return whether the process exited in time with 0."""
         return self._end(name, self._component(name).grace)
 
     def _end(self, name: str, grace: float) -> bool:
         with self._lock:
             self._wanted.discard(name)
         ended = process.end(self.layout, name, grace)
-        # Java tells of the signal though it ended in order.
+        # After an orderly end, Java still exits with the number of the signal.
         return ended and self._reap(name) in (0, None, 128 + signal.SIGTERM)
 
     def freeze(self, name: str) -> None:
-        """SIGSTOP."""
+        """Send SIGSTOP."""
         if pid := process.find(self.layout, name):
             os.kill(pid, signal.SIGSTOP)
 
     def thaw(self, name: str) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         if pid := process.find(self.layout, name):
             os.kill(pid, signal.SIGCONT)
 
     def runs(self, name: str) -> bool:
-        """Whether the process is there."""
+        """Return whether the process runs."""
         return process.find(self.layout, name) is not None
 
     def scale(self, service: str, count: int) -> None:
-        """Have `count` replicas; those too many are drained."""
+        """Start or drain replicas of a service until it has `count`."""
         with self._lock:
             before = self.replicas(service)
             self._state.replicas[service] = count
@@ -267,7 +267,7 @@ class System:
                 self.stop(name)
 
     def _advertise(self, name: str) -> None:
-        """Have clients and the other brokers come through the proxy."""
+        """Make clients and the other brokers connect through the proxy."""
         path = self.layout.root / "data" / f"{name}.properties"
         lines = [
             f"advertised.listeners=PLAINTEXT://{HOST}:{self._advertised[name]}"
@@ -278,7 +278,7 @@ class System:
         write_whole(path, "\n".join(lines) + "\n")
 
     def _reap(self, name: str) -> int | None:
-        """Return the exit code of a process that ended (negative: the signal), None where it is unknown."""
+        """Return the exit code of a process that ended (negative: the signal), or None when it is unknown."""
         pid = self._pids.get(name)
         if pid is None:
             return None
@@ -290,7 +290,7 @@ class System:
         return None
 
     def _watch(self) -> None:
-        """Start again what ends by itself, as a supervisor does."""
+        """Restart the processes that end by themselves, as a supervisor does."""
         while not self._closing.wait(0.5):
             for name in sorted(self._wanted):
                 if process.find(self.layout, name) is not None:
@@ -309,7 +309,7 @@ class System:
     # Faults
 
     def link(self, name: str, mode: str) -> None:
-        """Break a link (proxy.py): mysql, smtp, clients or a broker's."""
+        """Set the proxy mode of a link: mysql, smtp, clients or a broker's name."""
         self._proxies.set(name, mode)  # type: ignore[arg-type]
 
     def control_mail(self, **orders: object) -> None:
@@ -317,11 +317,11 @@ class System:
         write_whole(self.layout.mail / "control.json", json.dumps(orders))
 
     def control_dns(self, **names: str) -> None:
-        """Make names misbehave; `*` is all of them."""
+        """Write the name server's control file; the name `*` stands for all."""
         write_whole(self.layout.dns / "control.json", json.dumps({"names": names}))
 
     def fill(self, name: str) -> None:
-        """Leave no room on the disk of MySQL or kafka-1."""
+        """Fill the disk of MySQL or kafka-1."""
         path = self.layout.data(name) / "ballast"
         with path.open("wb") as file:
             step = 1 << 24
@@ -334,11 +334,11 @@ class System:
                     step //= 2
 
     def empty(self, name: str) -> None:
-        """Give the room back."""
+        """Free the disk again."""
         (self.layout.data(name) / "ballast").unlink(missing_ok=True)
 
     def mysql_back(self, seconds: float = 120) -> float:
-        """Wait until MySQL takes a login again; returns the monotonic time of that. Raises RuntimeError."""
+        """Wait until MySQL accepts a login. Return the monotonic time of that; raises RuntimeError."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with contextlib.suppress(mysql.connector.Error):

@@ -1,8 +1,8 @@
-"""A short form of chaos on the real stack, and broken variants that it must find broken.
+"""A short run on the real stack, and runs of broken variants that must fail.
 
 Each takes minutes, so only `make test-long` runs them. `make test` has each of these faults by itself
-(tests/e2e/test_kills.py and test_outages.py), mixtures of them and broken variants in memory
-(tests/simulation), and the rules that judge a run (test_checker.py).
+(tests/e2e/test_kills.py and test_outages.py). It has mixtures of them and broken variants in memory
+(tests/simulation), and the rules of the checker (test_checker.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tests.forms import LONG
 
 pytestmark = pytest.mark.skipif(not LONG, reason="minutes long: make test-long")
 
-# A machine that runs other things beside: what is measured may take longer there, what is lost may not.
+# The machine may run other things too. Recoveries may take longer then; losses are never allowed.
 SLACK = 60.0
-# What loses and doubles mails most easily, in little more than a minute.
+# The faults that lose and duplicate mails most easily, in little more than a minute.
 FAULTS = (
     Fault(6, "kill", "mysql", 2),
     Fault(9.5, "scale", "status", 0, "3", alone=False),
@@ -44,7 +44,7 @@ def test_nothing_is_lost_and_nothing_sent_twice(tmp_path: Path) -> None:
 
 
 def killed_again_and_again(target: str, times: int) -> list[Fault]:
-    """A plan that kills the only replica of a service in the midst of slow mails."""
+    """Return a plan that kills the only replica of a service during slow mails."""
     slow = Fault(4, "mail", "catcher", 8.0 * times + 4, "slow-800", alone=False)
     kills = [Fault(8 + 8 * turn, "kill", target, 0.5, alone=False) for turn in range(times)]
     return [slow, *kills]

@@ -1,4 +1,4 @@
-"""The checker against hand-made histories: sound ones pass, and each breach of a rule is found."""
+"""The checker on made-up histories: a sound one passes, and it finds each breach of a rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def mail(id_: str, email: str = "a@b.test") -> Mail:
 
 
 def sound() -> Evidence:
-    """Three tasks: one sent, one refused by its server, one that its client heard nothing of."""
+    """Return the evidence of three tasks: one sent, one refused by its server, one without an answer."""
     return Evidence(
         creates=[
             Create(1, "a@b.test", "acked", "completed", A),
@@ -66,7 +66,7 @@ def test_acknowledged_and_never_settled_is_lost(status: str) -> None:
     assert rules(evidence) == {"lost"}
 
 
-def test_what_waits_for_its_next_attempt_is_deferred_and_what_was_due_long_ago_is_lost() -> None:
+def test_a_task_with_a_future_attempt_is_deferred_and_an_overdue_one_is_lost() -> None:
     evidence = sound()
     evidence.rows = [replace(evidence.rows[0], status="processing", next_at=1030.0), *evidence.rows[1:]]
     verdict = check(evidence)
@@ -82,7 +82,7 @@ def test_completed_without_a_mail_is_lost() -> None:
     assert rules(evidence) == {"lost"}
 
 
-def test_a_recorded_task_must_end_though_its_client_heard_nothing() -> None:
+def test_a_recorded_task_must_end_though_its_client_has_no_answer() -> None:
     evidence = sound()
     evidence.rows = [*evidence.rows[:2], replace(evidence.rows[2], status="pending")]
     evidence.journal = evidence.journal[:1]
@@ -118,7 +118,7 @@ def test_copies_under_two_message_ids_are_a_breach() -> None:
     assert rules(evidence) == {"copies"}
 
 
-def test_a_mail_of_a_task_that_failed_or_is_none_is_a_breach() -> None:
+def test_a_mail_of_a_failed_or_unknown_task_is_a_breach() -> None:
     evidence = sound()
     evidence.journal = [*evidence.journal, mail(B, "reject5@b.test")]
     assert rules(evidence) == {"unwanted"}
@@ -156,13 +156,13 @@ def test_recorded_though_refused_is_a_breach() -> None:
 
 def test_answers_that_no_client_expects_are_breaches() -> None:
     evidence = sound()
-    evidence.creates = [*evidence.creates, Create(6, "f@b.test", "error", "completed", said="INTERNAL")]
+    evidence.creates = [*evidence.creates, Create(6, "f@b.test", "error", "completed", details="INTERNAL")]
     assert rules(evidence) == {"answer"}
     evidence.creates = [replace(evidence.creates[0], number=7), *evidence.creates[1:5]]
     assert rules(evidence) == {"answer"}
 
 
-def test_the_topics_must_tell_what_the_table_says() -> None:
+def test_the_topics_must_hold_what_the_table_says() -> None:
     for gone in ("task.created", "mail.sent", "mail.failed"):
         evidence = sound()
         assert evidence.published is not None

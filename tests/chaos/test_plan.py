@@ -1,4 +1,4 @@
-"""The plan: the same for a seed, every kind of fault in it, and nothing left broken at its end."""
+"""The plan: it depends on the seed only, has every kind of fault, and leaves nothing broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_plan_is_a_function_of_its_seed() -> None:
     assert plan(7, 600) != plan(8, 600)
 
 
-def test_five_runs_of_ten_minutes_hold_every_kind_of_fault() -> None:
+def test_five_runs_of_ten_minutes_have_every_kind_of_fault_for_every_target() -> None:
     faults = [fault for seed in range(1, 6) for fault in plan(seed, 600)]
     kinds = {(fault.kind, fault.target.partition("-")[0]) for fault in faults}
     for name in (*SERVICES, "mysql", "kafka"):
@@ -29,7 +29,7 @@ def test_five_runs_of_ten_minutes_hold_every_kind_of_fault() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_run_of_ten_minutes_does_each_kind_at_least_once(seed: int) -> None:
+def test_a_run_of_ten_minutes_has_each_kind_at_least_once(seed: int) -> None:
     done = {fault.kind for fault in plan(seed, 600)}
     assert done >= {
         "kill",
@@ -47,7 +47,7 @@ def test_a_run_of_ten_minutes_does_each_kind_at_least_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_all_is_over_before_the_end_and_what_is_alone_is_alone(seed: int) -> None:
+def test_every_fault_ends_in_time_and_overlaps_no_fault_that_is_alone(seed: int) -> None:
     faults = plan(seed, 300)
     assert faults
     assert all(fault.at + fault.seconds <= 300 for fault in faults)
@@ -55,7 +55,7 @@ def test_all_is_over_before_the_end_and_what_is_alone_is_alone(seed: int) -> Non
     for before, after in pairwise(others):
         if before.alone and after.alone:
             assert after.at >= before.at + before.seconds + 5
-        # Two faults at once are never of one target: what heals one would heal the other.
+        # Two overlapping faults have different targets, since the end of one would end the other too.
         if after.at < before.at + before.seconds:
             assert after.target != before.target
     for fault in faults:
@@ -66,7 +66,7 @@ def test_all_is_over_before_the_end_and_what_is_alone_is_alone(seed: int) -> Non
             assert least <= int(fault.detail) <= most
 
 
-def test_only_what_was_asked_for() -> None:
+def test_a_plan_has_faults_of_the_given_targets_only() -> None:
     assert {fault.target for fault in plan(1, 600, ["mysql"])} == {"mysql"}
     assert plan(1, 600, []) == []
     with pytest.raises(ValueError, match="moon"):
@@ -74,12 +74,12 @@ def test_only_what_was_asked_for() -> None:
     assert set(TARGETS) > {"disk", "roll"}
 
 
-def test_how_a_task_must_end() -> None:
+def test_the_recipient_says_how_a_task_must_end() -> None:
     assert end_of("u1@d1.ok.test") == end_of("drop-after+1@d1.ok.test") == "completed"
     assert end_of("reject5+1@d1.ok.test") == end_of("u1@nowhere.test") == "failed"
 
 
-def test_a_task_lies_where_kafka_s_clients_put_it() -> None:
-    # As murmur2 of the Java client places the 16 bytes among 12 partitions.
+def test_a_task_has_the_partition_that_kafka_s_clients_choose() -> None:
+    # The partitions that the Java client chooses among 12 for these 16 bytes.
     assert partition("01a20d80-e37c-76d0-8ea6-9dd8e38648d4") == 3
     assert partition("01a20d80-e352-7b81-a8de-e2bdc4657c33") == 1

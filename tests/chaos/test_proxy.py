@@ -14,7 +14,7 @@ from tests.chaos.proxy import Proxies
 
 @pytest.fixture
 def echo() -> Iterator[int]:
-    """A server that says back what it hears; its port."""
+    """Yield the port of a server that returns what it receives."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def talk(client: socket.socket) -> None:
@@ -57,10 +57,10 @@ def test_pass(proxies: Proxies, echo: int) -> None:
         got = b""
         while data := client.recv(65536):
             got += data
-    assert got == b"x" * 200_000, "all of it, and the end after it"
+    assert got == b"x" * 200_000, "all data, then the end"
 
 
-def test_reset_cuts_what_is_open_with_a_rst(proxies: Proxies, echo: int) -> None:
+def test_reset_ends_open_connections_with_a_rst(proxies: Proxies, echo: int) -> None:
     port = proxies.add("a", "127.0.0.1", echo)
     with connect(port) as client:
         client.sendall(b"one")
@@ -74,7 +74,7 @@ def test_reset_cuts_what_is_open_with_a_rst(proxies: Proxies, echo: int) -> None
         assert client.recv(10) == b"two"
 
 
-def test_blackhole_holds_all_and_then_goes_on(proxies: Proxies, echo: int) -> None:
+def test_blackhole_holds_the_data_back_until_it_is_over(proxies: Proxies, echo: int) -> None:
     port = proxies.add("a", "127.0.0.1", echo)
     with connect(port) as client:
         client.sendall(b"one")
@@ -99,16 +99,16 @@ def test_slow_delays_each_piece(proxies: Proxies, echo: int) -> None:
         assert time.monotonic() - began > 0.25
 
 
-def test_a_server_that_is_gone_looks_gone(proxies: Proxies) -> None:
+def test_a_connection_to_a_missing_server_is_reset(proxies: Proxies) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = int(free.getsockname()[1])
     port = proxies.add("a", "127.0.0.1", nobody)
-    # The connection is taken, then cut: that may be seen as early as when it is made.
+    # The proxy accepts the connection, then resets it. `connect` itself may see that already.
     with pytest.raises(ConnectionResetError), connect(port) as client:
         client.recv(10)
 
 
-def test_names_are_broken_apart(proxies: Proxies, echo: int) -> None:
+def test_each_link_has_a_mode_of_its_own(proxies: Proxies, echo: int) -> None:
     left, right = proxies.add("a", "127.0.0.1", echo), proxies.add("b", "127.0.0.1", echo)
     proxies.set("a", "blackhole")
     with connect(right) as client:

@@ -1,4 +1,4 @@
-"""A sender that commits what it was handed, not what it has finished: a kill loses what was in its hands."""
+"""A sender that commits records before they are finished: a kill loses the records in flight."""
 
 from __future__ import annotations
 

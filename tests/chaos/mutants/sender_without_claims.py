@@ -1,4 +1,4 @@
-"""A sender that asks nobody whether a mail went out already: what is handed out again is sent again."""
+"""A sender that claims nothing: it sends a redelivered record's mail again."""
 
 from __future__ import annotations
 
