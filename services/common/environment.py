@@ -37,8 +37,8 @@ OTHERS: Final = frozenset(
 )
 """What may stand in an environment beside the settings."""
 
-# Where the local stack says that each replica answers over HTTP.
-_REPLICA = re.compile(r"POSTROAD_HTTP_(API|VALIDATOR|SENDER|STATUS)_[1-9][0-9]*")
+# The local stack's variable for the HTTP address of each replica of a service.
+_REPLICA = re.compile(r"POSTROAD_HTTP_[A-Z_]+_[1-9][0-9]*")
 
 
 def unknown(names: Iterable[str], settings: Iterable[str]) -> list[str]:
