@@ -272,7 +272,7 @@ def test_a_variable_that_is_none_of_ours_is_named_with_the_nearest() -> None:
         "postroad_api_token: no such variable; the nearest is POSTROAD_API_TOKENS",
     ]
     # An e-mail setting has a name of its own.
-    assert len(misspelt(["POSTROAD_EMAIL_HOST", "POSTROAD_HTTP_RELAY_1", "POSTROAD_LOCAL_PATH"])) == 3
+    assert len(misspelt(["POSTROAD_EMAIL_HOST", "POSTROAD_HTTP_SENDER", "POSTROAD_LOCAL_PATH"])) == 3
 
 
 def test_what_else_is_ours_is_no_error() -> None:
