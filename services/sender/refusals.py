@@ -25,7 +25,7 @@ class RefusalScope(StrEnum):
 class RefusalRule(NamedTuple):
     """One row: what a reply must be for it to apply. An empty pattern fits all."""
 
-    refusal_scope: RefusalScope
+    scope: RefusalScope
     code: str
     """The whole basic code."""
     enhanced: str
