@@ -1,8 +1,8 @@
 """Leaves a consumer group and closes the Consumer, within a bound. The poller's thread alone uses it.
 
-The close of librdkafka can hang: a rebalance callback then waits for the response to an operation that its
-group has dropped, because it terminated meanwhile (librdkafka issues 4527 and 4884). So the last revocation
-comes before the close, and a thread watches over both.
+The close of librdkafka can hang. A rebalance callback inside it may send an operation to a group that has
+just terminated. No response ever comes, and the callback waits for it (librdkafka issues 4527 and 4884). So
+the last revocation comes before the close, and a thread watches over both.
 """
 
 from __future__ import annotations
