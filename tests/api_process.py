@@ -1,4 +1,4 @@
-"""The api as a process of its own, on a database and topics of its own."""
+"""Runs the api in a process of its own, with its own database and topics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def eventually(condition: Callable[[], object], seconds: float = 20) -> object:
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s")
         time.sleep(pause)
-        # What is asked often takes the time of those that are asked.
+        # Frequent questions slow down those that are asked.
         pause = min(1.3 * pause, 0.2)
     return value
 
@@ -84,7 +84,7 @@ class Installation:
         )
 
     def published(self) -> list[tuple[events_pb2.TaskCreated, dict[str, bytes]]]:
-        """Return what stands on task.created by now, with its headers, partition by partition."""
+        """Return the events on task.created so far, with their headers, partition by partition."""
         found = []
         for message in self.records():
             event = events_pb2.TaskCreated.FromString(message.value() or b"")
@@ -93,11 +93,11 @@ class Installation:
         return found  # type: ignore[return-value]
 
     def published_ids(self) -> Counter[str]:
-        """Return how often each task, by its id, stands on task.created by now."""
+        """Return how many records each task, by its id, has on task.created so far."""
         return Counter(uuid7.text(event.task.id) for event, _ in self.published())
 
     def records(self) -> list[Message]:
-        """Return the records of task.created by now, partition by partition."""
+        """Return the records of task.created so far, partition by partition."""
         consumer = Consumer({"bootstrap.servers": self.infra.bootstrap, "group.id": "reader"})
         found = []
         for partition in range(3):
@@ -114,13 +114,13 @@ class Installation:
 
 
 def request(number: int = 0, key: str = "", **data: Any) -> CreateRequest:
-    """Return a Create that is fine, but for what `data` changes."""
+    """Return a valid Create, apart from what `data` changes."""
     mail = {"email": f"u{number}@shop.test", "subject": f"Parcel {number}", "body": "text"} | data
     return CreateRequest(data=TaskData(**mail), idempotency_key=key)
 
 
 class HasEnvironment(Protocol):
-    """What an api can be started on."""
+    """Servers on which an api can run."""
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -161,7 +161,7 @@ class ApiProcess:
         self._log.close()
 
     def ready(self) -> bool:
-        """Tell whether /readyz says so; raise AssertionError where the process has ended."""
+        """Return whether /readyz says so; raise AssertionError if the process has ended."""
         assert self.process is not None
         code = self.process.poll()
         assert code is None, f"ended with {code}: {self.log()}"
@@ -171,7 +171,7 @@ class ApiProcess:
             return False
 
     def readiness(self) -> dict[str, Any]:
-        """Return what /readyz says; raise OSError where that is not 200."""
+        """Return what /readyz says; raise OSError unless that is 200."""
         with urllib.request.urlopen(f"http://{self.http}/readyz", timeout=3) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
@@ -192,7 +192,7 @@ class ApiProcess:
         self.process = None
 
     def metric(self, name: str) -> float:
-        """Return a metric's value, 0 where it is not there (yet)."""
+        """Return a metric's value, 0 if it is not there (yet)."""
         with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=3) as answer:
             for line in answer.read().decode().splitlines():
                 if line.startswith(name + " "):
@@ -200,5 +200,5 @@ class ApiProcess:
         return 0.0
 
     def log(self) -> str:
-        """What the process wrote so far."""
+        """What the process has written so far."""
         return Path(self._log.name).read_text(errors="replace")

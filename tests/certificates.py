@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority of our own and server certificates signed by it, made on the spot."""
+"""Makes certificates for tests: an authority of our own, and server certificates that it signed."""
 
 import datetime
 import ipaddress

@@ -1,4 +1,4 @@
-"""Many who claim the same tasks at once, on threads and in processes of their own."""
+"""Claims the same tasks at once from many threads and processes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ __all__ = ["Command", "Done", "Following"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGV = [sys.executable, "-m", "services.cli"]
-# A shell without job control has what it runs in the background ignore Ctrl-C, and all its children too.
+# Without job control, a shell makes its background processes, and their children, ignore Ctrl-C.
 LISTENING = [
     sys.executable,
     "-c",
@@ -60,7 +60,7 @@ class Done:
 
 
 class Following:
-    """A command that goes on: `objects` are what it wrote so far."""
+    """A command that still runs; `objects` is what it has written so far."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process, self.objects, self._errors = process, list[Any](), list[str]()
@@ -106,13 +106,13 @@ class Command:
         return Done(*done)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start it with pipes and leave it running; it heeds Ctrl-C however the tests were started."""
+        """Start it with pipes and leave it running; it obeys Ctrl-C however the tests were started."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen([*LISTENING, *arguments], env=self.environment, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
     @contextlib.contextmanager
     def following(self, *arguments: str) -> Iterator[Following]:
-        """Start it with pipes; at the end of the block it gets Ctrl-C, and is waited for."""
+        """Start it with pipes. At the end of the block, send it Ctrl-C and wait for it."""
         process = self.start(*arguments)
         following = Following(process)
         try:
@@ -146,7 +146,7 @@ class Command:
         while masters:
             assert time.monotonic() < end, f"still running: {texts}"
             if slaves and process.poll() is not None:
-                # Nobody has a terminal open any more, so that its end can be read.
+                # Nobody has the terminal open any more, so its end can be read.
                 while slaves:
                     os.close(slaves.pop())
             for master in select.select(list(masters), [], [], 0.05)[0]:

@@ -1,4 +1,4 @@
-"""The fixtures that any test may ask for, the order of the tests, and the end of all that a run started."""
+"""Registers the fixtures for all tests, orders the tests, and ends all that a run started."""
 
 import pytest
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """When all workers have ended, end the servers that they shared, then whatever the tests left."""
+    """End the servers that the workers shared, then whatever processes the tests left."""
     try:
         if not hasattr(config, "workerinput"):
             end_shared_servers()

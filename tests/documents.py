@@ -1,4 +1,4 @@
-"""The commands that the documents tell a reader to type, as they stand there."""
+"""Finds the commands that the documents tell a reader to type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ )*"
     r"(?:postroad|\.venv/bin/postroad|docker|make|python3|grpcurl|curl|kafka-[a-z-]+\.sh|SELECT)\s"
 )
-# What another program has to do with the text is not a reader's to type.
+# The fenced blocks are for other programs; a reader does not type them.
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 
 def commands(document: str) -> list[Command]:
-    """Return the commands of a document, each once: those of its code blocks, then those within its lines."""
+    """Return the commands of a document, each once: first those of code blocks, then those within lines."""
     blocks, prose = _split(document)
     found = [line for line in blocks if _PROGRAM.match(line)]
     for line in re.findall(r"`([^`\n]+)`", "\n".join(prose)):
@@ -36,7 +36,7 @@ def commands(document: str) -> list[Command]:
 
 
 def programs(document: str) -> set[str]:
-    """Return the first words of the code blocks' lines that are no command."""
+    """Return the first word of each line of a code block that is no command."""
     return {line.split()[0] for line in _split(document)[0] if not _PROGRAM.match(line)}
 
 
@@ -46,12 +46,12 @@ def python_samples(document: str) -> list[str]:
 
 
 def _split(document: str) -> tuple[list[str], list[str]]:
-    """Return the lines of a document's indented blocks, those that go on joined, and all other lines."""
+    """Return the lines of a document's indented blocks, continuation lines joined, and all other lines."""
     blocks: list[str] = []
     prose = [""]
     within = False
     for line in _FENCE.sub("", (ROOT / document).read_text()).splitlines():
-        # A block follows an empty line; what is indented otherwise goes on with an item of a list.
+        # A block follows an empty line. Any other indented line continues an item of a list.
         within = line.startswith("    ") and (within or not prose[-1].strip())
         if not within:
             prose.append(line)
@@ -63,5 +63,5 @@ def _split(document: str) -> tuple[list[str], list[str]]:
 
 
 def _bare(line: str) -> str:
-    """Return a line of a block without the remark behind it."""
+    """Return a line of a block without its trailing comment."""
     return re.sub(r"\s{2,}# .*$", "", line).rstrip()

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: the events of one task, as the services could emit them and odder ones."""
+"""Hypothesis strategies for the events of one task: those that services emit, and stranger ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COUNTS = st.sampled_from([0, 1, 2, 13, 14])
 
 
 def mail_task(number: int, *, full: bool = True) -> pb.MailTask:
-    """Return the mail task of that number: what describes it is the same in all its events."""
+    """Return the mail task of that number. All its events describe it alike."""
     task = pb.MailTask(
         id=hashlib.md5(str(number).encode()).digest(),
         tenant="tenant",
@@ -78,7 +78,7 @@ def events_of(draw: Any, task: pb.MailTask) -> Event:
 
 
 def distinct(events: list[Event], version: Any) -> list[Event]:
-    """Leave out what ties with an earlier event: in one task's life ties are duplicates."""
+    """Leave out events with the version of an earlier one: within one task these are duplicates."""
     seen: dict[tuple[bytes, int], Event] = {}
     for event in events:
         seen.setdefault(version(event), event)

@@ -1,4 +1,4 @@
-"""Commands of this project, run in processes of their own that have nothing left to import.
+"""Runs commands of this project in processes that have imported everything already.
 
 To start Python and import what a command needs costs a second, more than most commands do. One process a
 worker has imported it all, and is forked for each command.
@@ -104,7 +104,7 @@ class Process:
 
 
 def end() -> None:
-    """End what `multiprocessing` keeps running until this process exits: the run counts it as left over."""
+    """End the helpers of `multiprocessing`, which the run would count as left over."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
     util._run_finalizers()  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ def _main(
     module: str, arguments: list[str], environment: dict[str, str], streams: list[str], directory: str = "."
 ) -> None:
     for number, path in enumerate(streams):
-        # A pipe that is open for writing too would never end for its reader.
+        # A reader never sees the end of a pipe that it also has open for writing.
         way = os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY
         opened = os.open(path, way | os.O_NOCTTY)
         os.dup2(opened, number)

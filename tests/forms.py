@@ -18,7 +18,7 @@ def by_form(short: T, long: T) -> T:
     return long if LONG else short
 
 
-# How long an example takes says more of what else the machine does than of the code.
+# How long an example takes depends more on the machine's other load than on the code.
 settings.register_profile("short", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("short"), max_examples=1000)
 settings.load_profile(by_form("short", "long"))

@@ -1,4 +1,4 @@
-"""What a consumer group has committed and who is in it, read without a request that can abort the process.
+"""Reads a consumer group's offsets and members, without the request that can abort the process.
 
 services/common/kafka/describe_group.py says which requests can.
 """
@@ -37,7 +37,7 @@ class Offsets:
     """The committed offsets of one group. A context manager; may be used by one thread at a time."""
 
     def __init__(self, bootstrap: str, group: str) -> None:
-        # It never subscribes: to the broker it is no member.
+        # It never subscribes, so the broker does not count it as a member.
         self._consumer = Consumer(
             {
                 "bootstrap.servers": bootstrap,
@@ -54,7 +54,7 @@ class Offsets:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._consumer.close()
 
     def partitions(self, topics: Iterable[str] | None = None) -> list[TopicPartition]:
@@ -63,7 +63,7 @@ class Offsets:
             everything = self._consumer.list_topics(timeout=20).topics
             found = {name: topic for name, topic in everything.items() if name[0] != "_"}
         else:
-            # One by one: a broker with a thousand topics would else describe them all.
+            # Ask for one topic at a time; otherwise the broker describes all its topics.
             found = {name: self._consumer.list_topics(name, timeout=20).topics[name] for name in topics}
         return [TopicPartition(name, n) for name, topic in found.items() for n in topic.partitions]
 

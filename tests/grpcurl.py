@@ -1,7 +1,7 @@
-"""`python -m tests.grpcurl`: as much of grpcurl as the documents use, for machines that have none.
+"""`python -m tests.grpcurl` does as much of grpcurl as the documents use, for machines without it.
 
-Like it, it knows nothing of this project: it asks the server's reflection. Where the real one is on the PATH,
-that is used (tests/shell.py).
+Like grpcurl, it knows nothing of this project and asks the server's reflection. tests/shell.py prefers the
+real one if it is on the PATH.
 """
 
 from __future__ import annotations

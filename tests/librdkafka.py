@@ -1,4 +1,4 @@
-"""What the client library can do and its Python face does not show: for tests that need it in trouble."""
+"""Calls of librdkafka that its Python client does not offer, for tests that need a client in trouble."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, Producer
 
 __all__ = ["handle", "library", "produce_with_header"]
 
-# rd_kafka_vtype_t, and the flag by which the library copies what it is given.
+# rd_kafka_vtype_t, and the flag that makes the library copy the value.
 _END, _TOPIC, _PARTITION, _VALUE, _KEY, _FLAGS, _HEADER = 0, 1, 3, 4, 5, 7, 9
 _COPY = 2
 
@@ -30,7 +30,7 @@ def handle(client: Producer | Consumer) -> ctypes.c_void_p:
 def produce_with_header(
     producer: Producer, topic: str, partition: int, *, key: bytes, value: bytes, name: bytes
 ) -> None:
-    """Produce a record with a header of any name, as another make of client can."""
+    """Produce a record with a header of any name, as other clients can."""
     size = ctypes.c_size_t
     error = library().rd_kafka_producev(
         handle(producer),

@@ -1,4 +1,4 @@
-"""The claims without a database: decide.py's rules over a dictionary, with a clock that the test moves."""
+"""Claims without a database: the rules of decide.py over a dictionary, with a clock that the test sets."""
 
 from __future__ import annotations
 

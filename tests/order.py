@@ -1,4 +1,4 @@
-"""The order of the tests, and which of them run one after another on one worker."""
+"""Orders the tests, and decides which of them run one after another on one worker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIRST = (
     "tests/integration",
     "tests/simulation",
 )
-# What their modules' fixtures prepare costs more than several of their tests.
+# The fixtures of these modules cost more than several of their tests.
 _TOGETHER = (
     "tests/e2e/test_documented_commands",
     "tests/e2e/test_hold",
@@ -33,7 +33,7 @@ _TOGETHER = (
     "tests/integration/test_fold_sql",
     "tests/integration/smtp/test_smtp_postfix",
 )
-# The longest chains. A whole system keeps a core busy: a few more at once than there are cores are enough.
+# The longest chains. A whole system keeps a core busy, so run only a few more at once than there are cores.
 _CHAINS = ("own_stack_1", "own_stack_2", "stack", "breaks_servers")
 
 
@@ -50,16 +50,16 @@ _SECOND = {"kit": "classic", "server": "mariadb", "large": "mariadb"}
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, None, None]:
-    """Put the long tests first; name the group that a test belongs to, for `--dist loadgroup`. In the short
-    form, leave out second variants.
+    """Put the long tests first, and name each test's group for `--dist loadgroup`.
 
-    A wrapper: pytest-xdist reads the groups in its own hook, which it has called before any plain one.
+    The short form leaves out second variants. The hook is a wrapper because pytest-xdist reads the groups in
+    its own hook, which runs before any plain one.
     """
     if left_out := [] if LONG else [item for item in items if _is_second(item)]:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not _is_second(item)]
     groups = {item: group for item in items if (group := _group(item))}
-    # Without its plugin the marker is unknown, which `--strict-markers` makes an error.
+    # Without the plugin, `--strict-markers` rejects the marker.
     if config.pluginmanager.has_plugin("xdist"):
         for item, group in groups.items():
             item.add_marker(pytest.mark.xdist_group(group))

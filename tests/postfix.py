@@ -79,7 +79,7 @@ def missing() -> str | None:
 @contextmanager
 def postfix(policy_port: int) -> Iterator[Postfix]:
     """Run an instance until the end of the block. ``policy_port``: of the access policy server to ask."""
-    # Not under pytest's own directory, which only root may enter.
+    # Not under pytest's own directory, which only root can enter.
     directory = Path(tempfile.mkdtemp(prefix="postroad-postfix-"))
     directory.chmod(0o755)
     ports = _free_ports(4)
@@ -132,7 +132,7 @@ def _write(instance: Postfix, policy_port: int) -> None:
         (directory / name).mkdir()
     for name in ("data", "mail"):
         os.chown(directory / name, owner.pw_uid, owner.pw_gid)
-    # Debian's Postfix looks for this below its own configuration, whatever cyrus_sasl_config_path says.
+    # Debian's Postfix looks for this below its own configuration, whatever cyrus_sasl_config_path is.
     (directory / "etc" / "sasl" / "smtpd.conf").write_text(
         "pwcheck_method: auxprop\nauxprop_plugin: sasldb\nmech_list: PLAIN LOGIN\n"
         f"sasldb_path: {directory}/etc/sasl/sasldb2\n"

@@ -1,15 +1,16 @@
 """Ends what a test run started and did not end, however the run itself ends.
 
-A run has one directory, which every temporary directory of the tests is made in. Its path stands in the
-environment of all that the run starts (`RUN`), and marks a process as the run's, whatever its parent or
-session. A process beside the run, the reaper, reads from a pipe whose other end the run's own process holds:
-pytest, or the controller of its workers. It closes with that process, also at SIGKILL. Then the reaper kills
-the processes that carry the mark and deletes the directory.
+A run has one directory for all temporary directories of its tests. Every process that the run starts has its
+path in the environment (`RUN`). This marks the process as the run's, whatever its parent or session.
 
-The reaper ends the run, too, where the `make` that started it is gone. Servers under `POSTROAD_TEST_INFRA`
-are not the run's and stay.
+The reaper is a process beside the run. It reads from a pipe whose other end the run's own process holds:
+pytest, or the controller of its workers. That end closes with the process, also at SIGKILL. Then the reaper
+kills the processes with the mark and deletes the directory.
 
-The hooks are pytest's; conftest.py takes them over. Standard library only: the reaper runs this file.
+The reaper also ends the run if the `make` that started it is gone. Servers under `POSTROAD_TEST_INFRA` do not
+belong to the run and stay.
+
+conftest.py registers the pytest hooks. The file uses the standard library only, because the reaper runs it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ __all__ = ["RUN", "pytest_configure", "pytest_unconfigure", "running"]
 
 RUN = "PYTEST_RUN_DIRECTORY"
 """The variable that marks a run's processes. Tests that clean an environment leave it there."""
-# All ends by SIGKILL, so only a process in the midst of a system call takes time.
+# SIGKILL ends everything, so only a process within a system call takes time.
 _PATIENCE = 30.0
-# Linux has it for POSIX shared memory. A run takes up to a third of the room that is asked for here.
+# Linux has it for POSIX shared memory. A run takes up to a third of the size that is asked for here.
 _SHARED = "/dev/shm"
 _ROOM = 6 << 30
 _reapers: list[subprocess.Popen[str]] = []
@@ -42,10 +43,10 @@ _reapers: list[subprocess.Popen[str]] = []
 def pytest_configure(config: Any) -> None:
     """Begin a run, or, in a worker of pytest-xdist, join the controller's."""
     if not hasattr(config, "workerinput"):
-        # What pytest keeps of the last runs stays where it is.
+        # pytest keeps its directories of the last runs where they are.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
         directory = Path(tempfile.mkdtemp(prefix="postroad-test-", dir=_memory()))
-        # Servers that drop their rights must come through to their own.
+        # Servers that drop their rights must still reach their own directories.
         directory.chmod(0o711)
         clean = {name: value for name, value in os.environ.items() if name != RUN}
         reaper = subprocess.Popen(
@@ -63,7 +64,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def _memory() -> str | None:
-    """Return a file system in memory that has room for a run; None where there is none, or TMPDIR is set.
+    """Return a file system in memory with enough space for a run; None without one, or if TMPDIR is set.
 
     Half of what Kafka does for a new topic is to write its files through to a disk.
     """
@@ -97,7 +98,7 @@ def running(directory: str, but: str = "") -> dict[int, str]:
     """
     found = {}
     for entry in Path("/proc").iterdir():
-        # One that is just gone, or another user's, cannot be read.
+        # A process that just ended, or another user's, cannot be read.
         with contextlib.suppress(OSError):
             if entry.name.isdecimal() and _is_of(int(entry.name), directory, but):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
@@ -115,7 +116,7 @@ def _kill(pid: int, directory: str, but: str) -> None:
     """Kill the process if it is the run's, and wait until it is gone. Raises OSError if it was already."""
     descriptor = os.pidfd_open(pid)
     try:
-        # The descriptor holds that very process; its number may have become another's before.
+        # The descriptor names exactly this process; its number may belong to another one by now.
         if _is_of(pid, directory, but):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             _readable([descriptor], 1)
@@ -145,10 +146,10 @@ def _wait_for_the_end(run: int) -> None:
 
 
 def _reap(directory: str, but: str) -> dict[int, str]:
-    """Kill what carries the run's mark, and its children; returns what there was."""
+    """Kill the processes with the run's mark, and their children; return what there was."""
     killed: dict[int, str] = {}
     end, quiet = time.monotonic() + _PATIENCE, 0
-    # A process that is just being started shows no environment for a moment.
+    # A process that is just starting shows no environment for a moment.
     while quiet < 2 and time.monotonic() < end:
         found = running(directory, but)
         quiet = 0 if found else quiet + 1

@@ -1,6 +1,6 @@
-"""A client that knows nothing of this project: its messages are built from what reflection tells.
+"""A client that knows nothing of this project: it builds its messages from the server's reflection.
 
-What grpcurl does, in Python: requests and answers are JSON as protobuf maps it.
+Like grpcurl, it takes requests and gives answers as JSON, by protobuf's mapping.
 """
 
 from __future__ import annotations

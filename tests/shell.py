@@ -1,7 +1,7 @@
-"""A shell in which commands run as a reader would type them, in a clone whose stack is up.
+"""A shell that runs commands as a reader would type them, in a clone whose stack is up.
 
-`postroad` and `grpcurl` on its PATH are small programs that have the command run by tests/forked.py, with the
-streams and the directory that they were given: to start Python for each takes longer than all that they do.
+`postroad` and `grpcurl` on its PATH are small programs. Each has tests/forked.py run the command with its own
+streams and directory, because starting Python takes longer than most commands.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tests.documents import ROOT
 
 __all__ = ["Done", "Shell"]
 
-# The settings of whoever runs the tests, and what make hands on from its own command line.
+# The settings of the user who runs the tests, and what make passes on from its own command line.
 _LEFT_OUT = ("POSTROAD_", "EMAIL_", "MAKE", "MFLAGS", "ARGS")
 
-# What it is told: its own name, so that one text serves all.
+# Its one parameter is its own name, so that one text serves all.
 _CLIENT = """\
 #!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as link:
     link.connect({socket!r})
-    told = {{"pid": os.getpid(), "module": {module!r}, "arguments": sys.argv[1:], "directory": os.getcwd(),
+    request = {{"pid": os.getpid(), "module": {module!r}, "arguments": sys.argv[1:], "directory": os.getcwd(),
             "environment": dict(os.environ)}}
-    link.sendall(json.dumps(told).encode())
+    link.sendall(json.dumps(request).encode())
     link.shutdown(socket.SHUT_WR)
     code = int(link.recv(16) or b"255")
 os._exit(code if code >= 0 else 128 - code)
@@ -85,7 +85,7 @@ class Shell:
         self._listener.close()
 
     def run(self, text: str, seconds: float = 60, **environment: str) -> Done:
-        """Run a command, yes said to what it asks. Blocks; raises subprocess.TimeoutExpired."""
+        """Run a command and answer yes to its questions. Blocks; raises subprocess.TimeoutExpired."""
         ours, theirs = pty.openpty()
         try:
             os.write(ours, b"y\n" * 3)
@@ -99,8 +99,8 @@ class Shell:
                 text=True,
                 start_new_session=True,
             ) as process:
-                said: list[bytes] = []
-                reader = threading.Thread(target=_read, args=(ours, said))
+                written: list[bytes] = []
+                reader = threading.Thread(target=_read, args=(ours, written))
                 reader.start()
                 try:
                     output, _ = process.communicate(timeout=seconds)
@@ -110,7 +110,7 @@ class Shell:
                 finally:
                     os.close(theirs)
                     reader.join(5)
-            return Done(process.returncode, output, b"".join(said).decode(errors="replace"))
+            return Done(process.returncode, output, b"".join(written).decode(errors="replace"))
         finally:
             os.close(ours)
 
@@ -141,25 +141,25 @@ class Shell:
 
 
 def _answer(link: socket.socket) -> None:
-    with link, link.makefile("rb") as told:
-        asked = json.loads(told.read())
-        at = f"/proc/{asked['pid']}/fd"
+    with link, link.makefile("rb") as stream:
+        request = json.loads(stream.read())
+        at = f"/proc/{request['pid']}/fd"
         streams = (f"{at}/0", f"{at}/1", f"{at}/2")
         process = forked.Process(
-            asked["module"], asked["arguments"], asked["environment"], streams, asked["directory"]
+            request["module"], request["arguments"], request["environment"], streams, request["directory"]
         )
         link.sendall(str(process.wait()).encode())
 
 
-def _read(terminal: int, said: list[bytes]) -> None:
+def _read(terminal: int, written: list[bytes]) -> None:
     while True:
         try:
             part = os.read(terminal, 65536)
-        except OSError:  # nobody has the other side open any more
+        except OSError:  # nobody has the other end open any more
             return
         if not part:
             return
-        said.append(part)
+        written.append(part)
 
 
 def _script(path: Path, text: str) -> None:

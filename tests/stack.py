@@ -1,19 +1,18 @@
-"""Real servers for tests: `Infra` is Kafka, MySQL, DNS and the catcher, `Stack` the whole system.
+"""Real servers for tests: `Infra` is Kafka, MySQL, DNS and the mail catcher, `Stack` is the whole system.
 
-Fixtures (registered by conftest.py):
+conftest.py registers these fixtures:
 
-- `infra`      one set of servers that all workers of the run share; take `new_database()` and
-               `topic_prefix()` from it, so that no test sees another's rows or records
-- `mariadb`    one MariaDB server that all workers of the run share
-- `servers`    `infra`, but for a test marked `breaks_servers`: it has servers that it may stop, freeze and
-               misconfigure, as such tests run one after another (`breakable`; `breakable_mariadb` is the
-               MariaDB for them)
-- `stack`      one whole system, one replica of each service; its tests run one after another
-- `new_stack`  makes further systems, with settings, a mail server and a name server of their own, on the
-               shared Kafka and MySQL; ended with the test
-- `new_servers`  makes stacks with all servers of their own; ended with the test
+- `infra`: one set of servers for all workers of the run. Take `new_database()` and `topic_prefix()` from it,
+  so that no test sees another's rows or records.
+- `mariadb`: one MariaDB server for all workers of the run.
+- `servers`: the same as `infra`, except for tests marked `breaks_servers`. These run one after another on
+  servers that they may stop, freeze and misconfigure (`breakable`, and `breakable_mariadb`).
+- `stack`: one whole system, with one replica of each service. Its tests run one after another.
+- `new_stack`: makes further systems on the shared Kafka and MySQL. They have their own settings, mail server
+  and name server, and end with the test.
+- `new_servers`: makes stacks with all servers of their own, which end with the test.
 
-`POSTROAD_TEST_INFRA=DIRECTORY` makes `infra` use, and leave running, the servers under that directory.
+`POSTROAD_TEST_INFRA=DIRECTORY` makes `infra` use the servers under that directory, and leave them running.
 """
 
 import json
@@ -71,9 +70,9 @@ class Stack:
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one command of deploy.local; blocks until it is done. Raises AssertionError if it fails."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
-        # A test's broker ends before the second compiler has earned what it costs.
+        # A test's broker ends before the JVM's second compiler pays off.
         clean["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
-        # The port of the documents' examples is for the stack whose tests run them.
+        # The port of the documents' examples belongs to the stack whose tests run them.
         clean["POSTROAD_LOCAL_API_PORT"] = "0"
         environment = {**clean, **self._given, "POSTROAD_LOCAL_DIR": str(self.directory)}
         done = forked.run("deploy.local", arguments, environment)
@@ -86,7 +85,7 @@ class Stack:
         self.command("up", *options)
 
     def scale(self, service: str, count: int) -> None:
-        """Have `count` replicas of a service."""
+        """Run `count` replicas of a service."""
         self.command("scale", service, str(count))
 
     def start(self, name: str) -> None:
@@ -103,7 +102,7 @@ class Stack:
 
     @contextmanager
     def frozen(self, name: str) -> Iterator[None]:
-        """Have one process stand still (SIGSTOP) within the block."""
+        """Freeze one process (SIGSTOP) within the block."""
         pid = self.pid(name)
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -123,7 +122,7 @@ class Stack:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """The settings that put a further process on its Kafka, its database and its topics."""
+        """The settings that point a further process at its Kafka, its database and its topics."""
         named = ("POSTROAD_KAFKA_BOOTSTRAP", "POSTROAD_DATABASE_URL", "POSTROAD_TOPIC_PREFIX")
         return {name: value for name, value in self.env().items() if name in named}
 
@@ -137,7 +136,7 @@ class Stack:
         return int((self.directory / "pids" / f"{name}.pid").read_text())
 
     def log(self, name: str) -> str:
-        """What `name` wrote so far."""
+        """What `name` has written so far."""
         return (self.directory / "logs" / f"{name}.log").read_text(errors="replace")
 
     @property
@@ -148,7 +147,7 @@ class Stack:
     def journal(self) -> list[dict[str, Any]]:
         """What the catcher has taken so far, oldest first."""
         text = (self.mail / "journal.jsonl").read_text()
-        # A line that is being written is not there yet.
+        # Leave out a line that is still being written.
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def control_mail(self, **orders: object) -> None:
@@ -156,7 +155,7 @@ class Stack:
         _write(self.mail / "control.json", orders)
 
     def control_dns(self, **names: str) -> None:
-        """Make names misbehave, `control_dns(**{"good.test": "servfail"})`; starts `flaky` counts anew."""
+        """Make names misbehave: `control_dns(**{"good.test": "servfail"})`; restart the `flaky` counts."""
         (self.directory / "dns").mkdir(exist_ok=True)
         _write(self.directory / "dns" / "control.json", {"names": names})
 
@@ -202,7 +201,7 @@ class Infra(Stack):
 
     @cached_property
     def _tables(self) -> list[str]:
-        """What makes the tables of a migrated database: much quicker than to migrate another one."""
+        """The statements that create a migrated database's tables: much faster than another migration."""
         url = self.new_database()
         migrate(url)
         with self._cursor(make_url(url).database) as cursor:
@@ -248,7 +247,7 @@ def _directory() -> Path:
 
 
 class _Shared(Infra):
-    """Servers that other workers use at the same time: they cannot be stopped or made to misbehave."""
+    """Servers that other workers use as well: a test can neither stop them nor make them misbehave."""
 
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command that stops nothing."""
@@ -256,11 +255,11 @@ class _Shared(Infra):
         return super().command(*arguments, check=check)
 
     def control_mail(self, **orders: object) -> None:
-        """Fail: the catcher has other users."""
+        """Fail, because the mail catcher has other users."""
         raise AssertionError("mark the test breaks_servers")
 
     def control_dns(self, **names: str) -> None:
-        """Fail: the name server has other users."""
+        """Fail, because the name server has other users."""
         raise AssertionError("mark the test breaks_servers")
 
 
@@ -280,7 +279,7 @@ def _mariadb(directory: Path, kind: type[Infra]) -> Infra:
     if server is None:
         pytest.skip("MariaDB is not installed (Debian: mariadb-server-core)")
     make_template(server)
-    # What is given is not started.
+    # The stack starts nothing that a variable gives.
     given = {"POSTROAD_KAFKA_BOOTSTRAP": "127.0.0.1:1", "POSTROAD_DNS_SERVERS": "127.0.0.1:1"}
     given |= {"EMAIL_HOST": "127.0.0.1", "EMAIL_PORT": "1", "POSTROAD_LOCAL_DB": "mariadb"}
     return kind(directory, given)
@@ -295,7 +294,7 @@ def mariadb() -> Infra:
 
 
 def end_shared_servers() -> None:
-    """End what the workers of this run shared."""
+    """End the servers that the workers of this run shared."""
     for name in ("infra", "mariadb"):
         if (directory := Path(os.environ[RUN]) / name).exists():
             Stack(directory).down()
@@ -303,7 +302,7 @@ def end_shared_servers() -> None:
 
 @contextmanager
 def running(system: S, *options: str) -> Iterator[S]:
-    """Have a stack up within the block; at its end all is ended and its data deleted."""
+    """Run a stack within the block; at its end, stop it and delete its data."""
     try:
         system.up(*options)
         yield system

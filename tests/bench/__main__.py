@@ -1,8 +1,8 @@
 """The speed of the whole pipeline: `python -m tests.bench [--tasks N] [--rate R] [--json]`.
 
-It brings up a local stack of its own, loads it with Creates and BatchCreates and takes the catcher's journal,
-not the services' word, for when each mail was accepted. CPU is that of every process of the stack
-(Kafka, MySQL, DNS and the mail server included) and not of the load itself.
+It starts a local stack of its own and loads it with Creates and BatchCreates. The mail catcher's journal, not
+a service, says when each mail was accepted. The CPU is that of every process of the stack, with Kafka, MySQL,
+DNS and the mail server, but without the load itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How long a rebuild takes: `python -m tests.bench.rebuild [--tasks N]`.
 
-The topics are filled directly, with about four events a task; then the tables are made from nothing, as after
-a total loss, and after that compared with what the topics say.
+It fills the topics directly, with about four events a task. It then rebuilds the tables from nothing, as
+after a total loss, and once more to compare them with the topics.
 """
 
 from __future__ import annotations

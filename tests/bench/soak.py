@@ -1,8 +1,8 @@
-"""An hour at a steady rate, one task in a hundred amiss: `python -m tests.bench.soak`.
+"""An hour at a steady rate, with a problem in one task of a hundred: `python -m tests.bench.soak`.
 
-It brings up a local stack of its own and prints each minute what the services hold in memory. It fails where
-one of them grows by more than a fifth after its first ten minutes, where a task is lost or one too many is
-sent, or where tasks are left unsettled that no delay explains.
+It starts a local stack of its own and prints the services' memory each minute. It fails if one of them grows
+by more than a fifth after its first ten minutes. It also fails if a task is lost, a mail is sent twice, or a
+task stays unsettled without a delay that explains it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When each line of a task's timeline is there, against when it was told."""
+"""Compares when each line of a task's timeline is in the database with when Watch streamed it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Sample(threading.Thread):
         super().__init__(daemon=True)
         self._engine = make_engine(url)
         self._open: dict[bytes, set[str]] = {}
-        self._told: dict[tuple[bytes, str], float] = {}
+        self._streamed: dict[tuple[bytes, str], float] = {}
         self._folded: dict[tuple[bytes, str], float] = {}
         self.stopping = False
 
-    def told(self, id_: str, kind: str, now: float) -> None:
+    def streamed(self, id_: str, kind: str, now: float) -> None:
         key = bytes.fromhex(id_.replace("-", ""))
         if key[-1] % _SAMPLED == 0:
             # The api itself writes the first line.
             if kind == "created":
                 self._open[key] = set(LIFE[1:])
             else:
-                self._told[key, kind] = now
+                self._streamed[key, kind] = now
 
     def run(self) -> None:
         while not self.stopping:
@@ -43,8 +43,8 @@ class Sample(threading.Thread):
             time.sleep(0.004)
 
     def behind(self) -> list[float]:
-        """Seconds from a line's being there to its being told; below 0 where the watcher heard first."""
-        return [at - self._folded[key] for key, at in self._told.items() if key in self._folded]
+        """Seconds from a line in the database to its watch message; below 0 if the watcher was first."""
+        return [at - self._folded[key] for key, at in self._streamed.items() if key in self._folded]
 
     def _look(self, ids: list[bytes]) -> None:
         lines = "SELECT task_id, kind FROM task_events WHERE kind <> 'created' AND task_id IN"

@@ -1,13 +1,14 @@
-"""What Watch costs and how far it is behind: `python -m tests.bench.watch [--watchers N] [--rate R] [--cut]`.
+"""What Watch costs, and its delay: `python -m tests.bench.watch [--watchers N] [--rate R] [--cut]`.
 
-First it measures the api and Kafka with nothing to do, without watchers and with N of them. Then tasks come
-at R a second, shared out among the watchers by a label. Every watcher must hear of each change of its tasks,
-in order; how far behind the fold that is shows by a sample of tasks, whose timelines are read from the
-database every few milliseconds. It fails where a change is missing or out of order, where the 99th percentile
-is beyond 100 ms, or where idle watchers cost a hundredth of a core.
+First it measures the api and Kafka with nothing to do, without watchers and with N of them. Then it creates R
+tasks a second, and a label divides them among the watchers. Every watcher must get each change of its tasks,
+in order. To compare with the fold, it reads the timelines of a sample of tasks every few milliseconds.
 
-With --cut every stream is cut halfway, and all are resumed at once twenty seconds later: it measures until
-the last of them is live again; what is behind is then no measure.
+It fails if a change is missing or out of order, or if the 99th percentile of the delay is above 100 ms. It
+also fails if idle watchers cost a hundredth of a core.
+
+With --cut it cuts every stream halfway and resumes all at once twenty seconds later. It then measures the
+time until the last of them is live again, and not the delay.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _MOST_BEHIND_MS, _MOST_IDLE_CORES = 100.0, 0.01
 
 
 class Watcher:
-    """One stream and what it told: by task the kinds in their order, and when each came."""
+    """One stream and its changes: by task the kinds in their order, and when each came."""
 
     def __init__(self, stub: rpc.TaskServiceAsyncStub, number: int, sample: Sample | None) -> None:
         self._stub, self._number, self._sample = stub, number, sample
@@ -74,16 +75,16 @@ class Watcher:
                 now = time.time()
                 self._token = message.resume_token
                 if not message.HasField("change"):
-                    # All that was missed stands before it.
+                    # All missed changes come before it.
                     self.live = time.monotonic()
                     continue
-                told = self.kinds[message.task.id]
-                # After a cut some are told again.
-                if message.change.kind not in told:
-                    told.append(message.change.kind)
+                kinds = self.kinds[message.task.id]
+                # After a cut some come again.
+                if message.change.kind not in kinds:
+                    kinds.append(message.change.kind)
                 self.after_event.append(now - message.change.at.ToNanoseconds() / 1e9)
                 if self._sample is not None:
-                    self._sample.told(message.task.id, message.change.kind, now)
+                    self._sample.streamed(message.task.id, message.change.kind, now)
         except asyncio.CancelledError:
             if not self._call.cancelled():
                 self._call.cancel()

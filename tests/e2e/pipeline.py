@@ -1,4 +1,4 @@
-"""A client of the whole system for end-to-end tests, and what must hold of every run."""
+"""A client of the whole pipeline for end-to-end tests, and what must hold after every run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTLED = {"completed", "failed", "uncertain", "cancelled"}
 
 
 def until(met: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    """Return the first true value of `met()`; fails naming `what` when there is none in time."""
+    """Return the first true value of `met()`; fail and name `what` if there is none in time."""
     end = time.monotonic() + seconds
     pause = 0.02
     while True:
@@ -34,12 +34,12 @@ def until(met: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
             return value
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
         time.sleep(pause)
-        # What is asked often takes the time of those that are asked.
+        # Frequent questions slow down those that are asked.
         pause = min(1.3 * pause, 0.3)
 
 
 def _watermarks(consumer: Consumer, topic: str, number: int) -> tuple[int, int] | None:
-    """The first and the next offset of a partition; None while a broker that just started has no answer."""
+    """Return the first and the next offset of a partition; None while a starting broker has no answer."""
     try:
         return consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)  # type: ignore[no-any-return]
     except KafkaException as error:
@@ -74,7 +74,7 @@ class Pipeline:
         return task.id
 
     def create_surely(self, email: str, key: str) -> str:
-        """Create one task as a careful client does: again under the same key until it is answered."""
+        """Create one task as a careful client does: repeat it with the same key until an answer comes."""
         end = time.monotonic() + 90
         while True:
             try:
@@ -136,17 +136,17 @@ class Pipeline:
         return {id_: counted[id_] for id_ in ids}
 
     def doubts(self, id_: str) -> int:
-        """Return the attempts of a task that stand on record as in doubt."""
+        """Return how many attempts of a task are on record as in doubt."""
         return sum(entry.kind == "in_doubt" for entry in self.get(id_).timeline)
 
     def sent_once(self, ids: Iterable[str]) -> None:
-        """Fail unless each mail was taken once; each further copy needs an attempt in doubt on record."""
+        """Fail unless each mail was taken once; a further copy needs an attempt in doubt on record."""
         for id_, copies in self.copies(ids).items():
             assert copies >= 1, f"{id_} is lost"
             assert copies - 1 <= (self.doubts(id_) if copies > 1 else 0), f"{id_} was sent {copies} times"
 
     def records(self, topic: str) -> list[Any]:
-        """Return all records of a topic, named without the installation's prefix, as they stand."""
+        """Return all present records of a topic; its name comes without the prefix."""
         topic = self.stack.names.topic(topic)
         config = {"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], "group.id": "e2e-reader"}
         consumer = Consumer(config)
@@ -172,7 +172,7 @@ class Pipeline:
             consumer.close()
 
     def lag(self) -> dict[str, int]:
-        """Return the records that each stage's group has still to commit, delay topics apart."""
+        """Return how many records each stage's group has not committed, without delay topics."""
         bootstrap, names = self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], self.stack.names
         lags = {}
         for stage, spec in STAGES.items():

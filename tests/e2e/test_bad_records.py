@@ -1,4 +1,4 @@
-"""Records that no service wrote: they land in the dead letters with their cause, and the stage goes on."""
+"""Records that no service wrote become dead letters with their cause, and the stage continues."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_bad_records_on_every_topic(pipeline: Pipeline, stack: Stack) -> None:
             found = [r for r in pipeline.records(f"{stage}.dead")[before[stage] :] if r.key() in wanted]
             return found if len(found) >= len(wanted) else []
 
-        letters = until(dead, f"{stage}'s dead letters", 90)
-        assert len(letters) == len(wanted), "a dead letter came twice"
-        for letter in letters:
-            _, topic, mark = letter.key().decode().split("-")
-            assert (letter.value() or b"") == (BAD[mark] or b"")
-            assert _header(letter, "origin").startswith(f"{topic}/")
-            assert _header(letter, "cause")
-            assert _header(letter, "traceparent") == "00-1-2-00"
+        found = until(dead, f"{stage}'s dead letters", 90)
+        assert len(found) == len(wanted), "a dead letter came twice"
+        for dead_letter in found:
+            _, topic, mark = dead_letter.key().decode().split("-")
+            assert (dead_letter.value() or b"") == (BAD[mark] or b"")
+            assert _header(dead_letter, "origin").startswith(f"{topic}/")
+            assert _header(dead_letter, "cause")
+            assert _header(dead_letter, "traceparent") == "00-1-2-00"
 
     after = [pipeline.create(f"after{n}@d{n}.ok.test") for n in range(24)]
     assert {task.status for task in pipeline.settled(after).values()} == {"completed"}

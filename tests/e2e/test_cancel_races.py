@@ -1,4 +1,4 @@
-"""Cancel against the sender, and Retry: what was answered is what the mail server's journal says."""
+"""Cancel races with the sender, and Retry follows: each answer agrees with the mail server's journal."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.stack import Stack
 
 RACES = by_form(200, 2000)
 CALLERS = 32
-# What the mail server does to them, and so how long the sender has them in hand.
+# What the mail server does to them, which decides how long the sender holds their claims.
 KINDS = ("a", "a", "slow-20", "slow-80", "slow-300", "greylist", "reject5", "drop-before")
 
 
 def cancel(pipeline: Pipeline, id_: str) -> task_pb2.Task:
-    """Cancel a task; again where its mail was under way for longer than a call waits."""
+    """Cancel a task; repeat it if its mail was under way for longer than a call waits."""
     while True:
         try:
             task: task_pb2.Task = pipeline.stub.Cancel(pb.CancelRequest(id=id_), timeout=20)
@@ -44,13 +44,13 @@ def reason(error: grpc.RpcError) -> str:
 
 
 def retry(pipeline: Pipeline, id_: str) -> task_pb2.Task:
-    """Open a task again."""
+    """Retry a task."""
     task: task_pb2.Task = pipeline.stub.Retry(pb.RetryRequest(id=id_), timeout=20)
     return task
 
 
 def quiet(pipeline: Pipeline) -> None:
-    """Wait until the stages have handled all that there is."""
+    """Wait until the stages have handled all records."""
     until(lambda: not any(pipeline.lag().values()), "all committed", 60)
 
 
@@ -61,7 +61,7 @@ def test_each_race_ends_as_it_was_answered(stack: Stack) -> None:
     def race(number: int) -> tuple[str, task_pb2.Task]:
         rng = random.Random(seed + number)
         id_ = pipeline.create(f"{rng.choice(KINDS)}+{number}@c{number % 40}.ok.test")
-        # From before its first event is published to long after its mail is gone.
+        # The moments reach from before its first event is published to long after its mail is sent.
         time.sleep(rng.choice((0.0, 0.02, 0.1, 0.5, 2.5, 8.0)) * rng.random())
         return id_, cancel(pipeline, id_)
 
@@ -79,7 +79,7 @@ def test_each_race_ends_as_it_was_answered(stack: Stack) -> None:
             assert kinds.count("cancelled") == (answer.status == "cancelled")
         assert set(counted) == {"cancelled", "completed", "failed"}, counted
         assert min(counted["cancelled"], counted["completed"]) > RACES / 20, counted
-        # A delayed attempt of what was cancelled may still come: it sends nothing.
+        # A delayed attempt of a cancelled task may still come: it sends nothing.
         deferred = [
             id_ for id_, answer in answered.items() if answer.status == "cancelled" and answer.attempts
         ]

@@ -1,4 +1,4 @@
-"""`postroad` for tasks, on the whole system: each command by its structured output, and as a user sees it."""
+"""Runs `postroad` for tasks on the whole system: checks its structured output, and what a user sees."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_retry_and_cancel_say_the_worst(postroad: Command, pipeline: Pipeline) -
     held = created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "--send-at", "+1h", "-o", "json"))
     done = postroad("cancel", held, "-o", "json")
     assert (done.code, [row["status"] for row in done.json]) == (0, ["cancelled"])
-    # The ids may come from another command: the exit code is this one's then, as xargs' would not be.
+    # The ids may come from another command. The exit code is then this command's, unlike with xargs.
     done = postroad("cancel", "-", "-o", "json", given=f"{sent}\n\n{held}\n{sent}\n")
     assert (done.code, [row["status"] for row in done.json]) == (FAILED, ["completed", "cancelled"])
 
@@ -164,11 +164,11 @@ def test_watch_ends_when_its_task_is_settled(postroad: Command, pipeline: Pipeli
     rows = done.objects
     assert {row["task"]["id"] for row in rows} == {id_}
     assert rows[-1]["task"]["status"] == "completed"
-    told = [row["change"]["kind"] for row in rows if row["change"]]
+    kinds = [row["change"]["kind"] for row in rows if row["change"]]
     # A watch is ahead of the fold.
     pipeline.settled([id_])
     timeline = [step.kind for step in pipeline.get(id_).timeline]
-    assert told == timeline[len(timeline) - len(told) :]
+    assert kinds == timeline[len(timeline) - len(kinds) :]
     settled = postroad("watch", id_, "--exit-status")
     assert (settled.code, settled.out.count(id_)) == (0, 1)
     bad = pipeline.create("x@nxdomain.test")
@@ -184,14 +184,14 @@ def test_watch_gives_up_in_time(postroad: Command) -> None:
 
 
 def test_a_watch_outlives_the_api(postroad: Command, pipeline: Pipeline, stack: Stack) -> None:
-    """What happens while the api is away is told when it is back; Ctrl-C then ends it."""
+    """Changes while the api is away come when it is back; Ctrl-C then ends the command."""
     with postroad.following("watch", "--label", "t=outlive", "-o", "jsonl") as watch:
 
         def stands() -> bool:
             pipeline.create("a@good.test", labels={"t": "outlive"})
             return bool(watch.objects)
 
-        def told(id_: str) -> list[str]:
+        def kinds(id_: str) -> list[str]:
             return [
                 row["change"]["kind"] for row in watch.objects if row["change"] and row["task"]["id"] == id_
             ]
@@ -207,7 +207,7 @@ def test_a_watch_outlives_the_api(postroad: Command, pipeline: Pipeline, stack: 
         finally:
             stack.start("sender-1")
             stack.start("api-1")
-        until(lambda: told(waiting) == ["created", "mx_ok", "sent"], "all is told, each once", 30)
+        until(lambda: kinds(waiting) == ["created", "mx_ok", "sent"], "every change, each once", 30)
     assert watch.code == 130
     assert watch.errors[-1] == "postroad: interrupted"
     assert [line for line in watch.errors if line.endswith("going on when it is back")]

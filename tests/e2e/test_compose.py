@@ -1,7 +1,7 @@
-"""The commands of Docker that README.md and docs/operations.md tell a reader to type, in the order of a day.
+"""Runs the Docker commands of README.md and docs/operations.md, in the order of a day.
 
-It needs containers, so it runs only where `POSTROAD_TEST_COMPOSE` says what `docker compose` is there
-("docker compose" itself, or another program that takes its arguments). Ports 50051 and 8025 must be free.
+It needs containers. So it runs only if `POSTROAD_TEST_COMPOSE` names `docker compose`, or another program
+that takes its arguments. Ports 50051 and 8025 must be free.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ needs_containers = pytest.mark.skipif(not COMPOSE, reason="POSTROAD_TEST_COMPOSE
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """Return what runs a command word for word and returns its output; afterwards nothing is left."""
+    """Return a function that runs a command word for word and returns its output; remove all afterwards."""
     programs = tmp_path_factory.mktemp("bin")
-    # Docker enables the profile of a service that is run by its name; podman-compose must be told to.
-    told = f'if [ "$2" = run ]; then shift; exec {COMPOSE} --profile postroad "$@"; fi'
-    _script(programs / "docker", f'{told}\nshift; exec {COMPOSE} "$@"')
+    # Docker enables the profile of a service that one runs by name; podman-compose needs the option.
+    branch = f'if [ "$2" = run ]; then shift; exec {COMPOSE} --profile postroad "$@"; fi'
+    _script(programs / "docker", f'{branch}\nshift; exec {COMPOSE} "$@"')
     if not any((Path(folder) / "grpcurl").exists() for folder in os.environ["PATH"].split(":")):
         _script(programs / "grpcurl", f'cd {ROOT}; exec {ROOT}/.venv/bin/python -m tests.grpcurl "$@"')
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
-    # A project of its own: `down` must not touch the reader's.
+    # It has a project name of its own: `down` must not touch the reader's.
     env = {
         **clean,
         "PATH": f"{programs}:{os.environ['PATH']}",

@@ -1,7 +1,7 @@
-"""What README.md and docs/operations.md tell a reader to type, typed word for word on a stack that is up.
+"""Runs the commands of README.md and docs/operations.md word for word on a running stack.
 
-A word in capitals (ID, REASON, HOST:PORT), or an example of what only the reader has (`tasks.example`), is
-replaced by one that is there. tests/e2e/test_compose.py runs the commands of Docker.
+A word in capitals (ID, REASON, HOST:PORT) stands for something that only the reader has, and so does
+`tasks.example`. The test replaces it by a real one. tests/e2e/test_compose.py runs the commands of Docker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.stack import Infra, Stack, further, running
 
 DOCUMENTS = ("README.md", "docs/operations.md")
 
-# Commands that cannot run here, by how they begin, and why.
+# Commands that cannot run here, by how they begin, with the reason.
 CANNOT = {
     "docker ": "needs Docker: tests/e2e/test_compose.py",
     "POSTROAD_DOMAIN_CONCURRENCY=2 POSTROAD_DOMAIN_RATE=5 docker ": "needs Docker: tests/e2e/test_compose.py",
@@ -46,7 +46,7 @@ CANNOT = {
 }
 # Exit codes other than 0, which the documents name.
 CODES = {"POSTROAD_PARTITIONS=24 postroad topics check": 1}
-# These change what all others find, and the last of them ends it.
+# These change what all others find, and the last of them stops the stack.
 LATE = (
     "POSTROAD_API_TOKENS=",
     "grpcurl -plaintext -H 'authorization:",
@@ -63,7 +63,7 @@ LAGS = [text for text in HERE if re.search(r"\bpostroad (?:--env-file \S+ )?lag\
 
 
 class Field:
-    """The stack, and what there must be for a command to have something to do."""
+    """The stack, with tasks and dead letters for the commands to work on."""
 
     def __init__(self, stack: Stack, directory: Path) -> None:
         self.stack, self.env = stack, stack.env()
@@ -81,7 +81,7 @@ class Field:
         self._engine = make_engine(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
 
     def close(self) -> None:
-        """Let go of what it has open."""
+        """Close its connections."""
         self._engine.dispose()
 
     def sql(self, statement: str) -> None:
@@ -90,14 +90,14 @@ class Field:
             connection.exec_driver_sql(statement).all()
 
     def lag(self, text: str) -> Done:
-        """Run one of the commands that look at lag: all at once, as each watches for two seconds."""
+        """Run a command that shows lag. All run at once, because each one watches for two seconds."""
         if not self._lags:
             with ThreadPoolExecutor(len(LAGS)) as pool:
                 self._lags = {each: pool.submit(self.shell.run, each) for each in LAGS}
         return self._lags[text].result()
 
     def scheduled(self, **more: Any) -> str:
-        """Create a task that nothing sends while this runs; return its id."""
+        """Create a task that no sender sends meanwhile; return its id."""
         later = Timestamp(seconds=int(time.time()) + 3600)
         from postroad.v1 import task_service_pb2 as pb
 
@@ -105,7 +105,7 @@ class Field:
         return str(self.pipeline.stub.Create(pb.CreateRequest(data=data, send_at=later), timeout=20).id)
 
     def ended(self, ids: list[str], status: str) -> str:
-        """Wait until these tasks have ended as `status`; return the first, which leaves the list."""
+        """Wait until these tasks have ended as `status`; remove the first from the list and return it."""
         until(
             lambda: all(self.pipeline.get(id_).status == status for id_ in ids),
             f"tasks that are {status}",
@@ -113,8 +113,8 @@ class Field:
         )
         return ids.pop(0)
 
-    def letter(self) -> str:
-        """Put a dead letter with the cause of the examples there; return its place."""
+    def dead_letter(self) -> str:
+        """Produce a dead letter with the cause of the examples; return its location."""
         id_ = bytes.fromhex(self.scheduled().replace("-", ""))
         with self._engine.connect() as connection:
             task = taskstore.load_tasks(connection, [id_])[id_]
@@ -144,12 +144,12 @@ def field(infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fi
 
 
 def run(field: Field, text: str) -> Done:
-    """Run a command after what it needs has been put there."""
+    """Run a command after preparing what it needs."""
     if text in LAGS:
         return field.lag(text)
     if "dead " in text:
-        place = field.letter()
-        text = text.replace("sender/3/17", place)
+        location = field.dead_letter()
+        text = text.replace("sender/3/17", location)
     if "template=NAME" in text:
         field.scheduled(labels={"template": "NAME"})
     if " --reason REASON " in text and "xargs" in text:
@@ -158,7 +158,7 @@ def run(field: Field, text: str) -> Done:
     for example, real in {
         "127.0.0.1:50051": field.env["POSTROAD_API"],
         "tasks.example:50051": field.env["POSTROAD_API"],
-        # Each partition more costs the broker files; tests/e2e/test_grow.py grows to many.
+        # Each further partition costs the broker files; tests/e2e/test_grow.py grows to many.
         "POSTROAD_PARTITIONS=24": "POSTROAD_PARTITIONS=4",
         "HOST:PORT": field.env["POSTROAD_HTTP_SENDER_1"],
         "--reason REASON": "--reason rejected",
@@ -210,8 +210,8 @@ def test_a_command_does_what_it_says(field: Field, text: str) -> None:
     assert done.code == CODES.get(text, 0), f"{done.output}\n{done.errors}"
     if " postroad.v1.TaskService/Create" in text:
         until(lambda: "ada@good.test" in str(field.stack.journal()), "the mail of the README", 30)
-    if mend := MENDS.get(text):
-        mend(field)
+    if restore := RESTORES.get(text):
+        restore(field)
 
 
 def _start_sender(field: Field) -> None:
@@ -223,8 +223,8 @@ def _one_sender(field: Field) -> None:
     field.stack.scale("sender", 1)
 
 
-# What a command took away that others need.
-MENDS: dict[str, Callable[[Field], None]] = {
+# These restore what a command took away and others need.
+RESTORES: dict[str, Callable[[Field], None]] = {
     "python3 -m deploy.local stop sender-1": _start_sender,
     "python3 -m deploy.local scale sender 3": _one_sender,
 }

@@ -14,7 +14,7 @@ from tests.stack import Stack
 
 
 def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., Stack]) -> None:
-    """Keys move to other partitions with tasks in every state, deferred ones among them."""
+    """Keys move to other partitions while tasks are in every state, also deferred."""
     stack = new_stack(POSTROAD_SENDER_DELAYS="1,3", POSTROAD_VALIDATOR_DELAYS="1,3")
     stack.up()
     postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": "6"})
@@ -59,7 +59,7 @@ def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., S
         waiting = [row for row in lag()["delays"] if row["waiting"]]
         assert waiting, "tasks were deferred when the topics grew"
         before = len(ids)
-        # The stages' producers learn of the new partitions within five minutes; a restart is sooner.
+        # The stages' producers use the new partitions within five minutes; a restart is faster.
         for service in (*STAGES, "api"):
             stack.stop(f"{service}-1")
         Stack(stack.directory, {"POSTROAD_PARTITIONS": "6"}).up()

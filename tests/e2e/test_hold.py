@@ -1,4 +1,4 @@
-"""A system that holds what is in doubt: an operator decides whether it is sent again."""
+"""A system holds mails in doubt: an operator decides whether to send them again."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_failed_and_uncertain_tasks_are_sent_when_opened_again_and_sent_ones_nev
         tasks = pipeline.settled([*refused, *lost, *sent])
         for ids, status in ((refused, "failed"), (lost, "uncertain"), (sent, "completed")):
             assert {tasks[id_].status for id_ in ids} == {status}
-        # A Cancel answers what has really happened; it closes a task whose mail may be out.
+        # Cancel answers what has really happened. It closes a task whose mail may be out.
         for ids, status in ((refused, "failed"), (lost[:4], "cancelled"), (sent, "completed")):
             assert {cancel(pipeline, id_).status for id_ in ids} == {status}
         assert {_refused(pipeline, id_) for id_ in sent} == {
@@ -67,7 +67,7 @@ def test_failed_and_uncertain_tasks_are_sent_when_opened_again_and_sent_ones_nev
         stack.control_mail(rules=[])
         with ThreadPoolExecutor(8) as callers:
             opened = list(callers.map(lambda id_: _opened(pipeline, id_), [*refused, *lost] * 3))
-        # Asked for thrice at once, each is opened once, or anew where it had ended meanwhile.
+        # Three Retries at once open each task once, or again if it has ended meanwhile.
         assert Counter(id_ for id_, done in opened if done).keys() == {*refused, *lost}
         done = pipeline.settled([*refused, *lost])
         assert {task.status for task in done.values()} == {"completed"}

@@ -1,4 +1,4 @@
-"""Services that die under load: every task still ends, and no mail goes out twice unrecorded."""
+"""Services die under load: every task still ends, and no mail goes out twice unrecorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_each_service_killed_in_turn(stack: Stack) -> None:
     with Pipeline(stack) as pipeline, Load(pipeline, "kill") as load:
         for service in SERVICES:
             at = len(stack.journal())
-            # In the midst of its work, not before or after.
+            # During its work, not before or after.
             until(lambda at=at: len(stack.journal()) > at + 8, "mail under way")  # type: ignore[misc]
             stack.kill(f"{service}-1")
             stack.start(f"{service}-1")
@@ -51,7 +51,7 @@ def test_senders_come_and_go(new_stack: Callable[..., Stack]) -> None:
             until(
                 lambda: len(_spread(pipeline)) == 2 and sum(_spread(pipeline).values()) == 12,
                 "the killed one's share is taken over within the session timeout",
-                # 10 s, counted from its last heartbeat, and what the new owners need to join.
+                # 10 s from its last heartbeat, and the time that the new owners need to join.
                 14,
             )
         tasks = pipeline.settled(load.ids, 60)
@@ -60,8 +60,10 @@ def test_senders_come_and_go(new_stack: Callable[..., Stack]) -> None:
 
 
 class Load:
-    """Careful callers that create tasks until told to end, `rate` a second. A context manager; `end` raises
-    what they met."""
+    """Careful callers that create `rate` tasks a second until `end`, which raises their errors.
+
+    A context manager.
+    """
 
     def __init__(self, pipeline: Pipeline, mark: str, callers: int = 4, rate: float = 20.0) -> None:
         self._pipeline, self._mark, self._pause = pipeline, mark, callers / rate
@@ -95,7 +97,7 @@ class Load:
 
 
 def _spread(pipeline: Pipeline) -> dict[str, int]:
-    """How many partitions of mx.ok each member of the senders' group owns, by member."""
+    """Return how many partitions of mx.ok each member of the senders' group owns."""
     names = pipeline.stack.names
     group = describe(pipeline.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], names.group("sender"))
     owned: list[int] = []

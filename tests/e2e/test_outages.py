@@ -1,4 +1,4 @@
-"""MySQL or Kafka gone for a while, under load: nothing is lost, and nobody has to help."""
+"""MySQL or Kafka is away for a while, under load: nothing is lost, and nobody has to help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
 from tests.stack import Stack
 
-# The time that a server needs to start comes on top.
+# A server also needs time to start.
 AWAY = by_form(3.0, 20.0)
 
 
@@ -25,7 +25,7 @@ def pipeline(stack: Stack) -> Iterator[Pipeline]:
 
 
 class Load:
-    """Creates that go on, each once, with what became of it. A context manager."""
+    """Keeps creating tasks, each once, and records the answers. A context manager."""
 
     def __init__(self, pipeline: Pipeline, mark: str) -> None:
         self._pipeline, self._mark = pipeline, mark
@@ -60,7 +60,7 @@ class Load:
 
 
 def _away(stack: Stack, name: str, load: Load) -> None:
-    """Stop a server for AWAY seconds while the load goes on."""
+    """Stop a server for AWAY seconds while the load continues."""
     until(lambda: len(load.accepted) > 20, "a first few Creates")
     stack.kill(name)
     time.sleep(AWAY)

@@ -17,7 +17,7 @@ from tests.stack import Stack
 
 PAGED = by_form(600, 3000)
 ENDS = [
-    # recipient, status, reason, reply begins with, mails that were taken
+    # recipient, status, reason, start of the reply, mails that the server took
     ("ada@good.test", "completed", "", "250", 1),
     ("ada@implicit.test", "completed", "", "250", 1),
     ("ada@mixed.test", "completed", "", "250", 1),
@@ -50,7 +50,7 @@ def test_every_end(pipeline: Pipeline) -> None:
         assert (task.status, task.reason) == (status, reason), email
         assert task.reply.startswith(reply), email
         assert copies[id_] == mails, email
-        # A copy more is there only where an attempt stands in doubt.
+        # A further copy needs an attempt in doubt.
         assert pipeline.doubts(id_) == (email in ("drop-after@good.test", "drop-lost@good.test")), email
 
 

@@ -1,4 +1,4 @@
-"""The task table is lost while the services run: it is rebuilt, and no mail goes twice."""
+"""The task table is lost while the services run: a rebuild restores it, and no mail goes out twice."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) 
         assert len(after["tasks"]) == TASKS + len(load.ids)
         assert rebuilt(stack)["differing"] == 0
 
-        # The senders meet every record again, and know each mail for sent.
+        # The senders read every record again, and find each mail sent.
         sent = pipeline.copies(ids)
         victim = ids[0].replace("-", "")
         with engine.begin() as connection:

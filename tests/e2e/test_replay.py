@@ -1,4 +1,4 @@
-"""Replays and plain group resets of a system at work: nothing is sent again, and nothing stands otherwise."""
+"""Replays and group resets of a working system send nothing again and change no task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SENT = by_form(60, 5000)
 REJECTED = by_form(15, 300)
 UNANSWERED, WAITING, CANCELLED = 3, 3, 3
 SETTINGS = {
-    # Out of attempts soon; and what is deferred stays so.
+    # The validator soon runs out of attempts, and the sender's deferrals last.
     "POSTROAD_VALIDATOR_DELAYS": "1",
     "POSTROAD_SENDER_DELAYS": "3600",
 }
@@ -48,7 +48,7 @@ def became(result: dict[str, Any], what: str) -> int:
 
 
 def reset_to_earliest(stack: Stack, stage: str) -> None:
-    """As `kafka-consumer-groups --reset-offsets --all-topics --to-earliest --execute` on a stage's group."""
+    """Do as `kafka-consumer-groups --reset-offsets --all-topics --to-earliest --execute` does to a group."""
     bootstrap, name = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names.group(stage)
     until(lambda: not describe(bootstrap, name).members, f"{name} without members", 30)
     with Offsets(bootstrap, name) as group:
@@ -60,7 +60,7 @@ def reset_to_earliest(stack: Stack, stage: str) -> None:
 
 
 def caught_up(stack: Stack) -> None:
-    """Wait until each stage has committed all that is on its topics now; more may come meanwhile."""
+    """Wait until each stage has committed all present records of its topics; more may come meanwhile."""
     bootstrap, names = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names
     for stage, spec in STAGES.items():
         started = time.monotonic()
@@ -78,7 +78,7 @@ def caught_up(stack: Stack) -> None:
 
 
 class Before:
-    """A system with tasks that ended in every way, and the record of it."""
+    """A system with tasks that ended in every way, and a record of them."""
 
     def __init__(self, stack: Stack, pipeline: Pipeline) -> None:
         self.stack, self.pipeline = stack, pipeline
@@ -103,7 +103,7 @@ class Before:
         assert {self.copies[id_] for id_ in self.sent} == {1}
         assert {self.statuses[id_] for id_ in self.failed} == {"failed"}
         assert {self.statuses[id_] for id_ in self.waiting} == {"processing"}
-        # What made them fail is mended: what goes again would be sent.
+        # The causes of their failures are gone: a task that goes again would be sent.
         stack.control_mail()
         stack.control_dns()
 
@@ -112,18 +112,18 @@ class Before:
         return [*self.rejected, *self.unanswered]
 
     def now(self) -> dict[str, str]:
-        """How these tasks stand."""
+        """Return these tasks as they are now."""
         wanted = set(self.ids)
         return {row.id: row.status for row in self.pipeline.list_all() if row.id in wanted}
 
     def stand(self, ids: list[str]) -> set[str]:
-        """The statuses that these have."""
+        """Return the statuses of these tasks."""
         now = self.now()
         return {now[id_] for id_ in ids}
 
     def same(self) -> None:
-        """Fail unless all stand as they did and no mail was sent again."""
-        # What a stage has committed is on the next one's topics.
+        """Fail unless all tasks are as they were and no mail was sent again."""
+        # The outcome of a committed record is on the next stage's topics.
         caught_up(self.stack)
         copies = self.pipeline.copies(self.ids)
         again = {id_ for id_ in self.ids if copies[id_] != self.copies[id_]}
@@ -148,7 +148,7 @@ def before(infra: Infra) -> Iterator[Before]:
 
 
 def nothing_is_left(before: Before, load: Load) -> None:
-    """Fail unless what came meanwhile went out once, and all else is as it was."""
+    """Fail unless tasks created meanwhile sent one mail each, and all others are as they were."""
     started = time.monotonic()
     lag: dict[str, int] = {}
 

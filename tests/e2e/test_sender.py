@@ -1,4 +1,4 @@
-"""The sender in the whole system: frozen, killed under `hold`, and without its relay."""
+"""Senders of a whole system freeze, die under `hold`, and lose their relay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEASE = "3"
 
 
 def metric(stack: Stack, name: str, line: str) -> float:
-    """The value of one line of a replica's metrics, 0 where it is not there yet."""
+    """Return the value of one line of a replica's metrics, 0 if it is not there yet."""
     address = stack.env()[f"POSTROAD_HTTP_{name.upper().replace('-', '_')}"]
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         found = [row for row in answer.read().decode().splitlines() if row.startswith(line)]
@@ -33,7 +33,7 @@ def _statuses(pipeline: Pipeline, ids: Iterable[str]) -> set[str]:
 
 
 def problems(stack: Stack, name: str) -> list[str]:
-    """What a replica says that it lacks."""
+    """Return the problems that a replica names."""
     address = stack.env()[f"POSTROAD_HTTP_{name.upper().replace('-', '_')}"]
     try:
         with urllib.request.urlopen(f"http://{address}/readyz", timeout=10) as answer:
@@ -45,20 +45,23 @@ def problems(stack: Stack, name: str) -> list[str]:
 
 @pytest.mark.timeout(300)
 def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., Stack]) -> None:
-    # So short a lease may run out on a busy machine as well.
+    # So short a lease may also end on a busy machine.
     stack = new_stack(POSTROAD_LEASE_SECONDS=LEASE, POSTROAD_MAX_RESENDS="20")
     stack.up("--sender", "2")
     with Pipeline(stack) as pipeline:
-        # Slow ones, so that the freeze finds mails under way.
+        # Slow recipients, so that mails are under way at the freeze.
         emails = [f"{'slow-2000' if n % 2 else f'f{n}'}@f{n}.ok.test" for n in range(60)]
         ids = pipeline.create_many(emails, "freeze")
         until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
         with stack.frozen("sender-1"):
-            # Its partitions go to the other after the session timeout, its claims after their leases.
+            # The other sender gets its partitions after the session timeout, its claims after their leases.
             tasks = pipeline.settled(ids, 60)
         assert {task.status for task in tasks.values()} == {"completed"}
         assert sum(pipeline.doubts(id_) for id_ in ids) > 0, "the freeze hit nothing"
-        until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") == 0, "the sleeper lets go")
+        until(
+            lambda: metric(stack, "sender-1", "postroad_sender_claims ") == 0,
+            "the frozen sender releases its claims",
+        )
         more = pipeline.create_many([f"g{n}@f{n}.ok.test" for n in range(20)], "thaw")
         pipeline.settled(more, 60)
         pipeline.sent_once(ids + more)
@@ -71,7 +74,7 @@ def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., 
 def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
     new_stack: Callable[..., Stack],
 ) -> None:
-    # The long form has the settings' own times.
+    # The long form uses the settings' own times.
     mails, seconds = by_form((24, 3), (200, 25))
     hasty = {"POSTROAD_REVOKE_SECONDS": "1", "POSTROAD_DRAIN_SECONDS": "1"}
     stack = new_stack(**by_form(hasty, {}))
@@ -79,7 +82,7 @@ def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
     ids: list[str] = []
 
     def hand_over(mark: str) -> None:
-        """Have mails under way whose replies come later than a revocation and a drain would wait."""
+        """Start mails whose replies come later than a revocation or a drain would wait."""
         taken = len(stack.journal())
         emails = [f"slow-{seconds * 1000}@{mark}{n}.ok.test" for n in range(mails // 4)]
         ids.extend(pipeline.create_many(emails, mark))
@@ -107,7 +110,10 @@ def test_while_the_relay_is_away_tasks_wait_without_spending_attempts(stack: Sta
         stack.kill("catcher")
         try:
             ids = pipeline.create_many([f"r{n}@d{n}.ok.test" for n in range(40)], f"relay-{time.time_ns()}")
-            until(lambda: any("relay" in said for said in problems(stack, "sender-1")), "the trouble shows")
+            until(
+                lambda: any("relay" in problem for problem in problems(stack, "sender-1")),
+                "the trouble shows",
+            )
             until(
                 lambda: {pipeline.get(id_).status for id_ in ids} == {"processing"},
                 "all wait for the relay",
@@ -131,7 +137,7 @@ def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
     stack = new_stack(POSTROAD_MAX_IN_FLIGHT="200", POSTROAD_SENDER_DELAYS="2,5")
     stack.up()
     with Pipeline(stack) as pipeline:
-        # Thrice what the sender holds in memory, in every partition, ahead of all others.
+        # Three times what the sender holds in memory, in every partition, ahead of all others.
         stuck = pipeline.create_many(["hang@stuck.ok.test" for _ in range(600)], "stuck")
         until(
             lambda: metric(stack, "sender-1", 'postroad_sender_sessions{state="busy"}') == 15,
@@ -155,5 +161,5 @@ def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
         again = {task.id: task for task in pipeline.list_all()}
         assert {again[id_].attempts for id_ in stuck} == {0}, "to wait for others is no attempt"
         pipeline.sent_once(others)
-        # A drain would wait for what hangs.
+        # A drain would wait for the mails that hang.
         stack.kill("sender-1")

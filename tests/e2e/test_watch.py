@@ -1,4 +1,4 @@
-"""Watch on the whole system: what was seen, cut after cut, is every task's timeline, in its order."""
+"""Watch on the whole system: across all cuts, a client sees every task's timeline in order."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.e2e.pipeline import SETTLED, Pipeline
 from tests.forms import by_form
 from tests.stack import Stack
 
-# Every way to an end that needs no long wait. The mail server spoils a recipient's first try: these are
-# nobody else's, though the stack is other tests' too.
+# Every way to an end that needs no long wait. The mail server refuses a recipient's first try, so no other
+# test of this stack uses these recipients.
 RECIPIENTS = [
     "ada@good.test", "greylist+watch@good.test", "drop-before+watch@good.test", "drop-after+watch@good.test",
     "drop-lost+watch@good.test", "reject5@good.test", "ada@nowhere.test", "ada@bücher.test",
@@ -36,7 +36,7 @@ def pipeline(stack: Stack) -> Iterator[Pipeline]:
 
 
 class Seen:
-    """What a client has seen over all its streams, and the token that it goes on from."""
+    """What a client has seen over all its streams, and its resume token."""
 
     def __init__(self) -> None:
         self.stories: dict[str, Story] = {}
@@ -51,7 +51,7 @@ class Seen:
                 story.append(message.change)
 
     def read(self, stub: rpc.TaskServiceStub, most: int, over: threading.Event) -> None:
-        """Open a stream and read up to so many messages, until it ends or all is over."""
+        """Open a stream and read up to so many messages, until it ends or all tasks have ended."""
         request = pb.WatchRequest(labels=LABELS, resume_token=self.token)
         call = stub.Watch(request, wait_for_ready=True)
         threading.Thread(target=lambda: over.wait() and call.cancel(), daemon=True).start()
@@ -62,7 +62,7 @@ class Seen:
                 if number >= most:
                     call.cancel()
         except grpc.RpcError as error:
-            # A cut of our own, or the api is away for a restart.
+            # The test cut the stream, or the api restarts.
             if error.code() not in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE):
                 raise
 
@@ -102,8 +102,8 @@ def test_cut_at_any_moment_the_union_is_every_timeline(pipeline: Pipeline, stack
         watcher.join()
     assert {task.status for task in tasks.values()} <= SETTLED
     assert seen.streams > 10
-    missing = {id_: told for id_, told in stories.items() if seen.stories.get(id_) != told}
-    assert not {(str(told), str(seen.stories.get(id_))) for id_, told in missing.items()}
+    missing = {id_: story for id_, story in stories.items() if seen.stories.get(id_) != story}
+    assert not {(str(story), str(seen.stories.get(id_))) for id_, story in missing.items()}
     assert seen.stories.keys() == stories.keys()
 
 
