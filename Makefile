@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 STACK := $(PYTHON) -m deploy.local
 BASELINE := protos/baseline.binpb
 
-# A process that may not keep what it compiled takes a second longer to start, and a run starts thousands.
+# Without its compiled files, a process takes a second longer to start, and a run starts thousands.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Python, its stubs, and gRPC for the one file that has a service.
@@ -25,10 +25,10 @@ setup: ## install what is missing: Debian packages, .venv, Kafka, MySQL (quick w
 	@python3 -m deploy.local.setup
 	@[ ! -e .git ] || git config core.hooksPath >/dev/null || git config core.hooksPath tools/hooks || true
 
-demo: setup ## bring the system up and watch a dozen mails end in every way (DEMO_TASKS=n for more)
+demo: setup ## start the system and show a dozen tasks end in every way (DEMO_TASKS=n for more)
 	@$(PYTHON) -m deploy.local.demo
 
-up: setup ## bring the system up (ARGS="--sender 3" for more replicas)
+up: setup ## start the system (ARGS="--sender 3" for more replicas)
 	@$(STACK) up $(ARGS)
 
 down: ## stop it; ARGS=--wipe deletes its data too
@@ -40,7 +40,7 @@ status: ## what runs, where, and how it is
 logs: ## the end of each log; all of one: make logs NAME=sender-1
 	@$(STACK) logs $(NAME)
 
-check: setup lint types imports prose schema ## all that is checked without running: style, types, imports, prose, protos
+check: setup lint types imports prose schema ## every check that runs no test: style, types, imports, prose, protos
 
 lint: setup
 	@$(PYTHON) -m ruff check .
@@ -52,22 +52,22 @@ types: setup
 imports: setup
 	@.venv/bin/lint-imports
 
-prose: setup ## the language of documents, docstrings, comments and names (docs/glossary.md)
+prose: setup ## check the language of documents, docstrings, comments and names (docs/glossary.md)
 	@$(PYTHON) -m tools.prose $(ARGS)
 
-protos: setup ## make the code beside the protos
+protos: setup ## generate the code beside the protos
 	@$(call generate,protos)
 
-schema: setup ## the protos are in style, break no client, and the code beside them is theirs
+schema: setup ## check that the protos are in style, break no client, and match the code beside them
 	@.venv/bin/buf lint protos
 	@.venv/bin/buf breaking protos --against $(BASELINE)
 	@rm -rf .venv/protos && mkdir -p .venv/protos && $(call generate,.venv/protos)
 	@for file in $$(cd .venv/protos && find . -type f); do cmp .venv/protos/$$file protos/$$file; done
 
-baseline: schema ## at a release: clients hold today's protos from now on
+baseline: schema ## at a release: take today's protos as those that clients hold
 	@.venv/bin/buf build protos -o $(BASELINE)
 
-fmt: setup ## put the code into its style
+fmt: setup ## format the code
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
@@ -75,7 +75,7 @@ test: ## every test, on real servers (ARGS="-k name" for some)
 	@python3 -m deploy.local.setup --tests
 	@$(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
-test-long: ## every test, those with a long form in it: tens of minutes
+test-long: ## every test, in its long form if it has one: tens of minutes
 	@python3 -m deploy.local.setup --tests
 	@POSTROAD_TEST_LONG=1 $(PYTHON) -m pytest -n 6 --dist loadgroup --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
@@ -88,16 +88,16 @@ integration: setup ## the tests on a real Kafka, MySQL, DNS and SMTP
 e2e: setup ## the tests of the whole system
 	@$(PYTHON) -m pytest tests/e2e $(ARGS)
 
-chaos: setup ## kill, freeze and cut off what can be, under load (ARGS="--seed 1 --minutes 10")
+chaos: setup ## kill, freeze and cut off processes under load (ARGS="--seed 1 --minutes 10")
 	@$(PYTHON) -m tests.chaos $(ARGS)
 
 simulate: setup ## tens of thousands of interleavings with faults, in memory (ARGS="--seconds 600" for more)
 	@$(PYTHON) -m tests.simulation $(ARGS)
 
-bench: setup ## how fast the pipeline is here
+bench: setup ## measure the pipeline on this machine
 	@$(PYTHON) -m tests.bench $(ARGS)
 
-lock: setup ## pin the dependencies of pyproject.toml anew, with hashes
+lock: setup ## pin the dependencies of pyproject.toml again, with hashes
 	@.venv/bin/uv pip compile -q --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
 		pyproject.toml -o requirements.lock
 	@.venv/bin/uv pip compile -q --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \

@@ -20,7 +20,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class MailTask(_message.Message):
-    """What travels on the topics. Times are microseconds since the Unix epoch, UTC.
+    """The events on the topics. Times are microseconds since the Unix epoch, UTC.
 
     The whole mail task, as recorded.
     """
@@ -164,7 +164,7 @@ class TaskCreated(_message.Message):
     """0 at first; milliseconds since the Unix epoch once reopened."""
     at_us: _builtins.int
     send_at_us: _builtins.int
-    """When a scheduled task was to be sent, 0 where at once; the record is published only then."""
+    """When to send a scheduled task, 0 for at once; the api publishes the record only then."""
     @_builtins.property
     def task(self) -> Global___MailTask: ...
     def __init__(
@@ -283,7 +283,7 @@ class MailSent(_message.Message):
     reply: _builtins.str
     at_us: _builtins.int
     resolved: _builtins.bool
-    """An operator found that the mail had been sent; no sender tells of it."""
+    """An operator found that the mail had been sent; no sender reported it."""
     def __init__(
         self,
         *,
@@ -332,9 +332,9 @@ class MailDeferred(_message.Message):
     relay: _builtins.str
     message_id: _builtins.str
     next_attempt_at_us: _builtins.int
-    """0 where the next attempt follows at once."""
+    """0 if the next attempt follows at once."""
     in_doubt: _builtins.bool
-    """The server may have taken the mail: the last byte went out and no answer came back."""
+    """The server may have taken the mail: the last byte went out and no reply came."""
     takeover: _builtins.int
     """How often this very attempt was found in doubt before; tells such events apart."""
     at_us: _builtins.int
@@ -381,12 +381,12 @@ class MailFailed(_message.Message):
     epoch: _builtins.int
     attempt: _builtins.int
     reason: _builtins.str
-    """not_sent where an operator found it."""
+    """not_sent if an operator found that out."""
     reply: _builtins.str
     relay: _builtins.str
     message_id: _builtins.str
     uncertain: _builtins.bool
-    """True where the mail may have gone out and an operator must decide."""
+    """True if the mail may have gone out and an operator must decide."""
     at_us: _builtins.int
     def __init__(
         self,
@@ -411,7 +411,7 @@ Global___MailFailed: _TypeAlias = MailFailed  # noqa: Y015
 
 @_typing.final
 class TaskCancelled(_message.Message):
-    """task.cancelled: a client took the task back before it was sent, or closed an uncertain one."""
+    """task.cancelled: a client cancelled the task before it was sent, or closed an uncertain one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -422,7 +422,7 @@ class TaskCancelled(_message.Message):
     IN_DOUBT_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     epoch: _builtins.int
-    """Milliseconds since the Unix epoch: whatever of the task was under way then is of an earlier one."""
+    """Milliseconds since the Unix epoch. Every event of the task that was under way has an earlier epoch."""
     at_us: _builtins.int
     attempts: _builtins.int
     """SMTP attempts made before."""

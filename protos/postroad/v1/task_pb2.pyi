@@ -68,7 +68,7 @@ class Task(_message.Message):
     status: _builtins.str
     """pending, processing, completed, failed, uncertain or cancelled."""
     reason: _builtins.str
-    """Why the task stands where it stands, as a code: null_mx, rejected, expired, ..."""
+    """Why the task has its status, as a code: null_mx, rejected, expired, ..."""
     reply: _builtins.str
     """The mail server's last reply, its code first."""
     message_id: _builtins.str
@@ -81,7 +81,7 @@ class Task(_message.Message):
     """Filled by Get only."""
     @_builtins.property
     def next_attempt_at(self) -> _timestamp_pb2.Timestamp:
-        """When a deferred task is tried again, or a scheduled one is sent; unset otherwise."""
+        """When the sender tries a deferred task again, or sends a scheduled one; unset otherwise."""
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...

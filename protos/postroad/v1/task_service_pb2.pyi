@@ -95,8 +95,8 @@ class TaskData(_message.Message):
     email: _builtins.str
     """One recipient address (RFC 5321, RFC 6531), without a display name, quotes or an address literal."""
     subject: _builtins.str
-    """Up to 998 bytes as it stands in the mail: plain where it is printable ASCII, otherwise in base64
-    encoded words (RFC 2047). No control characters but U+0085.
+    """Up to 998 bytes in the mail: plain if it is printable ASCII, otherwise base64 encoded words (RFC 2047).
+    No control characters except U+0085.
     """
     body: _builtins.str
     """The text part. It may be empty, but it must be there unless html is."""
@@ -105,16 +105,15 @@ class TaskData(_message.Message):
     @_builtins.property
     def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Further header fields of the mail, such as Reply-To or List-Unsubscribe: up to 50, of 998 bytes
-        each. Those that say from whom, to whom, when and what (From, To, Date, Content-*, Resent-*,
-        Received, DKIM-Signature and the like) are not a client's to write. Fields of mailboxes (Reply-To),
-        URIs (List-Unsubscribe), ids (References, List-Id) and tokens (Precedence) are taken by their
-        grammar: a name beside an address may be any text; URIs, ids and tokens are ASCII. All others
-        are free text.
+        each. A client cannot set From, To, Date, Content-*, Resent-*, Received, DKIM-Signature and the like.
+        The api parses fields of mailboxes (Reply-To), URIs (List-Unsubscribe), ids (References, List-Id) and
+        tokens (Precedence) by their grammar. A name beside an address may be any text; URIs, ids and tokens are
+        ASCII. All others are free text.
         """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The client's own marks, to list by: up to 64, keys of 1 to 63 and values of up to 255 bytes."""
+        """The client's own labels, for filters: up to 64, keys of 1 to 63 and values of up to 255 bytes."""
 
     def __init__(
         self,
@@ -157,7 +156,7 @@ class CreateRequest(_message.Message):
     def data(self) -> Global___TaskData: ...
     @_builtins.property
     def send_at(self) -> _timestamp_pb2.Timestamp:
-        """Not to be sent before this time, at most a year from now; one that has passed means at once."""
+        """The sender waits until this time, at most a year from now. A past time means at once."""
 
     def __init__(
         self,
@@ -203,8 +202,8 @@ class BatchCreateResponse(_message.Message):
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchCreateResult]:
-        """One for each request, in their order. So that they stay below the 4 MiB that clients take by
-        default, tasks are without their labels and errors without violations from where they pass 2 MiB.
+        """One for each request, in their order. By default, clients take 4 MiB. So beyond 2 MiB, tasks come without
+        their labels and errors without violations.
         """
 
     def __init__(
@@ -279,7 +278,7 @@ class BatchCreateError(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     VIOLATIONS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """The item's place in `requests`, from 0."""
+    """The item's index in `requests`, from 0."""
     code: _builtins.int
     """A google.rpc.Code: 3 INVALID_ARGUMENT, 6 ALREADY_EXISTS, ..."""
     message: _builtins.str
@@ -396,8 +395,8 @@ class ListRequest(_message.Message):
     reason: _builtins.str
     @_builtins.property
     def _filters(self) -> _struct_pb2.Struct:
-        """Field names with the values asked for: {"status": "pending"}. The same written as a Struct's
-        own fields, {"fields": {"status": {"string_value": "pending"}}}, is understood too.
+        """Field names with the wanted values: {"status": "pending"}. The same written as a Struct's
+        own fields, {"fields": {"status": {"string_value": "pending"}}}, works too.
         buf:lint:ignore FIELD_LOWER_SNAKE_CASE
         """
 
@@ -561,7 +560,7 @@ class CountResponse(_message.Message):
     total: _builtins.int
     @_builtins.property
     def counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Status to number; every status asked for is there, be it with 0."""
+        """Status to number; every requested status is there, also with 0."""
 
     def __init__(
         self,
@@ -610,9 +609,9 @@ class WatchRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """One task. Its state comes first, its changes then. Not together with a filter."""
+    """One task. Its state comes first, then its changes. Not together with a filter."""
     resume_token: _builtins.str
-    """From a WatchResponse: go on after it, under the same id or filter."""
+    """From a WatchResponse: continue after it, with the same id or filter."""
     email: _builtins.str
     domain: _builtins.str
     reason: _builtins.str
@@ -656,14 +655,14 @@ class WatchResponse(_message.Message):
     CHANGE_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
-    """Where to go on after this."""
+    """Where to resume after this message."""
     @_builtins.property
     def task(self) -> _task_pb2.Task:
-        """The task after the change, without what only Get fills; unset in a message that only brings a token."""
+        """The task after the change, without the fields that only Get fills; unset in a message with only a token."""
 
     @_builtins.property
     def change(self) -> _task_pb2.TimelineEntry:
-        """What happened; unset where the task's state is told as it was found."""
+        """What happened; unset in the message with a task's state at the beginning."""
 
     def __init__(
         self,

@@ -27,10 +27,10 @@ if _version_not_supported:
 
 
 class TaskServiceStub:
-    """Takes mail tasks and tells what became of them.
+    """Records mail tasks and reports how they end.
 
-    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo the reason,
-    RetryInfo when to come back.
+    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo gives the reason,
+    RetryInfo says when to try again.
     """
 
     def __init__(self, channel):
@@ -87,14 +87,14 @@ class TaskServiceStub:
 
 
 class TaskServiceServicer:
-    """Takes mail tasks and tells what became of them.
+    """Records mail tasks and reports how they end.
 
-    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo the reason,
-    RetryInfo when to come back.
+    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo gives the reason,
+    RetryInfo says when to try again.
     """
 
     def Create(self, request, context):
-        """Records a task. Once it answers, the task is carried to an end whatever is killed.
+        """Records a task. Once it answers, the task reaches an end, whatever process is killed.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -103,7 +103,7 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """One task, with its body and its timeline.
+        """Returns one task, with its body and its timeline.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -112,38 +112,38 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Tasks, newest first, a page at a time.
+        """Returns tasks, newest first, a page at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchCreate(self, request, context):
-        """Records up to 1,000 tasks in one transaction; each item has a result of its own.
+        """Records up to 1,000 tasks in one transaction. Each item has a result of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Count(self, request, context):
-        """How many tasks there are of each status.
+        """Counts the tasks of each status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
-        come in their order, those of different tasks in any. The stream ends only with its client or its
-        server; a watch that goes on from a token misses nothing and may repeat the last changes.
+        """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
+        their order, those of different tasks in any. The stream ends only when its client or its server ends
+        it. A watch that resumes from a token misses nothing, and may repeat the last changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Retry(self, request, context):
-        """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
-        that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
+        """Sends a failed, uncertain or cancelled task once more: it is pending again, until a future send_at. For a
+        task whose mail went out, or that has not ended, the answer is FAILED_PRECONDITION.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -152,9 +152,9 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Takes a task back unless its mail went out, and answers what really happened: a task that is
-        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
-        already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+        """Cancels a task unless its mail went out, and answers what really happened: a task that is `cancelled`,
+        or `completed`, `failed` or `uncertain` if the sender came first. A Cancel of a task that is already
+        uncertain closes it as `cancelled`; its timeline says that the mail may have gone out.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -163,8 +163,8 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resolve(self, request, context):
-        """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
-        and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
+        """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`, and
+        nothing sends it again. Not sent: it is `failed` with the reason `not_sent`, and Retry reopens it.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -229,10 +229,10 @@ def add_TaskServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TaskService:
-    """Takes mail tasks and tells what became of them.
+    """Records mail tasks and reports how they end.
 
-    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo the reason,
-    RetryInfo when to come back.
+    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo gives the reason,
+    RetryInfo says when to try again.
     """
 
     @staticmethod

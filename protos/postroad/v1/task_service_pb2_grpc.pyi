@@ -28,10 +28,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TaskServiceStub:
-    """Takes mail tasks and tells what became of them.
+    """Records mail tasks and reports how they end.
 
-    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo the reason,
-    RetryInfo when to come back.
+    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo gives the reason,
+    RetryInfo says when to try again.
     """
 
     @_typing.overload
@@ -39,101 +39,101 @@ class TaskServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TaskServiceAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.CreateRequest, _task_pb2.Task]
-    """Records a task. Once it answers, the task is carried to an end whatever is killed.
+    """Records a task. Once it answers, the task reaches an end, whatever process is killed.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     Get: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.GetRequest, _task_pb2.Task]
-    """One task, with its body and its timeline.
+    """Returns one task, with its body and its timeline.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     List: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListRequest, _task_service_pb2.ListResponse]
-    """Tasks, newest first, a page at a time."""
+    """Returns tasks, newest first, a page at a time."""
     BatchCreate: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.BatchCreateRequest, _task_service_pb2.BatchCreateResponse]
-    """Records up to 1,000 tasks in one transaction; each item has a result of its own."""
+    """Records up to 1,000 tasks in one transaction. Each item has a result of its own."""
     Count: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.CountRequest, _task_service_pb2.CountResponse]
-    """How many tasks there are of each status."""
+    """Counts the tasks of each status."""
     Watch: _grpc.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]
-    """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
-    come in their order, those of different tasks in any. The stream ends only with its client or its
-    server; a watch that goes on from a token misses nothing and may repeat the last changes.
+    """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
+    their order, those of different tasks in any. The stream ends only when its client or its server ends
+    it. A watch that resumes from a token misses nothing, and may repeat the last changes.
     """
     Retry: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]
-    """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
-    that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
+    """Sends a failed, uncertain or cancelled task once more: it is pending again, until a future send_at. For a
+    task whose mail went out, or that has not ended, the answer is FAILED_PRECONDITION.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.CancelRequest, _task_pb2.Task]
-    """Takes a task back unless its mail went out, and answers what really happened: a task that is
-    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
-    already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+    """Cancels a task unless its mail went out, and answers what really happened: a task that is `cancelled`,
+    or `completed`, `failed` or `uncertain` if the sender came first. A Cancel of a task that is already
+    uncertain closes it as `cancelled`; its timeline says that the mail may have gone out.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     Resolve: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ResolveRequest, _task_pb2.Task]
-    """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
-    and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
+    """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`, and
+    nothing sends it again. Not sent: it is `failed` with the reason `not_sent`, and Retry reopens it.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
 
 @_typing.type_check_only
 class TaskServiceAsyncStub(TaskServiceStub):
-    """Takes mail tasks and tells what became of them.
+    """Records mail tasks and reports how they end.
 
-    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo the reason,
-    RetryInfo when to come back.
+    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo gives the reason,
+    RetryInfo says when to try again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_task_service_pb2.CreateRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Records a task. Once it answers, the task is carried to an end whatever is killed.
+    """Records a task. Once it answers, the task reaches an end, whatever process is killed.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     Get: _aio.UnaryUnaryMultiCallable[_task_service_pb2.GetRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """One task, with its body and its timeline.
+    """Returns one task, with its body and its timeline.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     List: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListRequest, _task_service_pb2.ListResponse]  # type: ignore[assignment]
-    """Tasks, newest first, a page at a time."""
+    """Returns tasks, newest first, a page at a time."""
     BatchCreate: _aio.UnaryUnaryMultiCallable[_task_service_pb2.BatchCreateRequest, _task_service_pb2.BatchCreateResponse]  # type: ignore[assignment]
-    """Records up to 1,000 tasks in one transaction; each item has a result of its own."""
+    """Records up to 1,000 tasks in one transaction. Each item has a result of its own."""
     Count: _aio.UnaryUnaryMultiCallable[_task_service_pb2.CountRequest, _task_service_pb2.CountResponse]  # type: ignore[assignment]
-    """How many tasks there are of each status."""
+    """Counts the tasks of each status."""
     Watch: _aio.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]  # type: ignore[assignment]
-    """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
-    come in their order, those of different tasks in any. The stream ends only with its client or its
-    server; a watch that goes on from a token misses nothing and may repeat the last changes.
+    """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
+    their order, those of different tasks in any. The stream ends only when its client or its server ends
+    it. A watch that resumes from a token misses nothing, and may repeat the last changes.
     """
     Retry: _aio.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
-    that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
+    """Sends a failed, uncertain or cancelled task once more: it is pending again, until a future send_at. For a
+    task whose mail went out, or that has not ended, the answer is FAILED_PRECONDITION.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_task_service_pb2.CancelRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Takes a task back unless its mail went out, and answers what really happened: a task that is
-    `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
-    already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+    """Cancels a task unless its mail went out, and answers what really happened: a task that is `cancelled`,
+    or `completed`, `failed` or `uncertain` if the sender came first. A Cancel of a task that is already
+    uncertain closes it as `cancelled`; its timeline says that the mail may have gone out.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     Resolve: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ResolveRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
-    and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
+    """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`, and
+    nothing sends it again. Not sent: it is `failed` with the reason `not_sent`, and Retry reopens it.
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
 
 class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Takes mail tasks and tells what became of them.
+    """Records mail tasks and reports how they end.
 
-    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo the reason,
-    RetryInfo when to come back.
+    Errors carry google.rpc details: BadRequest names each refused field, ErrorInfo gives the reason,
+    RetryInfo says when to try again.
     """
 
     @_abc_1.abstractmethod
@@ -142,7 +142,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.CreateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Records a task. Once it answers, the task is carried to an end whatever is killed.
+        """Records a task. Once it answers, the task reaches an end, whatever process is killed.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -153,7 +153,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.GetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """One task, with its body and its timeline.
+        """Returns one task, with its body and its timeline.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -164,7 +164,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.ListResponse, _abc.Awaitable[_task_service_pb2.ListResponse]]:
-        """Tasks, newest first, a page at a time."""
+        """Returns tasks, newest first, a page at a time."""
 
     @_abc_1.abstractmethod
     def BatchCreate(
@@ -172,7 +172,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.BatchCreateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.BatchCreateResponse, _abc.Awaitable[_task_service_pb2.BatchCreateResponse]]:
-        """Records up to 1,000 tasks in one transaction; each item has a result of its own."""
+        """Records up to 1,000 tasks in one transaction. Each item has a result of its own."""
 
     @_abc_1.abstractmethod
     def Count(
@@ -180,7 +180,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.CountRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.CountResponse, _abc.Awaitable[_task_service_pb2.CountResponse]]:
-        """How many tasks there are of each status."""
+        """Counts the tasks of each status."""
 
     @_abc_1.abstractmethod
     def Watch(
@@ -188,9 +188,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_task_service_pb2.WatchResponse], _abc.AsyncIterator[_task_service_pb2.WatchResponse]]:
-        """A task's changes, or those of all tasks that a filter takes, as they happen. The changes of one task
-        come in their order, those of different tasks in any. The stream ends only with its client or its
-        server; a watch that goes on from a token misses nothing and may repeat the last changes.
+        """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
+        their order, those of different tasks in any. The stream ends only when its client or its server ends
+        it. A watch that resumes from a token misses nothing, and may repeat the last changes.
         """
 
     @_abc_1.abstractmethod
@@ -199,8 +199,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.RetryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Sends a failed, uncertain or cancelled task once more: it is pending again, until its send_at where
-        that has not come yet. A task whose mail went out, or that has not ended, is FAILED_PRECONDITION.
+        """Sends a failed, uncertain or cancelled task once more: it is pending again, until a future send_at. For a
+        task whose mail went out, or that has not ended, the answer is FAILED_PRECONDITION.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -211,9 +211,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Takes a task back unless its mail went out, and answers what really happened: a task that is
-        `cancelled`, or `completed`, `failed` or `uncertain` where the sender came first. A task that is
-        already uncertain is closed as `cancelled`; its timeline says that the mail may have gone out.
+        """Cancels a task unless its mail went out, and answers what really happened: a task that is `cancelled`,
+        or `completed`, `failed` or `uncertain` if the sender came first. A Cancel of a task that is already
+        uncertain closes it as `cancelled`; its timeline says that the mail may have gone out.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -224,8 +224,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.ResolveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`
-        and is never sent again. Not sent: it is `failed` with the reason `not_sent`, and Retry opens it.
+        """Records what an operator found out about an uncertain task's mail. Sent: the task is `completed`, and
+        nothing sends it again. Not sent: it is `failed` with the reason `not_sent`, and Retry reopens it.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
