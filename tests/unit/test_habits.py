@@ -48,7 +48,8 @@ def test_the_changelog_has_one_line_a_change() -> None:
 
 def test_the_tests_and_modules_that_the_documents_name_are_there() -> None:
     names = {path.name for path in ROOT.glob("*/**/*.py") if not path.parts[len(ROOT.parts)].startswith(".")}
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+    # docs/add-a-stage.md writes its own modules; its test runs them.
+    for document in {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {ROOT / "docs/add-a-stage.md"}:
         for file, test in re.findall(r"\b([a-z]\w+\.py)(?:::(\w+))?`", document.read_text()):
             assert file in names, f"{document.name} names {file}"
             assert not test or any(
