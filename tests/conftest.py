@@ -4,7 +4,7 @@ import pytest
 
 import tests.forms  # noqa: F401  (loads the profile of this run's form)
 from tests import forked, reaper
-from tests.order import pytest_collection_modifyitems
+from tests.order import pytest_collection_modifyitems, pytest_runtest_teardown
 from tests.reaper import pytest_configure
 from tests.stack import (
     breakable,
@@ -27,6 +27,7 @@ __all__ = [
     "new_stack",
     "pytest_collection_modifyitems",
     "pytest_configure",
+    "pytest_runtest_teardown",
     "pytest_unconfigure",
     "servers",
     "stack",

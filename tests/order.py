@@ -9,7 +9,7 @@ import pytest
 
 from tests.forms import LONG
 
-__all__ = ["pytest_collection_modifyitems"]
+__all__ = ["pytest_collection_modifyitems", "pytest_runtest_teardown"]
 
 # The long tests begin first, so that no worker is left alone with one at the end.
 _FIRST = (
@@ -36,6 +36,8 @@ _TOGETHER = (
 # The longest chains. A whole system keeps a core busy, so run only a few more at once than there are cores.
 _CHAINS = ("own_stack_1", "own_stack_2", "stack", "breaks_servers")
 
+# The fixtures of a session that the tests of one group alone use.
+_GROUPS_SERVERS = ("stack", "breakable", "breakable_mariadb")
 
 # The short form runs these under the first variant only: the default protocol, MySQL. Other modules run both.
 _FIRST_VARIANT = (
@@ -65,6 +67,19 @@ def pytest_collection_modifyitems(
             item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: (groups.get(item) not in _CHAINS, _rank(item)))
     yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """End a group's servers with its last test, not with the worker: idle servers use the processor too."""
+    yield
+    # Without workers, the tests of a group do not follow each other.
+    if not hasattr(item.config, "workerinput") or nextitem is None or _group(nextitem) == _group(item):
+        return
+    for name in _GROUPS_SERVERS:
+        for definition in item.session._fixturemanager.getfixturedefs(name, item) or ():
+            if definition.scope == "session":
+                definition.finish(item._request)  # type: ignore[attr-defined]
 
 
 def _is_second(item: pytest.Item) -> bool:

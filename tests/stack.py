@@ -63,15 +63,18 @@ S = TypeVar("S", bound="Stack")
 class Stack:
     """The stack under `directory`, through `python3 -m deploy.local`. `given`: variables that win in it."""
 
-    def __init__(self, directory: Path, given: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, given: Mapping[str, str] | None = None, *, lasting: bool = False
+    ) -> None:
         self.directory = directory
         self._given = dict(given or {})
+        self._lasting = lasting
 
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one command of deploy.local; blocks until it is done. Raises AssertionError if it fails."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
-        # A test's broker ends before the JVM's second compiler pays off.
-        clean["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
+        # The broker of a single test ends before the JVM's second compiler pays off.
+        clean["JDK_JAVA_OPTIONS"] = "" if self._lasting else "-XX:TieredStopAtLevel=1"
         # The port of the documents' examples belongs to the stack whose tests run them.
         clean["POSTROAD_LOCAL_API_PORT"] = "0"
         environment = {**clean, **self._given, "POSTROAD_LOCAL_DIR": str(self.directory)}
@@ -267,7 +270,7 @@ class _Shared(Infra):
 def infra() -> Infra:
     """Kafka, MySQL, DNS and the catcher for all tests of this run, whichever worker they are on."""
     given = os.environ.get("POSTROAD_TEST_INFRA")
-    servers = _Shared(Path(given) if given else Path(os.environ[RUN]) / "infra")
+    servers = _Shared(Path(given) if given else Path(os.environ[RUN]) / "infra", lasting=True)
     # The first worker starts them; each further one waits for the stack's lock and finds them running.
     servers.up("--infra-only")
     return servers
@@ -340,7 +343,7 @@ def servers(request: pytest.FixtureRequest) -> Infra:
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """The whole system, one replica of each service, for all tests that ask for it."""
-    with running(Stack(_directory())) as system:
+    with running(Stack(_directory(), lasting=True)) as system:
         yield system
 
 

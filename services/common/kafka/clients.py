@@ -99,15 +99,15 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
         "max.partition.fetch.bytes": 256 << 10,
         "fetch.max.bytes": 4 << 20,
         "receive.message.max.bytes": MAX_RECORD_BYTES + (8 << 20),
-        # A partition that is resumed, due or just emptied waits for the fetch under way: this long at most.
-        # At 100 ms that wait was a stage's 90th percentile at 200 records a second.
-        "fetch.wait.max.ms": 50 if gather else 20,
+        # A partition that is resumed or due waits for the fetch under way: this long at most.
+        "fetch.wait.max.ms": 50 if gather else 100,
         "fetch.min.bytes": 64 << 10 if gather else 1,
         "fetch.error.backoff.ms": 100,
-        # The client fetches only while its queue is empty, so it fetches at the poller's pace. By default it
-        # fetches again for every record that comes: at a thousand a second, eight times a poll. The back-off
-        # is how soon after its queue is empty it fetches.
-        "queued.min.messages": 1,
+        # A fetch names a partition of which fewer records than this are queued. At 1, a partition whose
+        # record is on its way to the poller misses the next fetch, and its next record waits for it. By
+        # default the client fetches again for every record that comes: eight times a poll at 1,000 a second.
+        # The back-off is how soon after its queue is empty it fetches.
+        "queued.min.messages": 16,
         "fetch.queue.backoff.ms": 2,
     }
     if settings.group_protocol == "consumer":
