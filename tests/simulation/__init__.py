@@ -1,1 +1,1 @@
-"""The road in one thread and no time at all: the real services between ports kept in memory."""
+"""The simulation: the services' own code over in-memory servers, in virtual time."""

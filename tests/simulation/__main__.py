@@ -12,17 +12,21 @@ from tests.simulation.plan import Plan, dump, load, make
 
 
 def main() -> int:
-    """Explore, or run one plan again. 0 where nothing went wrong (a mutant: where something did)."""
+    """Explore schedules, or run one plan. Return 0 without violations; for a mutant, with some."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("--schedules", type=int, help="how many (20000 unless --seconds is given)")
+    parser.add_argument("--schedules", type=int, help="how many (20000 without --seconds)")
     parser.add_argument("--seconds", type=float, help="for how long")
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule; the others follow it")
-    parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="break the code so, and find out")
-    parser.add_argument("--plan", help="run this one plan, and tell its story")
-    parser.add_argument("--one", action="store_true", help="run the plan of --seed alone, and tell its story")
+    parser.add_argument(
+        "--mutant",
+        choices=sorted(mutants.MUTANTS),
+        help="break the code in this way; a schedule must find it",
+    )
+    parser.add_argument("--plan", help="run this one plan and print its trace")
+    parser.add_argument("--one", action="store_true", help="run only the plan of --seed and print its trace")
     given = parser.parse_args()
     if given.plan or given.one:
-        return _tell(load(given.plan) if given.plan else make(given.seed), given.mutant)
+        return _print_trace(load(given.plan) if given.plan else make(given.seed), given.mutant)
     schedules = given.schedules or (None if given.seconds else 20_000)
     report = explore(
         given.seed, schedules=schedules, seconds=given.seconds, mutant=given.mutant, progress=_progress
@@ -58,12 +62,12 @@ def _explain(failure: Failure, mutant: str | None) -> None:
     print(f"\nseed {failure.plan.seed}: {'; '.join(failure.violations)}")
     with prepared(mutant):
         smallest = shrink(failure.plan)
-    _tell(smallest, mutant)
+    _print_trace(smallest, mutant)
     options = f" --mutant {mutant}" if mutant else ""
     print(f"\nagain: python -m tests.simulation{options} --plan {shlex.quote(dump(smallest))}")
 
 
-def _tell(plan: Plan, mutant: str | None) -> int:
+def _print_trace(plan: Plan, mutant: str | None) -> int:
     with prepared(mutant):
         result = try_plan(plan, traced=True)
     print(dump(plan))

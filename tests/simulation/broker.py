@@ -1,8 +1,8 @@
 """Kafka in memory: logs with gaps in their offsets, and consumer groups.
 
-Groups are KIP-848's: incremental assignments, partitions leave one member before another has them, a
-member that is silent for its session is put out and hears of it late, and commits of who is not a member
-are refused.
+Groups follow KIP-848. Assignments are incremental, and a partition leaves one member before another gets it.
+The coordinator fences a member whose session has timed out, and the member learns of that late. The
+coordinator refuses the commits of clients that are not members.
 """
 
 from __future__ import annotations
@@ -13,33 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError
 
+from services.common.kafka.topic_partition import TopicPartition
 from tests.simulation.world import World
 
 if TYPE_CHECKING:
     from tests.simulation.consumer import Consumer
 
-__all__ = ["SESSION", "Broker", "Group", "Message", "Place"]
+__all__ = ["SESSION", "Broker", "Group", "Message"]
 
 SESSION = 10.0
-"""The group's session timeout, in seconds."""
-
-Place = tuple[str, int]
-"""A topic and a partition."""
+"""The session timeout of a group in seconds."""
 
 
 class Message:
-    """A record as it is read."""
+    """A record as a consumer returns it."""
 
     __slots__ = ("_headers", "_key", "_offset", "_place", "_value")
 
-    def __init__(self, place: Place, offset: int, key: Any, value: Any, headers: Any) -> None:
+    def __init__(self, place: TopicPartition, offset: int, key: Any, value: Any, headers: Any) -> None:
         self._place, self._offset, self._key, self._value, self._headers = place, offset, key, value, headers
 
     def topic(self) -> str:
-        return self._place[0]
+        return self._place.topic
 
     def partition(self) -> int:
-        return self._place[1]
+        return self._place.partition
 
     def offset(self) -> int:
         return self._offset
@@ -74,18 +72,20 @@ class Broker:
     def __init__(self, world: World, topics: Iterable[str], partitions: int = 2) -> None:
         self.world = world
         self.partitions = partitions
-        self.logs: dict[Place, _Log] = {(t, p): _Log() for t in topics for p in range(partitions)}
+        self.logs: dict[TopicPartition, _Log] = {
+            TopicPartition(t, p): _Log() for t in topics for p in range(partitions)
+        }
         self.groups: dict[str, Group] = {}
 
     def group(self, name: str) -> Group:
-        """Return a group, made at its first mention."""
+        """Return a group; the first call for a name makes it."""
         if name not in self.groups:
             self.groups[name] = Group(self)
         return self.groups[name]
 
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> int:
-        """Add a record; a key goes to one partition always. Returns its offset."""
-        place = topic, (key[-1] if key else 0) % self.partitions
+        """Append a record to the partition of its key. Return its offset."""
+        place = TopicPartition(topic, (key[-1] if key else 0) % self.partitions)
         log = self.logs[place]
         rng = self.world.scheduler.rng
         # Transaction markers and compaction leave gaps.
@@ -93,14 +93,14 @@ class Broker:
         log.end = offset + 1
         log.offsets.append(offset)
         log.messages.append(Message(place, offset, key, value, headers))
-        self.world.trace("kafka", f"{topic}/{place[1]}@{offset}")
+        self.world.trace("kafka", f"{topic}/{place.partition}@{offset}")
         for group in self.groups.values():
             owner = group.owners.get(place)
             if owner is not None:
                 owner.wake()
         return offset
 
-    def read(self, place: Place, start: int, most: int) -> Sequence[Message]:
+    def read(self, place: TopicPartition, start: int, most: int) -> Sequence[Message]:
         """Return the records of a partition from offset `start` on."""
         log = self.logs[place]
         index = bisect_left(log.offsets, start)
@@ -108,7 +108,11 @@ class Broker:
 
     def records(self, topic: str) -> list[Message]:
         """Return all records of a topic."""
-        return [message for p in range(self.partitions) for message in self.logs[topic, p].messages]
+        return [
+            message
+            for p in range(self.partitions)
+            for message in self.logs[TopicPartition(topic, p)].messages
+        ]
 
 
 class Group:
@@ -117,21 +121,21 @@ class Group:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.members: list[Consumer] = []
-        self.owners: dict[Place, Consumer] = {}
-        self.committed: dict[Place, int] = {}
+        self.owners: dict[TopicPartition, Consumer] = {}
+        self.committed: dict[TopicPartition, int] = {}
         self.topics: set[str] = set()
 
     def lag(self) -> int:
-        """Return how many partitions have records above the committed position."""
+        """Return how many partitions have records above the committed offset."""
         logs = self.broker.logs
         return sum(
             1
             for place, log in logs.items()
-            if place[0] in self.topics and log.offsets and log.offsets[-1] >= self.committed.get(place, 0)
+            if place.topic in self.topics and log.offsets and log.offsets[-1] >= self.committed.get(place, 0)
         )
 
     def join(self, member: Consumer, topics: Sequence[str]) -> None:
-        """Take a new member in."""
+        """Add a member."""
         if not self.broker.world.up("kafka"):
             self.broker.world.scheduler.after(0.5, member.process, self.join, member, topics)
             return
@@ -142,7 +146,7 @@ class Group:
         self._balance()
 
     def leave(self, member: Consumer) -> None:
-        """Let a member go, its partitions with it."""
+        """Remove a member and take its partitions."""
         member.member = False
         if member in self.members:
             self.members.remove(member)
@@ -150,8 +154,8 @@ class Group:
             del self.owners[place]
         self._balance()
 
-    def released(self, member: Consumer, epoch: int, places: Iterable[Place]) -> None:
-        """Note that a member has given partitions up."""
+    def released(self, member: Consumer, epoch: int, places: Iterable[TopicPartition]) -> None:
+        """Note that a member has released partitions."""
         if member.epoch != epoch:
             return
         for place in places:
@@ -160,8 +164,8 @@ class Group:
                 member.leaving.discard(place)
         self._balance()
 
-    def commit(self, member: Consumer, epoch: int, positions: dict[Place, int]) -> KafkaError | None:
-        """Commit for a member in the membership that it was in when it asked, or say why not."""
+    def commit(self, member: Consumer, epoch: int, positions: dict[TopicPartition, int]) -> KafkaError | None:
+        """Commit offsets, or return the error when the member's epoch is over."""
         if not member.member or member.epoch != epoch:
             return KafkaError(KafkaError.UNKNOWN_MEMBER_ID)
         for place, position in positions.items():
@@ -173,12 +177,12 @@ class Group:
         if not self.members:
             return
         partitions = self.broker.partitions
-        revoked: dict[Consumer, list[Place]] = {}
-        given: dict[Consumer, list[Place]] = {}
+        revoked: dict[Consumer, list[TopicPartition]] = {}
+        given: dict[Consumer, list[TopicPartition]] = {}
         for topic in sorted(self.topics):
             for partition in range(partitions):
-                place = topic, partition
-                # As "range" does: the same partition numbers of all topics to one member.
+                place = TopicPartition(topic, partition)
+                # Like the range assignor: a member gets the same partition numbers of all topics.
                 target = self.members[partition * len(self.members) // partitions]
                 owner = self.owners.get(place)
                 if owner is None:
@@ -188,6 +192,6 @@ class Group:
                     owner.leaving.add(place)
                     revoked.setdefault(owner, []).append(place)
         for member, places in revoked.items():
-            member.tell("revoke", places)
+            member.notify("revoke", places)
         for member, places in given.items():
-            member.tell("assign", places)
+            member.notify("assign", places)

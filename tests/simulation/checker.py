@@ -1,4 +1,4 @@
-"""What must be so once all is quiet; the mail server's journal and the logs are the truth for all else."""
+"""Checks a schedule once it is quiet. The mail server's journal and the topics are the truth."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["TERMINAL", "check", "check_replay", "copies_of_settled"]
 
 TERMINAL = frozenset({"completed", "failed", "uncertain", "cancelled"})
-"""The statuses in which a task may be left."""
+"""The statuses in which a task may end."""
 
 
 def check(schedule: Schedule, settled: bool) -> None:
-    """Note every violation in the schedule's world."""
+    """Record every violation in the schedule's world."""
     violation = schedule.world.violation
     if not settled:
         lag = {name: group.lag() for name, group in schedule.broker.groups.items() if group.lag()}
@@ -44,10 +44,10 @@ def check(schedule: Schedule, settled: bool) -> None:
 
 
 def _check_answer(schedule: Schedule, id_: bytes, asked: float, status: str, events: list[Any]) -> None:
-    """What a Cancel was answered is so, and stays so unless the task is opened again.
+    """Check that the answer to a Cancel is true, and stays true unless the task is reopened.
 
-    One that closed an uncertain task says no more of its mail than that doubt did: the relay's answer may
-    still come, to a sender that was frozen.
+    A Cancel that closed an uncertain task says nothing about its mail: a frozen sender may still get the
+    relay's reply.
     """
     now = schedule.database.tasks[id_].status
     copies = [copy for copy in schedule.mail.journal if copy.task == id_]
@@ -68,7 +68,7 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
     row = schedule.database.tasks[id_]
     if row.status not in TERMINAL:
         violation(f"{name} is {row.status} in the end")
-    expected, epoch = _told(events)
+    expected, epoch = _expected_end(events)
     if row.status != expected:
         violation(f"{name} is {row.status}, and its events say {expected}")
     if expected != "completed" and row.epoch != epoch:
@@ -82,12 +82,12 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
 
     copies = [copy for copy in schedule.mail.journal if copy.task == id_]
     wanted = schedule.plan.tasks[id_[-2]].send_in
-    # Opened again, it goes at once.
+    # A reopened task is sent at once.
     due = 0.0 if row.created_at is None else schedule.database.at(row.created_at) + wanted
     if id_ not in schedule.reopened and any(copy.at < due for copy in copies):
         violation(f"{name} was sent before its time")
     sent_by = schedule.database.sent_by
-    # What a sender was told of and could store needs no explanation, once a task.
+    # One copy per task needs no doubt: the sender got the reply and stored it.
     plain = [copy for copy in copies if sent_by.get(copy.owner) is Settlement.STORED]
     doubts = [event for event in events if _doubtful(event)]
     if len(plain) > 1:
@@ -117,7 +117,7 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
 
 
 def _check_copies(schedule: Schedule, name: str, copies: list[Copy]) -> None:
-    """A mail goes out again only where its sender died or froze, or its reply was lost."""
+    """Check that a mail was sent again only after its sender died or froze, or its reply was lost."""
     for copy in copies[:-1]:
         if copy.process not in schedule.struck and copy.owner not in schedule.mail.unheard:
             schedule.world.violation(f"{name} was sent again, though nothing had died and no reply was lost")
@@ -126,20 +126,20 @@ def _check_copies(schedule: Schedule, name: str, copies: list[Copy]) -> None:
 def _check_dead(schedule: Schedule) -> None:
     violation, bare = schedule.world.violation, Names()
     for stage in SIMULATED:
-        letters = schedule.broker.records(bare.dead(stage))
-        for letter in letters:
-            if letter.value() != b"\xff\xff":
-                cause = dict(letter.headers()).get("cause", b"").decode()
+        dead_letters = schedule.broker.records(bare.dead(stage))
+        for record in dead_letters:
+            if record.value() != b"\xff\xff":
+                cause = dict(record.headers()).get("cause", b"").decode()
                 violation(f"{stage} has an unexpected dead letter: {cause[:200]}")
         poisons = {
             b"%16d" % (n + 1) for n, topic in enumerate(schedule.poison) if topic in STAGES[stage].reads
         }
-        if missing := poisons - {letter.key() for letter in letters}:
+        if missing := poisons - {record.key() for record in dead_letters}:
             violation(f"{stage} dropped {len(missing)} records that it could not decode")
 
 
 def copies_of_settled(schedule: Schedule) -> dict[bytes, int]:
-    """Return how often each completed task was sent so far."""
+    """Return how often the mail of each completed task was sent so far."""
     rows = schedule.database.tasks
     return {
         id_: sum(1 for copy in schedule.mail.journal if copy.task == id_)
@@ -149,7 +149,7 @@ def copies_of_settled(schedule: Schedule) -> dict[bytes, int]:
 
 
 def check_replay(schedule: Schedule, before: dict[bytes, int]) -> None:
-    """Note where a replay sent again what had been sent."""
+    """Record a violation for each mail that a replay sent again."""
     for id_, count in before.items():
         now = sum(1 for copy in schedule.mail.journal if copy.task == id_)
         if now != count:
@@ -172,8 +172,8 @@ def _doubtful(event: Any) -> bool:
     )
 
 
-def _told(events: list[Any]) -> tuple[str, int]:
-    """Return the status and the epoch that the events of a task amount to, told without fold.py."""
+def _expected_end(events: list[Any]) -> tuple[str, int]:
+    """Return the status and the epoch that the events of a task lead to, without the help of fold.py."""
     if any(isinstance(event, pb.MailSent) for event in events):
         return "completed", 0
     epoch = max((event.epoch for event in events), default=0)
@@ -182,7 +182,7 @@ def _told(events: list[Any]) -> tuple[str, int]:
         return "uncertain", epoch
     if any(isinstance(event, pb.MailFailed) for event in last):
         return "failed", epoch
-    # What the sender tells of the epoch overrules a verdict that came late.
+    # An event of the sender in this epoch overrules a late verdict.
     had = any(isinstance(event, pb.MailDeferred) and event.stage == "sender" for event in last)
     if not had and any(isinstance(event, pb.MxFailed) for event in last):
         return "failed", epoch

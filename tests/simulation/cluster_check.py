@@ -1,4 +1,4 @@
-"""The stage's ClusterCheck without a cluster."""
+"""The stage's ClusterCheck, without a cluster to check."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["ClusterCheck"]
 
 
 class ClusterCheck(cluster_check.ClusterCheck):
-    """Takes the place of services.common.kafka.cluster_check.ClusterCheck; asks nothing."""
+    """Replaces services.common.kafka.cluster_check.ClusterCheck, and reports no problems."""
 
     def __init__(self, *_: Any) -> None:
         pass
 
     def start(self) -> None:
-        """Nothing has to be."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing runs."""
+        """Do nothing."""

@@ -6,45 +6,48 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+import confluent_kafka
+from confluent_kafka import KafkaError, KafkaException
 
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage.partition_tracker import InFlightRecord
-from tests.simulation.broker import Broker, Message, Place
+from tests.simulation.broker import Broker, Message
 from tests.simulation.process import Process
 
 __all__ = ["Consumer"]
 
 
 class Consumer:
-    """confluent_kafka's Consumer, as much of it as a stage uses. Blocks its simulated thread.
+    """The part of confluent_kafka's Consumer that a stage uses. Blocks its simulated thread.
 
-    `due` tells when its poller next has something to do of its own (virtual seconds), `behind` whether it has
-    more to commit than what is being committed, so that an idle one need not turn ten times a second.
+    `due` returns when its poller next has something to do, in virtual seconds. `behind` returns whether the
+    poller has more to commit than what is being committed. With both, an idle poller need not turn ten times
+    a second.
     """
 
     def __init__(self, broker: Broker, process: Process, config: dict[str, Any]) -> None:
         self.process = process
         self.member = False
         self.epoch = 0
-        """Counts its memberships."""
-        self.leaving: set[Place] = set()
+        """The number of its memberships so far."""
+        self.leaving: set[TopicPartition] = set()
         self.due: Callable[[], float] = lambda: float("inf")
         self.behind: Callable[[], bool] = lambda: True
-        self.taken: dict[Place, list[InFlightRecord]] = {}
-        """What the stage took from each partition since it was assigned; for the watch over its commits."""
+        self.taken: dict[TopicPartition, list[InFlightRecord]] = {}
+        """The records that the stage took from each partition since its assignment, to check the commits."""
         self._broker, self._world = broker, broker.world
         self._group = broker.group(config["group.id"])
         self._on_commit = config["on_commit"]
-        self._positions: dict[Place, int] = {}
-        self._paused: set[Place] = set()
-        self._highest: dict[Place, int] = {}
+        self._positions: dict[TopicPartition, int] = {}
+        self._paused: set[TopicPartition] = set()
+        self._highest: dict[TopicPartition, int] = {}
         self._events: deque[tuple[str, Any]] = deque()
         self._waiting = False
         self._closed = self._left = False
         self._turn = 0
         self._fresh = False
-        """Whether there may be something to fetch."""
-        self._arrival = self._told = 0.0
+        """True when there may be something to fetch."""
+        self._arrival = self._last_notice = 0.0
         self._polls, self._polled = 0, 0.0
 
     def subscribe(self, topics: Sequence[str], on_assign: Any, on_revoke: Any, on_lost: Any) -> None:
@@ -76,7 +79,9 @@ class Consumer:
             found = self._next(1)
         return found[0] if found else None
 
-    def get_watermark_offsets(self, partition: TopicPartition, *, cached: bool) -> tuple[int, int]:
+    def get_watermark_offsets(
+        self, partition: confluent_kafka.TopicPartition, *, cached: bool
+    ) -> tuple[int, int]:
         return 0, self._broker.logs[partition.topic, partition.partition].end
 
     def _watch(self) -> None:
@@ -118,59 +123,61 @@ class Consumer:
             self._world.operation("fetch", self.process)
         return found
 
-    def pause(self, partitions: list[TopicPartition]) -> None:
+    def pause(self, partitions: list[confluent_kafka.TopicPartition]) -> None:
         self._paused.update(_places(partitions))
 
-    def resume(self, partitions: list[TopicPartition]) -> None:
+    def resume(self, partitions: list[confluent_kafka.TopicPartition]) -> None:
         self._fresh = True
         self._paused.difference_update(_places(partitions))
 
-    def seek(self, partition: TopicPartition) -> None:
+    def seek(self, partition: confluent_kafka.TopicPartition) -> None:
         [place] = _places([partition])
         if place in self._positions:
             self._positions[place] = partition.offset
             self._fresh = True
 
-    def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
+    def committed(
+        self, partitions: list[confluent_kafka.TopicPartition], timeout: float
+    ) -> list[confluent_kafka.TopicPartition]:
         if not self._world.up("kafka"):
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
         return partitions
 
     @property
     def reachable(self) -> bool:
-        """Whether the coordinator answers."""
+        """True when the coordinator answers."""
         return self._world.up("kafka")
 
     # --- waking ---
 
     def wake(self) -> None:
-        """Something is there for it."""
+        """Wake the poller: there is something to fetch."""
         self._fresh = True
         if self._waiting and self._thread is not None:
             self._thread.notify(self._world.scheduler.latency())
 
     def nudge(self, earliest: float = 0.0) -> None:
-        """Its poller has something to do, and will see it at one of its next turns."""
+        """Wake the poller, which has something to do at one of its next turns."""
         if self._waiting and self._thread is not None:
             self._thread.notify(max(earliest, self._world.scheduler.rng.random() * 0.1))
 
-    def tell(self, kind: str, what: Any) -> None:
-        """Have the coordinator tell it something; it hears of it in its own time."""
+    def notify(self, kind: str, what: Any) -> None:
+        """Send a notice of the coordinator, which arrives after a latency."""
         scheduler = self._world.scheduler
-        # In the order in which it was told.
-        self._told = max(self._told, scheduler.now + scheduler.latency(0.02)) + 1e-6
-        scheduler.after(self._told - scheduler.now, self.process, self._hear, kind, what, self.epoch)
+        # Notices arrive in the order in which they were sent.
+        self._last_notice = max(self._last_notice, scheduler.now + scheduler.latency(0.02)) + 1e-6
+        scheduler.after(self._last_notice - scheduler.now, self.process, self._hear, kind, what, self.epoch)
 
-    def put_out(self) -> None:
-        """Be put out of the group; hear of it up to a heartbeat later."""
+    def fence(self) -> None:
+        """Fence this member. It learns of that up to a heartbeat later."""
         if self.member:
-            self._world.trace(self.process.name, "is put out of its group")
+            self._world.trace(self.process.name, "is fenced")
             self._group.leave(self)
             scheduler = self._world.scheduler
             scheduler.after(2 * scheduler.rng.random(), self.process, self._hear, "lost", None)
 
     def redeliver(self) -> None:
-        """Fetch again from the committed positions on, as after a reset by the broker."""
+        """Fetch from the committed offsets again, as after a reset by the broker."""
         for place in self._positions:
             self._positions[place] = self._group.committed.get(place, 0)
         self.wake()
@@ -202,7 +209,7 @@ class Consumer:
                 if not self._closed:
                     self._join()
 
-    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+    def incremental_assign(self, partitions: list[confluent_kafka.TopicPartition]) -> None:
         self._fresh = True
         for place in _places(partitions):
             self._positions[place] = self._group.committed.get(place, 0)
@@ -210,14 +217,16 @@ class Consumer:
             self.taken[place] = []
             self._paused.discard(place)
 
-    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
+    def incremental_unassign(self, partitions: list[confluent_kafka.TopicPartition]) -> None:
         for place in _places(partitions):
             self._positions.pop(place, None)
             self.taken.pop(place, None)
 
     # --- committing ---
 
-    def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> list[TopicPartition] | None:
+    def commit(
+        self, offsets: list[confluent_kafka.TopicPartition], asynchronous: bool
+    ) -> list[confluent_kafka.TopicPartition] | None:
         thread = self._world.scheduler.running
         assert thread is not None
         positions = dict(zip(_places(offsets), (p.offset for p in offsets), strict=True))
@@ -251,13 +260,13 @@ class Consumer:
         return offsets
 
     def _request(self, call: Callable[..., object], *args: object) -> None:
-        # One connection to the coordinator: what is sent later arrives later.
+        # There is one connection to the coordinator, so requests arrive in order.
         scheduler = self._world.scheduler
         self._arrival = max(self._arrival, scheduler.now + scheduler.latency()) + 1e-6
         scheduler.after(self._arrival - scheduler.now, None, call, *args)
 
-    def check(self, place: Place, position: int) -> None:
-        """Watch over a commit: of what is owned (I7), never back (I1), never beyond what is unfinished."""
+    def check(self, place: TopicPartition, position: int) -> None:
+        """Check a commit: of owned partitions only (I7), never backwards or past unfinished records (I1)."""
         who, where = self.process.name, f"{place[0]}/{place[1]}"
         if self._group.owners.get(place) is not self:
             self._world.violation(f"{who} committed {where}, which it does not own")
@@ -266,7 +275,7 @@ class Consumer:
             self._world.violation(f"{who} took its commit of {where} back to {position}")
         self._highest[place] = position
         below = [record for record in self.taken.get(place, ()) if record.offset < position]
-        # One that was handed out twice need be finished once.
+        # A record that was fetched twice needs to be finished once.
         for offset in {record.offset for record in below}.difference(r.offset for r in below if r.finished):
             self._world.violation(f"{who} committed {where}@{position} with @{offset} unfinished")
 
@@ -284,9 +293,9 @@ class Consumer:
         self._request(self._group.leave, self)
 
 
-def _places(partitions: Iterable[TopicPartition]) -> list[Place]:
-    return [(p.topic, p.partition) for p in partitions]
+def _places(partitions: Iterable[confluent_kafka.TopicPartition]) -> list[TopicPartition]:
+    return [TopicPartition(p.topic, p.partition) for p in partitions]
 
 
-def _partitions(places: Iterable[Place]) -> list[TopicPartition]:
-    return [TopicPartition(topic, partition) for topic, partition in places]
+def _partitions(places: Iterable[TopicPartition]) -> list[confluent_kafka.TopicPartition]:
+    return [confluent_kafka.TopicPartition(topic, partition) for topic, partition in places]

@@ -1,7 +1,7 @@
-"""MySQL in memory: the claims by decide.py's rules, the outbox, and the task tables that status folds.
+"""MySQL in memory: the claims by the rules of decide.py, the outbox, and the task tables that status folds.
 
-The statements of taskstore.py and outbox.py are replaced one by one (patches.py); what runs over them, and
-in which transaction, is the services' own.
+patches.py replaces the statements of taskstore.py and outbox.py one by one. The services' own code calls
+them, in its own transactions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BEGIN = datetime(2027, 1, 15, 8)
 
 
 class _Gone(Exception):
-    """What the driver raises on a lost connection."""
+    """The error that the driver raises on a lost connection."""
 
     errno = 2013
 
@@ -43,13 +43,13 @@ def _lost() -> OperationalError:
 
 
 class Database:
-    """All tables. Whoever calls it does so at the moment when the call takes effect."""
+    """All tables. A call takes effect at once."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.deliveries: dict[bytes, Delivery] = {}
         self.sent_by: dict[bytes, Settlement] = {}
-        """What became of each settle as sent, by owner."""
+        """The result of each settle as sent, by owner token."""
         self.outbox: dict[Item, float] = {}
         self.tasks: dict[bytes, TaskRow] = {}
         self.keys: dict[tuple[str, bytes], bytes] = {}
@@ -62,11 +62,11 @@ class Database:
         return _BEGIN + timedelta(seconds=self.world.now)
 
     def at(self, time: datetime) -> float:
-        """Return when in the schedule the database's clock shows this."""
+        """Return the virtual seconds at which the database's clock shows `time`."""
         return (time - _BEGIN).total_seconds()
 
     def transact(self, work: Callable[[Database], R], operation: str | None = None) -> R:
-        """Take the place of `transaction`: all of it, or OperationalError."""
+        """Replace `transaction`: do all of `work`, or raise OperationalError."""
         if not self.world.up("database"):
             raise _lost()
         actor = self.world.scheduler.actor
@@ -78,18 +78,18 @@ class Database:
         if kind == "status.db":
             self._check_hidden()
         if verdict == "again":
-            # The connection died while it committed, and `transaction` did it again.
+            # The connection broke during the commit, and `transaction` repeated the work.
             result = work(self)
         if verdict == "unheard":
             raise _lost()
         return result
 
     def _check_hidden(self) -> None:
-        """Note where a verdict hides that the sender will try again, though it has told of it."""
+        """Record a violation where a late verdict hides that the sender will try again."""
         for id_, row in self.tasks.items():
             delivery = self.deliveries.get(id_)
-            told = delivery is not None and delivery.state == "deferred" and delivery.epoch == row.epoch
-            if told and row.status == "failed" and row.attempts:
+            deferred = delivery is not None and delivery.state == "deferred" and delivery.epoch == row.epoch
+            if deferred and row.status == "failed" and row.attempts:
                 self.world.violation(f"task {id_[-2]} is shown as failed and waits for its next attempt")
 
     # --- taskstore ---
@@ -104,22 +104,22 @@ class Database:
             self.tasks[row.id] = row if known is None else merge(known, row)
 
     def insert_events(self, entries: Iterable[TimelineEntry]) -> None:
-        """Insert timeline lines; those that are there stay."""
+        """Insert timeline entries that do not exist yet."""
         for entry in entries:
             self.entries.setdefault((entry.task_id, entry.event_id), entry)
 
     def store_failures(self, events: Iterable[pb.MxFailed]) -> None:
-        """Have the deliveries of these tasks failed as mx_failures.store_failures does."""
+        """Mark the deliveries of these tasks as failed, as mx_failures.store_failures does."""
         for row in map(failed_row, events):
             self.deliveries[row.task_id] = merge_failure(self.deliveries.get(row.task_id), row)
 
     def insert_bodies(self, bodies: Iterable[Body]) -> None:
-        """Insert bodies; those that are there stay."""
+        """Insert bodies that do not exist yet."""
         for body in bodies:
             self.bodies.setdefault(body.task_id, body)
 
     def owners_of_keys(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bytes, bytes]]:
-        """Return the task id and request hash behind each key."""
+        """Return the task id and the request hash of each key."""
         found = {}
         for tenant, key in keys:
             id_ = self.keys.get((tenant, key.encode()))
@@ -151,20 +151,20 @@ class Database:
         return tasks
 
     def send_times(self, ids: Sequence[bytes]) -> dict[bytes, int]:
-        """Return the time of each task that was scheduled."""
+        """Return the send time of each scheduled task in microseconds."""
         lines = [self.entries[id_, CREATED_KEY] for id_ in ids if (id_, CREATED_KEY) in self.entries]
         return {line.task_id: to_micros(line.next_attempt_at) for line in lines if line.next_attempt_at}
 
     def sizes_of_bodies(self, ids: Sequence[bytes]) -> dict[bytes, int]:
-        """Return the bytes of each task's body."""
+        """Return the size of each task's body in bytes."""
         return {id_: len((self.bodies[id_].body or "").encode()) for id_ in ids if id_ in self.bodies}
 
     def load_events(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], TimelineEntry]:
-        """Return the lines of timelines with these keys."""
+        """Return the timeline entries with these keys."""
         return {key: self.entries[key] for key in keys if key in self.entries}
 
     def load_epoch(self, task_id: bytes, topics: Sequence[str], epoch: int) -> list[TimelineEntry]:
-        """Return the lines of a task's timeline of these topics and this epoch."""
+        """Return the timeline entries of a task for these topics and this epoch."""
         begin = tuple(f"{topic}:{epoch}:" for topic in topics)
         return [
             line
@@ -180,16 +180,16 @@ class Database:
         return None if row is None or row.tenant != tenant else (row.status, row.epoch, row.attempts)
 
     def lock_rows(self, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
-        """Return the deliveries that there are, and the clock."""
+        """Return the deliveries of these tasks and the time."""
         return {id_: self.deliveries[id_] for id_ in ids if id_ in self.deliveries}, self.now()
 
     def store_rows(self, rows: Iterable[Delivery]) -> None:
-        """Write deliveries, over those that are there."""
+        """Write deliveries, and replace those that exist."""
         for row in rows:
             self.deliveries[row.task_id] = row
 
     def insert_row(self, row: Delivery) -> bool:
-        """Insert a delivery unless its task has one."""
+        """Insert a delivery unless its task has one. Return whether it did."""
         return self.deliveries.setdefault(row.task_id, row) is row
 
     # --- outbox ---
@@ -198,13 +198,13 @@ class Database:
         """Add items, due in `seconds`."""
         for item in items:
             self.outbox.setdefault(item, self.world.now + seconds)
-        self._told()
+        self._notify()
 
     def schedule(self, items: Sequence[tuple[Item, datetime]]) -> None:
         """Add items, each due at its time."""
         for item, due in items:
             self.outbox.setdefault(item, self.at(due))
-        self._told()
+        self._notify()
 
     def delete(self, items: Sequence[Item]) -> None:
         """Remove items."""
@@ -222,26 +222,26 @@ class Database:
         return min(within, *(at - self.world.now for at in self.outbox.values()), within)
 
     def hasten(self, task_id: bytes) -> None:
-        """Make due what of the task was scheduled."""
+        """Make the scheduled items of a task due."""
         for item, at in self.outbox.items():
             if item.task_id == task_id and at > self.world.now + LEASE:
                 self.outbox[item] = self.world.now
-        self._told()
+        self._notify()
 
     def defer(self, items: Sequence[Item], seconds: int) -> None:
         """Make items due in `seconds`."""
         for item in items:
             if item in self.outbox:
                 self.outbox[item] = self.world.now + seconds
-        self._told()
+        self._notify()
 
-    def _told(self) -> None:
+    def _notify(self) -> None:
         for call in self.outbox_changed:
             call()
 
 
 class MemoryClaims:
-    """What `services.sender.claims.Claims` answers, over a Database."""
+    """Answers like `services.sender.claims.Claims`, from a Database."""
 
     def __init__(self, database: Database, lease_seconds: float, hold: bool, max_resends: int = 1) -> None:
         self._database = database
@@ -256,11 +256,11 @@ class MemoryClaims:
         )
 
     def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
-        """Write each outcome unless its claim was lost."""
+        """Store each outcome unless its claim was lost."""
         return self._database.transact(lambda db: [self._settle(db, wish) for wish in settled], "settle")
 
     def renew(self, rows: Sequence[Delivery]) -> list[bool]:
-        """Begin each lease anew; say which are still held."""
+        """Renew each lease. Return which claims are still held."""
         return self._database.transact(lambda db: [self._renew(db, row) for row in rows], "renew")
 
     def _claim(
@@ -272,7 +272,7 @@ class MemoryClaims:
         )
         if row is not None:
             self._write(database, found, row)
-        _trace(database, request.task_id, f"{type(request).__name__} -> {_told(verdict)}")
+        _trace(database, request.task_id, f"{type(request).__name__} -> {_summary(verdict)}")
         return verdict._replace(since=since) if isinstance(verdict, Taken) else verdict
 
     def _settle(self, database: Database, wish: Delivery) -> Settlement:
@@ -296,7 +296,7 @@ class MemoryClaims:
         database.deliveries[row.task_id] = row
 
 
-def _told(verdict: ClaimAnswer) -> str:
+def _summary(verdict: ClaimAnswer) -> str:
     match verdict:
         case Taken(row=row, doubtful=doubtful):
             return f"taken for attempt {row.attempt}{', in doubt' if doubtful else ''}"

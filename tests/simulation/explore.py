@@ -1,4 +1,4 @@
-"""Many schedules on every core, and a smaller one of each that fails."""
+"""Runs many schedules on every core, and shrinks the plan of one that fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK = 50
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A plan that went wrong."""
+    """A plan with violations."""
 
     plan: Plan
     violations: tuple[str, ...]
@@ -31,7 +31,7 @@ class Failure:
 
 @dataclass(slots=True)
 class Report:
-    """What many schedules came to."""
+    """The results of many schedules."""
 
     schedules: int = 0
     seconds: float = 0.0
@@ -43,7 +43,7 @@ class Report:
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
-        """Add what another process has done."""
+        """Add the results of another process."""
         self.schedules += other.schedules
         self.steps += other.steps
         self.mails += other.mails
@@ -56,13 +56,13 @@ class Report:
 
 @contextlib.contextmanager
 def prepared(mutant: str | None = None) -> Iterator[None]:
-    """Have the in-memory ports installed, and a mutant in the code where one is named."""
+    """Install the in-memory ports within the block, and a mutant when one is named."""
     with installed(), mutants.applied(mutant):
         yield
 
 
 def try_plan(plan: Plan, traced: bool = False) -> Result:
-    """Run one plan; what it raises is a violation like any other."""
+    """Run one plan. An exception counts as a violation."""
     try:
         return run(plan, traced)
     except Exception as error:
@@ -92,7 +92,7 @@ def _several(arguments: tuple[int, int, str | None]) -> Report:
 def _settle_in() -> None:
     gc.collect()
     gc.freeze()
-    # Collected between the chunks; a young collection at every 700 objects costs.
+    # The garbage is collected between the chunks: a collection at every 700 objects costs too much.
     gc.set_threshold(200_000, 50, 50)
 
 
@@ -106,7 +106,7 @@ def explore(
     workers: int | None = None,
     progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Run the schedules of seeds from `first` on: so many, or for so long, or until `stop_at` have failed."""
+    """Run the schedules of the seeds from `first` on, until one limit is reached or `stop_at` have failed."""
     started = time.monotonic()
     report = Report()
     workers = workers or len(os.sched_getaffinity(0))
@@ -137,9 +137,9 @@ def explore(
 
 
 def shrink(plan: Plan, budget: float = 20.0) -> Plan:
-    """Return a plan that still fails and has no part that it fails without, as far as `budget` seconds go.
+    """Return a smaller plan that still fails, the smallest that can be found within `budget` seconds.
 
-    The ports must be installed. What it fails with may change on the way.
+    The ports must be installed. The smaller plan may have other violations.
     """
     until = time.monotonic() + budget
     shrinking = True
@@ -162,7 +162,7 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
     if plan.replay_all:
         yield replace(plan, replay_all=False)
     for index in reversed(range(len(plan.tasks) if len(plan.tasks) > 1 else 0)):
-        # Tasks are told by their numbers.
+        # Acts name tasks by their numbers, so only the last task can be removed.
         if index == len(plan.tasks) - 1 and all(
             act.what not in ("cancel", "retry") or act.task < index for act in plan.acts
         ):

@@ -1,4 +1,4 @@
-"""An event loop in virtual time, and the threads that wait for a database."""
+"""An event loop and a thread pool in virtual time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Executor", "Loop"]
 
 
 class _Handle:
-    """What is ready to run: asyncio's Handle without its debugging."""
+    """A callback that is ready to run: asyncio's Handle without its debugging."""
 
     __slots__ = ("args", "callback", "context", "over")
 
@@ -33,9 +33,9 @@ class _Handle:
 
 
 class Loop:
-    """A process's event loop in virtual time, as much of one as the services use.
+    """The event loop of a process in virtual time, with the methods that the services use.
 
-    What is ready runs in its order, a turn at a time.
+    Ready callbacks run in order, a turn at a time.
     """
 
     def __init__(self, process: Process) -> None:
@@ -59,7 +59,7 @@ class Loop:
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
         scheduler = self._scheduler
-        # In order, as asyncio's.
+        # In order, as asyncio does.
         self._posted = max(self._posted, scheduler.now + scheduler.latency(0.001)) + 1e-9
         scheduler.after(self._posted - scheduler.now, self.process, self.enter, callback, *args)
 
@@ -105,7 +105,7 @@ class Loop:
         return self.process.dead
 
     def enter(self, callback: Any, *args: Any) -> None:
-        """Have something run that comes from outside: at once, where the loop waits for it."""
+        """Run a callback that comes from outside; at once when the loop is idle."""
         self._due(_Handle(callback, args, None))
 
     def _due(self, handle: _Handle) -> None:
@@ -122,7 +122,7 @@ class Loop:
             while True:
                 for _ in range(len(ready)):
                     self._run(ready.popleft())
-                # Others may come in between two turns, or not.
+                # Other callbacks may come in between two turns.
                 if not ready or random_() < 0.5:
                     break
         finally:
@@ -144,11 +144,11 @@ class Loop:
             self.call_exception_handler({"message": "in a callback", "exception": error})
 
     def dispose(self) -> None:
-        """Close what never came to its end. What it does in its `finally` blocks reaches nobody."""
+        """Close the tasks that have not ended. The effects of their `finally` blocks are lost."""
         self._turning = True
         asyncio._set_running_loop(self._as_loop)
         try:
-            for task in self._tasks:  # grows while it runs: last words
+            for task in self._tasks:  # a `finally` block may add tasks
                 if not task.done():
                     task._log_destroy_pending = False  # type: ignore[attr-defined]
                     with contextlib.suppress(BaseException):
@@ -171,7 +171,7 @@ def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | No
 
 
 class Executor(BaseExecutor):
-    """Takes the place of a ThreadPoolExecutor whose threads only ever wait for the database."""
+    """Replaces a ThreadPoolExecutor whose threads only wait for the database."""
 
     def __init__(self, max_workers: int | None = None, thread_name_prefix: str = "") -> None:
         pass

@@ -1,6 +1,6 @@
-"""The mail server and the DNS of a schedule, and the sender's way to them: a pool and a lookup.
+"""The mail server and the DNS of a schedule, and the services' clients of both.
 
-How a delivery to a task's recipient ends is its plan's word:
+The plan says how each delivery to a task's recipient ends:
 
 - `ok`, `slow`, `hang`     taken; the reply comes at once, after 6 s, after 45 s
 - `reject`, `reject_after_dot`   550 to RCPT, 554 to the message
@@ -31,7 +31,7 @@ _RELAY = "relay:25"
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One message that the server took: whose, and under which claim it was sent."""
+    """A message that the server took, with its task and the owner token of its claim."""
 
     task: bytes
     message_id: str
@@ -47,23 +47,23 @@ class MailServer:
         self.world = world
         self.journal: list[Copy] = []
         self.unheard: set[bytes] = set()
-        """Owners of the claims whose mail's reply the server, or the connection, has lost."""
-        self._ends = {rcpt: list(told) for rcpt, told in ends.items()}
+        """The owner tokens of the claims whose replies were lost."""
+        self._ends = {rcpt: list(planned) for rcpt, planned in ends.items()}
 
     def end(self, rcpt: str) -> str:
         """Return how the next delivery to this recipient ends."""
-        told = self._ends[rcpt]
-        return told.pop(0) if len(told) > 1 else told[0]
+        ends = self._ends[rcpt]
+        return ends.pop(0) if len(ends) > 1 else ends[0]
 
     def accept(self, copy: Copy, loop: Loop) -> None:
-        """Take a message: it is in the journal from now on."""
+        """Take a message and write it to the journal."""
         self.journal.append(copy)
         self.world.trace("relay", f"takes task {copy.task[-2]} from {loop.process.name}")
         self.world.operation("mail", loop.process)
 
 
 class Pool:
-    """What the sender's stage needs of the SMTP client."""
+    """The part of the SMTP client that the sender's stage uses."""
 
     def __init__(self, server: MailServer) -> None:
         loop = asyncio.get_running_loop()
@@ -100,7 +100,7 @@ class Pool:
             raise SendCancelled(rest) from None
 
     async def _begin(self, rcpt: str, guard: Callable[[], bool]) -> replies.SendResult | str:
-        """Send the envelope; return how the delivery will end, where the server wants the message."""
+        """Send the envelope. Return its result, or how the delivery ends if the server wants the message."""
         latency = self._world.scheduler.latency
         await asyncio.sleep(latency())
         if self._lost():
@@ -132,7 +132,7 @@ class Pool:
                 return NotSent(Phase.DATA, "connection lost", False, _RELAY)
             handed_over = True
             if end not in ("lost_unheard", "reject_after_dot"):
-                # What is in the socket arrives, whatever becomes of the sender.
+                # What is in the socket arrives, even if the sender dies.
                 process = self._loop.process.name
                 copy = Copy(_task(message), _message_id(message), owner, self._world.now, process)
                 self._world.scheduler.after(latency(), None, self._server.accept, copy, self._loop)
@@ -167,17 +167,17 @@ def _owner(guard: Callable[[], bool]) -> bytes:
 
 
 class Dns:
-    """Looks domains up (`d<number>.test`): each time what the plan says."""
+    """Looks up domains (`d<number>.test`). The plan says what each lookup finds."""
 
     def __init__(self, world: World, finds: dict[str, tuple[str, ...]]) -> None:
         self._world = world
-        self._finds = {domain: list(told) for domain, told in finds.items()}
+        self._finds = {domain: list(planned) for domain, planned in finds.items()}
 
     async def __call__(self, domain: str, fresh: bool) -> Verdict:
         """Return the verdict on a domain."""
         await asyncio.sleep(self._world.scheduler.latency(0.02))
-        told = self._finds[domain]
-        found = told.pop(0) if len(told) > 1 else told[0]
+        finds = self._finds[domain]
+        found = finds.pop(0) if len(finds) > 1 else finds[0]
         if found == "ok":
             return Verdict(VerdictKind.OK, None, ((10, f"mx.{domain}"),), "", 300)
         if found == "none":

@@ -1,4 +1,4 @@
-"""The code deliberately broken, one way each: what keeps the promises must be missed where it is missing."""
+"""Mutants: each breaks the code in one way, and the simulation must find a violation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Patches = list[tuple[Any, str, Any]]
 
 
 def _commit_before_send() -> Patches:
-    """A record counts as finished as soon as it is fetched."""
+    """Commit a record as soon as it is fetched."""
 
     def add(self: OffsetTracker, record: object, offset: int) -> None:
         self._next = max(self._next or 0, offset + 1)
@@ -40,7 +40,7 @@ def _commit_before_send() -> Patches:
 
 
 def _no_claim() -> Patches:
-    """Nobody is asked whether the task is another's, or sent."""
+    """Send without a claim."""
 
     original = AsyncClaims.claim
 
@@ -59,7 +59,7 @@ def _no_claim() -> Patches:
 
 
 def _no_fencing_on_settle() -> Patches:
-    """A settle is stored whoever owns the claim by now."""
+    """Store a settle even when another sender owns the claim."""
 
     def settlement(row: Delivery | None, settled: Delivery) -> tuple[Settlement, Delivery | None]:
         return Settlement.STORED, settled
@@ -68,7 +68,7 @@ def _no_fencing_on_settle() -> Patches:
 
 
 def _stale_completion_counts() -> Patches:
-    """A completion from before a partition was revoked finishes the same offset handed out again."""
+    """Let a completion from before a revocation finish the same offset fetched again."""
 
     def release(self: PartitionTracker, records: Sequence[InFlightRecord]) -> None:
         for record in records:
@@ -86,7 +86,7 @@ def _stale_completion_counts() -> Patches:
 
 
 def _cuts_off_what_was_handed_over() -> Patches:
-    """A cancelled handler ends the exchange with the mail server, whatever has been sent."""
+    """Let a cancelled handler end the SMTP exchange, even after the handover."""
 
     original = Sender._finish_handover
 
@@ -98,7 +98,7 @@ def _cuts_off_what_was_handed_over() -> Patches:
 
 
 def _takes_over_at_once() -> Patches:
-    """When the database is back, a claim may be taken over before its owner has stored an outcome."""
+    """Allow a takeover as soon as the database is back, before the owner can store its outcome."""
 
     original = AsyncClaims.__init__
 
@@ -109,7 +109,7 @@ def _takes_over_at_once() -> Patches:
 
 
 def _counts_offsets() -> Patches:
-    """The next position is the last one plus the number of records, as if there were no gaps."""
+    """Count records to get the next offset, as if offsets had no gaps."""
 
     def add(self: OffsetTracker, record: object, offset: int) -> None:
         self._unfinished[record] = offset
@@ -119,7 +119,7 @@ def _counts_offsets() -> Patches:
 
 
 def _outbox_before_ack() -> Patches:
-    """What is to be published leaves the outbox before Kafka has it."""
+    """Delete an outbox row before Kafka acks its event."""
 
     original = Relay.publish
 
@@ -132,7 +132,7 @@ def _outbox_before_ack() -> Patches:
 
 
 def _scheduled_at_once() -> Patches:
-    """What is scheduled goes with the next sweep."""
+    """Make scheduled events due at once."""
 
     def schedule(connection: Database, items: Sequence[tuple[Item, datetime]]) -> None:
         connection.put([item for item, _ in items], 0)
@@ -141,13 +141,13 @@ def _scheduled_at_once() -> Patches:
 
 
 def _cancel_without_claim() -> Patches:
-    """A Cancel is recorded and published, and the delivery's row knows nothing of it."""
+    """Record and publish a Cancel, but do not store it in the delivery."""
 
     return [(cancelling, "insert_row", lambda *_: True), (cancelling, "store_rows", lambda *_: None)]
 
 
 def _dead_letter_failure_ignored() -> Patches:
-    """A record is finished though its dead letter could not be published."""
+    """Finish a record although its dead letter was not published."""
 
     original = HandlerRunner._on_published
 
@@ -159,7 +159,7 @@ def _dead_letter_failure_ignored() -> Patches:
 
 
 def _fold_ignores_epochs() -> Patches:
-    """A task that was reopened is folded as if it had not been."""
+    """Fold a reopened task as if all its events had one epoch."""
 
     return [(fold, "_version", partial(_without_epoch, fold._version))]
 
@@ -186,6 +186,6 @@ MUTANTS: dict[str, Callable[[], Patches]] = {
 
 @contextlib.contextmanager
 def applied(name: str | None) -> Iterator[None]:
-    """Have a mutant of this name in the code, or none."""
+    """Apply the mutant of this name within the block; None for none."""
     with replaced(MUTANTS[name]() if name else []):
         yield

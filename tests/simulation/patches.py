@@ -1,6 +1,6 @@
-"""Where the in-memory ports take the real ones' places: names in the services' modules, for a while.
+"""Replaces names in the services' modules by the in-memory ports, within a block.
 
-Everything behind these names talks to a server, blocks, or reads a clock; nothing else is replaced.
+All that these names stand for calls a server, blocks, or reads a clock. Nothing else is replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["installed", "replaced"]
 
 
 class _Log:
-    """Takes the place of a module's logger; writes into the trace, where there is one."""
+    """Replaces a module's logger, and writes into the trace if there is one."""
 
     world: Any = None
 
@@ -47,7 +47,7 @@ class _Log:
 
 def _add(tracker: PartitionTracker, record: InFlightRecord) -> None:
     _ORIGINAL_ADD(tracker, record)
-    # Known to its consumer too, which watches over the commits.
+    # The consumer checks the commits, so it must know the record too.
     consumer = tracker.consumer  # type: ignore[attr-defined]
     place = record.assignment.topic, record.assignment.partition
     consumer.taken.setdefault(place, []).append(record)
@@ -82,7 +82,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (record_reader, "time", VirtualTime),
     (batching, "ThreadPoolExecutor", Executor),
     (async_claims, "ThreadPoolExecutor", Executor),
-    # A waiting poller is woken by whoever has something for it (poller.py).
+    # A waiting poller is woken when there is something to do (poller.py).
     (poller, "_POLL_SECONDS", 1e9),
     (poller, "_SATURATED_SECONDS", 1.0),
     (runtime, "Poller", Poller),
@@ -135,7 +135,7 @@ _LOGGING = (
 
 @contextlib.contextmanager
 def replaced(names: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Have these attributes of modules and classes be others for a while."""
+    """Replace these attributes of modules and classes within the block."""
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in names]
     for owner, name, value in names:
         setattr(owner, name, value)
@@ -148,7 +148,7 @@ def replaced(names: list[tuple[Any, str, Any]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Have the services meet the in-memory ports."""
+    """Install the in-memory ports within the block."""
     log = _Log()
     loggers: list[tuple[ModuleType, str, Any]] = [
         (importlib.import_module(name), "log", log) for name in _LOGGING
@@ -162,5 +162,5 @@ def installed() -> Iterator[None]:
 def trace_into(world: Any) -> None:
     """Write the services' log lines into this world's trace."""
     _Log.world = world
-    # What draws from the global generator (back-off jitter) repeats itself too.
+    # The jitter of retries draws from the global generator, and must repeat itself too.
     random.seed(here().rng.random())

@@ -1,6 +1,6 @@
-"""What a schedule is given: its tasks, its replicas and its faults, as plain data that a seed makes.
+"""The plan of a schedule: its tasks, replicas and faults, as plain data that a seed makes.
 
-A plan is all that a run depends on, so a failing one can be printed, made smaller and run again.
+A run depends on its plan only. So a failing plan can be printed, shrunk and run again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["Act", "Fault", "Plan", "TaskPlan", "dump", "load", "make"]
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """One Create, and what DNS and the mail server will do with it.
+    """One Create, and the answers of DNS and the mail server.
 
-    `dns`: what each lookup of its domain finds, `ok`, `soft` (SERVFAIL) or `none` (no such domain).
-    `smtp`: how each delivery ends, see mail.py. The last one of either stays. `key`: the client has an
-    idempotency key, so asks again until it hears; `twice`: it asks on two connections at once. `send_in`:
-    it is not to be sent for so many seconds.
+    `dns` is what each lookup of its domain finds: `ok`, `soft` (SERVFAIL) or `none` (no such domain). `smtp`
+    is how each delivery ends (mail.py). The last value of either repeats. With `key` the client has an
+    idempotency key, and repeats the Create until it has an answer. With `twice` it calls on two connections
+    at once. The task is scheduled `send_in` seconds ahead.
     """
 
     at: float
@@ -33,8 +33,11 @@ class TaskPlan:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What somebody does: `cancel` or `retry` a task (by its number), `replay` a topic with a fresh epoch,
-    `poison` a topic with what does not decode."""
+    """An act of a client or an operator.
+
+    `cancel` and `retry` a task, by its number. `replay` a topic with a new epoch. `poison` a topic with a
+    record that no stage can decode.
+    """
 
     at: float
     what: str
@@ -44,12 +47,15 @@ class Act:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong, at a time or with the nth operation of a kind (`on`, `nth`).
+    """A fault, at a time or with the nth operation of a kind (`on`, `nth`).
 
-    kill, stop (SIGTERM), freeze, evict, redeliver: to one replica of `service`, or to the one whose
-    operation it is; it is back, or goes on, after `seconds`. join: one replica more, for `seconds`.
-    database, kafka, relay: away for `seconds`. unheard: the operation takes effect, its answer is an error.
-    refused: it has no effect, and its answer is an error. again: it is done twice.
+    - `kill`, `stop` (SIGTERM), `freeze`, `evict` and `redeliver` strike one replica of `service`, or the one
+      whose operation it is. It restarts or goes on after `seconds`.
+    - `join` adds a replica for `seconds`.
+    - `database`, `kafka` and `relay` are away for `seconds`.
+    - `unheard`: the operation takes effect, but its answer is an error.
+    - `refused`: the operation has no effect, and its answer is an error.
+    - `again`: the operation is done twice.
     """
 
     what: str
@@ -63,14 +69,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of a schedule."""
+    """A whole schedule."""
 
     seed: int
     tasks: tuple[TaskPlan, ...]
     acts: tuple[Act, ...] = ()
     faults: tuple[Fault, ...] = ()
     replicas: tuple[int, ...] = (1, 1, 2, 1)
-    """How many of each service, in the order of `processes.SERVICES`."""
+    """The number of replicas of each service, in the order of `processes.SERVICES`."""
     hold: bool = False
     in_flight: int = 50
     replay_all: bool = False
@@ -119,7 +125,7 @@ def make(seed: int) -> Plan:
 
 
 def _amid_a_mail(rng: random.Random, tasks: tuple[TaskPlan, ...]) -> tuple[tuple[TaskPlan, ...], Fault]:
-    """Make the first mail take its time, and let something happen to its sender meanwhile."""
+    """Slow the first mail down, and add a fault of its sender meanwhile."""
     first = replace(
         tasks[0], smtp=(rng.choice(("slow", "slow", "hang", "defer_slow", "defer")), *tasks[0].smtp)
     )
@@ -135,7 +141,7 @@ def _amid_a_mail(rng: random.Random, tasks: tuple[TaskPlan, ...]) -> tuple[tuple
 def _slow_replies(
     rng: random.Random, tasks: tuple[TaskPlan, ...]
 ) -> tuple[tuple[TaskPlan, ...], tuple[Fault, ...]]:
-    """Make replies take longer than a revocation and a drain wait, and let senders come and go meanwhile."""
+    """Make replies slower than a revocation or a drain waits, and let senders come and go meanwhile."""
     slow = tuple(replace(task, smtp=(rng.choice(("hang", "hang", "torn", "slow")), "ok")) for task in tasks)
     faults = tuple(
         Fault(
@@ -225,7 +231,7 @@ def _nth(rng: random.Random) -> int:
 
 
 def dump(plan: Plan) -> str:
-    """Return the plan as JSON, without what is as by default."""
+    """Return the plan as JSON, without the default values."""
     made = asdict(plan)
     made["tasks"] = [_slim(asdict(task), TaskPlan(0.0)) for task in plan.tasks]
     made["acts"] = [_slim(asdict(act), Act(0.0, "")) for act in plan.acts]

@@ -1,4 +1,4 @@
-"""The real Poller, woken where it would otherwise look ten times a second whether it has something to do."""
+"""The real Poller, which the simulation wakes when there is something to do, so that it need not poll."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Poller"]
 
 
 class Poller(poller.Poller):
-    """Tells its consumer when it has something to do of its own."""
+    """Lets its consumer know when it has something to do."""
 
     _consumer: Consumer | None = None  # type: ignore[assignment]
 
@@ -32,7 +32,7 @@ class Poller(poller.Poller):
     def release(self, records: list[InFlightRecord]) -> None:
         super().release(records)
         if self._consumer is not None:
-            # Nothing comes of it before the next commit.
+            # The released records matter at the next commit only.
             self._consumer.nudge(self._committer._next - VirtualTime.monotonic())
 
     def stop(self) -> None:
@@ -41,18 +41,18 @@ class Poller(poller.Poller):
             self._consumer.nudge()
 
     def _silence(self) -> float:
-        # Whoever idles asks every few seconds whether it is heard; that it would have been, while the
-        # broker is there, is not played.
+        # An idle consumer checks every few seconds whether the coordinator answers. The simulation skips
+        # these checks while the broker is up.
         if self._consumer is None or self._consumer.reachable:
             self._membership._heard_at = VirtualTime.monotonic()
         return Membership.silence(self._membership)
 
     def _behind(self) -> bool:
-        """Whether there is more to commit than what is being committed."""
+        """Return whether there is more to commit than what is being committed."""
         return bool(self._released) or self._committer._under_way != self._tracker.offsets_to_commit()
 
     def _due(self) -> float:
-        """When to turn next, in virtual seconds: the next commit, where one is to be made."""
+        """Return when the next commit is due in virtual seconds; infinity without one."""
         if self._released:
             return here().now + max(0.0, self._committer._next - VirtualTime.monotonic()) + 0.001
         if self._committer._under_way is not None or not self._tracker.offsets_to_commit():

@@ -10,7 +10,7 @@ __all__ = ["Process"]
 
 
 class Process:
-    """One operating system process: a loop and threads, which live, freeze and die together."""
+    """One operating system process: a loop and threads, which freeze and die together."""
 
     def __init__(self, scheduler: Scheduler, name: str, service: str) -> None:
         self.scheduler, self.name, self.service = scheduler, name, service

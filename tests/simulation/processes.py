@@ -1,4 +1,4 @@
-"""The four services, each put together as its service.py does, over the in-memory ports."""
+"""The services, put together as their service.py does, over the in-memory ports."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _tokens = count()
 
 
 class Servers:
-    """What all processes talk to."""
+    """The servers that all processes use."""
 
     def __init__(
         self, broker: Broker, database: Database, mail: MailServer, dns: Dns, settings: Settings
@@ -68,7 +68,7 @@ class Servers:
 
 
 class Service:
-    """A stage's service, running. `consumers` are those that its process has made."""
+    """A stage's service. `consumers` are those that its process has made."""
 
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
@@ -128,7 +128,7 @@ class SenderService(Service):
             claims=self._claims,
             leases=self._leases,
             pool=Pool(servers.mail),
-            composer=Composer("shop@road.test"),
+            composer=Composer("shop@postroad.test"),
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
             claim_slots=Slots(4, 0),
             sessions=Slots(2, 1),
@@ -155,7 +155,7 @@ class SenderService(Service):
 
 
 class _Sweeper(Sweeper):
-    """Sleeps on while nothing in the outbox is due: such a sweep changes nothing."""
+    """Sleeps while no outbox row is due, since such a sweep changes nothing."""
 
     async def _pause(self, seconds: float) -> None:
         database: Database = self._engine  # type: ignore[assignment]
@@ -177,7 +177,7 @@ class _Sweeper(Sweeper):
 
 
 class Api:
-    """The api without its gRPC: recorder, decider, relay and sweeper."""
+    """The api without gRPC: recorder, decider, outbox publisher and sweeper."""
 
     def __init__(self, servers: Servers) -> None:
         self._loop = asyncio.get_running_loop()
@@ -214,12 +214,12 @@ SIMULATED: dict[str, type[Service]] = {
     "sender": SenderService,
     "status": StatusService,
 }
-"""The stages of the list that have in-memory ports; a schedule leaves out any other one."""
+"""The stages that have in-memory ports. A schedule leaves out any other stage of the list."""
 SERVICES = ("api", *SIMULATED)
 
 
 def build(process: Process, servers: Servers) -> Service | Api:
-    """Make the service of a process; called on its loop."""
+    """Return the service of a process. Called on its loop."""
     return Api(servers) if process.service == "api" else SIMULATED[process.service](servers)
 
 

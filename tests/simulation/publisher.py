@@ -1,4 +1,4 @@
-"""The stage's Publisher without librdkafka: what is sent arrives, in order, if its process lives so long."""
+"""The stage's Publisher without librdkafka: records arrive in order while their process lives."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TIMEOUT = 30.0
 
 
 class Publisher(publisher.Publisher):
-    """Takes the place of services.common.kafka.publisher.Publisher."""
+    """Replaces services.common.kafka.publisher.Publisher."""
 
     broker: Broker
-    """The broker of the schedule under way."""
+    """The broker of the present schedule."""
 
     def __init__(self, settings: Any, client_id: str = "", **overrides: Any) -> None:
         loop = asyncio.get_running_loop()
@@ -35,10 +35,10 @@ class Publisher(publisher.Publisher):
         self._open = 0
 
     def start(self) -> None:
-        """Nothing has to be."""
+        """Do nothing."""
 
     def send(self, batch: Sequence[OutgoingRecord], done: Callable[[list[PublishFailure]], None]) -> None:
-        """Publish; `done` is called once, with what failed."""
+        """Publish a batch. Calls `done` once, with the failures."""
         if not batch:
             self._loop.call_soon(done, [])
             return
@@ -57,19 +57,19 @@ class Publisher(publisher.Publisher):
 
         for index, item in enumerate(batch):
             now = self._scheduler.now
-            # In order, each in its own time: the process may die between any two.
+            # In order, with a latency each: the process may die between any two.
             self._last = max(self._last, now + self._scheduler.latency(0.003)) + 1e-6
             self._scheduler.after(self._last - now, self._process, self._leave, item, index, acked, now)
 
     async def close(self, seconds: float) -> bool:
-        """Wait for what is under way."""
+        """Wait until all batches are acked, for `seconds` at most. Return whether they are."""
         until = self._scheduler.now + seconds
         while self._open and self._scheduler.now < until:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         return not self._open
 
     def _leave(self, item: OutgoingRecord, index: int, acked: Any, since: float) -> None:
-        """It is in the socket: the process matters no more."""
+        """Put a record into the socket: it arrives even if the process dies."""
         self._scheduler.after(self._scheduler.latency(0.001), None, self._arrive, item, index, acked, since)
 
     def _arrive(self, item: OutgoingRecord, index: int, acked: Any, since: float) -> None:
@@ -82,7 +82,7 @@ class Publisher(publisher.Publisher):
                 return
             wait = min(left, world.away["kafka"] - world.now) + 1e-6
             self._last = max(self._last, world.now + wait)
-            # What its producer still holds dies with it.
+            # The producer still holds the record, which is lost if the process dies.
             scheduler.after(wait, self._process, self._arrive, item, index, acked, since)
             return
         failed: KafkaError | None = None

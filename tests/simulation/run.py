@@ -1,4 +1,4 @@
-"""One schedule: a plan, run to its end and judged."""
+"""Runs one schedule by its plan, and checks it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = ["Result", "run"]
 
 DECISIONS = ("cancel", "retry")
 _ENOUGH = 1500.0
-"""Virtual seconds within which everything settles once the last fault is over."""
+"""The virtual seconds within which everything settles after the last fault."""
 
 
 @dataclass(slots=True)
 class Result:
-    """How a schedule ended. `digest` tells one history from another."""
+    """The result of a schedule. Two different histories have different digests."""
 
     violations: list[str]
     trace: list[str]
@@ -49,7 +49,7 @@ class Result:
 
 
 class Answer(NamedTuple):
-    """What a Cancel was answered, and when it was asked for."""
+    """The answer to a Cancel, and when the client called it."""
 
     task: bytes
     asked: float
@@ -57,7 +57,7 @@ class Answer(NamedTuple):
 
 
 class _Replica:
-    """A process and its service, which a supervisor starts again."""
+    """A process and its service, which a supervisor restarts."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -66,7 +66,7 @@ class _Replica:
 
 
 class Schedule:
-    """All that takes part in one schedule."""
+    """All the parts of one schedule."""
 
     def __init__(self, plan: Plan, traced: bool) -> None:
         self.plan = plan
@@ -89,12 +89,12 @@ class Schedule:
         Publisher.broker = self.broker
         self.replicas: list[_Replica] = []
         self.struck: set[str] = set()
-        """Processes that were killed or frozen."""
+        """The names of the processes that were killed or frozen."""
         self.accepted: set[bytes] = set()
         self.unknown: set[bytes] = set()
         self.answers: list[Answer] = []
         self.reopened: dict[bytes, float] = {}
-        """When each task was last opened again, or asked to be."""
+        """When each task was last reopened, or when that was last asked for."""
         self.poison: list[str] = []
         self.clients = 0
         self._names = dict.fromkeys(SERVICES, 0)
@@ -127,13 +127,13 @@ class Schedule:
                 return
             self.world.trace(replica.process.name, f"ended: {error!r}")
             self.world.violation(f"{replica.process.service} ended by itself: {error!r}")
-        # A process that has ended does nothing more.
+        # Nothing of a process runs after its end.
         self.scheduler.after(0, None, self._gone, replica, 0.1 if replica.wanted else None)
 
     def _gone(self, replica: _Replica, again: float | None) -> None:
         replica.process.kill()
         for consumer in getattr(replica.service, "consumers", ()):
-            self.scheduler.after(SESSION, None, consumer.put_out)
+            self.scheduler.after(SESSION, None, consumer.fence)
         if replica in self.replicas:
             self.replicas.remove(replica)
             if again is not None:
@@ -141,11 +141,11 @@ class Schedule:
                 self.busy_until(self.scheduler.now + again)
 
     def live(self, service: str) -> list[_Replica]:
-        """Return the replicas of a service that live."""
+        """Return the live replicas of a service."""
         return [r for r in self.replicas if r.process.service == service and not r.process.dead]
 
     def busy_until(self, at: float) -> None:
-        """Do not take the schedule for over before this."""
+        """Do not end the schedule before this time."""
         self._quiet_after = max(self._quiet_after, at)
 
     # --- faults ---
@@ -186,7 +186,7 @@ class Schedule:
                         self.scheduler.after(SESSION, None, self._silent, process, consumer)
             case "evict":
                 for consumer in getattr(replica.service, "consumers", ()):
-                    consumer.put_out()
+                    consumer.fence()
             case "redeliver":
                 for consumer in getattr(replica.service, "consumers", ()):
                     self.scheduler.after(0, process, consumer.redeliver)
@@ -197,7 +197,7 @@ class Schedule:
 
     def _silent(self, process: Process, consumer: Any) -> None:
         if process.frozen_until > self.scheduler.now and not process.dead:
-            consumer.put_out()
+            consumer.fence()
 
     def _join(self, fault: Fault) -> None:
         replica = self.start(fault.service)
@@ -220,7 +220,7 @@ class Schedule:
     # --- clients and operators ---
 
     def _create(self, number: int, plan: TaskPlan, tries: int) -> None:
-        """One attempt of a client: to the api that lives, for as long as it is patient."""
+        """Try once to create a task at a live api; try again `tries` times."""
         again: Callable[[], None] | None = None
         if plan.key and tries:
             again = lambda: self._create(number, plan, tries - 1)  # noqa: E731
@@ -294,7 +294,7 @@ class Schedule:
                 self.broker.append(act.topic, b"%16d" % len(self.poison), b"\xff\xff", [])
 
     def _decide(self, what: str, id_: bytes, tries: int) -> None:
-        """One attempt of a client that cancels or reopens a task."""
+        """Try once to cancel or retry a task; try again `tries` times."""
         again: Callable[[], None] | None = None
         if tries:
             again = lambda: self._decide(what, id_, tries - 1)  # noqa: E731
@@ -335,7 +335,7 @@ class Schedule:
         self.scheduler.after(10.0, None, hear, "unknown")
 
     def replay(self, topic: str) -> None:
-        """Produce all records of a topic again, every task reopened: more than a replay may be asked for."""
+        """Produce all records of a topic again with every task reopened: more than a replay may do."""
         epoch = EPOCH * 1000 + int(self.scheduler.now * 1000)
         for message in self.broker.records(topic):
             if message.value() == b"\xff\xff":
@@ -351,7 +351,7 @@ class Schedule:
     # --- the run ---
 
     def begin(self) -> None:
-        """Start everything, and have everything happen in its time."""
+        """Start the services, and schedule all Creates, acts and faults."""
         for service, number in zip(SERVICES, self.plan.replicas, strict=True):
             for _ in range(number):
                 self.start(service)
@@ -373,19 +373,19 @@ class Schedule:
                 self.scheduler.after(fault.at, None, self._strike, fault, None)
 
     def quiet(self) -> bool:
-        """Whether all is done that was asked for."""
+        """Return whether nothing is left to do."""
         return (
             not self.clients
             and not self.database.outbox
             and self.scheduler.now >= self._quiet_after
             and len(self.broker.groups) == len(SIMULATED)
             and all(group.topics and not group.lag() for group in self.broker.groups.values())
-            # What will never settle is given its time to.
+            # A task that never settles keeps the schedule running until its time is over.
             and all(row.status in checker.TERMINAL for row in self.database.tasks.values())
         )
 
     def settle(self) -> bool:
-        """Run until all is quiet. False where it does not become so in time."""
+        """Run until nothing is left to do. Return False when that takes too long."""
         scheduler = self.scheduler
         while True:
             at = scheduler.next_at()
@@ -397,7 +397,7 @@ class Schedule:
 
 
 def run(plan: Plan, traced: bool = False) -> Result:
-    """Run one schedule. The in-memory ports must be installed (patches.py)."""
+    """Run one schedule and return its result. The in-memory ports must be installed (patches.py)."""
     schedule = Schedule(plan, traced)
     try:
         schedule.begin()

@@ -1,11 +1,11 @@
-"""Virtual time: every loop, every thread and every server of a simulated system take turns, one at a time.
+"""Virtual time: the loops, threads and servers of a simulated system take turns, one at a time.
 
-What happens next is decided by a heap of (time, sequence number) alone, and every latency is drawn from one
-seeded generator, so that a schedule is a function of its plan. The loops run the services' coroutines; the
-services' threads (the poller's) are real threads of which one runs at a time, handed the turn like a baton.
+A heap of (time, sequence number) decides what happens next. Every latency comes from one seeded generator. So
+a schedule is a function of its plan. The loops run the services' coroutines. The services' threads (the
+poller's) are real threads, but only the one that has the turn runs.
 
-A process may die between any two turns: nothing of it runs from then on, not even a `finally`. It may be
-frozen: what was to happen in it happens when it wakes. What it has sent is on its way in either case.
+A process may die between any two turns. Then nothing of it runs any more, not even a `finally`. A frozen
+process does everything once it wakes. What a process has sent arrives in either case.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["EPOCH", "Scheduler", "here"]
 
 EPOCH = 1_800_000_000
-"""The Unix time at which every schedule begins."""
+"""The Unix time at the start of every schedule."""
 
 
 def here() -> Scheduler:
-    """Return the scheduler whose turn it is."""
+    """Return the scheduler of the present schedule."""
     return Scheduler.current
 
 
 class Scheduler:
-    """The heap, the clock and the baton. One at a time, on one thread."""
+    """The heap, the clock and the turn. There is one at a time, on one thread."""
 
     current: Scheduler
 
@@ -40,9 +40,9 @@ class Scheduler:
         self.now = 0.0
         self.processes: list[Process] = []
         self.actor: Process | None = None
-        """The process that asked for the call which is being served."""
+        """The process whose call is being served."""
         self.asked = 0.0
-        """When it asked."""
+        """The time of that call."""
         self.running: Thread | None = None
         self._heap: list[tuple[float, int, Process | None, Callable[..., Any], tuple[Any, ...]]] = []
         self._count = 0
@@ -50,17 +50,17 @@ class Scheduler:
         Scheduler.current = self
 
     def after(self, delay: float, process: Process | None, call: Callable[..., Any], *args: Any) -> None:
-        """Have `call(*args)` happen in `delay` seconds: inside `process`, or outside all of them (None)."""
+        """Run `call(*args)` in `delay` seconds, inside `process` or outside all processes (None)."""
         self._count += 1
         heappush(self._heap, (self.now + delay, self._count, process, call, args))
 
     def latency(self, most: float = 0.004) -> float:
-        """Return a latency up to `most` seconds, once in a while a much longer one."""
+        """Return a latency of up to `most` seconds, at times up to four times as long."""
         draw = self.rng.random()
         return draw * most if draw < 0.97 else most * (1 + 100 * (draw - 0.97))
 
     def run(self, until: float) -> bool:
-        """Let everything happen that is due by `until`. False where nothing is left to happen."""
+        """Run everything that is due by `until`. Return whether more is scheduled."""
         heap = self._heap
         while heap and heap[0][0] <= until:
             at, number, process, call, args = heappop(heap)
@@ -77,14 +77,16 @@ class Scheduler:
         return bool(heap)
 
     def next_at(self) -> float | None:
-        """Return when the next thing happens."""
+        """Return the time of the next call; None when there is none."""
         return self._heap[0][0] if self._heap else None
 
     def call(
         self, process: Process, call: Callable[[], Any], done: Callable[[Any, BaseException | None], None]
     ) -> None:
-        """Make a blocking call of `process` to a server outside: it takes effect once, whether or not the
-        process lives to hear of it. `done(result, error)` happens in the process."""
+        """Make a blocking call of `process` to a server.
+
+        The call takes effect once, even if the process dies first. `done(result, error)` runs in the process.
+        """
         asked = self.now
         self.after(self.latency(), None, self._serve, process, asked, call, done)
 
@@ -106,7 +108,7 @@ class Scheduler:
         self.after(self.latency(), process, done, result, error)
 
     def dispose(self) -> None:
-        """Take down all that is left, without letting it do anything more."""
+        """Kill all processes and drop everything that is scheduled."""
         self._heap.clear()
         for process in self.processes:
             process.kill()

@@ -82,7 +82,7 @@ class Side:
         """Let all members turn until the condition holds; fails after a while."""
         raise NotImplementedError
 
-    def put_out(self, member: Member) -> None:
+    def fence(self, member: Member) -> None:
         """Have the coordinator put a member out that does not know it; returns once it was."""
         raise NotImplementedError
 
@@ -165,8 +165,8 @@ class Memory(Side):
             assert self.scheduler.now < deadline, "the condition did not come to hold in time"
             self.scheduler.run(self.scheduler.now + 0.01)
 
-    def put_out(self, member: Member) -> None:
-        member.consumer.put_out()
+    def fence(self, member: Member) -> None:
+        member.consumer.fence()
 
     def finish(self) -> None:
         """Take all down."""
@@ -209,7 +209,7 @@ class Real(Side):
             for member in self._members:
                 member.turn()
 
-    def put_out(self, member: Member) -> None:
+    def fence(self, member: Member) -> None:
         # It does not poll, and librdkafka leaves the group for it.
         others = [other for other in self._members if other is not member and not other.closed]
         deadline = time.monotonic() + 40
@@ -292,7 +292,7 @@ def test_a_commit_without_waiting_is_answered_inside_a_later_poll(side: Memory |
     assert member.answers == [None]
 
 
-def test_a_member_that_was_put_out_cannot_commit_and_joins_again_empty_handed(side: Memory | Real) -> None:
+def test_a_member_that_is_fenced_cannot_commit_and_joins_again_empty_handed(side: Memory | Real) -> None:
     side.produce(side.topics[0], b"k" * 16, b"0")
     first = side.member()
     side.until(lambda: first.records)
@@ -301,7 +301,7 @@ def test_a_member_that_was_put_out_cannot_commit_and_joins_again_empty_handed(si
     holder, other = (first, second) if first.records[0][0] in first.owned else (second, first)
     side.until(lambda: any(record[0] in holder.owned for record in holder.records))
     place, offset, _ = next(record for record in holder.records if record[0] in holder.owned)
-    side.put_out(holder)
+    side.fence(holder)
     error = side.commit(holder, place, offset + 1)
     assert error is not None
     side.until(lambda: holder.lost)

@@ -1,7 +1,7 @@
-"""Threads and clocks in virtual time: what takes the place of the `threading` and `time` modules.
+"""Threads and clocks in virtual time, which replace the `threading` and `time` modules.
 
-The threads are real ones, of which one runs at a time: each blocks in `Thread.block` until the scheduler
-hands it the baton, and hands it back when it blocks again or ends.
+The threads are real, but one runs at a time. Each blocks in `Thread.block` until the scheduler gives it the
+turn, and gives the turn back when it blocks again or ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 
 class _Worker:
-    """A real thread that runs one simulated thread after another, while it has the baton."""
+    """A real thread that runs one simulated thread after another, while it has the turn."""
 
     free: ClassVar[list[_Worker]] = []
     back = threading.Lock()
@@ -47,13 +47,16 @@ class _Worker:
 
 
 class Thread:
-    """Takes the place of threading.Thread. Belongs to the process on whose loop it was made."""
+    """Replaces threading.Thread. Belongs to the process whose loop or thread made it."""
 
     def __init__(self, target: Callable[[], None], name: str = "", daemon: bool = True) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, Loop)
-        self._process = loop.process
         self._scheduler = here()
+        if (maker := self._scheduler.running) is not None:
+            self._process = maker._process
+        else:
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, Loop)
+            self._process = loop.process
         self._target = target
         self._worker: _Worker | None = None
         self._token = 0
@@ -61,7 +64,7 @@ class Thread:
         self._process.threads.append(self)
 
     def start(self) -> None:
-        """Let it begin soon."""
+        """Start the thread after a latency."""
         self._scheduler.after(self._scheduler.latency(0.001), self._process, self._begin)
 
     def _begin(self) -> None:
@@ -83,7 +86,7 @@ class Thread:
         self._scheduler.running = before
 
     def block(self, seconds: float | None) -> bool:
-        """Called on the thread itself: give the baton back until notified (True) or `seconds` are over."""
+        """Give the turn back until notified (True) or `seconds` are over. Called on the thread itself."""
         if self._process.dead:
             raise Killed
         if seconds is not None:
@@ -97,7 +100,7 @@ class Thread:
         return self._value
 
     def notify(self, delay: float) -> None:
-        """End its present `block` in `delay` seconds."""
+        """End the present `block` in `delay` seconds."""
         self._scheduler.after(delay, self._process, self._resume, self._token, True)
 
     def _resume(self, token: int, value: bool) -> None:
@@ -107,35 +110,35 @@ class Thread:
             self._switch()
 
     def unwind(self) -> None:
-        """Let it end, its process being dead."""
+        """End the thread of a dead process."""
         if self._worker is not None:
             self._switch()
 
 
 class Event:
-    """Takes the place of threading.Event, for one thread that waits."""
+    """Replaces threading.Event, for one waiting thread."""
 
     def __init__(self) -> None:
         self._set = False
         self._waiter: Thread | None = None
 
     def set(self) -> None:
-        """Set it; who waits goes on."""
+        """Set the event and wake the waiting thread."""
         self._set = True
         if self._waiter is not None:
             self._waiter.notify(here().latency(0.0005))
             self._waiter = None
 
     def clear(self) -> None:
-        """Take it back."""
+        """Clear the event."""
         self._set = False
 
     def is_set(self) -> bool:
-        """Whether it is set."""
+        """Return whether the event is set."""
         return self._set
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait on the running simulated thread."""
+        """Block the running simulated thread until the event is set. Return whether it is."""
         if self._set:
             return True
         thread = here().running
@@ -147,25 +150,25 @@ class Event:
 
 
 class VirtualTime:
-    """Takes the place of the `time` and `threading` modules."""
+    """Replaces the `time` and `threading` modules."""
 
     Thread, Event = Thread, Event
 
     @staticmethod
     def monotonic() -> float:
-        """Seconds since the schedule began, and a thousand."""
+        """Return the seconds since the start of the schedule, plus a thousand."""
         return here().now + 1000
 
     perf_counter = monotonic
 
     @staticmethod
     def time() -> float:
-        """The Unix time."""
+        """Return the Unix time in seconds."""
         return EPOCH + here().now
 
     @staticmethod
     def time_ns() -> int:
-        """The Unix time in nanoseconds."""
+        """Return the Unix time in nanoseconds."""
         return (EPOCH * 1_000_000 + int(here().now * 1e6)) * 1000
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What every simulated server asks of its surroundings: is it up, and does this very operation go wrong."""
+"""What all simulated servers share: outages, the faults of operations, violations, the trace."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ __all__ = ["World"]
 
 
 class World:
-    """The scheduler, the outages, the faults that wait for their operation, the violations and the trace."""
+    """The scheduler, the outages, the faults that wait for an operation, the violations and the trace."""
 
     def __init__(self, scheduler: Scheduler, traced: bool = False) -> None:
         self.scheduler = scheduler
         self.violations: list[str] = []
         self.lines: list[str] | None = [] if traced else None
         self.away: dict[str, float] = {"database": 0.0, "kafka": 0.0, "relay": 0.0}
-        """Until when each server is away."""
+        """The time until which each server is away."""
         self.strike: Callable[[Fault, Process], None] = lambda fault, process: None
         self._counts: Counter[str] = Counter()
         self._waiting: dict[tuple[str, int], list[Fault]] = {}
 
     @property
     def now(self) -> float:
-        """Seconds since the schedule began."""
+        """The seconds since the start of the schedule."""
         return self.scheduler.now
 
     def up(self, server: str) -> bool:
-        """Whether a server is there."""
+        """Return whether a server is up."""
         return self.scheduler.now >= self.away[server]
 
     def await_operation(self, fault: Fault) -> None:
-        """Let a fault happen with the nth operation of its kind."""
+        """Make a fault strike with the nth operation of its kind."""
         self._waiting.setdefault((fault.on, fault.nth), []).append(fault)
 
     def operation(self, kind: str, process: Process | None) -> str:
-        """Count an operation that takes effect now; return `unheard`, `refused`, `again` or nothing."""
+        """Count an operation that takes effect now. Return `unheard`, `refused`, `again` or an empty text."""
         self._counts[kind] += 1
         faults = self._waiting.pop((kind, self._counts[kind]), None)
         verdict = ""
@@ -48,17 +48,17 @@ class World:
             if fault.what in ("unheard", "refused", "again"):
                 verdict = fault.what
             elif process is not None:
-                # Once the effect is there, before the answer is.
+                # After the effect, before the answer.
                 self.scheduler.after(0, None, self.strike, fault, process)
         return verdict
 
     def violation(self, text: str) -> None:
-        """Note that something happened which must not."""
+        """Record a violation."""
         self.trace("VIOLATION", text)
         if text not in self.violations:
             self.violations.append(text)
 
     def trace(self, who: str, text: str) -> None:
-        """Add a line to the trace, where there is one."""
+        """Add a line to the trace if there is one."""
         if self.lines is not None:
             self.lines.append(f"{self.scheduler.now:11.4f}  {who:<12} {text}")
