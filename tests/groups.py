@@ -75,9 +75,9 @@ class Offsets:
         }
 
     def committed(self, partitions: Iterable[TopicPartition]) -> dict[tuple[str, int], int]:
-        """Return the next offset of each of these partitions, without those of no commit.
+        """Return the committed offset of each of these partitions that has one.
 
-        Waits for the group's coordinator, which a broker that has just started may not be yet. Raises
+        Waits for the group's coordinator: a broker that has just started may not be ready for it. Raises
         KafkaException.
         """
         found = _patiently(self._committed, list(partitions))
@@ -98,5 +98,5 @@ class Offsets:
 
 
 def describe(bootstrap: str, group: str) -> ConsumerGroup:
-    """Return the group as its coordinator knows it. Raises KafkaException."""
+    """Return the group as its coordinator describes it. Raises KafkaException."""
     return group_description.describe({"bootstrap.servers": bootstrap}, [group], 10)[group]

@@ -16,14 +16,14 @@ _COPY = 2
 
 
 def library() -> ctypes.CDLL:
-    """Return the library that confluent_kafka has loaded."""
+    """Return the librdkafka that confluent_kafka has loaded."""
     (path,) = (Path(confluent_kafka.__file__).parents[1] / "confluent_kafka.libs").glob("librdkafka*")
     return ctypes.CDLL(str(path))
 
 
 def handle(client: Producer | Consumer) -> ctypes.c_void_p:
-    """Return the library's own handle of a client."""
-    # The first field after the head of every Python object, which is a count and a type.
+    """Return librdkafka's handle of a client."""
+    # It is the first field after the head of a Python object, which is a count and a type.
     return ctypes.c_void_p.from_address(id(client) + 2 * ctypes.sizeof(ctypes.c_void_p))
 
 

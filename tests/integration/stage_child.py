@@ -1,6 +1,6 @@
-"""A stage in a process of its own, for the tests that kill or stop it.
+"""A stage in a process of its own, for the tests that kill or freeze it.
 
-Passes tasks on after `CHILD_SECONDS` each and appends a line a handled record to `CHILD_JOURNAL`.
+It publishes mx.ok for each task after `CHILD_SECONDS`, and appends a line for it to `CHILD_JOURNAL`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the stage runtime's tests share: one installation a test on the real broker, seen from outside."""
+"""The kit of the stage runtime's tests: each gets an installation of its own on the real broker."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ PARTITIONS = 4
 
 
 def created(number: int = 0, body: str = "text") -> OutgoingRecord:
-    """A task.created; its epoch is `number`, so that handlers can tell them apart."""
+    """Return a task.created record. Its epoch is `number`, by which handlers tell tasks apart."""
     task = pb.MailTask(id=uuid.uuid4().bytes, email="a@good.test", subject="s", body=body)
     return encode(pb.TaskCreated(task=task, epoch=number, at_us=1), "api", b"00-1-2-01")
 
 
 def passed_on(record: Record) -> Done:
-    """The outcome of a stage that only passes on."""
+    """Return the outcome of a handler that publishes mx.ok for every task."""
     event = record.event
     assert isinstance(event, pb.TaskCreated)
     return Done([pb.MxOk(task=event.task, epoch=event.epoch, attempt=record.attempt, at_us=event.at_us)])
 
 
 async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    """Return once `condition` holds; fails after `seconds`."""
+    """Return once `condition` holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     pause = 0.01
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come to hold in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         await asyncio.sleep(pause)
         pause = min(1.2 * pause, 0.1)
 
 
 class Watched(Consumer):
-    """A real Consumer that notes which threads call it, and its committed positions."""
+    """A real Consumer that notes which of its methods are called, and from which threads."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -82,7 +82,7 @@ for _name in dir(Consumer):
 
 
 class Kit:
-    """One installation: its topics, a validator-shaped stage to run, and what can be read from outside."""
+    """One installation: its topics, a stage like the validator's to run, and what topics and group hold."""
 
     def __init__(self, infra: Infra, protocol: str) -> None:
         self.infra, self.protocol = infra, protocol
@@ -108,13 +108,13 @@ class Kit:
             done.result()
 
     def close(self) -> None:
-        """Delete its topics."""
+        """Delete the installation's topics."""
         self._offsets.close()
         for done in self.admin.delete_topics(self.topics).values():
             done.result()
 
     def with_(self, **changes: Any) -> Settings:
-        """The installation's settings, changed."""
+        """Return the installation's settings with these changes."""
         base: dict[str, Any] = {
             "kafka_bootstrap": self.infra.bootstrap,
             "topic_prefix": self.prefix,
@@ -127,7 +127,7 @@ class Kit:
         return Settings(**(base | changes))
 
     def runtime(self, settings: Settings | None = None, **stage: Any) -> StageRuntime:
-        """A runtime of the stage `validator` with this handler (`handle` or `handle_batch`)."""
+        """Return a runtime of the stage `validator` with this handler (`handle` or `handle_batch`)."""
         consumer = stage.pop("consumer", Consumer)
         delays = stage.pop("delays", (1, 2))
         return StageRuntime(
@@ -139,7 +139,7 @@ class Kit:
 
     @contextlib.asynccontextmanager
     async def running(self, settings: Settings | None = None, **stage: Any) -> AsyncIterator[StageRuntime]:
-        """The same, running and in its group; drained at the end."""
+        """Run such a runtime: it has joined its group when the block begins, and drains at its end."""
         runtime = self.runtime(settings, **stage)
         run = asyncio.create_task(runtime.run())
         try:
@@ -150,14 +150,14 @@ class Kit:
             await run
 
     async def publish(self, outgoing: Iterable[OutgoingRecord]) -> None:
-        """Produce, acked."""
+        """Publish these records, and return once they are acked."""
         publisher = Publisher(self.settings, client_id="test")
         publisher.start()
         assert await publisher.publish(list(outgoing)) == []
         await publisher.close(5)
 
     def read(self, bare: str) -> list[Message]:
-        """All that is on a topic now."""
+        """Return all records that a topic (bare name) has now."""
         consumer = Consumer(
             {"bootstrap.servers": self.infra.bootstrap, "group.id": "none", "enable.auto.commit": False}
         )
@@ -174,13 +174,13 @@ class Kit:
         return messages
 
     def committed(self, bare: str = TASK_CREATED) -> dict[int, int]:
-        """The group's committed offsets of a topic, by partition; 0 where there is none."""
+        """Return the group's committed offset of each partition of a topic, 0 where there is none."""
         topic = self.prefix + bare
         found = self._offsets.committed(TopicPartition(topic, n) for n in range(PARTITIONS))
         return {n: found.get((topic, n), 0) for n in range(PARTITIONS)}
 
     def end(self, bare: str = TASK_CREATED) -> dict[int, int]:
-        """The topic's end offsets, by partition."""
+        """Return the end offset of each partition of a topic."""
         partitions = [TopicPartition(self.prefix + bare, n) for n in range(PARTITIONS)]
         asked = self.admin.list_offsets({partition: OffsetSpec.latest() for partition in partitions})
         return {partition.partition: answer.result().offset for partition, answer in asked.items()}

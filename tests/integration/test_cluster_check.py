@@ -1,4 +1,4 @@
-"""What a service says of Kafka: that it does not answer, or has not the topics that the service needs."""
+"""ClusterCheck: a service says that Kafka does not answer, or lacks a topic that the service needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.integration.stage_kit import Kit, passed_on, until
 from tests.stack import Infra
 
 
-def test_a_missing_topic_is_named_until_it_is_there(infra: Infra) -> None:
+def test_a_missing_topic_is_named_until_it_exists(infra: Infra) -> None:
     name = infra.topic_prefix() + "task.created"
     check = ClusterCheck(Settings(kafka_bootstrap=infra.bootstrap), [name])
     check.start()
@@ -45,7 +45,7 @@ def test_a_broker_that_is_away_is_named() -> None:
         check.stop()
 
 
-async def test_a_stage_that_waits_for_a_topic_says_so(newest: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stage_without_its_topic_says_so(newest: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_check, "_INTERVAL", 0.2)
     kit, name = newest, newest.names.topic(TASK_CREATED)
     async with kit.running(handle=passed_on) as runtime:
@@ -60,7 +60,7 @@ async def test_a_stage_that_waits_for_a_topic_says_so(newest: Kit, monkeypatch: 
         await until(lambda: not any("has no topic" in problem for problem in runtime.problems()))
 
 
-def test_a_question_that_fails_once_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_once_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_check, "_INTERVAL", 0.01)
     monkeypatch.setattr(cluster_check, "_RETRY_INTERVAL", 0.01)
     check = ClusterCheck(Settings(kafka_bootstrap="127.0.0.1:9"), ["task.created"])

@@ -1,4 +1,4 @@
-"""The invariants of the stage runtime that need a broker; the pure ones stand under tests/unit."""
+"""The invariants of the stage runtime that need a broker. tests/unit has those that do not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Child:
             )
 
     def handled(self) -> list[int]:
-        """The epochs of the records it has handled so far."""
+        """Return the epochs of the records that it has handled so far."""
         return [int(line) for line in self.journal_path.read_text().split()]
 
     def log(self) -> str:
@@ -77,7 +77,7 @@ def child(kit: Kit, tmp_path: Path) -> Iterator[Any]:
         one.process.wait()
 
 
-async def test_i1_what_is_committed_is_finished_and_never_goes_back(kit: Kit) -> None:
+async def test_i1_committed_records_are_finished_and_offsets_never_go_back(kit: Kit) -> None:
     rng = random.Random(5)
     finished: set[tuple[int, int]] = set()
 
@@ -90,7 +90,7 @@ async def test_i1_what_is_committed_is_finished_and_never_goes_back(kit: Kit) ->
     async with kit.running(handle=handle):
         await kit.publish(created(n) for n in range(1000))
         while sum(before.values()) < 1000:
-            # The committed offsets are read first, so what they cover must be finished by now.
+            # The committed offsets were read first, so every record below them must be finished by now.
             after = kit.committed()
             for partition, offset in after.items():
                 assert offset >= before.get(partition, 0)
@@ -100,7 +100,7 @@ async def test_i1_what_is_committed_is_finished_and_never_goes_back(kit: Kit) ->
 
 
 async def test_i2_every_record_ends_done_delayed_dead_or_uncommitted(kit: Kit) -> None:
-    """Handlers that hang are cancelled when the drain is over; the next owner gets their records."""
+    """After the drain time the runtime cancels handlers that hang; the next owner gets their records."""
     tasks = [created(n) for n in range(80)]
 
     async def handle(record: Record) -> Outcome:
@@ -136,7 +136,7 @@ async def test_i2_every_record_ends_done_delayed_dead_or_uncommitted(kit: Kit) -
     assert hung <= again
 
 
-async def test_i2_a_handler_that_cancels_itself_is_run_again(kit: Kit) -> None:
+async def test_i2_a_handler_that_cancels_itself_is_called_again(kit: Kit) -> None:
     tries = 0
 
     async def handle(record: Record) -> Outcome:
@@ -154,8 +154,8 @@ async def test_i2_a_handler_that_cancels_itself_is_run_again(kit: Kit) -> None:
     assert tries == 2
 
 
-async def test_i3_a_completion_from_before_a_revocation_changes_nothing(newest: Kit) -> None:
-    """A handler outlives its partition; the same offset is handed out again; only then it completes."""
+async def test_i3_a_completion_from_before_a_revocation_moves_no_offset(newest: Kit) -> None:
+    """A handler outlives its assignment. The same offset is fetched again, and only then the handler ends."""
     kit = newest
     late, release, again = asyncio.Event(), asyncio.Event(), asyncio.Event()
     started: list[Record] = []
@@ -198,7 +198,7 @@ async def test_i3_a_completion_from_before_a_revocation_changes_nothing(newest: 
         assert started[1] is not started[0]
         late.set()
         await until(lambda: len(kit.read(MX_OK)) == 1)
-        # The late outcome was published and has come back; another round of commits goes by.
+        # The late outcome is published and its record released. Wait for another commit.
         await kit.publish([created()])
         await until(lambda: len(started) == 3)
         await asyncio.sleep(1.5)
@@ -206,7 +206,7 @@ async def test_i3_a_completion_from_before_a_revocation_changes_nothing(newest: 
         assert kit.committed()[partition] == 0
 
 
-async def test_i4_what_a_stalled_handler_holds_is_bounded(kit: Kit) -> None:
+async def test_i4_the_records_of_a_stalled_handler_are_bounded(kit: Kit) -> None:
     go = asyncio.Event()
     holding: list[Record] = []
 
@@ -223,7 +223,7 @@ async def test_i4_what_a_stalled_handler_holds_is_bounded(kit: Kit) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for _ in range(20):
             await asyncio.sleep(0.1)
-            # By bytes: 8 MiB hold 195 of these; what was on its way when that was reached comes on top.
+            # 8 MiB hold 195 of these records. Those on their way when the limit is reached come on top.
             assert len(holding) <= 300
         assert len(holding) <= held + 110
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
@@ -242,7 +242,7 @@ async def test_i4_deferred_records_take_no_memory(newest: Kit) -> None:
         *template.headers,
         ("due-at", b"%d" % due), ("attempt", b"2"), ("origin", b"task.created/0/0"), ("cause", b"x"),
     ]  # fmt: skip
-    # Held in memory, the fewest of them would take more than the assertion allows.
+    # In memory even the smaller number would take more than the assertion allows.
     for start in range(0, by_form(40_000, 100_000), 20_000):
         await kit.publish(
             OutgoingRecord("validator.delay.2", b"%d" % n, template.value, headers)
@@ -277,7 +277,7 @@ async def test_i5_only_the_pollers_thread_touches_the_consumer(kit: Kit) -> None
             return Retry(2, int(time.time() * 1000) + 2000, "later")
         return passed_on(record)
 
-    # So slow, and the bound so low, that pauses are part of it, and the hold of a delay topic.
+    # The handler is so slow and the limit so low that the poller pauses and holds a delay topic.
     async with kit.running(kit.with_(max_in_flight=30), handle=handle, consumer=make):
         await kit.publish(created(n) for n in range(60))
         await until(lambda: len(kit.read(MX_OK)) == 60, 60)
@@ -286,7 +286,7 @@ async def test_i5_only_the_pollers_thread_touches_the_consumer(kit: Kit) -> None
 
 
 async def test_i6_a_busy_member_is_never_evicted(kit: Kit) -> None:
-    """All it may hold is held for longer than a session: still the same member, and nothing handled twice."""
+    """The in-flight limit is reached for longer than a session; the member stays in its group."""
     handled: Counter[bytes | None] = Counter()
     go = asyncio.Event()
 
@@ -321,7 +321,7 @@ async def test_i6_polling_goes_on_while_draining(kit: Kit) -> None:
 
 
 async def test_i7_nothing_is_committed_after_partitions_were_lost(kit: Kit, child: Any) -> None:
-    """A replica is stopped for longer than its session while another takes over, and then goes on."""
+    """A replica is frozen for longer than its session while another takes over, and then continues."""
     stopped = child(3.0)
     await until(lambda: "partitions assigned" in stopped.log(), 30)
     await kit.publish(created(n) for n in range(40))
@@ -329,7 +329,7 @@ async def test_i7_nothing_is_committed_after_partitions_were_lost(kit: Kit, chil
     assert stopped.handled() == []
     stopped.process.send_signal(signal.SIGSTOP)
     try:
-        # The heir takes a first few only, so that the offsets that the stopped one could commit lie ahead.
+        # The next owner finishes only two records each, so the frozen one could commit higher offsets.
         taken = 0
 
         async def handle(record: Record) -> Outcome:
@@ -350,7 +350,9 @@ async def test_i7_nothing_is_committed_after_partitions_were_lost(kit: Kit, chil
         stopped.process.send_signal(signal.SIGCONT)
 
 
-async def test_i8_a_revoked_partition_is_settled_before_the_next_owner_has_it(kit: Kit) -> None:
+async def test_i8_the_records_of_a_revoked_partition_are_finished_before_the_next_owner_has_it(
+    kit: Kit,
+) -> None:
     handled: Counter[bytes | None] = Counter()
 
     async def handle(record: Record) -> Outcome:
@@ -368,7 +370,7 @@ async def test_i8_a_revoked_partition_is_settled_before_the_next_owner_has_it(ki
                 await until(lambda: len(handled) > 300, 30)
             await until(lambda: sum(kit.committed().values()) == 600, 60)
     assert len(handled) == 600
-    # Every record was handled once although its partition may have moved twice.
+    # Each record was handled once, although its partition may have moved twice.
     assert set(handled.values()) == {1}
 
 
@@ -392,7 +394,7 @@ async def test_i8_waiting_for_a_revoked_partition_may_take_longer_than_a_session
     assert lost.get() == before
 
 
-async def test_i8_the_deadline_ends_the_wait_and_the_next_owner_handles_it(kit: Kit) -> None:
+async def test_i8_the_deadline_ends_the_wait_and_the_next_owner_handles_the_records(kit: Kit) -> None:
     cancelled: list[Record] = []
 
     async def hang(record: Record) -> Outcome:
@@ -443,7 +445,7 @@ async def test_i8_a_partition_that_left_while_paused_is_read_again_when_it_retur
         await until(lambda: sum(kit.committed().values()) == 200)
 
 
-async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) -> None:
+async def test_i9_commits_wait_for_a_dead_letter_that_cannot_be_produced(kit: Kit) -> None:
     topic = ConfigResource(ResourceType.TOPIC, kit.names.dead("validator"))
 
     def limit(size: int) -> None:
@@ -454,7 +456,7 @@ async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) 
 
     failures = metrics.STAGE_PUBLISH_FAILURES.labels("validator")._value
     before = failures.get()
-    # Not even a letter without its value and its headers fits.
+    # Even a dead letter without its value and its headers is too large.
     limit(60)
     bad = OutgoingRecord(TASK_CREATED, b"k", random.Random(1).randbytes(5000), [])
     async with kit.running(handle=passed_on) as runtime:
@@ -468,10 +470,10 @@ async def test_i9_a_dead_letter_that_cannot_be_produced_is_waited_for(kit: Kit) 
         limit(1_000_000)
         await until(lambda: kit.committed() == kit.end(), 30)
         assert runtime.problems() == []
-    (letter,) = kit.read("validator.dead")
-    assert left_out(letter.headers()) == (LeftOut.of("value", bad.value), LeftOut.of("key", b"k"))
+    (dead_letter,) = kit.read("validator.dead")
+    assert left_out(dead_letter.headers()) == (LeftOut.of("value", bad.value), LeftOut.of("key", b"k"))
     assert (
-        dict(letter.headers() or [])["origin"]
+        dict(dead_letter.headers() or [])["origin"]
         == f"task.created/{message.partition()}/{message.offset()}".encode()
     )
 
@@ -487,7 +489,7 @@ async def test_i10_sigterm_under_load_drains_commits_and_exits_0(kit: Kit, child
     assert time.monotonic() - started < 10
     await publishing
     handled = first.handled()
-    # All that it took is committed, and no more: what the next one gets is the rest, each once.
+    # Exactly the records that it handled are committed, so the next replica gets each of the others once.
     assert sum(kit.committed().values()) == len(handled) < 2000
     second = child(0)
     await until(lambda: len(second.handled()) == 2000 - len(handled), 60)

@@ -1,4 +1,4 @@
-"""A member and its coordinator come to agree on who owns what, whatever was lost between them."""
+"""A member and its coordinator come to agree on the partitions it owns, whatever was lost between them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.groups import describe
 from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, until
 
 
-class _HardOfHearing(Consumer):
-    """A real Consumer that, while it is `deaf`, keeps to itself which partitions it is given.
+class _LosesAssignments(Consumer):
+    """A real Consumer that hides from its poller, while it is `losing`, which partitions it gets.
 
-    In effect librdkafka 2.16.1 does so: a heartbeat that is not answered within its interval is sent again as
-    it was, not in full as KIP-848 wants it, and the broker tells of new partitions in its first answer alone.
+    librdkafka 2.16.1 does much the same. It resends a heartbeat without a response as it was, not in full as
+    KIP-848 demands. The broker names new partitions only in its first response.
     """
 
-    deaf = False
-    missed = 0
+    losing = False
+    lost = 0
 
     def subscribe(self, topics: list[str], *, on_assign: Any, on_revoke: Any, on_lost: Any) -> None:
         def assigned(consumer: Consumer, partitions: list[TopicPartition]) -> None:
-            if self.deaf:
-                self.missed += len(partitions)
+            if self.losing:
+                self.lost += len(partitions)
                 consumer.incremental_assign([])
             else:
                 on_assign(consumer, partitions)
@@ -38,7 +38,7 @@ class _HardOfHearing(Consumer):
         super().subscribe(topics, on_assign=assigned, on_revoke=on_revoke, on_lost=on_lost)
 
 
-def test_a_broker_that_cannot_be_asked_says_nothing() -> None:
+def test_without_a_broker_there_is_no_response() -> None:
     view = CoordinatorView(Settings(kafka_bootstrap="127.0.0.1:9"), "validator")
     view.request("someone")
     deadline = time.monotonic() + 30
@@ -48,36 +48,36 @@ def test_a_broker_that_cannot_be_asked_says_nothing() -> None:
         time.sleep(0.05)
 
 
-async def test_the_broker_says_what_a_member_owns_and_nothing_of_strangers(newest: Kit) -> None:
+async def test_the_coordinator_names_the_partitions_of_a_member_and_none_of_strangers(newest: Kit) -> None:
     kit = newest
     async with kit.running(handle=passed_on):
-        view, told = CoordinatorView(kit.settings, "validator"), list[Any]()
+        view, responses = CoordinatorView(kit.settings, "validator"), list[Any]()
 
-        def answered() -> bool:
-            told.append(view.response())
+        def responded() -> bool:
+            responses.append(view.response())
             return view._request is None
 
         [member] = describe(kit.infra.bootstrap, kit.group).members
         view.request(member.id)
-        await until(answered)
+        await until(responded)
         topics = ("task.created", "validator.delay.1", "validator.delay.2")
-        assert told[-1] == {(kit.prefix + topic, n) for topic in topics for n in range(PARTITIONS)}
+        assert responses[-1] == {(kit.prefix + topic, n) for topic in topics for n in range(PARTITIONS)}
         view.request("a stranger")
-        await until(answered)
-        assert told[-1] is None
+        await until(responded)
+        assert responses[-1] is None
 
 
 @pytest.mark.breaks_servers
-async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
+async def test_partitions_of_a_lost_assignment_are_read_nevertheless(
     newest: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(membership, "_COMPARE_INTERVAL", 0.5)
     monkeypatch.setattr(membership, "_MISMATCH_PATIENCE", 2.0)
     kit = newest
-    made: list[_HardOfHearing] = []
+    made: list[_LosesAssignments] = []
 
     def make(config: dict[str, Any]) -> Consumer:
-        made.append(_HardOfHearing(config))
+        made.append(_LosesAssignments(config))
         return made[-1]
 
     async with contextlib.AsyncExitStack() as others:
@@ -85,10 +85,10 @@ async def test_partitions_of_which_a_member_never_heard_are_read_nevertheless(
         async with kit.running(handle=passed_on, consumer=make) as remaining:
             await kit.publish(created(n) for n in range(100))
             await until(lambda: sum(kit.committed().values()) == 100, 30)
-            made[0].deaf = True
+            made[0].losing = True
             await others.aclose()
-            await until(lambda: made[0].missed, 30)
-            # Heartbeats are not answered in time only while a broker is in trouble.
+            await until(lambda: made[0].lost, 30)
+            # Heartbeats get no response in time only while a broker is in trouble.
             with kit.infra.frozen("kafka-1"):
                 await until(lambda: remaining._poller._membership._trouble_at is not None, 30)
             await kit.publish(created(n) for n in range(100))

@@ -1,4 +1,4 @@
-"""The publisher on a real broker: answers per batch and per item, more than its queue holds, no broker."""
+"""Publisher on a real broker: failures by record, more records than its queue holds, and no broker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.common.kafka.topics import TASK_CREATED
 from tests.integration.stage_kit import Kit, created, until
 
 
-async def test_the_items_that_failed_are_named_and_the_others_are_there(newest: Kit) -> None:
+async def test_failed_records_are_named_and_the_others_are_published(newest: Kit) -> None:
     publisher = Publisher(newest.settings, "test")
     publisher.start()
     good = [created(n) for n in range(3)]
@@ -26,7 +26,7 @@ async def test_the_items_that_failed_are_named_and_the_others_are_there(newest: 
     assert sorted(m.key() for m in newest.read(TASK_CREATED)) == sorted(item.key for item in good)
 
 
-async def test_more_than_the_producers_queue_holds_is_sent_in_order(newest: Kit) -> None:
+async def test_more_records_than_the_producers_queue_holds_are_sent_in_order(newest: Kit) -> None:
     publisher = Publisher(newest.settings, "test", **{"queue.buffering.max.messages": 100})
     publisher.start()
     same_key = created().key
@@ -40,7 +40,7 @@ async def test_more_than_the_producers_queue_holds_is_sent_in_order(newest: Kit)
     assert [m.value() for m in newest.read(TASK_CREATED)] == [item.value for item in items]
 
 
-async def test_closing_waits_for_what_is_under_way(newest: Kit) -> None:
+async def test_close_waits_for_batches_under_way(newest: Kit) -> None:
     publisher = Publisher(newest.settings, "test")
     publisher.start()
     answers: list[list[PublishFailure]] = []
@@ -51,7 +51,7 @@ async def test_closing_waits_for_what_is_under_way(newest: Kit) -> None:
     await until(lambda: answers == [[]] * 50)
 
 
-async def test_without_a_broker_the_answer_is_a_failure_in_time(newest: Kit) -> None:
+async def test_without_a_broker_the_records_fail_in_time(newest: Kit) -> None:
     publisher = Publisher(
         newest.with_(kafka_bootstrap="127.0.0.1:1"), "test", **{"delivery.timeout.ms": 1500, "linger.ms": 0}
     )

@@ -1,4 +1,4 @@
-"""The stage runtime on a real broker: what each outcome leads to, under both group protocols."""
+"""The stage runtime on a real broker, under both group protocols: what each outcome leads to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.integration.stage_kit import PARTITIONS, Kit, created, passed_on, unt
 from tests.librdkafka import produce_with_header
 
 
-async def test_a_plain_handler_passes_every_task_on_with_its_trace(kit: Kit) -> None:
+async def test_a_plain_handler_publishes_every_tasks_event_with_its_trace(kit: Kit) -> None:
     tasks = [created(n) for n in range(500)]
     async with kit.running(handle=passed_on):
         await kit.publish(tasks)
@@ -46,7 +46,7 @@ async def test_a_handler_that_waits_and_one_that_waits_only_sometimes(kit: Kit) 
     assert len({m.key() for m in kit.read(MX_OK)}) == 200
 
 
-async def test_a_batch_handler_gets_batches_and_is_tried_again_when_it_raises(kit: Kit) -> None:
+async def test_a_batch_handler_gets_batches_and_is_called_again_when_it_raises(kit: Kit) -> None:
     sizes: list[int] = []
     broken = True
 
@@ -99,7 +99,7 @@ async def test_a_retry_comes_back_as_the_next_attempt_never_early(kit: Kit) -> N
     assert headers["ce_type"] == b"postroad.v1.task.created"
 
 
-def rubbish() -> dict[str, OutgoingRecord]:
+def undecodable() -> dict[str, OutgoingRecord]:
     good = created()
     delay = [("due-at", b"1"), ("attempt", b"2"), ("origin", b"task.created/0/0"), ("cause", b"")]
     return {
@@ -116,27 +116,27 @@ def rubbish() -> dict[str, OutgoingRecord]:
     }
 
 
-async def test_what_cannot_be_decoded_becomes_a_dead_letter_and_the_stage_goes_on(kit: Kit) -> None:
-    bad = rubbish()
+async def test_undecodable_records_become_dead_dead_letters_and_the_stage_goes_on(kit: Kit) -> None:
+    bad = undecodable()
     async with kit.running(handle=passed_on):
         await kit.publish(bad.values())
         await kit.publish(created(n) for n in range(100))
         await until(lambda: sum(kit.committed().values()) == 103)
         await until(lambda: sum(kit.committed("validator.delay.1").values()) == 3)
-    letters = kit.read("validator.dead")
-    causes = [dict(m.headers() or [])["cause"].decode() for m in letters]
-    assert len(letters) == len(bad)
+    dead_letters = kit.read("validator.dead")
+    causes = [dict(m.headers() or [])["cause"].decode() for m in dead_letters]
+    assert len(dead_letters) == len(bad)
     for expected in bad:
         assert any(expected in cause for cause in causes), (expected, causes)
-    assert sorted(m.value() or b"" for m in letters) == sorted(o.value for o in bad.values())
+    assert sorted(m.value() or b"" for m in dead_letters) == sorted(o.value for o in bad.values())
     assert len(kit.read(MX_OK)) == 100
 
 
-async def test_headers_that_cannot_be_read_make_a_dead_letter_and_the_stage_goes_on(kit: Kit) -> None:
+async def test_unreadable_headers_make_a_dead_letter_and_the_stage_goes_on(kit: Kit) -> None:
     good = created(1)
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
-    places = [*((TASK_CREATED, partition) for partition in range(PARTITIONS)), ("validator.delay.1", 0)]
-    for topic, partition in places:
+    partitions = [*((TASK_CREATED, partition) for partition in range(PARTITIONS)), ("validator.delay.1", 0)]
+    for topic, partition in partitions:
         produce_with_header(
             producer, kit.prefix + topic, partition, key=good.key, value=good.value, name=b"\xff"
         )
@@ -145,10 +145,10 @@ async def test_headers_that_cannot_be_read_make_a_dead_letter_and_the_stage_goes
         await kit.publish(created(n) for n in range(100))
         await until(lambda: sum(kit.committed().values()) == 100 + PARTITIONS)
         await until(lambda: sum(kit.committed("validator.delay.1").values()) == 1)
-    letters = kit.read("validator.dead")
-    assert len(letters) == PARTITIONS + 1
-    assert {m.value() for m in letters} == {good.value}
-    causes = {dict(m.headers() or [])["cause"] for m in letters}
+    dead_letters = kit.read("validator.dead")
+    assert len(dead_letters) == PARTITIONS + 1
+    assert {m.value() for m in dead_letters} == {good.value}
+    causes = {dict(m.headers() or [])["cause"] for m in dead_letters}
     assert causes == {b"headers that cannot be read: SystemError"}
     assert len(kit.read(MX_OK)) == 100
 
@@ -177,14 +177,14 @@ async def test_a_handlers_exception_makes_a_dead_letter_with_its_cause(kit: Kit)
     async with kit.running(handle=handle):
         await kit.publish(tasks)
         await until(lambda: sum(kit.committed().values()) == 8)
-    letters = {m.key(): dict(m.headers() or []) for m in kit.read("validator.dead")}
-    causes = {n: letters[tasks[n].key]["cause"].decode() for n in range(1, 6)}
+    dead_letters = {m.key(): dict(m.headers() or []) for m in kit.read("validator.dead")}
+    causes = {n: dead_letters[tasks[n].key]["cause"].decode() for n in range(1, 6)}
     assert causes[1] == "ValueError: at once"
     assert causes[2] == "KeyError: 'late'"
     assert causes[3].startswith("ValueError: a handler asked for a delay of 77 s")
     assert causes[4].startswith("TypeError")
     assert causes[5] == "by choice"
-    assert all(letter["attempt"] == b"1" for letter in letters.values())
+    assert all(headers["attempt"] == b"1" for headers in dead_letters.values())
     assert metrics.STAGE_RECORDS.labels("validator", "dead")._value.get() == before + 5
     assert len(kit.read(MX_OK)) == 3
 
@@ -198,12 +198,12 @@ async def test_an_event_too_large_for_the_broker_makes_a_dead_letter(kit: Kit) -
     async with kit.running(handle=handle):
         await kit.publish(created(n) for n in range(3))
         await until(lambda: sum(kit.committed().values()) == 3)
-    (letter,) = kit.read("validator.dead")
-    assert b"cannot be published" in dict(letter.headers() or [])["cause"]
+    (dead_letter,) = kit.read("validator.dead")
+    assert b"cannot be published" in dict(dead_letter.headers() or [])["cause"]
     assert len(kit.read(MX_OK)) == 2
 
 
-async def test_large_records_come_through(kit: Kit) -> None:
+async def test_large_records_pass(kit: Kit) -> None:
     async with kit.running(handle=passed_on):
         await kit.publish(created(n, body="x" * (2 << 20)) for n in range(6))
         await until(lambda: sum(kit.committed().values()) == 6)
@@ -225,7 +225,7 @@ async def test_more_replicas_than_partitions_are_all_ready(newest: Kit) -> None:
 
 
 async def test_thousands_deferred_at_once_all_come_back_in_time(newest: Kit) -> None:
-    """Due times spread over two seconds: each partition is held and read again many times over."""
+    """The due times spread over two seconds, so each partition is held and read again many times."""
     kit, early, back, base = newest, 0, 0, 0
 
     def handle(record: Record) -> Outcome:
@@ -284,9 +284,9 @@ async def test_a_consumer_that_never_reaches_its_coordinator_is_replaced(
     made: list[Consumer] = []
 
     def make(config: dict[str, Any]) -> Consumer:
-        # The first one is deaf: nobody listens at its brokers' address.
-        deaf = config | {"bootstrap.servers": "127.0.0.1:9", "socket.timeout.ms": 1000}
-        made.append(Consumer(config if made else deaf))
+        # The first consumer gets no response: nobody listens at its brokers' address.
+        unreachable = config | {"bootstrap.servers": "127.0.0.1:9", "socket.timeout.ms": 1000}
+        made.append(Consumer(config if made else unreachable))
         return made[-1]
 
     await kit.publish(created(n) for n in range(20))
@@ -296,8 +296,8 @@ async def test_a_consumer_that_never_reaches_its_coordinator_is_replaced(
 
 
 async def test_a_stage_that_fails_closes_after_its_handlers_have_ended(newest: Kit) -> None:
-    """What a cancelled handler leaves to `close` must be there when it is called."""
-    begun, told = asyncio.Event(), list[str]()
+    """`close` may need what a cancelled handler leaves behind."""
+    begun, calls = asyncio.Event(), list[str]()
 
     class Breaking(Consumer):
         def consume(self, *arguments: Any, **named: Any) -> Any:
@@ -310,14 +310,14 @@ async def test_a_stage_that_fails_closes_after_its_handlers_have_ended(newest: K
         try:
             await asyncio.Event().wait()
         finally:
-            told.append("handler")
+            calls.append("handler")
         return passed_on(record)
 
     async def close() -> None:
-        told.append("close")
+        calls.append("close")
 
     running = asyncio.create_task(newest.runtime(handle=handle, close=close, consumer=Breaking).run())
     await newest.publish([created()])
     with pytest.raises(RuntimeError, match="broken"):
         await asyncio.wait_for(running, 40)
-    assert told == ["handler", "close"]
+    assert calls == ["handler", "close"]

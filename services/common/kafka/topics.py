@@ -1,4 +1,4 @@
-"""The only place that names topics, groups, partitions and retention."""
+"""Names every topic and consumer group, with partitions and retention. No other module does."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ EVENT_TOPICS = (TASK_CREATED, MX_OK, MX_FAILED, MAIL_SENT, MAIL_DEFERRED, MAIL_F
 MAX_RECORD_BYTES = 5 << 20
 
 _DAY_MS = 86_400_000
-# docs/operations.md promises it: a stage may stand this long, and loses nothing.
+# docs/operations.md promises that a stage which is down for so long loses nothing.
 KEEP_DAYS = 30
-"""Days that event topics keep their records."""
+"""How many days event topics keep their records."""
 _KEEP_MS = KEEP_DAYS * _DAY_MS
 
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One topic as it must be: its name, its partitions and its broker settings."""
+    """One topic as an installation wants it: full name, partitions, replicas and broker settings."""
 
     name: str
     partitions: int
@@ -58,7 +58,7 @@ class Topic:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Topic and group names of one installation, its prefix included."""
+    """The full names of the topics and groups of one installation; without a prefix, the bare names."""
 
     prefix: str = ""
 
@@ -80,7 +80,7 @@ class Names:
 
 
 def delay_of(topic: str) -> int | None:
-    """Return the seconds of a delay topic (bare name), None for another one."""
+    """Return the delay in seconds of a delay topic (bare name), None for any other topic."""
     head, dot, seconds = topic.rpartition(".")
     return int(seconds) if dot and head.endswith(".delay") and seconds.isdigit() else None
 
@@ -88,16 +88,17 @@ def delay_of(topic: str) -> int | None:
 def wanted(settings: Settings, delays: Mapping[str, Sequence[int]]) -> Sequence[Topic]:
     """Return every topic that an installation with these settings needs.
 
-    `delays` has every stage by name, with the seconds of its delay topics (`stages.stage_delays`).
-    Event topics keep 30 days, what a rebuild and a replay read. Delay topics keep a task's age limit and 30
-    days more: a stage that stands for 30 days finds all that it had deferred. Dead letters stay a year.
+    `delays` has every stage by name, with the seconds of its delay topics (`stages.stage_delays`). Event
+    topics keep their records for 30 days: rebuilds and replays read them. Delay topics keep theirs for a
+    task's age limit and 30 days more: a stage finds all that it deferred after 30 days. Dead letters stay for
+    a year.
     """
     names = Names(settings.topic_prefix)
     base = {
         "cleanup.policy": "delete",
         "max.message.bytes": str(MAX_RECORD_BYTES),
         "min.insync.replicas": str(max(1, settings.replication - 1)),
-        # Time alone ends a record, whatever the brokers' own default says.
+        # Only time removes a record, whatever the brokers' default is.
         "retention.bytes": "-1",
     }
 
