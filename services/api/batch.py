@@ -1,4 +1,4 @@
-"""What BatchCreate asks and answers: each item by itself. Pure."""
+"""Builds a BatchCreate's response: one result an item. Pure."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 
 from postroad.v1 import task_pb2, task_service_pb2
-from services.api.errors import Problem, invalid
+from services.api.errors import StatusError, invalid_field
 
 __all__ = ["MAX_ITEMS", "check_size", "response"]
 
 MAX_ITEMS = 1000
-# Without what may be left out, 1,000 results stay below the 4 MiB that clients take by default.
-_MOST_BYTES = 2 << 20
+# Clients accept 4 MiB by default. Without labels and violations, 1,000 results stay below that.
+_MAX_BYTES = 2 << 20
 
 
 def check_size(count: int) -> None:
-    """Raise Refused unless a batch may have so many items."""
+    """Raise InvalidArgument unless a batch may have `count` items."""
     if not 1 <= count <= MAX_ITEMS:
-        raise invalid("requests", f"has 1 to {MAX_ITEMS} items, not {count}")
+        raise invalid_field("requests", f"has 1 to {MAX_ITEMS} items, not {count}")
 
 
-def response(outcomes: Iterable[task_pb2.Task | Problem]) -> task_service_pb2.BatchCreateResponse:
-    """Return a batch's answer; labels and violations that would take it past 2 MiB are left out."""
+def response(outcomes: Iterable[task_pb2.Task | StatusError]) -> task_service_pb2.BatchCreateResponse:
+    """Return the response for these outcomes, in the order of the request's items.
+
+    Once the results reach 2 MiB, further ones omit their labels and violations.
+    """
     answer = task_service_pb2.BatchCreateResponse()
     size = 0
     for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, Problem):
-            result = task_service_pb2.BatchCreateResult(error=_error(index, outcome))
+        if isinstance(outcome, StatusError):
+            result = task_service_pb2.BatchCreateResult(error=_item_error(index, outcome))
         else:
             result = task_service_pb2.BatchCreateResult(task=outcome)
         size += result.ByteSize()
-        if size > _MOST_BYTES:
+        if size > _MAX_BYTES:
             size -= result.ByteSize()
             if result.HasField("task"):
                 result.task.ClearField("labels")
@@ -44,16 +47,14 @@ def response(outcomes: Iterable[task_pb2.Task | Problem]) -> task_service_pb2.Ba
     return answer
 
 
-def _error(index: int, problem: Problem) -> task_service_pb2.BatchCreateError:
-    error = task_service_pb2.BatchCreateError(
-        index=index, code=problem.code.value[0], message=problem.message
-    )
-    for detail in problem.details:
-        _tell(error, detail)
+def _item_error(index: int, status: StatusError) -> task_service_pb2.BatchCreateError:
+    error = task_service_pb2.BatchCreateError(index=index, code=status.code.value[0], message=status.message)
+    for detail in status.details:
+        _add_detail(error, detail)
     return error
 
 
-def _tell(error: task_service_pb2.BatchCreateError, detail: Message) -> None:
+def _add_detail(error: task_service_pb2.BatchCreateError, detail: Message) -> None:
     match detail:
         case error_details_pb2.ErrorInfo():
             error.reason = detail.reason

@@ -1,7 +1,7 @@
-"""Cancel: decided by the row in `deliveries`, by the rule by which a sender takes it. SQL; it blocks.
+"""Cancel: takes the task's delivery by the same rule by which a sender claims it. SQL; blocks.
 
-A cancellation has an epoch of its own, later than all that is known of the task. What is under way of it (a
-verdict on its domain, a record that was replayed) is of an earlier one: it cannot overrule what was answered.
+A cancellation begins an epoch later than all known ones. Work in progress of an earlier epoch (a verdict on
+the domain, a replayed record) therefore cannot overrule it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
-from services.api import outbox, resolving, standing
-from services.api.standing import OVER, Standing
+from services.api import locked_task, outbox, resolving
+from services.api.locked_task import FINAL_STATUSES, LockedTask
 from services.common.deliveries.decide import Cancel, Delivery, Wait, decide
 from services.common.deliveries.outcome import event_of
 from services.common.deliveries.resolving import cancelled_row
 from services.common.deliveries.rows import insert_row, store_rows
 
-__all__ = ["Cancelled", "alive", "attempts", "cancel"]
+__all__ = ["Cancelled", "attempts", "cancel", "may_still_be_sent"]
 
 
 class Cancelled(NamedTuple):
-    """How the task stands, and what is to be published: None where nothing was changed."""
+    """The task after the call, and the event to publish; no event where the call changed nothing."""
 
     task: task_pb2.Task
     event: pb.TaskCancelled | None
@@ -33,66 +33,67 @@ class Cancelled(NamedTuple):
 def cancel(
     connection: Connection, tenant: str, id_: bytes, owner: bytes, now_us: int
 ) -> Cancelled | Wait | None:
-    """Cancel a task if nothing of it was sent, or close an uncertain one.
+    """Cancel a task of which nothing was sent, or close an uncertain one.
 
-    None: this tenant has no such task. Wait: ask again later. `owner` is
-    a token that no claim has. Done twice, it changes nothing more.
+    `owner` is an owner token that no claim has. Repeated with the same token, the call changes nothing more.
+    Returns None where this tenant has no such task, and Wait where the caller must ask again later.
     """
-    found = standing.find(connection, tenant, id_)
-    if found is None:
+    task = locked_task.lock_task(connection, tenant, id_)
+    if task is None:
         return None
-    # Done again after a commit that was not heard of, it does not close what itself found to be in doubt.
-    doubtful = resolving.in_doubt(found) and (found.row is None or found.row.owner != owner)
-    if not doubtful and not alive(found):
-        return Cancelled(standing.view(connection, id_), None)
-    request = Cancel(id_, found.next_epoch(now_us // 1000), owner)
-    row = _closed(connection, found, request) if doubtful else _decided(connection, found, request)
-    if isinstance(row, Wait):
-        return row
+    # A repeated call, whose first commit went unnoticed, must not close the doubt that it itself recorded.
+    doubtful = resolving.in_doubt(task) and (task.delivery is None or task.delivery.owner != owner)
+    if not doubtful and not may_still_be_sent(task):
+        return Cancelled(locked_task.view(connection, id_), None)
+    request = Cancel(id_, task.next_epoch(now_us // 1000), owner)
+    claim = _close if doubtful else _claim
+    delivery = claim(connection, task, request)
+    if isinstance(delivery, Wait):
+        return delivery
     event = pb.TaskCancelled(
-        id=id_, epoch=request.epoch, at_us=now_us, attempts=attempts(found), in_doubt=doubtful
+        id=id_, epoch=request.epoch, at_us=now_us, attempts=attempts(task), in_doubt=doubtful
     )
-    # A sender that meets the cancellation finds the row, and tells of a mail in doubt.
-    doubt = [event_of(row)] if row.state == "uncertain" else []
-    standing.record(connection, event, *doubt)
-    outbox.put(connection, [outbox.item_of(event)])
-    # All events of a task reach the topics, and a scheduled one's first event waits for nothing any more.
+    # A sender that meets the cancellation reads this row, and reports the mail that is in doubt.
+    doubt = [event_of(delivery)] if delivery.state == "uncertain" else []
+    locked_task.fold_events(connection, event, *doubt)
+    outbox.put(connection, [outbox.row_of(event)])
+    # The topics get every event of a task, so the first event of a scheduled task is due now as well.
     outbox.hasten(connection, id_)
-    return Cancelled(standing.view(connection, id_), event)
+    return Cancelled(locked_task.view(connection, id_), event)
 
 
-def alive(found: Standing) -> bool:
-    """Return whether anything of the task may still be sent. A delivery knows better than the task's row."""
-    if found.row is not None and found.row.state in ("sending", "released", "deferred"):
+def may_still_be_sent(task: LockedTask) -> bool:
+    """Return whether a sender may still send the mail. The delivery overrules the task's row."""
+    if task.delivery is not None and task.delivery.state in ("sending", "released", "deferred"):
         return True
-    return found.status not in OVER
+    return task.status not in FINAL_STATUSES
 
 
-def attempts(found: Standing) -> int:
-    """Return the SMTP attempts made in the task's present epoch, those included that were not folded yet."""
-    row = found.row
-    if row is not None and row.state == "deferred" and row.epoch >= found.epoch:
-        return max(found.attempts, row.attempt)
-    return found.attempts
+def attempts(task: LockedTask) -> int:
+    """Return the SMTP attempts of the task's present epoch, with those that are not folded yet."""
+    delivery = task.delivery
+    if delivery is not None and delivery.state == "deferred" and delivery.epoch >= task.epoch:
+        return max(task.attempts, delivery.attempt)
+    return task.attempts
 
 
-def _decided(connection: Connection, found: Standing, request: Cancel) -> Delivery | Wait:
-    """Return the delivery as it is written now."""
-    # Neither a lease nor the policy for what is in doubt is asked for by a Cancel.
-    verdict, new = decide(found.row, request, found.now, timedelta(0), hold=True)
+def _claim(connection: Connection, task: LockedTask, request: Cancel) -> Delivery | Wait:
+    """Store and return the cancelled delivery; return Wait while a sender has the task."""
+    # The rule reads neither a lease nor the policy for mails in doubt when a Cancel asks.
+    verdict, new = decide(task.delivery, request, task.now, timedelta(0), hold=True)
     if isinstance(verdict, Wait):
         return verdict
-    # What is sent is not alive, and what is over is of an earlier epoch.
+    # The caller has excluded mails that were sent, and a final delivery has an earlier epoch.
     assert new is not None, verdict
-    if found.row is not None:
+    if task.delivery is not None:
         store_rows(connection, [new])
     elif not insert_row(connection, new):
-        # A sender has come between; it is met anew in a transaction that has read nothing yet.
+        # A sender has added its claim meanwhile. A new transaction will read it.
         return Wait(0)
     return new
 
 
-def _closed(connection: Connection, found: Standing, request: Cancel) -> Delivery | Wait:
-    """Return the delivery of an uncertain task as it is written now."""
-    row = cancelled_row(resolving.row_of(request.task_id, found), request.epoch, request.owner)
-    return row if resolving.close(connection, found, row) else Wait(0)
+def _close(connection: Connection, task: LockedTask, request: Cancel) -> Delivery | Wait:
+    """Store and return the closed delivery of an uncertain task."""
+    delivery = cancelled_row(resolving.delivery_of(request.task_id, task), request.epoch, request.owner)
+    return delivery if resolving.close(connection, task, delivery) else Wait(0)

@@ -1,4 +1,4 @@
-"""Cancel, Retry and Resolve: asked of the database on worker threads, their decisions published at once."""
+"""Cancel, Retry and Resolve: a worker thread decides in a transaction, then the api publishes the event."""
 
 from __future__ import annotations
 
@@ -7,109 +7,126 @@ import time
 from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection
+from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_result, wait_exponential
 
 from postroad.v1 import task_pb2
-from services.api import cancelling, reopening, resolving
-from services.api.errors import being_sent, body_purged, not_found, not_open_to_retry, not_uncertain
-from services.api.outbox import Decided
-from services.api.reader import Reader
-from services.api.relay import Recording
+from services.api import cancelling, resolving, retrying
+from services.api.database_threads import DatabaseThreads
+from services.api.errors import being_sent, body_purged, not_found, not_retryable, not_uncertain
+from services.api.outbox import ApiEvent
+from services.api.outbox_publisher import OutboxEvent
 from services.api.uuid7 import text
 from services.common.deliveries.decide import Wait
 from services.common.deliveries.rows import owner_tokens
 
 __all__ = ["Decider"]
 
-# A mail under way is settled after some tens of milliseconds, as a rule.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.03, 0.25
-_PATIENCE = 4.0
-"""Seconds that a Cancel waits for a mail under way."""
+# A sender settles most mails within tens of milliseconds.
+_BACKOFF = wait_exponential(multiplier=0.03, max=0.25)
+_CANCEL_TIMEOUT = 4.0
+"""Seconds that a Cancel waits while a sender has the mail."""
 
 
 class Decider:
-    """Cancels, reopens and resolves tasks. Belongs to one event loop.
+    """Cancels, retries and resolves tasks. Belongs to one event loop.
 
-    `threads` runs the transactions; they hold locks for milliseconds, but may wait for those of others, so it
-    is not the one that Get and List wait for. `publish` takes what was committed; it does not block, and what
-    it is not told (the caller has gone meanwhile) stands in the outbox.
+    `threads` runs the transactions. These may wait for other transactions' locks, so Get and List use other
+    threads. `publish` gets each committed event and must not block. An event that it never gets, because the
+    caller has left meanwhile, stays in the outbox.
     """
 
     def __init__(
         self,
-        threads: Reader,
-        publish: Callable[[Sequence[Recording[Decided]]], None],
+        threads: DatabaseThreads,
+        publish: Callable[[Sequence[OutboxEvent[ApiEvent]]], None],
     ) -> None:
         self._threads, self._publish = threads, publish
-        self._owner = owner_tokens()
+        self._next_owner = owner_tokens()
 
     async def cancel(self, tenant: str, id_: bytes, traceparent: bytes) -> task_pb2.Task:
-        """Return the task as it stands after the decision.
+        """Return the task after the decision.
 
-        Raises Problem: NOT_FOUND; UNAVAILABLE where its mail is being sent for longer than a caller may be
-        kept waiting, or where the database does not answer.
+        Raises StatusError: NOT_FOUND; UNAVAILABLE where a sender has the mail for more than 4 s, or where the
+        database does not answer.
         """
-        end = time.monotonic() + _PATIENCE
-        pause = _FIRST_PAUSE
-        while True:
-            owner, now_us = self._owner(), time.time_ns() // 1000
-            answer = await self._threads.read(
-                lambda connection: cancelling.cancel(connection, tenant, id_, owner, now_us)  # noqa: B023
-            )
-            if answer is None:
-                raise not_found(text(id_))
-            if not isinstance(answer, Wait):
-                break
-            wait = min(pause, answer.seconds)
-            if time.monotonic() + wait > end:
-                raise being_sent(text(id_))
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        deadline = time.monotonic() + _CANCEL_TIMEOUT
+
+        def out_of_time(state: RetryCallState) -> bool:
+            return time.monotonic() + state.upcoming_sleep > deadline
+
+        attempts = AsyncRetrying(
+            retry=retry_if_result(_must_wait), wait=_pause, stop=out_of_time, sleep=asyncio.sleep
+        )
+        try:
+            answer: cancelling.Cancelled = await attempts(self._try_cancel, tenant, id_)
+        except RetryError:
+            raise being_sent(text(id_)) from None
         if answer.event is not None:
-            self._publish([Recording(answer.event, traceparent)])
+            self._publish([OutboxEvent(answer.event, traceparent)])
         return answer.task
 
     async def retry(self, tenant: str, id_: bytes, traceparent: bytes) -> task_pb2.Task:
-        """Return the task, which is pending again, until its `send_at` where that has not come yet.
+        """Return the task, which is pending again. A `send_at` in the future still holds.
 
-        Raises Problem: NOT_FOUND, FAILED_PRECONDITION where it is completed, under way or without its body,
-        UNAVAILABLE where the database does not answer.
+        Raises StatusError: NOT_FOUND; FAILED_PRECONDITION where the task is completed, in progress or without
+        its body; UNAVAILABLE where the database does not answer.
         """
-        now_ms, tried = time.time_ns() // 1_000_000, 0
+        now_ms, tried_epoch = time.time_ns() // 1_000_000, 0
 
-        def reopen(connection: Connection) -> reopening.Reopened | reopening.Refusal | None:
-            nonlocal tried
-            answer = reopening.reopen(connection, tenant, id_, now_ms, tried)
-            if isinstance(answer, reopening.Reopened):
-                tried = answer.event.epoch
+        def work(connection: Connection) -> retrying.Retried | retrying.NotRetryable | None:
+            nonlocal tried_epoch
+            answer = retrying.retry(connection, tenant, id_, now_ms, tried_epoch)
+            if isinstance(answer, retrying.Retried):
+                tried_epoch = answer.event.epoch
             return answer
 
-        answer = await self._threads.read(reopen)
+        answer = await self._threads.run(work)
         if answer is None:
             raise not_found(text(id_))
-        if isinstance(answer, reopening.Refusal):
-            refuse = body_purged if answer.purged else not_open_to_retry
+        if isinstance(answer, retrying.NotRetryable):
+            refuse = body_purged if answer.purged else not_retryable
             raise refuse(text(id_), answer.status)
-        # What is scheduled, a sweeper publishes at its time.
+        # A sweeper publishes a scheduled event when it is due.
         if not answer.event.send_at_us:
-            self._publish([Recording(answer.event, traceparent, answer.event.ByteSize())])
+            self._publish([OutboxEvent(answer.event, traceparent, answer.event.ByteSize())])
         return answer.task
 
     async def resolve(self, tenant: str, id_: bytes, sent: bool, traceparent: bytes) -> task_pb2.Task:
         """Return the task, which is completed (`sent`) or failed.
 
-        Raises Problem: NOT_FOUND, FAILED_PRECONDITION where it is not uncertain, UNAVAILABLE where the
-        database does not answer.
+        Raises StatusError: NOT_FOUND; FAILED_PRECONDITION where the task is not uncertain; UNAVAILABLE where
+        the database does not answer.
         """
-        owner, now_us = self._owner(), time.time_ns() // 1000
-        answer = await self._threads.read(
+        owner, now_us = self._next_owner(), time.time_ns() // 1000
+        answer = await self._threads.run(
             lambda connection: resolving.resolve(
                 connection, tenant, id_, sent=sent, owner=owner, now_us=now_us
             )
         )
         if answer is None:
             raise not_found(text(id_))
-        if isinstance(answer, resolving.Unresolved):
+        if isinstance(answer, resolving.NotResolvable):
             raise not_uncertain(text(id_), answer.status)
         if answer.event is not None:
-            self._publish([Recording(answer.event, traceparent)])
+            self._publish([OutboxEvent(answer.event, traceparent)])
         return answer.task
+
+    async def _try_cancel(self, tenant: str, id_: bytes) -> cancelling.Cancelled | Wait:
+        owner, now_us = self._next_owner(), time.time_ns() // 1000
+        answer = await self._threads.run(
+            lambda connection: cancelling.cancel(connection, tenant, id_, owner, now_us)
+        )
+        if answer is None:
+            raise not_found(text(id_))
+        return answer
+
+
+def _must_wait(answer: cancelling.Cancelled | Wait) -> bool:
+    return isinstance(answer, Wait)
+
+
+def _pause(state: RetryCallState) -> float:
+    """Return the seconds until the next try: the backoff, or less where the sender's claim ends sooner."""
+    assert state.outcome is not None
+    answer: Wait = state.outcome.result()
+    return min(_BACKOFF(state), answer.seconds)

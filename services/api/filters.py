@@ -1,7 +1,7 @@
-"""What a List, a Count or a Watch may ask for: pure, typed fields and `_filters` made one Filter.
+"""Parses what a List, a Count or a Watch selects: typed fields and `_filters`, into one Filter. Pure.
 
-`_filters` is a Struct. Clients write it in two ways: plainly, `{"status": "pending"}`, or as a
-Struct's own message spelled out in JSON, `{"fields": {"status": {"string_value": "pending"}}}`.
+`_filters` is a Struct. Clients write it plainly, `{"status": "pending"}`, or as the Struct's own message in
+JSON, `{"fields": {"status": {"string_value": "pending"}}}`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import task_service_pb2
-from services.api.errors import Refused, Violation
-from services.api.times import micros
-from services.api.validation import label_problems
+from services.api.errors import FieldViolation, InvalidArgument
+from services.api.validation import label_violations, timestamp_us
 from services.common.addresses import ascii_domain, normalise
 from services.common.database.tables import STATUSES
 
@@ -29,13 +28,13 @@ Request: TypeAlias = (
 Json: TypeAlias = "str | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
 _MAX_REASON = 64
-_MOST_VALUES = 500
-"""Values that `_filters` may have in all: more than the most labels spelled out take."""
+_MAX_VALUES = 500
+"""Values that `_filters` may have in all. The largest valid `_filters`, with all labels, has fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What tasks are asked for; None or empty asks nothing. Times are microseconds since the Unix epoch."""
+    """Selects tasks. None or an empty value selects all. Times are microseconds since the Unix epoch."""
 
     status: tuple[str, ...] = ()
     email: str | None = None
@@ -46,42 +45,42 @@ class Filter:
     created_to: int | None = None
 
     def digest(self, tenant: str) -> bytes:
-        """Return 16 bytes that stand for this filter in this tenant's hands."""
+        """Return 16 bytes that identify this filter of this tenant."""
         return blake2b(repr((1, tenant, self)).encode(), digest_size=16).digest()
 
 
 def parse(request: Request) -> Filter:
-    """Return what a request asks for; raise Refused naming each field that cannot be.
+    """Return the filter of a request; raise InvalidArgument naming each invalid field.
 
-    Of a Filter's fields a request may ask for those that it has itself, typed.
+    `_filters` may use those fields of Filter that the request also has as typed fields.
     """
-    found: list[Violation] = []
-    asked = _Asked(found)
-    there = request.DESCRIPTOR.fields_by_name
-    names = frozenset(field.name for field in fields(Filter) if field.name in there)
-    _typed(request, names, asked)
+    violations: list[FieldViolation] = []
+    builder = _FilterBuilder(violations)
+    typed = request.DESCRIPTOR.fields_by_name
+    names = frozenset(field.name for field in fields(Filter) if field.name in typed)
+    _add_typed_fields(request, names, builder)
     if request.HasField("_filters"):
-        _struct(request._filters, names, asked)
-    if found:
-        raise Refused(found)
-    return Filter(**asked.values)  # type: ignore[arg-type]
+        _add_struct(request._filters, names, builder)
+    if violations:
+        raise InvalidArgument(violations)
+    return Filter(**builder.values)  # type: ignore[arg-type]
 
 
-class _Asked:
-    """Collects what is asked for, a field once or the same twice, and what is wrong with it."""
+class _FilterBuilder:
+    """Collects a filter's values and violations. A field may be set twice only to the same value."""
 
-    def __init__(self, found: list[Violation]) -> None:
-        self.found = found
+    def __init__(self, violations: list[FieldViolation]) -> None:
+        self.violations = violations
         self.values: dict[str, object] = {}
 
-    def refuse(self, path: str, problem: str) -> None:
-        self.found.append(Violation(path, problem))
+    def refuse(self, path: str, description: str) -> None:
+        self.violations.append(FieldViolation(path, description))
 
-    def put(self, name: str, path: str, value: object) -> None:
+    def set(self, name: str, path: str, value: object) -> None:
         if self.values.setdefault(name, value) != value:
             self.refuse(path, "asks for another value than the typed field")
 
-    def text(self, name: str, path: str, value: str) -> None:
+    def set_text(self, name: str, path: str, value: str) -> None:
         try:
             if name == "email":
                 value = normalise(value)[0]
@@ -92,113 +91,113 @@ class _Asked:
         except ValueError as error:
             self.refuse(path, str(error))
         else:
-            self.put(name, path, value)
+            self.set(name, path, value)
 
-    def statuses(self, path: str, values: Sequence[str]) -> None:
-        if len(values) > _MOST_VALUES:
-            self.refuse(path, f"{_MOST_VALUES} at most")
+    def set_statuses(self, path: str, values: Sequence[str]) -> None:
+        if len(values) > _MAX_VALUES:
+            self.refuse(path, f"{_MAX_VALUES} at most")
             return
         unknown = [value for value in values if value not in STATUSES]
         if unknown:
             self.refuse(path, f"is none of {', '.join(STATUSES)}")
         else:
-            self.put("status", path, tuple(sorted(set(values))))
+            self.set("status", path, tuple(sorted(set(values))))
 
-    def time(self, name: str, path: str, value: Timestamp) -> None:
-        # Rounded up: what was created at or after a point between two microseconds came at the next.
+    def set_time(self, name: str, path: str, value: Timestamp) -> None:
+        # Rounded up: the first whole microsecond at or after this time bounds the same tasks.
         try:
-            self.put(name, path, micros(value))
+            self.set(name, path, timestamp_us(value))
         except ValueError as error:
             self.refuse(path, str(error))
 
-    def labels(self, path: str, values: Mapping[str, str]) -> None:
-        # What no task can have is not asked for.
-        if problems := label_problems(path, values):
-            self.found += problems
+    def set_labels(self, path: str, values: Mapping[str, str]) -> None:
+        # A filter accepts only labels that a task can have.
+        if violations := label_violations(path, values):
+            self.violations += violations
         else:
-            self.put("labels", path, tuple(sorted(values.items())))
+            self.set("labels", path, tuple(sorted(values.items())))
 
 
-def _typed(request: Request, names: Set[str], asked: _Asked) -> None:
+def _add_typed_fields(request: Request, names: Set[str], builder: _FilterBuilder) -> None:
     if request.status:
-        asked.statuses("status", request.status)
+        builder.set_statuses("status", request.status)
     for name in ("email", "domain", "reason"):
         if value := getattr(request, name):
-            asked.text(name, name, value)
+            builder.set_text(name, name, value)
     if request.labels:
-        asked.labels("labels", request.labels)
+        builder.set_labels("labels", request.labels)
     for name in ("created_from", "created_to"):
         if name in names and request.HasField(name):  # type: ignore[arg-type]
-            asked.time(name, name, getattr(request, name))
+            builder.set_time(name, name, getattr(request, name))
 
 
-def _struct(struct: Struct, known: Set[str], asked: _Asked) -> None:
+def _add_struct(struct: Struct, known: Set[str], builder: _FilterBuilder) -> None:
     path = "_filters"
     try:
-        members = _Walk().members(struct)
+        members = _StructReader().read(struct)
     except OverflowError as error:
-        asked.refuse(path, str(error))
+        builder.refuse(path, str(error))
         return
     inner = members.get("fields")
     if len(members) == 1 and isinstance(inner, Mapping):
         path = "_filters.fields"
         members = {key: _plain(value) for key, value in inner.items()}
     for name, value in sorted(members.items()):
-        where = f"{path}.{name[:60].encode('unicode_escape').decode()}"
+        member_path = f"{path}.{name[:60].encode('unicode_escape').decode()}"
         if name not in known:
-            asked.refuse(where, f"is no filter; there are {', '.join(sorted(known))}")
+            builder.refuse(member_path, f"is no filter; there are {', '.join(sorted(known))}")
         else:
-            _member(name, where, value, asked)
+            _add_member(name, member_path, value, builder)
 
 
-def _member(name: str, where: str, value: Json, asked: _Asked) -> None:
+def _add_member(name: str, path: str, value: Json, builder: _FilterBuilder) -> None:
     if name == "labels":
         if isinstance(value, Mapping) and all(isinstance(member, str) for member in value.values()):
-            asked.labels(where, value)  # type: ignore[arg-type]
+            builder.set_labels(path, value)  # type: ignore[arg-type]
         else:
-            asked.refuse(where, "takes an object of strings")
+            builder.refuse(path, "takes an object of strings")
     elif name == "status" and isinstance(value, Sequence) and not isinstance(value, str):
         if value and all(isinstance(member, str) for member in value):
-            asked.statuses(where, value)  # type: ignore[arg-type]
+            builder.set_statuses(path, value)  # type: ignore[arg-type]
         else:
-            asked.refuse(where, "takes a string or a list of strings")
+            builder.refuse(path, "takes a string or a list of strings")
     elif not isinstance(value, str):
-        asked.refuse(where, "takes a string")
+        builder.refuse(path, "takes a string")
     elif name == "status":
-        asked.statuses(where, [value])
+        builder.set_statuses(path, [value])
     elif name in ("created_from", "created_to"):
         moment = Timestamp()
         try:
             moment.FromJsonString(value)
         except ValueError:
-            asked.refuse(where, "takes a time as RFC 3339 writes it")
+            builder.refuse(path, "takes a time as RFC 3339 writes it")
         else:
-            asked.time(name, where, moment)
+            builder.set_time(name, path, moment)
     else:
-        asked.text(name, where, value)
+        builder.set_text(name, path, value)
 
 
-class _Walk:
-    """Makes plain values of a Struct's. Raises OverflowError before it walks more than may be."""
+class _StructReader:
+    """Converts a Struct to plain values. Raises OverflowError for more than 500 values."""
 
     def __init__(self) -> None:
-        self._left = _MOST_VALUES
+        self._left = _MAX_VALUES
 
-    def members(self, struct: Struct) -> dict[str, Json]:
-        self._take(len(struct.fields))
+    def read(self, struct: Struct) -> dict[str, Json]:
+        self._count(len(struct.fields))
         return {key: self._value(member) for key, member in struct.fields.items()}
 
-    def _take(self, count: int) -> None:
-        self._left -= count
+    def _count(self, values: int) -> None:
+        self._left -= values
         if self._left < 0:
-            raise OverflowError(f"has {_MOST_VALUES} values at most")
+            raise OverflowError(f"has {_MAX_VALUES} values at most")
 
     def _value(self, value: Value) -> Json:
         match value.WhichOneof("kind"):
             case "struct_value":
-                return self.members(value.struct_value)
+                return self.read(value.struct_value)
             case "list_value":
-                self._take(len(value.list_value.values))
+                self._count(len(value.list_value.values))
                 return [self._value(member) for member in value.list_value.values]
             case "string_value":
                 return value.string_value
@@ -211,7 +210,7 @@ class _Walk:
 
 
 def _plain(value: Json) -> Json:
-    """Return what a Value spelled out as its own message says; what is none is no filter's value: null."""
+    """Return the value of a Value message in JSON; None for any other JSON, which no filter takes."""
     if not isinstance(value, Mapping) or len(value) != 1:
         return None
     [(kind, inner)] = value.items()

@@ -12,28 +12,28 @@ import grpc
 import structlog
 
 from postroad.v1 import task_pb2, task_service_pb2
-from services.api import batch, filters, pages, queries, uuid7
+from services.api import batch, filters, page_tokens, queries, uuid7
 from services.api.auth import Tenants
+from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
 from services.api.decoding import decode, question
 from services.api.errors import (
-    Problem,
-    Refused,
-    Violation,
+    FieldViolation,
+    InvalidArgument,
+    StatusError,
     collect,
     draining,
-    internal,
+    exceeds_max_allowed_packet,
+    internal_error,
     not_found,
-    too_long_for_database,
 )
 from services.api.metadata import Metadata, idempotency_key
 from services.api.metrics import API_REQUESTS, API_SECONDS
-from services.api.reader import Reader
+from services.api.outbox_publisher import NewTask, OutboxEvent
 from services.api.recorder import Recorder
-from services.api.relay import Creation, Recording
 from services.api.trace import traceparent
-from services.api.validation import creation, task_id
-from services.api.views import recorded
+from services.api.validation import task_created, task_id
+from services.api.views import new_task
 from services.api.watch.watching import Watches
 from services.common.database.errors import error_text, is_too_long
 
@@ -57,13 +57,13 @@ class TaskService:
         self,
         tenants: Tenants,
         recorder: Recorder,
-        reader: Reader,
+        threads: DatabaseThreads,
         decider: Decider,
         *,
         watches: Watches,
         max_body: int,
     ) -> None:
-        self._tenants, self._recorder, self._reader, self._decider = tenants, recorder, reader, decider
+        self._tenants, self._recorder, self._threads, self._decider = tenants, recorder, threads, decider
         self._watches = watches
         self._max_body = max_body
         self._clock = uuid7.Clock()
@@ -101,23 +101,23 @@ class TaskService:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def create(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized Task for a serialized CreateRequest; raise Problem."""
+        """Answer a serialized Task for a serialized CreateRequest; raise StatusError."""
         tenant = self._tenants.tenant(metadata)
         request = decode(raw, task_service_pb2.CreateRequest)
-        recording = self._asked(request, tenant, idempotency_key(metadata), len(raw), metadata)
-        original = await self._recorder.record(recording)
-        return (original or recorded(recording.event)).SerializeToString()
+        created = self._new_task(request, tenant, idempotency_key(metadata), len(raw), metadata)
+        original = await self._recorder.record(created)
+        return (original or new_task(created.event)).SerializeToString()
 
     async def batch_create(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized BatchCreateResponse for a serialized BatchCreateRequest; raise Problem."""
+        """Answer a serialized BatchCreateResponse for a serialized BatchCreateRequest; raise StatusError."""
         tenant = self._tenants.tenant(metadata)
-        with self._recorder.batch(len(raw)):
+        with self._recorder.admit_batch(len(raw)):
             return await self._batch(raw, tenant, metadata)
 
     async def _batch(self, raw: bytes, tenant: str, metadata: Metadata) -> bytes:
         request = decode(raw, task_service_pb2.BatchCreateRequest)
         batch.check_size(len(request.requests))
-        items: list[Creation | Problem] = []
+        items: list[NewTask | StatusError] = []
         turn = time.monotonic() + _TURN
         for asked in request.requests:
             if time.monotonic() > turn:
@@ -125,75 +125,76 @@ class TaskService:
                 await asyncio.sleep(0)
                 turn = time.monotonic() + _TURN
             try:
-                items.append(self._asked(asked, tenant, "", asked.ByteSize(), metadata))
-            except Refused as refusal:
+                items.append(self._new_task(asked, tenant, "", asked.ByteSize(), metadata))
+            except InvalidArgument as refusal:
                 items.append(refusal)
-        good = [item for item in items if not isinstance(item, Problem)]
+        good = [item for item in items if not isinstance(item, StatusError)]
         outcomes = iter(await self._recorder.record_batch(good) if good else ())
         return batch.response(
-            item if isinstance(item, Problem) else next(outcomes) or recorded(item.event) for item in items
+            item if isinstance(item, StatusError) else next(outcomes) or new_task(item.event)
+            for item in items
         ).SerializeToString()
 
     async def get(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized Task for a serialized GetRequest; raise Problem."""
+        """Answer a serialized Task for a serialized GetRequest; raise StatusError."""
         tenant = self._tenants.tenant(metadata)
         request = question(raw, task_service_pb2.GetRequest)
         id_ = task_id(request.id)
-        task = await self._reader.read(lambda connection: queries.get(connection, tenant, id_))
+        task = await self._threads.run(lambda connection: queries.get(connection, tenant, id_))
         if task is None:
             raise not_found(request.id)
         return task.SerializeToString()
 
     async def list(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized ListResponse for a serialized ListRequest; raise Problem."""
+        """Answer a serialized ListResponse for a serialized ListRequest; raise StatusError."""
         tenant = self._tenants.tenant(metadata)
         request = question(raw, task_service_pb2.ListRequest)
-        refused: list[Violation] = []
-        size = collect(refused, pages.page_size, request.page_size)
+        refused: list[FieldViolation] = []
+        size = collect(refused, page_tokens.page_size, request.page_size)
         asked = collect(refused, filters.parse, request)
         if size is None or asked is None:
-            raise Refused(refused)
+            raise InvalidArgument(refused)
         bound_to = asked.digest(tenant)
-        after = pages.position(request.page_token, bound_to)
-        tasks, last = await self._reader.read(
+        after = page_tokens.decode(request.page_token, bound_to)
+        tasks, last = await self._threads.run(
             lambda connection: queries.page(connection, tenant, asked, after, size)
         )
         return task_service_pb2.ListResponse(
-            results=tasks, next_page_token="" if last is None else pages.token(last, bound_to)
+            results=tasks, next_page_token="" if last is None else page_tokens.encode(last, bound_to)
         ).SerializeToString()
 
     async def count(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized CountResponse for a serialized CountRequest; raise Problem."""
+        """Answer a serialized CountResponse for a serialized CountRequest; raise StatusError."""
         tenant = self._tenants.tenant(metadata)
         asked = filters.parse(question(raw, task_service_pb2.CountRequest))
-        counts = await self._reader.read(lambda connection: queries.count(connection, tenant, asked))
+        counts = await self._threads.run(lambda connection: queries.count(connection, tenant, asked))
         return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values())).SerializeToString()
 
     async def retry(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized Task for a serialized RetryRequest; raise Problem."""
+        """Answer a serialized Task for a serialized RetryRequest; raise StatusError."""
         return await self._decide(self._decider.retry, task_service_pb2.RetryRequest, raw, metadata)
 
     async def cancel(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized Task for a serialized CancelRequest; raise Problem."""
+        """Answer a serialized Task for a serialized CancelRequest; raise StatusError."""
         return await self._decide(self._decider.cancel, task_service_pb2.CancelRequest, raw, metadata)
 
     async def resolve(self, raw: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized Task for a serialized ResolveRequest; raise Problem."""
+        """Answer a serialized Task for a serialized ResolveRequest; raise StatusError."""
         tenant = self._tenants.tenant(metadata)
         request = question(raw, task_service_pb2.ResolveRequest)
-        refused: list[Violation] = []
+        refused: list[FieldViolation] = []
         id_ = collect(refused, task_id, request.id)
         sent = _RESOLUTIONS.get(request.resolution)
         if sent is None:
-            refused.append(Violation("resolution", "is RESOLUTION_SENT or RESOLUTION_NOT_SENT"))
+            refused.append(FieldViolation("resolution", "is RESOLUTION_SENT or RESOLUTION_NOT_SENT"))
         if id_ is None or sent is None:
-            raise Refused(refused)
+            raise InvalidArgument(refused)
         parent = traceparent(metadata.get("traceparent"), id_)
         task = await self._decider.resolve(tenant, id_, sent, parent)
         return task.SerializeToString()
 
     async def watch(self, raw: bytes, metadata: Metadata, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Write serialized WatchResponses for a serialized WatchRequest, until it is ended; raise Problem."""
+        """Write serialized WatchResponses for a serialized WatchRequest until it ends; raise StatusError."""
         tenant = self._tenants.tenant(metadata)
         await self._watches.watch(tenant, question(raw, task_service_pb2.WatchRequest), write)
 
@@ -209,14 +210,14 @@ class TaskService:
         task = await decide(tenant, id_, traceparent(metadata.get("traceparent"), id_))
         return task.SerializeToString()
 
-    def _asked(
+    def _new_task(
         self, request: task_service_pb2.CreateRequest, tenant: str, key: str, size: int, metadata: Metadata
-    ) -> Creation:
-        """Return what is to be recorded, with the next id; raise Refused."""
-        event = creation(request, tenant, key, self._max_body, time.time_ns() // 1000)
+    ) -> NewTask:
+        """Return what is to be recorded, with the next id; raise InvalidArgument."""
+        event = task_created(request, tenant, key, self._max_body, time.time_ns() // 1000)
         event.task.id, event.task.created_at_us = self._clock.draw()
         event.at_us = event.task.created_at_us
-        return Recording(event, traceparent(metadata.get("traceparent"), event.task.id), size)
+        return OutboxEvent(event, traceparent(metadata.get("traceparent"), event.task.id), size)
 
     def _rpc(
         self, name: str, answer: Callable[[bytes, Metadata], Awaitable[bytes]]
@@ -259,9 +260,9 @@ class TaskService:
         await problem.abort(context)
 
 
-def _problem(rpc: str, error: BaseException) -> Problem:
+def _problem(rpc: str, error: BaseException) -> StatusError:
     """Return what is answered where an RPC raised `error`; raises what ends more than the RPC."""
-    if isinstance(error, Problem):
+    if isinstance(error, StatusError):
         return error
     if isinstance(error, asyncio.CancelledError):
         API_REQUESTS.labels(rpc, "CANCELLED").inc()
@@ -269,6 +270,6 @@ def _problem(rpc: str, error: BaseException) -> Problem:
         raise error
     if is_too_long(error):
         log.error("not recorded", rpc=rpc, error=error_text(error))
-        return too_long_for_database()
+        return exceeds_max_allowed_packet()
     log.error("unexpected", rpc=rpc, exc_info=error)
-    return internal()
+    return internal_error()

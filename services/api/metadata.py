@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from services.api.errors import invalid
+from services.api.errors import invalid_field
 
 __all__ = ["Metadata", "idempotency_key"]
 
@@ -28,10 +28,10 @@ class Metadata(dict[str, str | bytes]):
 
 
 def idempotency_key(metadata: Metadata) -> str:
-    """Return a Create's key, empty where it has none; raise Refused where it would go unheard."""
+    """Return a Create's key, empty where it has none; raise InvalidArgument where it would go unheard."""
     binary = f"{_KEY}-bin"
     if binary in metadata or binary in metadata.repeated:
-        raise invalid(binary, f"is no key: use {_KEY}, or the request's idempotency_key")
+        raise invalid_field(binary, f"is no key: use {_KEY}, or the request's idempotency_key")
     if _KEY in metadata.repeated:
-        raise invalid(_KEY, "is given twice, with two values")
+        raise invalid_field(_KEY, "is given twice, with two values")
     return str(metadata.get(_KEY, ""))

@@ -1,6 +1,6 @@
-"""The outbox: which events must still be published. SQL only; every function blocks.
+"""The outbox table: the events that Kafka has not acknowledged yet. Every function runs SQL and blocks.
 
-Times are the database's own, so that replicas with different clocks agree on what is due.
+All times are the database's, so that replicas with different clocks agree on what is due.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ __all__ = [
     "GRACE",
     "LEASE",
     "OUTCOME",
-    "Decided",
-    "Item",
+    "ApiEvent",
+    "OutboxRow",
     "cancelled",
     "created",
     "defer",
     "delete",
     "hasten",
-    "item_of",
     "next_due",
     "outcome",
     "put",
+    "row_of",
     "schedule",
     "send_at",
     "take",
 ]
 
 GRACE = 10
-"""Seconds that the relay of the replica that recorded a task has before a sweeper looks at it."""
+"""Seconds that a new row belongs to its replica's outbox publisher. Then a sweeper may take it."""
 
 CREATED = "created"
-"""The kind of a TaskCreated: the first one, or a later epoch's, which reopens the task."""
+"""The kind of a TaskCreated, whether it is a task's first one or begins a later epoch."""
 CANCELLED = "cancelled"
 """The kind of a TaskCancelled."""
 OUTCOME = "outcome"
-"""The kind of the MailSent or MailFailed in which an epoch ended."""
+"""The kind of the MailSent or MailFailed that ended an epoch."""
 
-Decided: TypeAlias = pb.TaskCreated | pb.TaskCancelled | pb.MailSent | pb.MailFailed
+ApiEvent: TypeAlias = pb.TaskCreated | pb.TaskCancelled | pb.MailSent | pb.MailFailed
 """An event that the api publishes."""
 
 _PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at, due_at) VALUES"
@@ -61,31 +61,31 @@ _NEXT = (
 )
 
 
-class Item(NamedTuple):
-    """A row of the outbox, without its time."""
+class OutboxRow(NamedTuple):
+    """The primary key of a row of the outbox. It stands for one event."""
 
     task_id: bytes
     kind: str
     epoch: int
 
 
-def created(task_id: bytes, epoch: int = 0) -> Item:
-    """Return the item that stands for a task's first event, or for the one that reopens it."""
-    return Item(task_id, CREATED, epoch)
+def created(task_id: bytes, epoch: int = 0) -> OutboxRow:
+    """Return the row of a TaskCreated: the task's first event, or the one that begins `epoch`."""
+    return OutboxRow(task_id, CREATED, epoch)
 
 
-def cancelled(task_id: bytes, epoch: int) -> Item:
-    """Return the item that stands for the event that cancels a task."""
-    return Item(task_id, CANCELLED, epoch)
+def cancelled(task_id: bytes, epoch: int) -> OutboxRow:
+    """Return the row of the TaskCancelled of this epoch."""
+    return OutboxRow(task_id, CANCELLED, epoch)
 
 
-def outcome(task_id: bytes, epoch: int) -> Item:
-    """Return the item that stands for the outcome in which an epoch ended."""
-    return Item(task_id, OUTCOME, epoch)
+def outcome(task_id: bytes, epoch: int) -> OutboxRow:
+    """Return the row of the MailSent or MailFailed that ended this epoch."""
+    return OutboxRow(task_id, OUTCOME, epoch)
 
 
-def item_of(event: Decided) -> Item:
-    """Return the item that stands for this event."""
+def row_of(event: ApiEvent) -> OutboxRow:
+    """Return the row of this event."""
     if isinstance(event, pb.TaskCreated):
         return created(event.task.id, event.epoch)
     if isinstance(event, pb.TaskCancelled):
@@ -94,59 +94,59 @@ def item_of(event: Decided) -> Item:
 
 
 def send_at(epoch: int, send_at_us: int) -> int:
-    """Return when a task that was created for `send_at_us` is sent in this epoch; 0: at once.
+    """Return the time at which this epoch of a task scheduled for `send_at_us` is sent; 0 for at once.
 
-    An epoch is the time (Unix ms) at which the task was opened again. Each who makes the event must find the
-    same: the api when it reopens the task, and the sweeper.
+    An epoch is the time (Unix ms) at which the task was opened again. Retry and the sweeper both build the
+    event of an epoch, and must compute the same time.
     """
     return send_at_us if send_at_us > epoch * 1000 else 0
 
 
-def put(connection: Connection, items: Sequence[Item], seconds: int = GRACE) -> None:
-    """Add items, due now, which a sweeper may take `seconds` from now. Items already there stay."""
+def put(connection: Connection, rows: Sequence[OutboxRow], seconds: int = GRACE) -> None:
+    """Insert rows that are due now. A sweeper may take them `seconds` from now. Existing rows stay."""
     due = f"UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND,UTC_TIMESTAMP(6)"
-    for start in range(0, len(items), 500):
-        part = items[start : start + 500]
-        rows = ",".join([f"(%s,%s,%s,{due})"] * len(part))
-        connection.exec_driver_sql(f"{_PUT} {rows}", tuple(value for item in part for value in item))
+    for start in range(0, len(rows), 500):
+        part = rows[start : start + 500]
+        values = ",".join([f"(%s,%s,%s,{due})"] * len(part))
+        connection.exec_driver_sql(f"{_PUT} {values}", tuple(value for row in part for value in row))
 
 
-def schedule(connection: Connection, items: Sequence[tuple[Item, datetime]]) -> None:
-    """Add items, each due at its time (naive UTC); those that stand there already stay as they are."""
-    execute_rows(connection, _PUT, [(*item, due, due) for item, due in items])
+def schedule(connection: Connection, rows: Sequence[tuple[OutboxRow, datetime]]) -> None:
+    """Insert rows, each due at its time (naive UTC). Existing rows stay."""
+    execute_rows(connection, _PUT, [(*row, due, due) for row, due in rows])
 
 
-def delete(connection: Connection, items: Sequence[Item]) -> None:
-    """Remove items that were published; those that are gone already are no error."""
-    for (kind, epoch), ids in _by_event(items):
+def delete(connection: Connection, rows: Sequence[OutboxRow]) -> None:
+    """Delete the rows of published events. Missing rows are no error."""
+    for (kind, epoch), ids in _by_kind_and_epoch(rows):
         connection.exec_driver_sql(
             f"DELETE FROM outbox WHERE task_id IN ({placeholders(len(ids))}) AND kind = %s AND epoch = %s",
             (*ids, kind, epoch),
         )
 
 
-def take(connection: Connection, limit: int) -> list[Item]:
-    """Return up to `limit` items whose turn it is; the next sweeper may take them only after LEASE.
+def take(connection: Connection, limit: int) -> list[OutboxRow]:
+    """Return up to `limit` due rows, and keep other sweepers away from them for LEASE seconds.
 
-    What another sweeper is taking at the same moment is passed over. To be committed at once.
+    Skips rows that another sweeper is taking at the same moment. The caller commits at once.
     """
-    items = [Item(*row) for row in connection.exec_driver_sql(_DUE.format(limit=limit)).all()]
-    defer(connection, items, LEASE)
-    return items
+    rows = [OutboxRow(*row) for row in connection.exec_driver_sql(_DUE.format(limit=limit)).all()]
+    defer(connection, rows, LEASE)
+    return rows
 
 
 def next_due(connection: Connection, within: float) -> float:
-    """Return the seconds until an item is due, `within` where none is before that.
+    """Return the seconds until a sweeper may take the next row; `within` where there is none before that.
 
-    To follow a `take` that took all: what is due still, another sweeper has in hand, and less than 0 is said.
+    Called after a `take` that took all. The result is negative for a row that another sweeper is taking.
     """
     us = connection.exec_driver_sql(_NEXT.format(us=int(within * 1e6))).scalar()
     return within if us is None else us / 1e6
 
 
-def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
-    """Leave items to the sweeper that comes `seconds` from now; since when they are due stays."""
-    for (kind, epoch), ids in _by_event(items):
+def defer(connection: Connection, rows: Sequence[OutboxRow], seconds: int) -> None:
+    """Let sweepers take these rows only `seconds` from now. Their due times stay."""
+    for (kind, epoch), ids in _by_kind_and_epoch(rows):
         connection.exec_driver_sql(
             f"UPDATE outbox SET available_at = UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND"
             f" WHERE task_id IN ({placeholders(len(ids))}) AND kind = %s AND epoch = %s",
@@ -155,7 +155,7 @@ def defer(connection: Connection, items: Sequence[Item], seconds: int) -> None:
 
 
 def hasten(connection: Connection, task_id: bytes) -> None:
-    """Make due now what of the task was scheduled; what a relay or a sweeper has in hand stays as it is."""
+    """Make the task's scheduled rows due now. Rows that are being published stay as they are."""
     connection.exec_driver_sql(
         "UPDATE outbox SET available_at = UTC_TIMESTAMP(6), due_at = UTC_TIMESTAMP(6) WHERE task_id = %s"
         f" AND available_at > UTC_TIMESTAMP(6) + INTERVAL {LEASE} SECOND",
@@ -163,9 +163,9 @@ def hasten(connection: Connection, task_id: bytes) -> None:
     )
 
 
-def _by_event(items: Sequence[Item]) -> Iterator[tuple[tuple[str, int], list[bytes]]]:
-    """Yield the task ids, sorted, of each kind and epoch: lists that the primary key serves as ranges."""
+def _by_kind_and_epoch(rows: Sequence[OutboxRow]) -> Iterator[tuple[tuple[str, int], list[bytes]]]:
+    """Yield the sorted task ids of each kind and epoch. The primary key reads such a list as ranges."""
     found: dict[tuple[str, int], list[bytes]] = {}
-    for task_id, kind, epoch in sorted(items):
+    for task_id, kind, epoch in sorted(rows):
         found.setdefault((kind, epoch), []).append(task_id)
     yield from found.items()

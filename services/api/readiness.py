@@ -1,4 +1,4 @@
-"""Whether the database answers: asked every half second, told to the gRPC health service."""
+"""Asks the database every half second whether it answers, and updates the gRPC health service."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ __all__ = ["Readiness"]
 
 log = structlog.get_logger(__name__)
 
-_EVERY = 0.5
-_SILENT_TOO_LONG = 3.0
+_INTERVAL = 0.5
+_MAX_SILENCE = 3.0
 
 
 class Readiness:
-    """Asks the database and keeps grpc.health.v1's answers in step with what it says."""
+    """Reports `services` as serving at grpc.health.v1 while the database answers."""
 
     def __init__(
         self, engine: Engine, servicer: health.aio.HealthServicer, services: tuple[str, ...]
     ) -> None:
         self._engine, self._servicer, self._services = engine, servicer, services
-        self._answered = -_SILENT_TOO_LONG
+        self._answered_at = -_MAX_SILENCE
 
     def problems(self) -> list[str]:
-        """Return why there is no serving now, empty where there is. May be called on any thread."""
-        silent = time.monotonic() - self._answered
-        return ["the database does not answer"] if silent > _SILENT_TOO_LONG else []
+        """Return why the api cannot serve now; empty where it can. Safe from any thread."""
+        silence = time.monotonic() - self._answered_at
+        return ["the database does not answer"] if silence > _MAX_SILENCE else []
 
     async def run(self) -> None:
-        """Ask and tell until cancelled."""
+        """Ask the database and update the health service until cancelled."""
         asking = asyncio.create_task(self._ask())
         try:
             while True:
-                await self._tell()
-                await asyncio.sleep(_EVERY)
+                await self._update()
+                await asyncio.sleep(_INTERVAL)
         finally:
             asking.cancel()
 
-    async def _tell(self) -> None:
+    async def _update(self) -> None:
         status = health_pb2.HealthCheckResponse.ServingStatus
         for name in self._services:
             await self._servicer.set(name, status.NOT_SERVING if self.problems() else status.SERVING)
 
     async def _ask(self) -> None:
-        # A question to a database that hangs takes as long as the driver's patience; telling goes on.
+        # Separate from the updates: a database that hangs blocks this task until the driver's timeout.
         while True:
             try:
                 await asyncio.to_thread(transaction, self._engine, _ping)
@@ -60,11 +60,11 @@ class Readiness:
             except Exception:
                 log.exception("the database could not be asked")
             else:
-                back = bool(self.problems())
-                self._answered = time.monotonic()
-                if back:
-                    await self._tell()
-            await asyncio.sleep(_EVERY)
+                recovered = bool(self.problems())
+                self._answered_at = time.monotonic()
+                if recovered:
+                    await self._update()
+            await asyncio.sleep(_INTERVAL)
 
 
 def _ping(connection: Connection) -> None:

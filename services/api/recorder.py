@@ -1,6 +1,7 @@
-"""Recording: task, body and outbox row in one transaction, which concurrent Creates share.
+"""Records new tasks: the row, the body and the outbox row in one transaction.
 
-A batch has a transaction of its own, and a thread of its own: single Creates do not wait behind it.
+Concurrent Creates share a transaction. Each batch has a transaction and a thread of its own, so that single
+Creates do not wait behind it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from postroad.v1 import task_pb2
 from services.api import outbox
-from services.api.errors import PATIENCE, Problem, conflict, unavailable
+from services.api.admission import AdmissionControl
+from services.api.errors import DATABASE_TIMEOUT, StatusError, database_unavailable, idempotency_conflict
+from services.api.outbox_publisher import NewTask
 from services.api.queries import tasks_of
-from services.api.relay import Creation
-from services.api.room import Room
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
@@ -29,136 +30,137 @@ from services.common.database.transactions import transaction
 from services.common.fold import delta
 from services.common.timeline import timeline_entry
 
-__all__ = ["Recorded", "Recorder"]
+__all__ = ["RecordResult", "Recorder"]
 
-Recorded: TypeAlias = task_pb2.Task | Problem | None
-"""None for a task that was recorded, the task that its idempotency key stands for, or the conflict."""
+RecordResult: TypeAlias = task_pb2.Task | StatusError | None
+"""None for a new task, the existing task of the same idempotency key and request, or the conflict."""
 
 log = structlog.get_logger(__name__)
 
 R = TypeVar("R")
 
-_LIMIT = 500
-_LIMIT_BYTES = 4 << 20
-_BATCH_PATIENCE = 20.0
-"""Seconds: a batch may bring megabytes to each of several disks."""
+_MAX_SHARED = 500
+_MAX_SHARED_BYTES = 4 << 20
+_BATCH_TIMEOUT = 20.0
+"""Seconds. A batch may write megabytes to each of several disks."""
 
 
 class Recorder:
-    """Records tasks through two Batchers.
+    """Records tasks through two Batchers. Belongs to one event loop.
 
-    `committed` is told, on a worker thread, what of each transaction is to be published at once. At most
-    `most` Creates and `most_bytes` of theirs wait, and as many in batches; more are refused at once.
+    `on_commit` gets the new tasks of each transaction that are due at once, on a worker thread. At most
+    `max_count` Creates and `max_bytes` of them wait, and as many in batches. Further ones are refused.
     """
 
     def __init__(
         self,
         engine: Engine,
-        committed: Callable[[Sequence[Creation]], None],
-        most: int,
-        most_bytes: int,
+        on_commit: Callable[[Sequence[NewTask]], None],
+        max_count: int,
+        max_bytes: int,
     ) -> None:
-        self._engine, self._committed = engine, committed
-        # Apart: a few batches have thousands of Creates, and would have single ones refused.
-        self._room, self._batch_room = Room(most, most_bytes), Room(most, most_bytes)
-        self._singles: Batcher[Creation, Recorded] = Batcher(
+        self._engine, self._on_commit = engine, on_commit
+        # Separate limits: a few batches hold thousands of Creates, and would have single ones refused.
+        self._admission = AdmissionControl(max_count, max_bytes)
+        self._batch_admission = AdmissionControl(max_count, max_bytes)
+        self._singles: Batcher[NewTask, RecordResult] = Batcher(
             self._record,
-            _LIMIT,
+            _MAX_SHARED,
             shared=is_transient,
-            weigh=lambda creation: creation.size,
-            weight_limit=_LIMIT_BYTES,
+            weigh=lambda new_task: new_task.size,
+            weight_limit=_MAX_SHARED_BYTES,
             name="recorder",
         )
-        self._batches: Batcher[Sequence[Creation], list[Recorded]] = Batcher(
+        self._batches: Batcher[Sequence[NewTask], list[RecordResult]] = Batcher(
             lambda batches: [self._record(batch) for batch in batches], 1, name="batches"
         )
 
-    async def record(self, creation: Creation) -> task_pb2.Task | None:
-        """Return None once the task is recorded, or the task that its idempotency key stands for already.
+    async def record(self, new_task: NewTask) -> task_pb2.Task | None:
+        """Return None once the task is recorded, or the existing task of its idempotency key.
 
-        Raises Problem: ALREADY_EXISTS where the key stands for another request, RESOURCE_EXHAUSTED
-        where too many wait, UNAVAILABLE where the database does not answer; whether the task was
-        recorded is then unknown, and a client with an idempotency key may just ask again.
+        Raises StatusError: ALREADY_EXISTS where the key belongs to another request; RESOURCE_EXHAUSTED where
+        too many Creates wait; UNAVAILABLE where the database does not answer within 4.5 s. The task may then
+        be recorded or not. A client that sent an idempotency key can safely repeat its call.
         """
-        with self._room.hold(1, creation.size):
-            result = await _answer(self._singles(creation), PATIENCE)
-        if isinstance(result, Problem):
+        with self._admission.admit(1, new_task.size):
+            result = await _with_timeout(self._singles(new_task), DATABASE_TIMEOUT)
+        if isinstance(result, StatusError):
             raise result
         return result
 
-    def batch(self, size: int) -> AbstractContextManager[None]:
-        """Hold room for the bytes of a batch until it is answered; to be entered before it is decoded.
+    def admit_batch(self, size: int) -> AbstractContextManager[None]:
+        """Count a batch's bytes as waiting, inside the `with` block, which begins before it is decoded.
 
-        Raises Problem: RESOURCE_EXHAUSTED where too much waits.
+        Raises StatusError RESOURCE_EXHAUSTED at a limit.
         """
-        return self._batch_room.hold(0, size)
+        return self._batch_admission.admit(0, size)
 
-    async def record_batch(self, batch: Sequence[Creation]) -> list[Recorded]:
-        """Return what became of each, in their order, once all of them are recorded in one transaction.
+    async def record_batch(self, batch: Sequence[NewTask]) -> list[RecordResult]:
+        """Record these tasks in one transaction; return each one's result, in their order.
 
-        To be called within `batch`. Raises Problem as `record` does, but for the conflicts; then none was
-        recorded, or it is unknown.
+        The caller holds `admit_batch`. Raises StatusError as `record` does, except for conflicts, which are
+        results. After UNAVAILABLE all of the batch may be recorded or nothing of it.
         """
-        with self._batch_room.add(len(batch)):
-            return await _answer(self._batches(batch), _BATCH_PATIENCE)
+        with self._batch_admission.admit_count(len(batch)):
+            return await _with_timeout(self._batches(batch), _BATCH_TIMEOUT)
 
     async def close(self) -> None:
-        """Refuse what comes from now on; return once all that waited is settled."""
+        """Refuse new tasks; return once all waiting ones are recorded or have failed."""
         await self._singles.close()
         await self._batches.close()
 
-    def _record(self, batch: Sequence[Creation]) -> list[Recorded]:
-        # The same ids each time that it is done again, so a connection lost while it commits is no harm.
+    def _record(self, batch: Sequence[NewTask]) -> list[RecordResult]:
+        # `transaction` repeats this with the same ids, so a connection lost during the commit does no harm.
         results, recorded = transaction(self._engine, lambda connection: _write(connection, batch))
-        now = [creation for creation in recorded if not creation.event.send_at_us]
-        if now:
-            self._committed(now)
+        due = [new_task for new_task in recorded if not new_task.event.send_at_us]
+        if due:
+            self._on_commit(due)
         return results
 
 
-async def _answer(call: Awaitable[R], patience: float) -> R:
-    """Return what a call answers; raise UNAVAILABLE where the database does not in `patience` seconds."""
+async def _with_timeout(call: Awaitable[R], seconds: float) -> R:
+    """Return the call's result; raise UNAVAILABLE where the database takes longer or is away."""
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(seconds):
             return await call
     except TimeoutError:
-        raise unavailable() from None
+        raise database_unavailable() from None
     except SQLAlchemyError as error:
         if not is_transient(error):
             raise
         log.warning("not recorded", error=error_text(error))
-        raise unavailable() from None
+        raise database_unavailable() from None
 
 
-def _write(connection: Connection, batch: Sequence[Creation]) -> tuple[list[Recorded], list[Creation]]:
-    tasks = [creation.event.task for creation in batch]
-    taskstore.upsert(connection, [delta(creation.event) for creation in batch])
+def _write(connection: Connection, batch: Sequence[NewTask]) -> tuple[list[RecordResult], list[NewTask]]:
+    """Write a batch; return each task's result, and the tasks that are new."""
+    tasks = [new_task.event.task for new_task in batch]
+    taskstore.upsert(connection, [delta(new_task.event) for new_task in batch])
     keys = [(task.tenant, task.idempotency_key) for task in tasks if task.idempotency_key]
     owners = taskstore.owners_of_keys(connection, sorted(set(keys)))
-    # A task whose key is another's was not stored by the upsert; what its key stands for is answered.
-    others = {
+    # The upsert skips a task whose key another task has. Its result is that other task.
+    existing = {
         task.id: owner
         for task in tasks
         if task.idempotency_key and (owner := owners[task.tenant, task.idempotency_key])[0] != task.id
     }
-    recorded = [creation for creation in batch if creation.event.task.id not in others]
-    taskstore.insert_bodies(connection, [taskstore.body_of(creation.event.task) for creation in recorded])
-    scheduled = [creation.event for creation in recorded if creation.event.send_at_us]
-    outbox.put(
-        connection, [outbox.item_of(creation.event) for creation in recorded if not creation.event.send_at_us]
-    )
+    recorded = [new_task for new_task in batch if new_task.event.task.id not in existing]
+    taskstore.insert_bodies(connection, [taskstore.body_of(new_task.event.task) for new_task in recorded])
+    due = [new_task.event for new_task in recorded if not new_task.event.send_at_us]
+    scheduled = [new_task.event for new_task in recorded if new_task.event.send_at_us]
+    outbox.put(connection, [outbox.row_of(event) for event in due])
     outbox.schedule(
-        connection, [(outbox.item_of(event), from_micros(event.send_at_us)) for event in scheduled]
+        connection, [(outbox.row_of(event), from_micros(event.send_at_us)) for event in scheduled]
     )
-    # Of the others the status service tells a moment later.
+    # The status service adds the timeline entry of a due event a moment later.
     taskstore.insert_events(connection, map(timeline_entry, scheduled))
-    originals = tasks_of(connection, sorted({id_ for id_, _ in others.values()}))
-    results: list[Recorded] = []
+    originals = tasks_of(connection, sorted({id_ for id_, _ in existing.values()}))
+    results: list[RecordResult] = []
     for task in tasks:
-        if task.id not in others:
+        if task.id not in existing:
             results.append(None)
             continue
-        original, request_hash = others[task.id]
+        original, request_hash = existing[task.id]
         same = request_hash == task.request_hash
-        results.append(originals[original] if same else conflict(text(original)))
+        results.append(originals[original] if same else idempotency_conflict(text(original)))
     return results, recorded

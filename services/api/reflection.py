@@ -1,4 +1,4 @@
-"""Server reflection in both of its versions: their messages differ in the name of their package alone."""
+"""Server reflection, versions v1 and v1alpha. Their messages differ only in the name of the package."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _V1 = reflection.SERVICE_NAME.replace("v1alpha", "v1")
 
 
 def enable(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Let clients ask for these services, by full name, and for reflection itself."""
+    """Add reflection to the server, for these services (full names) and for reflection itself."""
     names = (*services, reflection.SERVICE_NAME, _V1)
     reflection.enable_server_reflection(names, server)
-    # grpcio-reflection has v1alpha alone, which newer clients do not ask for.
-    _describe_v1()
+    # grpcio-reflection implements only v1alpha, and newer clients ask only for v1.
+    _add_v1_descriptors()
     servicer = reflection.aio.ReflectionServicer(names)
     method = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
@@ -29,8 +29,7 @@ def enable(services: Iterable[str], server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((handler,))
 
 
-def _describe_v1() -> None:
-    """Add the descriptors of v1 to the pool that reflection answers from."""
+def _add_v1_descriptors() -> None:
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     text = text_format.MessageToString(file).replace("v1alpha", "v1")

@@ -1,4 +1,4 @@
-"""Resolve: an operator says what became of an uncertain task's mail. SQL; it blocks."""
+"""Resolve: an operator decides whether an uncertain task's mail was sent. SQL; blocks."""
 
 from __future__ import annotations
 
@@ -9,79 +9,79 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
-from services.api import outbox, standing
-from services.api.standing import Standing
+from services.api import locked_task, outbox
+from services.api.locked_task import LockedTask
 from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, NOT_SENT, Delivery
 from services.common.deliveries.outcome import event_of
 from services.common.deliveries.resolving import resolved_row
 from services.common.deliveries.rows import insert_row, store_rows
 
-__all__ = ["Resolution", "Unresolved", "close", "in_doubt", "resolve", "row_of"]
+__all__ = ["NotResolvable", "Resolved", "close", "delivery_of", "in_doubt", "resolve"]
 
 _NEVER = datetime(1970, 1, 1)
 
 
-class Resolution(NamedTuple):
-    """How the task stands, and what is to be published: None where it was resolved so before."""
+class Resolved(NamedTuple):
+    """The task after the call, and the event to publish; no event where it was already resolved so."""
 
     task: task_pb2.Task
     event: pb.MailSent | pb.MailFailed | None
 
 
-class Unresolved(NamedTuple):
-    """The task stays as it is: it is not uncertain, and was not resolved so either."""
+class NotResolvable(NamedTuple):
+    """The call changed nothing: the task is not uncertain, and nobody resolved it so before."""
 
     status: str
 
 
 def resolve(
     connection: Connection, tenant: str, id_: bytes, *, sent: bool, owner: bytes, now_us: int
-) -> Resolution | Unresolved | None:
-    """Record that an uncertain task's mail was sent, or was not. None: this tenant has no such task.
+) -> Resolved | NotResolvable | None:
+    """Record that an uncertain task's mail was sent, or that it was not.
 
-    `owner` is a token that no claim has. Done twice, it changes nothing more.
+    `owner` is an owner token that no claim has. Repeated with the same token, the call changes nothing more.
+    Returns None where this tenant has no such task.
     """
-    found = standing.find(connection, tenant, id_)
-    if found is None:
+    task = locked_task.lock_task(connection, tenant, id_)
+    if task is None:
         return None
-    if not in_doubt(found):
-        row = found.row
-        not_sent = row is not None and row.reason == NOT_SENT and found.status == "failed"
-        if found.status == "completed" if sent else not_sent:
-            return Resolution(standing.view(connection, id_), None)
-        return Unresolved("processing" if found.in_hand else found.status)
-    row = resolved_row(row_of(id_, found), sent, found.next_epoch(now_us // 1000), owner, now_us)
-    if not close(connection, found, row):
-        return Unresolved("processing")
-    event = event_of(row)
+    if not in_doubt(task):
+        delivery = task.delivery
+        not_sent = delivery is not None and delivery.reason == NOT_SENT and task.status == "failed"
+        if task.status == "completed" if sent else not_sent:
+            return Resolved(locked_task.view(connection, id_), None)
+        return NotResolvable("processing" if task.held_by_sender else task.status)
+    new = resolved_row(delivery_of(id_, task), sent, task.next_epoch(now_us // 1000), owner, now_us)
+    if not close(connection, task, new):
+        return NotResolvable("processing")
+    event = event_of(new)
     assert isinstance(event, pb.MailSent | pb.MailFailed)
-    standing.record(connection, event)
-    outbox.put(connection, [outbox.item_of(event)])
-    return Resolution(standing.view(connection, id_), event)
+    locked_task.fold_events(connection, event)
+    outbox.put(connection, [outbox.row_of(event)])
+    return Resolved(locked_task.view(connection, id_), event)
 
 
-def in_doubt(found: Standing) -> bool:
+def in_doubt(task: LockedTask) -> bool:
     """Return whether the task waits for an operator."""
-    return found.status == "uncertain" and not found.in_hand
+    return task.status == "uncertain" and not task.held_by_sender
 
 
-def close(connection: Connection, found: Standing, row: Delivery) -> bool:
-    """Write the delivery; return False where it had no row and a sender has come between.
+def close(connection: Connection, task: LockedTask, new: Delivery) -> bool:
+    """Store the new delivery of an uncertain task; return False where a sender has claimed it meanwhile.
 
-    The row was all that could tell of the doubt again, had its sender died before it did: that goes out too.
+    The sender may have died before it published the doubt, and the old delivery alone proves it. The outbox
+    therefore publishes the old epoch's outcome too.
     """
-    if found.row is None:
-        return insert_row(connection, row)
-    store_rows(connection, [row])
-    outbox.put(connection, [outbox.outcome(found.row.task_id, found.row.epoch)])
+    if task.delivery is None:
+        return insert_row(connection, new)
+    store_rows(connection, [new])
+    outbox.put(connection, [outbox.outcome(task.delivery.task_id, task.delivery.epoch)])
     return True
 
 
-def row_of(id_: bytes, found: Standing) -> Delivery:
-    """Return the task's delivery, made anew where it was lost."""
-    if found.row is not None:
-        return found.row
-    attempt = max(1, found.attempts)
-    return Delivery(
-        id_, "uncertain", found.epoch, attempt, 0, NO_OWNER, _NEVER, 0, 0, IN_DOUBT, "", "", "", 0
-    )
+def delivery_of(id_: bytes, task: LockedTask) -> Delivery:
+    """Return the task's delivery; build one from the task's row where it was lost."""
+    if task.delivery is not None:
+        return task.delivery
+    attempt = max(1, task.attempts)
+    return Delivery(id_, "uncertain", task.epoch, attempt, 0, NO_OWNER, _NEVER, 0, 0, IN_DOUBT, "", "", "", 0)

@@ -1,4 +1,4 @@
-"""The service: its parts put together, run, and taken down in order."""
+"""The api service: builds its parts, runs them, and drains them in order."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from grpc_health.v1 import health
 
 from services.api import outbox
 from services.api.auth import Tenants
-from services.api.backlog import Backlog
+from services.api.database_threads import THREADS, DatabaseThreads
 from services.api.decider import Decider
 from services.api.handlers import SERVICE, TaskService
-from services.api.outbox import Item
-from services.api.reader import THREADS, Reader
+from services.api.outbox import OutboxRow
+from services.api.outbox_backlog import OutboxBacklog
+from services.api.outbox_publisher import NewTask, OutboxPublisher
+from services.api.outbox_sweeper import Sweeper
 from services.api.readiness import Readiness
 from services.api.recorder import Recorder
-from services.api.relay import Creation, Relay
-from services.api.server import serve_on
-from services.api.sweeper import Sweeper
+from services.api.server import make_server
 from services.api.watch.watching import Watches
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
@@ -36,18 +36,22 @@ __all__ = ["ApiService", "build"]
 
 log = structlog.get_logger(__name__)
 
-_SENDING_AWAY = 0.2
-_LAST_WORDS = 1.0
-_MOST_SWEPT = 500
-# The recorder's two, the settling of the outbox, the sweeper, readiness, backlog, the readers, the deciders.
+_REFUSAL_TIME = 0.2
+_STREAM_GRACE = 1.0
+_MAX_SWEPT = 500
+# The recorder uses two, the deleter, the sweeper, the readiness and the backlog one each, and each of the two
+# DatabaseThreads as many as it has threads.
 _CONNECTIONS = 6 + 2 * THREADS
 
 
 class ApiService:
-    """The api as its process runs it; made on the event loop."""
+    """The api in its process. Made on the event loop.
+
+    Raises OSError where its port is taken, and ValueError for tokens or a database URL that are not valid.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._seconds = settings.drain_seconds
+        self._drain_seconds = settings.drain_seconds
         self._stopping = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         with refused("api_tokens"):
@@ -56,30 +60,30 @@ class ApiService:
             url = url_of(settings.database_url)
         self._engine = make_engine(url, _CONNECTIONS)
         self._publisher = Publisher(settings, "postroad.api")
-        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=is_transient, name="outbox")
-        most, most_bytes = settings.max_in_flight, settings.max_in_flight_bytes
-        self._relay = Relay(self._publisher, self._settle, most, most_bytes)
-        self._recorder = Recorder(self._engine, self._committed, settings.max_pending_creates, most_bytes)
-        self._sweeper = Sweeper(self._engine, self._publisher, self._relay, _MOST_SWEPT)
-        self._reader = Reader(self._engine)
-        self._deciding = Reader(self._engine)
-        decider = Decider(self._deciding, self._relay.publish)
+        self._deleter: Batcher[OutboxRow, None] = Batcher(self._delete, shared=is_transient, name="outbox")
+        max_count, max_bytes = settings.max_in_flight, settings.max_in_flight_bytes
+        self._outbox_publisher = OutboxPublisher(self._publisher, self._deleter, max_count, max_bytes)
+        self._recorder = Recorder(self._engine, self._on_commit, settings.max_pending_creates, max_bytes)
+        self._sweeper = Sweeper(self._engine, self._publisher, self._outbox_publisher, _MAX_SWEPT)
+        self._query_threads = DatabaseThreads(self._engine)
+        self._decider_threads = DatabaseThreads(self._engine)
+        decider = Decider(self._decider_threads, self._outbox_publisher.publish)
         self._health = health.aio.HealthServicer()
         self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
-        self._backlog = Backlog(self._engine)
-        # It publishes to some of these, and Watch reads all.
+        self._backlog = OutboxBacklog(self._engine)
+        # The api publishes to some of these topics, and Watch reads all.
         names = Names(settings.topic_prefix)
         self._cluster = ClusterCheck(settings, [names.topic(name) for name in EVENT_TOPICS])
-        self._watches = watches = Watches(settings, self._reader)
+        self._watches = watches = Watches(settings, self._query_threads)
         self._tasks = tasks = TaskService(
-            tenants, self._recorder, self._reader, decider, watches=watches, max_body=settings.max_body
+            tenants, self._recorder, self._query_threads, decider, watches=watches, max_body=settings.max_body
         )
-        self._server, self.port = serve_on(settings.listen, tasks, self._health)
+        self._server, self.port = make_server(settings.listen, tasks, self._health)
 
     async def run(self) -> None:
-        """Serve until stopped; then answer what is in flight and publish what was recorded.
+        """Serve until stopped. Then answer the calls in flight and publish what they recorded.
 
-        Raises RuntimeError where the producer cannot go on; the process must start anew.
+        Raises RuntimeError where the producer has failed for good; the process must then restart.
         """
         self._publisher.start()
         await self._server.start()
@@ -104,46 +108,43 @@ class ApiService:
         self._stopping.set()
 
     def problems(self) -> list[str]:
-        """Return why the api is not ready: it drains, or the database is silent.
+        """Return why the api is not ready: it drains, or the database does not answer.
 
-        While Kafka does not answer or a topic is missing, Create goes on: that makes it degraded.
+        Without Kafka or one of its topics the api is only degraded, because Create still works.
         """
         problems = (["draining"] if self._stopping.is_set() else []) + self._readiness.problems()
         return [*problems, *map(Degraded, self._cluster.problems()), *self._backlog.problems()]
 
     async def _drain(self, sweeping: asyncio.Task[None]) -> None:
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + self._drain_seconds
         await self._health.enter_graceful_shutdown()
         self._tasks.drain()
-        # Closing, gRPC cancels what it has not handed on yet; so clients are sent away before that.
-        await asyncio.sleep(_SENDING_AWAY)
-        await self._tasks.answered(self._seconds)
-        # A watcher that takes no messages does not hear of the end either.
-        await self._server.stop(_LAST_WORDS)
+        # `stop` cancels calls that gRPC has not dispatched yet. They get UNAVAILABLE before that.
+        await asyncio.sleep(_REFUSAL_TIME)
+        await self._tasks.answered(self._drain_seconds)
+        # A watcher that reads no messages would never end its stream by itself.
+        await self._server.stop(_STREAM_GRACE)
         await self._watches.close()
         await self._recorder.close()
         self._sweeper.stop()
-        await self._relay.drain(max(0.1, deadline - time.monotonic()))
-        # What a sweep has in hand while Kafka is away is in the outbox still.
+        await self._outbox_publisher.drain(max(0.1, deadline - time.monotonic()))
+        # While Kafka is away the sweep cannot finish. Its events stay in the outbox.
         await asyncio.wait((sweeping,), timeout=max(1.0, deadline - time.monotonic()))
         sweeping.cancel()
         await self._publisher.close(max(0.1, deadline - time.monotonic()))
-        await self._settle.close()
-        self._reader.close()
-        self._deciding.close()
+        await self._deleter.close()
+        self._query_threads.close()
+        self._decider_threads.close()
         self._engine.dispose()
 
-    def _committed(self, recorded: Sequence[Creation]) -> None:
-        self._loop.call_soon_threadsafe(self._relay.publish, recorded)
+    def _on_commit(self, new_tasks: Sequence[NewTask]) -> None:
+        self._loop.call_soon_threadsafe(self._outbox_publisher.publish, new_tasks)
 
-    def _delete(self, items: Sequence[Item]) -> list[None]:
-        transaction(self._engine, lambda connection: outbox.delete(connection, items))
-        return [None] * len(items)
+    def _delete(self, rows: Sequence[OutboxRow]) -> list[None]:
+        transaction(self._engine, lambda connection: outbox.delete(connection, rows))
+        return [None] * len(rows)
 
 
 async def build(settings: Settings) -> ApiService:
-    """Return the api, ready to run.
-
-    Raises OSError when its port is taken, ValueError for tokens or a database URL that cannot be used.
-    """
+    """Return the api, ready to run; raises what ApiService raises."""
     return ApiService(settings)

@@ -1,8 +1,8 @@
-"""UUIDv7 ids (RFC 9562 section 5.7) that are in the order of their creation.
+"""UUIDv7 ids (RFC 9562 section 5.7) that sort by creation time.
 
-The fraction of the millisecond stands in rand_a (RFC 9562 section 6.2, method 3), and no two ids of
-one process share a microsecond. So an id tells its task's creation time to the microsecond, and a
-range of times is a range of ids.
+rand_a holds the fraction of the millisecond (RFC 9562 section 6.2, method 3), and no two ids of one process
+share a microsecond. An id therefore contains its task's creation time to the microsecond, and a range of
+times is a range of ids.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from collections.abc import Callable
 
 __all__ = ["Clock", "lowest", "parse", "text"]
 
-_SHAPE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
+_TEXT_FORM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 _LIMIT_US = (1 << 48) * 1000
 _VERSION = 7 << 76
 _VARIANT = 2 << 62
-_RANDOM = (1 << 62) - 1
+_RANDOM_MASK = (1 << 62) - 1
 
 
 def _head(us: int) -> int:
     ms, rest = divmod(us, 1000)
-    # 1000 microseconds spread over the 4096 values of rand_a: each has its own, in their order.
+    # The 1000 microseconds map to the 4096 values of rand_a without a collision, and keep their order.
     return ms << 80 | _VERSION | (rest * 4096 // 1000) << 64 | _VARIANT
 
 
 class Clock:
-    """Draws ids. One to a process; not thread-safe."""
+    """Draws ids. A process has one. Not thread-safe."""
 
     def __init__(self, now_ns: Callable[[], int] = time.time_ns) -> None:
         self._now_ns = now_ns
-        self._last = 0
+        self._last_us = 0
         self._pool, self._used = b"", 0
 
     def draw(self) -> tuple[bytes, int]:
-        """Return a new id's 16 bytes and its time, in microseconds since the Unix epoch.
+        """Return a new id (16 bytes) and its time in microseconds since the Unix epoch.
 
-        Ids and times rise strictly, also while the system's clock stands still or goes back.
+        Ids and times rise strictly, even while the system's clock stands still or steps back.
         """
         us = self._now_ns() // 1000
-        if us <= self._last:
-            us = self._last + 1
-        self._last = us
+        if us <= self._last_us:
+            us = self._last_us + 1
+        self._last_us = us
         return (_head(us) | self._random()).to_bytes(16, "big"), us
 
     def _random(self) -> int:
-        # Drawn from the system for many ids at once: each draw is a system call that lets go of the GIL.
+        # Each os.urandom is a system call that releases the GIL, so one call serves 256 ids.
         if self._used >= len(self._pool):
             self._pool, self._used = os.urandom(8 * 256), 0
         start, self._used = self._used, self._used + 8
-        return int.from_bytes(self._pool[start : self._used], "big") & _RANDOM
+        return int.from_bytes(self._pool[start : self._used], "big") & _RANDOM_MASK
 
 
 def lowest(us: int) -> bytes:
-    """Return the lowest id of this microsecond; a time outside what an id can tell is taken to its end."""
+    """Return the lowest id of this microsecond; of the nearest one where no id can contain the time."""
     return _head(min(max(us, 0), _LIMIT_US - 1)).to_bytes(16, "big")
 
 
@@ -66,10 +66,10 @@ def text(id_: bytes) -> str:
 
 
 def parse(value: str) -> bytes:
-    """Return the 16 bytes of an id's text form; raise ValueError where it is none.
+    """Return the 16 bytes of an id in its text form, of any UUID version; raise ValueError otherwise.
 
-    Only the form with hyphens is taken, in either case of letters; any UUID version.
+    Accepts only the form with hyphens, in upper or lower case.
     """
-    if _SHAPE.fullmatch(value) is None:
+    if _TEXT_FORM.fullmatch(value) is None:
         raise ValueError("not the text form of a UUID")
     return bytes.fromhex(value.replace("-", ""))

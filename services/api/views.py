@@ -1,4 +1,4 @@
-"""Tasks as clients see them: from a row, or from the request that was just recorded."""
+"""Builds the Task of the protos from a row, or from the event of a new task."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ __all__ = [
     "COLUMNS",
     "EVENT_COLUMNS",
     "EVENT_ID",
-    "recorded",
+    "new_task",
     "task",
     "timeline",
     "without_late_verdicts",
 ]
 
-# What `task` takes, in its order.
 COLUMNS = (
     "id, recipient, subject, status, reason, reply, message_id, attempts, next_attempt_at, created_at,"
     " updated_at, labels"
 )
-# What `timeline` takes, in its order.
+"""The columns of `tasks` that `task` takes, in its order."""
 EVENT_COLUMNS = "at, stage, kind, attempt, relay, reply, detail, next_attempt_at"
+"""The columns of `task_events` that `timeline` takes, in its order."""
 EVENT_ID = "event_id"
-"""The column that `without_late_verdicts` takes behind those."""
+"""The column that `without_late_verdicts` takes after those."""
 
-# Which of several things that carry the same microsecond came first.
+# Orders the events of one microsecond.
 _ORDER = ("created", "retried", "mx_ok", "mx_failed", "in_doubt", "deferred", "sent", "failed", "cancelled")
 _RANK = {kind: rank for rank, kind in enumerate(_ORDER)}
 
 
 def task(row: Sequence[Any]) -> task_pb2.Task:
-    """Return the task of a row of COLUMNS, without what only Get fills."""
+    """Return the task of a row of COLUMNS. Its body and its timeline are empty; only Get adds them."""
     id_, email, subject, status, reason, reply, message_id, attempts, next_at, created, updated, labels = row
     view = task_pb2.Task(
         id=text(id_),
@@ -58,8 +58,8 @@ def task(row: Sequence[Any]) -> task_pb2.Task:
     return view
 
 
-def recorded(event: events_pb2.TaskCreated) -> task_pb2.Task:
-    """Return a task as it stands right after it was recorded; the same as its row would give."""
+def new_task(event: events_pb2.TaskCreated) -> task_pb2.Task:
+    """Return a task that was just recorded, equal to what `task` returns for its row."""
     mail = event.task
     view = task_pb2.Task(
         id=text(mail.id), email=mail.email, subject=mail.subject, status="pending", labels=mail.labels
@@ -77,9 +77,9 @@ def _set(field: Timestamp, us: int) -> None:
 
 
 def timeline(rows: Sequence[Sequence[Any]]) -> list[task_pb2.TimelineEntry]:
-    """Return what happened to a task, from rows of EVENT_COLUMNS, oldest first."""
+    """Return the timeline of rows of EVENT_COLUMNS, oldest first."""
     entries = []
-    for at, stage, kind, attempt, relay, reply, detail, next_at, *_ in sorted(rows, key=_age):
+    for at, stage, kind, attempt, relay, reply, detail, next_at, *_ in sorted(rows, key=_order):
         entry = task_pb2.TimelineEntry(
             stage=stage, kind=kind, attempt=attempt, relay=relay, reply=reply, detail=detail
         )
@@ -91,21 +91,21 @@ def timeline(rows: Sequence[Sequence[Any]]) -> list[task_pb2.TimelineEntry]:
 
 
 def without_late_verdicts(rows: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """Return rows of EVENT_COLUMNS and EVENT_ID without what the validator found for an epoch that was over.
+    """Return rows of EVENT_COLUMNS and EVENT_ID without the verdicts on epochs that had ended.
 
-    It had the task in hand when that was cancelled or opened again, or got it afterwards, as the topics keep
-    each task's first event. Nothing follows from what it found then.
+    The validator produces such a verdict when a task is cancelled or opened again while it looks up the
+    domain. It also does so later, because the topics keep each task's first event. The verdict has no effect.
     """
     kept = []
-    latest = 0
-    for row in sorted(rows, key=_age):
+    latest_epoch = 0
+    for row in sorted(rows, key=_order):
         epoch = int(row[8].split(":")[1])
         if row[2] in ("cancelled", "retried"):
-            latest = max(latest, epoch)
-        if row[1] != "validator" or epoch >= latest:
+            latest_epoch = max(latest_epoch, epoch)
+        if row[1] != "validator" or epoch >= latest_epoch:
             kept.append(row)
     return kept
 
 
-def _age(row: Sequence[Any]) -> tuple[datetime, int, int]:
+def _order(row: Sequence[Any]) -> tuple[datetime, int, int]:
     return row[0], row[3], _RANK.get(row[2], len(_RANK))

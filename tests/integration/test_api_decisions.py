@@ -13,13 +13,13 @@ import pytest
 from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
-from services.api import outbox, queries, sweeper, uuid7
+from services.api import outbox, outbox_sweeper, queries, uuid7
 from services.api.cancelling import Cancelled, cancel
+from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
-from services.api.errors import Problem
-from services.api.reader import Reader
-from services.api.reopening import Refusal, Reopened, reopen
-from services.api.resolving import Resolution, Unresolved, resolve
+from services.api.errors import StatusError
+from services.api.resolving import NotResolvable, Resolved, resolve
+from services.api.retrying import NotRetryable, Retried, retry
 from services.common import taskstore
 from services.common.database.engine import make_engine
 from services.common.database.times import from_micros
@@ -76,7 +76,7 @@ class Book:
 
         def write(connection: Connection) -> None:
             taskstore.insert_bodies(connection, [taskstore.body_of(task)])
-            item = outbox.item_of(event)
+            item = outbox.row_of(event)
             if send_at_us:
                 outbox.schedule(connection, [(item, from_micros(send_at_us))])
             else:
@@ -149,9 +149,9 @@ class Book:
         self.events[id_].append(decision.event)
         assert decision.task.id == uuid7.text(id_)
         # A sweeper would publish the same.
-        item = outbox.item_of(decision.event)
+        item = outbox.row_of(decision.event)
         assert item in self.outbox(id_)
-        found = transaction(self.engine, lambda c: sweeper.rebuilt(c, [item]))
+        found = transaction(self.engine, lambda c: outbox_sweeper.load_events(c, [item]))
         assert encode(found[item], "api") == encode(decision.event, "api")
         self.events[id_] += self.sender_meets(decision.event)
         return decision
@@ -166,16 +166,16 @@ class Book:
         assert isinstance(outcome, Done)
         return list(outcome.events)
 
-    def resolve(self, id_: bytes, sent: bool, tenant: str = TENANT) -> Resolution | Unresolved | None:
+    def resolve(self, id_: bytes, sent: bool, tenant: str = TENANT) -> Resolved | NotResolvable | None:
         now_us = time.time_ns() // 1000
         return transaction(
             self.engine, lambda c: resolve(c, tenant, id_, sent=sent, owner=token(), now_us=now_us)
         )
 
-    def resolved(self, id_: bytes, sent: bool) -> Resolution:
+    def resolved(self, id_: bytes, sent: bool) -> Resolved:
         """Resolve; what was decided is published, the doubt that came before it too."""
         decision = self.resolve(id_, sent)
-        assert isinstance(decision, Resolution), decision
+        assert isinstance(decision, Resolved), decision
         assert decision.event is not None
         self.events[id_] += [decision.event]
         self.swept(id_, decision.event)
@@ -184,7 +184,7 @@ class Book:
     def swept(self, id_: bytes, event: Event) -> None:
         """A sweeper publishes the event as it was, and the doubt of the epoch before."""
         items = [item for item in self.outbox(id_) if item.kind != outbox.CREATED]
-        found = transaction(self.engine, lambda c: sweeper.rebuilt(c, items))
+        found = transaction(self.engine, lambda c: outbox_sweeper.load_events(c, items))
         assert set(found) == set(items)
         published = [encode(event_, "api") for event_ in found.values()]
         assert encode(event, "api") in published
@@ -194,19 +194,19 @@ class Book:
         assert len(doubts) == 1
         self.events[id_] += doubts
 
-    def retry(self, id_: bytes, tenant: str = TENANT, tried: int = 0) -> Reopened | Refusal | None:
+    def retry(self, id_: bytes, tenant: str = TENANT, tried: int = 0) -> Retried | NotRetryable | None:
         now_ms = time.time_ns() // 1_000_000
-        return transaction(self.engine, lambda c: reopen(c, tenant, id_, now_ms, tried))
+        return transaction(self.engine, lambda c: retry(c, tenant, id_, now_ms, tried))
 
     def reopened(self, id_: bytes) -> int:
         """Retry; return the new epoch."""
         decision = self.retry(id_)
-        assert isinstance(decision, Reopened), decision
+        assert isinstance(decision, Retried), decision
         self.events[id_].append(decision.event)
         assert (decision.task.status, decision.task.attempts) == ("pending", 0)
-        item = outbox.item_of(decision.event)
+        item = outbox.row_of(decision.event)
         assert item in self.outbox(id_)
-        found = transaction(self.engine, lambda c: sweeper.rebuilt(c, [item]))
+        found = transaction(self.engine, lambda c: outbox_sweeper.load_events(c, [item]))
         assert encode(found[item], "api") == encode(decision.event, "api")
         return item.epoch
 
@@ -221,11 +221,11 @@ class Book:
             found = connection.exec_driver_sql(query, (id_,)).first()
         return None if found is None else Delivery(*found)
 
-    def outbox(self, id_: bytes, due: bool = False) -> list[outbox.Item]:
+    def outbox(self, id_: bytes, due: bool = False) -> list[outbox.OutboxRow]:
         when = "AND available_at <= UTC_TIMESTAMP(6)" if due else ""
         with self.engine.connect() as connection:
             query = f"SELECT task_id, kind, epoch FROM outbox WHERE task_id = %s {when}"
-            return [outbox.Item(*row) for row in connection.exec_driver_sql(query, (id_,))]
+            return [outbox.OutboxRow(*row) for row in connection.exec_driver_sql(query, (id_,))]
 
     def kinds(self, id_: bytes) -> list[str]:
         with self.engine.connect() as connection:
@@ -285,7 +285,9 @@ def test_a_scheduled_tasks_first_event_waits_no_longer(book: Book) -> None:
     assert not decision.task.HasField("next_attempt_at")
     assert book.outbox(id_, due=True) == [outbox.created(id_)]
     # And it is the event that was recorded.
-    [event] = transaction(book.engine, lambda c: sweeper.rebuilt(c, [outbox.created(id_)])).values()
+    [event] = transaction(
+        book.engine, lambda c: outbox_sweeper.load_events(c, [outbox.created(id_)])
+    ).values()
     assert event == book.events[id_][0]
     book.is_what_was_told(id_)
 
@@ -472,7 +474,7 @@ def test_what_ended_without_its_mail_begins_anew_and_is_sent_once(book: Book, st
     assert not isinstance(book.claim(id_), Taken), "the old record sends nothing"
     book.settle(book.taken(id_, epoch), "sent", reply="250 ok")
     assert book.row(id_).status == "completed"
-    assert book.retry(id_) == Refusal("completed")
+    assert book.retry(id_) == NotRetryable("completed")
     assert isinstance(book.claim(id_, epoch + 1), Stored)
     book.is_what_was_told(id_)
 
@@ -483,7 +485,7 @@ def test_what_was_sent_is_never_opened_again(book: Book, told: bool) -> None:
     row = book.settle(book.taken(id_), "uncertain", IN_DOUBT)
     # Its sender got the answer after all.
     late = book.settle(row._replace(state="sending"), "sent", reply="250 ok", told=told)
-    assert book.retry(id_) == Refusal("completed")
+    assert book.retry(id_) == NotRetryable("completed")
     if not told:
         stored = book.delivery(id_)
         assert stored is not None
@@ -494,11 +496,11 @@ def test_what_was_sent_is_never_opened_again(book: Book, told: bool) -> None:
 
 def test_what_is_under_way_is_not_opened(book: Book) -> None:
     id_ = book.create()
-    assert book.retry(id_) == Refusal("pending")
+    assert book.retry(id_) == NotRetryable("pending")
     book.ok(id_)
-    assert book.retry(id_) == Refusal("processing")
+    assert book.retry(id_) == NotRetryable("processing")
     book.settle(book.taken(id_), "deferred", "deferred", "451 later")
-    assert book.retry(id_) == Refusal("processing")
+    assert book.retry(id_) == NotRetryable("processing")
 
 
 @pytest.mark.parametrize("state", ["sending", "deferred"])
@@ -509,7 +511,7 @@ def test_what_a_sender_has_is_not_opened_though_a_late_verdict_came(book: Book, 
     if state == "deferred":
         book.settle(row, "deferred", "greylisted", told=False)
     book.tell(id_, pb.MxFailed(id=id_, attempt=1, reason="no_such_domain", at_us=9))
-    assert book.retry(id_) == Refusal("processing")
+    assert book.retry(id_) == NotRetryable("processing")
 
 
 def test_a_task_without_its_body_cannot_be_sent_again(book: Book) -> None:
@@ -517,7 +519,7 @@ def test_a_task_without_its_body_cannot_be_sent_again(book: Book) -> None:
     book.settle(book.taken(id_), "failed", "rejected", "550 no")
     with book.engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM task_bodies WHERE task_id = %s", (id_,))
-    assert book.retry(id_) == Refusal("failed", purged=True)
+    assert book.retry(id_) == NotRetryable("failed", purged=True)
     assert book.row(id_).status == "failed"
 
 
@@ -525,15 +527,15 @@ def test_of_several_retries_at_once_one_opens_the_task(book: Book) -> None:
     id_ = book.create()
     book.cancelled(id_)
     answers = everyone(6, lambda number: book.retry(id_))
-    assert sum(isinstance(answer, Reopened) for answer in answers) == 1
-    assert [answer for answer in answers if isinstance(answer, Refusal)] == [Refusal("pending")] * 5
+    assert sum(isinstance(answer, Retried) for answer in answers) == 1
+    assert [answer for answer in answers if isinstance(answer, NotRetryable)] == [NotRetryable("pending")] * 5
 
 
 def test_a_retry_whose_commit_was_not_heard_of_opens_the_task_once(book: Book) -> None:
     id_ = book.create()
     book.cancelled(id_)
     first = book.retry(id_)
-    assert isinstance(first, Reopened)
+    assert isinstance(first, Retried)
     second = book.retry(id_, tried=first.event.epoch)
     assert second == first
     assert len(book.outbox(id_)) == 3
@@ -598,7 +600,7 @@ class Asking:
 
     def __init__(self, engine: Engine) -> None:
         self.published: list[Event] = []
-        self._threads = Reader(engine)
+        self._threads = DatabaseThreads(engine)
         self.decider = Decider(self._threads, lambda batch: self.published.extend(r.event for r in batch))
 
     def __enter__(self) -> Asking:
@@ -619,7 +621,7 @@ async def test_a_cancel_waits_for_a_mail_under_way_and_then_says_what_came_of_it
         await asyncio.to_thread(book.settle, row, "sent", reply="250 ok", told=False)
         assert (await asked).status == "completed"
         began = time.monotonic()
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(StatusError) as caught:
             await asking.decider.cancel(TENANT, stuck, b"")
         assert 3 < time.monotonic() - began < 8
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
@@ -636,13 +638,13 @@ async def test_what_is_decided_is_published_at_once(book: Book) -> None:
         assert (await asking.decider.cancel(TENANT, id_, b"")).status == "cancelled"
         assert (await asking.decider.cancel(TENANT, id_, b"")).status == "cancelled"
         assert (await asking.decider.retry(TENANT, id_, b"")).status == "pending"
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(StatusError) as caught:
             await asking.decider.retry(TENANT, id_, b"")
         assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
         assert [type(event) for event in asking.published] == [pb.TaskCancelled, pb.TaskCreated]
-        assert {outbox.item_of(event) for event in asking.published} < set(book.outbox(id_))  # type: ignore[arg-type]
+        assert {outbox.row_of(event) for event in asking.published} < set(book.outbox(id_))  # type: ignore[arg-type]
         for ask in (asking.decider.cancel, asking.decider.retry):
-            with pytest.raises(Problem) as caught:
+            with pytest.raises(StatusError) as caught:
                 await ask("red", id_, b"")
             assert caught.value.code is grpc.StatusCode.NOT_FOUND
 
@@ -653,7 +655,7 @@ async def test_without_the_database_the_answer_is_unavailable(book: Book) -> Non
     with Asking(engine) as asking:
         for ask in (asking.decider.cancel, asking.decider.retry):
             began = time.monotonic()
-            with pytest.raises(Problem) as caught:
+            with pytest.raises(StatusError) as caught:
                 await ask(TENANT, id_, b"")
             assert time.monotonic() - began < 6
             assert caught.value.code is grpc.StatusCode.UNAVAILABLE
@@ -711,11 +713,11 @@ def test_a_mail_that_an_operator_found_is_never_sent_again(book: Book, told: boo
         stored = book.claim(id_, epoch, attempt=2)
         assert isinstance(stored, Stored)
         assert encode(event_of(stored.row), "x").value == encode(decision.event, "x").value  # type: ignore[arg-type]
-    assert book.retry(id_) == Refusal("completed")
+    assert book.retry(id_) == NotRetryable("completed")
     assert book.cancelled(id_).task.status == "completed"
     # Said twice, it is recorded once; it is not taken back.
-    assert book.resolve(id_, sent=True) == Resolution(decision.task, None)
-    assert book.resolve(id_, sent=False) == Unresolved("completed")
+    assert book.resolve(id_, sent=True) == Resolved(decision.task, None)
+    assert book.resolve(id_, sent=False) == NotResolvable("completed")
 
 
 def test_a_mail_that_was_not_sent_has_failed_and_goes_by_a_retry(book: Book) -> None:
@@ -725,8 +727,8 @@ def test_a_mail_that_was_not_sent_has_failed_and_goes_by_a_retry(book: Book) -> 
     assert (decision.task.status, decision.task.reason) == ("failed", NOT_SENT)
     book.is_what_was_told(id_)
     assert isinstance(book.claim(id_, attempt=2), Stale)
-    assert book.resolve(id_, sent=False) == Resolution(decision.task, None)
-    assert book.resolve(id_, sent=True) == Unresolved("failed")
+    assert book.resolve(id_, sent=False) == Resolved(decision.task, None)
+    assert book.resolve(id_, sent=True) == NotResolvable("failed")
     again = book.taken(id_, book.reopened(id_))
     assert (again.message_id, again.takeovers) == (row.message_id, 0)
     book.settle(again, "sent", reply="250 ok")
@@ -735,9 +737,9 @@ def test_a_mail_that_was_not_sent_has_failed_and_goes_by_a_retry(book: Book) -> 
 
 def test_only_an_uncertain_task_is_resolved(book: Book) -> None:
     id_ = book.create()
-    assert book.resolve(id_, sent=True) == Unresolved("pending")
+    assert book.resolve(id_, sent=True) == NotResolvable("pending")
     book.settle(book.taken(id_), "failed", "rejected", "550 no")
-    assert book.resolve(id_, sent=True) == book.resolve(id_, sent=False) == Unresolved("failed")
+    assert book.resolve(id_, sent=True) == book.resolve(id_, sent=False) == NotResolvable("failed")
     assert book.resolve(id_, True, "red") is None
     assert book.resolve(bytes(16), sent=True) is None
 
@@ -748,6 +750,6 @@ def test_an_uncertain_task_whose_delivery_was_lost_is_resolved(book: Book) -> No
     with book.engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM deliveries WHERE task_id = %s", (id_,))
     decision = book.resolve(id_, sent=True)
-    assert isinstance(decision, Resolution)
+    assert isinstance(decision, Resolved)
     assert decision.task.status == "completed"
     assert isinstance(book.claim(id_), Stored)

@@ -230,7 +230,7 @@ def test_a_page_is_a_short_walk_down_its_index_however_deep(
 ) -> None:
     engine, rows = large
     after = rows[-1 - depth].id if depth else None
-    sql, parameters = queries.statement(tenant, asked, after, 51)
+    sql, parameters = queries.list_statement(tenant, asked, after, 51)
     walks = 1 if asked.email or asked.domain else len(asked.status or STATUSES)
     with engine.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters).mappings().all()
@@ -261,7 +261,7 @@ def test_who_has_few_tasks_among_many_has_only_those_read(large: Table, asked: F
     own = ROWS // 1000
     with engine.connect() as connection:
         for sql, parameters in (
-            queries.statement("other", asked, None, own + 1),
+            queries.list_statement("other", asked, None, own + 1),
             queries.count_statement("other", asked),
         ):
             # The rows, the merge of the walks, which MariaDB copies and sorts, and the ends.

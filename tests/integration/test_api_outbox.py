@@ -13,11 +13,11 @@ from sqlalchemy.exc import DBAPIError
 
 from postroad.v1 import events_pb2, task_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
-from services.api import backlog, metrics, outbox, queries, sweeper, uuid7, views
-from services.api.errors import Problem
+from services.api import metrics, outbox, outbox_backlog, outbox_sweeper, queries, uuid7, views
+from services.api.errors import StatusError
+from services.api.outbox_publisher import NewTask, OutboxEvent
 from services.api.recorder import Recorder
-from services.api.relay import Creation, Recording
-from services.api.validation import creation
+from services.api.validation import task_created
 from services.common import taskstore
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
@@ -31,15 +31,15 @@ from tests.integration.stage_kit import until
 CLOCK = uuid7.Clock()
 
 
-def recording(key: str = "", send_at_us: int = 0, **data: object) -> Creation:
+def recording(key: str = "", send_at_us: int = 0, **data: object) -> NewTask:
     mail = {"email": "a@shop.test", "subject": "Hello", "body": "text"} | data
     asked = CreateRequest(data=TaskData(**mail))  # type: ignore[arg-type]
     if send_at_us:
         asked.send_at.FromMicroseconds(send_at_us)
-    event = creation(asked, "default", key, 1000, time.time_ns() // 1000)
+    event = task_created(asked, "default", key, 1000, time.time_ns() // 1000)
     event.task.id, event.task.created_at_us = CLOCK.draw()
     event.at_us = event.task.created_at_us
-    return Recording(event, b"trace", 100)
+    return OutboxEvent(event, b"trace", 100)
 
 
 def ids_in(engine: Engine, table: str, column: str = "task_id") -> list[bytes]:
@@ -48,10 +48,10 @@ def ids_in(engine: Engine, table: str, column: str = "task_id") -> list[bytes]:
 
 
 async def record(
-    engine: Engine, *recordings: Creation
-) -> tuple[list[task_pb2.Task | BaseException | None], list[Creation]]:
+    engine: Engine, *recordings: NewTask
+) -> tuple[list[task_pb2.Task | BaseException | None], list[NewTask]]:
     """Record all at once; return what each was answered and what was handed on to be published."""
-    committed: list[Creation] = []
+    committed: list[NewTask] = []
     recorder = Recorder(engine, committed.extend, 1000, 1 << 20)
     answers = await asyncio.gather(*map(recorder.record, recordings), return_exceptions=True)
     await recorder.close()
@@ -74,7 +74,7 @@ async def test_a_recorded_task_stands_in_three_tables_and_is_rebuilt_as_it_was(e
     events = {outbox.created(r.event.task.id): r.event for r in batch}
     ids = sorted(item.task_id for item in events)
     assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == ids
-    assert transaction(engine, lambda c: sweeper.rebuilt(c, list(events))) == events
+    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, list(events))) == events
     # What Create answers without reading is what Get reads.
     row = transaction(
         engine,
@@ -82,7 +82,7 @@ async def test_a_recorded_task_stands_in_three_tables_and_is_rebuilt_as_it_was(e
             f"SELECT {views.COLUMNS} FROM tasks WHERE id = %s", (rich.event.task.id,)
         ).one(),
     )
-    assert views.task(row) == views.recorded(rich.event)
+    assert views.task(row) == views.new_task(rich.event)
 
 
 async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Engine) -> None:
@@ -103,12 +103,12 @@ async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Eng
     def write(connection: Connection) -> None:
         taskstore.upsert(connection, map(delta, events))
         taskstore.insert_events(connection, map(timeline_entry, events))
-        outbox.put(connection, [outbox.item_of(event) for event in events])
+        outbox.put(connection, [outbox.row_of(event) for event in events])
 
     transaction(engine, write)
-    items = [outbox.item_of(event) for event in events]
+    items = [outbox.row_of(event) for event in events]
     assert len(set(items)) == len(items) == 18
-    found = transaction(engine, lambda c: sweeper.rebuilt(c, items))
+    found = transaction(engine, lambda c: outbox_sweeper.load_events(c, items))
     assert [encode(found[item], "api") for item in items] == [encode(event, "api") for event in events]
     # What is not there is not made up.
     unknown = [
@@ -116,7 +116,7 @@ async def test_a_task_reopened_or_cancelled_is_rebuilt_byte_for_byte(engine: Eng
         outbox.cancelled(bytes(16), 0),
         outbox.cancelled(items[0].task_id, 5),
     ]
-    assert transaction(engine, lambda c: sweeper.rebuilt(c, unknown)) == {}
+    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, unknown)) == {}
 
 
 async def test_a_scheduled_task_is_left_to_the_sweeper_and_rebuilt_with_its_time(engine: Engine) -> None:
@@ -125,11 +125,11 @@ async def test_a_scheduled_task_is_left_to_the_sweeper_and_rebuilt_with_its_time
     answers, committed = await record(engine, later, now)
     assert answers == [None, None]
     assert committed == [now]
-    item = outbox.item_of(later.event)
+    item = outbox.row_of(later.event)
     due = "SELECT available_at FROM outbox WHERE task_id = %s"
     [row] = transaction(engine, lambda c: c.exec_driver_sql(due, (item.task_id,)).all())
     assert row.available_at == from_micros(send_at_us)
-    assert transaction(engine, lambda c: sweeper.rebuilt(c, [item])) == {item: later.event}
+    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, [item])) == {item: later.event}
     view = transaction(engine, lambda c: queries.get(c, "default", later.event.task.id))
     assert view is not None
     assert (view.status, view.next_attempt_at.ToMicroseconds()) == ("pending", send_at_us)
@@ -137,17 +137,17 @@ async def test_a_scheduled_task_is_left_to_the_sweeper_and_rebuilt_with_its_time
     assert (line.kind, line.next_attempt_at.ToMicroseconds()) == ("created", send_at_us)
     view.ClearField("timeline_entry")
     view.body = ""
-    assert view == views.recorded(later.event)
+    assert view == views.new_task(later.event)
     # Cancelled, its first event waits no longer, and says what it would have said.
     cancelled = events_pb2.TaskCancelled(id=later.event.task.id, epoch=5, at_us=send_at_us)
     transaction(engine, lambda c: taskstore.upsert(c, [delta(cancelled)]))
-    assert transaction(engine, lambda c: sweeper.rebuilt(c, [item])) == {item: later.event}
+    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, [item])) == {item: later.event}
     transaction(engine, lambda c: outbox.hasten(c, later.event.task.id))
     transaction(engine, lambda c: outbox.hasten(c, now.event.task.id))
     assert taken(engine, 9) == [item]
 
 
-async def batch_of(engine: Engine, *recordings: Creation) -> list[object]:
+async def batch_of(engine: Engine, *recordings: NewTask) -> list[object]:
     recorder = Recorder(engine, lambda _: None, 1000, 1 << 20)
     try:
         return list(await recorder.record_batch(recordings))
@@ -167,11 +167,11 @@ async def test_a_batch_is_one_transaction_in_which_each_has_its_own_answer(engin
     again, clash = recording("known"), recording("known", body="x")
     answers = await batch_of(engine, first, clash, twice, again, other, free)
     assert answers[0] is answers[5] is None
-    assert answers[2] == views.recorded(first.event)
-    assert answers[3] == views.recorded(known.event)
+    assert answers[2] == views.new_task(first.event)
+    assert answers[3] == views.new_task(known.event)
     for place, original in ((1, known), (4, first)):
         problem = answers[place]
-        assert isinstance(problem, Problem)
+        assert isinstance(problem, StatusError)
         assert uuid7.text(original.event.task.id) in problem.message
     kept = sorted(r.event.task.id for r in (known, first, free))
     assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == kept
@@ -193,8 +193,8 @@ async def test_a_key_asked_for_twice_in_one_transaction_is_one_task(engine: Engi
     answers, committed = await record(engine, first, same, other, free)
     assert committed == [first, free]
     assert answers[0] is None
-    assert answers[1] == views.recorded(first.event)
-    assert isinstance(answers[2], Problem)
+    assert answers[1] == views.new_task(first.event)
+    assert isinstance(answers[2], StatusError)
     assert answers[3] is None
     kept = sorted(r.event.task.id for r in (first, free))
     assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == kept
@@ -267,7 +267,7 @@ def test_two_sweepers_never_take_the_same(engine: Engine) -> None:
     assert ids_in(engine, "outbox") == [items[99].task_id]
 
 
-def taken(engine: Engine, limit: int) -> Sequence[outbox.Item]:
+def taken(engine: Engine, limit: int) -> Sequence[outbox.OutboxRow]:
     return transaction(engine, lambda c: outbox.take(c, limit))
 
 
@@ -311,8 +311,8 @@ def test_sweeps_leave_the_time_at_which_an_event_became_due(engine: Engine) -> N
 async def test_events_that_wait_for_long_are_a_problem_with_which_the_api_is_ready(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backlog, "_EVERY", 0.02)
-    watched = backlog.Backlog(engine)
+    monkeypatch.setattr(outbox_backlog, "_INTERVAL", 0.02)
+    watched = outbox_backlog.OutboxBacklog(engine)
     transaction(engine, lambda c: outbox.put(c, [outbox.created(CLOCK.draw()[0])]))
     run = asyncio.create_task(watched.run())
     try:
@@ -383,10 +383,12 @@ def test_a_sweep_among_many_scheduled_looks_at_what_is_due_only(engine: Engine) 
 async def test_bodies_are_in_hand_a_few_mebibytes_at_a_time(engine: Engine) -> None:
     batch = [recording(body="x" * 900) for _ in range(40)]
     await record(engine, *batch)
-    items = [outbox.item_of(r.event) for r in batch]
+    items = [outbox.row_of(r.event) for r in batch]
     transaction(
         engine, lambda c: c.exec_driver_sql("UPDATE task_bodies SET body = REPEAT('x', 1000000), html = 'é'")
     )
-    chunks = transaction(engine, lambda c: sweeper.chunks(c, [*items, outbox.cancelled(bytes(16), 0)]))
+    chunks = transaction(
+        engine, lambda c: outbox_sweeper.split_by_size(c, [*items, outbox.cancelled(bytes(16), 0)])
+    )
     assert [item for chunk in chunks for item in chunk] == [*items, outbox.cancelled(bytes(16), 0)]
     assert [len(chunk) for chunk in chunks] == [4] * 9 + [5]

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from postroad.v1 import events_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, GetRequest, TaskData
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
-from services.api import outbox, sweeper, uuid7
+from services.api import outbox, outbox_sweeper, uuid7
 from services.common import taskstore
 from services.common.database.engine import make_engine
 from services.common.database.transactions import transaction
@@ -133,7 +133,7 @@ def test_a_task_is_published_at_once_as_it_would_be_rebuilt_and_leaves_the_outbo
         found = installation.published()
         assert sorted(uuid7.text(event.task.id) for event, _ in found) == sorted(ids)
         items = [outbox.created(event.task.id) for event, _ in found]
-        again = transaction(db.engine, lambda c: sweeper.rebuilt(c, items))
+        again = transaction(db.engine, lambda c: outbox_sweeper.load_events(c, items))
         for event, headers in found:
             assert again[outbox.created(event.task.id)] == event
             assert headers["ce_type"] == b"postroad.v1.task.created"

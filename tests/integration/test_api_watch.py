@@ -24,7 +24,7 @@ from postroad.v1 import task_pb2
 from postroad.v1.task_service_pb2 import CancelRequest, CreateRequest, TaskData, WatchRequest, WatchResponse
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import uuid7
-from services.api.reader import Reader
+from services.api.database_threads import DatabaseThreads
 from services.api.watch.changes import Place
 from services.api.watch.feed import Feed
 from services.api.watch.folded import Folded
@@ -583,7 +583,7 @@ def test_a_drain_ends_the_streams_at_once(installation: Installation, stages: Te
 
 
 async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(installation: Installation) -> None:
-    watches = Watches(installation.settings(), Reader(make_engine(installation.database_url)))
+    watches = Watches(installation.settings(), DatabaseThreads(make_engine(installation.database_url)))
     written = asyncio.Event()
 
     async def write(message: bytes) -> None:

@@ -17,8 +17,8 @@ from postroad.v1 import events_pb2 as pb
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api.auth import Tenants
 from services.api.handlers import TaskService
+from services.api.outbox_publisher import OutboxEvent
 from services.api.recorder import Recorder
-from services.api.relay import Recording
 from services.common.database import statement_size
 from services.common.database.bulk import execute_rows
 from services.common.database.engine import make_engine
@@ -116,7 +116,7 @@ async def test_a_batch_of_the_widest_tasks_is_recorded(told: Callable[[int], Eng
     for event in events:
         event.task.body = "'" * (20 << 10)
     recorder = Recorder(engine, lambda recorded: None, 5000, 256 << 20)
-    creations = [Recording(event, b"", event.ByteSize()) for event in events]
+    creations = [OutboxEvent(event, b"", event.ByteSize()) for event in events]
     assert await recorder.record_batch(creations) == [None] * 40
     await recorder.close()
     assert (count(engine, "tasks"), count(engine, "task_bodies"), count(engine, "outbox")) == (40,) * 3

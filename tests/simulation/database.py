@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import OperationalError
 
 from postroad.v1 import events_pb2 as pb
-from services.api.outbox import GRACE, LEASE, Item
+from services.api.outbox import GRACE, LEASE, OutboxRow
 from services.common.database.times import to_micros
 from services.common.deliveries import decide as rules
 from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Settlement, Taken
@@ -50,7 +50,7 @@ class Database:
         self.deliveries: dict[bytes, Delivery] = {}
         self.sent_by: dict[bytes, Settlement] = {}
         """The result of each settle as sent, by owner token."""
-        self.outbox: dict[Item, float] = {}
+        self.outbox: dict[OutboxRow, float] = {}
         self.tasks: dict[bytes, TaskRow] = {}
         self.keys: dict[tuple[str, bytes], bytes] = {}
         self.bodies: dict[bytes, Body] = {}
@@ -174,7 +174,7 @@ class Database:
 
     # --- deciding ---
 
-    def told(self, tenant: str, id_: bytes) -> tuple[str, int, int] | None:
+    def lock_row(self, tenant: str, id_: bytes) -> tuple[str, int, int] | None:
         """Return the status, epoch and attempts of a tenant's task."""
         row = self.tasks.get(id_)
         return None if row is None or row.tenant != tenant else (row.status, row.epoch, row.attempts)
@@ -194,24 +194,24 @@ class Database:
 
     # --- outbox ---
 
-    def put(self, items: Sequence[Item], seconds: int = GRACE) -> None:
+    def put(self, items: Sequence[OutboxRow], seconds: int = GRACE) -> None:
         """Add items, due in `seconds`."""
         for item in items:
             self.outbox.setdefault(item, self.world.now + seconds)
         self._notify()
 
-    def schedule(self, items: Sequence[tuple[Item, datetime]]) -> None:
+    def schedule(self, items: Sequence[tuple[OutboxRow, datetime]]) -> None:
         """Add items, each due at its time."""
         for item, due in items:
             self.outbox.setdefault(item, self.at(due))
         self._notify()
 
-    def delete(self, items: Sequence[Item]) -> None:
-        """Remove items."""
-        for item in items:
-            self.outbox.pop(item, None)
+    def delete(self, rows: Sequence[OutboxRow]) -> None:
+        """Delete rows."""
+        for row in rows:
+            self.outbox.pop(row, None)
 
-    def take(self, limit: int) -> list[Item]:
+    def take(self, limit: int) -> list[OutboxRow]:
         """Return due items, which are due again after LEASE."""
         due = [item for item, at in self.outbox.items() if at <= self.world.now][:limit]
         self.defer(due, LEASE)
@@ -228,7 +228,7 @@ class Database:
                 self.outbox[item] = self.world.now
         self._notify()
 
-    def defer(self, items: Sequence[Item], seconds: int) -> None:
+    def defer(self, items: Sequence[OutboxRow], seconds: int) -> None:
         """Make items due in `seconds`."""
         for item in items:
             if item in self.outbox:

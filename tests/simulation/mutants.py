@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from services.api import cancelling, outbox
-from services.api.outbox import Item, created
-from services.api.relay import Creation, Relay
+from services.api.outbox import OutboxRow, created
+from services.api.outbox_publisher import NewTask, OutboxPublisher
 from services.common import fold
 from services.common.deliveries import decide
 from services.common.deliveries.decide import Claim, Delivery, Settlement, Taken, initial_row
@@ -121,21 +121,21 @@ def _counts_offsets() -> Patches:
 def _outbox_before_ack() -> Patches:
     """Delete an outbox row before Kafka acks its event."""
 
-    original = Relay.publish
+    original = OutboxPublisher.publish
 
-    def publish(self: Relay, recorded: Sequence[Creation]) -> None:
-        items = [created(recording.event.task.id) for recording in recorded]
-        task = asyncio.get_running_loop().create_task(self._settle.many(items))
-        task.add_done_callback(lambda _: original(self, recorded))
+    def publish(self: OutboxPublisher, committed: Sequence[NewTask]) -> None:
+        rows = [created(new_task.event.task.id) for new_task in committed]
+        task = asyncio.get_running_loop().create_task(self._deleter.many(rows))
+        task.add_done_callback(lambda _: original(self, committed))
 
-    return [(Relay, "publish", publish)]
+    return [(OutboxPublisher, "publish", publish)]
 
 
 def _scheduled_at_once() -> Patches:
     """Make scheduled events due at once."""
 
-    def schedule(connection: Database, items: Sequence[tuple[Item, datetime]]) -> None:
-        connection.put([item for item, _ in items], 0)
+    def schedule(connection: Database, rows: Sequence[tuple[OutboxRow, datetime]]) -> None:
+        connection.put([row for row, _ in rows], 0)
 
     return [(outbox, "schedule", schedule)]
 

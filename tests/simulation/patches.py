@@ -13,7 +13,17 @@ from types import ModuleType
 from typing import Any
 
 from postroad.v1 import task_pb2
-from services.api import cancelling, decider, outbox, reader, recorder, relay, resolving, standing, sweeper
+from services.api import (
+    cancelling,
+    database_threads,
+    decider,
+    locked_task,
+    outbox,
+    outbox_publisher,
+    outbox_sweeper,
+    recorder,
+    resolving,
+)
 from services.api.uuid7 import text
 from services.common import batching, taskstore
 from services.common.stage import consumer_close, membership, offset_committer, poller, record_reader, runtime
@@ -89,18 +99,18 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (runtime, "Publisher", Publisher),
     (runtime, "ClusterCheck", ClusterCheck),
     (decider, "time", VirtualTime),
-    (reader, "ThreadPoolExecutor", Executor),
-    (reader, "transaction", _transaction),
+    (database_threads, "ThreadPoolExecutor", Executor),
+    (database_threads, "transaction", _transaction),
     (recorder, "transaction", _transaction),
-    (sweeper, "transaction", _transaction),
+    (outbox_sweeper, "transaction", _transaction),
     (status_stage, "transaction", _transaction),
     (status_stage, "upsert", Database.upsert),
     (status_stage, "insert_events", Database.insert_events),
     (status_stage, "store_failures", Database.store_failures),
     (recorder, "tasks_of", _originals),
-    (standing, "told", Database.told),
-    (standing, "lock_rows", Database.lock_rows),
-    (standing, "view", _view),
+    (locked_task, "lock_row", Database.lock_row),
+    (locked_task, "lock_rows", Database.lock_rows),
+    (locked_task, "view", _view),
     (cancelling, "store_rows", Database.store_rows),
     (cancelling, "insert_row", Database.insert_row),
     (resolving, "store_rows", Database.store_rows),
@@ -126,7 +136,10 @@ _LOGGING = (
     ),
     *(
         module.__name__
-        for module in (reader, recorder, relay, sweeper, status_stage, async_claims, cleanup, settling)
+        for module in (
+            *(database_threads, recorder, outbox_publisher, outbox_sweeper),
+            *(status_stage, async_claims, cleanup, settling),
+        )
     ),
     "services.sender.leases",
     "services.validator.stage",

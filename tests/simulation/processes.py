@@ -9,12 +9,12 @@ from itertools import count
 from typing import Any
 
 from services.api import outbox
+from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
-from services.api.outbox import Item
-from services.api.reader import Reader
+from services.api.outbox import OutboxRow
+from services.api.outbox_publisher import NewTask, OutboxPublisher
+from services.api.outbox_sweeper import Sweeper
 from services.api.recorder import Recorder
-from services.api.relay import Creation, Relay
-from services.api.sweeper import Sweeper
 from services.common.batching import Batcher
 from services.common.config import Settings
 from services.common.database.errors import is_transient
@@ -184,29 +184,29 @@ class Api:
         database: Any = servers.database
         self._database = database
         publisher: Any = Publisher(servers.settings)
-        self._settle: Batcher[Item, None] = Batcher(self._delete, shared=is_transient, name="outbox")
-        self._relay = Relay(publisher, self._settle, 100, 1 << 20)
+        self._deleter: Batcher[OutboxRow, None] = Batcher(self._delete, shared=is_transient, name="outbox")
+        self._outbox_publisher = OutboxPublisher(publisher, self._deleter, 100, 1 << 20)
         self.recorder = Recorder(database, self._committed, 100, 1 << 20)
-        self.decider = Decider(Reader(database), self._relay.publish)
-        self._sweeper = _Sweeper(database, publisher, self._relay, 10)
+        self.decider = Decider(DatabaseThreads(database), self._outbox_publisher.publish)
+        self._sweeper = _Sweeper(database, publisher, self._outbox_publisher, 10)
 
     async def run(self) -> None:
         """Serve until stopped."""
         await self._sweeper.run()
         await self.recorder.close()
-        await self._relay.drain(10)
-        await self._settle.close()
+        await self._outbox_publisher.drain(10)
+        await self._deleter.close()
 
     def stop(self) -> None:
         """Begin to drain."""
         self._sweeper.stop()
 
-    def _committed(self, recorded: Sequence[Creation]) -> None:
-        self._loop.call_soon_threadsafe(self._relay.publish, recorded)
+    def _committed(self, recorded: Sequence[NewTask]) -> None:
+        self._loop.call_soon_threadsafe(self._outbox_publisher.publish, recorded)
 
-    def _delete(self, items: Sequence[Item]) -> list[None]:
-        self._database.transact(lambda database: outbox.delete(database, items))
-        return [None] * len(items)
+    def _delete(self, rows: Sequence[OutboxRow]) -> list[None]:
+        self._database.transact(lambda database: outbox.delete(database, rows))
+        return [None] * len(rows)
 
 
 SIMULATED: dict[str, type[Service]] = {

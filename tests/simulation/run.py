@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import grpc
 
 from postroad.v1 import events_pb2 as pb
-from services.api.errors import Problem
-from services.api.relay import Recording
+from services.api.errors import StatusError
+from services.api.outbox_publisher import OutboxEvent
 from services.api.uuid7 import parse
 from services.common.events import DECODERS, encode, task_id
 from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CREATED, Names
@@ -246,7 +246,7 @@ class Schedule:
             created_at_us=now_us,
         )
         send_at_us = now_us + int(plan.send_in * 1e6) if plan.send_in else 0
-        recording = Recording(pb.TaskCreated(task=task, at_us=now_us, send_at_us=send_at_us), b"", 100)
+        recording = OutboxEvent(pb.TaskCreated(task=task, at_us=now_us, send_at_us=send_at_us), b"", 100)
         self.unknown.add(id_)
         answered = False
 
@@ -267,7 +267,7 @@ class Schedule:
             try:
                 original = await api.recorder.record(recording)
                 accepted = id_ if original is None else parse(original.id)
-            except (Problem, RuntimeError):
+            except (StatusError, RuntimeError):
                 pass
             self.scheduler.after(self.scheduler.latency(), None, hear, accepted)
 
@@ -326,7 +326,7 @@ class Schedule:
         async def ask() -> None:
             try:
                 status = (await decide("t", id_, b"")).status
-            except Problem as problem:
+            except StatusError as problem:
                 refused = problem.code is grpc.StatusCode.FAILED_PRECONDITION
                 status = "refused" if refused else "unknown"
             self.scheduler.after(self.scheduler.latency(), None, hear, status)

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from postroad.v1 import events_pb2 as pb
-from services.api import outbox, standing
+from services.api import locked_task, outbox
 from services.api.outbox import created
 from services.common import taskstore
 from services.common.database.engine import make_engine
@@ -81,7 +81,7 @@ class _Statements:
     take = staticmethod(outbox.take)
     delete = staticmethod(outbox.delete)
     defer = staticmethod(outbox.defer)
-    told = staticmethod(standing.told)
+    lock_row = staticmethod(locked_task.lock_row)
     lock_rows = staticmethod(rows.lock_rows)
     store_rows = staticmethod(rows.store_rows)
     insert_row = staticmethod(rows.insert_row)
@@ -345,7 +345,7 @@ def test_the_outbox_hands_out_what_is_due_to_one_taker_at_a_time(one: Side) -> N
     one.transact(lambda c: one.store.delete(c, one.store.take(c, 1000)))
     items = sorted(created(new_id()) for _ in range(3))
     one.transact(lambda c: one.store.put(c, items))
-    assert one.transact(lambda c: one.store.take(c, 10)) == [], "the relay has its grace first"
+    assert one.transact(lambda c: one.store.take(c, 10)) == [], "the outbox publisher has its grace first"
     one.transact(lambda c: one.store.defer(c, items, 0))
     one.transact(lambda c: one.store.put(c, items))
     assert sorted(one.transact(lambda c: one.store.take(c, 2)))[0] in items
@@ -361,8 +361,8 @@ def test_whoever_decides_finds_what_was_told_and_what_was_claimed(one: Side) -> 
     id_ = event.task.id
     one.transact(lambda c: one.store.upsert(c, [delta(event)]))
     tenant = event.task.tenant
-    assert one.transact(lambda c: one.store.told(c, tenant, id_)) == ("pending", 0, 0)
-    assert one.transact(lambda c: one.store.told(c, "another", id_)) is None
+    assert one.transact(lambda c: one.store.lock_row(c, tenant, id_)) == ("pending", 0, 0)
+    assert one.transact(lambda c: one.store.lock_row(c, "another", id_)) is None
     assert one.transact(lambda c: one.store.lock_rows(c, [id_]))[0] == {}
     row = taken(one, claim(id_, attempt=2))
     assert one.transact(lambda c: one.store.insert_row(c, row._replace(state="cancelled"))) is False

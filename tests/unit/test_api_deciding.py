@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from postroad.v1.task_service_pb2 import ResolveRequest
 from services.api.auth import Tenants
-from services.api.cancelling import alive, attempts
-from services.api.errors import Refused
+from services.api.cancelling import attempts, may_still_be_sent
+from services.api.errors import InvalidArgument
 from services.api.handlers import TaskService
-from services.api.standing import OVER, Standing
+from services.api.locked_task import FINAL_STATUSES, LockedTask
 from services.common.database.tables import STATUSES
 from services.common.deliveries.decide import Delivery, DeliveryState
 
@@ -25,8 +25,8 @@ def delivery(state: DeliveryState, epoch: int = 0, attempt: int = 1) -> Delivery
     return Delivery(bytes(16), state, epoch, attempt, 0, bytes(16), NOW, 0, 0, "", "", "", "")
 
 
-def standing(status: str, row: Delivery | None = None, epoch: int = 0, made: int = 0) -> Standing:
-    return Standing(status, epoch, made, row, NOW)
+def locked_task(status: str, row: Delivery | None = None, epoch: int = 0, made: int = 0) -> LockedTask:
+    return LockedTask(status, epoch, made, row, NOW)
 
 
 @pytest.mark.parametrize("status", STATUSES)
@@ -36,8 +36,8 @@ def test_a_task_lives_while_it_is_under_way_or_a_sender_may_still_send_it(
 ) -> None:
     row = None if state is None else delivery(state)
     expected = status in ("pending", "processing") or state in ("sending", "released", "deferred")
-    assert alive(standing(status, row)) is expected
-    assert (status in OVER) is (status not in ("pending", "processing"))
+    assert may_still_be_sent(locked_task(status, row)) is expected
+    assert (status in FINAL_STATUSES) is (status not in ("pending", "processing"))
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_a_task_lives_while_it_is_under_way_or_a_sender_may_still_send_it(
     ],
 )
 def test_the_attempts_of_a_cancelled_task_are_those_of_its_epoch(row: Delivery | None, expected: int) -> None:
-    assert attempts(standing("processing", row, epoch=5, made=1)) == expected
+    assert attempts(locked_task("processing", row, epoch=5, made=1)) == expected
 
 
 @given(st.integers(0, 1 << 42), st.integers(0, 1 << 42), st.none() | st.integers(0, 1 << 42))
 def test_a_new_epoch_is_later_than_all_that_is_known(now_ms: int, epoch: int, claimed: int | None) -> None:
     row = None if claimed is None else delivery("failed", epoch=claimed)
-    new = standing("failed", row, epoch).next_epoch(now_ms)
+    new = locked_task("failed", row, epoch).next_epoch(now_ms)
     assert new > max(epoch, claimed or 0) or (new == now_ms > epoch)
     assert new >= now_ms
     assert new in (now_ms, epoch + 1, (claimed or 0) + 1)
@@ -71,6 +71,6 @@ async def test_a_resolution_without_an_answer_is_refused(resolution: int) -> Non
     service = object.__new__(TaskService)
     service._tenants = Tenants("")
     request = ResolveRequest(id="no id", resolution=resolution)  # type: ignore[arg-type]
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(InvalidArgument) as refused:
         await service.resolve(request.SerializeToString(), {})
     assert [violation.field for violation in refused.value.violations] == ["id", "resolution"]

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from postroad.v1.task_service_pb2 import CountRequest, ListRequest, WatchRequest
-from services.api.errors import Refused
+from services.api.errors import InvalidArgument
 from services.api.filters import Filter, parse
 from services.common.database.tables import STATUSES
 
@@ -16,7 +16,7 @@ def asked(request: object) -> Filter:
 
 
 def refused(request: object) -> list[str]:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         asked(request)
     return [violation.field for violation in caught.value.violations]
 
@@ -137,7 +137,7 @@ def test_a_timestamp_out_of_range_is_refused() -> None:
     for seconds, nanos in [(1, -1), (1, 10**9), (253402300800, 0), (-62135596801, 0)]:
         request = ListRequest()
         request.created_from.seconds, request.created_from.nanos = seconds, nanos
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(InvalidArgument) as caught:
             parse(request)
         assert [v.field for v in caught.value.violations] == ["created_from"]
 
@@ -160,7 +160,7 @@ json = st.recursive(
 def test_any_struct_is_a_filter_or_a_refusal(filters: object) -> None:
     try:
         asked({"_filters": filters})
-    except Refused as refusal:
+    except InvalidArgument as refusal:
         named = [violation.field for violation in refusal.violations]
     else:
         named = []
@@ -224,7 +224,7 @@ def test_a_count_and_a_watch_ask_with_the_fields_that_they_have() -> None:
     assert parse(count) == asked(common | times)
     assert parse(ParseDict({"_filters": common | times}, CountRequest())) == asked(common | times)
     assert parse(ParseDict(common, WatchRequest())) == asked(common)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         parse(ParseDict({"_filters": common | times}, WatchRequest()))
     assert [violation.field for violation in caught.value.violations] == [
         "_filters.created_from",

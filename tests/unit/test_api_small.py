@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1.task_service_pb2 import BatchCreateRequest, BatchCreateResponse, CreateRequest, TaskData
-from services.api import errors, pages, uuid7
+from services.api import errors, page_tokens, uuid7
 from services.api.auth import Tenants
 from services.api.handlers import TaskService
 from services.api.metadata import Metadata
@@ -26,27 +26,27 @@ from services.api.metadata import Metadata
 
 @given(st.binary(min_size=16, max_size=16), st.binary(min_size=16, max_size=16))
 def test_a_token_leads_back_to_its_id(last: bytes, digest: bytes) -> None:
-    token = pages.token(last, digest)
-    assert pages.position(token, digest) == last
-    with pytest.raises(errors.Refused):
-        pages.position(token, bytes(16) if digest != bytes(16) else b"x" * 16)
+    token = page_tokens.encode(last, digest)
+    assert page_tokens.decode(token, digest) == last
+    with pytest.raises(errors.InvalidArgument):
+        page_tokens.decode(token, bytes(16) if digest != bytes(16) else b"x" * 16)
 
 
 def test_no_token_is_the_first_page() -> None:
-    assert pages.position("", b"d") is None
+    assert page_tokens.decode("", b"d") is None
 
 
 @given(st.text(max_size=60))
 def test_what_is_not_ours_is_refused(text: str) -> None:
     if text:
-        with pytest.raises(errors.Refused) as caught:
-            pages.position(text, b"d" * 16)
+        with pytest.raises(errors.InvalidArgument) as caught:
+            page_tokens.decode(text, b"d" * 16)
         assert caught.value.violations[0].field == "page_token"
 
 
 def test_a_token_that_was_changed_is_refused() -> None:
     digest = b"d" * 16
-    token = pages.token(bytes(range(16)), digest)
+    token = page_tokens.encode(bytes(range(16)), digest)
     raw = base64.urlsafe_b64decode(token + "==="[: -len(token) % 4])
     others = [token + "=", token + " ", token[:-1], token.lower(), token + token]
     others += [
@@ -54,15 +54,22 @@ def test_a_token_that_was_changed_is_refused() -> None:
         for n in range(len(raw))
     ]
     for other in others:
-        with pytest.raises(errors.Refused):
-            pages.position(other, digest)
+        with pytest.raises(errors.InvalidArgument):
+            page_tokens.decode(other, digest)
 
 
 def test_page_sizes() -> None:
-    assert [pages.page_size(n) for n in (0, 1, 50, 1000, 1001, 2**31 - 1)] == [50, 1, 50, 1000, 1000, 1000]
+    assert [page_tokens.page_size(n) for n in (0, 1, 50, 1000, 1001, 2**31 - 1)] == [
+        50,
+        1,
+        50,
+        1000,
+        1000,
+        1000,
+    ]
     for bad in (-1, -(2**31)):
-        with pytest.raises(errors.Refused):
-            pages.page_size(bad)
+        with pytest.raises(errors.InvalidArgument):
+            page_tokens.page_size(bad)
 
 
 # --- ids ----------------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ def test_a_key_with_two_values_has_none() -> None:
 
 def test_two_tokens_are_none() -> None:
     metadata = Metadata([("authorization", "Bearer s3cret-one"), ("authorization", "Bearer s3cret-two")])
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(errors.StatusError) as caught:
         Tenants("shop:s3cret-one,bank:s3cret-two").tenant(metadata)
     assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
 
@@ -140,10 +147,10 @@ def test_a_token_tells_its_tenant() -> None:
     assert tenants.tenant({"authorization": "bearer  s3cret-two"}) == "shop"
     assert tenants.tenant({"authorization": "Bearer x:y:z:12345"}) == "bank"
     for bad in ("", "Bearer", "Bearer ", "Bearer s3cret-onE", "Basic s3cret-one", "s3cret-one"):
-        with pytest.raises(errors.Problem) as caught:
+        with pytest.raises(errors.StatusError) as caught:
             tenants.tenant({"authorization": bad})
         assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
-    with pytest.raises(errors.Problem):
+    with pytest.raises(errors.StatusError):
         tenants.tenant({})
 
 
@@ -177,7 +184,7 @@ def test_a_bad_token_setting_is_told_by_what_is_wrong_with_it(tokens: str, says:
 # --- errors -------------------------------------------------------------------------------------
 
 
-def unpack(problem: errors.Problem) -> list[object]:
+def unpack(problem: errors.StatusError) -> list[object]:
     kinds = [error_details_pb2.BadRequest, error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo]
     unpacked = []
     for detail in problem.status().details:
@@ -189,21 +196,21 @@ def unpack(problem: errors.Problem) -> list[object]:
 
 
 def test_a_refusal_names_fifty_fields_at_most_and_fits_into_the_metadata() -> None:
-    many = errors.Refused(
-        [errors.Violation(f"data.labels[{n}]", "has control characters") for n in range(80)]
+    many = errors.InvalidArgument(
+        [errors.FieldViolation(f"data.labels[{n}]", "has control characters") for n in range(80)]
     )
     bad, info = unpack(many)
     assert len(bad.field_violations) == 50  # type: ignore[attr-defined]
     assert info.reason == "INVALID_REQUEST"  # type: ignore[attr-defined]
-    long = errors.Refused([errors.Violation("é" * 500, "é" * 5000)] * 80)
+    long = errors.InvalidArgument([errors.FieldViolation("é" * 500, "é" * 5000)] * 80)
     assert len(unpack(long)[0].field_violations) >= 3  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("character", ["a", "%", "é", "字", "👍", "\x7f", "\n"])
 @pytest.mark.parametrize(("field", "description"), [(1, 1), (40, 20), (120, 300), (500, 5000)])
 def test_all_of_a_refusal_fits_into_8_kib_of_trailers(character: str, field: int, description: int) -> None:
-    violation = errors.Violation(character * field, character * description)
-    problem = errors.Refused([violation] * 80)
+    violation = errors.FieldViolation(character * field, character * description)
+    problem = errors.InvalidArgument([violation] * 80)
     message, details = problem.message.encode(), problem.status().SerializeToString()
     # The message is percent-encoded, the details are in base64. An entry counts 32 octets more than its name
     # and value (RFC 9113 section 6.5.2).
@@ -219,13 +226,13 @@ def test_all_of_a_refusal_fits_into_8_kib_of_trailers(character: str, field: int
 
 
 def test_what_passes_says_when_to_come_back() -> None:
-    for problem in (errors.overloaded(0.5), errors.unavailable()):
+    for problem in (errors.overloaded(0.5), errors.database_unavailable()):
         _, retry = unpack(problem)
         assert retry.retry_delay.ToMilliseconds() > 0  # type: ignore[attr-defined]
 
 
 def test_a_conflict_names_the_original() -> None:
-    [info] = unpack(errors.conflict("the-id"))
+    [info] = unpack(errors.idempotency_conflict("the-id"))
     assert info.metadata["id"] == "the-id"  # type: ignore[attr-defined]
 
 
@@ -236,7 +243,7 @@ async def test_a_batch_whose_items_take_long_leaves_the_loop_to_others_meanwhile
     async def record_batch(items: list[object]) -> list[None]:
         return [None] * len(items)
 
-    recorder: Any = SimpleNamespace(batch=lambda _: nullcontext(), record_batch=record_batch)
+    recorder: Any = SimpleNamespace(admit_batch=lambda _: nullcontext(), record_batch=record_batch)
     unused: Any = None
     service = TaskService(Tenants(""), recorder, unused, unused, watches=unused, max_body=1000)
     # Each is parsed anew, for some milliseconds.

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from postroad.v1.events_pb2 import MailTask, TaskCreated
 from postroad.v1.task_service_pb2 import CreateRequest
-from services.api.errors import Refused
-from services.api.validation import MAX_AHEAD, creation, encoded_length
+from services.api.errors import InvalidArgument
+from services.api.validation import MAX_AHEAD, encoded_length, task_created
 from services.common.addresses import ascii_domain, normalise
 
 MAX_BODY = 1000
@@ -21,7 +21,7 @@ SECOND = 1_000_000
 
 
 def mail_task(asked: CreateRequest, tenant: str, key_in_metadata: str, max_body: int) -> MailTask:
-    return creation(asked, tenant, key_in_metadata, max_body, NOW).task
+    return task_created(asked, tenant, key_in_metadata, max_body, NOW).task
 
 
 def request(**data: object) -> CreateRequest:
@@ -30,7 +30,7 @@ def request(**data: object) -> CreateRequest:
 
 
 def refused(**data: object) -> list[str]:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         mail_task(request(**data), "default", "", MAX_BODY)
     return [violation.field for violation in caught.value.violations]
 
@@ -255,7 +255,7 @@ def test_labels_limits() -> None:
 
 
 def test_every_bad_field_is_named_at_once() -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         mail_task(CreateRequest(), "t", "", MAX_BODY)
     assert [v.field for v in caught.value.violations] == ["data.email", "data.subject", "data.body"]
 
@@ -286,7 +286,7 @@ def test_the_key_is_the_requests_or_the_metadatas(in_request: str, in_metadata: 
 def test_bad_keys_are_named_beside_all_else(in_request: str, in_metadata: str) -> None:
     asked = request(email="x")
     asked.idempotency_key = in_request
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         mail_task(asked, "t", in_metadata, MAX_BODY)
     assert [v.field for v in caught.value.violations] == ["data.email", "idempotency_key"]
 
@@ -327,11 +327,11 @@ def test_the_request_hash_is_over_headers_as_they_were_given() -> None:
 def scheduled(seconds: int, nanos: int = 0, key: str = "") -> TaskCreated:
     asked = request()
     asked.send_at.seconds, asked.send_at.nanos = seconds, nanos
-    return creation(asked, "t", key, MAX_BODY, NOW)
+    return task_created(asked, "t", key, MAX_BODY, NOW)
 
 
 def test_a_time_to_send_at_is_never_taken_for_an_earlier_one() -> None:
-    assert creation(request(), "t", "", MAX_BODY, NOW).send_at_us == 0
+    assert task_created(request(), "t", "", MAX_BODY, NOW).send_at_us == 0
     now = NOW // SECOND
     assert scheduled(now + 1).send_at_us == NOW + SECOND
     assert scheduled(now, 1).send_at_us == NOW + 1
@@ -356,8 +356,8 @@ def test_a_time_to_send_at_is_never_taken_for_an_earlier_one() -> None:
 def test_a_time_that_is_none_or_too_far_ahead_is_named_beside_all_else(seconds: int, nanos: int) -> None:
     asked = request(email="x")
     asked.send_at.seconds, asked.send_at.nanos = seconds, nanos
-    with pytest.raises(Refused) as caught:
-        creation(asked, "t", "", MAX_BODY, NOW)
+    with pytest.raises(InvalidArgument) as caught:
+        task_created(asked, "t", "", MAX_BODY, NOW)
     assert [v.field for v in caught.value.violations] == ["data.email", "send_at"]
     assert re.search("RFC 3339|365 days", caught.value.violations[1].description)
 
@@ -369,6 +369,6 @@ def test_the_request_hash_tells_times_apart_and_the_same_request_stays_the_same_
     assert len({*hashes, hash_of()}) == 5
     asked = request()
     asked.send_at.FromSeconds(NOW // SECOND + 5)
-    before, after = (creation(asked, "t", "k", MAX_BODY, NOW + n * SECOND) for n in (0, 9))
+    before, after = (task_created(asked, "t", "k", MAX_BODY, NOW + n * SECOND) for n in (0, 9))
     assert (before.send_at_us, after.send_at_us) == (NOW + 5 * SECOND, 0)
     assert before.task.request_hash == after.task.request_hash

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from postroad.v1 import events_pb2 as ev
 from postroad.v1.task_pb2 import Task
 from postroad.v1.task_service_pb2 import WatchRequest
-from services.api.errors import Problem, Refused
+from services.api.errors import InvalidArgument, StatusError
 from services.api.filters import Filter
 from services.api.watch import catchup, convoy, tokens, traveller, watching
 from services.api.watch.book import MAYBE, SURE, Book
@@ -308,16 +308,16 @@ def test_a_token_that_was_touched_is_refused(
     at = data.draw(st.integers(0, len(good) - 1))
     character = data.draw(st.sampled_from([c for c in "AZaz09-_~é\0" if c != good[at]]))
     for bad in (good[:at], good[:at] + character + good[at + 1 :], good + character):
-        with pytest.raises(Refused):
+        with pytest.raises(InvalidArgument):
             tokens.parse(bad, b"me")
-    with pytest.raises(Refused):
+    with pytest.raises(InvalidArgument):
         tokens.parse(good, b"you")
 
 
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_reading_of_tokens(text: str) -> None:
     for bad in (text, tokens.bound(b"me") + text):
-        with pytest.raises(Refused):
+        with pytest.raises(InvalidArgument):
             tokens.parse(bad, b"me")
 
 
@@ -567,7 +567,7 @@ class Live:
     def leave(self, watcher: Watcher) -> None:
         pass
 
-    async def read(self, query: object) -> tuple[Task, tuple[str, ...]]:
+    async def run(self, work: object) -> tuple[Task, tuple[str, ...]]:
         return Task(), ()
 
     def here(self) -> dict[Place, int]:
@@ -588,7 +588,7 @@ async def test_an_expired_token_ends_nobody_else_though_its_client_leaves(leaves
     convoys = convoy.Convoys(asyncio.Semaphore(1), catch_up)
     feed: Any = Live()
 
-    async def watch(name: str) -> Joined | Problem | None:
+    async def watch(name: str) -> Joined | StatusError | None:
         try:
             async with asyncio.timeout(None) as scope:
                 watchers[name] = Watcher(Wanted("default", None, Filter()), scope)
@@ -611,11 +611,11 @@ async def test_an_expired_token_ends_nobody_else_though_its_client_leaves(leaves
             assert await streams[name] == Joined({}, frozenset(), "")
         if not leaves:
             ended = await streams["stale"]
-            assert isinstance(ended, Problem)
+            assert isinstance(ended, StatusError)
             assert ended.code is grpc.StatusCode.OUT_OF_RANGE
 
 
-class Backlog:
+class OutboxBacklog:
     """A catch-up: the watchers of a group miss `count` changes each, but for such as miss nothing."""
 
     def __init__(
@@ -626,7 +626,7 @@ class Backlog:
         self._read = False
         self.sure = Sure.of({})
 
-    async def __aenter__(self) -> Backlog:
+    async def __aenter__(self) -> OutboxBacklog:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -671,7 +671,7 @@ Send = Callable[[Any], Awaitable[None]]
 LIVE: Any = Live()
 
 
-async def resumed(convoys: convoy.Convoys, watchers: set[Watcher], send: Send) -> Joined | Problem:
+async def resumed(convoys: convoy.Convoys, watchers: set[Watcher], send: Send) -> Joined | StatusError:
     """Return where a watcher joined the feed, or what ended it."""
     try:
         async with asyncio.timeout(None) as scope:
@@ -694,7 +694,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("slowly", [nothing_taken, few_taken])
 async def test_watchers_that_take_little_keep_no_other_from_resuming(slowly: Send) -> None:
     slow, quick = set[Watcher](), set[Watcher]()
-    convoys = convoy.Convoys(asyncio.Semaphore(8), lambda m: Backlog(m, quick))  # type: ignore[arg-type,return-value]
+    convoys = convoy.Convoys(asyncio.Semaphore(8), lambda m: OutboxBacklog(m, quick))  # type: ignore[arg-type,return-value]
     async with asyncio.timeout(5):
         streams = []
         for _ in range(8):
@@ -719,18 +719,18 @@ async def test_watchers_that_take_little_keep_no_other_from_resuming(slowly: Sen
 @pytest.mark.parametrize("slowly", [nothing_taken, few_taken])
 async def test_a_watcher_that_takes_little_does_not_hold_up_its_companions(slowly: Send) -> None:
     watchers = set[Watcher]()
-    convoys = convoy.Convoys(asyncio.Semaphore(1), Backlog)  # type: ignore[arg-type]
+    convoys = convoy.Convoys(asyncio.Semaphore(1), OutboxBacklog)  # type: ignore[arg-type]
     async with asyncio.timeout(5):
         together = [resumed(convoys, watchers, send) for send in (slowly, all_taken, all_taken)]
         slow, *others = await asyncio.gather(*together)
-    assert isinstance(slow, Problem)
+    assert isinstance(slow, StatusError)
     assert slow.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert others == [Joined({}, frozenset(), "")] * 2
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_companions_that_take_little_alike_go_on_together() -> None:
-    convoys = convoy.Convoys(asyncio.Semaphore(1), partial(Backlog, count=200))  # type: ignore[arg-type]
+    convoys = convoy.Convoys(asyncio.Semaphore(1), partial(OutboxBacklog, count=200))  # type: ignore[arg-type]
     async with asyncio.timeout(10):
         ends = await asyncio.gather(*(resumed(convoys, set(), few_taken) for _ in range(3)))
     assert ends == [Joined({}, frozenset(), "")] * 3
@@ -767,7 +767,7 @@ async def test_a_task_that_is_shown_to_who_takes_nothing_holds_no_slot(
     watches = watching.Watches(Settings(), reader)
     monkeypatch.setattr(watches, "_used", Live)
     monkeypatch.setattr(watches, "_unused", lambda _: None)
-    monkeypatch.setattr(watching, "CatchUp", lambda *_: Backlog(()))
+    monkeypatch.setattr(watching, "CatchUp", lambda *_: OutboxBacklog(()))
     request = WatchRequest(id=str(uuid.UUID(bytes=mail().id)))
     shown = asyncio.Event()
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import grpc
 import pytest
 import typer
+from grpc_status import rpc_status
 
 from postroad.v1 import task_pb2, task_service_pb2
-from services.api.errors import DETAILS_KEY, Problem, being_sent, draining, overloaded, unavailable
+from services.api.errors import StatusError, being_sent, database_unavailable, draining, overloaded
 from services.cli import change_commands
 from services.cli.errors import UNAVAILABLE, USAGE, Failure, explain
 from services.cli.filters import pairs, task_filter
@@ -155,10 +156,10 @@ def test_cancel_says_why_it_did_not(
 class Answered(grpc.RpcError):
     """A call that ended so, with the api's details or without any."""
 
-    def __init__(self, problem: Problem, own: bool = True) -> None:
+    def __init__(self, problem: StatusError, own: bool = True) -> None:
         super().__init__()
         self._problem = problem
-        self._trailers = ((DETAILS_KEY, problem.status().SerializeToString()),) if own else ()
+        self._trailers = rpc_status.to_status(problem.status()).trailing_metadata if own else ()
 
     def code(self) -> grpc.StatusCode:
         return self._problem.code
@@ -203,10 +204,10 @@ def test_a_task_that_is_being_sent_keeps_no_other_from_being_cancelled(
 @pytest.mark.parametrize(
     "answer",
     [
-        Answered(unavailable()),
+        Answered(database_unavailable()),
         Answered(draining()),
         Answered(overloaded()),
-        Answered(Problem(grpc.StatusCode.UNAVAILABLE, "failed to connect"), own=False),
+        Answered(StatusError(grpc.StatusCode.UNAVAILABLE, "failed to connect"), own=False),
     ],
     ids=["database", "draining", "overloaded", "connection"],
 )

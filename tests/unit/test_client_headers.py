@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
 from postroad.v1.task_service_pb2 import CreateRequest
-from services.api.errors import Refused
-from services.api.validation import creation
+from services.api.errors import InvalidArgument
+from services.api.validation import task_created
 from services.common.header_fields import written
 from services.sender.composer import Composer
 
@@ -23,7 +23,7 @@ COMPOSER = Composer("shop@a.test")
 def mail(headers: dict[str, str]) -> bytes:
     """Return the mail that a Create with these headers ends as."""
     data = {"email": "ann@ok.example", "subject": "s", "body": "b", "headers": headers}
-    event = creation(CreateRequest(data=data), "t", "", 1000, NOW)  # type: ignore[arg-type]
+    event = task_created(CreateRequest(data=data), "t", "", 1000, NOW)  # type: ignore[arg-type]
     return COMPOSER.compose(pb.MxOk(task=event.task), "<i@a.test>").message
 
 
@@ -40,7 +40,7 @@ def field(name: str, value: str) -> str:
 
 def refusal(name: str, value: str) -> str:
     """Return why a Create with this header is refused; it names the header."""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         mail({name: value})
     [violation] = caught.value.violations
     assert violation.field == f'data.headers["{name}"]'
@@ -148,7 +148,7 @@ def test_an_address_that_is_too_long_is_refused_with_its_limits() -> None:
 
 
 def test_a_field_is_given_once_whatever_its_case() -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         mail({"Reply-To": "a@example.org", "reply-to": "b@example.org"})
     assert [violation.field for violation in caught.value.violations] == ['data.headers["reply-to"]']
 
@@ -317,7 +317,7 @@ def test_any_quoted_name_comes_back(pairs: list[tuple[str, str]]) -> None:
     value = ", ".join(f'"{name}" <{spec}>' for name, spec in quoted)
     try:
         raw = field("Reply-To", value)
-    except Refused:
+    except InvalidArgument:
         assert len(value) > 300 or "=?" in value
         return
     parsed = policy.default.header_factory("Reply-To", raw)
@@ -358,7 +358,7 @@ TRICKY = st.lists(
 def test_any_text_is_refused_by_name_or_goes_out_within_its_grammar(name: str, value: str) -> None:
     try:
         raw = field(name, value)
-    except Refused:
+    except InvalidArgument:
         assert refusal(name, value)
         return
     if name == "Reply-To":

@@ -9,8 +9,8 @@ from mysql.connector.errors import get_mysql_exception
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.exc import OperationalError
 
-from services.api.errors import Problem
-from services.api.reader import Reader
+from services.api.database_threads import DatabaseThreads
+from services.api.errors import StatusError
 from services.common.database.errors import (
     ERRORS,
     TRANSIENT,
@@ -55,12 +55,12 @@ def test_the_statements_its_datas_and_the_set_ups_errors_stay(number: int) -> No
 
 @pytest.mark.parametrize("code", ERRORS, ids=lambda code: str(code.number))
 async def test_the_api_answers_unavailable_where_the_database_says_so(code: ErrorCode) -> None:
-    reader = Reader(create_engine("sqlite://"))
+    threads = DatabaseThreads(create_engine("sqlite://"))
 
     def query(connection: Connection) -> None:
         raise error(code.number)
 
-    with pytest.raises(Problem) as caught:
-        await reader.read(query)
-    reader.close()
+    with pytest.raises(StatusError) as caught:
+        await threads.run(query)
+    threads.close()
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE

@@ -44,7 +44,7 @@ async def test_bodies_are_purged_after_an_error_too(monkeypatch: pytest.MonkeyPa
 
 async def test_the_api_asks_the_database_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
     third, nothing = Third(), Any
-    monkeypatch.setattr(readiness, "_EVERY", 0.001)
+    monkeypatch.setattr(readiness, "_INTERVAL", 0.001)
     monkeypatch.setattr(readiness, "transaction", third)
     ready = Readiness(nothing, nothing, [])  # type: ignore[arg-type]
     with capture_logs() as logs:

@@ -38,7 +38,7 @@ _KBYTES = 1 << 10
 
 
 class CatchUp:
-    """Reads once what several missed of the topics, from the earliest of their positions on. Raises Problem.
+    """Reads once what several missed of the topics, from their earliest position on. Raises StatusError.
 
     What blocks runs on `executor`. `sure` is what everything was handed on of so far. A context manager; the
     consumer is made when it is needed.

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
 import structlog
 
-from services.api.errors import Problem, internal
+from services.api.errors import StatusError, internal_error
 from services.api.watch.catchup import CatchUp
 from services.api.watch.changes import Place
 from services.api.watch.feed import Feed, Joined
@@ -122,10 +122,10 @@ class Convoys:
         try:
             await self._go(group, begin)
         except Exception as error:
-            if not isinstance(error, Problem):
+            if not isinstance(error, StatusError):
                 log.exception("unexpected")
             for traveller in list(group):
-                traveller.watcher.end(error if isinstance(error, Problem) else internal())
+                traveller.watcher.end(error if isinstance(error, StatusError) else internal_error())
 
     def _group(self) -> set[Traveller]:
         """Take out those of one feed who wait, but for such as have more than twice as far as the nearest."""
@@ -181,7 +181,7 @@ async def _join(
 ) -> Joined:
     """Go the way to the live feed, and let those who still go join it without a gap; return where.
 
-    `send` gets None for a member of whose messages some are gone; it gets no more. Raises Problem.
+    `send` gets None for a member of whose messages some are gone; it gets no more. Raises StatusError.
     """
     while missed.left(here := feed.here()) > _NEAR:
         async for member, told in missed.read(here):

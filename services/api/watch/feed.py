@@ -75,13 +75,13 @@ class Feed:
         self.thread.start()
 
     async def stand(self) -> None:
-        """Wait until it reads. Raises Problem: Kafka does not answer."""
+        """Wait until it reads. Raises StatusError: Kafka does not answer."""
         await asyncio.shield(self._stands)
 
     def join(self, watcher: Watcher) -> Joined:
         """Put everything that is told from now on into the watcher's queue, where it is wanted.
 
-        Raises Problem where it has ended meanwhile.
+        Raises StatusError where it has ended meanwhile.
         """
         if self._stopping:
             raise silent()

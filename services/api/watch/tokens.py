@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from zlib import crc32
 
-from services.api.errors import invalid
+from services.api.errors import invalid_field
 from services.api.watch.changes import Place
 from services.common.kafka.topics import EVENT_TOPICS
 
@@ -44,14 +44,14 @@ def written(positions: Mapping[Place, int]) -> str:
 
 
 def parse(text: str, bound_to: bytes) -> dict[Place, int]:
-    """Return a token's positions; raise Refused where it is none of ours, or was given for something else."""
+    """Return a token's positions; raise InvalidArgument where it is no token of this watch."""
     head, tail = text[:_HEAD], text[_HEAD:]
     if head != bound(bound_to) or len(text) > _LONGEST:
-        raise invalid("resume_token", "is no token of a watch of this task or filter")
+        raise invalid_field("resume_token", "is no token of a watch of this task or filter")
     try:
         positions = _positions(_raw(tail))
     except (ValueError, IndexError):
-        raise invalid("resume_token", "is cut off or changed") from None
+        raise invalid_field("resume_token", "is cut off or changed") from None
     return positions
 
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from hashlib import blake2b
 from typing import NamedTuple
 
-from services.api.errors import Problem
+from services.api.errors import StatusError
 from services.api.filters import Filter
 from services.api.watch.problems import lagging
 from services.common.fold import TaskRow
@@ -76,7 +76,7 @@ class Watcher:
 
     def __init__(self, wanted: Wanted, scope: asyncio.Timeout) -> None:
         self.wanted, self._scope = wanted, scope
-        self.problem: Problem | None = None
+        self.problem: StatusError | None = None
         self._queue: deque[Told] = deque()
         self._filled = asyncio.Event()
 
@@ -102,7 +102,7 @@ class Watcher:
         """How many messages wait."""
         return len(self._queue)
 
-    def end(self, problem: Problem) -> None:
+    def end(self, problem: StatusError) -> None:
         """End the stream with this; what waits for it is dropped. Never raises: others are told after it."""
         if self.problem is None:
             self.problem = problem

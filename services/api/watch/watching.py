@@ -11,10 +11,10 @@ import structlog
 
 from postroad.v1 import task_service_pb2 as pb
 from services.api import filters
-from services.api.errors import Problem, Refused, Violation, collect, draining, not_found
+from services.api.database_threads import DatabaseThreads
+from services.api.errors import FieldViolation, InvalidArgument, StatusError, collect, draining, not_found
 from services.api.filters import Filter
 from services.api.metrics import WATCH_MESSAGES, WATCHERS
-from services.api.reader import Reader
 from services.api.validation import task_id
 from services.api.watch import lookup, messages, tokens
 from services.api.watch.catchup import CatchUp
@@ -46,8 +46,8 @@ Write = Callable[[bytes], Awaitable[None]]
 class Watches:
     """All streams of a replica, and the feed that they share while there are any."""
 
-    def __init__(self, settings: Settings, reader: Reader) -> None:
-        self._settings, self._reader = settings, reader
+    def __init__(self, settings: Settings, threads: DatabaseThreads) -> None:
+        self._settings, self._threads = settings, threads
         self._feed: Feed | None = None
         # Not the feeds themselves: what one remembers of the last tasks goes when nobody watches.
         self._old: set[Thread] = set()
@@ -58,7 +58,7 @@ class Watches:
         self._executor = ThreadPoolExecutor(2 * _MOST_CATCHING_UP, thread_name_prefix="catchup")
 
     async def watch(self, tenant: str, request: pb.WatchRequest, write: Write) -> None:
-        """Write the stream's messages until it is ended. Raises Problem."""
+        """Write the stream's messages until it is ended. Raises StatusError."""
         wanted = _wanted(tenant, request)
         token = request.resume_token
         positions = tokens.parse(token, wanted.digest()) if token else None
@@ -113,7 +113,7 @@ class Watches:
         async def begin(missed: CatchUp) -> Told:
             # Asked before the database is: what stands before these positions is in it by then.
             await missed.begin_at_the_fold(self._folded)
-            found = await self._reader.read(lambda connection: lookup.snapshot(connection, tenant, task))
+            found = await self._threads.run(lambda connection: lookup.snapshot(connection, tenant, task))
             if found is None:
                 raise not_found(id_)
             view, stream.said = found
@@ -151,7 +151,7 @@ class Watches:
         self._old = {old for old in self._old if old.is_alive()} | {feed.thread}
 
     async def _known(self, strangers: Sequence[Change]) -> Known:
-        return await self._reader.read(lambda connection: lookup.known(connection, strangers))
+        return await self._threads.run(lambda connection: lookup.known(connection, strangers))
 
     async def _known_at_last(self, strangers: Sequence[Change]) -> Known:
         """The same, as long as it takes: the streams wait while the database is away."""
@@ -159,7 +159,7 @@ class Watches:
         while True:
             try:
                 return await self._known(strangers)
-            except Problem as problem:
+            except StatusError as problem:
                 log.warning("watchers wait", cause=problem.message)
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE, 2 * pause)
@@ -177,7 +177,7 @@ class _Stream:
         await self.send(Told(b"", joined.text, ""))
 
     async def send_soon(self, told: Told) -> None:
-        """Send what was missed. Raises Problem where it is not taken in time."""
+        """Send what was missed. Raises StatusError where it is not taken in time."""
         try:
             async with asyncio.timeout(PATIENCE):
                 await self.send(told)
@@ -192,11 +192,11 @@ class _Stream:
 
 
 def _wanted(tenant: str, request: pb.WatchRequest) -> Wanted:
-    refused: list[Violation] = []
+    refused: list[FieldViolation] = []
     asked = collect(refused, filters.parse, request)
     task = collect(refused, task_id, request.id) if request.id else None
     if request.id and asked not in (None, Filter()):
-        refused.append(Violation("id", "is not for use together with a filter"))
+        refused.append(FieldViolation("id", "is not for use together with a filter"))
     if refused or asked is None:
-        raise Refused(refused)
+        raise InvalidArgument(refused)
     return Wanted(tenant, task, asked)

@@ -1,4 +1,4 @@
-"""What is due and not published: shown as metrics and, once it is old, as a problem."""
+"""Counts the events that are due in the outbox, for the metrics and for /readyz."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from services.common.database.transactions import transaction
 from services.common.health import Degraded
 from services.common.unpublished import Unpublished, unpublished
 
-__all__ = ["Backlog"]
+__all__ = ["OutboxBacklog"]
 
 log = structlog.get_logger(__name__)
 
-_EVERY = 5.0
-_TOO_OLD = 60.0
+_INTERVAL = 5.0
+_MAX_AGE = 60.0
 
 
-class Backlog:
-    """Keeps the outbox's figures, which are those of all replicas."""
+class OutboxBacklog:
+    """Keeps the number and the age of the outbox's due events. All replicas share one outbox."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._found = Unpublished(0, 0.0)
+        self._unpublished = Unpublished(0, 0.0)
 
     def problems(self) -> list[str]:
-        """Return that events are not published, where the first became due long ago. Safe from any thread."""
-        due, oldest = self._found
-        if oldest < _TOO_OLD:
+        """Return one Degraded problem once an event is overdue by a minute. Safe from any thread."""
+        due, oldest = self._unpublished
+        if oldest < _MAX_AGE:
             return []
         return [Degraded(f"{due} events in the outbox are due and not published, since {oldest:.0f} s")]
 
     async def run(self) -> None:
-        """Ask until cancelled. What was found last stands while the database is away."""
+        """Count every 5 s until cancelled. While the database is away the last counts stay."""
         while True:
             try:
-                self._found = await asyncio.to_thread(transaction, self._engine, unpublished)
+                self._unpublished = await asyncio.to_thread(transaction, self._engine, unpublished)
             except Exception as error:
                 if not is_transient(error):
                     log.exception("the outbox could not be counted")
-            OUTBOX_DUE.set(self._found.due)
-            OUTBOX_OLDEST_SECONDS.set(self._found.oldest_seconds)
-            await asyncio.sleep(_EVERY)
+            OUTBOX_DUE.set(self._unpublished.due)
+            OUTBOX_OLDEST_SECONDS.set(self._unpublished.oldest_seconds)
+            await asyncio.sleep(_INTERVAL)
