@@ -34,7 +34,7 @@ from services.api.recorder import Recorder
 from services.api.trace import traceparent
 from services.api.validation import task_created, task_id
 from services.api.views import new_task
-from services.api.watch.watching import Watches
+from services.api.watch.watch_service import WatchService
 from services.common.database.errors import error_text, is_too_long
 
 __all__ = ["SERVICE", "TaskService"]
@@ -60,7 +60,7 @@ class TaskService:
         threads: DatabaseThreads,
         decider: Decider,
         *,
-        watches: Watches,
+        watches: WatchService,
         max_body: int,
     ) -> None:
         self._tenants, self._recorder, self._threads, self._decider = tenants, recorder, threads, decider

@@ -21,7 +21,7 @@ from services.api.outbox_sweeper import Sweeper
 from services.api.readiness import Readiness
 from services.api.recorder import Recorder
 from services.api.server import make_server
-from services.api.watch.watching import Watches
+from services.api.watch.watch_service import WatchService
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
 from services.common.database.engine import make_engine, url_of
@@ -74,7 +74,7 @@ class ApiService:
         # The api publishes to some of these topics, and Watch reads all.
         names = Names(settings.topic_prefix)
         self._cluster = ClusterCheck(settings, [names.topic(name) for name in EVENT_TOPICS])
-        self._watches = watches = Watches(settings, self._query_threads)
+        self._watches = watches = WatchService(settings, self._query_threads)
         self._tasks = tasks = TaskService(
             tenants, self._recorder, self._query_threads, decider, watches=watches, max_body=settings.max_body
         )

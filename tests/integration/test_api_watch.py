@@ -1,4 +1,4 @@
-"""Watch on a real Kafka and MySQL: what is told, in which order, and that a cut loses nothing."""
+"""Watch on a real Kafka and MySQL: which messages come, in which order, and that a disconnect loses none."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import confluent_kafka
 import grpc
 import pytest
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewPartitions  # type: ignore[attr-defined]
 from google.rpc import error_details_pb2, status_pb2
 
@@ -25,17 +26,17 @@ from postroad.v1.task_service_pb2 import CancelRequest, CreateRequest, TaskData,
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import uuid7
 from services.api.database_threads import DatabaseThreads
-from services.api.watch.changes import Place
-from services.api.watch.feed import Feed
-from services.api.watch.folded import Folded
-from services.api.watch.topics import Topics
-from services.api.watch.watching import Watches
+from services.api.watch.event_consumer import EventConsumer
+from services.api.watch.folded_offsets import FoldedOffsets
+from services.api.watch.live_reader import LiveReader
+from services.api.watch.watch_service import WatchService
 from services.common import taskstore
 from services.common.database.engine import make_engine
 from services.common.database.transactions import transaction
 from services.common.events import Event, encode
 from services.common.fold import delta
 from services.common.kafka.clients import consumer_config
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import EVENT_TOPICS
 from services.common.timeline import timeline_entry
 from tests.api_process import ApiProcess, Installation, eventually
@@ -52,16 +53,16 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
-class Telling:
-    """The stages' part: puts events on their topics, and folds them where that is asked for."""
+class FakeStages:
+    """Plays the stages: publishes events, and folds them as the status service does."""
 
     def __init__(self, installation: Installation) -> None:
         self._installation = installation
         self._producer = Producer({"bootstrap.servers": installation.infra.bootstrap, "linger.ms": 0})
         self.engine = make_engine(installation.database_url)
 
-    def tell(self, *events: Event, fold: bool = True, header: tuple[str, bytes] | None = None) -> None:
-        """Publish, and return when all are acked. All have one time, however long this takes."""
+    def publish(self, *events: Event, fold: bool = True, header: tuple[str, bytes] | None = None) -> None:
+        """Publish events with one record time; return once Kafka has acknowledged all."""
         at = time.time_ns() // 1_000_000
         for event in events:
             record = encode(event, "test")
@@ -90,25 +91,25 @@ def installation(infra: Infra) -> Installation:
 
 
 @pytest.fixture
-def stages(installation: Installation) -> Iterator[Telling]:
-    telling = Telling(installation)
-    yield telling
-    telling.engine.dispose()
+def stages(installation: Installation) -> Iterator[FakeStages]:
+    fake = FakeStages(installation)
+    yield fake
+    fake.engine.dispose()
 
 
 class Stream:
-    """A Watch whose messages are taken as they come."""
+    """A Watch call. A thread reads its messages at once."""
 
-    def __init__(self, api: ApiProcess, token: str = "", metadata: Metadata = None, **asked: object) -> None:
+    def __init__(self, api: ApiProcess, token: str = "", metadata: Metadata = None, **fields: object) -> None:
         self.channel = grpc.insecure_channel(api.target, [("grpc.use_local_subchannel_pool", 1)])
-        request = WatchRequest(resume_token=token, **asked)  # type: ignore[arg-type]
+        request = WatchRequest(resume_token=token, **fields)  # type: ignore[arg-type]
         self.call = TaskServiceStub(self.channel).Watch(request, metadata=metadata)
         self.messages: list[WatchResponse] = []
         self.error: grpc.RpcError | None = None
-        self._thread = threading.Thread(target=self._take, daemon=True)
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def _take(self) -> None:
+    def _read(self) -> None:
         try:
             for message in self.call:
                 self.messages.append(message)
@@ -121,34 +122,34 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cut()
+        self.disconnect()
 
-    def cut(self) -> None:
-        """End it from the client's side."""
+    def disconnect(self) -> None:
+        """Cancel the call from the client's side."""
         self.call.cancel()
         self._thread.join(10)
         self.channel.close()
 
     def ended(self, seconds: float = 20) -> grpc.RpcError:
-        """Return how it ended."""
+        """Return the error that ended the call."""
         error = eventually(lambda: self.error, seconds)
         assert isinstance(error, grpc.RpcError)
         return error
 
     @property
     def token(self) -> str:
-        """The last one."""
+        """The last message's resume token."""
         return str(self.messages[-1].resume_token)
 
-    def told(self) -> list[tuple[str, str]]:
-        """The kind of each change and the status that it led to."""
+    def changes(self) -> list[tuple[str, str]]:
+        """The kind of each change, and the task's status after it."""
         return [(m.change.kind, m.task.status) for m in list(self.messages) if m.HasField("change")]
 
     def has(self, count: int, seconds: float = 20) -> list[tuple[str, str]]:
-        """Wait for so many changes."""
-        eventually(lambda: len(self.told()) >= count or self.error, seconds)
+        """Wait for so many changes; return all."""
+        eventually(lambda: len(self.changes()) >= count or self.error, seconds)
         assert self.error is None, self.error
-        return self.told()
+        return self.changes()
 
 
 def create(api: ApiProcess, metadata: Metadata = None, **labels: str) -> task_pb2.Task:
@@ -192,18 +193,20 @@ def sent(task: task_pb2.Task, attempt: int = 1) -> ev.MailSent:
     )
 
 
-LIFE = [("created", "pending"), ("mx_ok", "processing"), ("sent", "completed")]
+STEPS = [("created", "pending"), ("mx_ok", "processing"), ("sent", "completed")]
 
 
-def test_one_task_its_state_first_and_its_changes_then(installation: Installation, stages: Telling) -> None:
+def test_a_watch_of_one_task_begins_with_the_task_and_continues_with_its_changes(
+    installation: Installation, stages: FakeStages
+) -> None:
     with ApiProcess(installation) as api:
         task = create(api)
         with Stream(api, id=task.id) as watch:
             assert not watch.messages[0].HasField("change")
             assert watch.messages[0].task == task
-            stages.tell(ok(task))
-            stages.tell(sent(task))
-            assert watch.has(2) == LIFE[1:]
+            stages.publish(ok(task))
+            stages.publish(sent(task))
+            assert watch.has(2) == STEPS[1:]
             last = watch.messages[-1]
             assert last.task.reply == "250 ok"
             assert last.task.attempts == 1
@@ -213,8 +216,8 @@ def test_one_task_its_state_first_and_its_changes_then(installation: Installatio
             assert again.messages[0].task == last.task
 
 
-def test_a_filter_begins_with_a_token_and_tells_what_it_takes(
-    installation: Installation, stages: Telling
+def test_a_watch_of_a_filter_begins_with_a_token_and_sends_the_selected_tasks(
+    installation: Installation, stages: FakeStages
 ) -> None:
     with (
         ApiProcess(installation) as api,
@@ -226,84 +229,86 @@ def test_a_filter_begins_with_a_token_and_tells_what_it_takes(
             assert watch.messages[0].resume_token
             assert not watch.messages[0].HasField("task")
         one, other = create(api, list="news", x="y"), create(api, list="bills")
-        stages.tell(ok(one), ok(other), sent(one), sent(other))
-        assert news.has(3) == LIFE
+        stages.publish(ok(one), ok(other), sent(one), sent(other))
+        assert news.has(3) == STEPS
         assert {m.task.id for m in news.messages[1:]} == {one.id}
         assert dict(news.messages[-1].task.labels) == {"list": "news", "x": "y"}
-        assert done.has(2) == LIFE[2:] * 2
+        assert done.has(2) == STEPS[2:] * 2
         assert len(nobody.messages) == 1
 
 
-def test_what_is_read_too_soon_waits_for_what_came_before(
-    installation: Installation, stages: Telling
-) -> None:
+def test_a_change_waits_for_its_predecessors(installation: Installation, stages: FakeStages) -> None:
     with ApiProcess(installation) as api, Stream(api) as watch:
         task = create(api)
         watch.has(1)
-        stages.tell(sent(task, 2))
+        stages.publish(sent(task, 2))
         eventually(lambda: api.metric(HELD) == 1)
         held = watch.token
-        stages.tell(deferred(task, 1))
+        stages.publish(deferred(task, 1))
         eventually(lambda: api.metric(HELD) == 2)
-        stages.tell(ok(task))
+        stages.publish(ok(task))
         middle = ("deferred", "processing")
-        assert watch.has(4) == [*LIFE[:2], middle, LIFE[2]]
-        # A token never leads past what is held.
+        assert watch.has(4) == [*STEPS[:2], middle, STEPS[2]]
+        # A token never skips a held change.
         with Stream(api, held) as resumed:
-            assert resumed.has(3)[-3:] == [LIFE[1], middle, LIFE[2]]
+            assert resumed.has(3)[-3:] == [STEPS[1], middle, STEPS[2]]
 
 
-def test_a_lost_predecessor_delays_and_does_not_block(installation: Installation, stages: Telling) -> None:
+def test_a_lost_predecessor_delays_a_change_but_does_not_block_it(
+    installation: Installation, stages: FakeStages
+) -> None:
     with ApiProcess(installation) as api, Stream(api) as watch:
         task = create(api)
-        stages.tell(sent(task))
-        assert watch.has(2) == [LIFE[0], LIFE[2]]
+        stages.publish(sent(task))
+        assert watch.has(2) == [STEPS[0], STEPS[2]]
 
 
-def test_an_event_is_told_once(installation: Installation, stages: Telling) -> None:
+def test_an_event_is_sent_once(installation: Installation, stages: FakeStages) -> None:
     with ApiProcess(installation) as api, Stream(api) as watch:
         task, last = create(api), create(api, last="")
         first = ok(task)
-        stages.tell(first, first, sent(task))
-        stages.tell(ok(task), ok(last))
+        stages.publish(first, first, sent(task))
+        stages.publish(ok(task), ok(last))
         watch.has(5)
         assert [m.change.kind for m in watch.messages if m.task.id == task.id] == ["created", "mx_ok", "sent"]
 
 
-def test_a_replay_of_tasks_that_are_over_tells_nothing(installation: Installation, stages: Telling) -> None:
+def test_a_replay_of_finished_tasks_sends_nothing(installation: Installation, stages: FakeStages) -> None:
     with ApiProcess(installation) as api:
         task = create(api)
         eventually(installation.published)
         created = ev.TaskCreated(task=mail(task), at_us=task.created_at.ToMicroseconds())
         stages.fold(created)
-        stages.tell(ok(task), sent(task))
-        # Nobody watched; a feed that begins now knows nothing of the task.
+        stages.publish(ok(task), sent(task))
+        # Nobody watched before, so the live reader begins now and does not know the task.
         with Stream(api) as watch:
-            stages.tell(created, fold=False, header=("replay-id", b"r1"))
-            # The validator's answer to it, later than the first.
-            stages.tell(ok(task), fold=False)
+            stages.publish(created, fold=False, header=("replay-id", b"r1"))
+            # The validator handles it again, and produces a later verdict.
+            stages.publish(ok(task), fold=False)
             other = create(api)
-            stages.tell(ok(other))
+            stages.publish(ok(other))
             watch.has(2)
             assert {m.task.id for m in watch.messages if m.HasField("task")} == {other.id}
             reopened = ev.TaskCreated(task=mail(task), epoch=now_us() // 1000)
             reopened.at_us = reopened.epoch * 1000
-            stages.tell(reopened, header=("replay-id", b"r1"))
+            stages.publish(reopened, header=("replay-id", b"r1"))
             assert watch.has(3)[-1] == ("retried", "pending")
 
 
-def test_a_task_older_than_the_feed_is_asked_for(installation: Installation, stages: Telling) -> None:
+def test_a_task_older_than_the_live_reader_is_read_from_the_database(
+    installation: Installation, stages: FakeStages
+) -> None:
     with ApiProcess(installation) as api:
         task = create(api, list="news")
-        stages.tell(ok(task))
+        stages.publish(ok(task))
         with Stream(api, labels={"list": "news"}) as watch:
-            stages.tell(sent(task))
-            assert watch.has(1) == LIFE[2:]
+            stages.publish(sent(task))
+            assert watch.has(1) == STEPS[2:]
             assert watch.messages[-1].task.email == task.email
 
 
-def lives(messages: Iterable[WatchResponse]) -> dict[str, list[str]]:
-    """The kinds told of each task, first copies only."""
+def events_by_task(messages: Iterable[WatchResponse]) -> dict[str, list[str]]:
+    """The kind and attempt of each task's changes, without repetitions."""
     found: dict[str, list[str]] = defaultdict(list)
     for message in messages:
         if message.HasField("change"):
@@ -318,7 +323,9 @@ def reached(watch: Stream, messages: int) -> bool:
     return len(watch.messages) >= messages
 
 
-def test_cut_at_any_moment_and_resumed_it_misses_nothing(installation: Installation, stages: Telling) -> None:
+def test_a_watch_that_resumes_after_any_disconnect_misses_nothing(
+    installation: Installation, stages: FakeStages
+) -> None:
     chance = random.Random(7)
     expected = ["created.0", "mx_ok.1", "deferred.1", "sent.2"]
     tasks: list[task_pb2.Task] = []
@@ -330,8 +337,8 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(installation: Installat
             enough.wait(0.05)
             tasks.extend(batch)
             steps: list[Sequence[Event]] = [(ok(t), deferred(t, 1), sent(t, 2)) for t in batch]
-            # Within a task the topics' order is anybody's.
-            stages.tell(*(event for step in steps for event in chance.sample(step, 3)))
+            # The topics interleave a task's events in any order.
+            stages.publish(*(event for step in steps for event in chance.sample(step, 3)))
 
     with ApiProcess(installation) as api, ApiProcess(installation) as other:
         with Stream(api) as start:
@@ -342,7 +349,7 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(installation: Installat
             for _ in range(by_form(8, 20)):
                 with Stream(chance.choice((api, other)), token) as watch:
                     eventually(partial(reached, watch, chance.randint(1, 60)))
-                # A client knows no more than what it read.
+                # The client may have read only some of the messages.
                 read = watch.messages[: chance.randint(0, len(watch.messages))]
                 seen += read
                 token = read[-1].resume_token if read else token
@@ -350,22 +357,24 @@ def test_cut_at_any_moment_and_resumed_it_misses_nothing(installation: Installat
             enough.set()
             worker.join()
         with Stream(api, token) as watch:
-            eventually(lambda: lives([*seen, *watch.messages]) == {task.id: expected for task in tasks}, 30)
+            eventually(
+                lambda: events_by_task([*seen, *watch.messages]) == {task.id: expected for task in tasks}, 30
+            )
 
 
-def test_many_that_were_cut_off_together_come_back_together(
-    installation: Installation, stages: Telling
+def test_watchers_that_disconnect_together_resume_together(
+    installation: Installation, stages: FakeStages
 ) -> None:
     with ApiProcess(installation) as api:
         first = [Stream(api, labels={"n": str(n % 3)}).__enter__() for n in range(30)]
         for watch in first:
-            watch.cut()
+            watch.disconnect()
         tasks = [create(api, n=str(n % 3)) for n in range(60)]
-        stages.tell(*(event for task in tasks for event in (sent(task), ok(task))), fold=False)
+        stages.publish(*(event for task in tasks for event in (sent(task), ok(task))), fold=False)
         tokens = [watch.token for watch in first]
         again = [Stream(api, token, labels={"n": str(n % 3)}) for n, token in enumerate(tokens)]
-        # One of them goes away on its way; the others do not hear of it.
-        again[7].cut()
+        # One of them leaves while it resumes. The others do not notice.
+        again[7].disconnect()
         several = [create(api, n=str(n)) for n in range(3)]
         for number, watch in enumerate(again):
             if number == 7:
@@ -373,13 +382,15 @@ def test_many_that_were_cut_off_together_come_back_together(
             mine = [task.id for n, task in enumerate(tasks) if n % 3 == number % 3]
             expected = {id_: ["created.0", "mx_ok.1", "sent.1"] for id_ in mine}
             expected[several[number % 3].id] = ["created.0"]
-            eventually(lambda w=watch, e=expected: w.error or lives(w.messages) == e, 60)  # type: ignore[misc]
+            eventually(lambda w=watch, e=expected: w.error or events_by_task(w.messages) == e, 60)  # type: ignore[misc]
             assert watch.error is None, watch.error
         for watch in again:
-            watch.cut()
+            watch.disconnect()
 
 
-def test_from_long_ago_more_than_a_queue_holds(installation: Installation, stages: Telling) -> None:
+def test_a_watch_resumes_from_further_back_than_its_queue_holds(
+    installation: Installation, stages: FakeStages
+) -> None:
     with ApiProcess(installation) as api:
         with Stream(api, labels={"n": "1"}) as start:
             token = start.token
@@ -399,26 +410,30 @@ def test_from_long_ago_more_than_a_queue_holds(installation: Installation, stage
                     ev.MxOk(task=task, attempt=1, at_us=us + 1),
                     ev.TaskCreated(task=task, at_us=us),
                 ]
-            stages.tell(*events, fold=False)
+            stages.publish(*events, fold=False)
         with Stream(api, token, labels={"n": "1"}) as watch:
             watch.has(6000, 60)
-            assert lives(watch.messages) == {id_: ["created.0", "mx_ok.1", "sent.1"] for id_ in ids[1::2]}
+            assert events_by_task(watch.messages) == {
+                id_: ["created.0", "mx_ok.1", "sent.1"] for id_ in ids[1::2]
+            }
 
 
-def refusal(api: ApiProcess, metadata: Metadata = None, **asked: object) -> tuple[grpc.StatusCode, list[str]]:
+def refusal(
+    api: ApiProcess, metadata: Metadata = None, **fields: object
+) -> tuple[grpc.StatusCode, list[str]]:
     with grpc.insecure_channel(api.target) as channel, pytest.raises(grpc.RpcError) as error:
-        list(TaskServiceStub(channel).Watch(WatchRequest(**asked), timeout=20, metadata=metadata))  # type: ignore[arg-type]
+        list(TaskServiceStub(channel).Watch(WatchRequest(**fields), timeout=20, metadata=metadata))  # type: ignore[arg-type]
     trailers: dict[str, bytes] = dict(error.value.trailing_metadata())  # type: ignore[arg-type]
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-    fields = []
+    violations = []
     for detail in status.details:
         bad = error_details_pb2.BadRequest()
         if detail.Unpack(bad):
-            fields += [violation.field for violation in bad.field_violations]
-    return error.value.code(), fields
+            violations += [violation.field for violation in bad.field_violations]
+    return error.value.code(), violations
 
 
-def test_bad_requests(installation: Installation) -> None:
+def test_invalid_requests_are_refused(installation: Installation) -> None:
     with ApiProcess(installation) as api:
         task = create(api)
         with Stream(api, id=task.id) as one, Stream(api, email="a@shop.test") as some:
@@ -438,44 +453,46 @@ def test_bad_requests(installation: Installation) -> None:
 
 
 def test_a_scheduled_task_that_was_cancelled_stays_cancelled(
-    installation: Installation, stages: Telling
+    installation: Installation, stages: FakeStages
 ) -> None:
     with ApiProcess(installation) as api, grpc.insecure_channel(api.target) as channel:
         stub = TaskServiceStub(channel)
-        with Stream(api) as watch, Stream(api, status=["pending", "processing"]) as going:
-            asked = CreateRequest(data=TaskData(email="ada@shop.test", subject="s", body="text"))
-            asked.send_at.FromNanoseconds(time.time_ns() + 4 * 10**9)
-            task = stub.Create(asked, timeout=20)
+        with Stream(api) as watch, Stream(api, status=["pending", "processing"]) as unfinished:
+            request = CreateRequest(data=TaskData(email="ada@shop.test", subject="s", body="text"))
+            request.send_at.FromNanoseconds(time.time_ns() + 4 * 10**9)
+            task = stub.Create(request, timeout=20)
             assert stub.Cancel(CancelRequest(id=task.id), timeout=20).status == "cancelled"
             assert watch.has(1) == [("cancelled", "cancelled")]
-            # It is published when its time has come, and judged.
+            # The api publishes it when it is due, and the validator finds a verdict.
             assert watch.has(2)[1:] == [("created", "cancelled")]
-            stages.tell(ok(task), fold=False)
+            stages.publish(ok(task), fold=False)
             assert watch.has(3)[2:] == [("mx_ok", "cancelled")]
-            assert not going.told()
+            assert not unfinished.changes()
             with Stream(api, watch.messages[0].resume_token) as again:
-                told = again.has(3)
-                assert {kind for kind, _ in told} == {"cancelled", "created", "mx_ok"}
-                assert told[-1][1] == "cancelled"
+                changes = again.has(3)
+                assert {kind for kind, _ in changes} == {"cancelled", "created", "mx_ok"}
+                assert changes[-1][1] == "cancelled"
 
 
-def test_tenants_hear_of_their_own(installation: Installation, stages: Telling) -> None:
+def test_a_tenant_watches_only_its_own_tasks(installation: Installation, stages: FakeStages) -> None:
     bearer = {name: (("authorization", f"Bearer {name}-secret"),) for name in ("red", "blue")}
     tokens = ",".join(f"{name}:{name}-secret" for name in bearer)
     with ApiProcess(installation, POSTROAD_API_TOKENS=tokens) as api:
         assert refusal(api) == (Code.UNAUTHENTICATED, [])
         with Stream(api, metadata=bearer["red"]) as red, Stream(api, metadata=bearer["blue"]) as blue:
             ours, theirs = create(api, bearer["red"]), create(api, bearer["blue"])
-            stages.tell(ok(ours, tenant="red"), sent(ours), ok(theirs, tenant="blue"), sent(theirs))
+            stages.publish(ok(ours, tenant="red"), sent(ours), ok(theirs, tenant="blue"), sent(theirs))
             for watch, task in ((red, ours), (blue, theirs)):
-                assert watch.has(3) == LIFE
+                assert watch.has(3) == STEPS
                 assert {m.task.id for m in watch.messages[1:]} == {task.id}
             assert refusal(api, bearer["blue"], id=ours.id) == (Code.NOT_FOUND, [])
             token = red.token
         assert refusal(api, bearer["blue"], resume_token=token) == (Code.INVALID_ARGUMENT, ["resume_token"])
 
 
-def test_a_token_whose_records_are_gone(installation: Installation, stages: Telling) -> None:
+def test_a_token_whose_records_were_deleted_is_refused(
+    installation: Installation, stages: FakeStages
+) -> None:
     with ApiProcess(installation) as api:
         with Stream(api) as watch:
             old = watch.token
@@ -483,30 +500,35 @@ def test_a_token_whose_records_are_gone(installation: Installation, stages: Tell
             watch.has(1)
             fresh = watch.token
         admin = AdminClient({"bootstrap.servers": installation.infra.bootstrap})
-        all_ = [TopicPartition(installation.prefix + name, n, -1) for name in EVENT_TOPICS for n in range(3)]
+        all_ = [
+            confluent_kafka.TopicPartition(installation.prefix + name, n, -1)
+            for name in EVENT_TOPICS
+            for n in range(3)
+        ]
         for done in admin.delete_records(all_).values():
             done.result(20)
         assert refusal(api, resume_token=old) == (Code.OUT_OF_RANGE, [])
         with Stream(api, fresh) as watch:
             create(api)
             watch.has(1)
-    # A reader that comes upon what is gone goes on where the records begin.
-    topics = Topics(installation.settings(), lambda _: None, 1 << 10, ends=True)
-    starts = topics.starts(topics.places())
-    place = next(place for place, start in starts.items() if start)
-    topics.consumer.assign([topics.at(place, 0)])
+    # A consumer that meets deleted records can continue where the partition begins.
+    consumer = EventConsumer(installation.settings(), lambda _: None, 1 << 10, report_ends=True)
+    begins = consumer.begin_offsets(consumer.partitions())
+    partition = next(partition for partition, begin in begins.items() if begin)
+    consumer.consumer.assign([consumer.native(partition, 0)])
 
-    def said() -> list[tuple[Place, int]]:
-        return [(topics.place(m), error.code()) for m in topics.fetch(10, 0.2) if (error := m.error())]
+    def errors() -> list[tuple[TopicPartition, int]]:
+        fetched = consumer.fetch(10, 0.2)
+        return [(consumer.partition_of(m), error.code()) for m in fetched if (error := m.error())]
 
-    assert eventually(said) == [(place, KafkaError._AUTO_OFFSET_RESET)]
-    topics.again(place, starts[place])
-    assert eventually(said) == [(place, KafkaError._PARTITION_EOF)]
-    topics.close()
+    assert eventually(errors) == [(partition, KafkaError._AUTO_OFFSET_RESET)]
+    consumer.reassign(partition, begins[partition])
+    assert eventually(errors) == [(partition, KafkaError._PARTITION_EOF)]
+    consumer.close()
 
 
-def test_partitions_that_are_added_are_read_from_their_start(
-    installation: Installation, stages: Telling
+def test_added_partitions_are_read_from_their_beginning(
+    installation: Installation, stages: FakeStages
 ) -> None:
     with ApiProcess(installation) as api, Stream(api) as watch:
         before = watch.token
@@ -515,20 +537,22 @@ def test_partitions_that_are_added_are_read_from_their_start(
             [NewPartitions(installation.prefix + n, 6) for n in EVENT_TOPICS]
         ).values():
             done.result(20)
-        fresh = Telling(installation)
+        fresh = FakeStages(installation)
         tasks = [create(api) for _ in range(30)]
-        fresh.tell(*(event for task in tasks for event in (ok(task), sent(task))))
+        fresh.publish(*(event for task in tasks for event in (ok(task), sent(task))))
         watch.has(90, 40)
         fresh.engine.dispose()
         expected = {task.id: {"created.0", "mx_ok.1", "sent.1"} for task in tasks}
-        assert {id_: set(kinds) for id_, kinds in lives(watch.messages).items()} == expected
+        assert {id_: set(kinds) for id_, kinds in events_by_task(watch.messages).items()} == expected
         with Stream(api, before) as resumed:
             resumed.has(90)
-            assert lives(resumed.messages) == {id_: ["created.0", "mx_ok.1", "sent.1"] for id_ in expected}
+            assert events_by_task(resumed.messages) == {
+                id_: ["created.0", "mx_ok.1", "sent.1"] for id_ in expected
+            }
 
 
 @pytest.mark.skipif(not LONG, reason="fills a queue of 20,000 messages: make test-long")
-def test_who_does_not_keep_up_is_ended_and_resumes(installation: Installation, stages: Telling) -> None:
+def test_a_watcher_that_lags_is_ended_and_can_resume(installation: Installation, stages: FakeStages) -> None:
     with ApiProcess(installation) as api, Stream(api, labels={"n": "1"}) as quick:
         channel = grpc.insecure_channel(api.target, [("grpc.use_local_subchannel_pool", 1)])
         slow = TaskServiceStub(channel).Watch(WatchRequest())
@@ -541,7 +565,7 @@ def test_who_does_not_keep_up_is_ended_and_resumes(installation: Installation, s
             several = [deferred(task, n) for n in range(attempts + 1, attempts + 2001)]
             for event in several:
                 event.reply = "451 later" + " and later" * 100
-            stages.tell(ok(task), *several, fold=False)
+            stages.publish(ok(task), *several, fold=False)
             attempts += 2000
             eventually(lambda n=attempts: quick.error or len(quick.messages) == n + 3, 60)  # type: ignore[misc]
             assert quick.error is None
@@ -554,13 +578,13 @@ def test_who_does_not_keep_up_is_ended_and_resumes(installation: Installation, s
         with Stream(api, token) as resumed:
 
             def all_there() -> bool:
-                return len(lives([*seen, *resumed.messages]).get(task.id, ())) >= attempts + 2
+                return len(events_by_task([*seen, *resumed.messages]).get(task.id, ())) >= attempts + 2
 
             eventually(all_there, 60)
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_a_drain_ends_the_streams_at_once(installation: Installation, stages: Telling, slow: bool) -> None:
+def test_a_drain_ends_all_streams_at_once(installation: Installation, stages: FakeStages, slow: bool) -> None:
     with ApiProcess(installation) as api:
         watches = [Stream(api).__enter__() for _ in range(5)]
         channel = grpc.insecure_channel(api.target, [("grpc.use_local_subchannel_pool", 1)])
@@ -568,22 +592,22 @@ def test_a_drain_ends_the_streams_at_once(installation: Installation, stages: Te
         next(stuck)
         if slow:
             task = create(api)
-            stages.tell(*(deferred(task, n) for n in range(1, 3000)), ok(task), fold=False)
+            stages.publish(*(deferred(task, n) for n in range(1, 3000)), ok(task), fold=False)
             watches[0].has(3001, 60)
         started = time.monotonic()
         assert api.stop() == 0
         took = time.monotonic() - started
         for watch in watches:
             assert watch.ended().code() is Code.UNAVAILABLE
-            watch.cut()
+            watch.disconnect()
         channel.close()
         assert took < 5
         api.start()
         eventually(api.ready, 30)
 
 
-async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(installation: Installation) -> None:
-    watches = Watches(installation.settings(), DatabaseThreads(make_engine(installation.database_url)))
+async def test_the_live_readers_memory_is_freed_after_the_last_watcher(installation: Installation) -> None:
+    watches = WatchService(installation.settings(), DatabaseThreads(make_engine(installation.database_url)))
     written = asyncio.Event()
 
     async def write(message: bytes) -> None:
@@ -591,25 +615,25 @@ async def test_the_last_watcher_takes_with_it_what_the_feed_remembers(installati
 
     stream = asyncio.create_task(watches.watch("", WatchRequest(), write))
     await asyncio.wait_for(written.wait(), 20)
-    [feed] = [weakref.ref(found) for found in gc.get_objects() if isinstance(found, Feed)]
+    [reader] = [weakref.ref(found) for found in gc.get_objects() if isinstance(found, LiveReader)]
     stream.cancel()
     await asyncio.wait([stream])
     del stream
     end = time.monotonic() + 20
-    while feed() is not None and time.monotonic() < end:
+    while reader() is not None and time.monotonic() < end:
         gc.collect()
         await asyncio.sleep(0.1)
-    assert feed() is None
+    assert reader() is None
     await watches.close()
 
 
-def test_the_folds_positions_are_asked_for_without_joining_its_group(installation: Installation) -> None:
+def test_reading_the_folded_offsets_does_not_join_the_group(installation: Installation) -> None:
     settings = installation.settings()
     member = Consumer(consumer_config(settings, "status", "member", gather=False))
     topics = [installation.prefix + name for name in EVENT_TOPICS]
     member.subscribe(topics)
 
-    def assigned() -> list[TopicPartition]:
+    def assigned() -> list[confluent_kafka.TopicPartition]:
         member.poll(0.05)
         return member.assignment()
 
@@ -620,52 +644,56 @@ def test_the_folds_positions_are_asked_for_without_joining_its_group(installatio
     eventually(lambda: len(assigned()) == 3 * len(topics), 40)
     before = group()
     member.commit(
-        offsets=[TopicPartition(topics[0], 1, 7), TopicPartition(topics[2], 0, 0)], asynchronous=False
+        offsets=[
+            confluent_kafka.TopicPartition(topics[0], 1, 7),
+            confluent_kafka.TopicPartition(topics[2], 0, 0),
+        ],
+        asynchronous=False,
     )
-    places = [(name, number) for name in EVENT_TOPICS for number in range(3)]
-    folded = Folded(settings)
+    partitions = [TopicPartition(name, number) for name in EVENT_TOPICS for number in range(3)]
+    folded = FoldedOffsets(settings)
     took = []
     with ThreadPoolExecutor(4) as threads:
 
-        def ask(_: int) -> dict[Place, int]:
+        def read(_: int) -> dict[TopicPartition, int]:
             started = time.monotonic()
-            found = folded.positions(places)
+            found = folded.read(partitions)
             took.append(time.monotonic() - started)
             return found
 
-        for found in threads.map(ask, range(20)):
+        for found in threads.map(read, range(20)):
             assert found == {(EVENT_TOPICS[0], 1): 7, (EVENT_TOPICS[2], 0): 0}
     assert max(took) < 1.5
     assert group() == before
     folded.close()
     with pytest.raises(KafkaException):
-        folded.positions(places)
+        folded.read(partitions)
     assert group() == before
     assert len(assigned()) == 3 * len(topics)
     member.close()
 
 
-def test_kafka_away(installation: Installation) -> None:
+def test_without_kafka_watch_is_unavailable(installation: Installation) -> None:
     with ApiProcess(installation, POSTROAD_KAFKA_BOOTSTRAP="127.0.0.1:1") as api:
         assert refusal(api) == (Code.UNAVAILABLE, [])
         assert refusal(api, id=create(api).id) == (Code.UNAVAILABLE, [])
 
 
 @pytest.mark.parametrize("others_watch", [True, False])
-def test_one_task_while_the_fold_is_behind(
-    installation: Installation, stages: Telling, others_watch: bool
+def test_a_watch_of_one_task_needs_no_finished_fold(
+    installation: Installation, stages: FakeStages, others_watch: bool
 ) -> None:
     with ApiProcess(installation) as api, Stream(api) as other:
         task = create(api)
         judged, mailed = ok(task), sent(task)
-        stages.tell(judged, mailed, fold=False)
-        # All is on the topics and was read, nothing is folded.
+        stages.publish(judged, mailed, fold=False)
+        # The live reader has read all events, and nobody has folded them.
         other.has(3)
         if not others_watch:
-            other.cut()
+            other.disconnect()
         with Stream(api, id=task.id) as watch:
             assert watch.messages[0].task.status == "pending"
-            assert watch.has(2) == LIFE[1:]
+            assert watch.has(2) == STEPS[1:]
             stages.fold(judged, mailed)
         with Stream(api, id=task.id) as watch:
             assert watch.messages[0].task.status == "completed"

@@ -1,1 +1,1 @@
-"""Watch: the changes of tasks, from the topics to whoever watches."""
+"""Watch: reads the changes of tasks from the event topics and streams them to watchers."""

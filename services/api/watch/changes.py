@@ -1,7 +1,7 @@
-"""What a record of an event topic says of its task: pure, small, and without the mail's body.
+"""One record of an event topic as a change of its task, without the mail's body. Pure.
 
-Its `needs` are what must have happened to the task before. Events of a task come from several topics, each
-in order, and are read in any order between them; by its needs one knows that another is still to come.
+The events of a task are on several topics. Each topic keeps its order, but Watch reads them interleaved in
+any order. A change therefore names its predecessors: the steps that the task must have reached before.
 """
 
 from __future__ import annotations
@@ -12,54 +12,58 @@ from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import NOT_SENT
 from services.common.events import DECODERS, Event
 from services.common.fold import EPOCH_SHIFT, TaskRow, delta
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.timeline import TimelineEntry, timeline_entry
 
-__all__ = ["Change", "Place", "Step", "age", "change"]
+__all__ = ["Change", "Step", "change_of", "order_in_task"]
 
-Place = tuple[str, int]
-"""A partition: the topic's bare name and the partition's number."""
 Step = tuple[str, int, int]
-"""A point in a task's life: its name, the epoch and, of those that repeat, the attempt."""
+"""A point that a task reaches: its name, the epoch, and the attempt where the step has attempts."""
 
 
 class Change(NamedTuple):
-    """One event. `row` is its `fold.delta` without idempotency key and hash; `at_ms` is the record's time.
+    """One event.
 
-    `replayed`: it stood on its topic before.
+    `row` is the event's `fold.delta`, without idempotency key and request hash. `replayed` says that the
+    event was on its topic before. `partition` has the topic's bare name. `at_ms` is the record's time (Unix
+    ms).
     """
 
     row: TaskRow
     entry: TimelineEntry
     step: Step
-    needs: tuple[Step, ...]
+    predecessors: tuple[Step, ...]
     replayed: bool
-    place: Place
+    partition: TopicPartition
     offset: int
     at_ms: int
 
 
-def change(value: bytes | None, replayed: bool, place: Place, offset: int, at_ms: int) -> Change:
-    """Return what a record says; raise events.Undecodable. `replayed`: a replay produced it."""
-    event = DECODERS[place[0]](value)
-    # A replay that reopens a task tells something new: its epoch is its time.
-    replayed = replayed and event.at_us // 1000 != event.epoch
+def change_of(
+    value: bytes | None, from_replay: bool, partition: TopicPartition, offset: int, at_ms: int
+) -> Change:
+    """Return the change of a record; raise events.Undecodable. A replay produced it if `from_replay`."""
+    event = DECODERS[partition.topic](value)
+    # A replay that reopens a task begins an epoch, which is its time. That event is new.
+    replayed = from_replay and event.at_us // 1000 != event.epoch
     row = delta(event)
     if row.request_hash is not None or row.idempotency_key is not None:
         row = row._replace(idempotency_key=None, request_hash=None)
-    step, needs = _life(event)
-    return Change(row, timeline_entry(event), step, needs, replayed, place, offset, at_ms)
+    step, predecessors = _steps(event)
+    return Change(row, timeline_entry(event), step, predecessors, replayed, partition, offset, at_ms)
 
 
-def age(change: Change) -> tuple[int, int]:
-    """Return what orders the changes of a task as they happened: by epoch, in it as the fold orders them."""
+def order_in_task(change: Change) -> tuple[int, int]:
+    """Return a key that sorts the changes of one task: by epoch, then as the fold orders them."""
     if change.entry.kind == "mx_failed":
-        # Nothing follows it, unless it is a late one, which the sender's changes have overruled.
+        # A failed verdict ends its epoch. After it comes only a late verdict, which the sender overrules.
         return change.row.epoch, 1 << 64
-    # The bit that makes `completed` absorb everything stands above the epoch in a version.
+    # In a version the bit of `completed` is above the epoch. Here it ranks below the epoch.
     return change.row.epoch, change.row.version & ((1 << EPOCH_SHIFT) - 1) | change.row.version >> 63 << 63
 
 
-def _life(event: Event) -> tuple[Step, tuple[Step, ...]]:
+def _steps(event: Event) -> tuple[Step, tuple[Step, ...]]:
+    """Return the step that the event reaches, and its predecessors."""
     epoch = event.epoch
     first, created, judged = ("created", 0, 0), ("created", epoch, 0), ("judged", epoch, 0)
     match event:
@@ -68,22 +72,23 @@ def _life(event: Event) -> tuple[Step, tuple[Step, ...]]:
         case pb.TaskCancelled():
             return ("cancelled", epoch, 0), (first,)
         case pb.MxOk() | pb.MxFailed():
-            return judged, (created, *_before("lookup", epoch, event.attempt))
+            return judged, (created, *_attempt_before("lookup", epoch, event.attempt))
         case pb.MailDeferred() if event.stage == "validator":
             lookup = ("lookup", epoch, event.attempt)
-            return lookup, (created, *_before("lookup", epoch, event.attempt))
+            return lookup, (created, *_attempt_before("lookup", epoch, event.attempt))
         case pb.MailDeferred():
-            return ("sending", epoch, event.attempt), (judged, *_before("sending", epoch, event.attempt))
-        case pb.MailSent() | pb.MailFailed() if _found(event):
-            # An operator found it out, in an epoch in which nothing else happens.
+            sending = ("sending", epoch, event.attempt)
+            return sending, (judged, *_attempt_before("sending", epoch, event.attempt))
+        case pb.MailSent() | pb.MailFailed() if _is_resolution(event):
+            # A Resolve begins an epoch of its own, in which nothing else happens.
             return ("over", epoch, 0), (first,)
         case pb.MailSent() | pb.MailFailed():
-            return ("over", epoch, 0), (judged, *_before("sending", epoch, event.attempt))
+            return ("over", epoch, 0), (judged, *_attempt_before("sending", epoch, event.attempt))
 
 
-def _found(event: pb.MailSent | pb.MailFailed) -> bool:
+def _is_resolution(event: pb.MailSent | pb.MailFailed) -> bool:
     return event.resolved if isinstance(event, pb.MailSent) else event.reason == NOT_SENT
 
 
-def _before(name: str, epoch: int, attempt: int) -> tuple[Step, ...]:
+def _attempt_before(name: str, epoch: int, attempt: int) -> tuple[Step, ...]:
     return ((name, epoch, attempt - 1),) if attempt > 1 else ()

@@ -1,8 +1,11 @@
-"""WatchResponses, serialized. A message's fields may come in several parts, so what all hear is made once."""
+"""The messages of a Watch stream, serialized.
+
+Protobuf lets a message consist of several parts, so the api serializes the part that all watchers share once.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
@@ -10,11 +13,23 @@ from services.api import views
 from services.common.fold import TaskRow
 from services.common.timeline import TimelineEntry
 
-__all__ = ["body", "found", "token"]
+__all__ = ["WatchMessage", "change_body", "task_body", "token_part"]
 
 
-def body(row: TaskRow, entry: TimelineEntry) -> bytes:
-    """Return a message of a task after a change, without its token."""
+class WatchMessage(NamedTuple):
+    """A message for watchers.
+
+    `body` is serialized and has no token. `positions` is the second part of the token: where a client resumes
+    after this message. `event_id` names the change, and is empty for a message without one.
+    """
+
+    body: bytes
+    positions: str
+    event_id: str
+
+
+def change_body(row: TaskRow, entry: TimelineEntry) -> bytes:
+    """Return the body of a message with a change and the task after it."""
     columns: tuple[Any, ...] = (
         row.id,
         row.recipient,
@@ -29,15 +44,15 @@ def body(row: TaskRow, entry: TimelineEntry) -> bytes:
         row.updated_at,
         row.labels,
     )
-    [line] = views.timeline([entry[2:]])
-    return pb.WatchResponse(task=views.task(columns), change=line).SerializeToString()
+    [change] = views.timeline([entry[2:]])
+    return pb.WatchResponse(task=views.task(columns), change=change).SerializeToString()
 
 
-def found(task: task_pb2.Task) -> bytes:
-    """Return a message of a task as it was found, without its token."""
+def task_body(task: task_pb2.Task) -> bytes:
+    """Return the body of a message with a task from the database."""
     return pb.WatchResponse(task=task).SerializeToString()
 
 
-def token(text: str) -> bytes:
-    """Return the part of a message that is its token; alone it is a whole one too."""
-    return pb.WatchResponse(resume_token=text).SerializeToString()
+def token_part(token: str) -> bytes:
+    """Return the part of a message that is its token. Alone it is a valid message too."""
+    return pb.WatchResponse(resume_token=token).SerializeToString()

@@ -1,4 +1,4 @@
-"""Those who watch: what they want, what waits for them, and who wants a change. Nothing here blocks."""
+"""Watchers: what each selects, the messages that wait for it, and an index of them. Never blocks."""
 
 from __future__ import annotations
 
@@ -12,86 +12,79 @@ from typing import NamedTuple
 
 from services.api.errors import StatusError
 from services.api.filters import Filter
-from services.api.watch.problems import lagging
+from services.api.watch.errors import watcher_lags
+from services.api.watch.messages import WatchMessage
 from services.common.fold import TaskRow
 
-__all__ = ["MOST_QUEUED", "Index", "Told", "Wanted", "Watcher"]
+__all__ = ["MAX_QUEUED", "WatchSelection", "Watcher", "WatcherIndex"]
 
-MOST_QUEUED = 20_000
-"""Messages that may wait for one watcher. They are shared: a change weighs the same for one and for all."""
-
-
-class Told(NamedTuple):
-    """A message: task and change, serialized; where to go on after it; the change's key, empty for none."""
-
-    body: bytes
-    positions: str
-    key: str
+MAX_QUEUED = 20_000
+"""Messages that may wait for one watcher. Watchers share them, so a message occupies its memory once."""
 
 
-class Wanted(NamedTuple):
-    """One task of a tenant, or those that a filter takes."""
+class WatchSelection(NamedTuple):
+    """The tasks that a watcher selects: one task of a tenant, or those that match a filter."""
 
     tenant: str
     task: bytes | None
     filter: Filter
 
     def digest(self) -> bytes:
-        """Return what stands for this in a resume token."""
+        """Return 16 bytes that identify this selection in a resume token."""
         if self.task is None:
             return self.filter.digest(self.tenant)
         return blake2b(repr((2, self.tenant, self.task)).encode(), digest_size=16).digest()
 
-    def takes(self, row: TaskRow) -> bool:
-        """Whether a task that stands like this is wanted, as List would say."""
+    def matches(self, row: TaskRow) -> bool:
+        """Return whether the task with this row is selected. List selects in the same way."""
         if row.tenant != self.tenant:
             return False
         if self.task is not None:
             return row.id == self.task
-        asked = self.filter
+        filter_ = self.filter
         return (
-            (not asked.status or row.status in asked.status)
-            and asked.email in (None, row.recipient)
-            and asked.domain in (None, row.domain)
-            and asked.reason in (None, row.reason)
-            and (not asked.labels or _labels(row).items() >= dict(asked.labels).items())
+            (not filter_.status or row.status in filter_.status)
+            and filter_.email in (None, row.recipient)
+            and filter_.domain in (None, row.domain)
+            and filter_.reason in (None, row.reason)
+            and (not filter_.labels or _labels(row).items() >= dict(filter_.labels).items())
         )
 
-    def key(self) -> Hashable:
-        """Return the one thing by which an Index finds this."""
-        asked = self.filter
+    def index_key(self) -> Hashable:
+        """Return the one key under which a WatcherIndex stores this selection."""
+        filter_ = self.filter
         if self.task is not None:
             return self.task
-        if asked.email is not None:
-            return self.tenant, "email", asked.email
-        if asked.labels:
-            return self.tenant, "label", *asked.labels[0]
-        if asked.domain is not None:
-            return self.tenant, "domain", asked.domain
+        if filter_.email is not None:
+            return self.tenant, "email", filter_.email
+        if filter_.labels:
+            return self.tenant, "label", *filter_.labels[0]
+        if filter_.domain is not None:
+            return self.tenant, "domain", filter_.domain
         return self.tenant
 
 
 class Watcher:
-    """One stream's queue. `scope` is the stream's timeout, not set: ending the watcher sets it off."""
+    """One stream's queue of messages. `scope` is the stream's timeout, which `end` triggers."""
 
-    def __init__(self, wanted: Wanted, scope: asyncio.Timeout) -> None:
-        self.wanted, self._scope = wanted, scope
-        self.problem: StatusError | None = None
-        self._queue: deque[Told] = deque()
+    def __init__(self, selection: WatchSelection, scope: asyncio.Timeout) -> None:
+        self.selection, self._scope = selection, scope
+        self.error: StatusError | None = None
+        self._queue: deque[WatchMessage] = deque()
         self._filled = asyncio.Event()
 
-    def put(self, told: Told) -> None:
-        """Queue a message. Where too many wait, the watcher is ended; it may resume."""
-        if self.problem is not None:
+    def put(self, message: WatchMessage) -> None:
+        """Queue a message. End the watcher, which may resume, where too many wait."""
+        if self.error is not None:
             return
-        if len(self._queue) >= MOST_QUEUED:
-            self.end(lagging())
+        if len(self._queue) >= MAX_QUEUED:
+            self.end(watcher_lags())
             return
-        self._queue.append(told)
+        self._queue.append(message)
         self._filled.set()
 
-    async def next(self) -> Told:
-        """Return what waits first, once there is anything."""
+    async def next(self) -> WatchMessage:
+        """Wait for the next message and return it."""
         while not self._queue:
             self._filled.clear()
             await self._filled.wait()
@@ -99,21 +92,21 @@ class Watcher:
 
     @property
     def waiting(self) -> int:
-        """How many messages wait."""
+        """The number of messages that wait."""
         return len(self._queue)
 
-    def end(self, problem: StatusError) -> None:
-        """End the stream with this; what waits for it is dropped. Never raises: others are told after it."""
-        if self.problem is None:
-            self.problem = problem
+    def end(self, error: StatusError) -> None:
+        """End the stream with this error and drop its messages. Never raises, since others may follow."""
+        if self.error is None:
+            self.error = error
             self._queue.clear()
-            # The stream may be over already: its client has left.
+            # After the client has left, its timeout can no longer be triggered.
             with contextlib.suppress(RuntimeError):
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
 
-class Index:
-    """Watchers, found by the changes that they want."""
+class WatcherIndex:
+    """Finds the watchers that select a task."""
 
     def __init__(self) -> None:
         self._by_key: dict[Hashable, dict[Watcher, None]] = {}
@@ -123,27 +116,27 @@ class Index:
 
     def add(self, watcher: Watcher) -> None:
         """Add a watcher."""
-        self._by_key.setdefault(watcher.wanted.key(), {})[watcher] = None
+        self._by_key.setdefault(watcher.selection.index_key(), {})[watcher] = None
 
     def remove(self, watcher: Watcher) -> None:
-        """Remove a watcher, if it is there."""
-        key = watcher.wanted.key()
+        """Remove a watcher, if it is in the index."""
+        key = watcher.selection.index_key()
         found = self._by_key.get(key, {})
         found.pop(watcher, None)
         if not found:
             self._by_key.pop(key, None)
 
     def find(self, row: TaskRow) -> list[Watcher]:
-        """Return who wants a task that stands like this."""
+        """Return the watchers that select the task with this row."""
         return [
             watcher
-            for key in _keys(row)
+            for key in _index_keys(row)
             for watcher in self._by_key.get(key, ())
-            if watcher.wanted.takes(row)
+            if watcher.selection.matches(row)
         ]
 
 
-def _keys(row: TaskRow) -> Iterable[Hashable]:
+def _index_keys(row: TaskRow) -> Iterable[Hashable]:
     tenant = row.tenant
     yield from (row.id, tenant, (tenant, "email", row.recipient), (tenant, "domain", row.domain))
     for name, value in _labels(row).items():

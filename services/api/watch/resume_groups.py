@@ -1,0 +1,205 @@
+"""Watchers that resume at about the same time catch up as one group, which reads the topics once.
+
+When 200 watchers reconnect at once and each re-reads the topics alone, they slow each other down and fall
+further behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import TypeAlias
+
+import structlog
+
+from services.api.errors import StatusError, internal_error
+from services.api.watch.catch_up import CatchUp
+from services.api.watch.errors import kafka_unavailable
+from services.api.watch.live_reader import JoinPoint, LiveReader
+from services.api.watch.messages import WatchMessage
+from services.api.watch.resuming_watcher import ResumingWatcher
+from services.api.watch.subscribers import Subscriber
+from services.api.watch.watchers import Watcher
+from services.common.kafka.topic_partition import TopicPartition
+
+__all__ = ["ResumeGroups"]
+
+log = structlog.get_logger(__name__)
+
+# A watcher that is fewer records behind joins the live reader. Its queue holds what arrives meanwhile.
+_NEAR = 1000
+# Clients that lose their connection together reconnect within this time, in seconds.
+_GATHER_TIME = 0.05
+
+Send: TypeAlias = Callable[[WatchMessage], Awaitable[None]]
+Begin: TypeAlias = Callable[[CatchUp], Awaitable[WatchMessage]]
+
+
+class ResumeGroups:
+    """Forms groups of resuming watchers and runs their catch-ups, `slots` of them at a time."""
+
+    def __init__(
+        self, slots: asyncio.Semaphore, make_catch_up: Callable[[Sequence[Subscriber]], CatchUp]
+    ) -> None:
+        self._slots, self._make_catch_up = slots, make_catch_up
+        self._waiting: list[ResumingWatcher] = []
+        self._waiting_alone = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def resume(
+        self,
+        live_reader: LiveReader,
+        watcher: Watcher,
+        positions: Mapping[TopicPartition, int],
+        send: Send,
+    ) -> JoinPoint:
+        """Send what the watcher missed since `positions`; return where it joined the live reader.
+
+        An error ends the watcher.
+        """
+        resuming = ResumingWatcher(live_reader, watcher, positions, self._slot_wanted)
+        self._waiting.append(resuming)
+        self._start(self._run_group())
+        return await self._send_missed(resuming, send)
+
+    async def show(self, live_reader: LiveReader, watcher: Watcher, begin: Begin, send: Send) -> JoinPoint:
+        """Send the message that `begin` returns, and what follows; return where the watcher joined.
+
+        `begin` also sets where the catch-up begins. An error, also one of `begin`, ends the watcher.
+        """
+        resuming = ResumingWatcher(live_reader, watcher, {}, self._slot_wanted)
+        resuming.peers = {resuming}
+        resuming.task = self._start(self._run_alone(resuming, begin))
+        return await self._send_missed(resuming, send)
+
+    async def _send_missed(self, resuming: ResumingWatcher, send: Send) -> JoinPoint:
+        """Send what it missed. This holds no slot, so that its client may take its time."""
+        try:
+            async for message in resuming.missed():
+                await send(message)
+        finally:
+            if resuming in self._waiting:
+                self._waiting.remove(resuming)
+            resuming.leave()
+        assert resuming.join_point is not None
+        return resuming.join_point
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _slot_wanted(self) -> bool:
+        """Return whether anyone waits for a slot."""
+        return self._slots.locked() and bool(self._waiting or self._waiting_alone)
+
+    async def _run_group(self) -> None:
+        """Catch up with a group of those who wait. Each of them starts this once, so nobody is left out."""
+        async with self._slots:
+            if not self._waiting:
+                return
+            await asyncio.sleep(_GATHER_TIME)
+            if not (group := self._take_group()):
+                return
+            task = asyncio.current_task()
+            for resuming in group:
+                resuming.task, resuming.peers = task, group
+            await self._catch_up(group)
+
+    async def _run_alone(self, resuming: ResumingWatcher, begin: Begin) -> None:
+        self._waiting_alone += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting_alone -= 1
+        try:
+            await self._catch_up(resuming.peers, begin)
+        finally:
+            self._slots.release()
+
+    def _take_group(self) -> set[ResumingWatcher]:
+        """Take the waiting watchers of one live reader, except those that are twice as far as the nearest."""
+        if not self._waiting:
+            return set()
+        live_reader = self._waiting[0].live_reader
+        live = live_reader.positions()
+        distances = {
+            resuming: sum(max(0, end - resuming.position(partition)) for partition, end in live.items())
+            for resuming in self._waiting
+            if resuming.live_reader is live_reader
+        }
+        limit = 2 * min(distances.values()) + _NEAR
+        group = {resuming for resuming, distance in distances.items() if distance <= limit}
+        self._waiting = [resuming for resuming in self._waiting if resuming not in group]
+        return group
+
+    async def _catch_up(self, group: set[ResumingWatcher], begin: Begin | None = None) -> None:
+        """Run the group's catch-up; end its watchers where that fails."""
+        try:
+            await self._read_and_join(group, begin)
+        except Exception as error:
+            if not isinstance(error, StatusError):
+                log.exception("unexpected")
+            for resuming in list(group):
+                resuming.watcher.end(error if isinstance(error, StatusError) else internal_error())
+
+    async def _read_and_join(self, group: set[ResumingWatcher], begin: Begin | None) -> None:
+        live_reader = next(iter(group)).live_reader
+        by_watcher = {resuming.watcher: resuming for resuming in group}
+        async with self._make_catch_up(list(group)) as catch_up:
+            if begin is not None:
+                first = await begin(catch_up)
+                for resuming in list(group):
+                    resuming.put_nowait(first)
+            else:
+                for subscriber in await catch_up.remove_expired(live_reader.positions()):
+                    by_watcher[subscriber.watcher].expire()
+
+            joining = False
+
+            async def send(subscriber: Subscriber, message: WatchMessage | None) -> None:
+                resuming = by_watcher[subscriber.watcher]
+                if message is None:
+                    resuming.expire()
+                elif joining:
+                    # The live reader fills their queues now, so nobody may wait for another's client.
+                    resuming.put_nowait(message)
+                else:
+                    await resuming.put(message)
+
+            def joining_watchers() -> list[Watcher]:
+                nonlocal joining
+                joining = True
+                return [resuming.watcher for resuming in group]
+
+            join_point = await _join(live_reader, catch_up, joining_watchers, send)
+            for resuming in list(group):
+                resuming.joined(join_point)
+            # A watcher that leaves from now on must not cancel this task.
+            group.clear()
+
+
+async def _join(
+    live_reader: LiveReader,
+    catch_up: CatchUp,
+    joining_watchers: Callable[[], list[Watcher]],
+    send: Callable[[Subscriber, WatchMessage | None], Awaitable[None]],
+) -> JoinPoint:
+    """Read up to the live reader, and let the remaining watchers join it without a gap; return where.
+
+    `send` gets None for a subscriber that misses deleted records, and then nothing more for it. Raises
+    StatusError UNAVAILABLE where Kafka does not answer.
+    """
+    while catch_up.distance(live := live_reader.positions()) > _NEAR:
+        async for subscriber, message in catch_up.read(live):
+            await send(subscriber, message)
+    join_points = [live_reader.join(watcher) for watcher in joining_watchers()]
+    if not join_points:
+        raise kafka_unavailable()
+    join_point = join_points[-1]
+    async for subscriber, message in catch_up.read(join_point.positions):
+        await send(subscriber, message)
+    async for subscriber, message in catch_up.release_held(join_point.held):
+        await send(subscriber, message)
+    return join_point
