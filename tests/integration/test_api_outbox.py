@@ -135,7 +135,7 @@ async def test_a_scheduled_task_is_left_to_the_sweeper_and_rebuilt_with_its_time
     assert (view.status, view.next_attempt_at.ToMicroseconds()) == ("pending", send_at_us)
     [line] = view.timeline
     assert (line.kind, line.next_attempt_at.ToMicroseconds()) == ("created", send_at_us)
-    view.ClearField("timeline_entry")
+    view.ClearField("timeline")
     view.body = ""
     assert view == views.new_task(later.event)
     # Cancelled, its first event waits no longer, and says what it would have said.
