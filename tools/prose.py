@@ -33,9 +33,18 @@ GLOSSARY = ROOT / "docs/glossary.md"
 LONGEST = 25
 # What is checked once its language is done: this list only gets shorter.
 NOT_YET: tuple[str, ...] = (
-    "services/",
-    "deploy/",
-    "tests/chaos/",
+    "services/api/",
+    "services/cli/",
+    "services/common/batching",
+    "services/common/database/",
+    "services/common/deliveries/",
+    "services/common/fold",
+    "services/common/health",
+    "services/common/migrations/",
+    "services/common/operations/",
+    "services/common/process",
+    "services/sender/",
+    "services/validator/",
     "tests/integration/",
     "tests/simulation/",
     "tests/unit/",
@@ -48,6 +57,9 @@ _CHECKS = dict.fromkeys(_NOT_ASKED, False) | {
     k: v for k, v in DEFAULT["checks"].items() if k not in _NOT_ASKED
 }
 CheckRegistry().register_many(proselint_checks)
+
+# These files name the words that the glossary rules out.
+_ABOUT_WORDS = ("docs/glossary.md", "tests/unit/test_prose.py")
 
 _CODE = re.compile(r"(`+)[^`]*\1")
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
@@ -232,7 +244,7 @@ def _tracked() -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "*.md", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    skipped = ("protos/", "docs/glossary.md", *NOT_YET)
+    skipped = ("protos/", *_ABOUT_WORDS, *NOT_YET)
     return [ROOT / name for name in listed.stdout.split() if not name.startswith(skipped)]
 
 

@@ -25,8 +25,8 @@ def test_that_hangs():
     Path(tempfile.mkdtemp(prefix="postroad-"), "data").write_text("data")
     subprocess.Popen(["sleep", "600"], env=clean, start_new_session=True)
     subprocess.run(["setsid", "sh", "-c", "sleep 600 & sleep 600 &"], env=clean, check=True)
-    Path("told.tmp").write_text(f"{{os.getpid()}} {{os.environ[{RUN!r}]}}")
-    Path("told.tmp").rename("told")
+    Path("report.tmp").write_text(f"{{os.getpid()}} {{os.environ[{RUN!r}]}}")
+    Path("report.tmp").rename("report")
     time.sleep(600)
 """
 
@@ -53,10 +53,10 @@ def test_nothing_outlives_a_run_of_which_something_is_killed(tmp_path: Path, die
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    told = tmp_path / "told"
+    report = tmp_path / "report"
     try:
-        until(told.exists)
-        worker, run = told.read_text().split()
+        until(report.exists)
+        worker, run = report.read_text().split()
         # The worker, and what it started.
         assert len(running(run)) >= 4
         os.kill(int(worker) if dies == "worker" else begun.pid, signal.SIGKILL)
