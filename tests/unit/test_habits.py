@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,11 @@ def test_the_tests_and_modules_that_the_documents_name_are_there() -> None:
             assert not test or any(
                 f"def {test}(" in path.read_text() for path in ROOT.glob(f"tests/**/{file}")
             )
+
+
+def test_no_two_classes_share_a_name() -> None:
+    modules = [path for folder in ("services", "deploy") for path in (ROOT / folder).rglob("*.py")]
+    counted = Counter(
+        name for path in modules for name in re.findall(r"^ *class (\w+)", path.read_text(), re.M)
+    )
+    assert [name for name, count in counted.items() if count > 1] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,19 @@ def test_proselint_is_asked_and_its_findings_have_their_lines(tmp_path: Path) ->
     assert found(tmp_path, "page.md", text) == [(3, "'for ever' is archaic.")]
 
 
-def test_the_glossary_lists_each_term_and_each_word_once() -> None:
-    rows = [line.split("|") for line in GLOSSARY.read_text().splitlines() if line.startswith("| ")]
+def rows_of_the_glossary() -> list[list[str]]:
+    return [line.split("|") for line in GLOSSARY.read_text().splitlines() if line.startswith("| ")]
+
+
+def test_the_glossary_lists_each_term_once() -> None:
+    rows = rows_of_the_glossary()
     assert all(len(row) == 6 for row in rows)
     terms = [row[1].strip() for row in rows if row[1].strip() not in ("term", "---")]
     assert len(terms) == len(set(terms)) > 50
+
+
+def test_the_classes_that_the_glossary_names_are_the_codes() -> None:
+    names = re.findall(r"`([A-Z][a-z]+[A-Z]\w+)`", "".join(row[2] for row in rows_of_the_glossary()))
+    modules = [path.read_text() for path in (GLOSSARY.parents[1] / "services").rglob("*.py")]
+    assert len(names) > 10
+    assert [name for name in names if not any(f"class {name}" in text for text in modules)] == []
