@@ -26,7 +26,15 @@ from services.api import (
 )
 from services.api.uuid7 import text
 from services.common import batching, taskstore
-from services.common.stage import consumer_close, membership, offset_committer, poller, record_reader, runtime
+from services.common.stage import (
+    consumer_close,
+    membership,
+    offset_committer,
+    poller,
+    rebalance_handler,
+    record_reader,
+    runtime,
+)
 from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
 from services.sender import async_claims, cleanup, settling
 from services.status import stage as status_stage
@@ -89,6 +97,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (consumer_close, "time", VirtualTime),
     (consumer_close, "threading", VirtualTime),
     (offset_committer, "time", VirtualTime),
+    (rebalance_handler, "time", VirtualTime),
     (record_reader, "time", VirtualTime),
     (batching, "ThreadPoolExecutor", Executor),
     (async_claims, "ThreadPoolExecutor", Executor),
@@ -130,6 +139,7 @@ _LOGGING = (
             "handler_runner",
             "offset_committer",
             "poller",
+            "rebalance_handler",
             "republisher",
             "runtime",
         )

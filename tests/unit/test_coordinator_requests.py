@@ -1,4 +1,4 @@
-"""No process but one that may die makes a request that librdkafka can abort its process on."""
+"""Only a process that may die makes the requests on which librdkafka can abort its process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from confluent_kafka.admin import AdminClient
 
 ROOT = Path(__file__).parents[2]
 CHILD = ROOT / "services/common/kafka/describe_group.py"
-# Each goes to a group's coordinator by librdkafka's admin API (its issue 4605).
+# Each goes to a group's coordinator by librdkafka's admin API (issue 4605).
 REQUESTS = {
     "alter_consumer_group_offsets",
     "delete_consumer_groups",
@@ -39,7 +39,7 @@ def test_requests_to_a_groups_coordinator_are_made_in_a_process_of_their_own() -
 
 
 def test_every_such_request_of_the_client_is_known() -> None:
-    """One for a group that a later version adds must be looked at."""
+    """A later version may add a request to a coordinator: then someone must look at it."""
     groups = {name for name in dir(AdminClient) if "group" in name and not name.startswith("_")}
-    # These ask every broker, not a coordinator.
+    # These two ask every broker, not a coordinator.
     assert groups == REQUESTS | {"list_consumer_groups", "list_groups"}

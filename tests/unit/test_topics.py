@@ -1,4 +1,4 @@
-"""What the topics keep, and for how long."""
+"""topics.wanted: how long each topic keeps its records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DAY_MS = 86_400_000
 
 
 @pytest.mark.parametrize("max_age", [1, 4 * 86_400, 40 * 86_400])
-def test_what_is_deferred_outlives_its_task_s_age_limit_and_thirty_days_of_outage(max_age: int) -> None:
+def test_delay_topics_outlast_the_age_limit_and_thirty_days_of_outage(max_age: int) -> None:
     settings = Settings(sender_max_age=max_age, sender_delays=(60, 30 * 86_400))
     keeps = {
         topic.name: int(topic.config["retention.ms"]) for topic in wanted(settings, stage_delays(settings))
@@ -27,7 +27,7 @@ def test_what_is_deferred_outlives_its_task_s_age_limit_and_thirty_days_of_outag
     assert {keeps[f"{stage}.dead"] for stage in STAGES} == {365 * DAY_MS}
 
 
-def test_time_alone_ends_a_record() -> None:
+def test_only_time_removes_a_record() -> None:
     for topic in wanted(Settings(), stage_delays(Settings())):
         assert topic.config["retention.bytes"] == "-1"
         assert topic.config["cleanup.policy"] == "delete"

@@ -11,19 +11,18 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import confluent_kafka
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 
 from services.common.kafka.clients import TimeoutDetectingLogger
 from services.common.kafka.pace import LONGEST_FETCH_WAIT, Pace
-from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage import metrics
 from services.common.stage.consumer_close import close_consumer
 from services.common.stage.flow_control import FlowControl
 from services.common.stage.membership import Membership, OwnershipView
 from services.common.stage.offset_committer import OffsetCommitter
 from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
+from services.common.stage.rebalance_handler import RebalanceHandler
 from services.common.stage.record_reader import RecordReader
 
 __all__ = ["Poller"]
@@ -71,6 +70,18 @@ class Poller:
         self._committer = OffsetCommitter(tracker, stage)
         self._flow_control = FlowControl(tracker, reader, stage)
         self._membership = Membership(topics[0], tracker, self._committer, view, self._on_error)
+        self._rebalances = RebalanceHandler(
+            tracker,
+            reader,
+            self._committer,
+            self._flow_control,
+            self._membership,
+            stage=stage,
+            revoke_seconds=revoke_seconds,
+            wait_until_released=self._wait_until_released,
+            cancel=cancel,
+            stopping=lambda: self._stopping,
+        )
         self._config = config | {
             "error_cb": self._on_error,
             "on_commit": self._committer.on_commit,
@@ -88,7 +99,6 @@ class Poller:
         self._errors: dict[int, tuple[str, float]] = {}
         self._polled_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
-        self._owned_gauge = metrics.STAGE_PARTITIONS.labels(stage)
         metrics.STAGE_IN_FLIGHT.labels(stage).set_function(lambda: tracker.in_flight.records)
         metrics.STAGE_IN_FLIGHT_BYTES.labels(stage).set_function(lambda: tracker.in_flight.bytes)
 
@@ -138,9 +148,9 @@ class Poller:
         self._membership.use(self._consumer)
         self._consumer.subscribe(
             list(self._topics),
-            on_assign=self._on_assign,
-            on_revoke=self._on_revoke,
-            on_lost=self._on_lost,
+            on_assign=self._rebalances.on_assign,
+            on_revoke=self._rebalances.on_revoke,
+            on_lost=self._rebalances.on_lost,
         )
         error: BaseException | None = None
         try:
@@ -157,9 +167,7 @@ class Poller:
             raise
         finally:
             self._close(error)
-        if left := self._tracker.owned():
-            self._release_partitions(left)
-            self._cancel(left, 0)
+        self._rebalances.release_all()
 
     def _poll_once(self) -> None:
         now = self._polled_at = time.monotonic()
@@ -225,45 +233,7 @@ class Poller:
         while self._released:
             self._tracker.release(self._released.popleft())
 
-    # --- rebalances: librdkafka calls these inside poll, consume and close ----------------------
-
-    def _on_assign(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        self._note_rebalance("assigned", partitions)
-        self._tracker.assign(_keys(partitions))
-        consumer.incremental_assign(partitions)
-        self._flow_control.on_assign(partitions)
-        self._membership.on_assign()
-        self._owned_gauge.set(len(self._tracker.owned()))
-
-    def _on_revoke(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        self._note_rebalance("revoked", partitions)
-        leaving = self._tracker.select(_keys(partitions))
-        deadline = time.monotonic() + (0 if self._stopping else self._revoke_seconds)
-        self._wait_until_released(leaving, deadline)
-        unfinished = [assignment for assignment in leaving if len(assignment.offsets)]
-        self._committer.commit_now(leaving, deadline)
-        self._release_partitions(leaving)
-        if unfinished:
-            log.warning("partitions revoked with records unfinished", partitions=len(unfinished))
-            self._cancel(unfinished, 0)
-        consumer.incremental_unassign(partitions)
-
-    def _on_lost(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        self._note_rebalance("lost", partitions)
-        leaving = self._tracker.select(_keys(partitions))
-        self._membership.on_lost()
-        self._release_partitions(leaving)
-        # Another replica may own them by now. Handlers may end all the same, as when partitions are revoked:
-        # to be cut off in the middle is what leaves a mail in doubt.
-        self._cancel(leaving, self._revoke_seconds)
-        consumer.incremental_unassign(partitions)
-
-    def _release_partitions(self, leaving: list[Assignment]) -> None:
-        self._tracker.release_partitions(leaving)
-        self._reader.drop_holds(leaving)
-        self._owned_gauge.set(len(self._tracker.owned()))
-
-    def _wait_until_released(self, leaving: list[Assignment], deadline: float) -> None:
+    def _wait_until_released(self, leaving: Collection[Assignment], deadline: float) -> None:
         """Wait until none of these has a record in flight, or until the deadline. Does not poll meanwhile."""
         self._sleeping = True
         while True:
@@ -274,10 +244,6 @@ class Poller:
                 break
             self._wake.wait(min(left, 0.5))
         self._sleeping = False
-
-    def _note_rebalance(self, kind: str, partitions: list[confluent_kafka.TopicPartition]) -> None:
-        metrics.STAGE_REBALANCES.labels(self._stage, kind).inc()
-        log.info("partitions " + kind, stage=self._stage, count=len(partitions))
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -326,7 +292,3 @@ class Poller:
         if now >= self._errors.get(error.code(), ("", 0.0))[1]:
             log.warning("the consumer reports an error", stage=self._stage, error=error.str())
         self._errors[error.code()] = (error.str(), now + _ERROR_SECONDS)
-
-
-def _keys(partitions: list[confluent_kafka.TopicPartition]) -> list[TopicPartition]:
-    return [TopicPartition(partition.topic, partition.partition) for partition in partitions]
