@@ -55,7 +55,7 @@ def quiet(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_each_race_ends_as_it_was_answered(stack: Stack) -> None:
+def test_each_race_ends_as_cancel_answered(stack: Stack) -> None:
     seed = time.time_ns()
 
     def race(number: int) -> tuple[str, task_pb2.Task]:
@@ -88,7 +88,7 @@ def test_each_race_ends_as_it_was_answered(stack: Stack) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_what_was_cancelled_while_it_waited_or_was_scheduled_is_sent_only_when_opened_again(
+def test_a_cancelled_task_is_sent_only_after_a_retry(
     stack: Stack,
 ) -> None:
     with Pipeline(stack) as pipeline:

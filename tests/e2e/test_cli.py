@@ -37,7 +37,7 @@ def created(done: Done) -> str:
     return id_
 
 
-def test_one_mail_from_flags_goes_out_whole(postroad: Command, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_mail_from_flags_goes_out_complete(postroad: Command, pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<p>Hello")
     flags = ["--subject", "Grüße", "--body", "-", "--html-file", str(tmp_path / "page.html")]
     flags += ["--label", "cli=one", "--header", "Reply-To: desk@good.test", "--idempotency-key", "cli-one"]
@@ -139,7 +139,7 @@ def test_unknown_ids_are_a_line_and_exit_code_3(postroad: Command) -> None:
     assert postroad("get", "nonsense").code == USAGE
 
 
-def test_retry_and_cancel_say_the_worst(postroad: Command, pipeline: Pipeline) -> None:
+def test_retry_and_cancel_exit_with_the_worst_code(postroad: Command, pipeline: Pipeline) -> None:
     sent, failed = pipeline.create("a@good.test"), pipeline.create("x@nxdomain.test")
     pipeline.settled([sent, failed])
     done = postroad("retry", failed, UNKNOWN, failed, "-o", "jsonl")
@@ -177,13 +177,15 @@ def test_watch_ends_when_its_task_is_settled(postroad: Command, pipeline: Pipeli
     assert postroad("watch", bad, "--exit-status").code == FAILED
 
 
-def test_watch_gives_up_in_time(postroad: Command) -> None:
+def test_watch_ends_at_its_timeout(postroad: Command) -> None:
     held = created(postroad("create", "a@good.test", "-S", "s", "-b", "b", "--send-at", "+1h", "-o", "json"))
     done = postroad("watch", held, "--timeout", "1")
     assert (done.code, done.err) == (FAILED, "postroad: not settled in time\n")
 
 
-def test_a_watch_outlives_the_api(postroad: Command, pipeline: Pipeline, stack: Stack) -> None:
+def test_watch_continues_after_a_restart_of_the_api(
+    postroad: Command, pipeline: Pipeline, stack: Stack
+) -> None:
     """Changes while the api is away come when it is back; Ctrl-C then ends the command."""
     with postroad.following("watch", "--label", "t=outlive", "-o", "jsonl") as watch:
 
@@ -196,7 +198,7 @@ def test_a_watch_outlives_the_api(postroad: Command, pipeline: Pipeline, stack: 
                 row["change"]["kind"] for row in watch.objects if row["change"] and row["task"]["id"] == id_
             ]
 
-        until(stands, "the watch tells of a task", 30)
+        until(stands, "a first watch message", 30)
         stack.stop("sender-1")
         try:
             waiting = pipeline.create("a@good.test", labels={"t": "outlive"})
@@ -262,7 +264,7 @@ def test_flags_beat_the_environment(postroad: Command, stack: Stack) -> None:
     assert postroad("list", "-n", "1", POSTROAD_API="127.0.0.1:1").code == 5
 
 
-def test_a_token_opens_what_it_may(stack: Stack, tmp_path: Path) -> None:
+def test_a_token_gives_access_to_its_tenant(stack: Stack, tmp_path: Path) -> None:
     with ApiProcess(stack, POSTROAD_API_TOKENS="blue:blue-token-1,red:red-token-22") as api:
         config = tmp_path / "config.toml"
         config.write_text(f'[profiles.blue]\napi = "{api.target}"\ntoken = "blue-token-1"\n')
@@ -279,7 +281,7 @@ def test_a_token_opens_what_it_may(stack: Stack, tmp_path: Path) -> None:
         assert postroad("watch", id_, "--profile", "blue", "--timeout", "30").code == 0
 
 
-def test_lag_tells_who_is_behind(postroad: Command, pipeline: Pipeline, stack: Stack) -> None:
+def test_lag_shows_which_stage_is_behind(postroad: Command, pipeline: Pipeline, stack: Stack) -> None:
     until(lambda: postroad("lag", "--interval", "0", "-o", "json").json["stages"][1]["lag"] == 0, "no lag")
     stack.stop("sender-1")
     try:
@@ -311,7 +313,7 @@ def test_lag_tells_who_is_behind(postroad: Command, pipeline: Pipeline, stack: S
     assert (watch.code, watch.errors) == (130, ["postroad: interrupted"])
 
 
-def test_what_waits_on_purpose_is_no_lag(postroad: Command, pipeline: Pipeline) -> None:
+def test_delayed_records_are_no_lag(postroad: Command, pipeline: Pipeline) -> None:
     id_ = pipeline.create("x@servfail.test")
 
     def waits() -> list[dict[str, object]]:
@@ -323,7 +325,7 @@ def test_what_waits_on_purpose_is_no_lag(postroad: Command, pipeline: Pipeline) 
     pipeline.settled([id_])
 
 
-def test_tables_that_are_watched_are_drawn_anew(postroad: Command) -> None:
+def test_watched_tables_are_drawn_again(postroad: Command) -> None:
     def stop(process: forked.Process, text: str) -> None:
         if not stopped and text.count("\x1b[H\x1b[2J") >= 2 and text.count("STAGE") >= 3:
             stopped.append(True)

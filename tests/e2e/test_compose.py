@@ -70,7 +70,7 @@ def test_a_day_with_docker(run: Callable[[str], str]) -> None:
     run(DOWN)
 
 
-def test_each_of_them_is_run() -> None:
+def test_each_docker_command_runs() -> None:
     assert {UP, DOWN, STOP} <= set(DOCKER)
 
 

@@ -188,7 +188,7 @@ EXPECTED = {True: r"sender sent 250 ", False: r"'completed': \d"}
 
 
 @pytest.mark.parametrize("sample", python_samples("README.md"))
-def test_a_python_sample_prints_what_it_asked_for(
+def test_a_python_sample_prints_its_result(
     field: Field, sample: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exec(compile(sample.replace("127.0.0.1:50051", field.env["POSTROAD_API"]), "README.md", "exec"), {})
@@ -196,7 +196,7 @@ def test_a_python_sample_prints_what_it_asked_for(
 
 
 @pytest.mark.parametrize("text", HERE)
-def test_a_command_does_what_it_says(field: Field, text: str) -> None:
+def test_a_documented_command_succeeds(field: Field, text: str) -> None:
     program = re.split(r"[ \n]", re.sub(r"^(?:[A-Z_]+=\S+ )*", "", text))[0]
     if text.startswith("SELECT"):
         field.sql(text)
@@ -236,7 +236,7 @@ def test_every_line_of_a_code_block_is_a_command_or_known() -> None:
 
 
 @pytest.mark.parametrize("begin", CANNOT)
-def test_what_cannot_run_here_stands_in_a_document(begin: str) -> None:
+def test_a_skipped_command_is_in_a_document(begin: str) -> None:
     assert any(command.text.startswith(begin) for command in ALL)
 
 

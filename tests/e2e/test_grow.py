@@ -13,7 +13,7 @@ from tests.e2e.pipeline import Pipeline, until
 from tests.stack import Stack
 
 
-def test_growing_under_load_loses_and_doubles_nothing(new_stack: Callable[..., Stack]) -> None:
+def test_growing_under_load_loses_and_repeats_nothing(new_stack: Callable[..., Stack]) -> None:
     """Keys move to other partitions while tasks are in every state, also deferred."""
     stack = new_stack(POSTROAD_SENDER_DELAYS="1,3", POSTROAD_VALIDATOR_DELAYS="1,3")
     stack.up()

@@ -42,7 +42,7 @@ def test_a_killed_senders_mails_are_never_sent_again(stack: Stack) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_failed_and_uncertain_tasks_are_sent_when_opened_again_and_sent_ones_never(
+def test_retry_sends_failed_and_uncertain_tasks_and_never_sent_ones(
     stack: Stack,
 ) -> None:
     with Pipeline(stack) as pipeline:

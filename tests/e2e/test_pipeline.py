@@ -54,7 +54,7 @@ def test_every_end(pipeline: Pipeline) -> None:
         assert pipeline.doubts(id_) == (email in ("drop-after@good.test", "drop-lost@good.test")), email
 
 
-def test_what_has_no_end_yet_is_deferred(pipeline: Pipeline) -> None:
+def test_a_task_without_an_end_is_deferred(pipeline: Pipeline) -> None:
     waiting = {
         "reject4@good.test": ("processing", "450"),
         "shut421@good.test": ("processing", "421"),
@@ -71,7 +71,7 @@ def test_what_has_no_end_yet_is_deferred(pipeline: Pipeline) -> None:
     assert pipeline.settled([unanswered], 60)[unanswered].status == "failed"
 
 
-def test_the_mail_and_its_story(pipeline: Pipeline, stack: Stack) -> None:
+def test_the_mail_and_its_timeline(pipeline: Pipeline, stack: Stack) -> None:
     text = "Grüße,\n.a line with a dot\n" + "x" * 2000
     id_ = pipeline.create(
         "ada@good.test",

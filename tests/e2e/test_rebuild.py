@@ -44,7 +44,7 @@ def one(engine: Engine, query: str) -> Any:
 
 
 @pytest.mark.timeout(600)
-def test_everything_is_lost_while_tasks_arrive(new_stack: Callable[..., Stack]) -> None:
+def test_rebuild_restores_lost_tables_while_tasks_arrive(new_stack: Callable[..., Stack]) -> None:
     stack = new_stack(POSTROAD_SENDER_DELAYS="1,2", POSTROAD_VALIDATOR_DELAYS="1,2")
     stack.up()
     engine = make_engine(stack.env()["POSTROAD_DATABASE_URL"])

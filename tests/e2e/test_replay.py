@@ -166,7 +166,7 @@ def nothing_is_left(before: Before, load: Load) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_replays_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
+def test_replays_send_nothing_again_while_tasks_arrive(before: Before) -> None:
     pipeline, stack = before.pipeline, before.stack
     with Load(pipeline, "meanwhile", callers=2, rate=5) as load:
         result = replay(stack, TASK_CREATED)
@@ -183,7 +183,7 @@ def test_replays_send_nothing_again_while_new_tasks_arrive(before: Before) -> No
 
 
 @pytest.mark.timeout(900)
-def test_groups_reset_to_earliest_send_nothing_again_while_new_tasks_arrive(before: Before) -> None:
+def test_group_resets_send_nothing_again_while_tasks_arrive(before: Before) -> None:
     pipeline, stack = before.pipeline, before.stack
     with Load(pipeline, "resets", callers=2, rate=5) as load:
         for stage in STAGES:
@@ -200,7 +200,7 @@ def test_groups_reset_to_earliest_send_nothing_again_while_new_tasks_arrive(befo
 
 
 @pytest.mark.timeout(900)
-def test_reopened_exactly_the_failed_ones_are_sent_and_only_once(before: Before) -> None:
+def test_a_reopening_replay_sends_exactly_the_failed_tasks_once(before: Before) -> None:
     pipeline, stack = before.pipeline, before.stack
     until(lambda: not any(pipeline.lag().values()), "all committed", 60)
     mails = len(stack.journal())

@@ -44,7 +44,7 @@ def problems(stack: Stack, name: str) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., Stack]) -> None:
+def test_a_sender_frozen_past_its_leases_is_fenced(new_stack: Callable[..., Stack]) -> None:
     # So short a lease may also end on a busy machine.
     stack = new_stack(POSTROAD_LEASE_SECONDS=LEASE, POSTROAD_MAX_RESENDS="20")
     stack.up("--sender", "2")
@@ -71,7 +71,7 @@ def test_a_sender_frozen_past_its_leases_is_fenced_off(new_stack: Callable[..., 
 
 
 @pytest.mark.timeout(900)
-def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
+def test_scaling_and_restarts_cut_off_no_mail_that_was_handed_over(
     new_stack: Callable[..., Stack],
 ) -> None:
     # The long form uses the settings' own times.
@@ -105,7 +105,7 @@ def test_senders_that_come_and_go_cut_off_no_mail_that_they_handed_over(
 
 
 @pytest.mark.timeout(300)
-def test_while_the_relay_is_away_tasks_wait_without_spending_attempts(stack: Stack) -> None:
+def test_tasks_wait_without_attempts_while_the_relay_is_away(stack: Stack) -> None:
     with Pipeline(stack) as pipeline:
         stack.kill("catcher")
         try:
@@ -131,7 +131,7 @@ def test_while_the_relay_is_away_tasks_wait_without_spending_attempts(stack: Sta
 
 
 @pytest.mark.timeout(300)
-def test_a_hanging_domain_holds_neither_its_partitions_nor_the_sender(
+def test_a_domain_that_hangs_blocks_neither_partitions_nor_the_sender(
     new_stack: Callable[..., Stack],
 ) -> None:
     stack = new_stack(POSTROAD_MAX_IN_FLIGHT="200", POSTROAD_SENDER_DELAYS="2,5")

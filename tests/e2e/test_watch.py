@@ -67,7 +67,7 @@ class Seen:
                 raise
 
 
-def test_cut_at_any_moment_the_union_is_every_timeline(pipeline: Pipeline, stack: Stack) -> None:
+def test_streams_cut_at_any_moment_show_every_timeline(pipeline: Pipeline, stack: Stack) -> None:
     chance = random.Random(3)
     seen, over = Seen(), threading.Event()
     seen.read(pipeline.stub, 1, threading.Event())
@@ -107,7 +107,7 @@ def test_cut_at_any_moment_the_union_is_every_timeline(pipeline: Pipeline, stack
     assert seen.stories.keys() == stories.keys()
 
 
-def test_a_restart_is_not_held_up_by_who_watches(pipeline: Pipeline, stack: Stack) -> None:
+def test_watchers_do_not_delay_a_restart(pipeline: Pipeline, stack: Stack) -> None:
     calls = [pipeline.stub.Watch(pb.WatchRequest(), wait_for_ready=True) for _ in range(20)]
     for call in calls:
         next(call)
