@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from services.cli.command import API, CommandContext, command
 from services.cli.errors import DENIED, FAILED, OK, UNAVAILABLE, explain
-from services.cli.frame import API, Frame, command
 from services.cli.output import Column
 from services.cli.terminal import say
 
@@ -25,7 +25,7 @@ Ids: TypeAlias = Annotated[
 ]
 Call: TypeAlias = "Callable[[TaskServiceStub, str], task_pb2.Task]"
 
-_ENDS = frozenset({DENIED, UNAVAILABLE})
+_ENDS_COMMAND = frozenset({DENIED, UNAVAILABLE})
 _NOT_CANCELLED = {
     "completed": "not cancelled: its mail went out",
     "failed": "not cancelled: it had failed",
@@ -34,13 +34,13 @@ _NOT_CANCELLED = {
 _CHANGED = (
     Column("id"),
     Column("status"),
-    Column("email", least=12, rank=1),
-    Column("reason", least=8, rank=2),
+    Column("email", min_width=12, rank=1),
+    Column("reason", min_width=8, rank=2),
 )
 
 
 def register(app: typer.Typer) -> None:
-    """Add them to the app."""
+    """Add these commands to the app."""
 
     @command(
         app,
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
                 jq -r .id | postroad retry -
         """,
     )
-    def retry(frame: Frame, ids: Ids) -> None:
+    def retry(context: CommandContext, ids: Ids) -> None:
         """Open failed, uncertain or cancelled tasks again.
 
         They are pending again and go on at once, or at their --send-at where that has not come yet. A task
@@ -65,7 +65,7 @@ def register(app: typer.Typer) -> None:
         def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
             return stub.Retry(RetryRequest(id=id_), timeout=DEADLINE)
 
-        _each(frame, ids, call)
+        _change_each(context, ids, call)
 
     @command(
         app,
@@ -77,7 +77,7 @@ def register(app: typer.Typer) -> None:
                 jq -r .id | postroad cancel -
         """,
     )
-    def cancel(frame: Frame, ids: Ids) -> None:
+    def cancel(context: CommandContext, ids: Ids) -> None:
         """Take tasks back, and show what really happened to each.
 
         Where the sender came first, the task is completed, failed or uncertain. It is named with the reason,
@@ -90,7 +90,7 @@ def register(app: typer.Typer) -> None:
         def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
             return stub.Cancel(CancelRequest(id=id_), timeout=DEADLINE)
 
-        _each(frame, ids, call, lambda task: _NOT_CANCELLED.get(task.status))
+        _change_each(context, ids, call, lambda task: _NOT_CANCELLED.get(task.status))
 
     @command(
         app,
@@ -102,7 +102,7 @@ def register(app: typer.Typer) -> None:
         """,
     )
     def resolve(
-        frame: Frame,
+        context: CommandContext,
         ids: Ids,
         sent: Annotated[
             bool | None,
@@ -124,15 +124,18 @@ def register(app: typer.Typer) -> None:
         def call(stub: TaskServiceStub, id_: str) -> task_pb2.Task:
             return stub.Resolve(pb.ResolveRequest(id=id_, resolution=resolution), timeout=DEADLINE)
 
-        _each(frame, ids, call)
+        _change_each(context, ids, call)
 
 
-def _each(
-    frame: Frame, ids: list[str], call: Call, refusal: Callable[[task_pb2.Task], str | None] = lambda _: None
+def _change_each(
+    context: CommandContext,
+    ids: list[str],
+    call: Call,
+    refusal: Callable[[task_pb2.Task], str | None] = lambda _: None,
 ) -> None:
-    """Do it to each task and show what came of it; an api that is away or refuses us ends it.
+    """Call the api for each task and show the answers. Ends early where the api is away or denies access.
 
-    `refusal`: why a task that the api answered counts as failed, None where it does not.
+    `refusal` returns why an answered task counts as failed, None where it does not.
     """
     from postroad.v1.task_service_pb2_grpc import TaskServiceStub  # noqa: PLC0415
 
@@ -144,9 +147,9 @@ def _each(
         from services.cli.tasks import task_row  # noqa: PLC0415
 
         nonlocal worst
-        with frame.channel() as channel:
+        with context.channel() as channel:
             stub = TaskServiceStub(channel)
-            for id_ in _each_once(ids):
+            for id_ in _unique_ids(ids):
                 try:
                     task = call(stub, id_)
                     if why := refusal(task):
@@ -155,20 +158,20 @@ def _each(
                     yield task_row(task)
                 except grpc.RpcError as error:
                     cause = explain(error)
-                    if cause is None or cause.code in _ENDS or error.code().name == "UNIMPLEMENTED":
+                    if cause is None or cause.code in _ENDS_COMMAND or error.code().name == "UNIMPLEMENTED":
                         raise
                     say(f"postroad: {id_}: {cause.line}")
                     worst = max(worst, cause.code)
                     yield {"id": id_, "error": {"code": error.code().name, "message": cause.line}}
 
-    shown = (row for row in rows() if not frame.out.is_table or "error" not in row)
-    frame.out.rows(shown, _CHANGED)
+    shown = (row for row in rows() if not context.out.is_table or "error" not in row)
+    context.out.rows(shown, _CHANGED)
     if worst:
         raise typer.Exit(worst)
 
 
-def _each_once(ids: list[str]) -> Iterator[str]:
-    """Yield each id once, those on stdin where `-` stands."""
+def _unique_ids(ids: list[str]) -> Iterator[str]:
+    """Yield each id once. `-` stands for the ids on stdin, one a line."""
     seen = set[str]()
     for id_ in chain.from_iterable(map(str.strip, sys.stdin) if id_ == "-" else (id_,) for id_ in ids):
         if id_ and id_ not in seen:

@@ -1,4 +1,4 @@
-"""What the shell completes arguments with. What takes long to import is imported when it asks."""
+"""The words that a shell completes arguments with. Slow imports wait until the shell asks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable
 
-__all__ = ["among", "reopenable", "stages", "statuses", "topics"]
+__all__ = ["complete_from", "reopenable", "stages", "statuses", "topics"]
 
 Words = Callable[[], Iterable[str]]
 
 
-def among(words: Words) -> Callable[[str], list[str]]:
-    """Return Typer's `autocompletion` for an argument that is one of these words."""
+def complete_from(words: Words) -> Callable[[str], list[str]]:
+    """Return the `autocompletion` that Typer needs for an argument with these values."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in words() if word.startswith(incomplete)]
@@ -28,7 +28,7 @@ def statuses() -> Iterable[str]:
 
 
 def reopenable() -> Iterable[str]:
-    """Return what a replay may reopen."""
+    """Return the statuses that a replay can reopen."""
     from services.common.operations.replay.decide import REOPENABLE  # noqa: PLC0415
 
     return REOPENABLE
@@ -42,16 +42,19 @@ def stages() -> Iterable[str]:
 
 
 def topics() -> Iterable[str]:
-    """Return the topics that can be replayed, without delay topics where Kafka does not answer at once."""
-    from services.cli.settings import settings_of, values  # noqa: PLC0415
+    """Return the topics that can be replayed.
+
+    Delay topics are missing if Kafka does not answer within 1 s.
+    """
+    from services.cli.settings import effective_variables, make_settings  # noqa: PLC0415
     from services.common.kafka.topics import EVENT_TOPICS  # noqa: PLC0415
     from services.common.operations.clients import admin_client  # noqa: PLC0415
     from services.common.operations.replay.records import can_replay  # noqa: PLC0415
 
     found = list(EVENT_TOPICS)
-    # A shell that completes shows no errors; the command itself will.
+    # A completing shell shows no errors. The command itself will.
     with contextlib.suppress(Exception):
-        settings = settings_of(values({}, os.environ))
+        settings = make_settings(effective_variables({}, os.environ))
         known = admin_client(settings).list_topics(timeout=1).topics
         bare = (name.removeprefix(settings.topic_prefix) for name in known)
         found += sorted(name for name in bare if name not in EVENT_TOPICS and can_replay(name))

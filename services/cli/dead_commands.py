@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.completion import among, stages
+from services.cli.command import KAFKA, CommandContext, Yes, command
+from services.cli.completion import complete_from, stages
 from services.cli.errors import FAILED, NOT_FOUND, USAGE, Failure
-from services.cli.frame import KAFKA, Frame, Yes, command
-from services.cli.output import Column, Row, plain, safe_text
+from services.cli.output import Column, OutputRow, one_line, safe_text
 from services.cli.terminal import confirm, progress, say
 
 if TYPE_CHECKING:
@@ -20,18 +20,18 @@ __all__ = ["register"]
 
 _GROUPS = (
     Column("stage"),
-    Column("count", right=True),
+    Column("count", align_right=True),
     Column("first", rank=2),
     Column("last", rank=1),
     Column("sample"),
-    Column("cause", least=20),
+    Column("cause", min_width=20),
 )
 _DEAD_LETTERS = (
     Column("letter"),
     Column("time", rank=1),
     Column("origin", rank=2),
     Column("task", rank=3),
-    Column("cause", least=20),
+    Column("cause", min_width=20),
 )
 _NONE = "There are no dead letters."
 
@@ -40,7 +40,9 @@ Locations = Annotated[
 ]
 OneStage = Annotated[
     str | None,
-    typer.Option("--stage", help="Those of this stage.", metavar="STAGE", autocompletion=among(stages)),
+    typer.Option(
+        "--stage", help="Those of this stage.", metavar="STAGE", autocompletion=complete_from(stages)
+    ),
 ]
 Cause = Annotated[str, typer.Option("--cause", help="Those whose cause contains this text.", metavar="TEXT")]
 All = Annotated[bool, typer.Option("--all", help="All dead letters of all stages.")]
@@ -68,7 +70,7 @@ def _register_list(dead: typer.Typer) -> None:
         """,
     )
     def list_(
-        frame: Frame,
+        context: CommandContext,
         stage: OneStage = None,
         cause: Cause = "",
         each: Annotated[bool, typer.Option("--each", help="Every dead letter, not only how many.")] = False,
@@ -76,28 +78,28 @@ def _register_list(dead: typer.Typer) -> None:
         """Show the dead letters by stage and cause. Those that were replayed or purged are not shown."""
         from services.common.operations.dead_letters.dead_letter import group_by_cause  # noqa: PLC0415
 
-        found = _find(frame, None, stage, cause)
+        found = _find(context, None, stage, cause)
         if each:
-            frame.out.rows([one.summary() for one in found], _DEAD_LETTERS, _NONE)
+            context.out.rows([one.summary() for one in found], _DEAD_LETTERS, _NONE)
         else:
-            frame.out.rows(group_by_cause(found), _GROUPS, _NONE)
+            context.out.rows(group_by_cause(found), _GROUPS, _NONE)
 
 
 def _register_show(dead: typer.Typer) -> None:
     @command(dead, "show", uses=(KAFKA,), examples="postroad dead show sender/3/17")
     def show(
-        frame: Frame,
+        context: CommandContext,
         location: Annotated[str, typer.Argument(metavar="STAGE/PARTITION/OFFSET", help="The dead letter.")],
     ) -> None:
         """Show a dead letter: its cause, its origin, and the record itself, decoded."""
         from services.common.operations.dead_letters.dead_letter import describe  # noqa: PLC0415
         from services.common.operations.dead_letters.reader import read_records  # noqa: PLC0415
 
-        [dead_letter] = _find(frame, [location], None, "")
-        found = next(read_records(frame.settings(), [dead_letter.location]), None)
+        [dead_letter] = _find(context, [location], None, "")
+        found = next(read_records(context.settings(), [dead_letter.location]), None)
         if found is None:
             raise Failure(f"no dead letter {location}", NOT_FOUND)
-        frame.out.one(describe(*found), lambda row: _show_details(frame, row))
+        context.out.one(describe(*found), lambda row: _show_details(context, row))
 
 
 def _register_replay(dead: typer.Typer) -> None:
@@ -111,7 +113,7 @@ def _register_replay(dead: typer.Typer) -> None:
         """,
     )
     def replay(
-        frame: Frame,
+        context: CommandContext,
         locations: Locations = None,
         *,
         stage: OneStage = None,
@@ -128,7 +130,7 @@ def _register_replay(dead: typer.Typer) -> None:
         """
         from services.common.operations.dead_letters.redrive import can_redrive, redrive  # noqa: PLC0415
 
-        chosen = _choose(frame, locations, stage, cause, all_)
+        chosen = _choose(context, locations, stage, cause, all_)
         possible = [one for one in chosen if can_redrive(one)]
         if len(possible) < len(chosen):
             number = len(chosen) - len(possible)
@@ -139,14 +141,14 @@ def _register_replay(dead: typer.Typer) -> None:
         kept: list[str] = []
         try:
             with progress("replay", len(possible)) as bar:
-                done = redrive(frame.settings(), possible, bar.advance, kept.append)
+                done = redrive(context.settings(), possible, bar.advance, kept.append)
         finally:
             for why in kept:
                 say(f"{why}; it stays.")
         if len(kept) == len(possible):
             raise Failure("none of these dead letters can be replayed", FAILED)
         staying = len(chosen) - len(possible) + len(kept)
-        frame.out.one({"replayed": done, "kept": staying})
+        context.out.one({"replayed": done, "kept": staying})
         if staying:
             raise typer.Exit(FAILED)
 
@@ -162,7 +164,7 @@ def _register_purge(dead: typer.Typer) -> None:
         """,
     )
     def purge(
-        frame: Frame,
+        context: CommandContext,
         locations: Locations = None,
         *,
         stage: OneStage = None,
@@ -173,27 +175,29 @@ def _register_purge(dead: typer.Typer) -> None:
         """Do away with dead letters. The records themselves stay on the topics that they came from."""
         from services.common.operations.dead_letters import redrive  # noqa: PLC0415
 
-        chosen = _choose(frame, locations, stage, cause, all_)
+        chosen = _choose(context, locations, stage, cause, all_)
         _ask("Purge", chosen, yes)
         with progress("purge", len(chosen)) as bar:
-            done = redrive.purge(frame.settings(), chosen, bar.advance)
-        frame.out.one({"purged": done})
+            done = redrive.purge(context.settings(), chosen, bar.advance)
+        context.out.one({"purged": done})
 
 
 def _choose(
-    frame: Frame, locations: list[str] | None, stage: str | None, cause: str, all_: bool
+    context: CommandContext, locations: list[str] | None, stage: str | None, cause: str, all_: bool
 ) -> list[DeadLetter]:
     if not (locations or stage or cause or all_):
         raise Failure("name the dead letters, or say --stage, --cause or --all", USAGE)
     if all_ and (locations or stage or cause):
         raise Failure("--all means all dead letters; it goes with nothing else", USAGE)
-    found = _find(frame, locations, stage, cause)
+    found = _find(context, locations, stage, cause)
     if not found:
         raise Failure("there are no such dead letters", NOT_FOUND)
     return found
 
 
-def _find(frame: Frame, locations: list[str] | None, stage: str | None, cause: str) -> list[DeadLetter]:
+def _find(
+    context: CommandContext, locations: list[str] | None, stage: str | None, cause: str
+) -> list[DeadLetter]:
     from services.common.operations.dead_letters.dead_letter import parse_location  # noqa: PLC0415
     from services.common.operations.dead_letters.reader import find_dead_letters  # noqa: PLC0415
     from services.common.operations.errors import InvalidOption  # noqa: PLC0415
@@ -203,7 +207,7 @@ def _find(frame: Frame, locations: list[str] | None, stage: str | None, cause: s
     except ValueError as error:
         raise Failure(error, USAGE) from None
     try:
-        return find_dead_letters(frame.settings(), wanted, stage, cause)
+        return find_dead_letters(context.settings(), wanted, stage, cause)
     except InvalidOption as error:
         # A location may name the unknown stage, not --stage.
         raise Failure(error.problem, USAGE) from None
@@ -214,13 +218,13 @@ def _ask(what: str, dead_letters: list[DeadLetter], yes: bool) -> None:
 
     if not yes:
         for row in group_by_cause(dead_letters):
-            say(f"{row['count']:>8} of {row['stage']}: {plain(row['cause'])[:80]}")
+            say(f"{row['count']:>8} of {row['stage']}: {one_line(row['cause'])[:80]}")
     confirm(f"{what} {len(dead_letters)} dead letter{'s' if len(dead_letters) > 1 else ''}?", yes)
 
 
-def _show_details(frame: Frame, row: Row) -> None:
+def _show_details(context: CommandContext, row: OutputRow) -> None:
     apart = ("headers", "event", "value", "left_out")
-    frame.out.values({key: value for key, value in row.items() if key not in apart})
+    context.out.values({key: value for key, value in row.items() if key not in apart})
     for part in row["left_out"] or ():
         print(f"\nleft out: the {part['part']}, {part['size']} bytes, SHA-256 {part['sha256']}")
     for title, value in (("headers", row["headers"]), ("event", row["event"])):

@@ -1,7 +1,7 @@
-"""How a command ends badly: one line on stderr and an exit code.
+"""How a command fails: one line on stderr and an exit code.
 
-A command raises `Failure(line, code)`. What its libraries raise (gRPC, Kafka, MySQL, Typer, the settings)
-is put into such a line by `explain`, so that a command need not catch it.
+A command raises `Failure(line, code)`. `explain` turns what its libraries raise (gRPC, Kafka, MySQL, Typer,
+the settings, the operations) into such a Failure, so that a command need not catch it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
     "Failure",
     "explain",
     "grpc_exit",
-    "is_kafkas",
+    "is_kafka_error",
 ]
 
 OK: Final = 0
@@ -48,7 +48,7 @@ _KAFKA: Final = {
     "_TIMED_OUT": UNAVAILABLE,
     "_TRANSPORT": UNAVAILABLE,
     "_WAIT_COORD": UNAVAILABLE,
-    # What Kafka's protocol guide calls retriable ("Error Codes"), as far as a command can meet it.
+    # The retriable codes of Kafka's protocol guide ("Error Codes") that a command can meet.
     "COORDINATOR_LOAD_IN_PROGRESS": UNAVAILABLE,
     "COORDINATOR_NOT_AVAILABLE": UNAVAILABLE,
     "FENCED_LEADER_EPOCH": UNAVAILABLE,
@@ -74,7 +74,7 @@ _KAFKA: Final = {
     "_UNKNOWN_PARTITION": NOT_FOUND,
     "_UNKNOWN_TOPIC": NOT_FOUND,
 }
-# Access denied: to a database, to a user, to a table, without a password, to a locked account.
+# MySQL's codes for denied access: to a database, a user, a table, without a password, to a locked account.
 _MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1698, 3118})
 
 
@@ -82,7 +82,7 @@ _OPERATIONS: Final = "services.common.operations.errors"
 
 
 class Failure(Exception):
-    """A command's end other than OK: a line for people, without a full stop, and an exit code."""
+    """A command fails: a line for people, without a full stop, and an exit code."""
 
     def __init__(self, line: object, code: int = FAILED) -> None:
         super().__init__(" ".join(str(line).split()))
@@ -91,9 +91,9 @@ class Failure(Exception):
 
 
 def explain(error: BaseException, brokers: str = "") -> Failure | None:
-    """Return what an error of a library means to the user; None where it is a fault of this program.
+    """Return what a library's error means to the user, None where it is a fault of this program.
 
-    `brokers`: the addresses that Kafka was sought at, where that is known.
+    `brokers` are Kafka's addresses, empty where they are not known.
     """
     if isinstance(error, Failure):
         return error
@@ -101,10 +101,10 @@ def explain(error: BaseException, brokers: str = "") -> Failure | None:
         return Failure("interrupted", INTERRUPTED)
     if isinstance(error, TyperException):
         return _usage(error)
-    # Only a library that was imported can have raised it, and importing them costs more than most commands.
+    # Only an imported library can have raised it. Importing all of them would take longer than most commands.
     if _is(error, "grpc", "RpcError"):
         return _grpc(error)
-    if is_kafkas(error):
+    if is_kafka_error(error):
         return _kafka(error, brokers)
     if _is(error, "pydantic", "ValidationError"):
         return _settings(error)
@@ -115,7 +115,7 @@ def explain(error: BaseException, brokers: str = "") -> Failure | None:
     if _is(error, "sqlalchemy.exc", "DBAPIError") or _is(error, "sqlalchemy.exc", "TimeoutError"):
         return _database(error)
     if isinstance(error, UnicodeEncodeError) and any("\ud800" <= c <= "\udfff" for c in error.object):
-        # A byte of the command line or the environment that is not UTF-8 becomes half of a surrogate pair.
+        # Python turns a byte that is not UTF-8 into half of a surrogate pair.
         return Failure(f"{error.object!a} is not in UTF-8", USAGE)
     if isinstance(error, OSError):
         named = f"{error.filename}: " if error.filename else ""
@@ -128,8 +128,8 @@ def grpc_exit(code: str) -> int:
     return OK if code == "OK" else _GRPC.get(code, FAILED)
 
 
-def is_kafkas(error: BaseException) -> bool:
-    """Whether it is an error of Kafka's client."""
+def is_kafka_error(error: BaseException) -> bool:
+    """Return whether it is an error of Kafka's client."""
     return _is(error, "confluent_kafka", "KafkaException")
 
 
@@ -144,7 +144,7 @@ def _is_network(error: OSError) -> bool:
 
 def _usage(error: TyperException) -> Failure:
     if not error.format_message().strip():
-        return Failure("", USAGE)  # the help was asked for by giving no command, and is shown
+        return Failure("", USAGE)  # without a command, Typer has shown the help
     message = error.format_message().rstrip(".").replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     hint = f" (try '{context.command_path} --help')" if context is not None else ""
@@ -153,22 +153,23 @@ def _usage(error: TyperException) -> Failure:
 
 def _grpc(error: Any) -> Failure:
     code = error.code().name
-    said = error.details() or code
-    # The api's own words come with google.rpc details; without them gRPC says that it reached nobody.
+    line = error.details() or code
+    # The api adds google.rpc details to its own errors. An error without them is gRPC's: the api was not
+    # reached.
     own = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
     if code == "UNAVAILABLE" and not own:
-        said = f"the api does not answer: {said.rpartition('last error: ')[2]}"
+        line = f"the api does not answer: {line.rpartition('last error: ')[2]}"
     if code == "DEADLINE_EXCEEDED":
-        said = "the api did not answer in time"
+        line = "the api did not answer in time"
     if code == "UNIMPLEMENTED":
-        said = f"the api does not know this call, it may be an older version: {said}"
-    # An answer about one task: the api is there, and can be asked about the next one.
+        line = f"the api does not know this call, it may be an older version: {line}"
+    # The answer concerns one task. The api works, and can be asked about the next one.
     about_task = code == "UNAVAILABLE" and own and _reason(error) == "BEING_SENT"
-    return Failure(said, FAILED if about_task else grpc_exit(code))
+    return Failure(line, FAILED if about_task else grpc_exit(code))
 
 
 def _reason(error: Any) -> str:
-    """Return the reason of the call's google.rpc.ErrorInfo, empty where it has none that can be read."""
+    """Return the reason of the error's google.rpc.ErrorInfo, empty where it has none that can be read."""
     from google.protobuf.message import DecodeError  # noqa: PLC0415
     from google.rpc import error_details_pb2  # noqa: PLC0415
     from grpc_status import rpc_status  # noqa: PLC0415
@@ -178,7 +179,7 @@ def _reason(error: Any) -> str:
         status = rpc_status.from_call(error)
         found = status is not None and any(detail.Unpack(info) for detail in status.details)
     except (DecodeError, ValueError):
-        # A proxy wrote other details than the api, or a status that contradicts them.
+        # A proxy may write details of another kind, or a status that contradicts them.
         return ""
     return info.reason if found else ""
 

@@ -1,4 +1,4 @@
-"""Which tasks a command is about: the same flags for `list`, `watch` and whatever chooses tasks."""
+"""The flags that choose tasks: the same for `list` and `watch`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from services.cli.errors import USAGE, Failure
-from services.cli.times import moment
+from services.cli.times import parse_time
 
 __all__ = [
     "Domain",
@@ -18,19 +18,19 @@ __all__ = [
     "From",
     "Labels",
     "Reason",
-    "Status",
     "Statuses",
+    "TaskStatus",
     "To",
-    "created_between",
-    "pairs",
-    "task_filter",
+    "creation_fields",
+    "filter_fields",
+    "parse_pairs",
 ]
 
 _PANEL = "Which tasks"
 
 
-class Status(StrEnum):
-    """The statuses that a task can have."""
+class TaskStatus(StrEnum):
+    """The statuses of a task."""
 
     PENDING = "pending"
     PROCESSING = "processing"
@@ -45,11 +45,11 @@ def _option(*names: str, text: str, metavar: str | None = None) -> Any:
 
 
 Statuses: TypeAlias = Annotated[
-    list[Status] | None,
+    list[TaskStatus] | None,
     _option(
         "--status",
         "-s",
-        text="Of this status, several: of any: " + ", ".join(Status) + ".",
+        text="Of this status, several: of any: " + ", ".join(TaskStatus) + ".",
         metavar="STATUS",
     ),
 ]
@@ -57,7 +57,7 @@ Email: TypeAlias = Annotated[str, _option("--email", text="To this recipient.", 
 Domain: TypeAlias = Annotated[str, _option("--domain", text="To recipients of this domain.", metavar="NAME")]
 Reason: TypeAlias = Annotated[
     str,
-    _option("--reason", text="Standing where they stand for this reason, such as null_mx.", metavar="CODE"),
+    _option("--reason", text="With this reason for their status, such as null_mx.", metavar="CODE"),
 ]
 Labels: TypeAlias = Annotated[
     list[str] | None,
@@ -67,8 +67,8 @@ From: TypeAlias = Annotated[str, _option("--from", text="Created then or later."
 To: TypeAlias = Annotated[str, _option("--to", text="Created before.", metavar="TIME")]
 
 
-def pairs(texts: Sequence[str] | None, flag: str, separator: str = "=") -> dict[str, str]:
-    """Return `KEY=VALUE` texts as a dictionary; raises Failure."""
+def parse_pairs(texts: Sequence[str] | None, flag: str, separator: str = "=") -> dict[str, str]:
+    """Return `KEY=VALUE` texts as a dictionary. Raises Failure, which names the flag."""
     found: dict[str, str] = {}
     for text in texts or ():
         key, there, value = text.partition(separator)
@@ -80,21 +80,21 @@ def pairs(texts: Sequence[str] | None, flag: str, separator: str = "=") -> dict[
     return found
 
 
-def task_filter(
+def filter_fields(
     status: Sequence[str] | None, email: str, domain: str, reason: str, label: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Return the fields of a ListRequest, a CountRequest or a WatchRequest that these flags mean."""
+    """Return the fields of a ListRequest, CountRequest or WatchRequest for these flags."""
     return {
         "status": [str(one) for one in dict.fromkeys(status or ())],
         "email": email,
         "domain": domain,
         "reason": reason,
-        "labels": pairs(label, "--label"),
+        "labels": parse_pairs(label, "--label"),
     }
 
 
-def created_between(from_: str, to: str) -> dict[str, Any]:
-    """Return the fields of a ListRequest or a CountRequest that --from and --to mean."""
+def creation_fields(from_: str, to: str) -> dict[str, Any]:
+    """Return the fields of a ListRequest or CountRequest for --from and --to."""
     now = datetime.now(UTC)
     times = {"created_from": from_, "created_to": to}
-    return {name: moment(text, now) for name, text in times.items() if text}
+    return {name: parse_time(text, now) for name, text in times.items() if text}

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from services.cli.frame import API, Frame, command
-from services.cli.output import Row, safe_text
+from services.cli.command import API, CommandContext, command
+from services.cli.output import OutputRow, safe_text
 from services.cli.terminal import say
 
 __all__ = ["register"]
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "get", uses=(API,), examples=EXAMPLES)
     def get(
-        frame: Frame,
+        context: CommandContext,
         id_: Annotated[str, typer.Argument(help="The task's id.", metavar="ID")],
         body: Annotated[bool, typer.Option("--body", help="Show the mail's parts too.")] = False,
     ) -> None:
@@ -37,18 +37,18 @@ def register(app: typer.Typer) -> None:
         from services.cli.channel import DEADLINE  # noqa: PLC0415
         from services.cli.tasks import TIMELINE, full_row  # noqa: PLC0415
 
-        with frame.channel() as channel:
+        with context.channel() as channel:
             row = full_row(TaskServiceStub(channel).Get(GetRequest(id=id_), timeout=DEADLINE))
 
-        def show(row: Row) -> None:
-            frame.out.values({key: row[key] for key in row if key not in {"body", "html", "timeline"}})
+        def show(row: OutputRow) -> None:
+            context.out.values({key: row[key] for key in row if key not in {"body", "html", "timeline"}})
             if row["timeline"]:
                 print()
-                frame.out.table(row["timeline"], TIMELINE)
+                context.out.table(row["timeline"], TIMELINE)
             else:
                 say("No event of it is folded yet: see 'postroad lag --stage status'.")
             for part in ("body", "html"):
                 if body and row[part]:
                     print(f"\n{safe_text(row[part])}".rstrip("\n"))
 
-        frame.out.one(row, show)
+        context.out.one(row, show)

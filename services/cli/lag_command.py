@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.completion import among, stages
+from services.cli.command import DATABASE, KAFKA, CommandContext, command
+from services.cli.completion import complete_from, stages
 from services.cli.errors import UNAVAILABLE, USAGE, Failure, explain
-from services.cli.frame import DATABASE, KAFKA, Frame, command
-from services.cli.output import Column, Row
+from services.cli.output import Column, OutputRow
 from services.cli.terminal import OncePerChange, say
-from services.cli.times import ago, short
+from services.cli.times import format_duration, format_time
 from services.common.stages import STAGES
 
 __all__ = ["register"]
@@ -49,58 +49,58 @@ def _count(value: Any) -> str:
 
 
 def _due(value: Any) -> str:
-    return f"overdue {ago(-value)}" if value is not None and value < 0 else ago(value)
+    return f"overdue {format_duration(-value)}" if value is not None and value < 0 else format_duration(value)
 
 
 _STAGES = (
     Column("stage"),
     Column("state"),
-    Column("replicas", right=True),
-    Column("owned", right=True, rank=3),
-    Column("lag", right=True, cell=_count),
-    Column("oldest_waiting_seconds", "oldest", right=True, cell=ago),
-    Column("read_per_second", "read/s", right=True, rank=1, cell=_rate),
-    Column("arriving_per_second", "arriving/s", right=True, rank=2, cell=_rate),
-    Column("delayed", right=True, rank=4, cell=_count),
+    Column("replicas", align_right=True),
+    Column("owned", align_right=True, rank=3),
+    Column("lag", align_right=True, format=_count),
+    Column("oldest_waiting_seconds", "oldest", align_right=True, format=format_duration),
+    Column("read_per_second", "read/s", align_right=True, rank=1, format=_rate),
+    Column("arriving_per_second", "arriving/s", align_right=True, rank=2, format=_rate),
+    Column("delayed", align_right=True, rank=4, format=_count),
 )
 _MEMBERS = (
     Column("stage"),
-    Column("client", "replica", least=12, tail=True),
+    Column("client", "replica", min_width=12, keep_end=True),
     Column("host", rank=2),
-    Column("partitions", right=True, rank=1),
-    Column("lag", right=True, cell=_count),
-    Column("member", least=12, rank=3),
+    Column("partitions", align_right=True, rank=1),
+    Column("lag", align_right=True, format=_count),
+    Column("member", min_width=12, rank=3),
 )
 _PARTITIONS = (
     Column("stage"),
     Column("topic"),
-    Column("partition", "part", right=True),
-    Column("lag", right=True, cell=_count),
-    Column("oldest_waiting_seconds", "oldest", right=True, cell=ago),
-    Column("client", "replica", least=12, rank=1, tail=True),
-    Column("committed", right=True, rank=3),
-    Column("end", right=True, rank=2),
+    Column("partition", "part", align_right=True),
+    Column("lag", align_right=True, format=_count),
+    Column("oldest_waiting_seconds", "oldest", align_right=True, format=format_duration),
+    Column("client", "replica", min_width=12, rank=1, keep_end=True),
+    Column("committed", align_right=True, rank=3),
+    Column("end", align_right=True, rank=2),
     Column("host", rank=4),
 )
 _OUTBOX = (
     Column("table"),
-    Column("due", right=True, cell=_count),
-    Column("oldest_due_seconds", "oldest", right=True, cell=ago),
+    Column("due", align_right=True, format=_count),
+    Column("oldest_due_seconds", "oldest", align_right=True, format=format_duration),
 )
 _DOMAINS = (
-    Column("domain", least=12),
-    Column("sending", right=True, cell=_count),
-    Column("waiting", right=True, cell=_count),
-    Column("finished", right=True, cell=_count),
-    Column("oldest_seconds", "oldest", right=True, cell=ago),
+    Column("domain", min_width=12),
+    Column("sending", align_right=True, format=_count),
+    Column("waiting", align_right=True, format=_count),
+    Column("finished", align_right=True, format=_count),
+    Column("oldest_seconds", "oldest", align_right=True, format=format_duration),
 )
 _WORST = 10
 _DELAYS = (
     Column("topic"),
-    Column("waiting", right=True, cell=_count),
+    Column("waiting", align_right=True, format=_count),
     Column("read"),
-    Column("next_due_in_seconds", "next due in", right=True, cell=_due),
-    Column("next_due_at", "at", rank=1, cell=short),
+    Column("next_due_in_seconds", "next due in", align_right=True, format=_due),
+    Column("next_due_at", "at", rank=1, format=format_time),
 )
 
 
@@ -109,7 +109,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "lag", uses=(KAFKA, DATABASE), examples=EXAMPLES)
     def lag(
-        frame: Frame,
+        context: CommandContext,
         *,
         stage: Annotated[
             list[str] | None,
@@ -117,7 +117,7 @@ def register(app: typer.Typer) -> None:
                 help=f"This stage only: {_one_of(STAGES)}; repeatable.",
                 metavar="STAGE",
                 callback=_known_stages,
-                autocompletion=among(stages),
+                autocompletion=complete_from(stages),
                 show_default=False,
             ),
         ] = None,
@@ -154,18 +154,18 @@ def register(app: typer.Typer) -> None:
         if domains and (stage or []) != ["sender"]:
             raise Failure("--domains is of the sender: it goes with --stage sender", USAGE)
         with LagMonitor(
-            frame.settings(), stage or list(STAGES), domains=domains, outbox=not stage
+            context.settings(), stage or list(STAGES), domains=domains, outbox=not stage
         ) as monitor:
             if interval:
                 monitor.start()
-            write = frame.out.lines(())
+            write = context.out.row_writer(())
             kafka_remarks, outbox_remarks = OncePerChange(), OncePerChange()
             while True:
                 time.sleep(interval)
                 try:
                     found = monitor.measure(partitions=partitions)
                 except Exception as error:
-                    failure = explain(error, frame.settings().kafka_bootstrap)
+                    failure = explain(error, context.settings().kafka_bootstrap)
                     if not watch or failure is None or failure.code != UNAVAILABLE:
                         raise
                     kafka_remarks.say(f"postroad: {failure.line}")
@@ -174,11 +174,11 @@ def register(app: typer.Typer) -> None:
                 kafka_remarks.forget()
                 _say_outbox_error(monitor.outbox_error, outbox_remarks)
                 if not watch:
-                    frame.out.one(found, lambda found: _show(frame, found))
+                    context.out.one(found, lambda found: _show(context, found))
                     return
-                if frame.out.is_table:
+                if context.out.is_table:
                     _clear(found)
-                    _show(frame, found)
+                    _show(context, found)
                 else:
                     write(found)
                 # Without an interval, only this pause separates two samples.
@@ -198,14 +198,14 @@ def _say_outbox_error(error: Exception | None, remarks: OncePerChange) -> None:
 def _clear(found: dict[str, Any]) -> None:
     if sys.stdout.isatty():
         print("\x1b[H\x1b[2J", end="")
-    print(short(found["at"]))
+    print(format_time(found["at"]))
     print()
 
 
-def _show(frame: Frame, found: Row) -> None:
+def _show(context: CommandContext, found: OutputRow) -> None:
     from services.common.operations.lag.report import remarks  # noqa: PLC0415
 
-    out = frame.out
+    out = context.out
     stages = [
         row
         | {

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from services.cli.command import API, CommandContext, command
 from services.cli.errors import USAGE, Failure
 from services.cli.filters import (
     Domain,
@@ -16,10 +17,9 @@ from services.cli.filters import (
     Reason,
     Statuses,
     To,
-    created_between,
-    task_filter,
+    creation_fields,
+    filter_fields,
 )
-from services.cli.frame import API, Frame, command
 from services.cli.output import Column
 from services.cli.terminal import say
 
@@ -32,7 +32,7 @@ EXAMPLES = """
     postroad list --status uncertain --all -o jsonl |
         jq -r .id | postroad retry -
 """
-_PAGE = 1000
+_PAGE_SIZE = 1000
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "list", uses=(API,), examples=EXAMPLES)
     def list_(
-        frame: Frame,
+        context: CommandContext,
         *,
         status: Statuses = None,
         email: Email = "",
@@ -60,49 +60,49 @@ def register(app: typer.Typer) -> None:
         All flags that choose tasks hold together. TIME is 2026-01-31T12:00:00Z, 2026-01-31 (UTC) or -2h.
         A narrow terminal shows fewer columns; -o json has everything.
         """
-        asked = task_filter(status, email, domain, reason, label) | created_between(from_, to)
+        fields = filter_fields(status, email, domain, reason, label) | creation_fields(from_, to)
         if count:
             if all_:
                 raise Failure("--count counts all anyway: leave --all out", USAGE)
-            _count(frame, asked)
+            _count(context, fields)
             return
         from services.cli.tasks import TASKS  # noqa: PLC0415
 
         more: list[bool] = []
-        frame.out.rows(_pages(frame, asked, None if all_ else limit, more), TASKS, empty="No such task.")
+        context.out.rows(_pages(context, fields, None if all_ else limit, more), TASKS, empty="No such task.")
         if more:
             say(f"There are more than {limit}: use --limit or --all.")
 
 
-def _count(frame: Frame, asked: dict[str, Any]) -> None:
+def _count(context: CommandContext, fields: dict[str, Any]) -> None:
     from postroad.v1.task_service_pb2 import CountRequest  # noqa: PLC0415
     from postroad.v1.task_service_pb2_grpc import TaskServiceStub  # noqa: PLC0415
     from services.cli.channel import DEADLINE  # noqa: PLC0415
-    from services.cli.filters import Status  # noqa: PLC0415
+    from services.cli.filters import TaskStatus  # noqa: PLC0415
 
-    with frame.channel() as channel:
-        answer = TaskServiceStub(channel).Count(CountRequest(**asked), timeout=DEADLINE)
-    counts = {str(one): answer.counts[one] for one in Status if one in answer.counts}
+    with context.channel() as channel:
+        answer = TaskServiceStub(channel).Count(CountRequest(**fields), timeout=DEADLINE)
+    counts = {str(one): answer.counts[one] for one in TaskStatus if one in answer.counts}
     rows = [{"status": name, "tasks": number} for name, number in (counts | {"total": answer.total}).items()]
-    columns = (Column("status"), Column("tasks", right=True))
-    frame.out.one({"counts": counts, "total": answer.total}, lambda _: frame.out.table(rows, columns))
+    columns = (Column("status"), Column("tasks", align_right=True))
+    context.out.one({"counts": counts, "total": answer.total}, lambda _: context.out.table(rows, columns))
 
 
 def _pages(
-    frame: Frame, asked: dict[str, Any], limit: int | None, more: list[bool]
+    context: CommandContext, fields: dict[str, Any], limit: int | None, more: list[bool]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows, `limit` at most; put something into `more` where there are further ones."""
+    """Yield at most `limit` rows. Appends True to `more` if there are further ones."""
     from postroad.v1.task_service_pb2 import ListRequest  # noqa: PLC0415
     from postroad.v1.task_service_pb2_grpc import TaskServiceStub  # noqa: PLC0415
     from services.cli.channel import DEADLINE  # noqa: PLC0415
     from services.cli.tasks import task_row  # noqa: PLC0415
 
     left, token = limit, ""
-    with frame.channel() as channel:
+    with context.channel() as channel:
         stub = TaskServiceStub(channel)
         while left is None or left > 0:
-            size = _PAGE if left is None else min(left, _PAGE)
-            page = stub.List(ListRequest(page_size=size, page_token=token, **asked), timeout=DEADLINE)
+            size = _PAGE_SIZE if left is None else min(left, _PAGE_SIZE)
+            page = stub.List(ListRequest(page_size=size, page_token=token, **fields), timeout=DEADLINE)
             yield from map(task_row, page.results)
             left = None if left is None else left - len(page.results)
             token = page.next_page_token

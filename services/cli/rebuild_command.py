@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from services.cli.command import DATABASE, KAFKA, CommandContext, command
 from services.cli.errors import FAILED, UNAVAILABLE, Failure
-from services.cli.frame import DATABASE, KAFKA, Frame, command
-from services.cli.output import Column, Row
+from services.cli.output import Column, OutputRow
 from services.cli.terminal import progress, say
-from services.cli.times import short
+from services.cli.times import format_time
 
 if TYPE_CHECKING:
     from services.common.operations.rebuild.report import RebuildReport
@@ -22,14 +22,14 @@ _SAMPLES = (
     Column("table"),
     Column("task"),
     Column("kind"),
-    Column("line", least=12, rank=2),
-    Column("columns", least=12, rank=1),
+    Column("line", min_width=12, rank=2),
+    Column("columns", min_width=12, rank=1),
 )
 _GONE = (
     Column("topic"),
     Column("cause"),
-    Column("records", right=True),
-    Column("since", cell=short),
+    Column("records", align_right=True),
+    Column("since", format=format_time),
 )
 _TITLES = {
     "events": "events folded",
@@ -67,7 +67,7 @@ def register(app: typer.Typer) -> None:
         """,
     )
     def rebuild(
-        frame: Frame,
+        context: CommandContext,
         yes: Annotated[
             bool, typer.Option("--yes", "-y", help="Put what was rebuilt in the tables' place.")
         ] = False,
@@ -87,10 +87,10 @@ def register(app: typer.Typer) -> None:
 
         try:
             with progress("rebuild") as bar:
-                report = run(frame.settings(), yes, bar)
+                report = run(context.settings(), yes, bar)
         except TableBusy as error:
             raise Failure(f"{error}; run it again", UNAVAILABLE) from None
-        frame.out.one(_row(report), lambda row: _show(frame, row, yes))
+        context.out.one(_row(report), lambda row: _show(context, row, yes))
         if report.gone:
             say("The topics do not hold everything that the tables know; that stays in the tables as it is.")
         if not report.equal and not yes:
@@ -113,7 +113,7 @@ def _row(report: RebuildReport) -> dict[str, Any]:
     return row
 
 
-def _show(frame: Frame, row: Row, yes: bool) -> None:
+def _show(context: CommandContext, row: OutputRow, yes: bool) -> None:
     always = {"events", "tasks", "missing", "differing", "swapped", "seconds"}
     titles = dict(_TITLES)
     if yes:
@@ -123,8 +123,8 @@ def _show(frame: Frame, row: Row, yes: bool) -> None:
         ):
             # There was nothing to exchange.
             always.discard("swapped")
-    frame.out.values(row, {key: title for key, title in titles.items() if key in always or row[key]})
+    context.out.values(row, {key: title for key, title in titles.items() if key in always or row[key]})
     for key, columns in (("gone", _GONE), ("samples", _SAMPLES)):
         if row[key]:
             print()
-            frame.out.table(row[key], columns)
+            context.out.table(row[key], columns)

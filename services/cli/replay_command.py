@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from services.cli.completion import among, reopenable, statuses, topics
+from services.cli.command import DATABASE, KAFKA, CommandContext, Yes, command
+from services.cli.completion import complete_from, reopenable, statuses, topics
 from services.cli.errors import FAILED, INTERRUPTED, USAGE, Failure
-from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
 from services.cli.replay_results import produced_text, show_counts, show_result
 from services.cli.terminal import ProgressBar, confirm, progress, say
 from services.cli.times import parse_point
@@ -39,7 +39,7 @@ def _filter_option(flag: str, text: str, metavar: str, panel: str | None = _PANE
         metavar=metavar,
         rich_help_panel=panel,
         show_default=False,
-        autocompletion=words and among(words),
+        autocompletion=words and complete_from(words),
     )
 
 
@@ -61,14 +61,14 @@ def register(app: typer.Typer) -> None:
         """,
     )
     def replay(
-        frame: Frame,
+        context: CommandContext,
         *,
         topic: Annotated[
             str,
             typer.Argument(
                 help="task.created, mx.ok, ..., or a delay topic.",
                 show_default=False,
-                autocompletion=among(topics),
+                autocompletion=complete_from(topics),
             ),
         ] = "",
         from_: Annotated[
@@ -141,10 +141,10 @@ def register(app: typer.Typer) -> None:
             )
         if not resume and not topic:
             raise Failure(f"which TOPIC? {_SEE_HELP}", USAGE)
-        settings = frame.settings()
+        settings = context.settings()
         with _engine(settings) as engine:
             if resume:
-                _resume(frame, settings, engine, resume, rate)
+                _resume(context, settings, engine, resume, rate)
                 return
             options = ReplayOptions(
                 topic=topic.removeprefix(settings.topic_prefix),
@@ -159,11 +159,17 @@ def register(app: typer.Typer) -> None:
                 reopen=tuple(reopen or ()),
                 rate=500.0 if rate is None else rate,
             )
-            _begin(frame, settings, engine, options, dry_run=dry_run, yes=yes)
+            _begin(context, settings, engine, options, dry_run=dry_run, yes=yes)
 
 
 def _begin(
-    frame: Frame, settings: Settings, engine: Engine, options: ReplayOptions, *, dry_run: bool, yes: bool
+    context: CommandContext,
+    settings: Settings,
+    engine: Engine,
+    options: ReplayOptions,
+    *,
+    dry_run: bool,
+    yes: bool,
 ) -> None:
     from services.common.operations.replay.options import check_options  # noqa: PLC0415
     from services.common.operations.replay.preview import preview  # noqa: PLC0415
@@ -179,37 +185,39 @@ def _begin(
         with progress("looking", total) as bar:
             counts, tasks = preview(settings, engine, options, ranges, _on_progress(bar, total))
         if dry_run:
-            show_result(frame.out, None, counts, "dry run", tasks)
+            show_result(context.out, None, counts, "dry run", tasks)
             return
         show_counts(counts, tasks)
         if not count_produced(counts):
             say("None of these records would be produced.")
-            if not frame.out.is_table:
-                show_result(frame.out, None, counts, "nothing to do", tasks)
+            if not context.out.is_table:
+                show_result(context.out, None, counts, "nothing to do", tasks)
             return
         records = produced_text(counts, tasks)
         confirm(f"Produce {records} to {options.topic} at {options.rate:g}/s?", yes)
     replay = begin_replay(engine, options, ranges, now)
     say(f"Replay {replay.id} begins.")
-    _run(frame, settings, engine, replay)
+    _run(context, settings, engine, replay)
 
 
-def _resume(frame: Frame, settings: Settings, engine: Engine, id_: str, rate: float | None) -> None:
+def _resume(
+    context: CommandContext, settings: Settings, engine: Engine, id_: str, rate: float | None
+) -> None:
     from services.common.operations.replay.options import check_rate  # noqa: PLC0415
     from services.common.operations.replay.store import find_replay  # noqa: PLC0415
 
     replay = find_replay(engine, id_)
     if replay.finished:
         say(f"Replay {id_} is at its end.")
-        _finish(frame, replay)
+        _finish(context, replay)
         return
     if rate is not None:
         check_rate(rate)
         replay.options = {**replay.options, "rate": rate}
-    _run(frame, settings, engine, replay)
+    _run(context, settings, engine, replay)
 
 
-def _run(frame: Frame, settings: Settings, engine: Engine, replay: Replay) -> None:
+def _run(context: CommandContext, settings: Settings, engine: Engine, replay: Replay) -> None:
     from services.common.operations.replay.run import ReplayTakenOver, run  # noqa: PLC0415
 
     total = replay.left
@@ -223,19 +231,19 @@ def _run(frame: Frame, settings: Settings, engine: Engine, replay: Replay) -> No
         say(f"Replay {replay.id} was cut off. Go on with: postroad replay --resume {replay.id}")
         raise
     if finished:
-        _finish(frame, replay)
+        _finish(context, replay)
     else:
-        show_result(frame.out, replay.id, replay.counts, "stopped")
+        show_result(context.out, replay.id, replay.counts, "stopped")
         line = (
             f"interrupted with {replay.left} records left; go on with: postroad replay --resume {replay.id}"
         )
         raise Failure(line, INTERRUPTED)
 
 
-def _finish(frame: Frame, replay: Replay) -> None:
+def _finish(context: CommandContext, replay: Replay) -> None:
     from services.common.operations.replay.store import count_refused  # noqa: PLC0415
 
-    show_result(frame.out, replay.id, replay.counts, "finished")
+    show_result(context.out, replay.id, replay.counts, "finished")
     number = count_refused(replay.counts)
     if number:
         raise Failure(f"{number} record{'s' if number > 1 else ''} could not be produced", FAILED)

@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from services.cli.output import Column, Form, Output, Row
+from services.cli.output import Column, Output, OutputFormat, OutputRow
 from services.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -16,12 +16,12 @@ __all__ = ["produced_text", "show_counts", "show_result"]
 
 _COLUMNS = (
     Column("status"),
-    Column("reason", least=8),
-    Column("records", right=True),
+    Column("reason", min_width=8),
+    Column("records", align_right=True),
     Column("what", "becomes"),
 )
 # A task has several records on a topic if it was reopened or replayed.
-_WITH_TASKS = (*_COLUMNS[:2], Column("tasks", right=True), *_COLUMNS[2:])
+_WITH_TASKS = (*_COLUMNS[:2], Column("tasks", align_right=True), *_COLUMNS[2:])
 
 
 def produced_text(counts: Counts, tasks: Counts | None) -> str:
@@ -48,7 +48,7 @@ def show_counts(counts: Counts, tasks: Counts | None) -> None:
     """Write the counts to stderr."""
     # The counts before the question are no result: they go where the question goes.
     with redirect_stdout(sys.stderr):
-        _table(Output(Form.TABLE), counts, tasks)
+        _table(Output(OutputFormat.TABLE), counts, tasks)
 
 
 def _table(out: Output, counts: Counts, tasks: Counts | None) -> None:
@@ -71,7 +71,7 @@ def show_result(
         "counts": rows,
     }
 
-    def table(_: Row) -> None:
+    def table(_: OutputRow) -> None:
         _table(out, counts, tasks)
         verb = "would be" if state == "dry run" else "were"
         say(f"Of {row['records']} records, {produced_text(counts, tasks)} {verb} produced.")

@@ -1,7 +1,11 @@
 """Where a command's connections come from: flag > environment > env file > profile > default.
 
-Each value is known by its environment variable; flags and profiles are other spellings of it. A profile is a
-table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`):
+Each value is known by its environment variable. Flags and profiles are other spellings of it.
+pydantic-settings has sources for such files, but importing it takes longer than a whole `postroad list`,
+which needs three variables. So this module reads the files itself, and imports `Settings` only for commands
+that need it.
+
+A profile is a table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`):
 
     default-profile = "staging"
 
@@ -31,7 +35,14 @@ from services.common.environment import unknown
 if TYPE_CHECKING:
     from services.common.config import Settings
 
-__all__ = ["VARIABLES", "config_file", "env_file", "profile", "settings_of", "values"]
+__all__ = [
+    "VARIABLES",
+    "effective_variables",
+    "make_settings",
+    "profile_variables",
+    "read_config_file",
+    "read_env_file",
+]
 
 VARIABLES: Final = {
     "api": "POSTROAD_API",
@@ -41,54 +52,54 @@ VARIABLES: Final = {
     "database": "POSTROAD_DATABASE_URL",
     "topic-prefix": "POSTROAD_TOPIC_PREFIX",
 }
-"""What flags and profiles call a setting, and its variable."""
-# A line of a file that sets a secret: a database's URL has a password as a rule.
+"""The variables by the names of their flags, which profiles use too."""
+# A line of a file that sets a secret. A database's URL usually has a password.
 _SECRET: Final = re.compile(
     r"^\s*(?:export )?(?:(?:POSTROAD_)?(?:TOKEN|DATABASE(?:_URL)?|API_TOKENS)|EMAIL_\w*(?:PASS|SECRET))\s*=",
     re.MULTILINE | re.IGNORECASE,
 )
 
 
-def values(given: Mapping[str, str | None], environment: Mapping[str, str]) -> dict[str, str]:
-    """Return each variable that is set anywhere, in its effective value.
+def effective_variables(given: Mapping[str, str | None], environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the effective value of each variable that is set anywhere.
 
-    `given` are the flags, by the names of VARIABLES and `profile`, `config`, `env-file`; None where a flag is
-    not there. Raises Failure for a file or profile that is wrong or missing, and for a
-    variable that looks like a setting and is none.
+    `given` are the flags by the names of VARIABLES, and `profile`, `config` and `env-file`. None is a flag
+    that is not given. Raises Failure for a file or profile that is wrong or missing, and for an unknown
+    variable that looks like a setting.
     """
     file = given.get("env-file") or environment.get("POSTROAD_ENV_FILE")
-    outer = (env_file(Path(file)) if file else {}) | dict(environment)
+    outer = (read_env_file(Path(file)) if file else {}) | dict(environment)
     _refuse_misspelt(outer)
     named = given.get("profile") or outer.get("POSTROAD_PROFILE")
     flags = {
         VARIABLES[name]: value for name, value in given.items() if name in VARIABLES and value is not None
     }
-    return profile(config_file(given.get("config"), outer), named) | outer | flags
+    return profile_variables(read_config_file(given.get("config"), outer), named) | outer | flags
 
 
-def config_file(given: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the config file's content; empty where none is there and none was asked for."""
-    asked = given or environment.get("POSTROAD_CONFIG")
+def read_config_file(given: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the config file's content, empty where there is none and the user named none. Raises Failure."""
+    named = given or environment.get("POSTROAD_CONFIG")
     home = Path(environment.get("XDG_CONFIG_HOME") or "~/.config")
-    path = Path(asked) if asked else home / "postroad/config.toml"
+    path = Path(named) if named else home / "postroad/config.toml"
     try:
         text = path.expanduser().read_text(encoding="utf-8")
         config = tomllib.loads(text)
         if _SECRET.search(text):
-            _warn_of_readers(path.expanduser())
+            _warn_if_readable(path.expanduser())
         return config
     except (FileNotFoundError, NotADirectoryError, PermissionError, RuntimeError) as error:
-        # RuntimeError: this user has no home. Who asked for no file need not be able to read one.
-        if not asked:
+        # RuntimeError: this user has no home. An unreadable file matters only to a user who named it.
+        if not named:
             return {}
-        said = "no such config file" if isinstance(error, FileNotFoundError) else _said(error)
-        raise Failure(f"{path}: {said}", USAGE) from None
+        reason = "no such config file" if isinstance(error, FileNotFoundError) else _reason(error)
+        raise Failure(f"{path}: {reason}", USAGE) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise Failure(f"{path}: {_said(error)}", USAGE) from None
+        raise Failure(f"{path}: {_reason(error)}", USAGE) from None
 
 
-def profile(config: Mapping[str, Any], name: str | None) -> dict[str, str]:
-    """Return the variables that the named profile of a config file, or else its default one, sets."""
+def profile_variables(config: Mapping[str, Any], name: str | None) -> dict[str, str]:
+    """Return the variables of the named profile, or else of the config file's default one. Raises Failure."""
     profiles = config.get("profiles", {})
     wanted = name or config.get("default-profile")
     if wanted is None:
@@ -100,20 +111,23 @@ def profile(config: Mapping[str, Any], name: str | None) -> dict[str, str]:
         raise Failure(f"no profile {wanted!r} in the config file; it has: {known}", USAGE)
     found = {}
     for key, value in profiles[wanted].items():
-        variable = VARIABLES.get(key) or _setting(wanted, key)
-        found[variable] = _text(wanted, key, value)
+        variable = VARIABLES.get(key) or _variable_of(wanted, key)
+        found[variable] = _variable_text(wanted, key, value)
     return found
 
 
-def env_file(path: Path) -> dict[str, str]:
-    """Return the variables of a file of `NAME=value` lines, such as the local stack's stack.env."""
+def read_env_file(path: Path) -> dict[str, str]:
+    """Return the variables of a file of `NAME=value` lines, such as the local stack's stack.env.
+
+    Raises Failure.
+    """
     try:
         text = path.read_text()
         if _SECRET.search(text):
-            _warn_of_readers(path)
+            _warn_if_readable(path)
         lines = text.splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"{path}: {_said(error)}", USAGE) from None
+        raise Failure(f"{path}: {_reason(error)}", USAGE) from None
     found = {}
     for number, raw in enumerate(lines, start=1):
         line = raw.strip().removeprefix("export ")
@@ -126,8 +140,8 @@ def env_file(path: Path) -> dict[str, str]:
     return found
 
 
-def settings_of(effective: Mapping[str, str]) -> Settings:
-    """Return the settings that these variables make; raises `pydantic.ValidationError`."""
+def make_settings(effective: Mapping[str, str]) -> Settings:
+    """Return the settings with these variables. Raises `pydantic.ValidationError`."""
     from services.common.config import Settings  # noqa: PLC0415
 
     given = {}
@@ -138,14 +152,14 @@ def settings_of(effective: Mapping[str, str]) -> Settings:
     return Settings(**given)  # type: ignore[arg-type]
 
 
-def _warn_of_readers(path: Path) -> None:
-    """Say so where others than its owner may read a file that has secrets."""
+def _warn_if_readable(path: Path) -> None:
+    """Warn if others than its owner may read a file with secrets."""
     if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         say(f"postroad: {path} has a token or a password, and others may read it: chmod 600 {path}")
 
 
 def _refuse_misspelt(names: Iterable[str]) -> None:
-    # The settings take longer to import than most commands take: often no variable is one of them.
+    # Importing the settings takes longer than most commands, and often no variable needs them.
     if unknown(names, VARIABLES.values()):
         from services.common.config import misspelt  # noqa: PLC0415
 
@@ -153,11 +167,11 @@ def _refuse_misspelt(names: Iterable[str]) -> None:
             raise Failure("; ".join(lines), USAGE)
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _setting(name: str, key: str) -> str:
+def _variable_of(name: str, key: str) -> str:
     from services.common.config import Settings  # noqa: PLC0415
 
     if key.replace("-", "_").lower() not in Settings.model_fields:
@@ -166,7 +180,7 @@ def _setting(name: str, key: str) -> str:
     return plain if plain.startswith("EMAIL_") else f"POSTROAD_{plain}"
 
 
-def _text(name: str, key: str, value: object) -> str:
+def _variable_text(name: str, key: str, value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | float):

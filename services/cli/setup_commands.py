@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.cli.command import DATABASE, KAFKA, CommandContext, Yes, command
 from services.cli.errors import FAILED
-from services.cli.frame import DATABASE, KAFKA, Frame, Yes, command
 from services.cli.output import Column
 from services.cli.terminal import confirm, say
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _AS_THEY_MUST_BE = "The topics are as they must be."
-_COLUMNS = (Column("topic"), Column("state"), Column("detail", least=20))
+_COLUMNS = (Column("topic"), Column("state"), Column("detail", min_width=20))
 
 
 def register(app: typer.Typer, topics: typer.Typer) -> None:
     """Add the commands to the app and to its group `topics`."""
 
     @command(app, "migrate", uses=(DATABASE,), examples="postroad migrate --env-file .local/stack.env")
-    def migrate(frame: Frame) -> None:
+    def migrate(context: CommandContext) -> None:
         """Bring the database to this version's tables. Run it before the services of a new version start.
 
         A database that a later version has migrated serves this one too: nothing is done then.
@@ -34,9 +34,9 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         from services.common.migrations import migrate as run  # noqa: PLC0415
         from services.common.operations.clients import database_url  # noqa: PLC0415
 
-        migrated = run(database_url(frame.settings()))
+        migrated = run(database_url(context.settings()))
         line = "up to date" if migrated else "newer than this version, which goes on with it as it is"
-        frame.out.one({"migrated": migrated}, lambda _: print(f"The database is {line}."))
+        context.out.one({"migrated": migrated}, lambda _: print(f"The database is {line}."))
 
     @command(
         topics,
@@ -47,16 +47,16 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
             POSTROAD_PARTITIONS=24 postroad topics check -o json
         """,
     )
-    def check(frame: Frame) -> None:
+    def check(context: CommandContext) -> None:
         """Compare the topics with what they must be. Changes nothing; exit code 1 where one differs.
 
         Partitions, replicas and delays that no setting gives are those that the cluster has.
         """
         from services.common.kafka import admin as kafka_admin  # noqa: PLC0415
 
-        settings = _settings(frame)
+        settings = _settings(context)
         rows = _rows(kafka_admin.plan(settings), settings)
-        frame.out.rows(rows, _COLUMNS, _AS_THEY_MUST_BE)
+        context.out.rows(rows, _COLUMNS, _AS_THEY_MUST_BE)
         if rows:
             raise typer.Exit(FAILED)
 
@@ -71,7 +71,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         """,
     )
     def apply(
-        frame: Frame,
+        context: CommandContext,
         *,
         grow: Annotated[
             bool, typer.Option("--grow", help="Give topics that have too few partitions the missing ones.")
@@ -90,7 +90,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         """
         from services.common.kafka import admin as kafka_admin  # noqa: PLC0415
 
-        settings = _settings(frame)
+        settings = _settings(context)
         plan = kafka_admin.plan(settings)
         small = plan.small if grow else {}
         todo = [
@@ -111,23 +111,23 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         rows += [{"topic": name, "state": "created"} for name in applied.created]
         rows += [{"topic": name, "state": "kept longer"} for name in applied.raised]
         rows += map(_differs, applied.differences)
-        if not frame.out.is_table:
-            frame.out.rows(rows, ())
+        if not context.out.is_table:
+            context.out.rows(rows, ())
         for row in rows:
             if row["state"] == "differs":
                 say(f"differs {row['topic']}: {row['detail']}")
-            elif frame.out.is_table:
+            elif context.out.is_table:
                 print(row["state"], row["topic"])
         if applied.differences:
             raise typer.Exit(FAILED)
-        if frame.out.is_table:
+        if context.out.is_table:
             print(_AS_THEY_MUST_BE)
 
 
-def _settings(frame: Frame) -> Settings:
+def _settings(context: CommandContext) -> Settings:
     from services.common.operations.installation import with_cluster_settings  # noqa: PLC0415
 
-    return with_cluster_settings(frame.settings())
+    return with_cluster_settings(context.settings())
 
 
 def _rows(plan: Plan, settings: Settings) -> list[dict[str, str]]:

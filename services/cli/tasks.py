@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import task_pb2
 from services.cli.output import Column
-from services.cli.times import exact, short
+from services.cli.times import format_time, format_time_ms
 
 __all__ = ["SETTLED", "TASKS", "TIMELINE", "change_row", "full_row", "task_row"]
 
@@ -16,21 +16,21 @@ SETTLED: Final = frozenset({"completed", "failed", "uncertain", "cancelled"})
 
 TASKS: Final = (
     Column("id"),
-    Column("status", width=10),
-    Column("email", least=20, rank=1, width=30),
-    Column("reason", least=8, rank=2, width=14),
-    Column("attempts", "tries", rank=3, right=True),
-    Column("created_at", "created", rank=4, cell=short),
-    Column("subject", least=10, rank=5),
+    Column("status", usual_width=10),
+    Column("email", min_width=20, rank=1, usual_width=30),
+    Column("reason", min_width=8, rank=2, usual_width=14),
+    Column("attempts", "tries", rank=3, align_right=True),
+    Column("created_at", "created", rank=4, format=format_time),
+    Column("subject", min_width=10, rank=5),
 )
 TIMELINE: Final = (
-    Column("at", cell=exact),
+    Column("at", format=format_time_ms),
     Column("stage"),
     Column("kind"),
-    Column("attempt", "try", right=True),
-    Column("reply", least=12, rank=1),
-    Column("detail", least=12, rank=2),
-    Column("relay", least=12, rank=3),
+    Column("attempt", "try", align_right=True),
+    Column("reply", min_width=12, rank=1),
+    Column("detail", min_width=12, rank=2),
+    Column("relay", min_width=12, rank=3),
 )
 
 

@@ -1,4 +1,4 @@
-"""Times as the user writes and reads them. Pure."""
+"""Times in the forms that users write and read. Pure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from services.cli.errors import USAGE, Failure
 if TYPE_CHECKING:
     from services.common.operations.replay.records import Point
 
-__all__ = ["ago", "exact", "moment", "parse_point", "short"]
+__all__ = ["format_duration", "format_time", "format_time_ms", "parse_point", "parse_time"]
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _RELATIVE: Final = re.compile(r"([+-])(\d{1,9}(?:\.\d+)?)([smhdw])")
 
 
-def moment(text: str, now: datetime) -> datetime:
-    """Return the time that the text means: `now`, `-2h`, `+10m`, or ISO 8601, in UTC where it names no zone.
+def parse_time(text: str, now: datetime) -> datetime:
+    """Return the time that a text names: `now`, `-2h`, `+10m`, or ISO 8601, where no zone means UTC.
 
     Units are s, m, h, d and w. Raises Failure.
     """
@@ -37,7 +37,7 @@ def moment(text: str, now: datetime) -> datetime:
 
 
 def parse_point(flag: str, text: str, now: datetime) -> Point:
-    """Return the point of a topic that `text` names: start, end, an offset, or what `moment` takes.
+    """Return the point of a topic that `text` names: start, end, an offset, or what `parse_time` takes.
 
     Raises Failure, which names the flag.
     """
@@ -46,7 +46,7 @@ def parse_point(flag: str, text: str, now: datetime) -> Point:
     if text.isascii() and text.isdigit() and len(text) < 19:
         return int(text)
     try:
-        return moment(text, now)
+        return parse_time(text, now)
     except Failure:
         raise Failure(
             f"{flag}: {text!r} is neither start, end, an offset nor a time (2026-01-31T12:00:00Z or -2h)",
@@ -54,20 +54,20 @@ def parse_point(flag: str, text: str, now: datetime) -> Point:
         ) from None
 
 
-def short(value: Any) -> str:
-    """Return a time in ISO 8601 to the second; what is no text is empty."""
+def format_time(value: Any) -> str:
+    """Return an ISO 8601 text cut to the second, empty for anything else than a text."""
     return f"{value[:19]}Z" if isinstance(value, str) and value else ""
 
 
-def exact(value: Any) -> str:
-    """Return a time in ISO 8601 to the millisecond; what is no text is empty."""
+def format_time_ms(value: Any) -> str:
+    """Return an ISO 8601 text cut to the millisecond, empty for anything else than a text."""
     if not isinstance(value, str) or not value:
         return ""
     return f"{value[:19]}.{value[20:].rstrip('Z')[:3]:0<3}Z"
 
 
-def ago(seconds: Any) -> str:
-    """Return a length of time in at most two units: `350ms`, `12s`, `3m20s`, `2d4h`."""
+def format_duration(seconds: Any) -> str:
+    """Return a duration in at most two units: `350ms`, `12s`, `3m20s`, `2d4h`."""
     if seconds is None:
         return ""
     sign, left = ("-", -seconds) if seconds < 0 else ("", seconds)

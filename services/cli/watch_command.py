@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from services.cli.command import API, CommandContext, command
 from services.cli.errors import FAILED, USAGE, Failure
-from services.cli.filters import Domain, Email, Labels, Reason, Statuses, task_filter
-from services.cli.frame import API, Frame, command
-from services.cli.output import Column, Row
-from services.cli.times import exact
+from services.cli.filters import Domain, Email, Labels, Reason, Statuses, filter_fields
+from services.cli.output import Column, OutputRow
+from services.cli.times import format_time_ms
 
 __all__ = ["register"]
 
@@ -22,12 +22,12 @@ EXAMPLES = """
     postroad watch $id --exit-status --timeout 60 && echo sent
 """
 _CHANGES = (
-    Column("at", cell=exact, width=24),
-    Column("id", width=36),
-    Column("status", width=10),
-    Column("kind", "what", width=9, rank=3),
-    Column("email", least=12, rank=1, width=28),
-    Column("detail", least=14, rank=2, width=60),
+    Column("at", format=format_time_ms, usual_width=24),
+    Column("id", usual_width=36),
+    Column("status", usual_width=10),
+    Column("kind", "what", usual_width=9, rank=3),
+    Column("email", min_width=12, rank=1, usual_width=28),
+    Column("detail", min_width=14, rank=2, usual_width=60),
 )
 
 
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "watch", uses=(API,), examples=EXAMPLES)
     def watch(
-        frame: Frame,
+        context: CommandContext,
         *,
         id_: Annotated[str, typer.Argument(help="One task; otherwise the flags choose.", metavar="ID")] = "",
         status: Statuses = None,
@@ -68,29 +68,30 @@ def register(app: typer.Typer) -> None:
         When the connection breaks it goes on where it was, and misses nothing. -o json and jsonl write an
         object a line.
         """
-        from services.cli.watching import Watching  # noqa: PLC0415
+        from services.cli.watching import ResumableWatch, is_settled  # noqa: PLC0415
 
-        asked = {
-            key: value for key, value in task_filter(status, email, domain, reason, label).items() if value
+        fields = {
+            key: value for key, value in filter_fields(status, email, domain, reason, label).items() if value
         }
-        if id_ and asked:
+        if id_ and fields:
             raise Failure("either an ID or flags that choose tasks, not both", USAGE)
         if not id_ and (follow or exit_status):
             raise Failure("--follow and --exit-status are for one task: name its ID", USAGE)
-        write = frame.out.lines(_CHANGES)
+        write = context.out.row_writer(_CHANGES)
         last = ""
-        with frame.channel() as channel:
-            watching = Watching(channel, asked | ({"id": id_} if id_ else {}), resume, timeout)
-            for row in watching.rows():
-                write(_shown(row) if frame.out.is_table else row)
+        with context.channel() as channel:
+            watched = fields | ({"id": id_} if id_ else {})
+            rows = ResumableWatch(channel, watched, resume, timeout).rows()
+            for row in rows:
+                write(_table_row(row) if context.out.is_table else row)
                 last = row["task"]["status"]
-                if id_ and not follow and watching.settled(row):
+                if id_ and not follow and is_settled(row):
                     break
         if exit_status and last != "completed":
             raise typer.Exit(FAILED)
 
 
-def _shown(row: Row) -> dict[str, Any]:
+def _table_row(row: OutputRow) -> dict[str, Any]:
     task, change = row["task"], row["change"]
     if change is None:
         detail = task["reply"] or task["reason"]

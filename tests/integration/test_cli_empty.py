@@ -13,7 +13,7 @@ import pytest
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1.task_service_pb2_grpc import TaskServiceServicer, add_TaskServiceServicer_to_server
-from services.cli.output import Form
+from services.cli.output import OutputFormat
 from tests.cli import Command, Done
 from tests.stack import Infra
 
@@ -65,21 +65,21 @@ def postroad(api: str, infra: Infra) -> Command:
     return command
 
 
-def ended(done: Done, form: Form) -> Done:
+def ended(done: Done, form: OutputFormat) -> Done:
     """The command ended well, and its result is one in this form."""
     assert (done.code, "Traceback" in done.err) == (0, False), done.err
-    if form is Form.JSON:
+    if form is OutputFormat.JSON:
         json.loads(done.out)
-    elif form is Form.JSONL:
+    elif form is OutputFormat.JSONL:
         [json.loads(line) for line in done.out.splitlines()]
     return done
 
 
-@pytest.mark.parametrize("form", Form)
-def test_a_task_of_which_no_event_is_folded_is_shown(postroad: Command, form: Form) -> None:
+@pytest.mark.parametrize("form", OutputFormat)
+def test_a_task_of_which_no_event_is_folded_is_shown(postroad: Command, form: OutputFormat) -> None:
     done = ended(postroad("get", ID, "-o", form), form)
     assert ID in done.out
-    if form is Form.TABLE:
+    if form is OutputFormat.TABLE:
         assert "STAGE" not in done.out
         assert done.err == "No event of it is folded yet: see 'postroad lag --stage status'.\n"
 
@@ -103,16 +103,20 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("form", OutputFormat)
 @pytest.mark.parametrize("arguments", COMMANDS)
-def test_where_there_is_nothing_a_command_says_so(postroad: Command, arguments: str, form: Form) -> None:
+def test_where_there_is_nothing_a_command_says_so(
+    postroad: Command, arguments: str, form: OutputFormat
+) -> None:
     done = ended(postroad(*arguments.split(), "-o", form), form)
-    if form is Form.TABLE and (said := COMMANDS[arguments]):
+    if form is OutputFormat.TABLE and (said := COMMANDS[arguments]):
         assert said in done.err
 
 
-@pytest.mark.parametrize(("arguments", "form"), [("rebuild", Form.JSON), ("rebuild --yes", Form.TABLE)])
-def test_empty_tables_equal_empty_topics(postroad: Command, arguments: str, form: Form) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "form"), [("rebuild", OutputFormat.JSON), ("rebuild --yes", OutputFormat.TABLE)]
+)
+def test_empty_tables_equal_empty_topics(postroad: Command, arguments: str, form: OutputFormat) -> None:
     done = ended(postroad(*arguments.split(), "-o", form), form)
     assert done.err == ""
 
@@ -124,8 +128,8 @@ def test_letters_that_are_not_there_are_not_found(postroad: Command, arguments: 
     assert done.err == "postroad: there are no such dead letters\n"
 
 
-@pytest.mark.parametrize("form", Form)
-def test_an_empty_batch_creates_nothing(postroad: Command, form: Form) -> None:
+@pytest.mark.parametrize("form", OutputFormat)
+def test_an_empty_batch_creates_nothing(postroad: Command, form: OutputFormat) -> None:
     done = postroad("create", "--batch", "-", "-o", form, given="")
     assert "Traceback" not in done.err
     assert done.code in (0, 2)

@@ -10,7 +10,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from services.cli.lag_command import _DELAYS, _MEMBERS, _PARTITIONS
 from services.cli.main import app
-from services.cli.output import Form, Output
+from services.cli.output import Output, OutputFormat
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import delay_of
 from services.common.operations.lag import monitor
@@ -102,7 +102,7 @@ def test_a_due_time_that_is_past_is_no_negative_time(capsys: pytest.CaptureFixtu
         {"topic": "sender.delay.60", "waiting": 1, "read": True, "next_due_in_seconds": seconds}
         for seconds in (-83.2, -0.5, 0.0, 12.0, None)
     ]
-    Output(Form.TABLE, 80).table(rows, _DELAYS)
+    Output(OutputFormat.TABLE, 80).table(rows, _DELAYS)
     _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[3:] for line in lines] == [
         *(["overdue", "1m23s"], ["overdue", "500ms"], ["0ms"], ["12s"], []),
@@ -197,7 +197,7 @@ def test_80_columns_show_where_each_partition_ends_and_whose_it_is(
     row = {"stage": "validator", "topic": "validator.delay.600", "partition": 23, "lag": 12_345}
     row |= {"oldest_waiting_seconds": 187_200, "committed": 123_456, "end": 135_801, "host": "10.244.117.213"}
     clients = [f"postroad-validator-6d4f5b7c9d-{name}-1" for name in ("x2x4z", "k9q7w")]
-    Output(Form.TABLE, 80).table([row | {"client": client} for client in clients], _PARTITIONS)
+    Output(OutputFormat.TABLE, 80).table([row | {"client": client} for client in clients], _PARTITIONS)
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split() == ["STAGE", "TOPIC", "PART", "LAG", "OLDEST", "REPLICA", "END"]
     assert max(map(len, lines)) <= 80
@@ -207,7 +207,7 @@ def test_80_columns_show_where_each_partition_ends_and_whose_it_is(
 
     member = {"stage": "validator", "host": "10.244.117.213", "partitions": 60, "lag": 12_345}
     member |= {"client": clients[0], "member": "Ab3-Xy9_QmKkNn8xZq2w1A"}
-    Output(Form.TABLE, 45).table([member], _MEMBERS)
+    Output(OutputFormat.TABLE, 45).table([member], _MEMBERS)
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split() == ["STAGE", "REPLICA", "PARTITIONS", "LAG"]
     assert line.split()[1].endswith("x2x4z-1")

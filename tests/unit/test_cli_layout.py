@@ -5,59 +5,65 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cli.layout import GAP, Shape, widths
+from services.cli.layout import GAP, ColumnSize, column_widths
 
-ID = Shape(36)
+ID = ColumnSize(36)
 
 
 def test_with_room_all_have_what_they_need() -> None:
-    assert widths([ID, Shape(10), Shape(30, least=8, rank=1)], 80) == [36, 10, 30]
+    assert column_widths([ID, ColumnSize(10), ColumnSize(30, min_width=8, rank=1)], 80) == [36, 10, 30]
 
 
 def test_without_a_bound_nothing_is_cut() -> None:
-    assert widths([ID, Shape(5000, least=8, rank=1)], None) == [36, 5000]
+    assert column_widths([ID, ColumnSize(5000, min_width=8, rank=1)], None) == [36, 5000]
 
 
 def test_what_may_be_cut_shares_what_is_left() -> None:
-    assert widths([ID, Shape(100, least=8, rank=1), Shape(100, least=8, rank=2)], 80) == [36, 20, 20]
+    assert column_widths(
+        [ID, ColumnSize(100, min_width=8, rank=1), ColumnSize(100, min_width=8, rank=2)], 80
+    ) == [
+        36,
+        20,
+        20,
+    ]
 
 
 def test_a_short_cell_leaves_its_share_to_the_others() -> None:
-    assert widths([Shape(100, least=8), Shape(10, least=8)], 80) == [68, 10]
+    assert column_widths([ColumnSize(100, min_width=8), ColumnSize(10, min_width=8)], 80) == [68, 10]
 
 
 def test_the_highest_rank_goes_first() -> None:
-    columns = [ID, Shape(20, rank=2), Shape(20, rank=1), Shape(20, rank=3)]
-    assert widths(columns, 80) == [36, 20, 20, 0]
-    assert widths(columns, 79) == [36, 0, 20, 0]
+    columns = [ID, ColumnSize(20, rank=2), ColumnSize(20, rank=1), ColumnSize(20, rank=3)]
+    assert column_widths(columns, 80) == [36, 20, 20, 0]
+    assert column_widths(columns, 79) == [36, 0, 20, 0]
 
 
 def test_an_id_is_never_cut_nor_left_out() -> None:
-    assert widths([ID, Shape(10, rank=1)], 20) == [36, 0]
+    assert column_widths([ID, ColumnSize(10, rank=1)], 20) == [36, 0]
 
 
 shapes = st.lists(
-    st.builds(Shape, st.integers(1, 120), st.integers(0, 20), st.integers(0, 4)), min_size=1, max_size=8
+    st.builds(ColumnSize, st.integers(1, 120), st.integers(0, 20), st.integers(0, 4)), min_size=1, max_size=8
 )
 
 
 @given(shapes, st.integers(1, 200))
-def test_a_table_fits_or_has_given_all_it_can(columns: list[Shape], room: int) -> None:
-    given_ = widths(columns, room)
+def test_a_table_fits_or_has_given_all_it_can(columns: list[ColumnSize], room: int) -> None:
+    given_ = column_widths(columns, room)
     kept = [i for i, width in enumerate(given_) if width]
     used = sum(given_) + GAP * (len(kept) - 1)
     for shape, width in zip(columns, given_, strict=True):
         assert width <= shape.natural
-        if width and not shape.least:
+        if width and not shape.min_width:
             assert width == shape.natural
         elif width:
-            assert width >= min(shape.least, shape.natural)
+            assert width >= min(shape.min_width, shape.natural)
         else:
             assert shape.rank
     if used > room:
         assert all(columns[i].rank == 0 for i in kept)
         assert all(
-            given_[i] == (min(columns[i].least, columns[i].natural) or columns[i].natural) for i in kept
+            given_[i] == (min(columns[i].min_width, columns[i].natural) or columns[i].natural) for i in kept
         )
     elif any(given_[i] < columns[i].natural for i in kept):
         assert used == room

@@ -14,11 +14,11 @@ from grpc_status import rpc_status
 from postroad.v1 import task_pb2, task_service_pb2
 from services.api.errors import StatusError, being_sent, database_unavailable, draining, overloaded
 from services.cli import change_commands
+from services.cli.command import CommandContext
+from services.cli.create_requests import batch_chunks, requests_from_flags, requests_from_lines, without_data
 from services.cli.errors import UNAVAILABLE, USAGE, Failure, explain
-from services.cli.filters import pairs, task_filter
-from services.cli.frame import Frame
-from services.cli.mail import chunks, from_flags, from_lines, named
-from services.cli.times import moment
+from services.cli.filters import filter_fields, parse_pairs
+from services.cli.times import parse_time
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -37,26 +37,26 @@ NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
     ],
 )
 def test_a_time_is_written_in_these_ways(text: str, means: datetime) -> None:
-    assert moment(text, NOW) == means
+    assert parse_time(text, NOW) == means
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2h", "+2y", "2026-13-01", "+999999999w", "12345"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(Failure, match="no time") as failed:
-        moment(text, NOW)
+        parse_time(text, NOW)
     assert failed.value.code == USAGE
 
 
 def test_pairs_keep_their_values_whole() -> None:
-    assert pairs(["a=1=2", "b="], "--label") == {"a": "1=2", "b": ""}
-    assert pairs(["Reply-To: a@b.example"], "--header", ":") == {"Reply-To": "a@b.example"}
+    assert parse_pairs(["a=1=2", "b="], "--label") == {"a": "1=2", "b": ""}
+    assert parse_pairs(["Reply-To: a@b.example"], "--header", ":") == {"Reply-To": "a@b.example"}
     for bad in (["a"], ["=1"], ["a=1", "a=2"]):
         with pytest.raises(Failure, match="--label"):
-            pairs(bad, "--label")
+            parse_pairs(bad, "--label")
 
 
 def test_filters_are_the_apis_fields() -> None:
-    assert task_filter(["failed", "failed"], "", "x.example", "", ["a=1"]) == {
+    assert filter_fields(["failed", "failed"], "", "x.example", "", ["a=1"]) == {
         "status": ["failed"],
         "email": "",
         "domain": "x.example",
@@ -66,12 +66,12 @@ def test_filters_are_the_apis_fields() -> None:
 
 
 def test_each_of_several_recipients_has_a_key_of_its_own() -> None:
-    one = list(from_flags(["a@x.example"], {"subject": "s", "body": ""}, "k", NOW))
+    one = list(requests_from_flags(["a@x.example"], {"subject": "s", "body": ""}, "k", NOW))
     assert [(r.data.email, r.idempotency_key, r.data.HasField("body")) for r in one] == [
         ("a@x.example", "k", True)
     ]
     assert one[0].send_at.ToDatetime(UTC) == NOW
-    two = list(from_flags(["a@x.example", "b@x.example"], {"subject": "s"}, "k", None))
+    two = list(requests_from_flags(["a@x.example", "b@x.example"], {"subject": "s"}, "k", None))
     assert [r.idempotency_key for r in two] == ["k:a@x.example", "k:b@x.example"]
     assert not two[0].HasField("send_at")
 
@@ -84,7 +84,7 @@ def test_lines_are_flat_or_whole_requests() -> None:
         '{"data": {"email": "a@x.example", "subject": "s", "body": "b", "labels": {"k": "v"}},'
         '"idempotencyKey": "1"}'
     )
-    first, second = from_lines([flat.encode(), b"\n", whole.encode()], "x")
+    first, second = requests_from_lines([flat.encode(), b"\n", whole.encode()], "x")
     assert first == second
     assert first.data.body == "b"
 
@@ -94,7 +94,7 @@ def test_lines_are_flat_or_whole_requests() -> None:
 )
 def test_a_bad_line_is_named(line: str) -> None:
     with pytest.raises(Failure, match="mails, line 2") as failed:
-        list(from_lines([b"{}", line.encode()], "mails"))
+        list(requests_from_lines([b"{}", line.encode()], "mails"))
     assert failed.value.code == USAGE
 
 
@@ -117,15 +117,15 @@ def test_a_bad_line_is_named(line: str) -> None:
 )
 def test_a_bad_line_is_told_by_the_names_that_the_file_has(line: str, says: str) -> None:
     with pytest.raises(Failure) as failed:
-        list(from_lines([line.encode()], "mails"))
+        list(requests_from_lines([line.encode()], "mails"))
     assert says in failed.value.line
     assert not any(word in failed.value.line for word in ("postroad.v1", "TaskData", "CreateRequest"))
 
 
 def test_the_api_s_words_get_the_names_that_the_file_has() -> None:
     said = "data.email: has no domain; data.headers[X-Data.email]: is too long; and 2 more"
-    assert named(said) == "email: has no domain; headers[X-Data.email]: is too long; and 2 more"
-    assert named("send_at: is more than a year from now") == "send_at: is more than a year from now"
+    assert without_data(said) == "email: has no domain; headers[X-Data.email]: is too long; and 2 more"
+    assert without_data("send_at: is more than a year from now") == "send_at: is more than a year from now"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_cancel_says_why_it_did_not(
     task = task_pb2.Task(id="1", status=status)
     stub = SimpleNamespace(Cancel=lambda request, timeout: task)
     monkeypatch.setattr("postroad.v1.task_service_pb2_grpc.TaskServiceStub", lambda channel: stub)
-    monkeypatch.setattr(Frame, "channel", lambda self: nullcontext())
+    monkeypatch.setattr(CommandContext, "channel", lambda self: nullcontext())
     app = typer.Typer()
     change_commands.register(app)
     with pytest.raises(SystemExit) as ended:
@@ -183,7 +183,7 @@ def cancelling(monkeypatch: pytest.MonkeyPatch, first: grpc.RpcError) -> tuple[l
 
     stub = SimpleNamespace(Cancel=cancel)
     monkeypatch.setattr("postroad.v1.task_service_pb2_grpc.TaskServiceStub", lambda channel: stub)
-    monkeypatch.setattr(Frame, "channel", lambda self: nullcontext())
+    monkeypatch.setattr(CommandContext, "channel", lambda self: nullcontext())
     app = typer.Typer()
     change_commands.register(app)
     return asked, app
@@ -222,10 +222,10 @@ def test_an_api_that_is_away_ends_the_run(monkeypatch: pytest.MonkeyPatch, answe
 
 
 def test_a_batch_holds_a_thousand_and_a_message_that_the_api_takes() -> None:
-    small = from_flags([f"{n}@x.example" for n in range(2001)], {"subject": "s"}, "", None)
-    assert [len(chunk) for chunk in chunks(small)] == [1000, 1000, 1]
-    large = from_flags(
+    small = requests_from_flags([f"{n}@x.example" for n in range(2001)], {"subject": "s"}, "", None)
+    assert [len(chunk) for chunk in batch_chunks(small)] == [1000, 1000, 1]
+    large = requests_from_flags(
         [f"{n}@x.example" for n in range(20)], {"subject": "s", "body": "x" * (1 << 20)}, "", None
     )
-    assert [len(chunk) for chunk in chunks(large)] == [15, 5]
-    assert list(chunks([])) == []
+    assert [len(chunk) for chunk in batch_chunks(large)] == [15, 5]
+    assert list(batch_chunks([])) == []

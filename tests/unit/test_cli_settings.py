@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from services.cli.channel import open_channel
 from services.cli.errors import USAGE, Failure
-from services.cli.settings import settings_of, values
+from services.cli.settings import effective_variables, make_settings
 
 CONFIG = """
 default-profile = "near"
@@ -41,47 +41,50 @@ def test_a_flag_beats_the_environment_beats_the_env_file_beats_the_profile(
     env_file = tmp_path / "stack.env"
     env_file.write_text("# the stack\n\nPOSTROAD_API=file:1\nexport POSTROAD_KAFKA_BOOTSTRAP='file:9092'\n")
     given: dict[str, str | None] = {"config": config, "profile": "far"}
-    assert values(given, {})["POSTROAD_API"] == "far:1"
+    assert effective_variables(given, {})["POSTROAD_API"] == "far:1"
     given["env-file"] = str(env_file)
-    assert values(given, {})["POSTROAD_API"] == "file:1"
-    assert values(given, {})["POSTROAD_KAFKA_BOOTSTRAP"] == "file:9092"
-    assert values(given, {"POSTROAD_API": "environment:1"})["POSTROAD_API"] == "environment:1"
+    assert effective_variables(given, {})["POSTROAD_API"] == "file:1"
+    assert effective_variables(given, {})["POSTROAD_KAFKA_BOOTSTRAP"] == "file:9092"
+    assert effective_variables(given, {"POSTROAD_API": "environment:1"})["POSTROAD_API"] == "environment:1"
     given["api"] = "flag:1"
-    found = values(given, {"POSTROAD_API": "environment:1"})
+    found = effective_variables(given, {"POSTROAD_API": "environment:1"})
     assert found["POSTROAD_API"] == "flag:1"
     assert found["POSTROAD_TOKEN"] == "secret-of-far"
 
 
 def test_profiles_are_named_by_flag_variable_or_the_file_itself(config: str) -> None:
-    assert values({"config": config}, {})["POSTROAD_API"] == "near:1"
-    assert values({}, {"POSTROAD_CONFIG": config, "POSTROAD_PROFILE": "far"})["POSTROAD_API"] == "far:1"
+    assert effective_variables({"config": config}, {})["POSTROAD_API"] == "near:1"
+    assert (
+        effective_variables({}, {"POSTROAD_CONFIG": config, "POSTROAD_PROFILE": "far"})["POSTROAD_API"]
+        == "far:1"
+    )
     named: dict[str, str | None] = {"config": config, "profile": "near"}
-    assert values(named, {"POSTROAD_PROFILE": "far"})["POSTROAD_API"] == "near:1"
+    assert effective_variables(named, {"POSTROAD_PROFILE": "far"})["POSTROAD_API"] == "near:1"
 
 
 def test_the_config_file_stands_where_xdg_says(tmp_path: Path) -> None:
     (tmp_path / "postroad").mkdir()
     (tmp_path / "postroad/config.toml").write_text('[profiles.x]\napi = "x:1"')
-    found = values({"profile": "x"}, {"XDG_CONFIG_HOME": str(tmp_path)})
+    found = effective_variables({"profile": "x"}, {"XDG_CONFIG_HOME": str(tmp_path)})
     assert found["POSTROAD_API"] == "x:1"
-    assert "POSTROAD_API" not in values({}, {"XDG_CONFIG_HOME": str(tmp_path / "empty")})
+    assert "POSTROAD_API" not in effective_variables({}, {"XDG_CONFIG_HOME": str(tmp_path / "empty")})
 
 
 def test_a_profile_sets_any_setting(config: str) -> None:
-    settings = settings_of(values({"config": config, "profile": "far"}, {}))
+    settings = make_settings(effective_variables({"config": config, "profile": "far"}, {}))
     assert (settings.kafka_bootstrap, settings.partitions) == ("far:9092", 24)
     assert (settings.sender_delays, settings.email_host) == ((60, 300), "relay.far")
 
 
 def test_a_setting_that_is_given_is_told_from_its_default(config: str) -> None:
-    assert "body_retention" not in settings_of(values({"config": config}, {})).model_fields_set
-    given = settings_of(values({"config": config}, {"POSTROAD_BODY_RETENTION": "2592000"}))
+    assert "body_retention" not in make_settings(effective_variables({"config": config}, {})).model_fields_set
+    given = make_settings(effective_variables({"config": config}, {"POSTROAD_BODY_RETENTION": "2592000"}))
     assert "body_retention" in given.model_fields_set
 
 
 def test_a_bad_value_names_its_variable() -> None:
     with pytest.raises(ValidationError):
-        settings_of({"POSTROAD_PARTITIONS": "many"})
+        make_settings({"POSTROAD_PARTITIONS": "many"})
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_what_is_wrong_in_the_config_file_is_told(tmp_path: Path, text: str, say
     path = tmp_path / "config.toml"
     path.write_text(text)
     with pytest.raises(Failure) as failed:
-        values({"config": str(path), "profile": "x"}, {})
+        effective_variables({"config": str(path), "profile": "x"}, {})
     assert says in failed.value.line
     assert failed.value.code == USAGE
 
@@ -108,21 +111,21 @@ def test_a_default_profile_is_a_name(tmp_path: Path, value: str) -> None:
     path = tmp_path / "config.toml"
     path.write_text(f"default-profile = {value}\n[profiles.near]\n")
     with pytest.raises(Failure, match="no profile's name") as failed:
-        values({"config": str(path)}, {})
+        effective_variables({"config": str(path)}, {})
     assert failed.value.code == USAGE
 
 
 @pytest.mark.parametrize("name", ["config", "env-file"])
 def test_a_file_that_was_named_must_be_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(Failure, match="nowhere"):
-        values({name: str(tmp_path / "nowhere")}, {})
+        effective_variables({name: str(tmp_path / "nowhere")}, {})
 
 
 def test_an_env_file_has_names_and_values(tmp_path: Path) -> None:
     path = tmp_path / "x.env"
     path.write_text("POSTROAD_API=a:1\nnonsense\n")
     with pytest.raises(Failure, match="line 2: no NAME=value"):
-        values({"env-file": str(path)}, {})
+        effective_variables({"env-file": str(path)}, {})
 
 
 def test_a_variable_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
@@ -131,9 +134,9 @@ def test_a_variable_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
     nearest = "POSTROAD_KAFKA_BOOTSTRP: no such variable; the nearest is POSTROAD_KAFKA_BOOTSTRAP"
     for given, environment in (({"env-file": str(path)}, {}), ({}, {"POSTROAD_KAFKA_BOOTSTRP": "a:1"})):
         with pytest.raises(Failure) as failed:
-            values(given, environment)
+            effective_variables(given, environment)
         assert (failed.value.line, failed.value.code) == (nearest, USAGE)
-    assert values({}, {"POSTROAD_HTTP_API_1": "127.0.0.1:1", "POSTROAD_PARTITIONS": "3"})
+    assert effective_variables({}, {"POSTROAD_HTTP_API_1": "127.0.0.1:1", "POSTROAD_PARTITIONS": "3"})
 
 
 def test_a_tokens_line_end_is_no_part_of_it() -> None:
@@ -158,7 +161,7 @@ def test_a_config_file_with_secrets_that_others_may_read_is_warned_of(
     path = tmp_path / "config.toml"
     path.write_text(text)
     path.chmod(mode)
-    values({"config": str(path)}, {})
+    effective_variables({"config": str(path)}, {})
     said = capsys.readouterr().err
     assert bool(said) == warned
     assert "hidden" not in said
@@ -169,5 +172,5 @@ def test_so_is_an_env_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     path = tmp_path / "stack.env"
     path.write_text("POSTROAD_API=near:1\nPOSTROAD_TOKEN=secret\n")
     path.chmod(0o644)
-    values({"env-file": str(path)}, {})
+    effective_variables({"env-file": str(path)}, {})
     assert f"chmod 600 {path}" in capsys.readouterr().err

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
+from services.cli.command import CommandContext
 from services.cli.dead_commands import _ask, _show_details
 from services.cli.errors import Failure
-from services.cli.frame import Frame
 from services.common.deliveries.decide import Claim, Delivery, DeliveryState, Stale, Stored, Taken, decide
 from services.common.events import encode
 from services.common.kafka import headers
@@ -151,7 +151,7 @@ def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> No
     one = letter(carried, record.key)
     with pytest.raises(Failure, match="--yes"):
         _ask("Purge", [one], False)
-    _show_details(Frame({}), describe(one, record.value, carried))
+    _show_details(CommandContext({}), describe(one, record.value, carried))
     said = capsys.readouterr()
     assert r"\x1b[2J\x9b31m" in said.err
     assert not {"\x1b", "\x9b"} & {*said.out, *said.err}

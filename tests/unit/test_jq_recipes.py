@@ -12,7 +12,7 @@ import pytest
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from services.cli import watching
-from services.cli.output import Form, Output
+from services.cli.output import Output, OutputFormat
 from services.cli.tasks import full_row, task_row
 from services.common.operations.dead_letters.dead_letter import (
     DeadLetterLocation,
@@ -51,7 +51,7 @@ RECIPES = recipes()
 def printed(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[Any]:
     """Return the documents that a command with these arguments prints."""
     task = task_pb2.Task(id="019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071", timeline=[task_pb2.TimelineEntry()])
-    out = Output(Form(re.findall(r"-o (\w+)", arguments)[0]))
+    out = Output(OutputFormat(re.findall(r"-o (\w+)", arguments)[0]))
     if arguments.startswith("dead list "):
         keys = (b"k" * 16, None)
         letters = [
@@ -67,14 +67,14 @@ def printed(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[Any]:
         out.one(task_row(task))
     elif arguments.startswith("watch "):
         change = pb.WatchResponse(task=task, change=task.timeline[0])
-        out.lines(())(watching._row(change))
+        out.row_writer(())(watching._row(change))
     elif arguments.startswith("lag "):
         sample = LagSample(
             0.0, {}, {}, {"sender": StageGroup("postroad.sender", "stable", [])}, {"sender": {}}
         )
         out.one(report({"sender": []}, sample, None, partitions=False))
     text = capsys.readouterr().out
-    return [json.loads(part) for part in ([text] if out.form is Form.JSON else text.splitlines())]
+    return [json.loads(part) for part in ([text] if out.format is OutputFormat.JSON else text.splitlines())]
 
 
 def at(values: list[Any], path: str) -> list[Any]:

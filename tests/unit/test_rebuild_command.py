@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from services.cli.frame import Frame
+from services.cli.command import CommandContext
 from services.cli.rebuild_command import _row, _show
 from services.common.operations.rebuild.report import RebuildReport
 
 
 def shown(capsys: pytest.CaptureFixture[str], report: RebuildReport, yes: bool) -> dict[str, str]:
-    _show(Frame({}), _row(report), yes)
+    _show(CommandContext({}), _row(report), yes)
     lines = capsys.readouterr().out.splitlines()
     return {title.strip(): value for title, _, value in (line.rpartition(" ") for line in lines)}
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postroad.v1 import events_pb2 as pb
+from services.cli.command import CommandContext
 from services.cli.errors import Failure
-from services.cli.frame import Frame
-from services.cli.output import Form, Output
+from services.cli.output import Output, OutputFormat
 from services.cli.replay_command import _finish
 from services.cli.replay_results import show_result
 from services.cli.times import parse_point
@@ -563,11 +563,11 @@ def test_a_replay_keeps_what_it_selects_by_in_the_form_that_tasks_have() -> None
 
 def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.CaptureFixture[str]) -> None:
     replay = Replay("r", "mx.ok", {}, FRESH, {}, Counter({("pending", "", "again"): 3}))
-    _finish(Frame({"output": "json"}), replay)
+    _finish(CommandContext({"output": "json"}), replay)
     assert json.loads(capsys.readouterr().out)["produced"] == 3
     replay.counts["pending", "", "refused"] = 2
     with pytest.raises(Failure, match="2 records could not be produced") as failed:
-        _finish(Frame({"output": "json"}), replay)
+        _finish(CommandContext({"output": "json"}), replay)
     assert failed.value.code == 1
     shown = json.loads(capsys.readouterr().out)
     assert (shown["records"], shown["produced"]) == (5, 3)
@@ -578,11 +578,11 @@ def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[st
     tasks = DistinctTasks(3)
     tasks.add([(kind, b"a"), (kind, b"a"), (kind, b"b"), (other, b"c")])
     counts: Counts = Counter({kind: 3, other: 1})
-    show_result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
+    show_result(Output(OutputFormat.TABLE), None, counts, "dry run", tasks.counts())
     shown = capsys.readouterr()
     assert "Of 4 records, 3 records of 2 tasks would be produced." in shown.err
     assert "TASKS" in shown.out
-    show_result(Output(Form.JSON), None, counts, "dry run", tasks.counts())
+    show_result(Output(OutputFormat.JSON), None, counts, "dry run", tasks.counts())
     assert {row["what"]: row["tasks"] for row in json.loads(capsys.readouterr().out)["counts"]} == {
         "reopened": 2,
         "already sent": 1,
@@ -590,7 +590,7 @@ def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[st
     # So many that telling them apart would take all memory.
     tasks.add([(kind, b"d")])
     assert tasks.counts() is None
-    show_result(Output(Form.TABLE), None, counts, "dry run", tasks.counts())
+    show_result(Output(OutputFormat.TABLE), None, counts, "dry run", tasks.counts())
     assert "Of 4 records, 3 records would be produced." in capsys.readouterr().err
 
 

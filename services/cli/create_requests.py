@@ -1,4 +1,4 @@
-"""The mails that `postroad create` is asked for, from flags or a file."""
+"""The requests of `postroad create`, made from flags or from a file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from google.protobuf import json_format
 from postroad.v1 import task_service_pb2 as pb
 from services.cli.errors import USAGE, Failure
 
-__all__ = ["chunks", "from_flags", "from_lines", "named", "opened", "text_of"]
+__all__ = [
+    "batch_chunks",
+    "open_batch",
+    "read_text",
+    "requests_from_flags",
+    "requests_from_lines",
+    "without_data",
+]
 
-_MOST: Final = 1000
-_MOST_BYTES: Final = 16 << 20
+_MAX_REQUESTS: Final = 1000
+_MAX_BYTES: Final = 16 << 20
 _DATA: Final = tuple(pb.TaskData.DESCRIPTOR.fields_by_name)
 _REQUEST: Final = tuple(name for name in pb.CreateRequest.DESCRIPTOR.fields_by_name if name != "data")
-# The fields of a line that are no text, and what they are.
+# The fields of a line that are no texts, and their descriptions.
 _KINDS: Final = {
     "headers": "an object of texts",
     "labels": "an object of texts",
@@ -30,8 +37,8 @@ _KINDS: Final = {
 }
 
 
-def text_of(path: str, flag: str) -> str:
-    """Return a file's text, stdin's for `-`; raises Failure. Line ends stay as they are."""
+def read_text(path: str, flag: str) -> str:
+    """Return the text of a file, or of stdin for `-`, with its own line ends. Raises Failure."""
     try:
         if path == "-":
             return sys.stdin.buffer.read().decode()
@@ -42,12 +49,12 @@ def text_of(path: str, flag: str) -> str:
         raise Failure(f"{flag} {path}: the file is not in UTF-8", USAGE) from None
 
 
-def from_flags(
+def requests_from_flags(
     emails: Sequence[str], mail: Mapping[str, Any], key: str, send_at: datetime | None
 ) -> Iterator[pb.CreateRequest]:
-    """Yield a request for each recipient; `mail` has TaskData's other fields.
+    """Yield a request for each recipient. `mail` has TaskData's other fields, `key` is the idempotency key.
 
-    Several recipients have keys of their own, KEY:ADDRESS, so that the whole command can be repeated.
+    Each of several recipients gets the key KEY:ADDRESS, so that the whole command can be repeated.
     """
     for email in emails:
         request = pb.CreateRequest(data=pb.TaskData(email=email, **mail))
@@ -57,10 +64,10 @@ def from_flags(
         yield request
 
 
-def from_lines(lines: Iterable[bytes], name: str) -> Iterator[pb.CreateRequest]:
-    """Yield the request of each line, an object: a CreateRequest in JSON, or its `data` put flat.
+def requests_from_lines(lines: Iterable[bytes], name: str) -> Iterator[pb.CreateRequest]:
+    """Yield a request for each line: a CreateRequest in JSON, or its fields and those of its `data` together.
 
-    Blank lines are skipped. Raises Failure naming the line.
+    Blank lines are skipped. Raises Failure, which names the line. `name` is the file's.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -79,14 +86,14 @@ def from_lines(lines: Iterable[bytes], name: str) -> Iterator[pb.CreateRequest]:
 
 
 def _request(asked: dict[str, Any]) -> pb.CreateRequest:
-    """Return the request that a line's object asks for; raise ValueError by the names that the line has."""
+    """Return the request for a line's object. Raises ValueError, which uses the line's own names."""
     request = pb.CreateRequest()
     fields = dict(asked)
     data = fields.pop("data", None)
     if data is not None and not isinstance(data, dict):
         raise ValueError("data is no object")
     for key, value in {**(data or {}), **fields}.items():
-        # As in protobuf's JSON, `idempotencyKey` is `idempotency_key`.
+        # Protobuf's JSON takes `idempotencyKey` for `idempotency_key`.
         name = re.sub(r"(?<!^)[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         in_data = name in _DATA if data is None else key in data
         if name not in (_DATA if in_data else _REQUEST):
@@ -98,13 +105,13 @@ def _request(asked: dict[str, Any]) -> pb.CreateRequest:
     return request
 
 
-def named(text: str) -> str:
-    """Return the api's words with the fields' names as a file or the flags have them: without `data.`."""
+def without_data(text: str) -> str:
+    """Return the api's text with its fields' names as flags and files have them: without `data.`."""
     return re.sub(r"(^|; |\s)data\.(?=[a-z_]+\b)", r"\1", text)
 
 
-def opened(path: str) -> IO[bytes]:
-    """Return the file of --batch, `-` for stdin."""
+def open_batch(path: str) -> IO[bytes]:
+    """Return the file of --batch, or stdin for `-`. Raises Failure."""
     if path == "-":
         return sys.stdin.buffer
     try:
@@ -113,20 +120,20 @@ def opened(path: str) -> IO[bytes]:
         raise Failure(f"--batch {path}: {error.strerror}", USAGE) from None
 
 
-def chunks(requests: Iterable[pb.CreateRequest]) -> Iterator[list[pb.CreateRequest]]:
-    """Yield what fits one BatchCreate: 1,000 requests, and a message that the api takes."""
-    for _, chunk in itertools.groupby(requests, _counter()):
+def batch_chunks(requests: Iterable[pb.CreateRequest]) -> Iterator[list[pb.CreateRequest]]:
+    """Yield as many requests as fit one BatchCreate: at most 1,000, in a message that the api accepts."""
+    for _, chunk in itertools.groupby(requests, _chunk_numbers()):
         yield list(chunk)
 
 
-def _counter() -> Any:
+def _chunk_numbers() -> Any:
     number, items, size = 0, 0, 0
 
-    def which(request: pb.CreateRequest) -> int:
+    def chunk_of(request: pb.CreateRequest) -> int:
         nonlocal number, items, size
         items, size = items + 1, size + request.ByteSize()
-        if items > _MOST or (size > _MOST_BYTES and items > 1):
+        if items > _MAX_REQUESTS or (size > _MAX_BYTES and items > 1):
             number, items, size = number + 1, 1, request.ByteSize()
         return number
 
-    return which
+    return chunk_of
