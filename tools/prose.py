@@ -46,7 +46,6 @@ NOT_YET: tuple[str, ...] = (
     "services/sender/",
     "services/validator/",
     "tests/integration/",
-    "tests/simulation/",
     "tests/unit/",
 )
 

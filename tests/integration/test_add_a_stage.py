@@ -1,4 +1,4 @@
-"""docs/add-a-stage.md: its archiver runs, and the rest of the project knows it by its entry in the list."""
+"""docs/add-a-stage.md: its archiver runs, and the rest of the project finds it in the list of stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.stack import Infra
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/add-a-stage.md").read_text()
 
-# What the rest of the project makes of its list of stages, told by a process that has the new entry.
+# A process of the project with the new entry prints what follows from the list of stages.
 _DESCRIBE = """
 import json
 
@@ -68,7 +68,7 @@ def _replace(text: str, old: str, new: str) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """This project with the page's changes: links to its files, and the three that the page adds to."""
+    """Return a copy of this project with the page's changes; the other files are links."""
     root = tmp_path / "project"
     common = root / "services" / "common"
     common.mkdir(parents=True)
@@ -154,12 +154,8 @@ def test_the_archiver_of_the_page_runs_and_is_known_everywhere(infra: Infra, pro
         [line] = (archive / "mail.sent.archiver-1.jsonl").read_text().splitlines()
         assert json.loads(line)["id"] == str(uuid.UUID(bytes=event.id))
 
-        def lag() -> dict[str, Any]:
-            told = _python(project, environment, "-m", "services.cli", "lag", "--interval", "0", "-o", "json")
-            [row] = [row for row in told["stages"] if row["stage"] == "archiver"]
-            return dict(row)
-
-        row = lag()
+        lag = _python(project, environment, "-m", "services.cli", "lag", "--interval", "0", "-o", "json")
+        [row] = [row for row in lag["stages"] if row["stage"] == "archiver"]
         assert row["partitions"] == 1
         assert [member["client"].startswith("archiver-1") for member in row["members"]] == [True]
         process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The local stack's servers, by the contract that people and tests rely on."""
+"""The local stack's servers: the contract that people and tests rely on."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def _started_environment(pid: int) -> dict[str, str]:
     return dict(pair.partition("=")[::2] for pair in pairs)
 
 
-def test_every_server_runs_under_its_own_id_and_knows_its_stack(infra: Infra) -> None:
+def test_every_server_has_its_own_pid_and_its_stack_in_its_environment(infra: Infra) -> None:
     assert sorted(path.stem for path in (infra.directory / "pids").iterdir()) == sorted(SERVERS)
     programs = ("deploy.local.catcher", "deploy.local.dns", "kafka.Kafka", "mysqld")
     for name, program in zip(SERVERS, programs, strict=True):
@@ -27,7 +27,7 @@ def test_every_server_runs_under_its_own_id_and_knows_its_stack(infra: Infra) ->
         assert (infra.directory / "logs" / f"{name}.log").exists()
 
 
-def test_stack_env_names_what_clients_need(infra: Infra) -> None:
+def test_stack_env_has_the_settings_that_clients_need(infra: Infra) -> None:
     env = infra.env()
     needed = {
         "POSTROAD_API", "POSTROAD_KAFKA_BOOTSTRAP", "POSTROAD_DATABASE_URL", "POSTROAD_DNS_SERVERS",
@@ -37,7 +37,7 @@ def test_stack_env_names_what_clients_need(infra: Infra) -> None:
     assert (infra.directory / "stack.env").stat().st_mode & 0o077 == 0
 
 
-def test_up_again_leaves_what_runs(infra: Infra) -> None:
+def test_a_second_up_restarts_nothing(infra: Infra) -> None:
     before = {name: infra.pid(name) for name in SERVERS}
     infra.up("--infra-only")
     assert {name: infra.pid(name) for name in SERVERS} == before
@@ -60,7 +60,7 @@ def test_mysql_is_durable_and_reads_committed(infra: Infra) -> None:
 
 
 @pytest.mark.breaks_servers
-def test_killed_servers_come_back_at_their_places(servers: Infra) -> None:
+def test_killed_servers_restart_on_their_ports(servers: Infra) -> None:
     env = servers.env()
     for name in SERVERS:
         pid = servers.pid(name)

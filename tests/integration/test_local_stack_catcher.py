@@ -1,4 +1,4 @@
-"""The catcher: what it keeps, and each way in which it misbehaves, over real sockets."""
+"""The catcher over real sockets: its journal, and each of its faults."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def _is_cut(connection: socket.socket) -> bool:
 
 
 def _talk(catcher: Catcher, text: bytes) -> bytes:
-    """All that the catcher answers to `text`, to the end of the connection."""
+    """Send `text`, and return all that the catcher replies until the connection ends."""
     with socket.create_connection(catcher.address, timeout=PATIENCE) as connection:
         connection.sendall(text)
         answer = b""
@@ -104,7 +104,7 @@ def _talk(catcher: Catcher, text: bytes) -> bytes:
         return answer
 
 
-def test_what_is_accepted_is_in_the_journal_and_in_a_file(catcher: Catcher) -> None:
+def test_an_accepted_mail_is_in_the_journal_and_in_a_file(catcher: Catcher) -> None:
     before = time.time()
     catcher.send("ann@good.test")
     (entry,) = catcher.journal()
@@ -118,7 +118,7 @@ def test_what_is_accepted_is_in_the_journal_and_in_a_file(catcher: Catcher) -> N
     assert path.read_bytes() == MAIL.encode()
 
 
-def test_the_whole_journal_outlives_sigkill(catcher: Catcher) -> None:
+def test_the_journal_is_complete_after_sigkill(catcher: Catcher) -> None:
     for number in range(20):
         catcher.send(f"u{number}@good.test")
     catcher.process.kill()
@@ -128,7 +128,7 @@ def test_the_whole_journal_outlives_sigkill(catcher: Catcher) -> None:
     catcher.process.stdout.close()
 
 
-def test_dots_are_unstuffed_and_bare_line_feeds_end_nothing(catcher: Catcher) -> None:
+def test_dots_are_unstuffed_and_bare_line_feeds_end_no_message(catcher: Catcher) -> None:
     message = b".one\r\n..two\r\n\n.\n\r\n.\rx\r\nlast\r\n"
     stuffed = b"..one\r\n...two\r\n\n.\n\r\n..\rx\r\nlast\r\n"
     answer = _talk(
@@ -139,7 +139,7 @@ def test_dots_are_unstuffed_and_bare_line_feeds_end_nothing(catcher: Catcher) ->
     assert Path(entry["path"]).read_bytes() == message
 
 
-def test_an_end_mark_in_pieces_is_found(catcher: Catcher) -> None:
+def test_the_end_of_a_message_is_found_in_pieces(catcher: Catcher) -> None:
     with socket.create_connection(catcher.address, timeout=PATIENCE) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         replies = connection.makefile("rb")
@@ -156,7 +156,7 @@ def test_an_end_mark_in_pieces_is_found(catcher: Catcher) -> None:
 def test_a_mail_over_the_limit_is_refused_and_the_session_goes_on(catcher: Catcher) -> None:
     with catcher.client() as client:
         assert client.docmd("MAIL", "FROM:<a@b.test> SIZE=99999999")[0] == 552
-    # Without EHLO a client cannot say the size beforehand.
+    # Without EHLO a client cannot announce the size.
     with smtplib.SMTP(*catcher.address, timeout=PATIENCE) as client:
         client.helo()
         with pytest.raises(smtplib.SMTPDataError) as refused:
@@ -194,7 +194,7 @@ def test_shut421_closes(catcher: Catcher) -> None:
     assert answer.endswith(b"421 4.3.2 Shutting down\r\n")
 
 
-def test_greylisting_ends_after_its_tries_of_each_recipient(catcher: Catcher) -> None:
+def test_greylisting_ends_after_its_tries_for_each_recipient(catcher: Catcher) -> None:
     for rcpt, tries in (("greylist@a.test", 1), ("greylist@b.test", 1), ("greylist-3@a.test", 3)):
         for _ in range(tries):
             with pytest.raises(smtplib.SMTPRecipientsRefused):
@@ -203,7 +203,7 @@ def test_greylisting_ends_after_its_tries_of_each_recipient(catcher: Catcher) ->
     assert len(catcher.journal()) == 3
 
 
-def test_drop_before_is_before_354(catcher: Catcher) -> None:
+def test_drop_before_closes_before_354(catcher: Catcher) -> None:
     talk = b"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<drop-before@b>\r\nDATA\r\n"
     assert _talk(catcher, talk).endswith(b"250 2.1.5 OK\r\n")
     catcher.send("drop-before@b")
@@ -211,7 +211,7 @@ def test_drop_before_is_before_354(catcher: Catcher) -> None:
 
 
 @pytest.mark.parametrize(("name", "taken"), [("drop-after", 1), ("drop-lost", 0)])
-def test_drops_after_the_dot_answer_nothing(catcher: Catcher, name: str, taken: int) -> None:
+def test_drops_after_the_dot_close_without_a_reply(catcher: Catcher, name: str, taken: int) -> None:
     talk = f"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<{name}@b>\r\nDATA\r\n{MAIL}.\r\n".encode()
     assert _talk(catcher, talk).endswith(b"354 Go on\r\n")
     assert len(catcher.journal()) == taken
@@ -219,7 +219,7 @@ def test_drops_after_the_dot_answer_nothing(catcher: Catcher, name: str, taken: 
     assert len(catcher.journal()) == taken + 1
 
 
-def test_hang_takes_nothing_and_says_nothing(catcher: Catcher) -> None:
+def test_hang_takes_nothing_and_does_not_reply(catcher: Catcher) -> None:
     with catcher.client() as client:
         assert client.sock
         client.sock.settimeout(0.5)
@@ -229,7 +229,7 @@ def test_hang_takes_nothing_and_says_nothing(catcher: Catcher) -> None:
     assert catcher.journal() == []
 
 
-def test_slow_is_late_and_kept(catcher: Catcher) -> None:
+def test_slow_replies_late_and_takes_the_mail(catcher: Catcher) -> None:
     began = time.monotonic()
     catcher.send("slow-300@b.test")
     assert 0.3 <= time.monotonic() - began < 2
@@ -274,7 +274,7 @@ def test_the_control_file_rules(catcher: Catcher) -> None:
     catcher.send("ann@good.test")
 
 
-def test_a_rule_strikes_as_often_as_it_says(tmp_path: Path) -> None:
+def test_a_rule_applies_with_its_probability(tmp_path: Path) -> None:
     file = tmp_path / "control.json"
     file.write_text(json.dumps({"seed": 7, "rules": [{"fault": "data4", "probability": 0.25}]}))
     control = Control(file)
@@ -296,7 +296,7 @@ def test_a_wrong_control_file_changes_nothing(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.count("control.json") == 3
 
 
-def test_authentication_is_asked_for_and_judged(make: Callable[..., Catcher]) -> None:
+def test_authentication_is_required_and_checked(make: Callable[..., Catcher]) -> None:
     catcher = make(EMAIL_USER="post", EMAIL_PASS="secret")
     with catcher.client() as client:
         assert client.docmd("MAIL", "FROM:<a@b.test>")[0] == 530
@@ -343,7 +343,7 @@ def test_commands_before_the_handshake_do_not_count_after_it(make: Callable[...,
             assert secure.recv(100).startswith(b"503")
 
 
-def test_sigterm_answers_what_was_sent_whole(catcher: Catcher) -> None:
+def test_complete_messages_get_their_reply_after_sigterm(catcher: Catcher) -> None:
     with socket.create_connection(catcher.address, timeout=PATIENCE) as connection:
         replies = connection.makefile("rb")
         replies.readline()

@@ -1,4 +1,4 @@
-"""`python3 -m deploy.local` by its contract: the commands, the files, and what the environment does."""
+"""`python3 -m deploy.local`: the contract of its commands, its files and its environment variables."""
 
 import os
 import subprocess
@@ -60,9 +60,9 @@ def test_every_service_is_ready_when_up_returns(stack: Stack) -> None:
         name = f"{service}-1"
         with urllib.request.urlopen(f"http://{env[f'POSTROAD_HTTP_{service.upper()}_1']}/readyz") as answer:
             assert answer.status == 200
-        told = _environment(stack.pid(name))
-        assert told["POSTROAD_LOCAL_DIR"] == str(stack.directory)
-        assert told["POSTROAD_REPLICA"] == name
+        environment = _environment(stack.pid(name))
+        assert environment["POSTROAD_LOCAL_DIR"] == str(stack.directory)
+        assert environment["POSTROAD_REPLICA"] == name
         assert f"services.{service}" in Path(f"/proc/{stack.pid(name)}/cmdline").read_text()
     assert _environment(stack.pid("api-1"))["POSTROAD_LISTEN"] == env["POSTROAD_API"]
 
@@ -79,7 +79,7 @@ def test_scale_starts_and_drains_replicas(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
-def test_a_service_comes_back_at_its_place(stack: Stack, how: str) -> None:
+def test_a_service_restarts_on_its_port(stack: Stack, how: str) -> None:
     env = stack.env()
     for name in ("api-1", "validator-1"):
         getattr(stack, how)(name)
@@ -97,7 +97,7 @@ def test_unknown_names_are_refused(stack: Stack) -> None:
     assert stack.command("scale", "postman", "2", check=False).returncode == 2
 
 
-def test_what_the_environment_names_is_not_started(new_servers: NewStack, infra: Infra) -> None:
+def test_a_server_that_the_environment_names_is_not_started(new_servers: NewStack, infra: Infra) -> None:
     given = {
         "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
         "POSTROAD_DATABASE_URL": infra.new_database(),
@@ -128,7 +128,7 @@ def test_given_variables_hold_until_down(new_servers: NewStack, infra: Infra) ->
     assert _running(again) == {"dns", "catcher"}
 
 
-def test_up_starts_anew_what_a_changed_setting_concerns(new_stack: NewStack) -> None:
+def test_up_restarts_what_a_changed_setting_concerns(new_stack: NewStack) -> None:
     stack = new_stack()
     stack.up()
     pids = {f"{service}-1": stack.pid(f"{service}-1") for service in SERVICES}
@@ -145,12 +145,12 @@ def test_up_starts_anew_what_a_changed_setting_concerns(new_stack: NewStack) -> 
     ):
         TaskServiceStub(channel).List(ListRequest(), timeout=20)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    # What does not come up with it is as it was.
+    # After a failed `up` the stack keeps its old settings.
     pids = {name: stack.pid(name) for name in pids}
     refused = Stack(stack.directory, {**given, "POSTROAD_PARTITIONS": "2"}).command("up", check=False)
     assert refused.returncode == 1
     assert "topics" in refused.stderr
-    # A second replica with other settings than the first is what nobody wants.
+    # A second replica must not have other settings than the first one.
     for arguments in (("scale", "sender", "2"), ("start", "sender-1")):
         alone = Stack(stack.directory, {**given, "EMAIL_FROM": "b@good.test"})
         refused = alone.command(*arguments, check=False)
@@ -160,7 +160,7 @@ def test_up_starts_anew_what_a_changed_setting_concerns(new_stack: NewStack) -> 
     assert {name: stack.pid(name) for name in pids} == pids
 
 
-def test_a_server_that_runs_is_not_replaced(new_servers: NewStack, infra: Infra) -> None:
+def test_a_running_server_is_not_replaced(new_servers: NewStack, infra: Infra) -> None:
     given = {"POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap, "POSTROAD_DATABASE_URL": infra.new_database()}
     stack = new_servers(**given)
     stack.up("--infra-only")
@@ -170,7 +170,7 @@ def test_a_server_that_runs_is_not_replaced(new_servers: NewStack, infra: Infra)
     assert refused.returncode == 1
     assert all(word in refused.stderr for word in ("dns", "POSTROAD_DNS_SERVERS", "make down"))
     assert stack.env() == before
-    # The catcher asks for what the sender is to say.
+    # The catcher requires the credentials that the sender uses.
     user = {"EMAIL_USER": "postroad", "EMAIL_PASS": "let-me-in"}
     pid = stack.pid("catcher")
     Stack(stack.directory, {**given, **user}).up("--infra-only")
@@ -178,7 +178,7 @@ def test_a_server_that_runs_is_not_replaced(new_servers: NewStack, infra: Infra)
     assert _environment(stack.pid("catcher")).items() >= user.items()
 
 
-def test_a_shell_that_has_read_stack_env_replaces_nothing(infra: Infra) -> None:
+def test_up_in_a_shell_with_stack_env_replaces_nothing(infra: Infra) -> None:
     before = infra.env(), {name: infra.pid(name) for name in ("dns", "mysql", "catcher", "kafka-1")}
     reader = Stack(infra.directory, infra.env())
     reader.up("--infra-only")
@@ -186,7 +186,7 @@ def test_a_shell_that_has_read_stack_env_replaces_nothing(infra: Infra) -> None:
     assert _running(infra) == {"dns", "mysql", "catcher", "kafka-1"}
 
 
-def test_a_pid_file_that_lies_harms_nobody(
+def test_a_wrong_pid_file_ends_no_other_process(
     new_servers: NewStack, infra: Infra, bystander: subprocess.Popen[bytes]
 ) -> None:
     stack = new_servers(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
@@ -200,7 +200,7 @@ def test_a_pid_file_that_lies_harms_nobody(
     assert bystander.poll() is None
 
 
-def test_down_finds_what_has_no_pid_file(new_servers: NewStack, infra: Infra) -> None:
+def test_down_ends_processes_without_a_pid_file(new_servers: NewStack, infra: Infra) -> None:
     stack = new_servers(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap, POSTROAD_DATABASE_URL=infra.new_database())
     stack.up("--infra-only")
     pid = stack.pid("dns")

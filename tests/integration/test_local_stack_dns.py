@@ -1,4 +1,4 @@
-"""The local name server: its world, and how it misbehaves."""
+"""The local name server: its names, and its misbehaviours."""
 
 import json
 import os
@@ -78,14 +78,14 @@ def test_records(infra: Infra, name: str, kind: str, answer: list[str]) -> None:
     reply = _ask(infra, name, kind)
     assert reply.rcode() == dns.rcode.NOERROR
     assert _texts(reply) == answer
-    # An empty answer says for how long (RFC 2308).
+    # An empty answer has an SOA record, which makes it cacheable (RFC 2308).
     assert bool(reply.authority) == (not answer)
 
 
 @pytest.mark.parametrize(
     "name", ["nosuch.test", "gone.post.test", "d100.test", "x.good.test", "elsewhere.net", "dangling.test"]
 )
-def test_what_does_not_exist(infra: Infra, name: str) -> None:
+def test_names_that_do_not_exist(infra: Infra, name: str) -> None:
     reply = _ask(infra, name)
     assert reply.rcode() == dns.rcode.NXDOMAIN
     assert reply.authority
@@ -96,7 +96,7 @@ def test_refusals(infra: Infra, name: str, code: str) -> None:
     assert _ask(infra, name).rcode() == dns.rcode.from_text(code)
 
 
-def test_silence(infra: Infra) -> None:
+def test_a_name_without_an_answer(infra: Infra) -> None:
     with pytest.raises(dns.exception.Timeout):
         _ask(infra, "timeout.test", timeout=0.3)
 
@@ -112,7 +112,7 @@ def test_delay(infra: Infra) -> None:
     assert 0.2 <= time.monotonic() - began < 2
 
 
-def test_flaky_names_count_each_for_itself(infra: Infra) -> None:
+def test_each_flaky_name_has_its_own_count(infra: Infra) -> None:
     for name, times in (("a.flaky-2.test", 2), ("b.flaky-2.test", 2), ("c.flaky.test", 1)):
         for _ in range(times):
             assert _ask(infra, name).rcode() == dns.rcode.SERVFAIL
@@ -121,7 +121,7 @@ def test_flaky_names_count_each_for_itself(infra: Infra) -> None:
 
 
 @pytest.mark.breaks_servers
-def test_the_control_file_spoils_a_name_and_starts_counts_anew(servers: Infra) -> None:
+def test_the_control_file_makes_a_name_misbehave_and_resets_the_counts(servers: Infra) -> None:
     assert _ask(servers, "d1.flaky.test").rcode() == dns.rcode.SERVFAIL
     assert _texts(_ask(servers, "d1.test")) == GOOD
     servers.control_dns(**{"d1.test": "servfail", "d2.test": "nxdomain"})
@@ -140,7 +140,7 @@ def test_garbage_is_not_answered(tmp_path: Path) -> None:
         assert server.answer(garbage, tcp=False) == (None, 0)
 
 
-def test_a_question_seen_before_is_answered_alike_under_its_own_id() -> None:
+def test_a_repeated_question_gets_the_same_answer_with_its_own_id() -> None:
     server = NameServer(None)
     query = dns.message.make_query("good.test", "MX")
     answers = []
@@ -171,7 +171,7 @@ def test_a_wrong_control_file_changes_nothing(tmp_path: Path) -> None:
     ("name", "forwarded"),
     [("good.test", False), ("a.b.TEST", False), ("test", False), ("good.example", True), ("protest", True)],
 )
-def test_all_but_test_is_forwarded(name: str, forwarded: bool) -> None:
+def test_all_names_outside_test_are_forwarded(name: str, forwarded: bool) -> None:
     question = dns.message.make_query(name, "MX").to_wire()
     assert Forwarder([]).takes(question) == forwarded
 

@@ -1,4 +1,4 @@
-"""The pure parts of the local stack and its installer."""
+"""The parts of the local stack and its installer that need no server."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ from deploy.local.state import StackState
 from deploy.local.zone import misbehaviour
 
 
-def test_nothing_given_is_the_stack_itself() -> None:
+def test_without_given_variables_the_settings_are_the_stacks_own() -> None:
     state = StackState()
     own = stack_environment(state)
     assert given_variables(state, own) == {}
@@ -37,7 +37,7 @@ def test_nothing_given_is_the_stack_itself() -> None:
     assert not any(replaced(state, process) for process in ("kafka", "mysql", "dns", "catcher", "api"))
 
 
-def test_what_is_given_wins_and_private_variables_do_not() -> None:
+def test_given_variables_win_but_private_ones_do_not() -> None:
     state = StackState(replicas={"sender": 1})
     environ = {
         "EMAIL_PORT": "2525",
@@ -51,16 +51,16 @@ def test_what_is_given_wins_and_private_variables_do_not() -> None:
     }
     state.given = given_variables(state, environ)
     assert state.given == {"EMAIL_PORT": "2525", "EMAIL_USER": "post", "POSTROAD_REPLICATION": "2"}
-    told = service_environment(state, "sender-1")
-    assert told["EMAIL_PORT"] == "2525"
-    assert told["POSTROAD_REPLICA"] == "sender-1"
-    assert told["POSTROAD_HTTP_LISTEN"] == told["POSTROAD_HTTP_SENDER_1"] != "0.0.0.0:3"
-    assert "POSTROAD_LISTEN" not in told
+    variables = service_environment(state, "sender-1")
+    assert variables["EMAIL_PORT"] == "2525"
+    assert variables["POSTROAD_REPLICA"] == "sender-1"
+    assert variables["POSTROAD_HTTP_LISTEN"] == variables["POSTROAD_HTTP_SENDER_1"] != "0.0.0.0:3"
+    assert "POSTROAD_LISTEN" not in variables
     assert replaced(state, "catcher")
-    assert "EMAIL_TLS" not in told
+    assert "EMAIL_TLS" not in variables
 
 
-def test_the_stacks_own_value_ends_what_was_given() -> None:
+def test_a_variable_set_to_the_stacks_own_value_is_no_longer_given() -> None:
     state = StackState(given={"EMAIL_USER": "post", "POSTROAD_SENDER_DELAYS": "9"})
     environ = {"POSTROAD_SENDER_DELAYS": stack_environment(StackState())["POSTROAD_SENDER_DELAYS"]}
     assert merged(state, environ) == {"EMAIL_USER": "post"}
@@ -68,27 +68,27 @@ def test_the_stacks_own_value_ends_what_was_given() -> None:
     assert merged(state, stack_environment(state)) == state.given
 
 
-def test_a_process_gets_no_setting_that_the_others_lack() -> None:
+def test_a_process_gets_no_setting_from_its_own_shell() -> None:
     environ = {"EMAIL_FROM": "x", "POSTROAD_TOKEN": "x", "POSTROAD_LOCAL_DIR": "/x", "HOME": "/root"}
     assert foreign_free(environ) == {"POSTROAD_LOCAL_DIR": "/x", "HOME": "/root"}
 
 
-def test_the_demo_says_how_to_get_rid_of_another_mail_server(
+def test_the_demo_explains_how_to_unset_another_mail_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where it is no longer in the environment: the stack remembers it."""
+    """It does so even when the variable is unset by now, since the stack remembers it."""
     for name in list(os.environ):
         if name.startswith(("POSTROAD_", "EMAIL_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("POSTROAD_LOCAL_DIR", str(tmp_path))
     StackState(given={"EMAIL_HOST": "relay.example"}).save(tmp_path / "state.json")
     assert demo.main() == 1
-    said = capsys.readouterr().err
-    assert "EMAIL_HOST" in said
-    assert "make down" in said
+    errors = capsys.readouterr().err
+    assert "EMAIL_HOST" in errors
+    assert "make down" in errors
 
 
-def test_a_relay_of_ones_own_ends_the_catchers_settings_only() -> None:
+def test_a_given_relay_replaces_the_catchers_settings_only() -> None:
     state = StackState(given={"EMAIL_HOST": "relay.example"})
     env = stack_environment(state)
     assert (env["EMAIL_HOST"], env["EMAIL_PORT"]) == ("relay.example", "25")
@@ -104,7 +104,7 @@ def test_ports_are_remembered_and_distinct(tmp_path: Path) -> None:
     assert len(set(used)) == len(used)
 
 
-def test_the_first_api_takes_the_port_that_is_wanted_where_it_is_free() -> None:
+def test_the_first_api_takes_the_preferred_port_when_it_is_free() -> None:
     wanted = free_port(())
     release([wanted])
     with socket.socket() as other:
@@ -117,21 +117,21 @@ def test_the_first_api_takes_the_port_that_is_wanted_where_it_is_free() -> None:
     state.prefer_api_port(wanted)
     state.choose_ports()
     assert (state.port("api-1", "grpc"), state.port("api-2", "grpc")) == (wanted, before)
-    # Another stack that begins at the same moment must not choose it too.
+    # Another stack that starts at the same moment must not choose it too.
     assert not claim(wanted)
     state.release_ports()
     assert claim(wanted)
     release([wanted])
 
 
-@pytest.mark.parametrize("said", ["x", "-1", "65536"])
-def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str) -> None:
-    monkeypatch.setenv("POSTROAD_LOCAL_API_PORT", said)
+@pytest.mark.parametrize("port", ["x", "-1", "65536"])
+def test_a_wrong_port_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, port: str) -> None:
+    monkeypatch.setenv("POSTROAD_LOCAL_API_PORT", port)
     with pytest.raises(StackError, match="POSTROAD_LOCAL_API_PORT"):
         Stack(Layout(tmp_path)).up({}, None)
 
 
-def test_logs_without_a_name_are_the_end_of_each(
+def test_logs_without_a_name_shows_the_end_of_each_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("POSTROAD_LOCAL_DIR", str(tmp_path))
@@ -147,7 +147,7 @@ def test_logs_without_a_name_are_the_end_of_each(
     assert len(lines) < 50
 
 
-def test_free_ports_lie_below_those_of_outgoing_connections() -> None:
+def test_free_ports_are_below_those_of_outgoing_connections() -> None:
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for _ in range(50):
         port = free_port(())
@@ -182,7 +182,7 @@ def test_the_mirror_is_the_machines_own(tmp_path: Path, file: str, text: str) ->
     assert debian.mirror(tmp_path) == "http://right/debian"
 
 
-def test_no_mirror_is_said_so(tmp_path: Path) -> None:
+def test_a_missing_mirror_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="mirror"):
         debian.mirror(tmp_path)
 
@@ -205,13 +205,13 @@ def test_mysql_is_fetched_from_debians_mirrors_alone(
     monkeypatch.setattr(database_tree, "find_server", lambda _: None)
     asked = []
     monkeypatch.setattr(database_tree, "make_entry", lambda *_: asked.append("mysql"))
-    # What an operator is to do stands in the error.
+    # The error says what to do.
     with pytest.raises(SetupError, match=r"MySQL 8\.4.*mysqld.*PATH.*POSTROAD_LOCAL_DB=mariadb"):
         database_tree.make_server("mysql")
     assert bool(asked) == fetched
 
 
-def test_a_command_that_fails_tells_why_and_is_tried_again(tmp_path: Path) -> None:
+def test_a_failed_command_is_repeated_and_its_output_is_in_the_error(tmp_path: Path) -> None:
     counted = tmp_path / "tries"
     with pytest.raises(SetupError, match="no luck"):
         run(["sh", "-c", f"echo x >> {counted}; echo no luck >&2; exit 3"], tries=2)
@@ -245,7 +245,7 @@ def test_two_clones_at_once_build_an_entry_once(tmp_path: Path) -> None:
     assert (tmp_path / "postroad" / "builds").read_text() == "x"
 
 
-def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def build(target: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.suffix for path in (tmp_path / "postroad").iterdir()] == [".lock"]
 
 
-def test_the_demo_plays_every_case_before_any_again() -> None:
+def test_the_demo_has_every_case_once_before_any_repeats() -> None:
     sent = list(plan("run", 30))
     assert [one.case for one in sent] == [CASES[number % len(CASES)] for number in range(30)]
     assert len({one.address for one in sent}) == 30

@@ -1,4 +1,4 @@
-"""The in-memory claims, outbox and task tables behave as MySQL's: each test runs on both."""
+"""The in-memory claims, outbox and task tables behave like MySQL's. Each test runs on both."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Memory:
         self.claims: Any = MemoryClaims(self.database, _LEASE, hold)
 
     def expire(self) -> None:
-        """Let all leases be over."""
+        """End all leases."""
         self.world.scheduler.run(self.world.now + 2 * _LEASE)
 
     def row(self, id_: bytes) -> Delivery | None:
@@ -67,7 +67,7 @@ class Memory:
 
     @property
     def store(self) -> Any:
-        """Where the statements are: functions of a connection and more."""
+        """The statements: functions of a connection and more arguments."""
         return Database
 
 
@@ -142,7 +142,7 @@ def side(request: pytest.FixtureRequest, hold: bool) -> Side:
 
 @pytest.fixture
 def one(request: pytest.FixtureRequest) -> Side:
-    """Either side where the policy does not matter."""
+    """Return either side, for tests that do not depend on the policy for doubts."""
     return Memory(False) if request.param == "memory" else Real(request.getfixturevalue("mysql"), False)
 
 
@@ -166,7 +166,7 @@ def taken(side: Side, request: Claim) -> Delivery:
 # --- claims ---------------------------------------------------------------------------------------
 
 
-def test_a_task_is_one_owners_until_its_lease_is_over_and_then_in_doubt(side: Side, hold: bool) -> None:
+def test_a_claim_holds_until_its_lease_is_over_and_the_task_is_in_doubt_then(side: Side, hold: bool) -> None:
     id_ = new_id()
     first = taken(side, claim(id_))
     [waiting] = side.claims.claim([claim(id_)])
@@ -190,7 +190,7 @@ def test_a_task_is_one_owners_until_its_lease_is_over_and_then_in_doubt(side: Si
 
 
 @both
-def test_a_renewed_lease_goes_on(one: Side) -> None:
+def test_a_renewed_lease_holds_its_claim(one: Side) -> None:
     id_ = new_id()
     row = taken(one, claim(id_))
     one.expire()
@@ -200,20 +200,20 @@ def test_a_renewed_lease_goes_on(one: Side) -> None:
 
 
 @both
-def test_asked_again_by_its_owner_a_claim_is_answered_the_same(one: Side) -> None:
+def test_a_repeated_claim_of_an_owner_gets_the_same_answer(one: Side) -> None:
     request = claim(new_id())
     assert taken(one, request).owner == taken(one, request).owner
 
 
 @both
-def test_one_call_sees_what_its_earlier_requests_did(one: Side) -> None:
+def test_a_request_sees_the_effects_of_earlier_requests_in_its_call(one: Side) -> None:
     id_ = new_id()
     verdicts = one.claims.claim([claim(id_), claim(id_), Cancel(id_, 0, new_id())])
     assert [type(verdict) for verdict in verdicts] == [Taken, Wait, Wait]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_history_ends_alike_on_both(seed: int, hold: bool, mysql: Engine) -> None:
+def test_any_history_ends_with_the_same_rows_on_both(seed: int, hold: bool, mysql: Engine) -> None:
     rng = random.Random(seed)
     memory, real = Memory(hold), Real(mysql, hold)
     ids = [new_id() for _ in range(3)]
@@ -230,9 +230,9 @@ def test_any_history_ends_alike_on_both(seed: int, hold: bool, mysql: Engine) ->
                     requests.append(Cancel(id_, epoch, owner))
                 else:
                     requests.append(claim(id_, epoch, rng.randrange(1, 4), owner))
-            told = list(zip(memory.claims.claim(requests), real.claims.claim(requests), strict=True))
-            assert [_plain(a) for a, _ in told] == [_plain(b) for _, b in told]
-            taken_ += [(a, b) for a, b in told if isinstance(a, Taken) and isinstance(b, Taken)]
+            answers = list(zip(memory.claims.claim(requests), real.claims.claim(requests), strict=True))
+            assert [_plain(a) for a, _ in answers] == [_plain(b) for _, b in answers]
+            taken_ += [(a, b) for a, b in answers if isinstance(a, Taken) and isinstance(b, Taken)]
         elif step == "back" and taken_:
             mine, theirs = (released_row(verdict) for verdict in rng.choice(taken_[-3:]))
             assert memory.claims.settle([mine]) == real.claims.settle([theirs])
@@ -267,7 +267,7 @@ def _plain(verdict: ClaimAnswer) -> object:
 
 
 def _plain_row(row: Delivery | None) -> object:
-    """Without what comes from either clock: a row found in doubt is settled by the database's."""
+    """Return a row without the times of either clock: the database's clock settles a row in doubt."""
     if row is None:
         return None
     values = row._asdict()
@@ -305,7 +305,7 @@ def record(side: Side, events: Sequence[pb.TaskCreated]) -> None:
 
 
 @both
-def test_a_task_comes_back_as_it_was_recorded(one: Side) -> None:
+def test_a_task_is_loaded_as_it_was_recorded(one: Side) -> None:
     event = mail(1, key=new_id().hex())
     record(one, [event])
     record(one, [event])
@@ -313,7 +313,7 @@ def test_a_task_comes_back_as_it_was_recorded(one: Side) -> None:
 
 
 @both
-def test_of_two_tasks_under_one_key_the_first_is_stored(one: Side) -> None:
+def test_the_first_of_two_tasks_with_one_key_is_stored(one: Side) -> None:
     key = new_id().hex()
     first, second = mail(1, key), mail(2, key)
     record(one, [first])
@@ -341,7 +341,7 @@ def test_events_fold_into_one_row_whatever_their_order(one: Side) -> None:
 
 
 @both
-def test_the_outbox_hands_out_what_is_due_to_one_taker_at_a_time(one: Side) -> None:
+def test_a_due_outbox_row_is_taken_by_one_sweep_at_a_time(one: Side) -> None:
     one.transact(lambda c: one.store.delete(c, one.store.take(c, 1000)))
     items = sorted(created(new_id()) for _ in range(3))
     one.transact(lambda c: one.store.put(c, items))
@@ -349,14 +349,14 @@ def test_the_outbox_hands_out_what_is_due_to_one_taker_at_a_time(one: Side) -> N
     one.transact(lambda c: one.store.defer(c, items, 0))
     one.transact(lambda c: one.store.put(c, items))
     assert sorted(one.transact(lambda c: one.store.take(c, 2)))[0] in items
-    assert len(one.transact(lambda c: one.store.take(c, 10))) == 1, "what was taken is not due"
+    assert len(one.transact(lambda c: one.store.take(c, 10))) == 1, "a taken row is not due"
     one.transact(lambda c: one.store.defer(c, items, 0))
     one.transact(lambda c: one.store.delete(c, items[:2]))
     assert one.transact(lambda c: one.store.take(c, 10)) == items[2:]
 
 
 @both
-def test_whoever_decides_finds_what_was_told_and_what_was_claimed(one: Side) -> None:
+def test_a_decision_sees_the_task_and_its_delivery(one: Side) -> None:
     event = mail(4)
     id_ = event.task.id
     one.transact(lambda c: one.store.upsert(c, [delta(event)]))

@@ -1,4 +1,4 @@
-"""The in-memory log and its groups behave as Kafka's under KIP-848: each test runs on both."""
+"""The in-memory log and its groups behave like Kafka's under KIP-848. Each test runs on both."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import confluent_kafka
 import pytest
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from services.common.config import Settings
 from services.common.kafka.clients import consumer_config, producer_config
+from services.common.kafka.topic_partition import TopicPartition
 from tests.simulation import broker as memory
 from tests.simulation.consumer import Consumer as MemoryConsumer
 from tests.simulation.process import Process
@@ -22,56 +24,55 @@ from tests.simulation.world import World
 from tests.stack import Infra
 
 _PARTITIONS = 2
-Place = tuple[str, int]
 
 
 class Member:
-    """One member of the group, driven as the poller drives its consumer. `record` is what it was handed."""
+    """One member of the group, driven as the poller drives its consumer. `records` are those that it read."""
 
     def __init__(self, consumer: Any, topics: list[str]) -> None:
         self.consumer = consumer
-        self.owned: set[Place] = set()
-        self.revoked: list[Place] = []
-        self.lost: list[Place] = []
+        self.owned: set[TopicPartition] = set()
+        self.revoked: list[TopicPartition] = []
+        self.lost: list[TopicPartition] = []
         self.answers: list[Any] = []
-        self.records: list[tuple[Place, int, bytes]] = []
+        self.records: list[tuple[TopicPartition, int, bytes]] = []
         self.orders: list[Callable[[], None]] = []
         self.closed = False
         consumer.subscribe(topics, on_assign=self._assign, on_revoke=self._revoke, on_lost=self._lose)
 
     def turn(self) -> None:
-        """Do what was ordered, and poll once."""
+        """Carry out the orders, and poll once."""
         while self.orders:
             self.orders.pop(0)()
         if self.closed:
             return
         message = self.consumer.poll(0.05)
         if message is not None and message.error() is None:
-            place = message.topic(), message.partition()
-            self.records.append((place, message.offset(), message.value()))
+            partition = TopicPartition(message.topic(), message.partition())
+            self.records.append((partition, message.offset(), message.value()))
 
-    def _assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
-        self.owned |= {(p.topic, p.partition) for p in partitions}
+    def _assign(self, consumer: Any, partitions: list[confluent_kafka.TopicPartition]) -> None:
+        self.owned |= _plain(partitions)
         consumer.incremental_assign(partitions)
 
-    def _revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
-        self.revoked += [(p.topic, p.partition) for p in partitions]
-        self.owned -= {(p.topic, p.partition) for p in partitions}
+    def _revoke(self, consumer: Any, partitions: list[confluent_kafka.TopicPartition]) -> None:
+        self.revoked += _plain(partitions)
+        self.owned -= _plain(partitions)
         consumer.incremental_unassign(partitions)
 
-    def _lose(self, consumer: Any, partitions: list[TopicPartition]) -> None:
-        self.lost += [(p.topic, p.partition) for p in partitions]
-        self.owned -= {(p.topic, p.partition) for p in partitions}
+    def _lose(self, consumer: Any, partitions: list[confluent_kafka.TopicPartition]) -> None:
+        self.lost += _plain(partitions)
+        self.owned -= _plain(partitions)
         consumer.incremental_unassign(partitions)
 
 
 class Side:
-    """What both brokers offer a test. `topics` are two of the test's own."""
+    """What a test needs of a broker. `topics` are two topics of the test's own."""
 
     topics: list[str]
 
     def member(self) -> Member:
-        """Begin a member of the group."""
+        """Start a member of the group."""
         raise NotImplementedError
 
     def produce(self, topic: str, key: bytes, value: bytes) -> None:
@@ -79,15 +80,15 @@ class Side:
         raise NotImplementedError
 
     def until(self, condition: Callable[[], Any]) -> None:
-        """Let all members turn until the condition holds; fails after a while."""
+        """Let all members take turns until the condition holds. Fails after a time."""
         raise NotImplementedError
 
     def fence(self, member: Member) -> None:
-        """Have the coordinator put a member out that does not know it; returns once it was."""
+        """Have the coordinator fence a member that does not know it. Returns after that."""
         raise NotImplementedError
 
     def order(self, member: Member, order: Callable[[], Any]) -> Any:
-        """Have a member do something between two polls; return what came of it, an exception too."""
+        """Have a member do something between two polls. Return its result or its KafkaException."""
         done: list[Any] = []
 
         def do() -> None:
@@ -100,18 +101,18 @@ class Side:
         self.until(lambda: done)
         return done[0]
 
-    def commit(self, member: Member, place: Place, offset: int) -> Any:
-        """Commit and wait; return the error, or None."""
+    def commit(self, member: Member, partition: TopicPartition, offset: int) -> Any:
+        """Commit and wait. Return the error, or None."""
         answer = self.order(
             member,
-            lambda: member.consumer.commit(offsets=[TopicPartition(*place, offset)], asynchronous=False),
+            lambda: member.consumer.commit(offsets=[_position(partition, offset)], asynchronous=False),
         )
         if isinstance(answer, KafkaException):
             return answer.args[0]
         return next((p.error for p in answer if getattr(p, "error", None) is not None), None)
 
     def close(self, member: Member) -> None:
-        """Have a member leave, as the poller does."""
+        """Have a member leave as the poller does."""
 
         def leave() -> None:
             member.consumer.unsubscribe()
@@ -169,7 +170,7 @@ class Memory(Side):
         member.consumer.fence()
 
     def finish(self) -> None:
-        """Take all down."""
+        """End all processes."""
         self.scheduler.dispose()
 
 
@@ -190,7 +191,7 @@ class Real(Side):
         answers: list[Any] = []
         config = consumer_config(self.settings, "contract", "contract", gather=False) | {
             "on_commit": lambda error, _: answers.append(error),
-            # The shortest that Kafka allows: how a test has a member put out.
+            # The shortest interval that Kafka allows: after it, a member that does not poll is fenced.
             "max.poll.interval.ms": 6000,
         }
         made = Member(Consumer(config), self.topics)
@@ -210,7 +211,7 @@ class Real(Side):
                 member.turn()
 
     def fence(self, member: Member) -> None:
-        # It does not poll, and librdkafka leaves the group for it.
+        # The member does not poll, so librdkafka leaves the group for it.
         others = [other for other in self._members if other is not member and not other.closed]
         deadline = time.monotonic() + 40
         while any(len(other.owned) < len(self.topics) * _PARTITIONS for other in others):
@@ -219,11 +220,10 @@ class Real(Side):
                 other.turn()
 
     def finish(self) -> None:
-        """Close what is open and delete the topics."""
+        """Close the open consumers and delete the topics."""
         for member in self._members:
             if not member.closed:
-                # Where a close meets a revocation, librdkafka 2.x can wait for itself for ever. How a member
-                # leaves has a test of its own.
+                # A close during a revocation can hang in librdkafka. Another test has a member leave.
                 closing = threading.Thread(target=member.consumer.close, daemon=True)
                 closing.start()
                 closing.join(20)
@@ -238,11 +238,19 @@ def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
     made.finish()
 
 
-def everything(side: Side) -> set[Place]:
-    return {(topic, partition) for topic in side.topics for partition in range(_PARTITIONS)}
+def _position(partition: TopicPartition, offset: int) -> confluent_kafka.TopicPartition:
+    return confluent_kafka.TopicPartition(*partition, offset)
 
 
-def test_one_member_gets_all_and_each_keys_records_in_order(side: Memory | Real) -> None:
+def _plain(partitions: list[confluent_kafka.TopicPartition]) -> set[TopicPartition]:
+    return {TopicPartition(p.topic, p.partition) for p in partitions}
+
+
+def everything(side: Side) -> set[TopicPartition]:
+    return {TopicPartition(topic, partition) for topic in side.topics for partition in range(_PARTITIONS)}
+
+
+def test_one_member_reads_all_partitions_and_the_records_of_each_key_in_order(side: Memory | Real) -> None:
     for number in range(20):
         side.produce(side.topics[0], bytes([number % 4]) * 16, b"%d" % number)
     member = side.member()
@@ -250,12 +258,12 @@ def test_one_member_gets_all_and_each_keys_records_in_order(side: Memory | Real)
     assert member.owned == everything(side)
     for key in range(4):
         mine = [(place, offset, value) for place, offset, value in member.records if int(value) % 4 == key]
-        assert len({place for place, _, _ in mine}) == 1, "a key's records stand in one partition"
+        assert len({place for place, _, _ in mine}) == 1, "all records of a key are in one partition"
         assert [int(value) for _, _, value in mine] == list(range(key, 20, 4))
         assert [offset for _, offset, _ in mine] == sorted(offset for _, offset, _ in mine)
 
 
-def test_a_second_member_gets_the_same_numbers_of_all_topics_once_the_first_let_go(
+def test_a_second_member_gets_the_same_partition_numbers_of_all_topics_after_the_revocation(
     side: Memory | Real,
 ) -> None:
     first = side.member()
@@ -265,11 +273,13 @@ def test_a_second_member_gets_the_same_numbers_of_all_topics_once_the_first_let_
     assert first.owned | second.owned == everything(side)
     for member in (first, second):
         assert len({partition for _, partition in member.owned}) == 1
-    assert sorted(first.revoked) == sorted(second.owned), "what it keeps is never taken from it"
+    assert sorted(first.revoked) == sorted(second.owned), (
+        "the partitions that a member keeps are never revoked"
+    )
     assert first.lost == second.lost == []
 
 
-def test_a_member_that_leaves_hands_over_at_what_it_committed(side: Memory | Real) -> None:
+def test_the_next_member_starts_at_the_committed_offset(side: Memory | Real) -> None:
     for number in range(6):
         side.produce(side.topics[0], b"k" * 16, b"%d" % number)
     first = side.member()
@@ -277,22 +287,22 @@ def test_a_member_that_leaves_hands_over_at_what_it_committed(side: Memory | Rea
     place, offset, _ = first.records[3]
     assert side.commit(first, place, offset) is None
     side.close(first)
-    assert set(first.revoked) == everything(side), "it is asked before it goes"
+    assert set(first.revoked) == everything(side), "its partitions are revoked before it leaves"
     second = side.member()
     side.until(lambda: len(second.records) == 3)
     assert second.records == first.records[3:]
 
 
-def test_a_commit_without_waiting_is_answered_inside_a_later_poll(side: Memory | Real) -> None:
+def test_an_asynchronous_commit_is_answered_inside_a_later_poll(side: Memory | Real) -> None:
     member = side.member()
     side.until(lambda: member.owned == everything(side))
-    place = (side.topics[0], 0)
-    side.order(member, lambda: member.consumer.commit(offsets=[TopicPartition(*place, 0)], asynchronous=True))
+    position = _position(TopicPartition(side.topics[0], 0), 0)
+    side.order(member, lambda: member.consumer.commit(offsets=[position], asynchronous=True))
     side.until(lambda: member.answers)
     assert member.answers == [None]
 
 
-def test_a_member_that_is_fenced_cannot_commit_and_joins_again_empty_handed(side: Memory | Real) -> None:
+def test_a_fenced_member_cannot_commit_and_rejoins_without_partitions(side: Memory | Real) -> None:
     side.produce(side.topics[0], b"k" * 16, b"0")
     first = side.member()
     side.until(lambda: first.records)
@@ -306,23 +316,25 @@ def test_a_member_that_is_fenced_cannot_commit_and_joins_again_empty_handed(side
     assert error is not None
     side.until(lambda: holder.lost)
     assert place in holder.lost
-    # What it had not committed is handed out again.
+    # Another member reads what the fenced one had not committed.
     side.until(lambda: any(record[:2] == (place, offset) for record in other.records))
     side.until(lambda: len(holder.owned) == len(other.owned) == 2)
     assert holder.owned | other.owned == everything(side)
 
 
-def test_what_is_paused_brings_nothing_and_seeking_back_brings_it_again(side: Memory | Real) -> None:
+def test_a_paused_partition_delivers_nothing_until_it_resumes_from_where_it_was_sought(
+    side: Memory | Real,
+) -> None:
     member = side.member()
     side.until(lambda: member.owned == everything(side))
     side.produce(side.topics[0], b"k" * 16, b"0")
     side.until(lambda: len(member.records) == 1)
     place, offset, _ = member.records[0]
-    partition = TopicPartition(*place)
+    partition = confluent_kafka.TopicPartition(*place)
     side.order(member, lambda: member.consumer.pause([partition]))
-    side.order(member, lambda: member.consumer.seek(TopicPartition(*place, offset)))
+    side.order(member, lambda: member.consumer.seek(_position(place, offset)))
     side.produce(side.topics[0], b"k" * 16, b"1")
-    # The other topic goes on, which shows that there was time enough.
+    # A record of the other topic shows that the paused one had time enough.
     side.produce(side.topics[1], b"k" * 16, b"2")
     side.until(lambda: len(member.records) == 2)
     assert member.records[1][2] == b"2"

@@ -1,4 +1,4 @@
-"""The in-memory mail server and pool behave as the SMTP client with a real server: each test runs on both."""
+"""The in-memory mail server and pool behave like the SMTP client and a server. Each test runs on both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def message(id_: str) -> bytes:
 class Memory:
     """The simulation's server and pool, on a loop in virtual time."""
 
-    # The recipient behind each ending.
+    # The recipient for each ending.
     names: ClassVar[dict[str, str]] = {
         name: f"{name}@x.test"
         for name in (
@@ -63,15 +63,15 @@ class Memory:
         return task[0].result()
 
     def copies(self, id_: str) -> int:
-        """How often the server took a message."""
+        """Return how often the server took a message."""
         return sum(1 for copy in self.server.journal if copy.message_id == f"<{id_}@post.test>")
 
     def relay(self, up: bool) -> None:
-        """Take the server away, or bring it back."""
+        """Stop the server, or start it again."""
         self.world.away["relay"] = 0.0 if up else 1e9
 
     def finish(self) -> None:
-        """Take all down."""
+        """End all processes."""
         self.scheduler.dispose()
 
 
@@ -108,7 +108,7 @@ class Real:
 
     def relay(self, up: bool) -> None:
         self.infra.control_mail(connect="ok" if up else "refuse")
-        # The catcher looks at its control file now and then.
+        # The catcher reads its control file ten times a second.
         self.run(lambda pool: _until_relay(pool, up))
 
     def finish(self) -> None:
@@ -139,7 +139,7 @@ def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
 
 
 def send(side: Memory | Real, ending: str, guard: Callable[[], bool] = lambda: True) -> tuple[Any, int]:
-    """Send one mail whose delivery ends so; return the outcome and how often the server took it."""
+    """Send one mail whose delivery ends in this way. Return the result and how often the server took it."""
     id_ = str(uuid4())
     outcome = side.run(lambda pool: pool.send("a@post.test", side.names[ending], message(id_), guard))
     return outcome, side.copies(id_)
@@ -160,7 +160,7 @@ def test_a_mail_that_is_taken_is_sent(side: Memory | Real) -> None:
         ("reject_after_dot", Phase.AFTER_DOT, True),
     ],
 )
-def test_a_refusal_tells_its_phase_and_leaves_no_mail(
+def test_a_refusal_has_its_phase_and_no_mail_is_taken(
     side: Memory | Real, ending: str, phase: Phase, permanent: bool
 ) -> None:
     outcome, copies = send(side, ending)
@@ -168,14 +168,16 @@ def test_a_refusal_tells_its_phase_and_leaves_no_mail(
     assert (outcome.phase, outcome.permanent, copies) == (phase, permanent, 0)
 
 
-def test_a_connection_lost_before_the_message_is_over_leaves_no_mail(side: Memory | Real) -> None:
+def test_no_mail_is_taken_when_the_connection_is_lost_before_the_end_of_the_message(
+    side: Memory | Real,
+) -> None:
     outcome, copies = send(side, "drop_before")
     assert isinstance(outcome, NotSent)
     assert (outcome.spares_attempt, copies) == (False, 0)
 
 
 @pytest.mark.parametrize(("ending", "kept"), [("kept_unheard", 1), ("lost_unheard", 0)])
-def test_a_reply_that_is_lost_is_a_doubt_whether_or_not_the_mail_was_taken(
+def test_a_lost_reply_is_a_doubt_whether_or_not_the_mail_was_taken(
     side: Memory | Real, ending: str, kept: int
 ) -> None:
     outcome, copies = send(side, ending)
@@ -184,18 +186,18 @@ def test_a_reply_that_is_lost_is_a_doubt_whether_or_not_the_mail_was_taken(
 
 
 @pytest.mark.parametrize(("answers", "phase"), [([False], Phase.ENVELOPE), ([True, False], Phase.DATA)])
-def test_a_guard_that_says_no_stops_it_before_the_envelope_and_before_the_message(
+def test_the_guard_stops_a_send_before_the_envelope_and_before_the_message(
     side: Memory | Real, answers: list[bool], phase: Phase
 ) -> None:
     left = iter(answers)
     outcome, copies = send(side, "ok", lambda: next(left))
     assert isinstance(outcome, LeaseLost)
     assert (outcome.phase, copies) == (phase, 0)
-    assert next(left, None) is None, "it is asked no more often"
+    assert next(left, None) is None, "the guard is not called again"
 
 
 @pytest.mark.parametrize(("cut", "ended"), [(False, Sent), (True, InDoubt)])
-def test_a_send_that_is_cancelled_goes_on_once_the_mail_is_handed_over_unless_it_is_cut_off(
+def test_a_send_cancelled_after_the_handover_goes_on_unless_its_rest_is_cancelled_too(
     side: Memory | Real, cut: bool, ended: type
 ) -> None:
     id_ = str(uuid4())
@@ -226,7 +228,7 @@ def test_a_send_that_is_cancelled_goes_on_once_the_mail_is_handed_over_unless_it
     assert side.copies(id_) == 1
 
 
-def test_a_send_that_is_cancelled_before_the_message_is_over(side: Memory | Real) -> None:
+def test_a_send_cancelled_before_the_end_of_the_message_takes_no_mail(side: Memory | Real) -> None:
     id_ = str(uuid4())
 
     async def cancel(pool: Any) -> Any:
@@ -243,7 +245,7 @@ def test_a_send_that_is_cancelled_before_the_message_is_over(side: Memory | Real
     assert side.copies(id_) == 0
 
 
-def test_a_relay_that_is_away_is_no_fault_of_the_mail_and_is_waited_for(side: Memory | Real) -> None:
+def test_a_relay_that_is_away_costs_no_attempt_and_the_pool_waits_for_it(side: Memory | Real) -> None:
     id_ = str(uuid4())
 
     async def away(pool: Any) -> Any:

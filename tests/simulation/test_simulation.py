@@ -1,4 +1,4 @@
-"""The simulation in short: the code as it is keeps its promises, and a schedule tells one story always."""
+"""A short simulation: the code keeps its promises, mutants break them, and schedules repeat themselves."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tests.simulation.plan import Act, Fault, Plan, TaskPlan, dump, load, make
 
 
 @pytest.mark.timeout(1200)
-def test_thousands_of_schedules_go_well() -> None:
+def test_no_schedule_has_a_violation() -> None:
     count = by_form(400, 10_000)
     report = explore(0, schedules=count)
     assert report.schedules == count
     assert [f"seed {f.plan.seed}: {f.violations}" for f in report.failures] == []
-    # They are no idle ones.
+    # The schedules are busy: they send mails and have faults.
     assert report.mails > count * 3 // 4
     assert report.faults > count
     assert set(report.statuses) == {"completed", "failed", "uncertain", "cancelled"}
 
 
-# How many schedules each broken variant may take: seconds on one core.
+# The most schedules for each mutant; they take seconds on one core.
 _ENOUGH = 1_500
-# Where the search for a rare one begins, so that it is short; from elsewhere it takes ten seconds.
+# The first seed for mutants that few schedules catch; from seed 0 the search takes ten seconds.
 _BEGIN = {"no-fencing-on-settle": 440, "stale-completion-counts": 460, "takes-over-at-once": 470}
 
 
@@ -38,9 +38,11 @@ def test_a_mutant_is_caught(name: str) -> None:
         first = _BEGIN.get(name, 0)
         seeds = range(first, first + _ENOUGH)
         caught = next((seed for seed in seeds if try_plan(make(seed)).violations), None)
-    assert caught is not None, f"{name} kept every promise in {_ENOUGH} schedules"
+    assert caught is not None, f"{name} has no violation in {_ENOUGH} schedules"
     with prepared():
-        assert try_plan(make(caught)).violations == [], "the same schedule goes well without it"
+        assert try_plan(make(caught)).violations == [], (
+            "without the mutant the same schedule has no violation"
+        )
 
 
 def test_a_frozen_senders_late_answer_may_follow_the_cancel_of_a_task_in_doubt() -> None:
@@ -48,27 +50,27 @@ def test_a_frozen_senders_late_answer_may_follow_the_cancel_of_a_task_in_doubt()
         assert try_plan(make(22_875)).violations == []
 
 
-def test_a_seed_tells_the_same_story_in_every_process() -> None:
+def test_a_seed_gives_the_same_trace_in_every_process() -> None:
     script = (
         "from tests.simulation.explore import prepared, try_plan\n"
         "from tests.simulation.plan import make\n"
         "with prepared():\n"
         "    for seed in range(40): print(*try_plan(make(seed), traced=True).trace, sep='\\n')"
     )
-    stories = {
+    traces = {
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     }
-    [story] = stories
-    assert len(story.splitlines()) > 500
+    [trace] = traces
+    assert len(trace.splitlines()) > 500
 
 
-def test_a_plan_is_the_same_once_it_was_printed() -> None:
+def test_a_printed_plan_loads_as_the_same_plan() -> None:
     for seed in range(500):
         assert load(dump(make(seed))) == make(seed)
 
 
-def test_a_failing_plan_becomes_smaller_and_fails_still() -> None:
+def test_a_failing_plan_is_shrunk_and_still_fails() -> None:
     with prepared("no-claim"):
         failing = next(plan for seed in range(200) if try_plan(plan := make(seed)).violations)
         smallest = shrink(failing, budget=20)
@@ -80,11 +82,11 @@ def test_a_failing_plan_becomes_smaller_and_fails_still() -> None:
     assert size <= 7
 
 
-# --- what the simulation has found ----------------------------------------------------------------
+# --- schedules that once had violations ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hold", [False, True])
-def test_a_frozen_sender_that_wakes_sends_once_more_at_most_and_with_a_doubt_on_record(hold: bool) -> None:
+def test_a_frozen_sender_that_wakes_sends_at_most_once_more_with_a_recorded_doubt(hold: bool) -> None:
     plan = Plan(
         seed=1,
         tasks=(TaskPlan(0.0),),
@@ -128,10 +130,10 @@ def test_a_mail_whose_reply_is_always_lost_is_sent_twice() -> None:
 
 @pytest.mark.parametrize("dns", [("ok", "none"), ("ok", "soft", "none")])
 @pytest.mark.parametrize("hold", [False, True])
-def test_a_verdict_that_comes_again_changes_nothing_once_the_sender_has_the_task(
+def test_a_repeated_verdict_changes_nothing_once_the_sender_has_the_task(
     dns: tuple[str, ...], hold: bool
 ) -> None:
-    # The validator dies before it has committed, and finds another answer when it is back.
+    # The validator dies before its commit, and the DNS answers otherwise when it is back.
     again = Fault("kill", on="produce", nth=2, seconds=1)
     for smtp in (("defer", "defer", "ok"), ("kept_unheard", "ok"), ("slow", "ok"), ("defer", "reject")):
         plan = Plan(seed=1, tasks=(TaskPlan(0.0, dns=dns, smtp=smtp),), faults=(again,), hold=hold)
@@ -167,8 +169,8 @@ def test_a_mail_that_was_handed_over_survives_a_drain_and_a_revocation(
 
 
 @pytest.mark.parametrize("what", ["evict", "stop", "redeliver"])
-def test_a_rebalance_or_a_drain_before_a_doubt_is_on_record_costs_no_resend(what: str) -> None:
-    """Kafka is away from the second attempt's claim on, so that the first one's doubt cannot be told."""
+def test_a_rebalance_or_a_drain_before_a_doubt_is_recorded_uses_up_no_resend(what: str) -> None:
+    """Kafka is away from the second attempt's claim on, so the first one's doubt cannot be published."""
     plan = Plan(
         seed=1,
         tasks=(TaskPlan(0.0, smtp=("kept_unheard", "ok")),),
@@ -196,7 +198,7 @@ def test_an_owner_stores_its_outcome_first_when_the_database_is_back(what: str, 
     assert (result.violations, result.copies, result.statuses) == ([], 1, ["completed"])
 
 
-def test_a_sender_that_drains_waits_for_its_mail_without_turning_idly() -> None:
+def test_a_draining_sender_waits_for_its_reply_without_a_busy_loop() -> None:
     plan = Plan(
         seed=1,
         tasks=(TaskPlan(0.0, smtp=("slow",)),),

@@ -14,32 +14,32 @@ IGNORED = (ROOT / ".dockerignore").read_text()
 LOCAL = ROOT / "deploy/local"
 
 
-def test_a_stage_may_drain_before_it_is_killed() -> None:
+def test_a_stage_has_time_to_drain_before_it_is_killed() -> None:
     [stage] = re.findall(r"^x-stage:.*?^services:", COMPOSE, re.MULTILINE | re.DOTALL)
     [grace] = re.findall(r"stop_grace_period: (\d+)s", stage)
     assert int(grace) >= _default("drain_seconds") + 10
 
 
-def test_the_database_is_as_strict_as_the_strictest_that_postroad_meets() -> None:
+def test_the_database_is_as_strict_as_any_supported_one() -> None:
     strict = "--max-allowed-packet=16M", "--sql-require-primary-key=ON"
     assert not set(strict) - {*FLAGS, *KIND_FLAGS["mysql"]}
     assert all(flag in COMPOSE for flag in strict)
 
 
-def test_a_sender_may_wait_for_what_it_handed_over_before_it_is_killed() -> None:
+def test_a_sender_has_time_for_the_replies_to_its_handovers_before_it_is_killed() -> None:
     [sender] = re.findall(r"^  sender:.*?^  status:", COMPOSE, re.MULTILINE | re.DOTALL)
     [grace] = re.findall(r"stop_grace_period: (\d+)s", sender)
     assert int(grace) >= _default("drain_seconds") + _default("handover_seconds") + 40
 
 
 def test_the_validator_knows_the_domains_of_the_readme() -> None:
-    """No real name server knows `good.test`; a name server of the user's own comes first."""
+    """No real name server knows `good.test`. A name server of the user's own comes first."""
     servers = dict(re.findall(r"^  (\w+):\n((?:    .*\n|\n)+)", COMPOSE, re.MULTILINE))
     assert "POSTROAD_DNS_SERVERS: ${POSTROAD_DNS_SERVERS-dns:5353}" in servers["validator"]
     assert "target: dns" in servers["dns"]
     [command] = re.findall(r"^FROM runtime AS dns\n(?:.+\n)*CMD (.*)$", DOCKERFILE, re.MULTILINE)
     assert '"0.0.0.0:5353", "--forward"' in command
-    # What the container needs is what the modules import.
+    # The container needs the modules that the name server imports.
     copied = set(re.findall(r"deploy/local/(\w+)\.py", DOCKERFILE))
     imported = {
         name

@@ -1,4 +1,4 @@
-"""A pid file of the local stack names a process that runs, or one that ended as nobody planned."""
+"""A pid file of the local stack names a process that runs, or one that crashed or was killed."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_stop_leaves_no_pid_file_and_kill_leaves_it(layout: Layout) -> None:
     assert _files(layout) == []
 
 
-def test_stop_of_one_that_does_not_listen_leaves_no_pid_file(layout: Layout) -> None:
-    # What the parent ignores, its child ignores from its first moment on.
+def test_stop_of_a_process_that_ignores_sigterm_leaves_no_pid_file(layout: Layout) -> None:
+    # A child inherits the signals that its parent ignores.
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         _begin(layout, "dns")
@@ -52,7 +52,7 @@ def test_stop_of_one_that_does_not_listen_leaves_no_pid_file(layout: Layout) -> 
     assert _files(layout) == []
 
 
-def test_scale_leaves_no_pid_file_of_a_replica_that_is_not_wanted(layout: Layout) -> None:
+def test_scale_leaves_no_pid_file_of_a_surplus_replica(layout: Layout) -> None:
     _begin(layout, "sender-1", "sender-2", "status-1")
     process.end(layout, "sender-2", 0)
     stack = Stack(layout)
@@ -61,7 +61,7 @@ def test_scale_leaves_no_pid_file_of_a_replica_that_is_not_wanted(layout: Layout
     assert list(process.find_all(layout)) == ["status-1"]
 
 
-def test_status_tells_of_what_was_stopped(layout: Layout) -> None:
+def test_status_shows_stopped_processes(layout: Layout) -> None:
     _begin(layout, "dns", "catcher")
     stack = Stack(layout)
     stack.stop("dns")

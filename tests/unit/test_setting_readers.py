@@ -1,6 +1,7 @@
 """A setting reaches the services whose code reads it.
 
-What compose.yaml and the local stack hand on is compared with what the code of each service leads to.
+The tests compare the settings that the code of each service reads with those of compose.yaml and the local
+stack.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from services.common.stages import STAGES
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "compose.yaml").read_text()
 
-# What a system of one broker, whose containers name themselves, has no use for; and the times that
-# `stop_grace_period` is made for.
+# compose.yaml does not need these: it has one broker, containers have names, and `stop_grace_period` fits the
+# default times.
 NOT_HANDED_ON = {
     "POSTROAD_REPLICATION",
     "POSTROAD_TOPIC_PREFIX",
@@ -33,12 +34,12 @@ NOT_HANDED_ON = {
     "POSTROAD_REVOKE_SECONDS",
 }
 
-# A definition at the top of a module: the module and its name.
+# The module and the name of a top-level definition.
 Symbol = tuple[str, str]
 
 
 class Module:
-    """What a module defines at its top, and what its names stand for."""
+    """The top-level definitions of a module, and the modules that its names come from."""
 
     def __init__(self, name: str) -> None:
         path = ROOT / name.replace(".", "/")
@@ -71,7 +72,7 @@ module = cache(Module)
 
 
 def _uses(symbol: Symbol) -> Iterator[Symbol]:
-    """Yield what a definition names: of its own module, and of those that it imports."""
+    """Yield the definitions that a definition uses, in its own module and in imported ones."""
     here = module(symbol[0])
     for node in ast.walk(here.defined[symbol[1]]):
         if isinstance(node, ast.Name):
@@ -97,12 +98,12 @@ def _fields(symbol: Symbol) -> Iterator[str]:
         of = node.value
         name = of.id if isinstance(of, ast.Name) else of.attr if isinstance(of, ast.Attribute) else ""
         if name in ("settings", "_settings", "config"):
-            # A property of the settings reads a field.
+            # This property of the settings reads a field.
             yield "replica" if node.attr == "replica_name" else node.attr
 
 
 def read_from(*roots: Symbol) -> set[str]:
-    """Return the variables of the settings that these definitions, and all that they lead to, read."""
+    """Return the variables of the settings that these definitions read, and all that they use."""
     seen, todo = set[Symbol](), list(roots)
     while todo:
         symbol = todo.pop()
@@ -120,7 +121,7 @@ def _dotted(path: Path) -> str:
 
 
 def read_by(service: str) -> set[str]:
-    """Return the variables that a service's process, or a command of compose.yaml's, reads."""
+    """Return the variables that the process of a service, or a command of compose.yaml, reads."""
     if service == "migrate":
         return read_from(
             ("services.common.operations.clients", "database_url"), ("services.common.migrations", "migrate")
@@ -165,7 +166,7 @@ def test_the_local_stack_hands_each_service_what_it_reads(service: str) -> None:
     assert read_by(service) <= set(service_environment(state, f"{service}-1"))
 
 
-def test_what_a_service_reads_is_known_exactly() -> None:
+def test_the_settings_that_a_service_reads_are_found_exactly() -> None:
     assert "POSTROAD_BODY_RETENTION" in read_by("status")
     assert not {"POSTROAD_BODY_RETENTION", "POSTROAD_PARTITIONS"} & read_by("api")
     assert {name for name in read_by("status") if name.startswith("EMAIL_")} == set()

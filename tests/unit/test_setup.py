@@ -1,4 +1,4 @@
-"""What `make setup` asks the lock for."""
+"""The requirements that `make setup` takes from the lock."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def test_a_pinned_requirement_has_its_hashes_and_nothing_else() -> None:
     assert all(line.strip().startswith("--hash=sha256:") for line in hashes)
 
 
-def test_what_the_lock_does_not_pin_is_refused() -> None:
+def test_a_package_that_the_lock_does_not_pin_is_refused() -> None:
     with pytest.raises(SetupError, match="does not pin uvl"):
         _pinned("uvl")
