@@ -17,7 +17,7 @@ from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
 from tests.stack import Stack
 
-RACES = by_form(200, 2000)
+RACES = by_form(120, 2000)
 CALLERS = 32
 # What the mail server does to them, which decides how long the sender holds their claims.
 KINDS = ("a", "a", "slow-20", "slow-80", "slow-300", "greylist", "reject5", "drop-before")

@@ -46,11 +46,11 @@ def test_growing_under_load_loses_and_repeats_nothing(new_stack: Callable[..., S
                 kind = "greylist" if number % 3 == 0 else "x"
                 ids.append(pipeline.create_surely(f"{kind}+{number}@good.test", f"grow-{number}"))
                 number += 1
-                time.sleep(0.04)
+                time.sleep(0.08)
 
         thread = threading.Thread(target=load)
         thread.start()
-        until(lambda: len(ids) > 60, "under load")
+        until(lambda: len(ids) > 30, "under load")
         grown = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
         assert grown.code == 0, grown.err
         assert {row["state"] for row in grown.json} == {"grown"}
@@ -63,7 +63,7 @@ def test_growing_under_load_loses_and_repeats_nothing(new_stack: Callable[..., S
         for service in (*STAGES, "api"):
             stack.stop(f"{service}-1")
         Stack(stack.directory, {"POSTROAD_PARTITIONS": "6"}).up()
-        until(lambda: len(ids) > before + 40, "more tasks")
+        until(lambda: len(ids) > before + 30, "more tasks")
         enough.set()
         thread.join(60)
         pipeline.settled(ids, 120)

@@ -92,13 +92,18 @@ def test_kafka_away(pipeline: Pipeline, stack: Stack) -> None:
         _away(stack, "kafka-1", load)
         before, samples = len(load.accepted), len(watch.objects)
         until(lambda: len(load.accepted) > before + 20, "Creates go on", 15)
-        until(
-            lambda: (
-                len(watch.objects) > samples
-                and not any(row["unowned"] for row in watch.objects[-1]["stages"])
-            ),
-            "the lag is shown again, with an owner of each partition",
-        )
+        try:
+            until(
+                lambda: (
+                    len(watch.objects) > samples
+                    and not any(row["unowned"] for row in watch.objects[-1]["stages"])
+                ),
+                "the lag is shown again, with an owner of each partition",
+            )
+        except AssertionError as error:
+            shown = watch.objects[samples:]
+            error.add_note(f"{len(shown)} samples came, the last one: {shown[-1:]}; stderr: {watch.errors}")
+            raise
         assert any("does not answer" in line for line in watch.errors), watch.errors
     assert not load.refused, "Create needs no Kafka"
     assert load.slowest < 5, "a Create hung"
