@@ -35,7 +35,7 @@ class Tenants:
             if _TENANT.fullmatch(tenant) is None:
                 raise ValueError(
                     f"the tenant of pair {number} is not 1 to 64 letters, digits, '.', '_' and '-'"
-                    " that begin with a letter or a digit"
+                    " that begin with a digit or letter"
                 )
             if _TOKEN.fullmatch(token) is None:
                 raise ValueError(f"the token of pair {number} is not 8 or more visible ASCII characters")
