@@ -78,9 +78,9 @@ class Recorder:
     async def record(self, new_task: NewTask) -> task_pb2.Task | None:
         """Return None once the task is recorded, or the existing task of its idempotency key.
 
-        Raises StatusError: ALREADY_EXISTS if the key belongs to another request, RESOURCE_EXHAUSTED if too many
-        Creates wait. UNAVAILABLE means that the database does not answer within 4.5 s. The task may then be
-        recorded or not. A client that sent an idempotency key can safely repeat its call.
+        Raises StatusError: ALREADY_EXISTS if the key belongs to another request, RESOURCE_EXHAUSTED if too
+        many Creates wait. UNAVAILABLE means that the database does not answer within 4.5 s. The task may then
+        be recorded or not. A client that sent an idempotency key can safely repeat its call.
         """
         with self._admission.admit(1, new_task.size):
             result = await _with_timeout(self._singles(new_task), DATABASE_TIMEOUT)
