@@ -5,8 +5,10 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
+from postroad.v1 import task_service_pb2_grpc
 from services.api import reflection
-from services.api.handlers import SERVICE, TaskService
+from services.api.interceptor import SERVICE, RequestInterceptor
+from services.api.task_service import TaskService
 
 __all__ = ["make_server"]
 
@@ -29,15 +31,18 @@ _OPTIONS = [
 
 
 def make_server(
-    listen: str, tasks: TaskService, health_servicer: health.aio.HealthServicer
+    listen: str,
+    task_service: TaskService,
+    interceptor: RequestInterceptor,
+    health_servicer: health.aio.HealthServicer,
 ) -> tuple[grpc.aio.Server, int]:
     """Return a server that is bound to `listen` but not started, and its port.
 
     `listen` is host:port; port 0 selects a free one. Called on the event loop. Raises OSError where the port
     is taken.
     """
-    server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers((tasks.handler(),))
+    server = grpc.aio.server(interceptors=(interceptor,), options=_OPTIONS)
+    task_service_pb2_grpc.add_TaskServiceServicer_to_server(task_service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable((SERVICE, health.SERVICE_NAME), server)
     try:

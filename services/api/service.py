@@ -13,7 +13,7 @@ from services.api import outbox
 from services.api.auth import Tenants
 from services.api.database_threads import THREADS, DatabaseThreads
 from services.api.decider import Decider
-from services.api.handlers import SERVICE, TaskService
+from services.api.interceptor import SERVICE, RequestInterceptor
 from services.api.outbox import OutboxRow
 from services.api.outbox_backlog import OutboxBacklog
 from services.api.outbox_publisher import NewTask, OutboxPublisher
@@ -21,6 +21,7 @@ from services.api.outbox_sweeper import Sweeper
 from services.api.readiness import Readiness
 from services.api.recorder import Recorder
 from services.api.server import make_server
+from services.api.task_service import TaskService
 from services.api.watch.watch_service import WatchService
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
@@ -74,11 +75,12 @@ class ApiService:
         # The api publishes to some of these topics, and Watch reads all.
         names = Names(settings.topic_prefix)
         self._cluster = ClusterCheck(settings, [names.topic(name) for name in EVENT_TOPICS])
-        self._watches = watches = WatchService(settings, self._query_threads)
-        self._tasks = tasks = TaskService(
-            tenants, self._recorder, self._query_threads, decider, watches=watches, max_body=settings.max_body
+        self._watch_service = WatchService(settings, self._query_threads)
+        task_service = TaskService(
+            self._recorder, self._query_threads, decider, self._watch_service, settings.max_body
         )
-        self._server, self.port = make_server(settings.listen, tasks, self._health)
+        self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)
+        self._server, self.port = make_server(settings.listen, task_service, self._interceptor, self._health)
 
     async def run(self) -> None:
         """Serve until stopped. Then answer the calls in flight and publish what they recorded.
@@ -118,13 +120,14 @@ class ApiService:
     async def _drain(self, sweeping: asyncio.Task[None]) -> None:
         deadline = time.monotonic() + self._drain_seconds
         await self._health.enter_graceful_shutdown()
-        self._tasks.drain()
+        self._interceptor.drain()
+        self._watch_service.drain()
         # `stop` cancels calls that gRPC has not dispatched yet. They get UNAVAILABLE before that.
         await asyncio.sleep(_REFUSAL_TIME)
-        await self._tasks.answered(self._drain_seconds)
+        await self._interceptor.answered(self._drain_seconds)
         # A watcher that reads no messages would never end its stream by itself.
         await self._server.stop(_STREAM_GRACE)
-        await self._watches.close()
+        await self._watch_service.close()
         await self._recorder.close()
         self._sweeper.stop()
         await self._outbox_publisher.drain(max(0.1, deadline - time.monotonic()))

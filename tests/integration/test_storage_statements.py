@@ -14,11 +14,13 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError
 
 from postroad.v1 import events_pb2 as pb
+from postroad.v1.task_pb2 import Task
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api.auth import Tenants
-from services.api.handlers import TaskService
+from services.api.interceptor import RequestInterceptor
 from services.api.outbox_publisher import OutboxEvent
 from services.api.recorder import Recorder
+from services.api.task_service import TaskService
 from services.common.database import statement_size
 from services.common.database.bulk import execute_rows
 from services.common.database.engine import make_engine
@@ -44,12 +46,11 @@ class Aborted(Exception):
 
 
 class Call:
-    """An RPC as gRPC hands it on: its details and its context."""
+    """The context of an RPC."""
 
     invocation_metadata = staticmethod(tuple)
 
-    def __init__(self, method: str) -> None:
-        self.method = method
+    def __init__(self) -> None:
         self.aborted: tuple[grpc.StatusCode, str] | None = None
 
     async def abort(self, code: grpc.StatusCode, message: str, trailers: object) -> NoReturn:
@@ -148,18 +149,21 @@ def test_a_row_that_no_statement_can_hold_is_its_own_fault(told: Callable[[int],
 async def test_a_task_that_no_statement_can_hold_is_answered_so(told: Callable[[int], Engine]) -> None:
     recorder = Recorder(told(64 << 10), lambda recorded: None, 5000, 256 << 20)
     unused: Any = None
-    tasks = TaskService(Tenants(""), recorder, unused, unused, watches=unused, max_body=1 << 20)
-    create = tasks.handler().service(Call("/postroad.v1.TaskService/Create"))  # type: ignore[arg-type]
+    service = TaskService(recorder, unused, unused, unused, max_body=1 << 20)
+    handler = grpc.unary_unary_rpc_method_handler(
+        service.Create, CreateRequest.FromString, Task.SerializeToString
+    )
+    create = RequestInterceptor(Tenants(""), unused).wrap("Create", handler)
     data = TaskData(email="ada@shop.test", subject="s", body="x" * (64 << 10))
-    call = Call("")
+    call = Call()
     with pytest.raises(Aborted):
-        await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)  # type: ignore[union-attr]
+        await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)
     assert call.aborted is not None
     code, message = call.aborted
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert "max_allowed_packet" in message
     data.body = "short"
-    assert await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)  # type: ignore[union-attr]
+    assert await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)
     await recorder.close()
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1.task_service_pb2 import ResolveRequest
-from services.api.auth import Tenants
+from services.api.call import Call, Metadata, set_call
 from services.api.cancelling import attempts, may_still_be_sent
 from services.api.errors import InvalidArgument
-from services.api.handlers import TaskService
 from services.api.locked_task import FINAL_STATUSES, LockedTask
+from services.api.task_service import TaskService
 from services.common.database.tables import STATUSES
 from services.common.deliveries.decide import Delivery, DeliveryState
 
@@ -69,8 +69,9 @@ def test_a_new_epoch_is_later_than_all_that_is_known(now_ms: int, epoch: int, cl
 @pytest.mark.parametrize("resolution", [0, 3])
 async def test_a_resolution_without_an_answer_is_refused(resolution: int) -> None:
     service = object.__new__(TaskService)
-    service._tenants = Tenants("")
+    set_call(Call("default", Metadata(()), 0))
+    unused: Any = None
     request = ResolveRequest(id="no id", resolution=resolution)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument) as refused:
-        await service.resolve(request.SerializeToString(), {})
+        await service.Resolve(request, unused)
     assert [violation.field for violation in refused.value.violations] == ["id", "resolution"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import uuid
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +14,11 @@ from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postroad.v1.task_service_pb2 import BatchCreateRequest, BatchCreateResponse, CreateRequest, TaskData
+from postroad.v1.task_service_pb2 import BatchCreateRequest, CreateRequest, TaskData
 from services.api import errors, page_tokens, uuid7
 from services.api.auth import Tenants
-from services.api.handlers import TaskService
-from services.api.metadata import Metadata
+from services.api.call import Call, Metadata, set_call
+from services.api.task_service import TaskService
 
 # --- pages --------------------------------------------------------------------------------------
 
@@ -243,17 +242,18 @@ async def test_a_batch_whose_items_take_long_leaves_the_loop_to_others_meanwhile
     async def record_batch(items: list[object]) -> list[None]:
         return [None] * len(items)
 
-    recorder: Any = SimpleNamespace(admit_batch=lambda _: nullcontext(), record_batch=record_batch)
+    recorder: Any = SimpleNamespace(record_batch=record_batch)
     unused: Any = None
-    service = TaskService(Tenants(""), recorder, unused, unused, watches=unused, max_body=1000)
+    service = TaskService(recorder, unused, unused, unused, max_body=1000)
+    set_call(Call("default", Metadata(()), 0))
     # Each is parsed anew, for some milliseconds.
     senders = [", ".join(f"Ann <a{number}.{n}@example.org>" for n in range(20)) for number in range(30)]
     data = [TaskData(email="a@b.test", subject="s", body="", headers={"Reply-To": many}) for many in senders]
     request = BatchCreateRequest(requests=[CreateRequest(data=one) for one in data])
-    batch = asyncio.create_task(service.batch_create(request.SerializeToString(), Metadata(())))
+    batch = asyncio.create_task(service.BatchCreate(request, unused))
     turns = 0
     while not batch.done():
         turns += 1
         await asyncio.sleep(0)
-    assert len(BatchCreateResponse.FromString(batch.result()).results) == len(data)
+    assert len(batch.result().results) == len(data)
     assert turns >= 5

@@ -1,0 +1,154 @@
+"""The RPCs of postroad.v1.TaskService. The interceptor has authenticated and decoded each request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+
+from postroad.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
+from services.api import batch, filters, page_tokens, queries, uuid7
+from services.api.call import Call, current_call, idempotency_key
+from services.api.database_threads import DatabaseThreads
+from services.api.decider import Decider
+from services.api.errors import FieldViolation, InvalidArgument, StatusError, collect, not_found
+from services.api.outbox_publisher import NewTask, OutboxEvent
+from services.api.recorder import Recorder
+from services.api.trace import traceparent
+from services.api.validation import task_created, task_id
+from services.api.views import new_task
+from services.api.watch.watch_service import WatchService
+
+__all__ = ["TaskService"]
+
+_MAX_BLOCKING = 0.01
+"""Seconds that a batch's items may block the event loop at a time."""
+_RESOLUTIONS = {task_service_pb2.RESOLUTION_SENT: True, task_service_pb2.RESOLUTION_NOT_SENT: False}
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+class TaskService(task_service_pb2_grpc.TaskServiceServicer):
+    """Answers each RPC for the current call. Every method raises StatusError."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        threads: DatabaseThreads,
+        decider: Decider,
+        watch_service: WatchService,
+        max_body: int,
+    ) -> None:
+        self._recorder, self._threads, self._decider = recorder, threads, decider
+        self._watch_service = watch_service
+        self._max_body = max_body
+        self._clock = uuid7.Clock()
+
+    async def Create(self, request: task_service_pb2.CreateRequest, context: Context) -> task_pb2.Task:
+        """Record a task."""
+        call = current_call()
+        created = self._new_task(request, call, idempotency_key(call.metadata), call.size)
+        existing = await self._recorder.record(created)
+        return existing or new_task(created.event)
+
+    async def BatchCreate(
+        self, request: task_service_pb2.BatchCreateRequest, context: Context
+    ) -> task_service_pb2.BatchCreateResponse:
+        """Record up to 1,000 tasks; return one result an item."""
+        batch.check_size(len(request.requests))
+        call = current_call()
+        items: list[NewTask | StatusError] = []
+        end_of_turn = time.monotonic() + _MAX_BLOCKING
+        for item in request.requests:
+            if time.monotonic() > end_of_turn:
+                # Validating a thousand items takes tens of milliseconds, with many header fields more.
+                await asyncio.sleep(0)
+                end_of_turn = time.monotonic() + _MAX_BLOCKING
+            try:
+                items.append(self._new_task(item, call, "", item.ByteSize()))
+            except InvalidArgument as error:
+                items.append(error)
+        valid = [item for item in items if not isinstance(item, StatusError)]
+        results = iter(await self._recorder.record_batch(valid) if valid else ())
+        return batch.response(
+            item if isinstance(item, StatusError) else next(results) or new_task(item.event) for item in items
+        )
+
+    async def Get(self, request: task_service_pb2.GetRequest, context: Context) -> task_pb2.Task:
+        """Return a task with its body and its timeline."""
+        tenant, id_ = current_call().tenant, task_id(request.id)
+        task = await self._threads.run(lambda connection: queries.get(connection, tenant, id_))
+        if task is None:
+            raise not_found(request.id)
+        return task
+
+    async def List(
+        self, request: task_service_pb2.ListRequest, context: Context
+    ) -> task_service_pb2.ListResponse:
+        """Return a page of tasks, newest first."""
+        tenant = current_call().tenant
+        violations: list[FieldViolation] = []
+        size = collect(violations, page_tokens.page_size, request.page_size)
+        filter_ = collect(violations, filters.parse, request)
+        if size is None or filter_ is None:
+            raise InvalidArgument(violations)
+        digest = filter_.digest(tenant)
+        after = page_tokens.decode(request.page_token, digest)
+        tasks, last_id = await self._threads.run(
+            lambda connection: queries.page(connection, tenant, filter_, after, size)
+        )
+        next_page_token = "" if last_id is None else page_tokens.encode(last_id, digest)
+        return task_service_pb2.ListResponse(results=tasks, next_page_token=next_page_token)
+
+    async def Count(
+        self, request: task_service_pb2.CountRequest, context: Context
+    ) -> task_service_pb2.CountResponse:
+        """Return the number of tasks of each status."""
+        tenant, filter_ = current_call().tenant, filters.parse(request)
+        counts = await self._threads.run(lambda connection: queries.count(connection, tenant, filter_))
+        return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values()))
+
+    async def Retry(self, request: task_service_pb2.RetryRequest, context: Context) -> task_pb2.Task:
+        """Open a task again that ended without its mail."""
+        return await self._decide(self._decider.retry, request.id)
+
+    async def Cancel(self, request: task_service_pb2.CancelRequest, context: Context) -> task_pb2.Task:
+        """Cancel a task whose mail was not sent, or close an uncertain one."""
+        return await self._decide(self._decider.cancel, request.id)
+
+    async def Resolve(self, request: task_service_pb2.ResolveRequest, context: Context) -> task_pb2.Task:
+        """Record whether an uncertain task's mail was sent."""
+        call = current_call()
+        violations: list[FieldViolation] = []
+        id_ = collect(violations, task_id, request.id)
+        sent = _RESOLUTIONS.get(request.resolution)
+        if sent is None:
+            violations.append(FieldViolation("resolution", "is RESOLUTION_SENT or RESOLUTION_NOT_SENT"))
+        if id_ is None or sent is None:
+            raise InvalidArgument(violations)
+        parent = traceparent(call.metadata.get("traceparent"), id_)
+        return await self._decider.resolve(call.tenant, id_, sent, parent)
+
+    async def Watch(  # type: ignore[override]
+        self, request: task_service_pb2.WatchRequest, context: Context
+    ) -> None:
+        """Write serialized WatchResponses until the stream ends (docs/adr/0025 says why serialized)."""
+        await self._watch_service.watch(current_call().tenant, request, context.write)
+
+    async def _decide(
+        self, decide: Callable[[str, bytes, bytes], Awaitable[task_pb2.Task]], id_text: str
+    ) -> task_pb2.Task:
+        call, id_ = current_call(), task_id(id_text)
+        return await decide(call.tenant, id_, traceparent(call.metadata.get("traceparent"), id_))
+
+    def _new_task(
+        self, request: task_service_pb2.CreateRequest, call: Call, key_in_metadata: str, size: int
+    ) -> NewTask:
+        """Return the requested task with a new id; raise InvalidArgument."""
+        event = task_created(request, call.tenant, key_in_metadata, self._max_body, time.time_ns() // 1000)
+        event.task.id, event.task.created_at_us = self._clock.draw()
+        event.at_us = event.task.created_at_us
+        return OutboxEvent(event, traceparent(call.metadata.get("traceparent"), event.task.id), size)
