@@ -1,8 +1,8 @@
 """The claims on the tasks' deliveries, in SQL. All methods block; any thread may call them.
 
-services/common/deliveries/decide.py has the rules; this file applies them to the rows. In the common case
-(the task has no delivery yet; the claim is still held) a call is one statement for all its requests, and the
-number of affected rows shows that it was enough. Only otherwise does a call read the rows, under their locks.
+services/common/deliveries/decide.py has the rules; this file applies them to the rows. In the common case the
+task has no delivery yet, or the claim is still held. A call then is one statement for all its requests, and
+the number of affected rows shows that it was enough. Only otherwise does a call read the rows, under locks.
 The ids are sorted, so that two senders with the same rows wait for each other instead of deadlocking.
 
 Leases follow the database's clock. Where a connection is lost during the commit, the call is repeated. That

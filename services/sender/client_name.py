@@ -1,4 +1,4 @@
-"""Which name the sender gives itself at EHLO where no setting says it."""
+"""The name that the sender gives itself in EHLO if no setting has one."""
 
 import asyncio
 import socket
@@ -11,9 +11,9 @@ _SECONDS = 5.0
 
 
 async def find_client_name() -> str | None:
-    """Return this host's fully qualified name, or None if it has none or DNS does not tell it in time.
+    """Return this host's fully qualified name; None if it has none, or DNS does not answer in time.
 
-    RFC 5321 section 4.1.4 wants the name where there is one, else the address literal.
+    RFC 5321 section 4.1.4 requires the name if there is one, else the address literal.
     """
     try:
         async with asyncio.timeout(_SECONDS):

@@ -1,4 +1,4 @@
-"""From a mail task to its envelope and its message. Pure."""
+"""Writes a task's mail: its envelope and its message. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_MESSAGE_ID = widths(deliveries)["message_id"]
 
 
 class ComposedMail(NamedTuple):
-    """What SMTP carries: the return path, the recipient and the message with CRLF line ends."""
+    """The return path, the recipient, and the message with CRLF line ends."""
 
     mail_from: str
     rcpt: str
@@ -26,30 +26,31 @@ class ComposedMail(NamedTuple):
 
 
 class Composer:
-    """Writes the mails of one sender, the mailbox of `EMAIL_FROM` (RFC 5322 section 3.4).
+    """Writes mails from one mailbox, that of `EMAIL_FROM` (RFC 5322 section 3.4).
 
-    Raises ValueError, with the form, where no mail can be from it: each task would fail as unsendable.
+    Raises ValueError for a mailbox that no mail can come from: each task would fail as unsendable.
     """
 
     def __init__(self, email_from: str) -> None:
         self._name, spec = mailbox(email_from)
         self._address = address(spec)
         self._domain = spec.rpartition("@")[2]
-        # The database would cut a longer Message-ID, and a later attempt have another one than the first.
+        # The database would cut a longer Message-ID, and a later attempt would have another one than the
+        # first.
         if (over := len(self.message_id(bytes(16))) - _MAX_MESSAGE_ID) > 0:
             raise ValueError(f"the address's domain must have {len(self._domain) - over} characters at most")
         trial = pb.MxOk(task=pb.MailTask(id=bytes(16), email=self._address, body=""))
         self.compose(trial, self.message_id(trial.task.id))
 
     def message_id(self, task_id: bytes) -> str:
-        """Return the Message-ID of a task's mail, the same at every attempt."""
+        """Return the Message-ID of a task's mail, which is the same in every attempt."""
         return f"<{UUID(bytes=task_id)}@{self._domain}>"
 
     def compose(self, event: pb.MxOk, message_id: str) -> ComposedMail:
-        """Return the mail of the event's task, the same at every attempt of its epoch.
+        """Return the mail of the event's task, which is the same in every attempt of its epoch.
 
-        Its Date is the time at which it was to be sent: recorded, scheduled or opened again, the latest.
-        Raises ValueError where no mail can be built, now or ever.
+        Its Date is the latest of three times: when the task was recorded, scheduled for, and reopened. Raises
+        ValueError if the task can never become a mail.
         """
         task = event.task
         rcpt = f"{task.email.rpartition('@')[0]}@{task.domain}" if task.domain else task.email
@@ -59,7 +60,7 @@ class Composer:
             from_name=self._name,
             to_addr=rcpt,
             subject=task.subject,
-            # Never the event's own time: a task that is validated again has another one.
+            # Not the event's own time, which changes when the task is validated again.
             date=max(task.created_at_us, event.send_at_us, event.epoch * 1000) / 1e6,
             text=task.body if task.HasField("body") else None,
             html=task.html if task.HasField("html") else None,

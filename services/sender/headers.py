@@ -1,7 +1,7 @@
 """Header fields of a mail: folding, encoded words, addresses (RFC 5322, 2047, 6532).
 
-Pure: strings in, one whole field out as text, with its CRLF. A value that would break out of its field is
-refused here too, whatever the caller has checked, since this is the last place that sees it.
+Pure: each function takes strings and returns one whole field as text, with its CRLF. It refuses a value that
+would break out of its field, whatever the caller has checked, since this is the last place that sees it.
 """
 
 import re
@@ -28,18 +28,18 @@ _ADDRESS = re.compile(
 )
 _PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/^_`{|}~-]+(?: [A-Za-z0-9!#$%&'*+/^_`{|}~-]+)*")
 
-# RFC 2047 §5 (3): these alone stand for themselves in a phrase, the strictest of the three places.
+# RFC 2047 §5 (3): a phrase is the strictest place for Q, and these are its only plain characters.
 _PLAIN_IN_Q = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+-/")
 _Q = [chr(b) if b in _PLAIN_IN_Q else "_" if b == 0x20 else f"={b:02X}" for b in range(256)]
 
 
 def address(value: str) -> str:
-    """Return ``value`` if it is an addr-spec that may stand in a header and an SMTP command as it is.
+    """Return ``value`` if it is an addr-spec that a header and an SMTP command can hold as it is.
 
     The domain must be in A-label form or a literal; the local part may hold UTF-8 (RFC 6531).
 
     Raises:
-        ValueError: anything else, quoted local parts among it.
+        ValueError: for anything else, also for quoted local parts.
     """
     if not _ADDRESS.fullmatch(value) or not value.isprintable():
         raise ValueError(f"not a mail address in A-label form: {value!r}")
@@ -47,10 +47,10 @@ def address(value: str) -> str:
 
 
 def unstructured(name: str, value: str) -> str:
-    """A field of free text (Subject, Comments): folded, and encoded where the text needs it.
+    """Return a field of free text (Subject, Comments): folded, and encoded if the text requires it.
 
     Raises:
-        ValueError: a malformed name, or CR, LF or NUL in the value.
+        ValueError: the name is malformed, or the value has CR, LF or NUL.
     """
     plain = value.isascii() and value.isprintable() and value.strip(" ") == value and "=?" not in value
     prefix = f"{_name(name)}: "
@@ -66,10 +66,11 @@ def unstructured(name: str, value: str) -> str:
 
 
 def structured(name: str, value: str) -> str:
-    """A field whose value is ASCII as it is to be sent (List-Unsubscribe, References); folded at white space.
+    """Return a field whose value is sent as it is (List-Unsubscribe, References), folded at white space.
 
     Raises:
-        ValueError: a malformed name, a value that is not ASCII, has control characters, or cannot be folded
+        ValueError: the name is malformed, or the value is not ASCII, has control characters, or cannot be
+        folded
             into lines of 998 bytes.
     """
     _refuse_breaks(name, value)
@@ -84,12 +85,12 @@ def structured(name: str, value: str) -> str:
 
 @lru_cache(maxsize=256)
 def mailbox(field: str, display_name: str, addr_spec: str) -> str:
-    """An address field with one mailbox: ``From: "Shop, Inc." <shop@example.org>``.
+    """Return an address field with one mailbox: ``From: "Shop, Inc." <shop@example.org>``.
 
     Cached, since a service writes under few names.
 
     Raises:
-        ValueError: a malformed address, or CR, LF or NUL in the name.
+        ValueError: the address is malformed, or the name has CR, LF or NUL.
     """
     spec = address(addr_spec)
     prefix = f"{_name(field)}: "
@@ -121,7 +122,10 @@ def _refuse_breaks(name: str, value: str) -> None:
 
 
 def _fold(prefix: str, value: str, most: int = _LINE) -> list[str]:
-    """Lines of ``most`` where white space allows; it opens the next line, so unfolding gives it back."""
+    """Return lines of at most ``most`` characters if white space allows it.
+
+    The white space begins the next line, so unfolding restores the value.
+    """
     lines, line = [], prefix
     for word in _WORDS.findall(value):
         if len(line) + len(word) > most and line != prefix:
@@ -134,7 +138,8 @@ def _fold(prefix: str, value: str, most: int = _LINE) -> list[str]:
 
 
 def _encoded(prefix: str, value: str) -> list[str]:
-    """Encoded words, one a line: white space between two of them is not part of the text (RFC 2047 §6.2)."""
+    """Return encoded words, one a line: white space between two of them is no part of the text (RFC 2047
+    §6.2)."""
     data = value.encode()
     quoted = "".join(map(_Q.__getitem__, data))
     as_base64 = len(quoted) > (len(data) + 2) // 3 * 4
@@ -143,23 +148,23 @@ def _encoded(prefix: str, value: str) -> list[str]:
     if len(prefix) > _LINE // 2:
         lines.append(prefix.rstrip(" "))
         lead = " "
-    room = min(_ENCODED_LINE - len(lead), _ENCODED_WORD) - _WRAPPER
+    space = min(_ENCODED_LINE - len(lead), _ENCODED_WORD) - _WRAPPER
     pos = 0
     while pos < (len(data) if as_base64 else len(quoted)):
         if as_base64:
-            cut = _cut_base64(data, pos, room)
+            cut = _cut_base64(data, pos, space)
             word = b2a_base64(data[pos:cut], newline=False).decode()
             lines.append(f"{lead}=?utf-8?b?{word}?=")
         else:
-            cut = _cut_quoted(quoted, pos, room)
+            cut = _cut_quoted(quoted, pos, space)
             lines.append(f"{lead}=?utf-8?q?{quoted[pos:cut]}?=")
-        pos, lead, room = cut, " ", _ENCODED_WORD - _WRAPPER
+        pos, lead, space = cut, " ", _ENCODED_WORD - _WRAPPER
     return lines
 
 
-def _cut_base64(data: bytes, pos: int, room: int) -> int:
-    """The end of the longest run of whole characters whose base64 fits (RFC 2047 §5: none is split)."""
-    cut = pos + room // 4 * 3
+def _cut_base64(data: bytes, pos: int, space: int) -> int:
+    """Return the end of the longest run of whole characters whose base64 fits (RFC 2047 §5)."""
+    cut = pos + space // 4 * 3
     if cut >= len(data):
         return len(data)
     while data[cut] & 0xC0 == 0x80:
@@ -167,9 +172,9 @@ def _cut_base64(data: bytes, pos: int, room: int) -> int:
     return cut
 
 
-def _cut_quoted(quoted: str, pos: int, room: int) -> int:
-    """The same for Q: neither an ``=XX`` nor a character of several of them is split."""
-    cut = pos + room
+def _cut_quoted(quoted: str, pos: int, space: int) -> int:
+    """The same for Q: it splits neither an ``=XX`` nor a character of several bytes."""
+    cut = pos + space
     if cut >= len(quoted):
         return len(quoted)
     if "=" in quoted[cut - 2 : cut]:

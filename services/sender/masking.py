@@ -1,4 +1,4 @@
-"""Secrets are taken out of what others say: servers repeat what they were sent. Pure."""
+"""Masks for secrets: servers repeat in their replies what they were sent. Pure."""
 
 import html
 import json
@@ -10,24 +10,23 @@ from urllib.parse import quote, quote_plus
 __all__ = ["Mask", "printable"]
 
 _MASKED = b"***"
-# A base64 form is known by so many characters of it, since servers cut long lines.
+# This many characters of a base64 form identify it, since servers cut long lines.
 _KNOWN_BY = 8
-# What is shorter may stand in any text, also in a reply's code.
+# A shorter secret may occur anywhere by chance, also in a reply's code.
 _SHORTEST = 4
 _MAX_SHOWN = 300
 
 
 def printable(text: str) -> str:
-    """Return the start of a text as a log may have it: what cannot be printed becomes spaces."""
+    """Return the start of a text for a log, with spaces for unprintable characters."""
     return "".join(c if c.isprintable() else " " for c in text)[:_MAX_SHOWN].strip()
 
 
 class Mask:
-    """Replaces a secret by ``***``: as it is, in base64, and as URLs, forms, JSON and HTML write it.
+    """Replaces a secret by ``***``: in plain text, base64, and as URLs, forms, JSON and HTML write it.
 
-    `sent` has base64 texts that hold the secret together with something else. Mask first and cut then: of a
-    secret that was cut before, a part would be shown. A secret of less than 4 bytes is masked in
-    base64 alone.
+    `sent` are base64 texts that hold the secret among other things. Mask a text before cutting it: a cut
+    secret is not found. Of a secret with less than 4 bytes, only the base64 form is masked.
     """
 
     __slots__ = ("_pattern",)

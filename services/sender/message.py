@@ -1,13 +1,12 @@
-"""The mail as bytes, built from a template (RFC 5322, 2045, 2046, 2047, 6532).
+"""The mail as bytes, built from a template (RFC 5322, 2045, 2046, 2047, 6532). Pure.
 
-Pure and deterministic: the same arguments give the same bytes, so an attempt that is repeated after a case
-in doubt is the same mail. The standard library's EmailMessage gives the same round trip at a hundred times
-the cost.
+The same arguments give the same bytes, so a resend after a mail in doubt is the same mail. ADR 27 compares
+this writer with the standard library's EmailMessage.
 
-A body goes as 7bit when it is plain ASCII in short lines and quoted-printable otherwise, never as 8bit: a
-message is built before it is known whether the relay and each host behind it take 8BITMIME, and a host that
-has to convert it on the way breaks signatures (RFC 6376 §5.3). So a message is pure ASCII unless an address
-is not.
+A body is encoded as 7bit if it is plain ASCII in short lines, and as quoted-printable otherwise, never as
+8bit. When the sender writes the message, it does not know whether all later hosts take 8BITMIME. A host
+that converts the message on its way breaks signatures (RFC 6376 §5.3). So a message is pure ASCII unless an
+address is not.
 """
 
 import re
@@ -23,7 +22,7 @@ from services.sender.headers import address, mailbox, structured, unstructured
 
 __all__ = ["OWN_HEADERS", "build"]
 
-#: Fields that ``build`` writes itself, in lower case; ``headers`` may not name them.
+#: The fields that ``build`` writes itself, in lower case. ``headers`` may not have them.
 OWN_HEADERS = frozenset(
     {
         "content-transfer-encoding",
@@ -40,7 +39,7 @@ OWN_HEADERS = frozenset(
 _MAX_LINE = 998  # RFC 5322 §2.1.1, without the CRLF
 _YEAR_10000 = 253_402_300_800  # RFC 5322 §3.3 writes a year with four digits
 _MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,480}@[!-;=?-~]{1,480}>")
-# NUL may not stand in 7bit at all (RFC 2045 §2.7); the other controls pass more relays encoded.
+# 7bit may not contain NUL (RFC 2045 §2.7). The other controls pass more relays in an encoded body.
 _CONTROLS = bytes(b for b in (*range(32), 127) if b not in b"\t\r\n")
 
 
@@ -61,18 +60,20 @@ def build(
 
     Args:
         message_id: with its angle brackets, ``<task id@domain>``.
-        from_addr, to_addr, reply_to: addr-specs, domain in A-label form, local part ASCII or UTF-8.
-        subject: any text without CR, LF, NUL; what is not printable ASCII is sent in encoded words.
-        date: seconds since the epoch, written in UTC.
-        text, html: the bodies, any text; CR, LF and CRLF all count as a line end, and a body that is not
-            empty is given a last one. Both together make a multipart/alternative.
+        from_addr: an addr-spec, its domain in A-label form, its local part in ASCII or UTF-8.
+        to_addr: as ``from_addr``.
+        reply_to: as ``from_addr``; None: there is no such field.
+        subject: any text without CR, LF, NUL. It is sent in encoded words if it is not printable ASCII.
+        date: seconds since the Unix epoch, written in UTC.
+        text: the plain body. CR, LF and CRLF each end a line; ``build`` ends the last line if it has no end.
+        html: the HTML body, as ``text``. Both together make a multipart/alternative.
         from_name: the display name beside ``from_addr``.
-        headers: more fields. ASCII values are folded but never encoded; others are encoded where their class
-            has text.
+        headers: further fields. ``build`` folds ASCII values and never encodes them. It encodes others where
+            their grammar has text.
 
     Raises:
-        ValueError: no body, a malformed address, id, date or header, a header of ``OWN_HEADERS``, or text
-            that UTF-8 cannot carry (a lone surrogate). Such a task can never be sent.
+        ValueError: the task can never be sent. It has no body, an argument is malformed, a header is one of
+            ``OWN_HEADERS``, or UTF-8 cannot carry the text (a lone surrogate).
     """
     if not _MESSAGE_ID.fullmatch(message_id):
         raise ValueError(f"not a message id: {message_id!r}")
@@ -108,7 +109,7 @@ def build(
 
 
 def _part(subtype: str, text: str) -> bytes:
-    """One text part: its two fields, the empty line, its body."""
+    """Return one text part: its two fields, the empty line, its body."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text and text[-1] != "\n":
@@ -130,9 +131,9 @@ def _long_lines(body: bytes) -> bool:
 
 
 def _boundary(message_id: str, parts: tuple[bytes, bytes]) -> bytes:
-    """A boundary that no part holds: ``=_`` cannot come out of quoted-printable, and 7bit parts are searched.
+    """Return a boundary that no part contains.
 
-    It differs from mail to mail, so that one mail may be attached to another as it is (RFC 2046 §5.1.1).
+    It differs from mail to mail, so that a mail may be attached to another one unchanged (RFC 2046 §5.1.1).
     """
     stem = crc32(message_id.encode())
     number = 0
@@ -149,9 +150,9 @@ def _more(headers: Mapping[str, str], has_reply_to: bool) -> str:
         lower = name.lower()
         if lower in OWN_HEADERS or (has_reply_to and lower == "reply-to"):
             raise ValueError(f"header {name} is written by the sender itself")
-        # The api writes known fields in ASCII; an older record has what its client gave.
-        shown = value if value.isascii() else _written(name, value)
-        fields.append(structured(name, shown) if shown.isascii() else unstructured(name, shown))
+        # The api encodes the fields that it knows; an older record has its client's own text.
+        text = value if value.isascii() else _written(name, value)
+        fields.append(structured(name, text) if text.isascii() else unstructured(name, text))
     return "".join(fields)
 
 

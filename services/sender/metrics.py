@@ -12,7 +12,6 @@ from services.common.stage.metrics import LATENCY_BUCKETS
 
 __all__ = [
     "SENDER_CLAIMS",
-    "SENDER_CROWDED",
     "SENDER_DOMAINS",
     "SENDER_FENCED",
     "SENDER_IN_DOUBT",
@@ -22,6 +21,7 @@ __all__ = [
     "SENDER_RELAY_UP",
     "SENDER_SECONDS",
     "SENDER_SESSIONS",
+    "SENDER_SHED",
     "SENDER_SKIPPED",
     "WorstDomains",
 ]
@@ -46,7 +46,7 @@ SENDER_SKIPPED = Counter(
     "Records that needed no mail, by why: stored (the outcome is known) or stale (overtaken)",
     ["why"],
 )
-SENDER_CROWDED = Counter(
+SENDER_SHED = Counter(
     "postroad_sender_crowded_total",
     "Tasks put off untried, since their domain is slow and held more than its share of the queue",
 )
@@ -61,7 +61,7 @@ SENDER_SESSIONS = Gauge("postroad_sender_sessions", "SMTP sessions, by state: bu
 
 
 class WorstDomains(Collector):
-    """Figures of the recipients' domains that hold most of a sender, ten at a time: series stay few."""
+    """Gauges of the ten domains that use most of a sender; the others have none, so that series stay few."""
 
     MOST = 10
     _FIGURES = (
@@ -85,15 +85,15 @@ class WorstDomains(Collector):
         REGISTRY.register(self)
 
     def set_function(self, source: Callable[[], Iterable[tuple[str, float, float, float, float]]]) -> None:
-        """Have `source`, called on any thread, give each domain and its figures in order, worst first."""
+        """Set the source: it returns each domain with its figures, worst first. Any thread may call it."""
         self._source = source
 
     def describe(self) -> Sequence[GaugeMetricFamily]:
-        """Return the metrics without figures."""
+        """Return the gauges without values."""
         return [GaugeMetricFamily(name, text, labels=["domain"]) for name, text in self._FIGURES]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the metrics."""
+        """Yield the gauges with their values."""
         metrics = self.describe()
         for domain, *figures in list(self._source())[: self.MOST]:
             for metric, figure in zip(metrics, figures, strict=True):

@@ -33,24 +33,24 @@ _log = structlog.get_logger(__name__)
 R = TypeVar("R")
 
 _MAX_ANSWER = 1 << 20
-# For a server that does not say how long a token lasts (seconds).
+# A token's lifetime (seconds) if the server does not give it.
 _LIFETIME = 300.0
-# Of a token's lifetime, the part after which another one is fetched.
+# The part of a token's lifetime after which the client fetches another one.
 _RENEW_AFTER = 0.8
-# Seconds between attempts, and while an attempt that failed is not repeated by whoever asks.
+# Seconds between two fetches of `run`. After a failure, `get` also fetches nothing for this long.
 _RETRY_SECONDS = 1.0
 _RETRY_SECONDS_MAX = 60.0
 
 
 class TokenError(Exception):
-    """No token could be had. The text says why, and holds no secret."""
+    """There is no token. The text says why, without a secret."""
 
 
 class OAuthTokens:
     """The access token of one client. Belongs to one event loop.
 
-    `secret` is asked for at each fetch, so that a file may change. `trouble` says why the last fetch failed,
-    also while an older token still holds; None once one has succeeded. A fetch may take `timeout` seconds.
+    Each fetch calls `secret`, so that a file may change. `trouble` says why the last fetch failed, also
+    while an older token is still valid; None after a success. A fetch may take `timeout` seconds.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class OAuthTokens:
         self.trouble: str | None = None
 
     async def get(self) -> str:
-        """Return a token that holds; fetch one if there is none.
+        """Return a valid token; fetch one if there is none.
 
         Raises:
-            TokenError: none can be had.
+            TokenError: the fetch failed.
         """
         async with self._lock:
             if self._token is None or self._clock() >= self._expires:
@@ -86,12 +86,12 @@ class OAuthTokens:
             return self._token
 
     def forget(self, token: str) -> None:
-        """Fetch another one next time, since this one was refused."""
+        """Drop this token, which the relay refused, so that `get` fetches another one."""
         if token == self._token:
             self._token = None
 
     async def run(self) -> None:
-        """Renew the token ahead of time, for ever; ends by being cancelled."""
+        """Renew the token ahead of its expiry, until cancelled."""
         pause = _RETRY_SECONDS
         while True:
             try:
@@ -100,7 +100,7 @@ class OAuthTokens:
                         await self._fetch()
                 pause = _RETRY_SECONDS
             except Exception:
-                # Nothing else would renew it; what is wrong stands in `trouble`.
+                # The loop must go on, since nothing else renews the token; `trouble` has the error.
                 pause = min(pause * 2, _RETRY_SECONDS_MAX)
             await asyncio.sleep(
                 pause if self.trouble else max(self._renew_at - self._clock(), _RETRY_SECONDS)
@@ -115,11 +115,11 @@ class OAuthTokens:
         except Exception as error:
             self._failed_at = self._clock()
             late = isinstance(error, TimeoutError)
-            told = f"no answer within {self._timeout:g} s" if late else str(error) or type(error).__name__
+            cause = f"no answer within {self._timeout:g} s" if late else str(error) or type(error).__name__
             if self.trouble is None:
-                _log.warning("no OAuth token", error=told)
-            self.trouble = told
-            raise TokenError(told) from None
+                _log.warning("no OAuth token", error=cause)
+            self.trouble = cause
+            raise TokenError(cause) from None
         finally:
             connections.end()
         self._token, self.trouble = token, None
@@ -127,7 +127,7 @@ class OAuthTokens:
         self._renew_at = asked_at + lifetime * _RENEW_AFTER
 
     def _ask(self, connections: "_Connections") -> tuple[str, float]:
-        """Return a token and the seconds that it lasts. Raises TokenError; blocks."""
+        """Return a token and its lifetime in seconds. Raises TokenError. Blocks."""
         secret = self._secret()
         try:
             return _parse_token(self._answer(secret, connections))
@@ -147,13 +147,14 @@ class OAuthTokens:
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    # The secret goes where the setting says, and nowhere else.
+    # The secret goes only to the URL of the setting.
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
 class _Connections:
-    """The connections of one fetch. To end them ends what a thread reads from them, byte after byte too."""
+    """The connections of one fetch. Ending them ends a thread's reads, also from a server that sends
+    slowly."""
 
     def __init__(self) -> None:
         self._sockets: list[socket.socket] = []
@@ -168,7 +169,7 @@ class _Connections:
         self._ended = True
         for sock in self._sockets:
             with contextlib.suppress(OSError):
-                # Not SSLSocket's own, which takes the TLS state from the thread that reads.
+                # SSLSocket's own shutdown would take the TLS state from the thread that reads.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
@@ -195,7 +196,7 @@ def _opener(connections: _Connections) -> OpenerDirector:
 
 
 def _in_thread(work: Callable[[], R]) -> asyncio.Future[R]:
-    """Do what blocks in a thread that the end of the loop and of the process do not wait for."""
+    """Run blocking work in a daemon thread: neither the loop's nor the process's end waits for it."""
     future: concurrent.futures.Future[R] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
 
@@ -226,7 +227,7 @@ def _parse_token(raw: bytes) -> tuple[str, float]:
 
 
 def _error_description(raw: bytes) -> str:
-    """What the body of an error says (RFC 6749 section 5.2)."""
+    """Return the error's description in the body of a response (RFC 6749 section 5.2)."""
     try:
         answer = json.loads(raw)
         return " ".join(str(answer[key]) for key in ("error", "error_description") if key in answer)

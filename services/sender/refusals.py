@@ -1,4 +1,4 @@
-"""Whose a refusal is: the mail's, the session's, or our standing with the relay. One table. Pure."""
+"""What a refusal concerns: the mail, the session or the account at the relay. One table of rules. Pure."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ __all__ = ["RULES", "RefusalRule", "RefusalScope", "TransactionStep", "refusal_s
 
 
 class RefusalScope(StrEnum):
-    """Whom a refusal is about, and so what follows from it."""
+    """What a refusal concerns, and so what follows from it."""
 
     MAIL = "mail"
-    """This mail or its recipient: it ends the attempt."""
+    """This mail or its recipient: the attempt ends."""
     SESSION = "session"
-    """The session: it ends, and the mail goes at once on a new one."""
+    """The session: it ends, and the mail goes on a new one at once."""
     ACCOUNT = "account"
-    """Our standing with the relay: all mails wait, and no attempt is spent."""
+    """The sender's account at the relay: all mails wait, and none loses an attempt."""
 
 
 class RefusalRule(NamedTuple):
-    """One row: what a reply must be for it to apply. An empty pattern fits all."""
+    """One row: a reply that fits all its fields has this scope. An empty pattern fits every reply."""
 
     scope: RefusalScope
     code: str
-    """The whole basic code."""
+    """A pattern of the whole basic code."""
     enhanced: str
-    """The subject and the detail of the enhanced code (RFC 3463), without its class."""
+    """A pattern of the enhanced code (RFC 3463) without its class: subject and detail."""
     words: str
-    """Found in the text, whatever the case. What is tried at each character ends after some tens of them."""
+    """A pattern to find in the text, in any case. A match from any one position may span some tens of
+    characters only, so that a hostile text costs little."""
     source: str
     unless: str = ""
-    """Not found in the text."""
+    """A pattern that must not be in the text."""
     step: TransactionStep | None = None
     closes: bool = False
-    """Only where the server closed the connection with the reply."""
+    """True: only if the server closed the connection with the reply."""
     names_sender: bool = False
-    """Only where the text names the return path."""
+    """True: only if the text names the return path."""
 
 
-# Of these limits, none is on what the account sends.
+# Limits on these things are not about how much the account sends.
 _OTHER_LIMITS = (
     r"recipient\b|receiv|mailbox|inbox|storage|disk|\bsize|large|\bbig\b|length|header|attachment|hops?\b|spam"
     r"|score"
@@ -77,7 +78,7 @@ RULES: tuple[RefusalRule, ...] = (
     RefusalRule(
         RefusalScope.SESSION,
         "4..",
-        # Of these, X.4.1 and those behind it are about the way to the recipient's host.
+        # X.4.1 and the others left out here concern the route to the recipient's host.
         r"(?!1\.|2\.|4\.[13467]).*",
         r"time(?:d)?[ -]?out",
         "RFC 5321 section 4.5.3.2: the server's own timeouts",
@@ -113,7 +114,7 @@ RULES: tuple[RefusalRule, ...] = (
     RefusalRule(
         RefusalScope.ACCOUNT,
         "5..",
-        # Of these, X.7.26 and X.7.1nn are about the message's signature and the recipient's own demands.
+        # X.7.26 and X.7.1nn concern the message's signature and the recipient's own demands.
         r"(?!7\.\d\d).*",
         r"\b(?:authentication|auth) (?:is )?(?:required|first)|\brequires? (?:smtp )?auth(?:entication)?\b"
         r"|\bmust (?:first )?(?:be authenticated|authenticate|log ?in)\b|\b(?:authenticate|log ?in) first\b"
@@ -139,7 +140,7 @@ RULES: tuple[RefusalRule, ...] = (
     ),
     RefusalRule(
         RefusalScope.ACCOUNT,
-        # The code of a full mailbox needs clearer words.
+        # 552 also means a full mailbox, so its text must be clearer; the next rule has it.
         "5(?!52)..",
         r"(?![12]\.).*",
         rf"\A(?=.*{_SENDING})(?=.*(?:{_EXCEEDED}))"
@@ -173,7 +174,7 @@ RULES: tuple[RefusalRule, ...] = (
     RefusalRule(
         RefusalScope.MAIL,
         "552",
-        # At MAIL a full mailbox is the sender's own: no recipient is named yet.
+        # A mailbox that is full at MAIL is the sender's own: no recipient is named yet.
         r"(?!2\.2).*",
         "",
         "RFC 1870 section 6.1: message size exceeds the limit",
@@ -225,10 +226,10 @@ RULES: tuple[RefusalRule, ...] = (
 def refusal_scope(
     step: TransactionStep, reply: Reply, mail_from: str = "", *, closed: bool = False
 ) -> RefusalScope:
-    """Return whom a refusal, from MAIL on, is about: the first row of the table that fits it decides.
+    """Return what a refusal concerns; the first rule that fits decides. Without one it concerns the mail.
 
     Args:
-        step: what was refused.
+        step: what the server refused.
         mail_from: the return path.
         closed: whether the server closed the connection with the reply.
     """

@@ -1,7 +1,4 @@
-"""What a mail server's replies mean, and how the sending of one mail can end.
-
-Pure values and rules; nothing here waits or reads a clock.
-"""
+"""What a mail server's replies mean, and how a send can end. Pure values and rules, without a clock."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ __all__ = [
 
 
 class Phase(StrEnum):
-    """How far a session had come when it failed."""
+    """How far a session had come when it failed, or a transaction when it ended."""
 
     CONNECT = "connect"
     """Connection, banner, EHLO."""
@@ -34,15 +31,15 @@ class Phase(StrEnum):
     DATA = "data"
     """The DATA command and the message up to, not including, its last byte."""
     AFTER_DOT = "after_dot"
-    """The last byte was handed over; only a reply can tell whether the server has the mail."""
+    """The mail was handed over; only a reply can tell whether the server has it."""
 
 
 OPENING = frozenset({Phase.CONNECT, Phase.TLS, Phase.AUTH})
-"""The phases before MAIL: what fails in them is the relay's trouble, whatever was said."""
+"""The phases before MAIL: a failure in them concerns the relay and no single mail."""
 
 
 class TransactionStep(StrEnum):
-    """What a server answers from MAIL on, in the order of a transaction."""
+    """What the server replies to in a mail transaction (RFC 5321 §3.3), in this order."""
 
     MAIL = "MAIL"
     RCPT = "RCPT"
@@ -50,18 +47,19 @@ class TransactionStep(StrEnum):
     MESSAGE = "message"
 
     def reaches(self, other: "TransactionStep") -> bool:
-        """Whether a transaction that came so far came as far as `other` at least."""
+        """Return whether this step is `other` or comes after it."""
         order = list(TransactionStep)
         return order.index(self) >= order.index(other)
 
 
 class Reply(NamedTuple):
-    """One reply, of one or more lines (RFC 5321 §4.2). The first digit alone decides what it is (§4.2.1)."""
+    """One reply, of one or more lines (RFC 5321 §4.2). Its first digit alone decides its kind (§4.2.1)."""
 
     code: int
     lines: tuple[str, ...]
-    """The texts after the codes; printable characters only, since operators see them on terminals. Lines of
-    another code than the last one, which decides, stand behind the others with their codes."""
+    """The texts after the codes, in printable characters only, since operators see them on terminals.
+
+    The last line's code is the reply's. Lines with another code follow the others, code included."""
 
     @property
     def ok(self) -> bool:
@@ -77,7 +75,7 @@ class Reply(NamedTuple):
 
     @property
     def permanent(self) -> bool:
-        """True for 5yz, whatever class an enhanced code claims (``550 4.2.1`` is permanent)."""
+        """True for 5yz, whatever class an enhanced code has: ``550 4.2.1`` is permanent."""
         return self.code >= 500
 
     @property
@@ -92,7 +90,7 @@ class Reply(NamedTuple):
         return found.group(1) if found else None
 
     def __str__(self) -> str:
-        """The code first, then all the text on one line: ``550 5.1.1 no such user``."""
+        """Return the code and all the text on one line: ``550 5.1.1 no such user``."""
         return f"{self.code} {' '.join(self.lines)}".rstrip()
 
 
@@ -101,7 +99,7 @@ _ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?= |$)")
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The server has taken responsibility for the mail (2yz after the dot, RFC 5321 §6.1)."""
+    """The server took responsibility for the mail: 2yz after the dot (RFC 5321 §6.1)."""
 
     reply: str
     relay: str
@@ -109,49 +107,51 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The server answered no to this mail; it certainly does not have it."""
+    """The server refused this mail; it certainly does not have it."""
 
     phase: Phase
     reply: str
     permanent: bool
     retry_after: float | None = None
-    """Seconds that the server asked to wait (greylisting), if it did."""
+    """Seconds that the server asked to wait (greylisting); None if it did not."""
     relay: str = ""
     about_session: bool = False
-    """The refusal is the session's end and says nothing about this mail: it may go at once on a new one."""
+    """True if the refusal ends the session and does not concern this mail, which may go on a new one at
+    once."""
     step: TransactionStep | None = None
-    """What was refused; None where the server was not asked, since its EHLO said that it would refuse."""
+    """What the server refused; None if its reply to EHLO showed that it would, and it was not asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotSent:
-    """No answer about this mail itself, and the server certainly does not have it."""
+    """The server said nothing about this mail itself, and certainly does not have it."""
 
     phase: Phase
     cause: str
     spares_attempt: bool
-    """True when no session could be had, or the relay refuses what the account sends: it says nothing about
-    this mail, so it spends no attempt."""
+    """True if no session came about, or the relay refuses all mails of the account.
+
+    The mail is not to blame, so it loses no attempt."""
     relay: str = ""
     unparsed: str = ""
-    """What the server said last, if that was no answer that could be understood."""
+    """What the server sent last, if that was no reply that could be read."""
     step: TransactionStep | None = None
-    """What was refused, or not answered; None where the session did not come so far."""
+    """What the server refused or did not answer; None if the session did not come so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class InDoubt:
-    """The last byte was, or may have been, handed over and no answer came (RFC 1047)."""
+    """The mail was handed over, or may have been, and no reply came (RFC 1047)."""
 
     cause: str
     relay: str
     unparsed: str = ""
-    """As for ``NotSent``."""
+    """As in ``NotSent``."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost:
-    """The caller's guard said no; nothing was sent."""
+    """The caller's guard returned False; nothing was sent."""
 
     phase: Phase
 

@@ -1,4 +1,4 @@
-"""Bytes from a mail server become replies: read leniently, since servers in use break RFC 5321 §4.2."""
+"""A lenient parser of a mail server's replies: servers in use break RFC 5321 §4.2."""
 
 import re
 from functools import lru_cache
@@ -9,26 +9,26 @@ from services.sender.replies import Reply
 
 __all__ = ["GarbageError", "ReplyParser"]
 
-# RFC 5321 §4.5.3.1.5 allows 512 bytes a line; what is longer is cut, and so is a reply of more lines.
+# RFC 5321 §4.5.3.1.5 allows 512 bytes a line. Longer lines and replies of more lines are cut.
 _MAX_LINE = 2048
 _MAX_LINES = 128
-# A server that sends so many bytes without ending its reply does not speak SMTP.
+# A server that sends more bytes than this in one reply does not speak SMTP.
 _MAX_REPLY = 1 << 17
 
-# RFC 5321 §4.2 has 0 to 5 as the second digit; servers in use have answered 571.
+# RFC 5321 §4.2 allows 0 to 5 as the second digit; servers in use have sent 571.
 _CODE = re.compile(rb"\s*([2-5][0-9]{2})(?![0-9])(-?)[ \t]?", re.ASCII)
-# Inside a reply what is no code may be text that has lost its own.
+# Inside a reply, a line without a code is text.
 _NEXT_CODE = re.compile(rb"([2-5][0-9]{2})(?:(-)|[ \t]|$)", re.ASCII)
 
 
 class GarbageError(Exception):
-    """What came is not SMTP. Nothing that follows on this connection can be trusted."""
+    """The bytes are not SMTP. Nothing that follows on this connection can be trusted."""
 
     replies: list[Reply]
-    """The whole replies that came before it in the same bytes."""
+    """The whole replies before it in the same bytes."""
 
     unparsed: str
-    """The line that is no reply, as it came."""
+    """The line that is no reply, as received."""
 
     def __init__(self, cause: str, unparsed: str = "") -> None:
         super().__init__(f"{cause}: {unparsed!r}" if unparsed else cause)
@@ -38,18 +38,18 @@ class GarbageError(Exception):
 
 class _Line(NamedTuple):
     code: int
-    """0 where the line has none."""
+    """0 if the line has none."""
     text: str
     more: bool
-    """Whether the reply goes on with a further line."""
+    """Whether another line of the reply follows."""
 
 
 class ReplyParser:
-    """Cuts a stream of bytes into replies.
+    """Splits a stream of bytes into replies.
 
-    A line may end with a bare LF, and empty lines mean nothing. Where the lines of a reply carry different
-    codes the last one decides (RFC 5321 §4.2.1). What is too long is cut. A reply that begins with a line
-    without a code is garbage, unless `lenient`.
+    A line may end with a bare LF; empty lines are ignored. If the lines of a reply have different codes, the
+    last one decides (RFC 5321 §4.2.1). The parser cuts what is too long. A reply whose first line has no code
+    is garbage, unless the parser is `lenient`.
     """
 
     __slots__ = ("_buffer", "_first", "_lines", "_size", "lenient", "mask")
@@ -60,18 +60,18 @@ class ReplyParser:
         self._first = 0
         self._size = 0
         self.lenient = False
-        """Whether lines without a code before a reply are read as a part of it."""
+        """Whether lines without a code belong to the reply that follows them."""
         self.mask = Mask()
-        """What is taken out of every line before it is read."""
+        """Masks every line before it is parsed."""
 
     @property
     def empty(self) -> bool:
-        """True when all bytes that were fed have been given back as whole replies."""
+        """True if `feed` has returned all bytes as whole replies."""
         return not self._buffer.strip() and not self._lines
 
     @property
     def unfinished(self) -> Reply | None:
-        """What can be read of a reply that has begun and not ended; None if no code can be."""
+        """The reply that has begun and not ended, as far as it can be read; None without a code."""
         lines = list(self._lines)
         if self._buffer.strip():
             lines.append(_line(self.mask(self._buffer)[: _MAX_LINE + 1], bool(self._first)))
@@ -79,15 +79,15 @@ class ReplyParser:
 
     @property
     def unparsed(self) -> str:
-        """The text of what has begun and not ended, as it came; for the operator's eyes."""
+        """The text of the unfinished reply, as received, for operators."""
         lines = [line.text if not line.code else _coded(line) for line in self._lines]
         return " ".join([*lines, _shown(self.mask(self._buffer)[:_MAX_LINE].strip())]).strip()
 
     def feed(self, data: bytes) -> list[Reply]:
-        """Take what was received; return the replies that it completes, oldest first.
+        """Take received bytes; return the replies that they complete, oldest first.
 
         Raises:
-            GarbageError: the stream is not a sequence of replies. Only `unfinished` is then still of use.
+            GarbageError: the stream is not a sequence of replies. Afterwards only `unfinished` is valid.
         """
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         replies: list[Reply] = []
@@ -97,7 +97,7 @@ class ReplyParser:
             line = _line(self.mask(raw)[: _MAX_LINE + 1], bool(self._first))
             self._size += len(raw)
             if len(self._lines) >= _MAX_LINES:
-                # The last line decides, so it stands.
+                # The last line decides, so it replaces the one before.
                 del self._lines[_MAX_LINES - 1 :]
             self._lines.append(line)
             self._first = self._first or line.code
@@ -121,7 +121,8 @@ def _garbage(cause: str, replies: list[Reply], unparsed: str = "") -> GarbageErr
 
 
 def _whole(lines: list[_Line]) -> Reply:
-    """The reply that these lines make. Those of another code than the last one stand behind, with it."""
+    """Return the reply of these lines; those with another code than the last follow the others, code
+    included."""
     code = next(line.code for line in reversed(lines) if line.code)
     own = [line.text for line in lines if line.code in (0, code)]
     return Reply(code, (*own, *(_coded(line) for line in lines if line.code not in (0, code))))
@@ -131,10 +132,10 @@ def _coded(line: _Line) -> str:
     return f"{line.code}{'-' if line.more else ' '}{line.text}".rstrip()
 
 
-# Cached: most mails get the same answers.
+# Cached, since most mails get the same replies.
 @lru_cache(maxsize=256)
 def _line(raw: bytes, inside: bool) -> _Line:
-    """One line; `inside` a reply that has begun."""
+    """Parse one line; `inside` says that its reply has begun."""
     found = (_NEXT_CODE if inside else _CODE).match(raw.rstrip(b"\r"))
     if found is None:
         return _Line(0, _shown(raw[:_MAX_LINE].rstrip()), True)

@@ -35,10 +35,10 @@ from services.sender.stage import Sender, stage
 
 __all__ = ["SenderService", "build", "make_relay", "make_tokens"]
 
-# While a session sends a mail, its next ones are being claimed and its last ones settled; the more there are,
-# the larger the database's batches. After a crash all are in doubt, also those of which nothing was sent, and
-# under `hold` an operator must look at each. (2,400 mails/s with 2, 2,900 with 4.)
-_CLAIMS_A_SESSION = {"resend": 4, "hold": 2}
+# While a session sends a mail, the sender claims its next mails and settles its last ones; more of them
+# make larger batches for the database. But after a crash all are in doubt, even if nothing was sent, and
+# under `hold` an operator must decide about each. (2,400 mails/s with 2, 2,900 with 4.)
+_CLAIMS_PER_SESSION = {"resend": 4, "hold": 2}
 _CLOSE_SECONDS = 5.0
 _MAX_SHOWN = 300
 
@@ -48,16 +48,16 @@ class SenderService(StageService):
 
     def __init__(self, settings: Settings, client_name: str | None = None) -> None:
         hold = settings.on_uncertain == "hold"
-        claim_slots = _CLAIMS_A_SESSION[settings.on_uncertain]
-        a_domain = domain_share(settings.sender_sessions, settings.domain_concurrency)
+        per_session = _CLAIMS_PER_SESSION[settings.on_uncertain]
+        per_domain = domain_share(settings.sender_sessions, settings.domain_concurrency)
         with refused("database_url"):
             url = url_of(settings.database_url)
         with refused("email_from"):
             composer = Composer(settings.email_from)
         self._tokens = make_tokens(settings)
         relay = make_relay(settings, self._tokens, client_name)
-        # One connection each to claim, to settle and to renew.
-        # A renewal that is not answered must leave time for another one.
+        # Claims, settlements and renewals have a connection each. A renewal without an answer must leave time
+        # for another one.
         self._engine = make_engine(url, pool_size=3, read_seconds=max(1, int(settings.lease_seconds / 4)))
         self._claims = AsyncClaims(Claims(self._engine, settings.lease_seconds, hold, settings.max_resends))
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
@@ -74,12 +74,12 @@ class SenderService(StageService):
             composer=composer,
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
             claim_slots=Slots(
-                claim_slots * settings.sender_sessions,
-                claim_slots * a_domain,
+                per_session * settings.sender_sessions,
+                per_session * per_domain,
                 rate=settings.domain_rate,
                 saturated=self._saturated,
             ),
-            sessions=Slots(settings.sender_sessions, a_domain),
+            sessions=Slots(settings.sender_sessions, per_domain),
             publish=self._publish,
             owner=owner_tokens(),
             handover=settings.handover_seconds,
@@ -117,17 +117,17 @@ class SenderService(StageService):
         problems = super().problems()
         if "draining" in problems and (waiting := self._sender.handed_over):
             problems.append(f"{waiting} mails handed over wait for their replies")
-        if (said := self._claims.trouble) is not None:
-            problems.append(f"database: {said}")
-        if self._tokens is not None and (said := self._tokens.trouble) is not None:
-            problems.append(f"OAuth token: {said}")
+        if (error := self._claims.trouble) is not None:
+            problems.append(f"database: {error}")
+        if self._tokens is not None and (error := self._tokens.trouble) is not None:
+            problems.append(f"OAuth token: {error}")
         if (trouble := self._pool.state.trouble) is not None:
             problems.append(f"relay {trouble.relay}: {trouble.phase}: {trouble.cause}")
         return problems
 
 
 def _export_trouble(trouble: NotSent | None) -> None:
-    # One series at a time: replies name mails and times, and would otherwise pile up.
+    # One series at a time: replies contain ids and times, and would make ever more series.
     SENDER_RELAY_TROUBLE.clear()
     if trouble is not None:
         SENDER_RELAY_TROUBLE.labels(trouble.relay, trouble.phase, trouble.cause[:_MAX_SHOWN]).set(1)
@@ -136,9 +136,9 @@ def _export_trouble(trouble: NotSent | None) -> None:
 def make_relay(
     settings: Settings, tokens: OAuthTokens | None = None, client_name: str | None = None
 ) -> Relay:
-    """Return the relay that the settings name. Unless they say so, only loopback is spoken to in clear.
+    """Return the relay of the settings. Without EMAIL_TLS only a loopback relay is used in clear.
 
-    Raises ValueError, naming the variable, where EMAIL_AUTH lacks a setting or has one too many.
+    Raises ValueError, which names the variable, if EMAIL_AUTH lacks a setting or has one too many.
     """
     host = settings.email_host
     tls = Tls(settings.email_tls) if settings.email_tls else Tls.NONE if is_loopback(host) else Tls.STARTTLS
@@ -158,9 +158,9 @@ def make_relay(
 
 
 def make_tokens(settings: Settings) -> OAuthTokens | None:
-    """Return where the access tokens come from; None where EMAIL_AUTH is not xoauth2.
+    """Return the source of access tokens; None if EMAIL_AUTH is not xoauth2.
 
-    Raises ValueError, naming the variable, where a setting is missing, is too much or cannot be read.
+    Raises ValueError, which names the variable, if a setting is missing, superfluous or unreadable.
     """
     url, client, file = (
         settings.email_oauth_token_url,

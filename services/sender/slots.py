@@ -58,10 +58,11 @@ class Slots:
     domain delay another domain's only mail by one turn. `rate` bounds the slots that a domain gets a second,
     with bursts of one second's worth (0: no such bound).
 
-    Load shedding happens once a second. While `saturated()` is true, each domain with more than an equal
-    share of the queue, whose first caller has waited for SHED_AFTER, loses the later half of its callers. A
-    stalled domain (`is_stalled`) loses them at any time, down to one caller a slot. A caller that is shed
-    gets DomainSaturated. Belongs to one event loop.
+    Once a second, while `saturated()` is true, load is shed: a domain's later half of callers get
+    DomainSaturated. That concerns a domain with more than an equal share of the queue, whose first caller has
+    waited for SHED_AFTER. A stalled domain (`is_stalled`) is shed at any time, down to one caller a slot.
+
+    Belongs to one event loop.
     """
 
     def __init__(

@@ -3,10 +3,13 @@
 >>> pool = SmtpPool(Relay("mail.example.org", 587, credentials=Credentials("user", "secret")))
 >>> outcome = await pool.send("shop@example.org", "ann@example.net", message, lambda: lease.holds)
 
-While the relay cannot be reached the pool is *down*: every send returns ``NotSent(ours=True)`` at once, the
-pool itself tries to get a session with growing pauses, and ``wait_available`` returns when it has one. The
-same while the relay refuses what the account sends. Only a mail can tell whether that is over:
-``wait_available`` then lets one waiter go after each pause, and its mail is tried.
+The pool is *down* while the relay cannot be reached, or refuses all mails of the account. Every send then
+returns ``NotSent`` with ``spares_attempt`` at once.
+
+- While no session comes about, the pool tries to open one, with growing pauses. ``wait_available`` returns
+  when it has one.
+- While the relay refuses the account, only a mail can show whether that is over. ``wait_available`` then
+  lets one waiter go after each pause, and the pool sends its mail as a probe.
 """
 
 import asyncio
@@ -35,16 +38,16 @@ __all__ = [
 
 _log = structlog.get_logger()
 
-# After so many new sessions in a row that ended without an answer to MAIL, the relay is to blame.
+# This many new sessions in a row without a reply to MAIL show that the relay is at fault.
 _UNANSWERED = 3
 
 
 class SendCancelled(asyncio.CancelledError):
-    """What a cancelled ``send`` raises: a CancelledError that says whether the mail was being handed over.
+    """A cancelled ``send`` raises this CancelledError, which says whether the mail was being handed over.
 
-    ``rest`` is None if nothing of the message was sent. Otherwise the delivery goes on in this task, and its
-    result is the outcome; to cancel the task cuts the delivery off. A caller that catches this must raise it
-    again afterwards.
+    ``rest`` is None if nothing of the message was sent. Otherwise the send goes on in the task ``rest``,
+    whose result is the send's; cancelling the task cuts the send off. A caller that catches this must raise
+    it again.
     """
 
     def __init__(self, rest: asyncio.Task[SendResult] | None = None) -> None:
@@ -53,12 +56,12 @@ class SendCancelled(asyncio.CancelledError):
 
 
 class PoolClosedError(Exception):
-    """The pool was closed, so the relay will not become available through it again."""
+    """The pool was closed: its relay will not become available again."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A glance at the pool, for health and metrics."""
+    """The pool's state at one moment, for health and metrics."""
 
     available: bool
     busy: int
@@ -69,15 +72,15 @@ class PoolState:
     opened: int
     """Sessions opened since the start."""
     trouble: NotSent | None
-    """What failed last, while the pool is down."""
+    """What failed last; None while the pool is not down."""
 
 
 class SmtpPool:
-    """Sends mail over sessions with one relay, kept open and reused. Belongs to one event loop.
+    """Sends mail over sessions with one relay, which it keeps open and reuses. Belongs to one event loop.
 
-    A relay that takes fewer sessions than ``limits.sessions`` is respected: when a further one is refused
-    while others work, those carry on alone for a while. ``on_trouble`` is told what keeps the relay from
-    being used whenever that changes, and None when it is over.
+    A relay may take fewer sessions than ``limits.sessions``. When it refuses another one while some work, the
+    pool opens no more for a while. The pool calls ``on_trouble`` whenever the relay's trouble changes, with
+    None when it is over.
     """
 
     def __init__(
@@ -97,29 +100,30 @@ class SmtpPool:
         self._unanswered = 0
         self._on_trouble = on_trouble
         self._waiting: dict[asyncio.Future[None], None] = {}
-        # Whether one mail may be sent though the pool is down, and whether nobody was woken for it.
+        # Whether one mail may be sent as a probe while the pool is down, and whether no waiter was woken
+        # for it.
         self._probe = False
         self._probe_pending = False
         self._recovery: asyncio.Task[None] | None = None
         self._closing = False
 
     async def send(self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]) -> SendResult:
-        """Send one mail to one recipient, waiting for a free session if need be.
+        """Send one mail to one recipient; wait for a free session if there is none.
 
         Args:
-            mail_from: the return path; empty for the null one (RFC 5321 §4.5.5).
+            mail_from: the return path; empty for the null path (RFC 5321 §4.5.5).
             message: with CRLF line ends, not dot-stuffed.
-            guard: called before the envelope and again before the message is written; False stops it there.
+            guard: called before the envelope and again before the message is written; False ends the send.
 
         Returns:
-            Exactly one of: ``Sent``; ``Rejected``, the server refused this mail; ``NotSent``, the server
-            certainly does not have it (``spares_attempt``: for a reason that is not this mail's);
-            ``InDoubt``, handed over and not answered; ``LeaseLost``, the guard returned False.
+            ``Sent``: the server took the mail. ``Rejected``: it refused this mail. ``NotSent``: it
+            certainly does not have the mail. ``InDoubt``: the mail was handed over, and no reply came.
+            ``LeaseLost``: the guard returned False.
 
         Raises:
-            ValueError: addresses or a message that cannot be sent as they are; nothing was sent.
-            SendCancelled: if the task is cancelled. Until the server asks for the message, that aborts the
-                session; from then on the delivery goes on without the caller.
+            ValueError: the addresses or the message cannot be sent as they are; nothing was sent.
+            SendCancelled: the caller's task was cancelled. Until the server asks for the message, that aborts
+                the session. From then on the send goes on without the caller.
         """
         check_mail(mail_from, rcpt, message)
         if self._trouble is not None and not self._probe:
@@ -178,11 +182,11 @@ class SmtpPool:
 
     @property
     def available(self) -> bool:
-        """False while the relay cannot be used: sends then return ``NotSent(ours=True)`` at once."""
+        """False while the pool is down or closed."""
         return self._trouble is None and not self._closing
 
     async def wait_available(self) -> None:
-        """Wait, without limit, until the relay can be used, or until the caller's mail may be tried.
+        """Wait, without a limit, until the pool is up or may send the caller's mail as a probe.
 
         Raises:
             PoolClosedError: the pool is closed, or is closed meanwhile.
@@ -211,9 +215,9 @@ class SmtpPool:
         )
 
     async def close(self, grace: float = 10.0) -> None:
-        """Refuse new sends, let those under way end for ``grace`` seconds, say QUIT everywhere.
+        """Refuse new sends, give those under way ``grace`` seconds to end, and QUIT all sessions.
 
-        What is still under way then is aborted: those sends return ``NotSent`` or ``InDoubt``.
+        The pool then aborts what is still under way: those sends return ``NotSent`` or ``InDoubt``.
         """
         self._closing = True
         self._wake(len(self._waiting))
@@ -223,8 +227,8 @@ class SmtpPool:
         await self._sessions.close(grace)
 
     def _mark_down(self, trouble: NotSent) -> None:
-        """Stop sending until a session can be had again, or until a mail that is tried is taken."""
-        # Those that waited learn of it a turn of the loop later, when it may be over.
+        """Take the pool down until a session comes about, or until the relay takes a probe."""
+        # Waiting sends report the same trouble a turn of the loop later, when it may be over.
         if self._closing or trouble is self._last_trouble:
             return
         new = self._trouble is None
@@ -250,7 +254,7 @@ class SmtpPool:
         self._on_trouble(trouble)
 
     def _wake(self, count: int) -> int:
-        """Let so many go that wait for the relay, the first to come first; return how many went."""
+        """Wake the first ``count`` waiters of ``wait_available``; return how many there were."""
         woken = [waiter for waiter in self._waiting if not waiter.done()][:count]
         for waiter in woken:
             waiter.set_result(None)
@@ -262,7 +266,8 @@ class SmtpPool:
             if self._trouble is None:
                 return
             if self._trouble.phase not in OPENING:
-                # There are sessions, and no mail is taken: only another mail can tell whether that is over.
+                # Sessions come about, but the relay refuses all mails: only another mail shows whether that
+                # is over.
                 self._failures += 1
                 self._probe = True
                 self._probe_pending = not self._wake(1)
@@ -271,7 +276,7 @@ class SmtpPool:
                 self._sessions.release(await self._sessions.open())
                 self._mark_up()
             except UnavailableError as error:
-                # A send may have opened a session meanwhile.
+                # A send may have brought the pool up meanwhile.
                 if self._trouble is not None:
                     self._failures += 1
                     self._set_trouble(error.outcome)
@@ -303,16 +308,16 @@ class SmtpPool:
         return outcome
 
     def _count_unanswered(self, session: Session, outcome: SendResult) -> SendResult:
-        """The outcome; ours where the relay has not answered MAIL in several new sessions in a row.
+        """Return the result, with ``spares_attempt`` if MAIL got no reply in several new sessions in a row.
 
-        MAIL names no recipient. One such session says little: it may have been the network, or this mail.
+        MAIL names no recipient, so the relay is at fault. A single such session may be due to the network.
         """
         if (
             isinstance(outcome, NotSent)
             and outcome.step is TransactionStep.MAIL
             and not outcome.spares_attempt
         ):
-            # Where all commands went at once, the silence may be about the recipient.
+            # With pipelining all commands go at once, so the silence may concern the recipient.
             silent = session.connection.timed_out and "PIPELINING" in session.extensions
             if session.fresh and not silent:
                 self._unanswered += 1
@@ -323,7 +328,7 @@ class SmtpPool:
         return outcome
 
     def _proves_recovery(self, outcome: SendResult) -> bool:
-        """Whether it shows that the relay takes what it refused: a mail taken, or refused there or later."""
+        """Return whether the relay took the mail, or refused it no earlier than the trouble's step."""
         if not isinstance(outcome, Rejected):
             return isinstance(outcome, Sent)
         refused = self._trouble.step if self._trouble is not None else None

@@ -1,4 +1,4 @@
-"""The relay's addresses: in which order they are tried (RFC 8305), and which are remembered as dead."""
+"""The relay's addresses: in which order to try them (RFC 8305), and which are remembered as dead."""
 
 import asyncio
 import socket
@@ -11,12 +11,12 @@ __all__ = ["Addresses", "ConnectError", "RelayAddress", "interleave_families"]
 
 # RFC 8305 section 8 recommends 250 ms.
 _DELAY = 0.25
-# How long (seconds) a dead address comes last.
+# A dead address comes last for this long (seconds).
 _DEAD_FOR = 600.0
 
 
 class RelayAddress(NamedTuple):
-    """Where to connect to, as `getaddrinfo` has it."""
+    """An address to connect to, as `getaddrinfo` returns it."""
 
     family: int
     sockaddr: tuple[Any, ...]
@@ -27,14 +27,14 @@ class RelayAddress(NamedTuple):
 
 
 class ConnectError(OSError):
-    """No address could be connected to."""
+    """The client could connect to none of the addresses."""
 
 
 class Addresses:
-    """What is known of a relay's addresses. Belongs to one event loop.
+    """Connects to a relay, and remembers its dead addresses. Belongs to one event loop.
 
-    An address is dead for a while once a connection to it failed, or stood while a later one came about. Dead
-    ones are tried after all others, so that a relay of which all are dead is still asked.
+    An address counts as dead for a while after a connection to it failed, or was still pending when a later
+    one succeeded. Dead addresses are tried last.
     """
 
     def __init__(self, *, delay: float = _DELAY, dead_for: float = _DEAD_FOR) -> None:
@@ -43,7 +43,7 @@ class Addresses:
         self._dead: dict[RelayAddress, float] = {}
 
     async def resolve(self, host: str, port: int) -> list[RelayAddress]:
-        """Return the addresses in the order in which they are to be tried.
+        """Return the relay's addresses in the order in which to try them.
 
         Raises:
             OSError, UnicodeError: the name cannot be resolved.
@@ -53,7 +53,8 @@ class Addresses:
         return self.order([RelayAddress(family, sockaddr) for family, _, _, _, sockaddr in found])
 
     def order(self, addresses: Sequence[RelayAddress]) -> list[RelayAddress]:
-        """Return the addresses as they are to be tried: families in turn, dead ones last."""
+        """Return the addresses in the order in which to try them: families alternate, dead addresses come
+        last."""
         now = asyncio.get_running_loop().time()
         self._dead = {address: until for address, until in self._dead.items() if until > now}
         return sorted(interleave_families(addresses), key=lambda address: address in self._dead)
@@ -61,18 +62,18 @@ class Addresses:
     async def connect(
         self, addresses: Sequence[RelayAddress], timeout: float
     ) -> tuple[RelayAddress, socket.socket]:
-        """Connect to the first address that answers; the next one is tried after 250 ms, or at a failure.
+        """Connect to the first address that answers; try the next one after 250 ms or after a failure.
 
         Args:
-            addresses: in the order in which they are tried.
+            addresses: in the order in which to try them.
             timeout: seconds for each.
 
         Returns:
-            The address and its connected socket, which does not block.
+            The address and its connected, non-blocking socket.
 
         Raises:
-            ConnectError: none can be connected to. It has each one's cause.
-            asyncio.CancelledError: and nothing is left open.
+            ConnectError: no address answered; the text has each one's cause.
+            asyncio.CancelledError: nothing is left open.
         """
         left = deque(addresses)
         running: dict[asyncio.Task[socket.socket], RelayAddress] = {}
@@ -106,13 +107,13 @@ class Addresses:
         raise ConnectError("; ".join(causes) or "no address")
 
     def mark(self, *addresses: RelayAddress) -> None:
-        """Remember these as dead."""
+        """Remember these addresses as dead."""
         until = asyncio.get_running_loop().time() + self._dead_for
         self._dead.update(dict.fromkeys(addresses, until))
 
 
 def interleave_families(addresses: Sequence[RelayAddress]) -> list[RelayAddress]:
-    """Return the addresses with their families in turn, that of the first one first (RFC 8305 section 4)."""
+    """Return the addresses with alternating families, beginning with the first one's (RFC 8305 section 4)."""
     families: dict[int, list[RelayAddress]] = {}
     for address in dict.fromkeys(addresses):
         families.setdefault(address.family, []).append(address)

@@ -1,5 +1,4 @@
-"""The client's side of AUTH: PLAIN (RFC 4616), LOGIN and XOAUTH2. Pure: which lines to send, in which
-order."""
+"""The client's lines in AUTH: PLAIN (RFC 4616), LOGIN and XOAUTH2. Pure."""
 
 import binascii
 import ssl
@@ -21,22 +20,22 @@ __all__ = [
 ]
 
 Exchange = Generator[bytes, Reply, None]
-"""The lines of one mechanism, each sent after a 334. They hold the secret: never log them."""
+"""The lines of one mechanism; the client sends each after a 334. They hold the secret: never log them."""
 
 
 class UnsupportedAuthError(Exception):
-    """The server offers no mechanism that these credentials can use."""
+    """The server offers no mechanism for these credentials."""
 
 
 def may_send_secret(tls: Tls, context: ssl.SSLContext | None) -> bool:
-    """Whether a secret may be sent over a session: to a verified peer, or in clear if TLS is switched off.
+    """Return whether a session may carry the secret: to a verified peer, or in clear if TLS is off.
 
-    Without this, whoever strips STARTTLS from an opportunistic session, or answers it with a certificate of
-    their own, is given the password.
+    Without this rule an attacker who strips STARTTLS from an opportunistic session, or shows another
+    certificate, gets the password.
 
     Args:
         tls: the relay's mode.
-        context: what the session was encrypted with; None where it is in clear.
+        context: the TLS context of the session; None if it is in clear.
     """
     if context is None:
         return tls is Tls.NONE
@@ -44,10 +43,10 @@ def may_send_secret(tls: Tls, context: ssl.SSLContext | None) -> bool:
 
 
 def mechanisms(credentials: Credentials, offered: Collection[str]) -> list[str]:
-    """Return the mechanisms to try, in this order.
+    """Return the mechanisms to try, in their order.
 
     Args:
-        offered: the mechanisms that EHLO named, in capitals.
+        offered: the mechanisms of the EHLO reply, in capitals.
 
     Raises:
         UnsupportedAuthError: none of them can be used.
@@ -64,17 +63,17 @@ def mechanisms(credentials: Credentials, offered: Collection[str]) -> list[str]:
 
 
 def exchange(mechanism: str, user: str, secret: str) -> Exchange:
-    """Return the lines of a mechanism; a 334 that comes when they are at their end is to be cancelled."""
+    """Return the lines of a mechanism. The caller cancels if the server sends a 334 after the last one."""
     return _EXCHANGES[mechanism](user, secret)
 
 
 def secret_mask(user: str, secret: str) -> Mask:
-    """Return the mask of a secret and of the responses that hold it."""
+    """Return a mask for the secret and for the responses that hold it."""
     return Mask(secret, (_plain_response(user, secret), _xoauth2_response(user, secret)))
 
 
 def challenge_text(challenge: Reply, mask: Mask) -> str:
-    """Return what a 334 says in the clear, such as XOAUTH2's reason for a refusal; empty if nothing."""
+    """Return the readable text of a 334, such as XOAUTH2's reason for a refusal; empty if there is none."""
     try:
         text = mask(b64decode(challenge.lines[0].strip(), validate=True)).decode()
     except (binascii.Error, ValueError):
@@ -93,7 +92,7 @@ def _xoauth2_response(user: str, secret: str) -> bytes:
 def _plain(user: str, secret: str) -> Exchange:
     response = _plain_response(user, secret) + b"\r\n"
     yield b"AUTH PLAIN " + response
-    # Some servers do not read what stands behind the mechanism, and ask for it.
+    # Some servers ignore the initial response and ask for it.
     yield response
 
 
@@ -108,7 +107,7 @@ def _xoauth2(user: str, secret: str) -> Exchange:
     challenge = yield b"AUTH XOAUTH2 " + response
     if not challenge.lines[0].strip():
         yield response
-    # A refusal comes as a 334 with the reason; the empty line asks for the 535 itself.
+    # The server refuses by a 334 with the reason; the empty line asks for the 535.
     yield b"\r\n"
 
 

@@ -1,4 +1,5 @@
-"""One connection to a mail server: bytes out, replies in, and what is known when it is lost."""
+"""One connection to a mail server: it writes bytes, reads replies, and knows what is certain when it is
+lost."""
 
 import asyncio
 import ssl
@@ -13,15 +14,15 @@ __all__ = ["SmtpConnection"]
 
 
 class SmtpConnection(asyncio.Protocol):
-    """Asks and waits for replies. It never raises for what a server does; it says what it knows.
+    """Sends commands and waits for their replies. It raises for nothing that a server does.
 
-    Every reply must have been asked for: what comes unasked ends the connection, so that no reply is ever
-    taken for the answer to a later command (after STARTTLS that would be an attack, CVE-2011-0411).
+    Data that comes without a command ends the connection. So no reply is ever taken for the reply to a later
+    command; after STARTTLS that would be an attack (CVE-2011-0411).
 
-    Whether the last byte of a message has left decides between "not sent" and "in doubt". The write buffer's
-    limits are set so that the transport reports any byte it still holds (`pause_writing`): while it does, the
-    last byte was certainly not handed over. The other way round nothing is certain. (The TLS layer
-    takes a message as a whole and hides what it holds, so over TLS what breaks inside one is in doubt.)
+    Whether the last byte of a message has left decides between "not sent" and "in doubt". The limits of the
+    write buffer are so low that the transport reports any byte in it (`pause_writing`). While a byte is in
+    it, the last byte was certainly not handed over. An empty buffer proves nothing. TLS takes a message as
+    a whole and hides its own buffer, so over TLS a message that breaks off is in doubt.
     """
 
     __slots__ = (
@@ -48,7 +49,7 @@ class SmtpConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._parser = ReplyParser()
         self._replies: list[Reply] = []
-        # The banner comes without a question, and may come before anyone waits for it.
+        # The banner comes without a command, and may come before `greeting` is called.
         self._wanted = 1
         self._waiter: asyncio.Future[list[Reply]] | None = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
@@ -56,18 +57,18 @@ class SmtpConnection(asyncio.Protocol):
         self._buffered = False
         self._on_lost: Callable[[], None] | None = None
         self.lost: str | None = None
-        """Why no more replies will come; None while they may."""
+        """Why the connection is over; None while it is not."""
         self.unparsed = ""
-        """What had come of the server by then and was no whole reply, or was not asked for."""
+        """What the server had sent by then that was no whole reply, or was no reply to a command."""
         self.timed_out = False
-        """Whether it is over because the server did not answer in time."""
+        """Whether the connection is over because the server did not reply in time."""
         self.unsent = False
-        """Whether some of the bytes written were certainly not handed over when the last question ended."""
+        """Whether some bytes were certainly not handed over when the last ``ask`` ended."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
-        """Done when the transport has let go of the socket."""
+        """Done when the transport has closed the socket."""
 
     async def greeting(self, timeout: float) -> list[Reply]:
-        """Wait for the banner; the result is that of ``ask``."""
+        """Wait for the banner; the result is as in ``ask``."""
         return await self._answers(timeout, timeout)
 
     async def ask(
@@ -82,17 +83,17 @@ class SmtpConnection(asyncio.Protocol):
         """Write ``data`` and wait for ``count`` replies.
 
         Args:
-            timeout: seconds to wait, from the moment that all was written.
+            timeout: seconds to wait for the replies once all is written.
             flush_timeout: seconds that writing may take; ``timeout`` if not given.
-            patient: lines without a code are a part of the reply behind them, and do not end the connection.
+            lenient: lines without a code belong to the reply that follows, and do not end the connection.
 
         Returns:
-            The replies. Fewer than ``count`` only if the connection is over, and then ``lost`` says why: it
-            was closed, broke or timed out, the server sent 421, or answered garbage or out of turn. A reply
-            that had begun by then, and whose code can be read, is among them.
+            The replies. If there are fewer than ``count``, the connection is over, and ``lost`` says why.
+            It was closed, broke or timed out, or the server sent 421, garbage or too many replies. An
+            unfinished reply whose code can be read is among them.
 
         Raises:
-            asyncio.CancelledError: and the connection is aborted; ``replies`` has what was answered.
+            asyncio.CancelledError: the connection is aborted; ``replies`` has the replies so far.
         """
         self._replies = []
         if self.lost is not None:
@@ -105,7 +106,7 @@ class SmtpConnection(asyncio.Protocol):
 
     @property
     def mask(self) -> Mask:
-        """What is taken out of all that the server says, so that no secret is shown or logged."""
+        """The mask for everything that the server sends, so that no secret is shown or logged."""
         return self._parser.mask
 
     @mask.setter
@@ -114,11 +115,11 @@ class SmtpConnection(asyncio.Protocol):
 
     @property
     def replies(self) -> list[Reply]:
-        """What was answered to the last question."""
+        """The replies to the last ``ask`` so far."""
         return self._replies
 
     async def start_tls(self, context: ssl.SSLContext, host: str, timeout: float) -> None:
-        """Put TLS under the connection.
+        """Encrypt the connection with TLS.
 
         Raises:
             OSError: the handshake failed or took longer than ``timeout`` seconds; the connection is over.
@@ -136,20 +137,20 @@ class SmtpConnection(asyncio.Protocol):
         self._use(transport)
 
     def watch(self, on_lost: Callable[[], None]) -> None:
-        """Have ``on_lost`` called once when the connection is over, at once if it is already."""
+        """Have ``on_lost`` called once when the connection is over; at once if it is over already."""
         if self.lost is None:
             self._on_lost = on_lost
         else:
             on_lost()
 
     def abort(self, cause: str) -> None:
-        """End the connection at once; what was not handed over yet never will be."""
+        """End the connection at once; bytes that are still buffered never leave."""
         if self.lost is None:
-            unfinished, said = self._parser.unfinished, self._parser.unparsed
+            unfinished, unparsed = self._parser.unfinished, self._parser.unparsed
             if unfinished is not None and self._waiter is not None and len(self._replies) < self._wanted:
                 self._replies.append(unfinished)
-            self.lost = f"{cause}, after {said[:200]!r}" if said else cause
-            self.unparsed = self.unparsed or said
+            self.lost = f"{cause}, after {unparsed[:200]!r}" if unparsed else cause
+            self.unparsed = self.unparsed or unparsed
             self.unsent = self._buffered
             if self._on_lost is not None:
                 self._on_lost()
@@ -157,7 +158,7 @@ class SmtpConnection(asyncio.Protocol):
         self._wake()
 
     def quit(self, timeout: float) -> None:
-        """Say QUIT and close when it was answered, or after ``timeout`` seconds. Does not wait."""
+        """Send QUIT; close the connection after its reply or after ``timeout`` seconds. Does not wait."""
         if self.lost is None:
             self.lost = "closed by us"
             if self._on_lost is not None:
@@ -185,7 +186,7 @@ class SmtpConnection(asyncio.Protocol):
 
     def _timed_out(self) -> None:
         if self._buffered:
-            # uvloop reports a finished write in the next turn of the loop: look again after it.
+            # uvloop reports a finished write in the next turn of the loop: check again after it.
             self._loop.call_soon(self._give_up)
         else:
             self._give_up()
@@ -242,8 +243,7 @@ class SmtpConnection(asyncio.Protocol):
             self._wake()
 
     def eof_received(self) -> None:
-        # Closing would first flush what is buffered, and the server would have a mail that counts as not
-        # sent.
+        # Closing would first flush the buffer: the server would have a mail that counts as not sent.
         self.abort("connection closed by the server")
 
     def connection_lost(self, exc: Exception | None) -> None:

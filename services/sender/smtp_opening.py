@@ -24,7 +24,7 @@ from services.sender.smtp_session import RelayMemory, Session, UnavailableError
 
 __all__ = ["open_session"]
 
-# RFC 4954 section 4: it ends an exchange that has come to nothing.
+# RFC 4954 section 4: it cancels an exchange.
 _CANCEL = b"*\r\n"
 
 
@@ -36,16 +36,16 @@ async def open_session(
     *,
     refused: Mapping[str, str] | None = None,
 ) -> Session:
-    """Open a session with ``relay``: with the first of its addresses that answers (RFC 8305).
+    """Open a session with the first of the relay's addresses that answers (RFC 8305).
 
     Args:
         context: for every TLS mode but ``none``.
-        learnt: what earlier sessions have shown; this one adds to it.
-        refused: mechanisms that are not tried again, and what was said to them.
+        memory: what earlier sessions have shown; this one adds to it.
+        refused: the mechanisms that the relay refused, which are not tried again, and its replies.
 
     Raises:
-        UnavailableError: the relay cannot be reached, refuses us, or offers less than ``relay`` asks for.
-        asyncio.CancelledError: and nothing is left open.
+        UnavailableError: the relay cannot be reached, refuses the session, or lacks what ``relay`` requires.
+        asyncio.CancelledError: nothing is left open.
     """
     memory = memory or RelayMemory()
     implicit = context if relay.tls is Tls.IMPLICIT else None
@@ -61,18 +61,18 @@ async def open_session(
         if connection.lost is not None:
             raise UnavailableError.during(Phase.CONNECT, connection.lost, name)
     except _HandshakeError as error:
-        # Credentials would not go in clear either, and the certificate's trouble is what to show.
+        # With credentials a session in clear is no way out, and the certificate's error is the one to show.
         if relay.tls is Tls.OPPORTUNISTIC and relay.credentials is None:
             return await open_session(relay, None, timeouts, memory)
         memory.addresses.mark(address)
         raise UnavailableError.during(Phase.TLS, str(error), name) from error
     except _ClosedAtAuthError as error:
-        # A further mechanism is left to try, and the server closed with its refusal of this one.
+        # The server refused a mechanism and closed the connection, and another mechanism is left.
         return await open_session(relay, context, timeouts, memory, refused=error.refused)
     except BaseException as error:
         connection.abort("session not opened")
         if isinstance(error, UnavailableError) and error.outcome.phase in (Phase.CONNECT, Phase.TLS):
-            # Another address may be better off.
+            # Another address may work.
             memory.addresses.mark(address)
         raise
     return session
@@ -135,7 +135,7 @@ async def _wire(
 
 
 def _name(relay: Relay, address: RelayAddress) -> str:
-    """How the relay is shown: with its address, where its host is a name."""
+    """Return the relay's name for logs, with its address if its host is a name."""
     shown = relay.host if address.ip == relay.host else f"{relay.host}[{address.ip}]"
     return f"{shown}:{relay.port}"
 
@@ -164,8 +164,7 @@ async def _hello(session: Session, relay: Relay) -> None:
 
 
 async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) -> bool:
-    """Encrypt the session and greet again; False if it stays in clear, which only ``opportunistic``
-    allows."""
+    """Encrypt the session and send EHLO again; return False if it stays in clear (``opportunistic`` only)."""
     required = relay.tls is Tls.STARTTLS
     if "STARTTLS" not in session.extensions:
         if required:
@@ -191,7 +190,7 @@ async def _authenticate(
     memory: RelayMemory,
     refused: dict[str, str],
 ) -> None:
-    """Try the mechanisms that both sides know, one after the other, until one is taken."""
+    """Try the mechanisms that both sides support, one after the other, until the relay accepts one."""
     credentials, connection = relay.credentials, session.connection
     assert credentials is not None
     if not may_send_secret(relay.tls, context):
@@ -211,28 +210,28 @@ async def _authenticate(
             memory.mechanism = name
             return
         if not answer and name != left[0]:
-            # The server closed with its refusal of the one before.
+            # The server refused the mechanism before and closed the connection.
             raise _ClosedAtAuthError(refused)
         refused[name] = " ".join([_refused(session, Phase.AUTH, answer, "AUTH").outcome.cause, *reasons])
         if not answer or not answer[0].permanent:
             break
         if credentials.tokens is not None:
             credentials.tokens.forget(secret)
-    told = len(set(refused.values())) > 1
+    differ = len(set(refused.values())) > 1
     causes = (
-        [f"AUTH {name}: {said}" for name, said in refused.items()] if told else list(refused.values())[:1]
+        [f"AUTH {name}: {cause}" for name, cause in refused.items()] if differ else list(refused.values())[:1]
     )
     raise UnavailableError.during(Phase.AUTH, "; ".join(causes), session.name)
 
 
 async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], list[str]]:
-    """Send a mechanism's lines; return the last answer, and what the ones before said in the clear."""
+    """Send a mechanism's lines; return the last reply, and the readable texts of those before."""
     line = next(lines)
     reasons: list[str] = []
     while True:
         answer = await session.connection.ask(line, 1, session.timeouts.opening)
         if not answer or not answer[0].intermediate or line == _CANCEL:
-            return answer, [said for said in reasons if said.startswith("{")]
+            return answer, [text for text in reasons if text.startswith("{")]
         reasons.append(challenge_text(answer[0], session.connection.mask))
         try:
             line = lines.send(answer[0])
@@ -241,8 +240,8 @@ async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], lis
 
 
 def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> UnavailableError:
-    said = str(answer[0]) if answer else f"no answer to {to}"
-    cause = said if answer and not answer[0].ok else f"{said}: {session.connection.lost}"
+    reply = str(answer[0]) if answer else f"no answer to {to}"
+    cause = reply if answer and not answer[0].ok else f"{reply}: {session.connection.lost}"
     return UnavailableError.during(phase, cause, session.name)
 
 

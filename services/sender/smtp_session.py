@@ -1,4 +1,4 @@
-"""A session with a relay, and what sessions teach about it."""
+"""A session with a relay, and what the pool remembers of earlier ones."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ __all__ = ["RelayMemory", "Session", "UnavailableError"]
 
 
 class UnavailableError(Exception):
-    """No session could be had. ``outcome`` says where it failed; it is always ours."""
+    """No session came about. ``outcome`` says where it failed; it always spares the attempt."""
 
     def __init__(self, outcome: NotSent) -> None:
         super().__init__(f"{outcome.relay}: {outcome.phase}: {outcome.cause}")
@@ -25,15 +25,16 @@ class UnavailableError(Exception):
 
 @dataclass(slots=True)
 class RelayMemory:
-    """What sessions with a relay have shown, for those that are opened later."""
+    """What earlier sessions with a relay have shown, for later ones."""
 
     addresses: Addresses = field(default_factory=Addresses)
     mechanism: str | None = None
-    """The one that AUTH succeeded with: it is tried first, so that no session begins with a refusal."""
+    """The mechanism that AUTH succeeded with. Later sessions try it first, so that none begins with a
+    refusal."""
 
 
 class Session:
-    """A session that is ready for MAIL, and what its server can do."""
+    """A session that is ready for MAIL, and what its server supports."""
 
     __slots__ = (
         "auth",
@@ -51,26 +52,26 @@ class Session:
         self.connection = connection
         self.timeouts = timeouts
         self.name = name
-        """The relay as it is shown: ``mail.example.org[192.0.2.1]:25``."""
+        """The relay's name in logs: ``mail.example.org[192.0.2.1]:25``."""
         self.extensions: dict[str, str] = {}
-        """EHLO keywords in capitals, each with its parameters (RFC 5321 §4.1.1.1)."""
+        """EHLO keywords in capitals, with their parameters (RFC 5321 §4.1.1.1)."""
         self.auth: Collection[str] = ()
         self.fresh = True
-        """False once it has been idle: what fails then before the envelope may be the server's idle
+        """False once the session was idle: a failure before the envelope may then be the server's idle
         timeout."""
         self.needs_reset = False
-        """Whether the server may be in the middle of a transaction, so that RSET must come before MAIL."""
+        """Whether the server may be in a transaction, so that RSET must come before MAIL."""
         self.mails = 0
         self.idle_since = 0.0
 
     def learn(self, ehlo: Reply) -> None:
-        """Take the extensions from an EHLO reply; what was known before is forgotten (RFC 3207 §4.2)."""
+        """Take the extensions from an EHLO reply and forget earlier ones (RFC 3207 §4.2)."""
         self.extensions = {}
         auth: set[str] = set()
-        # The first line has the server's name; of some servers, which give none, it is a keyword already.
+        # The first line has the server's name. Some servers give none and begin with a keyword.
         for line in ehlo.lines:
             keyword, _, parameters = line.strip().partition(" ")
-            # "AUTH=LOGIN" is how servers wrote it before RFC 2554.
+            # Servers from before RFC 2554 write "AUTH=LOGIN".
             keyword, equals, value = keyword.upper().partition("=")
             if keyword == "AUTH":
                 auth.update(f"{value} {parameters}".upper().split())
@@ -80,7 +81,7 @@ class Session:
 
     @property
     def size_limit(self) -> int | None:
-        """Bytes that the server takes at most (RFC 1870 §4): None if it did not say, or said 0."""
+        """The most bytes that the server takes (RFC 1870 §4); None: it gave no limit, or 0."""
         limit = self.extensions.get("SIZE", "")
-        # RFC 1870 §4 gives a size 20 digits at most.
+        # A size has at most 20 digits (RFC 1870 §4).
         return int(limit) or None if limit.isascii() and limit.isdigit() and len(limit) <= 20 else None

@@ -1,5 +1,4 @@
-"""The sessions with one relay: which are open, who may use which, when one more is opened or one is
-closed."""
+"""The sessions with one relay: who uses which, when another one is opened, and when one is closed."""
 
 import asyncio
 import random
@@ -17,19 +16,19 @@ __all__ = ["Sessions", "backoff_seconds"]
 class _SessionWaiter(NamedTuple):
     turn: asyncio.Future[Session | None]
     fresh: bool
-    """Whether only a new session will do."""
+    """Whether the waiter needs a new session."""
 
 
 def backoff_seconds(limits: Limits, failures: int) -> float:
-    """The seconds to wait after so many failures in a row: doubling, with jitter."""
+    """Return the seconds to wait after so many failures in a row: doubling, with jitter."""
     return min(limits.backoff * 2.0 ** min(failures - 1, 16), limits.backoff_max) * random.uniform(0.75, 1.25)
 
 
 class Sessions:
-    """Hands sessions out and takes them back, within ``limits``. Belongs to one event loop.
+    """Lends sessions to sends, within ``limits``. Belongs to one event loop.
 
-    The session used last is given first, so that those that are not needed grow old and are closed. Who has
-    to wait is served in the order of coming.
+    It lends the session that was used last, so that sessions above the need stay idle and are closed. Waiting
+    sends are served in the order of their calls.
     """
 
     def __init__(self, relay: Relay, limits: Limits, timeouts: Timeouts) -> None:
@@ -39,7 +38,7 @@ class Sessions:
         self._memory = RelayMemory()
         self._context = None if relay.tls is Tls.NONE else relay.tls_context()
         self._ready: set[Session] = set()
-        self._idle: deque[Session] = deque()  # the one used last on the right
+        self._idle: deque[Session] = deque()  # the one that was used last is on the right
         self._sockets: set[asyncio.Future[None]] = set()
         self._waiters: deque[_SessionWaiter] = deque()
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -61,13 +60,13 @@ class Sessions:
         return len(self._waiters)
 
     async def acquire(self, *, fresh: bool = False) -> Session:
-        """An idle session, or a new one, or the first that comes free. It must be given to ``release``.
+        """Return an idle session, a new one, or the first that is released. The caller must ``release`` it.
 
         Args:
-            fresh: only a new one, within the same limits.
+            fresh: the session must be a new one; the limits hold all the same.
 
         Raises:
-            UnavailableError: no session can be had.
+            UnavailableError: no session came about.
         """
         while not self._closing:
             if self._idle and not fresh:
@@ -80,7 +79,7 @@ class Sessions:
         raise self._closed()
 
     def release(self, session: Session) -> None:
-        """Take a session back, whatever has become of it."""
+        """Take back a session, also one that is over."""
         if session.connection.lost is not None:
             return
         session.fresh = False
@@ -101,14 +100,14 @@ class Sessions:
             self._idle_timer = loop.call_later(self._limits.idle, self._close_idle)
 
     def end(self, session: Session) -> None:
-        """Close a session that was acquired. It is given to ``release`` all the same."""
+        """Close a session that a send holds. The send must ``release`` it all the same."""
         session.connection.quit(self._timeouts.quit)
 
     async def open(self) -> Session:
-        """A new session, whoever waits.
+        """Return a new session, ahead of all waiting sends.
 
         Raises:
-            UnavailableError: none can be had.
+            UnavailableError: no session came about.
         """
         self.opening += 1
         try:
@@ -116,7 +115,7 @@ class Sessions:
         except UnavailableError:
             raise
         except BaseException:
-            # The relay is not to blame, so those that wait need not hear of it: one of them tries.
+            # The relay is not at fault, so waiting sends get no error: one of them tries.
             asyncio.get_running_loop().call_soon(self._wake)
             raise
         finally:
@@ -127,17 +126,20 @@ class Sessions:
         self._sockets.add(session.connection.closed)
         session.connection.closed.add_done_callback(self._socket_closed)
         session.connection.watch(lambda: self._remove(session))
-        # Those that came while the relay refused more sessions need not wait for this one.
+        # Sends that began to wait while the relay refused further sessions may now open their own.
         self._wake()
         return session
 
     def fail_waiters(self, error: UnavailableError) -> None:
-        """Have all that wait raise ``error``."""
+        """Have all waiting sends raise ``error``."""
         while self._waiters:
             _resume(self._waiters.popleft(), error)
 
     async def close(self, grace: float) -> None:
-        """Open none any more, wait ``grace`` seconds for those in use, say QUIT, abort what is left."""
+        """Open no more sessions; QUIT idle ones at once and others when they are released.
+
+        After ``grace`` seconds abort those that are still in use.
+        """
         self._closing = True
         for timer in (self._idle_timer, self._growth_timer):
             if timer is not None:
@@ -153,17 +155,17 @@ class Sessions:
             await asyncio.wait(self._sockets, timeout=self._timeouts.quit + 1)
 
     def _may_grow(self) -> bool:
-        # A socket that is still closing counts: the relay may count it too.
+        # A closing socket counts, since the relay may still count it.
         if len(self._sockets) + self.opening >= self._limits.sessions or self._closing:
             return False
         return not self._ready or self._growth_timer is None
 
     def _needs_place(self, more: int) -> bool:
-        """Whether so many more than wait need a new session than old ones are closing."""
+        """Return whether more sends wait (with ``more`` added) than sockets are closing."""
         return len(self._waiters) + more > len(self._sockets) - len(self._ready)
 
     async def _grow(self) -> Session | None:
-        """A new session; None if the relay refuses more of them while it serves others."""
+        """Return a new session; None if the relay refuses it while it serves others."""
         try:
             return await self.open()
         except UnavailableError:
@@ -182,7 +184,7 @@ class Sessions:
         self._wake()
 
     async def _wait(self, fresh: bool) -> Session | None:
-        """Wait for what another gives back: its session, or None for the place of a lost one."""
+        """Wait for a released session; None: the caller may open one in place of a lost session."""
         waiter = _SessionWaiter(asyncio.get_running_loop().create_future(), fresh)
         self._waiters.append(waiter)
         turn = waiter.turn
@@ -198,7 +200,7 @@ class Sessions:
             raise
 
     def _wake(self) -> None:
-        """Let one that waits open a session, if there is place for it."""
+        """Let one waiting send open a session, if the limits allow it."""
         while self._waiters and self._may_grow():
             if _resume(self._waiters.popleft(), None):
                 return
@@ -213,7 +215,7 @@ class Sessions:
         self._wake()
 
     def _close_idle(self) -> None:
-        """Close what has been idle for too long."""
+        """Close the sessions that have been idle for too long."""
         self._idle_timer = None
         loop = asyncio.get_running_loop()
         while self._idle and self._idle[0].idle_since + self._limits.idle <= loop.time():
@@ -226,7 +228,7 @@ class Sessions:
 
 
 def _resume(waiter: _SessionWaiter, answer: Session | UnavailableError | None) -> bool:
-    """Give a waiter its answer; False if it no longer waits."""
+    """Resume a waiter with its answer; return False if it no longer waits."""
     if waiter.turn.done():
         return False
     if isinstance(answer, UnavailableError):

@@ -1,4 +1,4 @@
-"""One mail over one session: the envelope, the message, the answer (RFC 5321 §3.3, RFC 2920)."""
+"""One mail over one session: the envelope, the message and the reply (RFC 5321 §3.3, RFC 2920)."""
 
 import asyncio
 import re
@@ -23,20 +23,20 @@ __all__ = ["StaleSessionError", "begin", "check_mail", "hand_over"]
 
 _COMMANDS = (TransactionStep.MAIL, TransactionStep.RCPT, TransactionStep.DATA)
 _ADDRESS = re.compile(r"[^\x00-\x20\x7f-\xa0<>\u2028\u2029]*")
-_SLOWEST = 10_000  # bytes a second that a message may leave at
+_SLOWEST = 10_000  # bytes a second: a message may leave no slower
 
 
 class StaleSessionError(Exception):
-    """A session that had been idle ended before the server answered MAIL: another one may be tried at
-    once."""
+    """An idle session ended before the server answered MAIL: the pool may try another one at once."""
 
 
 def check_mail(mail_from: str, rcpt: str, message: bytes) -> None:
-    """Refuse what would not stay inside its command, or inside the message (RFC 5321 §2.3.8, "smuggling").
+    """Refuse a mail that would break out of its command or its message (SMTP smuggling, RFC 5321 §2.3.8).
 
     Raises:
-        ValueError: an address with a space, a control character or an angle bracket, no recipient, or a
-            message with a CR or LF that is not part of a CRLF.
+        ValueError: there is no recipient, or the message has a CR or LF outside a CRLF. Or an address has a
+        space,
+            a control character or an angle bracket.
     """
     if not _ADDRESS.fullmatch(mail_from) or not _ADDRESS.fullmatch(rcpt) or not rcpt:
         raise ValueError(f"not an envelope: {mail_from!r} to {rcpt!r}")
@@ -47,14 +47,14 @@ def check_mail(mail_from: str, rcpt: str, message: bytes) -> None:
 async def begin(
     session: Session, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
 ) -> SendResult | None:
-    """Send the envelope of a mail that ``check_mail`` let pass, up to the answer to DATA.
+    """Send the envelope of a mail that ``check_mail`` accepted, up to the reply to DATA.
 
     Args:
-        mail_from: the return path; empty for the null one.
-        guard: asked before the envelope is written; on False nothing is sent.
+        mail_from: the return path; empty for the null path.
+        guard: called before the envelope is written; on False nothing is sent.
 
     Returns:
-        None if the server wants the message, which ``hand_over`` sends; otherwise how the delivery ended.
+        None if the server wants the message, which ``hand_over`` sends; otherwise how the send ended.
 
     Raises:
         StaleSessionError: nothing was sent, and the session is over.
@@ -79,13 +79,13 @@ async def begin(
 async def hand_over(
     session: Session, mail_from: str, message: bytes, guard: Callable[[], bool]
 ) -> SendResult:
-    """Send the message after ``begin`` returned None, and return what the server's answer means.
+    """Send the message after ``begin`` returned None; return how the send ended.
 
     Args:
-        mail_from: that of ``begin``.
-        guard: asked before the message is written; on False nothing is sent.
+        mail_from: as for ``begin``.
+        guard: called before the message is written; on False nothing is sent.
 
-    Cancelling cuts the connection off. The result then says whether the message may have gone out.
+    Cancelling aborts the connection. The result then says whether the message may have gone out.
     """
     connection, timeouts = session.connection, session.timeouts
     if connection.lost is not None:
@@ -93,7 +93,7 @@ async def hand_over(
             Phase.DATA, connection.lost, False, session.name, connection.unparsed, TransactionStep.MESSAGE
         )
     if not guard():
-        # After a 354 only a message or the end of the connection can follow.
+        # After a 354 the client can only send the message or end the connection.
         connection.abort("lease lost")
         return LeaseLost(Phase.DATA)
     try:
@@ -110,7 +110,7 @@ async def hand_over(
 
 
 def _parameters(session: Session, mail_from: str, rcpt: str, message: bytes) -> str | Rejected:
-    """What stands behind MAIL FROM, or why this server cannot take this mail at all."""
+    """Return MAIL's parameters, or the refusal if this server cannot take this mail at all."""
     offered = session.extensions
     parameters = ""
     if "SIZE" in offered:
@@ -137,10 +137,10 @@ def _never(session: Session, reply: str) -> Rejected:
 
 
 async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> SendResult | None:
-    """Everything up to the 354: None when it came, and what stopped it otherwise.
+    """Send the commands; return None after a 354, otherwise how the send ended.
 
-    The replies are read in order, and the first that is not the expected one decides: those behind it, to
-    commands that were sent with it, only follow from it.
+    The first reply that is not the expected one decides. Replies to commands that were pipelined after it
+    only follow from it.
     """
     connection, timeouts = session.connection, session.timeouts
     pipelined = "PIPELINING" in session.extensions
@@ -167,13 +167,13 @@ async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> 
         return NotSent(phase, connection.lost or "no answer", False, session.name, connection.unparsed, step)
     reply = replies[stopped]
     if stopped < mail or (stopped == mail and reply.code == 503):
-        # RSET refused, or MAIL out of sequence: that is about the session and never about this mail.
+        # The server refused RSET, or MAIL as out of sequence. That concerns the session, never this mail.
         connection.abort(str(reply))
         if not session.fresh:
             raise StaleSessionError(str(reply))
     session.needs_reset = True
     if pipelined and stopped < last < len(replies) and replies[last].intermediate:
-        # RFC 2920 §3.1: a server that takes DATA without a recipient gets a lone dot.
+        # RFC 2920 §3.1: a server that accepts DATA without a recipient gets a lone dot.
         await connection.ask(b".\r\n", 1, timeouts.command)
     phase = Phase.DATA if stopped == last else Phase.ENVELOPE
     return await _refusal(session, phase, _COMMANDS[stopped - mail], reply, mail_from)
@@ -182,7 +182,7 @@ async def _envelope(session: Session, commands: list[bytes], mail_from: str) -> 
 async def _refusal(
     session: Session, phase: Phase, step: TransactionStep, reply: Reply, mail_from: str
 ) -> SendResult:
-    """What a reply other than yes means: to this mail, to the session, or to all mails."""
+    """Return how the send ended with this reply, which may concern the mail, the session or the account."""
     if not (reply.transient or reply.permanent):
         session.connection.abort(f"out of step: {reply}")
         return NotSent(phase, f"out of step: {reply}", False, session.name, str(reply), step)
@@ -191,7 +191,7 @@ async def _refusal(
         try:
             about = refusal_scope(step, reply, mail_from, closed=await _closed(session))
         except asyncio.CancelledError:
-            # After the dot the answer counts, also where nobody waits for what follows it.
+            # After the dot the reply counts, even if nobody waits for the one to RSET.
             if phase is not Phase.AFTER_DOT:
                 raise
     if about is RefusalScope.ACCOUNT:
@@ -203,7 +203,7 @@ async def _refusal(
 
 
 async def _closed(session: Session) -> bool:
-    """Whether the server closed the connection with what it said last. RSET finds it out."""
+    """Return whether the server closed the connection with its last reply; RSET shows it."""
     connection = session.connection
     if connection.lost is None:
         answer = await connection.ask(b"RSET\r\n", 1, session.timeouts.quit)
@@ -212,7 +212,7 @@ async def _closed(session: Session) -> bool:
 
 
 async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> SendResult:
-    """What the answer to the message, or its absence, means."""
+    """Return how the send ended, given the reply to the message, if any."""
     connection = session.connection
     if not answer:
         cause = connection.lost or "no answer"
@@ -222,7 +222,7 @@ async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> Sen
             )
         return InDoubt(cause, session.name, connection.unparsed)
     reply = answer[0]
-    # Postfix keeps the transaction open when it refuses at the end of data, and then takes no MAIL.
+    # Postfix keeps the transaction open when it refuses the message, and then accepts no MAIL.
     session.needs_reset = not reply.ok
     if connection.unsent:
         return await _refusal(session, Phase.DATA, TransactionStep.MESSAGE, reply, mail_from)
@@ -235,7 +235,7 @@ async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> Sen
 
 
 def _stuffed(message: bytes) -> bytes:
-    """The message as DATA carries it: leading dots doubled (RFC 5321 §4.5.2), ended by a dot alone."""
+    """Return the message for DATA: leading dots doubled (RFC 5321 §4.5.2), a lone dot at the end."""
     if b"\r\n." in message:
         message = message.replace(b"\r\n.", b"\r\n..")
     if message[:1] == b".":

@@ -38,7 +38,7 @@ from services.sender.async_claims import AsyncClaims
 from services.sender.cleanup import Cleanups, within
 from services.sender.composer import Composer
 from services.sender.leases import Leases
-from services.sender.metrics import SENDER_CROWDED, SENDER_SECONDS, SENDER_SKIPPED
+from services.sender.metrics import SENDER_SECONDS, SENDER_SHED, SENDER_SKIPPED
 from services.sender.policy import Policy
 from services.sender.settling import record_doubt, store_outcome
 from services.sender.slots import DomainSaturated, Slots
@@ -301,7 +301,7 @@ class Sender:
         return settled if settlement is Settlement.STORED else None
 
     def _defer_untried(self, domain: str) -> Outcome:
-        SENDER_CROWDED.inc()
+        SENDER_SHED.inc()
         delays = self._policy.delays
         delay, due_at_ms = schedule(delays, delays[0], self._now_us() // 1000, self._rng)
         return Retry(delay, due_at_ms, f"too many wait for {domain}", counts=False)
