@@ -1,4 +1,4 @@
-"""Deletes the bodies of tasks that settled long ago."""
+"""Deletes the bodies of tasks that ended long ago."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["purge", "purge_forever"]
 
 log = structlog.get_logger(__name__)
 
-# Small, since it locks the tasks' rows, which a Retry may be waiting for.
+# Small, since a purge locks the tasks' rows, and a Retry may wait for one of them.
 _BATCH = 200
 _EVERY_SECONDS = 60.0
 
 
 def purge(engine: Engine, retention_seconds: int, now_us: int) -> int:
-    """Delete every body whose task settled more than `retention_seconds` before `now_us`; blocks.
+    """Delete every body whose task ended more than `retention_seconds` before `now_us`; return their number.
 
-    Returns how many. Any number of replicas may do so at once: each passes by what another has locked.
+    Blocks. Several replicas may purge at once: each skips the rows that another has locked.
     """
     before = from_micros(now_us - retention_seconds * 1_000_000)
     purged = 0
@@ -39,7 +39,7 @@ def purge(engine: Engine, retention_seconds: int, now_us: int) -> int:
 
 
 async def purge_forever(engine: Engine, retention_seconds: int) -> None:
-    """Purge every minute or so until cancelled; what goes wrong is logged. 0 seconds: never."""
+    """Purge about every minute until cancelled, and log errors. 0 seconds: never purge."""
     while retention_seconds:
         await asyncio.sleep(_EVERY_SECONDS * random.uniform(0.5, 1.5))
         try:

@@ -1,4 +1,4 @@
-"""The status service: its stage, running, and beside it the purge of old bodies and a note of topic ids."""
+"""The status service: its stage, the purge of old bodies, and the note of topic ids."""
 
 from __future__ import annotations
 
@@ -44,11 +44,8 @@ class StatusService(StageService):
 
 
 async def build(settings: Settings) -> StatusService:
-    """Return the service; it connects to nothing before it runs.
-
-    Raises ValueError for a database URL that cannot be used.
-    """
+    """Return the service, which connects when it runs. Raises ValueError for an unusable database URL."""
     with refused("database_url"):
         url = url_of(settings.database_url)
-    # One connection folds, one is for what runs beside it.
+    # One connection folds, the other one serves the background work.
     return StatusService(settings, make_engine(url, pool_size=2))

@@ -1,4 +1,4 @@
-"""The status stage: every event of every topic, folded into the tables that List and Get read."""
+"""The status stage: it folds all events of all topics into the tables that List and Get read."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ log = structlog.get_logger(__name__)
 
 
 class StatusHandler:
-    """Folds batches of events, each batch in one transaction.
+    """Folds batches of records, each batch in one transaction.
 
-    While the database is away a batch waits, and `problems` says why. A record is to blame only for what
-    the database says of its data; it becomes Dead, and its neighbours are stored without it. Any other
-    error (a missing table) is raised: the runtime hands the batch in again.
+    While the database is away a batch waits, and `problems` says why. If the database rejects a record's
+    data, that record becomes Dead, and the others of the batch are stored. Any other error (a missing
+    table) is raised, and the runtime repeats the batch.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -38,7 +38,7 @@ class StatusHandler:
         self._problem: str | None = None
 
     async def handle_batch(self, records: Sequence[Record]) -> Sequence[Outcome]:
-        """Return Done for every record that is stored, or was before."""
+        """Return Done for every record whose event is stored now or was stored before."""
         events = [record.event for record in records]
         try:
             outcomes = await self._fold(events)
@@ -46,18 +46,18 @@ class StatusHandler:
             if not is_transient(error):
                 raise
             self._noticed(error)
-            # Not from the start: the policy costs as much as the fold of a small batch.
+            # Only after a failure: the retry policy costs as much as the fold of a small batch.
             outcomes = await retry_until_available(self._noticed)(self._fold, events)
         self._problem = None
         return outcomes
 
     def problems(self) -> list[str]:
-        """Return what the batch at hand waits for. Safe from any thread."""
+        """Return what the present batch waits for. Safe on any thread."""
         problem = self._problem
         return [problem] if problem else []
 
     async def close(self) -> None:
-        """Wait for the call that still runs."""
+        """Wait for the fold that still runs."""
         await self._batcher.close()
 
     async def _fold(self, events: Sequence[Event]) -> list[Outcome]:
@@ -92,5 +92,5 @@ def _cause(error: BaseException) -> str:
 
 
 def stage(status: StatusHandler) -> Stage:
-    """Return the stage as the runtime takes it: what it reads and its handler."""
+    """Return the status stage for the runtime."""
     return Stage.of(STAGES["status"], handle_batch=status.handle_batch)

@@ -1,4 +1,4 @@
-"""Notes the ids of the event topics when the service starts: `postroad rebuild` compares them later."""
+"""Notes the ids of the event topics when the service starts, for `postroad rebuild`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["note_topic_ids"]
 
 log = structlog.get_logger(__name__)
 
-_AGAIN = 30.0
+_RETRY_SECONDS = 30.0
 
 
 async def note_topic_ids(engine: Engine, settings: Settings) -> None:
-    """Note the ids, once Kafka and the database can be asked. Cancel it to stop."""
+    """Note the ids as soon as Kafka and the database answer, or until cancelled."""
     while True:
         try:
             await asyncio.to_thread(_note, engine, settings)
@@ -34,11 +34,11 @@ async def note_topic_ids(engine: Engine, settings: Settings) -> None:
             log.info("topic ids not noted", error=error_text(error))
         else:
             return
-        await asyncio.sleep(_AGAIN)
+        await asyncio.sleep(_RETRY_SECONDS)
 
 
 def _note(engine: Engine, settings: Settings) -> None:
     names = Names(settings.topic_prefix)
-    # The stage itself tells of a broker that is away.
+    # The stage itself reports a broker that is away.
     ids = topic_ids.topic_ids(kafka_admin.client(settings), [names.topic(topic) for topic in EVENT_TOPICS])
     transaction(engine, lambda connection: topic_ids.note(connection, ids))

@@ -1,4 +1,4 @@
-"""Verdicts kept for as long as they hold, and one lookup at a time for each domain."""
+"""A cache of verdicts, with one lookup at a time for each domain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["VerdictCache"]
 
 
 class _LookupStart(NamedTuple):
-    """When a lookup began, by the cache's clock, and whether it asked all anew."""
+    """When a lookup began, by the cache's clock, and whether it used nothing that was known before."""
 
     at: float
     fresh: bool
@@ -33,12 +33,12 @@ class _PendingLookup(NamedTuple):
 
 
 class VerdictCache:
-    """The verdicts of `lookup`, each kept for its own `ttl`.
+    """Keeps each verdict of `lookup` for the verdict's `ttl`. Belongs to one event loop.
 
-    `lookup` is told whether all must be asked anew. `clock` is monotonic, in seconds. `transient_ttl` caps
-    the time for which trouble with the DNS is believed; keep it under the shortest retry delay, or a retry
-    meets the verdict that it was to wait out. At most `size` domains are kept, the longest known go first.
-    One event loop's own; no locks.
+    `lookup` gets the domain and whether it must be fresh: use nothing that is known already. `clock` is
+    monotonic, in seconds. `transient_ttl` caps how long a transient verdict is kept. It must be less than the
+    shortest retry delay, or a retry would meet the verdict that caused it. The cache keeps at most `size`
+    domains and drops the oldest first.
     """
 
     def __init__(
@@ -53,28 +53,28 @@ class VerdictCache:
         self._clock = clock
         self._transient_ttl = transient_ttl
         self._size = size
-        self._kept: dict[str, _CacheEntry] = {}
+        self._entries: dict[str, _CacheEntry] = {}
         self._pending: dict[str, _PendingLookup] = {}
         self._tasks: set[asyncio.Task[Verdict]] = set()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def get(self, domain: str, max_age: float = inf) -> Verdict | None:
-        """The verdict on `domain` (in A-label form; no other is found) if one is kept and still holds.
+        """Return the valid verdict on `domain`, which must be in A-label form; None if there is none.
 
-        With `max_age` (seconds) only one for which all was asked anew, and no longer ago than that.
+        `max_age` (seconds) accepts only a verdict of a fresh lookup that began no longer ago.
         """
-        kept = self._kept.get(domain)
-        if kept is None or self._clock() >= kept.until or not self._is_fresh_enough(kept.asked, max_age):
+        entry = self._entries.get(domain)
+        if entry is None or self._clock() >= entry.until or not self._is_fresh_enough(entry.asked, max_age):
             return None
-        return kept.verdict
+        return entry.verdict
 
     async def resolve(self, domain: str, max_age: float = inf) -> Verdict:
-        """The verdict on `domain` in any form, kept (as `get` has it) or new.
+        """Return the verdict on `domain`, in any form, from the cache (as `get` does) or from a lookup.
 
-        Callers of the same domain share one lookup, which goes on when some or all of them are cancelled.
-        Raises what the lookup raises, to each of them.
+        Callers of the same domain share one lookup, which goes on if they are cancelled. Each of them raises
+        what the lookup raises.
         """
         try:
             name = to_ascii(domain)
@@ -92,7 +92,7 @@ class VerdictCache:
         return await asyncio.shield(pending.task)
 
     async def close(self) -> None:
-        """Cancels the lookups under way and waits until they are gone; their callers are cancelled too."""
+        """Cancel the lookups under way, and so their callers, and wait for their end."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -103,16 +103,16 @@ class VerdictCache:
 
     async def _run_lookup(self, name: str, asked: _LookupStart) -> Verdict:
         verdict = await self._lookup(name, asked.fresh)
-        kept = self._kept.get(name)
-        if kept is not None and kept.asked.at > asked.at:
-            # One that was begun later has come before this one.
+        entry = self._entries.get(name)
+        if entry is not None and entry.asked.at > asked.at:
+            # A lookup that began later ended before this one.
             return verdict
         ttl = min(verdict.ttl, self._transient_ttl) if verdict.kind is VerdictKind.TRANSIENT else verdict.ttl
-        # A new insertion, not an update: the order of the dictionary is the order of learning.
-        self._kept.pop(name, None)
-        self._kept[name] = _CacheEntry(asked, self._clock() + ttl, verdict)
-        if len(self._kept) > self._size:
-            del self._kept[next(iter(self._kept))]
+        # Insert anew instead of updating, so that the dictionary is in the order of age.
+        self._entries.pop(name, None)
+        self._entries[name] = _CacheEntry(asked, self._clock() + ttl, verdict)
+        if len(self._entries) > self._size:
+            del self._entries[next(iter(self._entries))]
         return verdict
 
     def _lookup_done(self, name: str, pending: _PendingLookup, task: asyncio.Task[Verdict]) -> None:
@@ -120,4 +120,4 @@ class VerdictCache:
         if self._pending.get(name) is pending:
             del self._pending[name]
         if not task.cancelled():
-            task.exception()  # with every caller cancelled nobody else would retrieve it
+            task.exception()  # if every caller was cancelled, nobody else retrieves it

@@ -1,7 +1,7 @@
-"""The walk over the DNS that finds out whether a domain takes mail: which questions are asked, and when.
+"""The DNS lookup that finds out whether a domain takes mail: which questions it asks, and when.
 
-What the answers mean stands in `mx`, who is asked in `servers`; this file turns dnspython's results into
-plain values.
+`mx` decides what the answers mean, and `servers` which server is asked. This file turns dnspython's results
+into plain values.
 """
 
 import asyncio
@@ -42,20 +42,20 @@ __all__ = ["Lookup", "make_resolver", "parse_servers"]
 
 T = TypeVar("T")
 
-# Names may be aliases of aliases; what goes on longer than this is a loop.
+# A name may be an alias of an alias; a longer chain than this is a loop.
 _MAX_ALIASES = 8
-# With one usable host known, the domain is fit for mail; the others get this long to be listed too.
+# One usable host settles the verdict. The other hosts have this long (seconds) to be listed too.
 _PATIENCE = 1.0
-# Many domains share few mail hosts: those that are known to be usable are not asked for again, within bounds.
+# Many domains share few mail hosts, so lookups remember usable hosts: so many, and for so long (seconds).
 _MAX_KNOWN_HOSTS = 10_000
 _LONGEST_KNOWN = 3600
 
 
 def parse_servers(text: str) -> list[tuple[str, int]]:
-    """The (address, port) pairs of a comma list of `host`, `host:port`, `[v6]` or `[v6]:port`; else port 53.
+    """Return (address, port) for each server of a comma list; the port is 53 if it is not given.
 
-    Host names are resolved by the system, so this may block: call it while starting. Raises ValueError for a
-    server that cannot be read or does not resolve.
+    A server is written `host`, `host:port`, `[v6]` or `[v6]:port`. May block: the system resolves host names.
+    Raises ValueError for a server that cannot be read or does not resolve.
     """
     servers = []
     for item in map(str.strip, text.split(",")):
@@ -83,10 +83,11 @@ def _split(item: str) -> tuple[str, int]:
 
 
 def make_resolver(servers: str, timeout: float = 2.0) -> dns.asyncresolver.Resolver:
-    """A stub resolver that asks `servers` (see `parse_servers`), or the system's if that is empty, each for
-    `timeout` seconds at a time at most. It has no cache. A truncated answer is asked for again over TCP.
+    """Return a stub resolver without a cache that asks `servers` (see `parse_servers`), or the system's if
+    empty.
 
-    May block; raises ValueError for servers that cannot be used, and when the system has none.
+    It waits `timeout` seconds for a server, and repeats a question over TCP after a truncated answer. May
+    block. Raises ValueError for servers that cannot be used, and if the system has none.
     """
     try:
         resolver = dns.asyncresolver.Resolver(configure=not servers.strip())
@@ -99,49 +100,56 @@ def make_resolver(servers: str, timeout: float = 2.0) -> dns.asyncresolver.Resol
 
 
 class Lookup:
-    """Finds the verdict on one domain after another.
+    """Looks up the verdicts on domains.
 
-    `lifetime` bounds one walk, in seconds. At most `walks` domains are under way at a time (the others wait
-    without using up their lifetime) and at most `hosts` mail hosts of each, so never more sockets than the
-    product of both.
+    A lookup takes at most `lifetime` seconds. At most `domains` are looked up at a time; the lifetime of
+    others begins later. Of each domain at most `hosts` mail hosts are looked up at a time. So there are
+    never more sockets than the product of both.
     """
 
     def __init__(
-        self, resolver: dns.asyncresolver.Resolver, *, lifetime: float = 5.0, walks: int = 200, hosts: int = 4
+        self,
+        resolver: dns.asyncresolver.Resolver,
+        *,
+        lifetime: float = 5.0,
+        domains: int = 200,
+        hosts: int = 4,
     ) -> None:
         self._servers = NameServers(resolver, lifetime)
         self._lifetime = lifetime
-        self._walks = asyncio.Semaphore(walks)
+        self._domains = asyncio.Semaphore(domains)
         self._hosts = hosts
         self._usable: dict[str, float] = {}
 
     async def __call__(self, domain: str, fresh: bool = False) -> Verdict:
-        """The verdict on `domain`, which is in A-label form (`names.to_ascii`).
+        """Return the verdict on `domain`, which must be in A-label form (`names.to_ascii`).
 
-        `fresh`: mail hosts that are known to be usable are asked for all the same. Never raises for what the
-        DNS or the network does: that is a transient verdict.
+        A `fresh` lookup ignores the remembered hosts. Failures of DNS or of the network raise nothing: they
+        make a transient verdict.
         """
-        async with self._walks:
+        async with self._domains:
             with VALIDATOR_LOOKUP_SECONDS.time():
-                return await self._walk(domain, fresh)
+                return await self._look_up_domain(domain, fresh)
 
-    async def _walk(self, domain: str, fresh: bool) -> Verdict:
+    async def _look_up_domain(self, domain: str, fresh: bool) -> Verdict:
         deadline = monotonic() + self._lifetime
         answer = await self._ask(domain, dns.rdatatype.MX, deadline, _mx)
         first = first_verdict(domain, answer)
         if isinstance(first, Verdict):
             return first
         known = {} if fresh else self._recall([name for _, name in first])
-        hosts = await self._look_up([name for _, name in first], known, deadline)
+        hosts = await self._look_up_hosts([name for _, name in first], known, deadline)
         return final_verdict(domain, answer, hosts)
 
-    async def _look_up(
+    async def _look_up_hosts(
         self, names: Sequence[str], known: dict[str, HostLookup], deadline: float
     ) -> dict[str, HostLookup]:
-        """The states of the hosts that are known or could be looked up in time."""
+        """Return the known hosts and those that could be looked up in time."""
         gate = asyncio.Semaphore(self._hosts)
         tasks = {
-            asyncio.create_task(self._host(name, gate, deadline)): name for name in names if name not in known
+            asyncio.create_task(self._look_up_host(name, gate, deadline)): name
+            for name in names
+            if name not in known
         }
         pending = set(tasks)
         try:
@@ -160,12 +168,12 @@ class Lookup:
             await asyncio.gather(*pending, return_exceptions=True)
         return known
 
-    async def _host(self, name: str, gate: asyncio.Semaphore, deadline: float) -> HostLookup:
+    async def _look_up_host(self, name: str, gate: asyncio.Semaphore, deadline: float) -> HostLookup:
         async with gate:
             answers: tuple[Answer[Address], ...] = (
                 await self._ask(name, dns.rdatatype.A, deadline, _address),
             )
-            if answers[0].said is not AnswerKind.NO_NAME and not any(map(is_usable, answers[0].records)):
+            if answers[0].kind is not AnswerKind.NO_NAME and not any(map(is_usable, answers[0].records)):
                 answers += (await self._ask(name, dns.rdatatype.AAAA, deadline, _address),)
         host = host_state(answers)
         if host.state is HostState.USABLE:
@@ -187,7 +195,7 @@ class Lookup:
     async def _ask(
         self, name: str, kind: dns.rdatatype.RdataType, deadline: float, read: Callable[[dns.rdata.Rdata], T]
     ) -> Answer[T]:
-        """One question, its records turned into plain values by `read`."""
+        """Ask one question; `read` turns each record into a plain value."""
         try:
             question = dns.name.from_text(name)
             for _ in range(_MAX_ALIASES):
@@ -197,7 +205,7 @@ class Lookup:
                     return Answer(AnswerKind.RECORDS, tuple(read(record) for record in found.rrset), ttl)
                 if found.canonical_name == question:
                     return Answer(AnswerKind.NO_DATA, (), negative_ttl(found.response))
-                # Servers that only know their own zones leave an alias into another one unfollowed.
+                # A server that knows only its own zones does not follow an alias into another zone.
                 question = found.canonical_name
         except dns.resolver.NXDOMAIN as error:
             (response,) = error.kwargs["responses"].values()

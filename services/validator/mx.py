@@ -1,7 +1,7 @@
-"""The verdict on a mail domain, from what the DNS answered. Pure: no I/O, no clock.
+"""The verdict on a mail domain, from the answers of DNS. Pure: no I/O, no clock.
 
-The walk that asks the questions (`lookup`) goes: MX of the domain, `first_verdict`; if that leaves hosts to
-check, their addresses, `host_state` each; then `final_verdict`.
+A lookup (`lookup.py`) asks for the domain's MX records and calls `first_verdict`. If that leaves hosts to
+check, it asks for their addresses, calls `host_state` for each, and then `final_verdict`.
 """
 
 import ipaddress
@@ -33,44 +33,45 @@ __all__ = [
 T = TypeVar("T")
 
 Mx = tuple[int, str]
-"""Preference and host name of an MX record, the name in lower case, without the final dot; "" is the root."""
+"""An MX record: its preference and host name, in lower case, without the final dot; "" is the root."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# More hosts than this are a mistake or an attack; what the best twenty do not show, the rest will not.
+# More hosts than this are a mistake or an attack. If the best twenty are of no use, the others are not
+# either.
 MAX_HOSTS = 20
 
 _OK_TTL = (60, 3600)
 _NEGATIVE_TTL = (30, 300)
-# What no SOA vouches for may be a server's mistake of a moment.
+# A negative answer without an SOA may be a server's brief mistake.
 _UNPROVEN_TTL = 5
 _TRANSIENT_TTL = 30
 _MAX_DETAIL = 400
 
 
 class AnswerKind(StrEnum):
-    """How the DNS answered one question."""
+    """How DNS answered one question."""
 
     RECORDS = "records"
     NO_DATA = "no data"  # the name exists, the type does not (RFC 2308, section 2.2)
     NO_NAME = "no such name"  # NXDOMAIN, at the end of any CNAMEs (RFC 6604)
-    NOTHING = "nothing"  # SERVFAIL, REFUSED, timeout, nonsense: nothing is known
+    NOTHING = "nothing"  # SERVFAIL, REFUSED, a timeout or garbage: nothing is known
 
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[T]):
-    """One answer: what was said, the records if any, its TTL in seconds, for `NOTHING` the trouble in words.
+    """One answer: its kind, its records, its TTL in seconds; for `NOTHING` the detail says what went wrong.
 
-    The TTL of a negative one is its SOA's (RFC 2308); None: it has none."""
+    A negative answer's TTL is its SOA's (RFC 2308); None: it has no SOA."""
 
-    said: AnswerKind
+    kind: AnswerKind
     records: tuple[T, ...] = ()
     ttl: int | None = 0
     detail: str = ""
 
 
 class HostState(StrEnum):
-    """What a host's addresses make of it."""
+    """What a host's addresses show."""
 
     USABLE = "is_usable"
     LOOPBACK = "has only loopback or unspecified addresses"
@@ -80,7 +81,7 @@ class HostState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HostLookup:
-    """A mail host's state and how many seconds it may be believed; None: no SOA says so."""
+    """A mail host's state, and the seconds for which it may be remembered; None: there is no SOA."""
 
     state: HostState
     ttl: int | None = 0
@@ -88,7 +89,7 @@ class HostLookup:
 
 
 class VerdictKind(StrEnum):
-    """`OK`: mail can be sent. `FAILED`: never, as the DNS stands. `TRANSIENT`: ask again later."""
+    """`OK`: the domain takes mail. `FAILED`: by its records it takes none. `TRANSIENT`: ask again later."""
 
     OK = "ok"
     FAILED = "failed"
@@ -96,7 +97,7 @@ class VerdictKind(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a domain takes no mail, as the task's `reason` shows it."""
+    """Why a domain takes no mail: the task's `reason`."""
 
     NO_MAIL_HOST = "no_mail_host"
     NULL_MX = "null_mx"
@@ -109,9 +110,10 @@ class Reason(StrEnum):
 class Verdict:
     """The verdict on a domain.
 
-    `hosts` are the usable mail hosts, best preference first, when `kind` is `OK`; otherwise `reason` is set
-    and `detail` says it in words for operators. `ttl` is the seconds that the verdict may be kept, within
-    60 s-1 h (ok), 30 s-5 min (failed), 30 s (transient); 5 s where it rests on a negative answer without SOA.
+    If `kind` is `OK`, `hosts` are the usable mail hosts, best preference first. Otherwise there is a
+    `reason`, and `detail` explains it to operators.The verdict may be kept for `ttl` seconds.
+    An ok verdict has 60 s to 1 h, a failed one 30 s to 5 min, a transient one 30 s. After a negative answer
+    without an SOA it is 5 s.
     """
 
     kind: VerdictKind
@@ -122,20 +124,22 @@ class Verdict:
 
 
 def is_usable(address: Address) -> bool:
-    """Whether mail for others may go to `address`: neither loopback nor unspecified (RFC 1122, 3.2.1.3)."""
+    """Return whether mail may go to `address`: it is neither loopback nor unspecified (RFC 1122, 3.2.1.3)."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return not (address.is_loopback or address.is_unspecified)
 
 
 def host_state(answers: tuple[Answer[Address], ...]) -> HostLookup:
-    """The state of a host from the answers to its A and AAAA questions, or to the first alone where that
-    settles it: a usable address, or no such name at all (RFC 8020)."""
+    """Return a host's state from the answers to its A and AAAA questions.
+
+    The first answer suffices if it has a usable address, or if the name does not exist (RFC 8020).
+    """
     addresses = [address for answer in answers for address in answer.records]
     if any(is_usable(address) for address in addresses):
         good = (answer.ttl or 0 for answer in answers if any(map(is_usable, answer.records)))
         return HostLookup(HostState.USABLE, max(good))
-    if trouble := [answer.detail for answer in answers if answer.said is AnswerKind.NOTHING]:
+    if trouble := [answer.detail for answer in answers if answer.kind is AnswerKind.NOTHING]:
         return HostLookup(HostState.UNKNOWN, 0, "; ".join(trouble))
     ttl = _least(answer.ttl for answer in answers)
     if addresses:
@@ -144,13 +148,13 @@ def host_state(answers: tuple[Answer[Address], ...]) -> HostLookup:
 
 
 def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
-    """What the MX answer alone settles, or the hosts whose addresses must be looked up, best first.
+    """Return the verdict if the MX answer settles it, else the hosts to look up, best first.
 
-    No MX record makes the domain its own mail host, at preference 0 (RFC 5321, section 5.1).
+    A domain without MX records is its own mail host, at preference 0 (RFC 5321, section 5.1).
     """
-    if answer.said is AnswerKind.NOTHING:
+    if answer.kind is AnswerKind.NOTHING:
         return _transient(f"MX of {domain}: {answer.detail}")
-    if answer.said is AnswerKind.NO_NAME:
+    if answer.kind is AnswerKind.NO_NAME:
         return _failed(Reason.NO_SUCH_DOMAIN, f"{domain} does not exist", answer.ttl)
     hosts = _hosts(domain, answer)
     if not hosts:
@@ -160,8 +164,11 @@ def first_verdict(domain: str, answer: Answer[Mx]) -> Verdict | tuple[Mx, ...]:
 
 
 def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, HostLookup]) -> Verdict:
-    """The verdict once the hosts that `first_verdict` asked for are looked up. One usable host is enough; one
-    that is unknown (or missing from `known`) leaves hope; otherwise each host is known to be of no use."""
+    """Return the verdict once the hosts of `first_verdict` are looked up.
+
+    One usable host makes it `OK`. Otherwise an unknown host, or one missing in `known`, makes it `TRANSIENT`.
+    Without either it is `FAILED`.
+    """
     hosts = _hosts(domain, answer)
     unknown = HostLookup(HostState.UNKNOWN, 0, "no answer in time")
     found = {name: known.get(name, unknown) for _, name in hosts if not _misnamed(name)}
@@ -175,17 +182,17 @@ def final_verdict(domain: str, answer: Answer[Mx], known: Mapping[str, HostLooku
 
 
 def not_a_domain(detail: str) -> Verdict:
-    """The verdict on what cannot be a domain name: no DNS has it."""
+    """Return the verdict on a text that cannot be a domain name."""
     return _failed(Reason.NO_SUCH_DOMAIN, detail, _NEGATIVE_TTL[1])
 
 
 def _hosts(domain: str, answer: Answer[Mx]) -> tuple[Mx, ...]:
-    """The hosts to try, best first, each once; none for a null MX."""
-    if answer.said is AnswerKind.NO_DATA:
+    """Return the hosts to try, best first, each once; none for a null MX."""
+    if answer.kind is AnswerKind.NO_DATA:
         return ((0, domain),)
     best: dict[str, int] = {}
     for preference, name in sorted(answer.records):
-        # The root beside other hosts is a mistake (RFC 7505, section 3) and no host.
+        # A null MX beside other hosts is a mistake (RFC 7505, section 3), and no host.
         if name:
             best.setdefault(name, preference)
     return tuple((preference, name) for name, preference in best.items())[:MAX_HOSTS]
@@ -223,5 +230,5 @@ def _within(bounds: tuple[int, int], ttl: int | None) -> int:
 
 
 def _short(detail: str) -> str:
-    """`detail` as it fits into a line of the task's timeline."""
+    """Return `detail`, cut to fit into an entry of the timeline."""
     return detail if len(detail) <= _MAX_DETAIL else detail[: _MAX_DETAIL - 3] + "..."

@@ -1,4 +1,4 @@
-"""Domain names as the DNS takes them, and the ones that no mail can be sent to."""
+"""Domain names in the form that DNS takes, and names that cannot be mail hosts."""
 
 import ipaddress
 import re
@@ -12,11 +12,11 @@ _ASCII_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*
 
 
 def to_ascii(domain: str) -> str:
-    """The A-label form of `domain`: lower case, no dot at the end.
+    """Return the A-label form of `domain`: lower case, without a dot at the end.
 
     Non-ASCII names are mapped by UTS #46 (non-transitional: "ß" keeps its own name) and encoded by
-    IDNA 2008 (RFC 5891). ASCII names are left to the DNS to judge, so long as they fit into a question.
-    Raises ValueError, with the reason as its text, for what cannot be a domain name.
+    IDNA 2008 (RFC 5891). DNS judges ASCII names, as long as they fit into a question. Raises ValueError, with
+    the reason as its text, for what cannot be a domain name.
     """
     name = domain.strip()
     if not name.isascii():
@@ -31,12 +31,12 @@ def to_ascii(domain: str) -> str:
 
 
 def is_localhost(name: str) -> bool:
-    """Whether `name` (lower case, no dot at the end) always means this very host (RFC 6761, section 6.3)."""
+    """Return whether `name` (lower case, no final dot) always means the own host (RFC 6761, section 6.3)."""
     return name == "localhost" or name.endswith(".localhost")
 
 
 def is_address_literal(name: str) -> bool:
-    """Whether `name` is an IP address written where a name belongs: `192.0.2.1`, `[192.0.2.1]`, `[IPv6:::1]`.
+    """Return whether `name` is an IP address: `192.0.2.1`, `[192.0.2.1]`, `[IPv6:::1]`.
 
     An MX record must name a host (RFC 1035, section 3.3.9); an address there is a common mistake.
     """

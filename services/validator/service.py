@@ -1,4 +1,4 @@
-"""The validator service: its stage, running on the DNS that the settings name."""
+"""The validator service: its stage, with the DNS servers of the settings."""
 
 import time
 
@@ -16,7 +16,7 @@ class ValidatorService(StageService):
 
     def __init__(self, settings: Settings, lookup: Lookup) -> None:
         delays = settings.validator_delays
-        # A little under the shortest delay: a retry that comes when it is due must ask the DNS anew.
+        # Slightly less than the shortest delay: a retry at its due time must ask DNS anew.
         transient_ttl = 0.9 * min(delays, default=30)
         self._cache = VerdictCache(lookup, time.monotonic, transient_ttl=transient_ttl)
         super().__init__(stage(self._cache, delays), settings)
@@ -27,9 +27,9 @@ class ValidatorService(StageService):
 
 
 async def build(settings: Settings) -> ValidatorService:
-    """Return the service; it asks nothing before it runs, but may block on names in `dns_servers`.
+    """Return the service. Blocks while the system resolves names in `dns_servers`.
 
-    Raises ValueError when those cannot be used.
+    Raises ValueError if those cannot be used.
     """
     with refused("dns_servers"):
         resolver = make_resolver(settings.dns_servers)

@@ -1,4 +1,4 @@
-"""The validator stage: a recorded task comes in, the verdict on its recipient's domain goes out."""
+"""The validator stage: it reads recorded tasks, and publishes the verdict on each recipient's domain."""
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,10 +21,10 @@ log = structlog.get_logger(__name__)
 
 
 class Validator:
-    """Turns `task.created` into `mx.ok` or `mx.failed`, or defers it while the DNS is of no help.
+    """Turns `task.created` into `mx.ok` or `mx.failed`, or defers the record while DNS does not answer.
 
-    `delays` are the seconds before each further attempt, each used once; when they are used up the task fails
-    as `dns_unavailable`. `now_us` is the time in microseconds since the Unix epoch.
+    `delays` are the seconds before each further attempt, each used once. After the last one the task fails as
+    `dns_unavailable`. `now_us` returns microseconds since the Unix epoch.
     """
 
     def __init__(self, cache: VerdictCache, delays: Sequence[int], now_us: Callable[[], int]) -> None:
@@ -33,7 +33,7 @@ class Validator:
         self._now_us = now_us
 
     def handle(self, record: Record) -> Outcome | Awaitable[Outcome]:
-        """The outcome at once where the domain's verdict is known, else a coroutine that looks it up."""
+        """Return the outcome if the domain's verdict is cached, else a coroutine that looks it up."""
         created = cast(pb.TaskCreated, record.event)
         domain, max_age = _domain(created.task), self._max_age(created)
         verdict = self._cache.get(domain, max_age)
@@ -43,7 +43,8 @@ class Validator:
         return self._outcome(record, await self._cache.resolve(domain, max_age))
 
     def _max_age(self, created: pb.TaskCreated) -> float:
-        """Who opens a task again wants the DNS to be asked since then: it may have been mended just now."""
+        """Return the verdict's age limit: a reopened task needs one from after its reopening, when DNS may
+        be repaired."""
         return max(0.0, (self._now_us() - created.at_us) / 1e6) if created.epoch else inf
 
     def _outcome(self, record: Record, verdict: Verdict) -> Outcome:
@@ -99,7 +100,7 @@ class Validator:
 
 
 def stage(cache: VerdictCache, delays: Sequence[int]) -> Stage:
-    """The stage as the runtime takes it: what it reads, its handler and its delays (seconds)."""
+    """Return the validator's stage for the runtime; `delays` are in seconds."""
     validator = Validator(cache, delays, lambda: time.time_ns() // 1000)
     return Stage.of(STAGES["validator"], handle=validator.handle, delays=delays)
 

@@ -301,7 +301,7 @@ async def test_a_cancelled_walk_leaves_nothing_behind(server: Nameserver) -> Non
 
 
 async def test_walks_are_bounded_and_waiting_uses_up_no_lifetime(server: Nameserver) -> None:
-    look = Lookup(make_resolver(f"127.0.0.1:{server.port}", 0.3), lifetime=0.3, walks=1)
+    look = Lookup(make_resolver(f"127.0.0.1:{server.port}", 0.3), lifetime=0.3, domains=1)
     silent = [asyncio.create_task(look("silent.test")) for _ in range(3)]
     good = asyncio.create_task(look("good.test"))
     assert (await good).kind is VerdictKind.OK

@@ -41,7 +41,7 @@ def statements(clock: Clock) -> StatementLimits:
 @pytest.mark.parametrize("server", [1024, 1 << 20, SERVER, 1 << 30])
 def test_a_statement_is_shorter_than_what_the_server_takes(statements: StatementLimits, server: int) -> None:
     assert server // 2 <= max_statement_bytes(server) < server
-    assert statements.share() is None
+    assert statements.multi_row_bytes() is None
 
 
 class Driver:
@@ -68,15 +68,15 @@ def test_what_the_server_refuses_of_several_rows_is_halved_until_it_may_be_other
     statements: StatementLimits, driver: Driver, clock: Clock
 ) -> None:
     driver.error = Error(errno=PACKET_TOO_LARGE)
-    with statements.several(), pytest.raises(Error) as caught:
+    with statements.multi_row(), pytest.raises(Error) as caught:
         driver.cmd_query(bytes(5 << 20))
     assert not isinstance(caught.value, StatementTooLong)
-    assert statements.share() == 5 << 19
-    with statements.several(), pytest.raises(Error):
+    assert statements.multi_row_bytes() == 5 << 19
+    with statements.multi_row(), pytest.raises(Error):
         driver.cmd_query(bytes(1000))
-    assert statements.share() == 500
+    assert statements.multi_row_bytes() == 500
     clock.now += 601
-    assert statements.share() is None
+    assert statements.multi_row_bytes() is None
 
 
 def test_a_single_row_is_always_sent_if_the_server_takes_it(driver: Driver, clock: Clock) -> None:
@@ -117,33 +117,33 @@ def test_a_single_row_that_is_lost_for_long_is_too_long_as_long_as_it_is_lost(
 
 
 def test_each_loss_halves_the_share_of_many_rows(statements: StatementLimits, clock: Clock) -> None:
-    statements.lost(12 << 20)
-    assert statements.share() == 6 << 20
-    statements.lost(12 << 20)  # it was under way meanwhile, or it is a single row
-    assert statements.share() == 6 << 20
-    statements.lost(5 << 20)
-    assert statements.share() == 5 << 19
+    statements.record_loss(12 << 20)
+    assert statements.multi_row_bytes() == 6 << 20
+    statements.record_loss(12 << 20)  # it was under way meanwhile, or it is a single row
+    assert statements.multi_row_bytes() == 6 << 20
+    statements.record_loss(5 << 20)
+    assert statements.multi_row_bytes() == 5 << 19
     for _ in range(5):
-        statements.lost(LONG_STATEMENT + 1)
-    assert statements.share() == LONG_STATEMENT
+        statements.record_loss(LONG_STATEMENT + 1)
+    assert statements.multi_row_bytes() == LONG_STATEMENT
     clock.now += 601
-    assert statements.share() is None
+    assert statements.multi_row_bytes() is None
 
 
 def test_losses_show_a_length_if_they_last_and_are_not_old(statements: StatementLimits, clock: Clock) -> None:
     # All in one moment: the server may just have gone away.
-    assert not any(statements.lost(3 << 20) for _ in range(20))
+    assert not any(statements.record_loss(3 << 20) for _ in range(20))
     clock.now += 21
-    assert statements.lost(3 << 20)
+    assert statements.record_loss(3 << 20)
     clock.now += 601
-    assert not statements.lost(3 << 20)
+    assert not statements.record_loss(3 << 20)
 
 
 def test_one_that_passes_acquits_all_that_are_no_longer(statements: StatementLimits, clock: Clock) -> None:
     for _ in range(20):
         clock.now += 5
-        assert not statements.lost(3 << 20)
-        statements.passed(3 << 20)
+        assert not statements.record_loss(3 << 20)
+        statements.record_success(3 << 20)
 
 
 def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(
@@ -151,15 +151,15 @@ def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(
 ) -> None:
     for size in (9, 9, 8, 8, 3):
         clock.now += 10
-        assert not statements.lost(size << 20)
+        assert not statements.record_loss(size << 20)
     clock.now += 10
-    assert statements.lost(9 << 20)
+    assert statements.record_loss(9 << 20)
 
 
 @given(st.lists(st.tuples(st.integers(), st.binary(max_size=300))), st.integers(0, 2000))
 def test_portions_are_all_rows_in_order_and_within_the_share(
-    rows: list[tuple[int, bytes]], share: int
+    rows: list[tuple[int, bytes]], limit: int
 ) -> None:
-    parts = list(split_by_bytes(rows, share))
+    parts = list(split_by_bytes(rows, limit))
     assert [row for part in parts for row in part] == rows
-    assert all(part and (len(part) == 1 or sum(map(max_row_bytes, part)) <= share) for part in parts)
+    assert all(part and (len(part) == 1 or sum(map(max_row_bytes, part)) <= limit) for part in parts)

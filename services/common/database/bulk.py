@@ -1,7 +1,7 @@
-"""Statements for many rows.
+"""Statements with many rows.
 
-Those on the hot paths go through `exec_driver_sql` with one text for many rows: SQLAlchemy's `text()` and
-`insert().values()` spend more on such a statement than the server does.
+The hot paths use `exec_driver_sql` with one text for many rows. ADR 28 compares that with SQLAlchemy's
+expression language.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from services.common.database.statement_size import StatementLimits, StatementTo
 __all__ = ["LIMITS_KEY", "execute_rows", "placeholders"]
 
 LIMITS_KEY: Final = "postroad_statements"
-"""Where `Connection.info` holds the `Statements` of the connection's engine."""
+"""The key of `Connection.info` under which the engine's `StatementLimits` are."""
 
 
 def placeholders(count: int) -> str:
@@ -30,22 +30,24 @@ def placeholders(count: int) -> str:
 def execute_rows(
     connection: Connection, head: str, rows: Sequence[Sequence[object]], tail: str = "", limit: int = 500
 ) -> int:
-    """Execute `head` + `(%s, ...)` a row + `tail`, at most `limit` rows a statement; blocks.
+    """Execute `head`, a `(%s, ...)` for each row, and `tail`; return the number of affected rows. Blocks.
 
-    A statement that would have more bytes than the database takes (statement_size.py) is made in two. `head`
-    ends with VALUES; all rows are of the first one's length. Returns the affected rows. Raises
-    `sqlalchemy.exc.DataError` for a row that no statement can hold.
+    A statement has at most `limit` rows, and fewer if it would have more bytes than the database takes
+    (statement_size.py). `head` ends with VALUES; all rows have the same length. Raises
+    `sqlalchemy.exc.DataError` for a row that is too long for any statement.
     """
     affected = 0
-    statements: StatementLimits | None = connection.info.get(LIMITS_KEY)
-    share = None if statements is None else statements.share()
+    limits: StatementLimits | None = connection.info.get(LIMITS_KEY)
+    multi_row_bytes = None if limits is None else limits.multi_row_bytes()
     for start in range(0, len(rows), limit):
         part = rows[start : start + limit]
-        if share is None:
+        if multi_row_bytes is None:
             affected += _execute_part(connection, head, part, tail)
         else:
-            room = share - len(head) - len(tail)
-            affected += sum(_execute_part(connection, head, few, tail) for few in split_by_bytes(part, room))
+            for_rows = multi_row_bytes - len(head) - len(tail)
+            affected += sum(
+                _execute_part(connection, head, few, tail) for few in split_by_bytes(part, for_rows)
+            )
     return affected
 
 
@@ -53,13 +55,13 @@ def _execute_part(connection: Connection, head: str, rows: Sequence[Sequence[obj
     parameters = tuple(chain.from_iterable(rows))
     row = f"({placeholders(len(parameters) // len(rows))})"
     statement = f"{head} {','.join([row] * len(rows))} {tail}"
-    bounds: StatementLimits | None = connection.info.get(LIMITS_KEY)
+    limits: StatementLimits | None = connection.info.get(LIMITS_KEY)
     try:
-        with bounds.several() if bounds is not None and len(rows) > 1 else nullcontext():
+        with limits.multi_row() if limits is not None and len(rows) > 1 else nullcontext():
             return connection.exec_driver_sql(statement, parameters).rowcount
     except DataError as error:
         if len(rows) == 1 or not isinstance(error.orig, StatementTooLong):
             raise
-    # It was not sent, so the transaction goes on.
+    # The statement was not sent, so the transaction is intact.
     middle = len(rows) // 2
     return sum(_execute_part(connection, head, half, tail) for half in (rows[:middle], rows[middle:]))

@@ -1,8 +1,8 @@
-"""MySQL or MariaDB: engines, and what their sessions are like.
+"""Engines for MySQL or MariaDB, and the settings of their sessions.
 
-Affected rows count what *matched* (the FOUND_ROWS flag, set by SQLAlchemy): an UPDATE that finds its
-row as it would leave it counts 1, and INSERT .. ON DUPLICATE KEY UPDATE counts 1 for a new row or one
-left as it was, 2 for one changed.
+The number of affected rows counts rows that *matched* (SQLAlchemy sets the FOUND_ROWS flag). An UPDATE that
+changes nothing in its row counts 1. INSERT .. ON DUPLICATE KEY UPDATE counts 1 for a new or unchanged row,
+and 2 for a changed one.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from services.common.database.statement_size import PACKET_TOO_LARGE, SESSION_LO
 
 __all__ = ["make_engine", "url_of"]
 
-# MySQL's C library sets itself up at its first use, and not safely when two threads meet there: the
-# second one's connection has no methods and takes the process with it. So once, before there are
+# MySQL's C library initialises itself at its first use, but not safely in two threads at once: the second
+# one's connection has no methods and crashes the process. So this module initialises it before there are
 # threads (mysql_library_init() in the C API's manual, a macro for this function).
 ctypes.PyDLL(_mysql_connector.__file__).mysql_server_init(0, None, None)
 
-# The driver looks for the mysql client's command DELIMITER in each statement, with the values in it, and
-# rewrites the statement where it finds one: a mail's text could change its own statement. The search also
-# takes time by the square of the text, in which no other thread runs.
+# The driver searches each statement, with its values, for the mysql client's command DELIMITER, and
+# rewrites the statement if it finds one: a mail's text could change its own statement. The search also
+# takes quadratic time, during which no other thread runs.
 MySQLScriptSplitter.has_delimiter = staticmethod(lambda code: False)  # type: ignore[method-assign]
 
 _DRIVERS = frozenset({"mysql", "mariadb", "mysql+mysqlconnector", "mariadb+mysqlconnector"})
 CONNECT_SECONDS = 4
 READ_SECONDS = 15
 LOCK_SECONDS = 5
-# The server ends a session that has been silent for so long, and with it a transaction in which a process
-# froze or its network broke: the rows that it had locked would keep all others waiting for hours.
+# The server ends a session that is silent for this long, and its transaction. Otherwise the row locks of a
+# frozen process, or of one without a network, would block all others for hours.
 SILENT_SECONDS = 20
 
 _SESSION_OVER = error_numbers(ErrorKind.SESSION)
@@ -51,7 +51,7 @@ _SESSION = (
 
 
 def url_of(value: str) -> URL:
-    """Return the URL of a database of ours; raises ValueError, without the password, where it is none."""
+    """Return the URL of a database. Raises ValueError, without the password, for an unusable one."""
     try:
         url = make_url(value)
     except ArgumentError as error:
@@ -73,11 +73,11 @@ def make_engine(
     read_seconds: int = READ_SECONDS,
     silent_seconds: int = SILENT_SECONDS,
 ) -> Engine:
-    """Return an engine whose sessions are READ COMMITTED, in UTC and strict. Connects on first use.
+    """Return an engine whose sessions are READ COMMITTED, in UTC and strict. It connects on first use.
 
-    `mysql://` and `mariadb://` mean the driver that Postroad uses. No statement may take longer than
-    `read_seconds`, and between two of a transaction there may be no more than `silent_seconds`. Options of
-    the driver may stand in the URL's query (`unix_socket`, `ssl_ca`).
+    `mysql://` and `mariadb://` select Postroad's driver. A statement may take at most `read_seconds`, and a
+    transaction may be silent for at most `silent_seconds`. The URL's query may hold options of the driver
+    (`unix_socket`, `ssl_ca`).
     """
     url = make_url(url)
     if url.drivername in ("mysql", "mariadb"):
@@ -85,14 +85,14 @@ def make_engine(
     engine = create_engine(
         url,
         isolation_level="READ COMMITTED",
-        # An error's text goes to the logs; a mail's does not.
+        # Error texts are logged; the text of a mail must not be.
         hide_parameters=True,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=READ_SECONDS,
-        # Before the server ends those that idle in the pool.
+        # The pool replaces idle sessions before the server ends them.
         pool_recycle=max(1, silent_seconds * 3 // 4),
-        # A Connection ends its own transaction; the pool's second ROLLBACK would be a round trip a call.
+        # A Connection ends its own transaction; the pool's ROLLBACK would cost another round trip a call.
         pool_reset_on_return=None,
         connect_args={
             "use_pure": False,
@@ -111,15 +111,15 @@ def make_engine(
 def _begin_session(
     silent_seconds: int, statements: StatementLimits, connection: Any, record: ConnectionPoolEntry
 ) -> None:
-    # The driver pings the server before every statement, a round trip each; a connection that is lost
-    # shows in the statement itself.
+    # The driver pings the server before every statement, at a round trip each. The statement itself shows
+    # whether the connection is lost.
     connection.is_connected = lambda: True
     cursor = connection.cursor()
     cursor.execute(_SESSION, (LOCK_SECONDS, silent_seconds))
     cursor.execute("SELECT @@max_allowed_packet")
-    [(most,)] = cursor.fetchall()
+    [(max_packet,)] = cursor.fetchall()
     cursor.close()
-    statements.guard(connection, int(most))
+    statements.guard(connection, int(max_packet))
     record.info[LIMITS_KEY] = statements
 
 
@@ -130,7 +130,7 @@ def _on_error(context: ExceptionContext) -> Exception | None:
         context.is_disconnect = True
     if context.sqlalchemy_exception is not None or number is None:
         return None
-    # The C extension's commit and rollback raise an error of its own, which is none of DB-API's: SQLAlchemy
-    # would neither wrap it nor drop the connection.
+    # The C extension's commit and rollback raise errors that are not DB-API's. SQLAlchemy would neither
+    # wrap them nor drop the connection.
     context.is_disconnect = context.is_disconnect or number in SESSION_LOST
     return OperationalError(context.statement, None, error, connection_invalidated=context.is_disconnect)

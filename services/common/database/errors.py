@@ -1,8 +1,7 @@
-"""Which of the database's errors pass by themselves, and which blame a value that it was given.
+"""The database's errors: which ones pass by themselves, and which ones are caused by a value.
 
-One table has the codes that pass, each with the reason and the source.
-
-What is not listed stays: the statement, its data or the set-up is at fault, and trying again is of no use.
+One table has the codes of errors that pass, each with its reason and source. For any other error the
+statement, its data or the set-up is at fault, and a retry does not help.
 
 Sources, as the rows name them:
 
@@ -14,8 +13,8 @@ Sources, as the rows name them:
 - `Galera`: the Galera Cluster documentation (galeracluster.com/library/).
 - `ProxySQL`: ProxySQL Error Codes (proxysql.com/documentation/error-codes).
 
-MySQL and MariaDB give a number from 1900 on to different errors now and then; each row names whose it is. The
-namesake on the other server is none that Postroad's statements can meet.
+From 1900 on, MySQL and MariaDB sometimes use one number for different errors; each row names its server.
+The other server's error of that number cannot happen to Postroad's statements.
 """
 
 from __future__ import annotations
@@ -43,16 +42,16 @@ __all__ = [
 
 
 class ErrorKind(Enum):
-    """What is to be done before it is tried again."""
+    """What a retry of the statement needs."""
 
     CONFLICT = "conflict"
-    """Nothing: another transaction came first, and this one was undone."""
+    """Nothing: another transaction came first, and the server rolled this one back."""
     SESSION = "session"
-    """Another session: this one is over, or its server is of no use for now."""
+    """A new session: this one is over, or its server cannot be used for now."""
     SERVER = "server"
-    """Waiting: the server, its cluster or the proxy before it is busy, full or changing over."""
+    """Time: the server, its cluster or its proxy is busy, full or in a failover."""
     CLIENT = "client"
-    """Another session: the server is not reached, or was lost."""
+    """A new session: the client did not reach the server, or lost it."""
 
 
 class ErrorCode(NamedTuple):
@@ -70,7 +69,7 @@ _CONFLICT, _SESSION, _SERVER, _CLIENT = ErrorKind
 ERRORS = tuple(
     ErrorCode(*row)
     for row in (
-        # --- a transaction that another one stood in the way of ---
+        # --- a conflict with another transaction ---
         (1020, "ER_CHECKREAD", _CONFLICT, "the row has changed since it was read", "MariaDB"),
         (1205, "ER_LOCK_WAIT_TIMEOUT", _CONFLICT, "another transaction holds the lock", "MySQL server"),
         (1213, "ER_LOCK_DEADLOCK", _CONFLICT, "a deadlock, or Galera's certification failed", "MySQL server"),
@@ -80,7 +79,7 @@ ERRORS = tuple(
         (3101, "ER_TRANSACTION_ROLLBACK_DURING_COMMIT", _CONFLICT,
          "another member of the group has committed the same row first", "MySQL manual 20.7.4.2"),
         (3572, "ER_LOCK_NOWAIT", _CONFLICT, "another transaction holds the lock", "MySQL server"),
-        # --- the session is over, or of no use ---
+        # --- the session is over, or cannot be used ---
         (1047, "ER_UNKNOWN_COM_ERROR", _SESSION, "the node is no part of the primary component", "Galera"),
         (1053, "ER_SERVER_SHUTDOWN", _SESSION, "the server shuts down", "MySQL server"),
         (1080, "ER_FORCING_CLOSE", _SESSION, "the server closes the session", "MySQL server"),
@@ -104,7 +103,7 @@ ERRORS = tuple(
         (3168, "ER_SERVER_ISNT_AVAILABLE", _SESSION, "the server starts or ends", "MySQL server"),
         (3169, "ER_SESSION_WAS_KILLED", _SESSION, "the session was killed", "MySQL server"),
         (4031, "ER_CLIENT_INTERACTION_TIMEOUT", _SESSION, "the session was idle too long", "MySQL server"),
-        # --- no room ---
+        # --- no resources left ---
         (3, "EE_WRITE", _SERVER, "the disk for temporary files is full", "MySQL global"),
         (5, "EE_OUTOFMEMORY", _SERVER, "out of memory", "MySQL global"),
         (20, "EE_DISK_FULL", _SERVER, "the disk is full", "MySQL global"),
@@ -116,21 +115,21 @@ ERRORS = tuple(
         (1135, "ER_CANT_CREATE_THREAD", _SERVER, "out of threads", "MySQL server"),
         (1206, "ER_LOCK_TABLE_FULL", _SERVER, "out of memory for locks", "MySQL server"),
         (1637, "ER_TOO_MANY_CONCURRENT_TRXS", _SERVER, "too many transactions at once", "MySQL server"),
-        # --- too many sessions, or a handshake that did not come about ---
+        # --- too many sessions, or a failed handshake ---
         (1040, "ER_CON_COUNT_ERROR", _SERVER, "too many sessions, here or at a proxy", "MySQL server"),
         (1042, "ER_BAD_HOST_ERROR", _SERVER, "the server's name service does not answer", "MySQL server"),
         (1043, "ER_HANDSHAKE_ERROR", _SERVER, "the handshake was cut short", "MySQL server"),
         (1129, "ER_HOST_IS_BLOCKED", _SERVER, "blocked until an operator flushes the hosts", "MySQL server"),
         (1203, "ER_TOO_MANY_USER_CONNECTIONS", _SERVER, "too many sessions of this user", "MySQL server"),
         (1226, "ER_USER_LIMIT_REACHED", _SERVER, "the user's hourly allowance is used up", "MySQL server"),
-        # --- a statement or a commit that was given up ---
+        # --- an aborted statement or commit ---
         (1180, "ER_ERROR_DURING_COMMIT", _SERVER, "the commit failed and was undone", "MySQL server"),
         (1297, "ER_GET_TEMPORARY_ERRMSG", _SERVER, "a temporary error of the engine", "MySQL server"),
         (1317, "ER_QUERY_INTERRUPTED", _SERVER, "somebody interrupted the statement", "MySQL server"),
         (1964, "ER_PRIOR_COMMIT_FAILED", _SERVER, "a commit before this one failed", "MariaDB"),
         (1969, "ER_STATEMENT_TIMEOUT", _SERVER, "max_statement_time is over", "MariaDB"),
         (3024, "ER_QUERY_TIMEOUT", _SERVER, "max_execution_time is over", "MySQL server"),
-        # --- a group that changes over ---
+        # --- a group in a failover ---
         (3100, "ER_RUN_HOOK_ERROR", _SERVER, "the member left its group, or is in error", "MySQL server"),
         (3781, "ER_GR_HOLD_WAIT_TIMEOUT", _SERVER, "a new primary is not ready", "MySQL manual 20.5.3.2"),
         (3782, "ER_GR_HOLD_KILLED", _SERVER, "the wait for a new primary was ended", "MySQL server"),
@@ -139,11 +138,11 @@ ERRORS = tuple(
         (3797, "ER_GRP_TRX_CONSISTENCY_BEFORE", _SERVER, "the member is behind its group", "MySQL server"),
         (3798, "ER_GRP_TRX_CONSISTENCY_AFTER_ON_TRX_BEGIN", _SERVER,
          "the member is behind its group", "MySQL server"),
-        # --- a proxy that finds no server ---
+        # --- a proxy without a server ---
         (9001, "Max connect timeout", _SERVER, "no server of the hostgroup was reached in time", "ProxySQL"),
         (9002, "Max connect failure", _SERVER, "no server of the hostgroup was reached", "ProxySQL"),
         (9004, "Backend Offline Detected", _SERVER, "the server was taken out of use", "ProxySQL"),
-        # --- the client's own ---
+        # --- errors of the client ---
         (2001, "CR_SOCKET_CREATE_ERROR", _CLIENT, "no socket to be had", "MySQL client"),
         (2002, "CR_CONNECTION_ERROR", _CLIENT, "nobody listens on the socket", "MySQL client"),
         (2003, "CR_CONN_HOST_ERROR", _CLIENT, "nobody listens on the port", "MySQL client"),
@@ -162,11 +161,11 @@ ERRORS = tuple(
 )  # fmt: skip
 
 TRANSIENT = frozenset(code.number for code in ERRORS)
-"""The numbers of all of them."""
+"""The numbers of all errors that pass."""
 
 
 def error_numbers(kind: ErrorKind) -> frozenset[int]:
-    """Return the numbers of one kind."""
+    """Return the numbers of one kind of errors."""
     return frozenset(code.number for code in ERRORS if code.kind is kind)
 
 
@@ -178,20 +177,20 @@ def _number(error: BaseException) -> int | None:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether another transaction stood in the way, so that this one may be done again at once."""
+    """Return whether the transaction conflicted with another one, so that it may be repeated at once."""
     return _number(error) in _CONFLICTS
 
 
 def error_text(error: BaseException) -> str:
-    """Return what the database said, without what SQLAlchemy adds: its text has the whole statement in it."""
+    """Return the database's own text of an error, without the statement that SQLAlchemy adds."""
     return str(getattr(error, "orig", error))
 
 
 def is_database_fault(error: BaseException) -> bool:
-    """Whether the database or its set-up is to blame, and no value that it was given.
+    """Return whether the database or its set-up is at fault, and no value.
 
-    That is also a refused login, a missing table and the like: an operator mends those, and until then no
-    task may fail for them.
+    That includes a refused login, a missing table and the like. Until an operator has repaired those, no task
+    may fail because of them.
     """
     if isinstance(error, DataError | IntegrityError):
         return False
@@ -199,15 +198,15 @@ def is_database_fault(error: BaseException) -> bool:
 
 
 def is_too_long(error: BaseException) -> bool:
-    """Whether the statement has more bytes than the database takes, so that it is of no use to try again."""
+    """Return whether the statement has more bytes than the database takes, so that a retry does not help."""
     return isinstance(error, DBAPIError) and isinstance(error.orig, StatementTooLong)
 
 
 def is_session_lost(error: BaseException) -> bool:
-    """Whether the session is over, and another one may well execute the statement."""
+    """Return whether the session is over, and another one may well execute the statement."""
     return isinstance(error, DBAPIError) and error.connection_invalidated and not is_too_long(error)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same statement may well succeed later: the database is away, full, busy or restarting."""
+    """Return whether the statement may well succeed later: the database is away, full, busy or restarting."""
     return is_session_lost(error) or isinstance(error, TimeoutError) or _number(error) in TRANSIENT

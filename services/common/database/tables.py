@@ -1,7 +1,7 @@
 """The tables, as SQLAlchemy Core sees them; the migrations create them.
 
-Times are DATETIME(6) in UTC. Ids are the 16 bytes of a UUIDv7, so that they are in time order and a
-primary key's inserts go to its end (RFC 9562 section 5.7).
+Times are DATETIME(6) in UTC. Ids are the 16 bytes of a UUIDv7 (RFC 9562 section 5.7). They are in time
+order, so that inserts go to the end of a primary key.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def _time(name: str, nullable: bool = True) -> Column[Any]:
     return Column(name, DATETIME(fsp=6), nullable=nullable)
 
 
-# One row a task, in the order of services/common/fold.py's Row. What the task.created event brings
-# is NULL while only later events have been seen (a rebuild reads the topics in any order).
+# One row for each task, in the order of TaskRow (services/common/fold.py). The columns of the task.created
+# event are NULL while only later events were read (a rebuild reads the topics in any order).
 tasks = Table(
     "tasks",
     metadata,
     Column("id", BINARY(16), primary_key=True),
     Column("tenant", String(64)),
-    # Bytes: a text column would take "key" and "key " for one (PAD SPACE).
+    # Bytes: a text column would treat "key" and "key " as equal (PAD SPACE).
     Column("idempotency_key", VARBINARY(255)),
     Column("request_hash", BINARY(32)),
     Column("recipient", String(320)),
@@ -109,8 +109,9 @@ task_events = Table(
     **_OPTIONS,
 )
 
-# What must still be published. No payload: the sweeper makes the event from tasks and task_bodies.
-# `available_at` is when a sweeper may take a row, and moves ahead with each; `due_at` stays.
+# The events that are not published yet, without a payload: the sweeper rebuilds an event from tasks and
+# task_bodies. A sweeper may take a row from `available_at` on, and then moves that time ahead; `due_at`
+# stays.
 outbox = Table(
     "outbox",
     metadata,
@@ -124,7 +125,8 @@ outbox = Table(
     **_OPTIONS,
 )
 
-# The claim on each task's delivery, and the outcome to publish again where a sender died after it.
+# The claim on each task's delivery, and its outcome, which is published again if a sender died after
+# storing it.
 deliveries = Table(
     "deliveries",
     metadata,
@@ -162,7 +164,7 @@ replays = Table(
     **_OPTIONS,
 )
 
-# The ids that Kafka gave to each topic, and when each was first seen: one that is created again has another.
+# The ids of each topic, and when each was first seen. A topic that is created again has another id.
 topic_ids = Table(
     "topic_ids",
     metadata,

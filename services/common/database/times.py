@@ -1,6 +1,6 @@
-"""The columns' times and the events' times, made one from the other.
+"""Conversion between the times of columns and of events.
 
-A column holds a naive `datetime` in UTC; an event holds whole microseconds since the Unix epoch.
+A column holds a naive `datetime` in UTC; an event holds microseconds since the Unix epoch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _LAST = (datetime(9999, 12, 31, 23, 59, 59) - _EPOCH) // timedelta(microseconds=
 
 
 def from_micros(micros: int) -> datetime:
-    """Return microseconds since the Unix epoch as a column's value: UTC, naive, exact, 1970 to 9999."""
-    # Positionally: days, seconds, microseconds; half the time of a keyword.
+    """Return microseconds since the Unix epoch as a column's time: exact, within the years 1970 to 9999."""
+    # Positional (days, seconds, microseconds): that takes half the time of a keyword.
     return _EPOCH + timedelta(0, 0, micros if 0 <= micros <= _LAST else min(max(micros, 0), _LAST))
 
 

@@ -1,4 +1,4 @@
-"""Transactions that are done again after an error that passes, at once or when the database is back."""
+"""Transactions with retries: at once after a conflict, or when the database is back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["retry_until_available", "transaction"]
 
 R = TypeVar("R")
 
-# An error that took longer (a lock wait, a read timeout) is not tried again at once, but raised.
+# An error that came later than this (a lock wait, a read timeout) is raised without a retry (seconds).
 PATIENCE = 1.0
 
 
@@ -42,11 +42,11 @@ _again = Retrying(
 
 
 def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
-    """Return `work(connection)`, committed; blocks.
+    """Run `work(connection)` in a transaction and commit it; return its result. Blocks.
 
-    It is done again after a deadlock, and where a pooled connection turns out to be dead. As the
-    connection may die while it commits, `work` must bear being done twice. Raises
-    `sqlalchemy.exc.DBAPIError`; `errors.transient` tells what it means.
+    The transaction is repeated after a conflict, and if a pooled connection turns out to be lost. Since a
+    connection may be lost during the commit, `work` must bear running twice. Raises
+    `sqlalchemy.exc.DBAPIError`; `errors.is_transient` says whether a later retry may help.
     """
 
     def once() -> R:
@@ -67,10 +67,11 @@ def retry_until_available(
     passes: Callable[[BaseException], bool] = is_transient,
     most: float = 3.0,
 ) -> AsyncRetrying:
-    """Return a policy that calls until the database answers: `await retry_until_available(f)(function, ...)`.
+    """Return a policy that repeats calls until the database answers: `await retry_until_available(f)(call,
+    ...)`.
 
-    `noticed` is told each error that `passes`; all others are raised. Waits 0.1 s at first, `most` seconds
-    at most.
+    `noticed` gets each error for which `passes` is true; others are raised. The policy waits 0.1 s at
+    first, and later up to `most` seconds.
     """
 
     def tell(state: RetryCallState) -> None:
