@@ -319,7 +319,7 @@ def test_a_connection_lost_while_it_commits_is_the_databases_error_and_done_agai
 def test_the_c_library_is_set_up_before_threads_use_it() -> None:
     """In a process of its own: mysql_thread_init fails as long as the library as a whole is not set up."""
     program = (
-        "import ctypes, services.common.database, _mysql_connector as m;"
+        "import ctypes, services.common.database.engine, _mysql_connector as m;"
         "raise SystemExit(ctypes.PyDLL(m.__file__).mysql_thread_init())"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -65,7 +65,7 @@ async def test_replies_in_single_bytes_and_many_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "wire"),
+    ("message", "sent"),
     [
         (b"A: b\r\n\r\n.\r\n..\r\nx.\r\n", b"A: b\r\n\r\n..\r\n...\r\nx.\r\n"),
         (b".\r\n.\r\n", b"..\r\n..\r\n"),
@@ -73,10 +73,10 @@ async def test_replies_in_single_bytes_and_many_lines() -> None:
         (b"\r\n.\r\n", b"\r\n..\r\n"),
     ],
 )
-async def test_dots_are_doubled(message: bytes, connection: bytes) -> None:
+async def test_dots_are_doubled(message: bytes, sent: bytes) -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
-        assert await c.mail() == connection
+        assert await c.mail() == sent
         await c.ended()
 
     assert isinstance(await outcome_of(script, message), Sent)

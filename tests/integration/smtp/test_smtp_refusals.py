@@ -343,7 +343,7 @@ async def test_a_mail_that_the_relay_was_not_asked_for_shows_nothing() -> None:
 
 @pytest.mark.parametrize("pipelining", [True, False])
 @pytest.mark.parametrize(
-    ("refused", "trial", "up"),
+    ("refused", "probe", "up"),
     [
         ("RCPT", "MAIL", False),
         ("DATA", "RCPT", False),
