@@ -73,7 +73,7 @@ class Answer(Generic[T]):
 class HostState(StrEnum):
     """What a host's addresses show."""
 
-    USABLE = "is_usable"
+    USABLE = "usable"
     LOOPBACK = "has only loopback or unspecified addresses"
     ABSENT = "has no address"
     UNKNOWN = "could not be looked up"
