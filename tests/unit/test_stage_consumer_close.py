@@ -25,11 +25,11 @@ class FakeConsumer:
     """Owns one partition. Its `close` hangs where a revocation is left to it, or always if `hangs`.
 
     So does librdkafka: an operation that a rebalance callback sends to a group that has terminated meanwhile
-    never gets a response.
+    never gets a response. If it `refuses`, the callback cannot unassign its partitions.
     """
 
-    def __init__(self, *, hangs: bool = False) -> None:
-        self.hangs = hangs
+    def __init__(self, *, hangs: bool = False, refuses: bool = False) -> None:
+        self.hangs, self.refuses = hangs, refuses
         self.owned = [TopicPartition(TOPIC, 0)]
         self.calls: list[tuple[str, str]] = []
         self.events: list[Callable[[], None]] = []
@@ -65,6 +65,8 @@ class FakeConsumer:
 
     def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
         self._note("unassign")
+        if partitions and self.refuses:
+            raise KafkaException(KafkaError(KafkaError._INVALID_ARG))
         self.owned = []
 
     def committed(self, partitions: list[TopicPartition], timeout: float) -> None:
@@ -132,6 +134,12 @@ def test_a_revocation_is_over_before_the_consumer_is_closed() -> None:
     names = [name for name, _ in consumer.calls]
     assert names.index("unsubscribe") < names.index("unassign") < names.index("close")
     assert {thread for _, thread in consumer.calls} == {"poller"}
+
+
+def test_close_does_not_wait_for_a_revocation_that_failed() -> None:
+    consumer = FakeConsumer(refuses=True)
+    assert Rig(consumer).run(lambda: consumer.calls) is None
+    assert consumer.owned == []
 
 
 def test_a_drain_ends_well_though_close_hangs() -> None:
