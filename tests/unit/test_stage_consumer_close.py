@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,11 +25,11 @@ class FakeConsumer:
     """Owns one partition. Its `close` hangs where a revocation is left to it, or always if `hangs`.
 
     So does librdkafka: an operation that a rebalance callback sends to a group that has terminated meanwhile
-    never gets a response. If it `refuses`, the callback cannot unassign its partitions.
+    never gets a response. A revocation also names the partitions of `more`, which are not assigned.
     """
 
-    def __init__(self, *, hangs: bool = False, refuses: bool = False) -> None:
-        self.hangs, self.refuses = hangs, refuses
+    def __init__(self, *, hangs: bool = False, more: Sequence[TopicPartition] = ()) -> None:
+        self.hangs, self.more = hangs, more
         self.owned = [TopicPartition(TOPIC, 0)]
         self.calls: list[tuple[str, str]] = []
         self.events: list[Callable[[], None]] = []
@@ -44,7 +44,7 @@ class FakeConsumer:
 
     def unsubscribe(self) -> None:
         self._note("unsubscribe")
-        self.events.append(lambda: self.on_revoke(self, list(self.owned)))
+        self.events.append(lambda: self.on_revoke(self, [*self.owned, *self.more]))
 
     def poll(self, timeout: float) -> None:
         self._note("poll")
@@ -65,9 +65,12 @@ class FakeConsumer:
 
     def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
         self._note("unassign")
-        if partitions and self.refuses:
+        if any(partition not in self.owned for partition in partitions):
             raise KafkaException(KafkaError(KafkaError._INVALID_ARG))
         self.owned = []
+
+    def assignment(self) -> list[TopicPartition]:
+        return self.owned
 
     def committed(self, partitions: list[TopicPartition], timeout: float) -> None:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
@@ -136,8 +139,8 @@ def test_a_revocation_is_over_before_the_consumer_is_closed() -> None:
     assert {thread for _, thread in consumer.calls} == {"poller"}
 
 
-def test_close_does_not_wait_for_a_revocation_that_failed() -> None:
-    consumer = FakeConsumer(refuses=True)
+def test_a_revocation_of_partitions_that_are_not_assigned_is_over_before_close_too() -> None:
+    consumer = FakeConsumer(more=[TopicPartition(TOPIC, 1)])
     assert Rig(consumer).run(lambda: consumer.calls) is None
     assert consumer.owned == []
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import structlog
 from confluent_kafka import Consumer, KafkaException
@@ -48,8 +47,5 @@ def close_consumer(
     except KafkaException as error:
         log.warning("the consumer could not leave its group before its close", error=str(error))
     finally:
-        # A rebalance callback that failed has unassigned nothing, and close would wait until it does.
-        with suppress(KafkaException):
-            consumer.incremental_unassign([])
         consumer.close()
         closed.set()

@@ -132,13 +132,16 @@ class Poller:
     # --- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: BaseException | None = None
+        error: BaseException | None = RuntimeError("the poller ended by an error that is no exception")
         try:
             while not self._stopping:
                 self._consume()
+            error = None
         except BaseException as problem:
             error = problem
-        self._ended(error)
+        finally:
+            # Reached by a raised KafkaError too, which is no BaseException (rebalance_handler.py).
+            self._ended(error)
 
     def _consume(self) -> None:
         """Run one Consumer until the stage stops, or until a new one has to take its place."""

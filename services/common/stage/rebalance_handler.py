@@ -74,7 +74,7 @@ class RebalanceHandler:
         if unfinished:
             log.warning("partitions revoked with records unfinished", partitions=len(unfinished))
             self._cancel(unfinished, 0)
-        consumer.incremental_unassign(partitions)
+        _unassign(consumer, partitions)
 
     def on_lost(self, consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
         """Release the partitions without a commit: another replica may own them by now."""
@@ -85,7 +85,7 @@ class RebalanceHandler:
         # Handlers may end all the same, as when partitions are revoked: to be cut off in the middle is what
         # leaves a mail in doubt.
         self._cancel(leaving, self._revoke_seconds)
-        consumer.incremental_unassign(partitions)
+        _unassign(consumer, partitions)
 
     def release_all(self) -> None:
         """Release whatever a closed Consumer has left assigned, and cancel its handlers."""
@@ -101,6 +101,18 @@ class RebalanceHandler:
     def _note(self, kind: str, partitions: list[confluent_kafka.TopicPartition]) -> None:
         metrics.STAGE_REBALANCES.labels(self._stage, kind).inc()
         log.info("partitions " + kind, stage=self._stage, count=len(partitions))
+
+
+def _unassign(consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
+    """Unassign these partitions, or those of them that are assigned. Without a success, close would hang."""
+    try:
+        consumer.incremental_unassign(partitions)
+    except:  # noqa: E722 - confluent_kafka 2.16 raises a KafkaError here, which is no BaseException
+        # librdkafka refuses the whole list where one partition is not assigned.
+        assigned = set(_keys(consumer.assignment()))
+        there = [p for p in partitions if TopicPartition(p.topic, p.partition) in assigned]
+        log.warning("revoked partitions were not assigned", count=len(partitions) - len(there))
+        consumer.incremental_unassign(there)
 
 
 def _keys(partitions: list[confluent_kafka.TopicPartition]) -> list[TopicPartition]:
