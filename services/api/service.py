@@ -58,7 +58,7 @@ class ApiService:
         with refused("api_tokens"):
             tenants = Tenants(settings.api_tokens.get_secret_value())
         with refused("database_url"):
-            url = url_of(settings.database_url)
+            url = url_of(settings.database_url.get_secret_value())
         self._engine = make_engine(url, _CONNECTIONS)
         self._publisher = Publisher(settings, "postroad.api")
         self._deleter: Batcher[OutboxRow, None] = Batcher(self._delete, shared=is_transient, name="outbox")

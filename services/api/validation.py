@@ -12,7 +12,7 @@ from postroad.v1 import events_pb2, task_service_pb2
 from services.api import uuid7
 from services.api.errors import FieldViolation, InvalidArgument, invalid_field
 from services.common.addresses import normalise
-from services.common.header_fields import written
+from services.common.header_fields import canonical
 
 __all__ = [
     "MAX_AHEAD",
@@ -227,7 +227,7 @@ def _headers(headers: Mapping[str, str], violations: list[FieldViolation]) -> di
         else:
             seen.add(lower)
             try:
-                kept[name] = written(name, value)
+                kept[name] = canonical(name, value)
             except ValueError as error:
                 description = str(error)
             else:

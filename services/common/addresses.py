@@ -1,4 +1,4 @@
-"""Recipient addresses: RFC 5321 and 6531 as email-validator reads them, nothing asked of the DNS."""
+"""Recipient addresses (RFC 5321 and 6531), checked by email-validator without the DNS."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ from services.common.header_fields import ADDRESS_LIMITS, ATOM, BREAKS
 
 __all__ = ["ascii_domain", "normalise"]
 
-# Domains like any other here: whether they take mail is the DNS's to say. What has no place in the
-# DNS at all (localhost, .local, .onion, .arpa) stays refused. The library reads its own list at each
-# call, so it is changed once, before the first one.
+# The DNS decides whether these domains take mail. Domains outside the DNS (localhost, .local, .onion, .arpa)
+# stay refused. The library reads its list at each call, so this changes it before the first one.
 email_validator.SPECIAL_USE_DOMAIN_NAMES[:] = [
     name for name in email_validator.SPECIAL_USE_DOMAIN_NAMES if name not in ("test", "example", "invalid")
 ]
 
-# The library's own bound is 254; its parser takes time for every character that it is given.
-_LONGEST = 320
+# The library accepts 254 characters, but its parser spends time on every character of a longer text.
+_MAX_LENGTH = 320
 _DOMAIN_LIMITS = "a domain has 253 octets at most, and 63 octets in each label"
-# What the library says of lengths: by how much, never beyond what.
+# The library's errors about lengths say by how much a part is too long, but not the limit.
 _LENGTHS = re.compile("too (?:long|many)|so many")
-# A dot-atom, and what may be a host name.
+# A dot-atom, and a possible host name.
 _PLAIN = re.compile(rf"({ATOM}(?:\.{ATOM})*)@([A-Za-z0-9.-]+)")
 
 
 def normalise(address: str) -> tuple[str, str]:
     """Return an address in its normalised form and its domain in A-labels.
 
-    The domain is lower case (UTS 46), the local part in NFC. Raises ValueError saying what is wrong:
-    anything that is not exactly one addr-spec, a display name and a domain of one label included.
+    The domain is in lower case (UTS 46), the local part in NFC. Raises ValueError with the reason for
+    anything but exactly one addr-spec. A display name and a domain of one label are refused too.
     """
     plain = _PLAIN.fullmatch(address) if len(address) <= 254 else None
     if plain is not None:
-        # What nearly all addresses are: ASCII throughout, so that the library would keep the local part
-        # as it is, and has seen the domain before. It takes 25 us for each.
+        # Nearly all addresses are ASCII with a domain that was seen before. The library would keep their
+        # local part as it is, and spend 25 us on each.
         local, domain = plain.groups()
         known = _plain_domain(domain)
         if known and len(local) <= 64 and local.lower() not in CASE_INSENSITIVE_MAILBOX_NAMES:
             return f"{local}@{known}", known
-    if len(address) > _LONGEST:
+    if len(address) > _MAX_LENGTH:
         raise ValueError(ADDRESS_LIMITS)
     if BREAKS.search(address):
         raise ValueError("control characters and line separators cannot stand in an address")
@@ -52,7 +51,7 @@ def normalise(address: str) -> tuple[str, str]:
         found = validate_email(address, strict=True, check_deliverability=False)
     except EmailNotValidError as error:
         raise _refusal(error, ADDRESS_LIMITS) from None
-    # The library counts characters.
+    # The library counts characters, the RFC octets.
     if len(found.local_part.encode()) > 64:
         raise ValueError(ADDRESS_LIMITS)
     return found.normalized, found.ascii_domain
@@ -60,7 +59,7 @@ def normalise(address: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=4096)
 def _plain_domain(domain: str) -> str:
-    """Return a valid domain without A-labels as it is stored, empty for any other."""
+    """Return a valid domain without A-labels in its stored form; an empty text for any other."""
     try:
         found = validate_email_domain_name(domain)
     except EmailNotValidError:
@@ -69,8 +68,8 @@ def _plain_domain(domain: str) -> str:
 
 
 def ascii_domain(domain: str) -> str:
-    """Return a domain in the A-label form that tasks have; raise ValueError where it is no mail domain."""
-    if len(domain) > _LONGEST:
+    """Return a domain in A-labels, as tasks have it; raise ValueError for an invalid mail domain."""
+    if len(domain) > _MAX_LENGTH:
         raise ValueError(_DOMAIN_LIMITS)
     try:
         return validate_email_domain_name(domain)["ascii_domain"]

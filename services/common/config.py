@@ -1,7 +1,7 @@
 """Every setting of Postroad, read from the environment.
 
-The README's table is made from these fields: a setting is its field, with its default, its unit and
-its meaning in one place.
+A field of Settings has the default, the unit and the meaning of its setting. The README's table repeats them,
+and a test compares the two.
 """
 
 from __future__ import annotations
@@ -11,9 +11,16 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    AliasGenerator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.common import forms
@@ -22,35 +29,40 @@ from services.common.environment import unknown
 __all__ = ["SETTLE_SECONDS", "Settings", "misspelt", "refusals", "refused", "settings", "variable"]
 
 SETTLE_SECONDS = 20.0
-"""What `handover_seconds` leaves, after the wait for the mail server's reply, to store the outcome."""
+"""The part of `handover_seconds` that the sender has to store the outcome, after the relay's reply."""
 
 Delays = Annotated[tuple[int, ...], NoDecode]
 Host = Annotated[str, AfterValidator(forms.host)]
 Listen = Annotated[str, AfterValidator(forms.listen)]
 
 _CENTURY = 36_525 * 86400
-# librdkafka takes a day as the longest time between two polls, which is three times revoke_seconds.
+# librdkafka accepts at most a day between two polls, which is three times revoke_seconds.
 _HOUR = 3600
-# Mails a second. The time between two mails is the reciprocal, which is infinite for the smallest numbers.
-_SLOWEST = 0.0001
+# Mails a second. The reciprocal is the time between two mails, and infinite for the smallest numbers.
+_MIN_RATE = 0.0001
 
 
-def _email(name: str, default: object, description: str, **bounds: Any) -> object:
-    return Field(default, validation_alias=name, description=description, **bounds)
+def _variable(field: str) -> str:
+    """Return the name of a field's variable. Those of the relay have the prefix that other programs use."""
+    return field.upper() if field.startswith("email_") else f"POSTROAD_{field.upper()}"
 
 
 class Settings(BaseSettings):
-    """The settings of one process. Raises `pydantic.ValidationError` naming each bad variable."""
+    """The settings of one process. Raises `pydantic.ValidationError` naming each invalid variable."""
 
     model_config = SettingsConfigDict(
-        env_prefix="POSTROAD_", extra="ignore", frozen=True, populate_by_name=True, allow_inf_nan=False
+        alias_generator=AliasGenerator(validation_alias=_variable),
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
     kafka_bootstrap: Annotated[str, AfterValidator(forms.addresses)] = Field(
         "127.0.0.1:9092", description="Kafka brokers, host:port, comma separated"
     )
-    database_url: str = Field(
-        "mysql+mysqlconnector://postroad:postroad@127.0.0.1:3306/postroad",
+    database_url: SecretStr = Field(
+        SecretStr("mysql+mysqlconnector://postroad:postroad@127.0.0.1:3306/postroad"),
         description="SQLAlchemy URL of MySQL or MariaDB",
     )
     dns_servers: str = Field(
@@ -80,7 +92,7 @@ class Settings(BaseSettings):
         description="Replicas of each partition; min.insync.replicas is one less, at least 1",
     )
     topic_prefix: Annotated[str, AfterValidator(forms.topic_prefix)] = Field(
-        "", description="Put before topic and group names, so that installations share a cluster"
+        "", description="Prefix of topic and group names, so that installations can share a cluster"
     )
     group_protocol: Literal["consumer", "classic"] = Field(
         "consumer", description="Kafka group protocol: consumer (KIP-848, Kafka 4 and later) or classic"
@@ -115,7 +127,7 @@ class Settings(BaseSettings):
     )
     api_tokens: SecretStr = Field(
         SecretStr(""),
-        description="Whose token is which, as TENANT:TOKEN pairs, comma separated; empty: no token is needed",
+        description="Bearer tokens as TENANT:TOKEN pairs, comma separated; empty: a client needs no token",
     )
 
     validator_delays: Delays = Field(
@@ -123,7 +135,7 @@ class Settings(BaseSettings):
         description="Seconds before each further DNS attempt, each used once; empty: no further one",
     )
     dns_timeout: float = Field(
-        5.0, gt=0, le=_HOUR, description="Seconds that all questions about one domain may take"
+        5.0, gt=0, le=_HOUR, description="Seconds that all DNS queries about one domain may take"
     )
     sender_delays: Delays = Field(
         (60, 300, 900, 3600, 14400),
@@ -164,48 +176,44 @@ class Settings(BaseSettings):
         20.0, gt=1, le=_HOUR, description="How long a sender's claim on a task holds unless renewed"
     )
 
-    email_host: Host = _email("EMAIL_HOST", "127.0.0.1", "The relay that takes the mail")  # type: ignore[assignment]
-    email_port: int = _email("EMAIL_PORT", 25, "The relay's port", ge=1, le=65535)  # type: ignore[assignment]
-    email_helo: Annotated[str, AfterValidator(forms.helo)] = _email(  # type: ignore[assignment]
-        "EMAIL_HELO",
+    email_host: Host = Field("127.0.0.1", description="The relay that takes the mail")
+    email_port: int = Field(25, description="The relay's port", ge=1, le=65535)
+    email_helo: Annotated[str, AfterValidator(forms.helo)] = Field(
         "",
-        "The name that the sender gives itself at EHLO; empty: the host's full name, else its address",
+        description="The sender's name at EHLO; empty: the host's full name, else its address",
     )
-    email_user: str = _email("EMAIL_USER", "", "User name at the relay; empty: no AUTH")  # type: ignore[assignment]
-    email_pass: str = _email("EMAIL_PASS", "", "Password at the relay")  # type: ignore[assignment]
-    email_auth: Literal["auto", "plain", "login", "xoauth2"] = _email(  # type: ignore[assignment]
-        "EMAIL_AUTH",
+    email_user: str = Field("", description="User name at the relay; empty: no AUTH")
+    email_pass: SecretStr = Field(SecretStr(""), description="Password at the relay")
+    email_auth: Literal["auto", "plain", "login", "xoauth2"] = Field(
         "auto",
-        "How EMAIL_USER is proven: plain, login, xoauth2 (by EMAIL_OAUTH_...), or auto: plain, then login",
+        description="How the sender authenticates: plain, login, xoauth2 (by EMAIL_OAUTH_...),"
+        " or auto: plain, then login",
     )
-    email_oauth_token_url: Annotated[str, AfterValidator(forms.token_url)] = _email(  # type: ignore[assignment]
-        "EMAIL_OAUTH_TOKEN_URL", "", "Where xoauth2 fetches its access tokens, by client credentials"
+    email_oauth_token_url: Annotated[str, AfterValidator(forms.token_url)] = Field(
+        "", description="Where xoauth2 fetches its access tokens, by client credentials"
     )
-    email_oauth_client_id: str = _email("EMAIL_OAUTH_CLIENT_ID", "", "The client's id there")  # type: ignore[assignment]
-    email_oauth_client_secret: SecretStr = _email(  # type: ignore[assignment]
-        "EMAIL_OAUTH_CLIENT_SECRET", SecretStr(""), "The client's secret"
+    email_oauth_client_id: str = Field("", description="The client's id there")
+    email_oauth_client_secret: SecretStr = Field(SecretStr(""), description="The client's secret")
+    email_oauth_client_secret_file: str = Field(
+        "", description="A file with the secret, read at each fetch, in place of EMAIL_OAUTH_CLIENT_SECRET"
     )
-    email_oauth_client_secret_file: str = _email(  # type: ignore[assignment]
-        "EMAIL_OAUTH_CLIENT_SECRET_FILE", "", "A file with the secret, read at each fetch, in its place"
+    email_oauth_scope: str = Field(
+        "", description="The requested scope, such as https://outlook.office365.com/.default"
     )
-    email_oauth_scope: str = _email(  # type: ignore[assignment]
-        "EMAIL_OAUTH_SCOPE", "", "The scope asked for, such as https://outlook.office365.com/.default"
-    )
-    email_tls: Literal["", "implicit", "starttls", "opportunistic", "none"] = _email(  # type: ignore[assignment]
-        "EMAIL_TLS",
+    email_tls: Literal["", "implicit", "starttls", "opportunistic", "none"] = Field(
         "",
-        "implicit, starttls (required), opportunistic (starttls if EMAIL_USER is set) or none; "
+        description="implicit, starttls (required), opportunistic (starttls if EMAIL_USER is set) or none; "
         "empty: none on loopback, else starttls",
     )
-    email_from: str = _email(
-        "EMAIL_FROM",
+    email_from: str = Field(
         "Postroad <postroad@localhost>",
-        "The From mailbox, its address also the envelope's; a name with a comma or the like in double quotes",
-    )  # type: ignore[assignment]
+        description="The From mailbox, whose address is the envelope's too;"
+        " a name with a comma or the like stands in double quotes",
+    )
 
     @property
     def replica_name(self) -> str:
-        """This replica's name in its logs and to Kafka, where `postroad lag` shows it."""
+        """This replica's name in logs and at Kafka, where `postroad lag` shows it."""
         return self.replica or f"{socket.gethostname()}-{os.getpid()}"
 
     @field_validator("*", mode="before")
@@ -237,23 +245,23 @@ class Settings(BaseSettings):
     @field_validator("domain_rate")
     @classmethod
     def _not_too_slow(cls, value: float) -> float:
-        if 0 < value < _SLOWEST:
-            raise ValueError(f"must be 0 or at least {_SLOWEST}")
+        if 0 < value < _MIN_RATE:
+            raise ValueError(f"must be 0 or at least {_MIN_RATE}")
         return value
 
 
 def variable(field: str) -> str:
     """Return the environment variable of a field of Settings."""
-    return str(Settings.model_fields[field].validation_alias or f"POSTROAD_{field.upper()}")
+    return str(Settings.model_fields[field].validation_alias)
 
 
 def misspelt(names: Iterable[str]) -> list[str]:
-    """Return a line for each of these variables that looks like a setting and is none."""
+    """Return a line for each of these variables that looks like a setting but is none."""
     return unknown(names, [variable(field) for field in Settings.model_fields])
 
 
 def refusals(error: ValidationError) -> list[str]:
-    """Return a line for each setting that is refused: its variable and the form it takes, never its value."""
+    """Return a line for each invalid setting: its variable and the accepted form, never its value."""
     named = {variable(field): variable(field) for field in Settings.model_fields}
     named |= {field: variable(field) for field in Settings.model_fields}
     return [
@@ -264,7 +272,7 @@ def refusals(error: ValidationError) -> list[str]:
 
 @contextmanager
 def refused(field: str) -> Iterator[None]:
-    """Give a ValueError that the body raises the name of the setting that it is about."""
+    """Add the variable of this setting to a ValueError that the `with` block raises."""
     try:
         yield
     except ValueError as error:

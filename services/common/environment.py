@@ -1,4 +1,4 @@
-"""Which variables of the environment are Postroad's, so that one that is misspelt does not go unheard."""
+"""Recognises Postroad's environment variables, so that a misspelt one is an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["OTHERS", "unknown"]
 
 OTHERS: Final = frozenset(
     {
-        # The `postroad` command's own.
+        # Of the `postroad` command.
         "POSTROAD_API",
         "POSTROAD_CONFIG",
         "POSTROAD_ENV_FILE",
@@ -19,42 +19,42 @@ OTHERS: Final = frozenset(
         "POSTROAD_TLS",
         "POSTROAD_TOKEN",
         "POSTROAD_TRACEBACK",
-        # The local stack's.
+        # Of the local stack.
         "POSTROAD_LOCAL_API_PORT",
         "POSTROAD_LOCAL_DB",
         "POSTROAD_LOCAL_DIR",
         "POSTROAD_LOCAL_NAME",
         "POSTROAD_LOCAL_REEXEC",
-        # compose.yaml's.
+        # Of compose.yaml.
         "POSTROAD_DB_PASSWORD",
         "POSTROAD_DB_ROOT_PASSWORD",
         "POSTROAD_PORT",
-        # The tests'.
+        # Of the tests.
         "POSTROAD_TEST_COMPOSE",
         "POSTROAD_TEST_INFRA",
         "POSTROAD_TEST_LONG",
     }
 )
-"""What may stand in an environment beside the settings."""
+"""Postroad's variables that are no settings."""
 
 # The local stack's variable for the HTTP address of each replica of a service.
 _REPLICA = re.compile(r"POSTROAD_HTTP_[A-Z_]+_[1-9][0-9]*")
 
 
 def unknown(names: Iterable[str], settings: Iterable[str]) -> list[str]:
-    """Return a line for each of these variables that has our prefix and is none of ours.
+    """Return a line for each of these variables that has Postroad's prefix but is unknown.
 
-    `settings` are the variables of the settings. Case does not matter, as it does not to pydantic-settings.
+    `settings` are the variables of the settings. Names are compared without case, as in pydantic-settings.
     """
     known = {*settings, *OTHERS}
-    strange = sorted(
+    unknown_names = sorted(
         name
         for name in names
         if (upper := name.upper()).startswith("POSTROAD_")
         and upper not in known
         and not _REPLICA.fullmatch(upper)
     )
-    return [f"{name}: no such variable{_nearest(name.upper(), known)}" for name in strange]
+    return [f"{name}: no such variable{_nearest(name.upper(), known)}" for name in unknown_names]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
-"""The forms that settings take. Pure.
+"""Checks the values of settings. Pure.
 
-Each function returns what it was given, or raises ValueError with the form.
+Each function returns the value, or raises ValueError with the accepted form.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 __all__ = [
-    "LONGEST_DELAY",
+    "MAX_DELAY",
     "addresses",
     "delays",
     "helo",
@@ -26,27 +26,25 @@ __all__ = [
     "without_line_end",
 ]
 
-LONGEST_DELAY = 30 * 86400
-"""Seconds: event topics keep their records no longer, so a rebuild would miss what waits longer."""
+MAX_DELAY = 30 * 86400
+"""Seconds. Event topics keep their records no longer, so a rebuild would miss a task that waits longer."""
 
 _NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 _PORT = re.compile(r"[0-9]{1,5}")
 _SECONDS = re.compile(r"[0-9]{1,9}")
-# Kafka's names have 249 characters at most; ours come after the prefix.
+# Kafka limits a name to 249 characters. The prefix leaves space for Postroad's own names.
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{0,200}")
-
-
-# RFC 5321 section 4.1.3.
+# RFC 5321 section 4.1.3: an address literal.
 _LITERAL = re.compile(r"\[(?:(?i:IPv6):(?P<six>[^\]]+)|(?P<four>[^\]]+))\]")
-# RFC 1123; a last label of digits alone would be an address.
+# RFC 1123. A last label of digits alone would be an address.
 _FQDN = re.compile(r"(?=.{4,253}\Z)(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z][A-Za-z0-9-]*")
 _VISIBLE = re.compile(r"[!-~]+")
-# What a host calls itself that has no name.
+# A host without a name of its own has one of these.
 _NO_NAMES = ("localhost", "localdomain", "localdomain6")
 
 
 def text(value: str) -> str:
-    """Check that a value is UTF-8: other bytes of the environment cannot be sent or logged."""
+    """Check that a value is UTF-8. Other bytes of the environment can be neither sent nor logged."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -62,12 +60,12 @@ def host(value: str) -> str:
 
 
 def is_fqdn(value: str) -> bool:
-    """Whether a value is a fully qualified host name that others may know this host by."""
+    """Return whether a value is a fully qualified host name under which other hosts may know this one."""
     return _FQDN.fullmatch(value) is not None and value.lower().rpartition(".")[2] not in _NO_NAMES
 
 
 def helo(value: str) -> str:
-    """Check what EHLO may say: a full host name or an address literal. Empty leaves it to the host."""
+    """Check a name for EHLO: a full host name, an address literal, or empty for the host's own name."""
     literal = _LITERAL.fullmatch(value)
     if not value or is_fqdn(value):
         return value
@@ -81,41 +79,41 @@ def helo(value: str) -> str:
 
 
 def token_url(value: str) -> str:
-    """Check the URL of a token: https, since a secret goes there; http to loopback only."""
+    """Check the URL of a token. It gets a secret, so it must be https, or http to loopback."""
     if value and not _is_token_url(value):
         raise ValueError("must be a URL such as https://login.example.org/token")
     return value
 
 
 def without_line_end(value: str) -> str:
-    """Return a secret without the line end that a file or `echo` has left at its end."""
+    """Return a secret without the line end that a file or `echo` leaves."""
     return value.rstrip("\r\n")
 
 
 def listen(value: str) -> str:
-    """Check an address to listen on; port 0 is any free one."""
-    if not _is_address(value, least=0):
+    """Check an address to listen on. Port 0 selects a free one."""
+    if not _is_address(value, min_port=0):
         raise ValueError("must be host:port or [IPv6]:port, the port from 0 to 65535")
     return value
 
 
 def addresses(value: str) -> str:
-    """Check a comma separated list of brokers; Kafka's own port may be left out."""
-    for one in value.split(","):
-        if not _is_address(one.strip(), least=1) and not _is_host(one.strip().strip("[]")):
+    """Check a comma-separated list of brokers. A broker without a port has Kafka's default one."""
+    for broker in value.split(","):
+        if not _is_address(broker.strip(), min_port=1) and not _is_host(broker.strip().strip("[]")):
             raise ValueError("must be host:port, comma separated, each port from 1 to 65535")
     return value
 
 
 def topic_prefix(value: str) -> str:
-    """Check the start of topic and group names."""
+    """Check the prefix of topic and group names."""
     if not _PREFIX.fullmatch(value):
         raise ValueError("must be at most 200 of A-Z, a-z, 0-9, '.', '_' and '-'")
     return value
 
 
 def delays(value: str) -> tuple[int, ...]:
-    """Return the seconds of a comma separated list, which may be empty."""
+    """Return the seconds of a comma-separated list, which may be empty."""
     parts = [part.strip() for part in value.split(",")] if value.strip() else []
     if not all(map(_SECONDS.fullmatch, parts)):
         raise ValueError("must be whole seconds, comma separated, such as 60,300")
@@ -123,9 +121,9 @@ def delays(value: str) -> tuple[int, ...]:
 
 
 def rising(value: Sequence[int]) -> None:
-    """Check the order and the range of delays in seconds."""
-    if list(value) != sorted(set(value)) or not all(0 < delay <= LONGEST_DELAY for delay in value):
-        raise ValueError(f"must be from 1 to {LONGEST_DELAY} seconds, each longer than the one before")
+    """Check that delays (seconds) rise and are in the accepted range."""
+    if list(value) != sorted(set(value)) or not all(0 < delay <= MAX_DELAY for delay in value):
+        raise ValueError(f"must be from 1 to {MAX_DELAY} seconds, each longer than the one before")
 
 
 def _is_host(value: str) -> bool:
@@ -136,11 +134,11 @@ def _is_host(value: str) -> bool:
     return True
 
 
-def _is_address(value: str, least: int) -> bool:
+def _is_address(value: str, min_port: int) -> bool:
     name, _, port = value.rpartition(":")
     bracketed = name.startswith("[") and name.endswith("]")
-    known = _is_ip(ipaddress.IPv6Address, name[1:-1]) if bracketed else ":" not in name and _is_host(name)
-    return known and _PORT.fullmatch(port) is not None and least <= int(port) <= 65535
+    valid = _is_ip(ipaddress.IPv6Address, name[1:-1]) if bracketed else ":" not in name and _is_host(name)
+    return valid and _PORT.fullmatch(port) is not None and min_port <= int(port) <= 65535
 
 
 def _is_token_url(value: str) -> bool:
@@ -154,7 +152,7 @@ def _is_token_url(value: str) -> bool:
 
 
 def is_loopback(value: str) -> bool:
-    """Whether a host is this one: an address of loopback, or `localhost`."""
+    """Return whether a host is this one: a loopback address or `localhost`."""
     try:
         return ipaddress.ip_address(value).is_loopback
     except ValueError:

@@ -17,7 +17,7 @@ from email.utils import format_datetime
 from functools import lru_cache
 from zlib import crc32
 
-from services.common.header_fields import written
+from services.common.header_fields import canonical
 from services.sender.headers import address, mailbox, structured, unstructured
 
 __all__ = ["OWN_HEADERS", "build"]
@@ -158,7 +158,7 @@ def _more(headers: Mapping[str, str], has_reply_to: bool) -> str:
 
 def _written(name: str, value: str) -> str:
     try:
-        return written(name, value)
+        return canonical(name, value)
     except ValueError as error:
         raise ValueError(f"header {name}: {error}") from None
 

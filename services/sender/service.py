@@ -51,7 +51,7 @@ class SenderService(StageService):
         per_session = _CLAIMS_PER_SESSION[settings.on_uncertain]
         per_domain = domain_share(settings.sender_sessions, settings.domain_concurrency)
         with refused("database_url"):
-            url = url_of(settings.database_url)
+            url = url_of(settings.database_url.get_secret_value())
         with refused("email_from"):
             composer = Composer(settings.email_from)
         self._tokens = make_tokens(settings)
@@ -150,7 +150,7 @@ def make_relay(
     if settings.email_pass and mechanism == "xoauth2":
         raise ValueError(f"{variable('email_pass')}: must be empty where EMAIL_AUTH is xoauth2")
     credentials = (
-        Credentials(settings.email_user, settings.email_pass, mechanism, tokens)
+        Credentials(settings.email_user, settings.email_pass.get_secret_value(), mechanism, tokens)
         if settings.email_user
         else None
     )

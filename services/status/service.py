@@ -46,6 +46,6 @@ class StatusService(StageService):
 async def build(settings: Settings) -> StatusService:
     """Return the service, which connects when it runs. Raises ValueError for an unusable database URL."""
     with refused("database_url"):
-        url = url_of(settings.database_url)
+        url = url_of(settings.database_url.get_secret_value())
     # One connection folds, the other one serves the background work.
     return StatusService(settings, make_engine(url, pool_size=2))

@@ -560,7 +560,7 @@ def test_the_command_says_what_it_cannot_rebuild(road: Road) -> None:
     recreate(road.settings, "task.created")
     environment = {
         "POSTROAD_KAFKA_BOOTSTRAP": road.settings.kafka_bootstrap,
-        "POSTROAD_DATABASE_URL": road.settings.database_url,
+        "POSTROAD_DATABASE_URL": road.settings.database_url.get_secret_value(),
         "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
     }
     code, out, err = forked.run("services.cli", ["rebuild"], os.environ | environment)
@@ -742,7 +742,7 @@ def test_one_that_is_killed_leaves_the_tables_and_can_be_run_again(road: Road) -
     less = road.dump()
     environment = os.environ | {
         "POSTROAD_KAFKA_BOOTSTRAP": road.settings.kafka_bootstrap,
-        "POSTROAD_DATABASE_URL": road.settings.database_url,
+        "POSTROAD_DATABASE_URL": road.settings.database_url.get_secret_value(),
         "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
     }
     command = [sys.executable, "-m", "services.cli", "rebuild", "--yes", "-o", "json"]

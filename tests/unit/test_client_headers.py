@@ -13,7 +13,7 @@ from postroad.v1 import events_pb2 as pb
 from postroad.v1.task_service_pb2 import CreateRequest
 from services.api.errors import InvalidArgument
 from services.api.validation import task_created
-from services.common.header_fields import written
+from services.common.header_fields import canonical
 from services.sender.composer import Composer
 
 NOW = 1_800_000_000_000_000
@@ -339,7 +339,7 @@ ADDRESSES = st.builds(
 def test_the_short_way_for_plain_mailboxes_says_what_the_parser_says(name: list[str], address: str) -> None:
     value = f"{' '.join(name)} <{address}>" if name else address
     # The parser passes over the space at the end; the short way does not take it.
-    assert written("Reply-To", value) == written("Reply-To", f"{value} ") == value
+    assert canonical("Reply-To", value) == canonical("Reply-To", f"{value} ") == value
 
 
 TRICKY = st.lists(

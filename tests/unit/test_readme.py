@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from services.common.config import Settings
+from pydantic import SecretStr
+
+from services.common.config import Settings, variable
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -10,11 +12,14 @@ README = Path(__file__).parents[2] / "README.md"
 def settings_table() -> str:
     lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        variable = str(field.validation_alias or f"POSTROAD_{name.upper()}")
         default = field.default
+        if isinstance(default, SecretStr):
+            default = default.get_secret_value()
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
-        lines.append(f"| `{variable}` | {f'`{default}`' if str(default) else ''} | {field.description} |")
+        lines.append(
+            f"| `{variable(name)}` | {f'`{default}`' if str(default) else ''} | {field.description} |"
+        )
     return "\n".join(lines)
 
 

@@ -215,7 +215,7 @@ def test_a_secret_loses_the_line_end_at_its_end_and_nothing_else(
     for name in secrets:
         monkeypatch.setenv(name, f" a\nb {end}")
     taken = Settings()
-    assert taken.email_pass == taken.database_url == " a\nb "
+    assert taken.email_pass.get_secret_value() == taken.database_url.get_secret_value() == " a\nb "
     assert taken.email_oauth_client_secret.get_secret_value() == " a\nb "
     assert taken.api_tokens.get_secret_value() == " a\nb "
 
@@ -296,3 +296,13 @@ def test_every_variable_that_the_tree_names_is_known_and_no_other() -> None:
     assert named - settings - OTHERS - {f"POSTROAD_HTTP_SENDER_{n}" for n in range(1, 4)} == set()
     assert named >= OTHERS
     assert not OTHERS & settings
+
+
+def test_the_text_of_the_settings_shows_no_secret() -> None:
+    given = {
+        "database_url": "mysql://ann:s3cret@db/postroad",
+        "email_pass": "s3cret",
+        "email_oauth_client_secret": "s3cret",
+        "api_tokens": "shop:s3cret-one",
+    }
+    assert "s3cret" not in repr(Settings(**given))  # type: ignore[arg-type]

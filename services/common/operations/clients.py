@@ -104,6 +104,6 @@ def missing_topic(topic: str) -> NotFound:
 def database_url(settings: Settings) -> URL:
     """Return the database's URL. Raises InvalidDatabaseUrl, whose text holds no password."""
     try:
-        return engine.url_of(settings.database_url)
+        return engine.url_of(settings.database_url.get_secret_value())
     except ValueError as error:
         raise InvalidDatabaseUrl(str(error)) from None
