@@ -3,14 +3,11 @@
 import fcntl
 import os
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 from deploy.local import process
 from deploy.local.component import Component
@@ -19,7 +16,6 @@ from deploy.local.database_tree import wanted_kind
 from deploy.local.environment import (
     REPLACED_BY,
     concerned,
-    foreign_free,
     given_variables,
     merged,
     replaced,
@@ -27,7 +23,8 @@ from deploy.local.environment import (
 )
 from deploy.local.files import write_whole
 from deploy.local.kafka_node import kafka_component
-from deploy.local.layout import ROOT, Layout
+from deploy.local.launcher import Launcher, StackError
+from deploy.local.layout import Layout
 from deploy.local.services import catcher_component, dns_component, service_component
 from deploy.local.state import DEFAULT_REPLICAS, SERVICES, StackState
 
@@ -36,10 +33,6 @@ __all__ = ["ProcessStatus", "Stack", "StackError"]
 
 API_PORT = 50051
 """The port of the README's examples. The first api listens there when it is free."""
-
-
-class StackError(Exception):
-    """The stack cannot do what the command asks. The text is for the person at the terminal."""
 
 
 def _api_port() -> int:
@@ -66,7 +59,7 @@ class Stack:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.state = StackState.load(layout.state)
-        self._failure = ""
+        self._launcher = Launcher(layout, self.component)
 
     # What the stack consists of
 
@@ -153,18 +146,19 @@ class Stack:
         stale = {name: settings for name in running if (settings := self._changed(name, running[name]))}
         missing = [name for name in wanted if name not in running or name in stale]
         with ThreadPoolExecutor() as pool:
-            starts = {name: pool.submit(self._start_one, name) for name in self.infrastructure()}
+            starts = {name: pool.submit(self._launcher.start, name) for name in self.infrastructure()}
             if wanted and (missing or changed):
                 kafka = [start for name, start in starts.items() if name.startswith("kafka-")]
                 database = [start for name, start in starts.items() if name == "mysql"]
-                starts["migrate"] = pool.submit(self._command, "migrate", database)
-                starts["topics"] = pool.submit(self._command, "topics apply --yes", kafka)
-            self._results(starts.values())
+                run, variables = self._launcher.run_command, stack_environment(self.state)
+                starts["migrate"] = pool.submit(run, "migrate", variables, database)
+                starts["topics"] = pool.submit(run, "topics apply --yes", variables, kafka)
+            self._launcher.results(starts.values())
         for name, settings in stale.items():
             print(f"{name}: starting anew with {', '.join(settings)}", file=sys.stderr, flush=True)
-        self._end_all(stale)
-        self._start_all(name for name in stale if name not in wanted)
-        self._start_all(wanted)
+        self._launcher.end_all(stale)
+        self._launcher.start_all(name for name in stale if name not in wanted)
+        self._launcher.start_all(wanted)
         for service in SERVICES:
             self._end_surplus(service)
 
@@ -231,7 +225,7 @@ class Stack:
             self._refuse_settings()
             self.state.replicas[service] = count
             self._save()
-            self._start_all([name for name in self.services() if name.startswith(f"{service}-")])
+            self._launcher.start_all([name for name in self.services() if name.startswith(f"{service}-")])
             self._end_surplus(service)
 
     def start(self, name: str) -> None:
@@ -240,7 +234,7 @@ class Stack:
             self._refuse_settings()
             self.component(name)
             self._save()
-            self._start_all([name])
+            self._launcher.start_all([name])
 
     def stop(self, name: str, *, kill: bool = False) -> bool:
         """End `name` by SIGTERM, or by SIGKILL with `kill`. Return whether it ended by itself in time."""
@@ -256,7 +250,7 @@ class Stack:
                     write_whole(self.layout.pid(name), f"{pid}\n", 0o644)
                 names = set(running)
                 servers = {name for name in names if name.rpartition("-")[0] not in SERVICES}
-                self._end_all((names - servers) or servers)
+                self._launcher.end_all((names - servers) or servers)
             shutil.rmtree(self.layout.root / "pids", ignore_errors=True)
             self.state.given = {}
             self.state.release_ports()
@@ -268,65 +262,8 @@ class Stack:
             self.layout.state.unlink()
             self.layout.env.unlink()
 
-    # How the commands work
-
-    def _start_all(self, names: Iterable[str]) -> None:
-        with ThreadPoolExecutor() as pool:
-            self._results([pool.submit(self._start_one, name) for name in names])
-
-    def _start_one(self, name: str) -> None:
-        component = self.component(name)
-        if process.find(self.layout, name) is None:
-            component.prepare()
-            env = {**foreign_free(os.environ), "PYTHONUNBUFFERED": "1", **component.env}
-            process.spawn(self.layout, name, component.argv, env, cwd=ROOT)
-        deadline = time.monotonic() + component.patience
-        pause = 0.02
-        while not component.is_ready():
-            if process.find(self.layout, name) is None:
-                self._give_up(f"{name} ended while it started", name)
-            if time.monotonic() > deadline:
-                self._give_up(f"{name} is not ready after {component.patience:.0f} s", name)
-            if self._failure:
-                raise StackError(self._failure)
-            time.sleep(pause)
-            pause = min(pause * 1.3, 0.2)
-
-    def _give_up(self, text: str, name: str) -> NoReturn:
-        """Raise StackError, and end the waits for the other processes, which may need this one."""
-        self._failure = self._failure or f"{text}:\n{process.log_tail(self.layout, name)}"
-        raise StackError(self._failure)
-
-    def _end_all(self, names: Iterable[str]) -> None:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda name: process.end(self.layout, name, self._grace(name)), names))
-
-    def _grace(self, name: str) -> float:
-        try:
-            return self.component(name).grace
-        except StackError:
-            return 30
-
     def _end_surplus(self, service: str) -> None:
         keep = set(self.state.replica_names(service))
         # A killed replica does not run, but still has its pid file.
         there = {*process.find_all(self.layout), *self.layout.names_in("pids", ".pid")}
-        self._end_all(n for n in there if n.rpartition("-")[0] == service and n not in keep)
-
-    def _command(self, command: str, after: Collection[Future[None]]) -> None:
-        """Run `postroad command` once the processes that it needs are ready."""
-        self._results(after)
-        argv = [sys.executable, "-m", "services.cli", *command.split()]
-        env = {**foreign_free(os.environ), **stack_environment(self.state), "POSTROAD_CONFIG": os.devnull}
-        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")
-
-    def _results(self, futures: Collection[Future[None]]) -> None:
-        """Wait for all of them, and raise what a failed one raised. An interruption ends the other waits."""
-        try:
-            for future in wait(futures).done:
-                future.result()
-        except BaseException:
-            self._failure = self._failure or "interrupted"
-            raise
+        self._launcher.end_all(n for n in there if n.rpartition("-")[0] == service and n not in keep)
