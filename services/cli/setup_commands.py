@@ -53,9 +53,10 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         Partitions, replicas and delays that no setting gives are those that the cluster has.
         """
         from services.common.kafka import admin as kafka_admin  # noqa: PLC0415
+        from services.common.stages import all_topics  # noqa: PLC0415
 
         settings = _settings(context)
-        rows = _rows(kafka_admin.plan(settings), settings)
+        rows = _rows(kafka_admin.plan(settings, all_topics(settings)), settings)
         context.out.rows(rows, _COLUMNS, _AS_THEY_MUST_BE)
         if rows:
             raise typer.Exit(FAILED)
@@ -89,9 +90,10 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         heed.
         """
         from services.common.kafka import admin as kafka_admin  # noqa: PLC0415
+        from services.common.stages import all_topics  # noqa: PLC0415
 
         settings = _settings(context)
-        plan = kafka_admin.plan(settings)
+        plan = kafka_admin.plan(settings, all_topics(settings))
         small = plan.small if grow else {}
         todo = [
             *(f"create {topic.name}, {topic.partitions} partitions" for topic in plan.missing),
@@ -106,7 +108,9 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
                 say(line)
             confirm(f"Change {len(todo)} topics?", yes)
         kafka_admin.grow(settings, small)
-        applied = kafka_admin.apply(settings, replace(plan, small={} if grow else plan.small))
+        applied = kafka_admin.apply(
+            settings, all_topics(settings), replace(plan, small={} if grow else plan.small)
+        )
         rows = [{"topic": name, "state": "grown"} for name in small]
         rows += [{"topic": name, "state": "created"} for name in applied.created]
         rows += [{"topic": name, "state": "kept longer"} for name in applied.raised]

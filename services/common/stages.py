@@ -5,7 +5,7 @@ docs/add-a-stage.md shows how to add a stage. This module imports no service, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from services.common.config import Settings
     from services.common.events import Event
 
-__all__ = ["DELAYING", "STAGES", "StageSpec", "stage_delays"]
+__all__ = ["DELAYING", "STAGES", "StageSpec", "all_topics", "stage_delays"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +89,8 @@ DELAYING = tuple(stage.name for stage in STAGES.values() if stage.delays_setting
 def stage_delays(settings: Settings) -> dict[str, tuple[int, ...]]:
     """Return the delays of every stage in seconds, rising; empty for a stage that has none."""
     return {name: stage.delays(settings) for name, stage in STAGES.items()}
+
+
+def all_topics(settings: Settings) -> Sequence[topics.Topic]:
+    """Return every topic that an installation with these settings needs."""
+    return topics.wanted(settings, stage_delays(settings))

@@ -27,6 +27,7 @@ from services.common.kafka import admin as kafka_admin
 from services.common.migrations import migrate
 from services.common.operations.rebuild.report import RebuildReport
 from services.common.operations.rebuild.run import rebuild
+from services.common.stages import all_topics
 from tests.bench.usage import usage
 from tests.stack import Infra
 
@@ -147,7 +148,7 @@ def main() -> None:
         settings = Settings(
             kafka_bootstrap=infra.bootstrap, database_url=url, topic_prefix=infra.topic_prefix()
         )
-        kafka_admin.apply(settings)
+        kafka_admin.apply(settings, all_topics(settings))
         started = time.monotonic()
         # Another process, so that its memory is not counted.
         with ProcessPoolExecutor(1) as other:

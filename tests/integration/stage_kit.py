@@ -18,10 +18,10 @@ from services.common.config import Settings
 from services.common.events import DECODERS, encode
 from services.common.kafka.publisher import Publisher
 from services.common.kafka.records import OutgoingRecord
-from services.common.kafka.topics import MX_OK, TASK_CREATED, Names, wanted
+from services.common.kafka.topics import MX_OK, TASK_CREATED, Names
 from services.common.stage.runtime import StageRuntime
 from services.common.stage.types import Done, Record, Stage
-from services.common.stages import stage_delays
+from services.common.stages import all_topics
 from tests.groups import Offsets
 from tests.stack import Infra
 
@@ -101,7 +101,7 @@ class Kit:
         ]
         new = [
             NewTopic(topic.name, topic.partitions, topic.replication, config=dict(topic.config))
-            for topic in wanted(self.settings, stage_delays(self.settings))
+            for topic in all_topics(self.settings)
             if topic.name in self.topics
         ]
         for done in self.admin.create_topics(new).values():

@@ -35,11 +35,12 @@ from deploy.local.state import DEFAULT_REPLICAS, StackState
 from pathlib import Path
 from services.common.config import Settings
 from services.common.kafka import admin
+from services.common.stages import all_topics
 from tests.chaos.plan import plan
 from tests.unit import test_setting_readers as readers
 
 settings = Settings()
-created = admin.apply(settings).created
+created = admin.apply(settings, all_topics(settings)).created
 given = {"POSTROAD_KAFKA_BOOTSTRAP": settings.kafka_bootstrap, "POSTROAD_TOPIC_PREFIX": settings.topic_prefix}
 state = StackState(replicas=dict(DEFAULT_REPLICAS), given=given)
 name = state.service_names()[-1]

@@ -9,8 +9,7 @@ import subprocess
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from services.common.config import Settings
-from services.common.kafka import topics
-from services.common.stages import stage_delays
+from services.common.stages import all_topics
 from tests import forked
 from tests.api_process import eventually
 from tests.cli import Command
@@ -27,7 +26,7 @@ def postroad(bootstrap: str, prefix: str, *command: str, **more: str) -> subproc
 def test_missing_topics_are_created_and_the_rest_is_compared(infra: Infra) -> None:
     prefix = infra.topic_prefix()
     settings = Settings(topic_prefix=prefix)
-    names = sorted(topic.name for topic in topics.wanted(settings, stage_delays(settings)))
+    names = sorted(topic.name for topic in all_topics(settings))
     first = postroad(infra.bootstrap, prefix)
     assert first.returncode == 0, first.stderr
     assert sorted(line.removeprefix("created ") for line in first.stdout.splitlines()[:-1]) == names

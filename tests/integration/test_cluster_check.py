@@ -11,8 +11,8 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from services.common.config import Settings
 from services.common.kafka import cluster_check
 from services.common.kafka.cluster_check import ClusterCheck
-from services.common.kafka.topics import TASK_CREATED, wanted
-from services.common.stages import stage_delays
+from services.common.kafka.topics import TASK_CREATED
+from services.common.stages import all_topics
 from tests.api_process import eventually
 from tests.integration.stage_kit import Kit, passed_on, until
 from tests.stack import Infra
@@ -51,11 +51,7 @@ async def test_a_stage_without_its_topic_says_so(newest: Kit, monkeypatch: pytes
     async with kit.running(handle=passed_on) as runtime:
         await asyncio.to_thread(kit.admin.delete_topics([name])[name].result, 20)
         await until(lambda: f"Kafka has no topic {name}" in runtime.problems())
-        [new] = [
-            NewTopic(t.name, t.partitions, 1)
-            for t in wanted(kit.settings, stage_delays(kit.settings))
-            if t.name == name
-        ]
+        [new] = [NewTopic(t.name, t.partitions, 1) for t in all_topics(kit.settings) if t.name == name]
         await asyncio.to_thread(kit.admin.create_topics([new])[name].result, 20)
         await until(lambda: not any("has no topic" in problem for problem in runtime.problems()))
 

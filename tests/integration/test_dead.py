@@ -28,6 +28,7 @@ from services.common.operations.dead_letters.redrive import purge, redrive
 from services.common.operations.errors import NotFound
 from services.common.operations.record_producer import RecordProducer
 from services.common.stage.types import Dead, Done, Record, Retry
+from services.common.stages import all_topics
 from tests import forked
 from tests.event_strategies import mail_task
 from tests.integration.stage_kit import Kit, created, passed_on, until
@@ -63,7 +64,7 @@ def dead_letters(kit: Kit) -> list[DeadLetter]:
 
 async def killed(kit: Kit, count: int) -> list[DeadLetter]:
     """Have a stage whose handler is broken meet `count` records; return its letters."""
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     await kit.publish([created(number) for number in range(count)])
     async with kit.running(handle=dies):
         await until(lambda: len(unresolved(kit).dead_letters) == count)
@@ -135,7 +136,7 @@ async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replaye
 ) -> None:
     """The broker counts a record's bytes compressed, a producer before."""
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     event = encode(
         pb.TaskCreated(task=pb.MailTask(id=bytes(16), email="a@good.test", body="b" * (6 << 20)), at_us=1),
         "api",
@@ -171,7 +172,7 @@ async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replaye
 
 async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replayed(newest: Kit) -> None:
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
     # One key: in one batch, which the broker refuses whole for the sake of one record.
@@ -199,7 +200,7 @@ async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replaye
 @pytest.mark.parametrize("attempt", [2, 3])
 async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, attempt: int) -> None:
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     await kit.publish([created()])
 
     def dies_later(record: Record) -> Done | Retry:
@@ -229,7 +230,7 @@ async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, atte
 
 async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(newest: Kit) -> None:
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     for attempt in (1, 2, 3):
@@ -253,7 +254,7 @@ async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(n
 async def test_a_record_that_died_in_two_stages_is_sent_back_once(newest: Kit) -> None:
     """It is one letter each in two stages, and both read the topic that it goes back to."""
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     events = [encode(pb.MxOk(task=mail_task(n), attempt=1, at_us=7), "validator") for n in range(3)]
     for number, event in enumerate(events):
@@ -321,7 +322,7 @@ async def test_a_letter_whose_marker_was_not_written_is_replayed_again(
 
 async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Kit) -> None:
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
     carried = headers.dead_letter_headers(
         event.headers, origin=RecordLocation("mx.ok", 2, 40), attempt=1, cause="OSError: disk"
@@ -352,7 +353,7 @@ async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Ki
 
 async def test_what_is_asked_wrongly_is_said_in_one_line(newest: Kit) -> None:
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     for code, *arguments in (
         (2, "replay"),
         (2, "purge", "--all", "--stage", "sender", "--yes"),
@@ -393,7 +394,7 @@ def test_a_topic_that_is_not_there_is_named(newest: Kit) -> None:
 
 async def test_what_has_headers_that_cannot_be_read_is_shown_and_done_away_with(newest: Kit) -> None:
     kit = newest
-    kafka_admin.apply(kit.settings)
+    kafka_admin.apply(kit.settings, all_topics(kit.settings))
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     produce_with_header(producer, kit.names.dead("validator"), 0, key=b"key", value=b"value", name=b"\xff")
     assert producer.flush(10) == 0

@@ -37,6 +37,7 @@ from services.common.operations.rebuild.report import RebuildReport
 from services.common.operations.rebuild.run import RebuildRunning, rebuild
 from services.common.operations.rebuild.shadow_table import TASKS, create_tables
 from services.common.operations.rebuild.swap_tables import swap
+from services.common.stages import all_topics
 from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
 from services.common.timeline import timeline_entry
 from services.sender.claims import Claims
@@ -233,7 +234,7 @@ def road(infra: Infra, database_url: str, engine: Engine) -> Road:
         topic_prefix=infra.topic_prefix(),
         partitions=3,
     )
-    kafka_admin.apply(settings)
+    kafka_admin.apply(settings, all_topics(settings))
     return Road(settings, engine)
 
 
@@ -414,7 +415,7 @@ def recreate(settings: Settings, *topics: str) -> None:
     deadline = time.monotonic() + 20
     while names & admin.list_topics(timeout=5).topics.keys():
         assert time.monotonic() < deadline
-    assert set(kafka_admin.apply(settings).created) == names
+    assert set(kafka_admin.apply(settings, all_topics(settings)).created) == names
 
 
 def truncate(settings: Settings, *topics: str) -> None:

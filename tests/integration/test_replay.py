@@ -54,6 +54,7 @@ from services.common.operations.replay.store import (
     unfinished_replays,
 )
 from services.common.operations.replay.task_state import read_task_states
+from services.common.stages import all_topics
 from services.common.taskstore import upsert
 from tests import forked
 from tests.stack import Infra
@@ -96,7 +97,7 @@ class Site:
             sender_delays=(60,),
             validator_delays=(5,),
         )
-        kafka_admin.apply(self.settings)
+        kafka_admin.apply(self.settings, all_topics(self.settings))
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("POSTROAD_")},
             "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,

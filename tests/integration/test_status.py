@@ -20,6 +20,7 @@ from services.common.fold import delta, fold
 from services.common.kafka import admin as kafka_admin
 from services.common.kafka.topics import EVENT_TOPICS
 from services.common.stage.types import Dead, Done, Record
+from services.common.stages import all_topics
 from services.common.taskstore import body_of, insert_bodies, upsert
 from services.status.purge import purge
 from services.status.service import StatusService, build
@@ -160,7 +161,7 @@ def config(infra: Infra, database_url: str) -> Settings:
         topic_prefix=infra.topic_prefix(),
         partitions=3,
     )
-    kafka_admin.apply(settings)
+    kafka_admin.apply(settings, all_topics(settings))
     return settings
 
 

@@ -18,6 +18,7 @@ from services.common.config import Settings
 from services.common.events import DECODERS, Event, encode, task_id
 from services.common.kafka import topics
 from services.common.kafka.admin import apply
+from services.common.stages import all_topics
 from tests.stack import Infra
 
 # No other test, and no earlier run on the same servers, has counted this one's questions.
@@ -60,7 +61,7 @@ class Road:
             partitions=3,
             validator_delays=DELAYS,
         )
-        apply(self.settings)
+        apply(self.settings, all_topics(self.settings))
         names = topics.Names(self.settings.topic_prefix)
         self.created = names.topic(topics.TASK_CREATED)
         self.dead_topic = names.dead("validator")

@@ -132,7 +132,7 @@ def read_by(service: str) -> set[str]:
         names = [_dotted(path) for path in paths]
         return read_from(*((name, defined) for name in names for defined in module(name).defined))
     if service == "topics":
-        return read_from(("services.common.kafka.admin", "apply"))
+        return read_from(("services.common.kafka.admin", "apply"), ("services.common.stages", "all_topics"))
     main = "services.api" if service == "api" else STAGES[service].module
     if (ROOT / main.replace(".", "/")).is_dir():
         main = f"{main}.service"

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from services.common.config import Settings, misspelt, refusals, variable
 from services.common.environment import OTHERS
-from services.common.kafka.topics import wanted
-from services.common.stages import stage_delays
+from services.common.stages import all_topics
 
 DAY = 86400
 
@@ -259,7 +258,7 @@ def test_the_process_ends_with_2(service: str, given: dict[str, str], says: str)
 
 def test_the_longest_names_and_delays_fit_a_topic() -> None:
     settings = Settings(sender_delays=(30 * DAY,), topic_prefix="x" * 200)
-    topics = wanted(settings, stage_delays(settings))
+    topics = all_topics(settings)
     assert max(len(topic.name) for topic in topics) <= 249
     (delay,) = (topic for topic in topics if topic.name.endswith(str(30 * DAY)))
     assert int(delay.config["retention.ms"]) >= 2 * 30 * DAY * 1000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from services.common.config import Settings
-from services.common.kafka.topics import EVENT_TOPICS, wanted
-from services.common.stages import STAGES, stage_delays
+from services.common.kafka.topics import EVENT_TOPICS
+from services.common.stages import STAGES, all_topics
 
 DAY_MS = 86_400_000
 
@@ -14,9 +14,7 @@ DAY_MS = 86_400_000
 @pytest.mark.parametrize("max_age", [1, 4 * 86_400, 40 * 86_400])
 def test_delay_topics_outlast_the_age_limit_and_thirty_days_of_outage(max_age: int) -> None:
     settings = Settings(sender_max_age=max_age, sender_delays=(60, 30 * 86_400))
-    keeps = {
-        topic.name: int(topic.config["retention.ms"]) for topic in wanted(settings, stage_delays(settings))
-    }
+    keeps = {topic.name: int(topic.config["retention.ms"]) for topic in all_topics(settings)}
     delays = {name: ms for name, ms in keeps.items() if ".delay." in name}
     assert len(delays) == 6
     for name, ms in delays.items():
@@ -28,6 +26,6 @@ def test_delay_topics_outlast_the_age_limit_and_thirty_days_of_outage(max_age: i
 
 
 def test_only_time_removes_a_record() -> None:
-    for topic in wanted(Settings(), stage_delays(Settings())):
+    for topic in all_topics(Settings()):
         assert topic.config["retention.bytes"] == "-1"
         assert topic.config["cleanup.policy"] == "delete"

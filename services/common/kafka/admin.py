@@ -1,4 +1,4 @@
-"""Creates an installation's topics, compares them with `topics.wanted`, and grows them. Everything blocks."""
+"""Compares an installation's topics with the wanted ones, creates and grows them. Everything blocks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from services.common.config import Settings
-from services.common.kafka.topics import Topic, wanted
-from services.common.stages import stage_delays
+from services.common.kafka.topics import Topic
 
 __all__ = ["Applied", "Plan", "apply", "client", "grow", "plan"]
 
@@ -65,13 +64,12 @@ def client(settings: Settings) -> AdminClient:
     return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
 
 
-def plan(settings: Settings) -> Plan:
-    """Compare the cluster's topics with those that the settings want. Changes nothing.
+def plan(settings: Settings, topics: Sequence[Topic]) -> Plan:
+    """Compare the cluster's topics with these. Changes nothing.
 
     Raises `confluent_kafka.KafkaException` where the cluster does not answer.
     """
     admin = client(settings)
-    topics = wanted(settings, stage_delays(settings))
     known = admin.list_topics(timeout=5).topics
     there = [topic for topic in topics if topic.name in known]
     has = {topic.name: len(known[topic.name].partitions) for topic in there}
@@ -92,13 +90,13 @@ def plan(settings: Settings) -> Plan:
     )
 
 
-def apply(settings: Settings, planned: Plan | None = None) -> Applied:
-    """Create the missing topics and raise the retentions that are too short: as `planned`, or by a new plan.
+def apply(settings: Settings, topics: Sequence[Topic], planned: Plan | None = None) -> Applied:
+    """Create the missing of these topics and raise too short retentions: as `planned`, or by a new plan.
 
     It changes nothing else of a topic that exists. Raises `confluent_kafka.KafkaException` where the cluster
     does not answer or refuses.
     """
-    planned = planned or plan(settings)
+    planned = planned or plan(settings, topics)
     admin = client(settings)
     created = _create(admin, planned.missing) if planned.missing else []
     _raise_retention(admin, {name: planned.retention[name] for name in planned.short})

@@ -88,7 +88,7 @@ def delay_of(topic: str) -> int | None:
 def wanted(settings: Settings, delays: Mapping[str, Sequence[int]]) -> Sequence[Topic]:
     """Return every topic that an installation with these settings needs.
 
-    `delays` has every stage by name, with the seconds of its delay topics (`stages.stage_delays`). Event
+    `delays` has every stage by name, with the seconds of its delay topics (stages.py). Event
     topics keep their records for 30 days: rebuilds and replays read them. Delay topics keep theirs for a
     task's age limit and 30 days more: a stage finds all that it deferred after 30 days. Dead letters stay for
     a year.
