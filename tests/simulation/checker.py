@@ -28,17 +28,17 @@ def check(schedule: Schedule, settled: bool) -> None:
     if not settled:
         lag = {name: group.lag() for name, group in schedule.broker.groups.items() if group.lag()}
         outbox = len(schedule.database.outbox)
-        violation(f"not quiet in time: lag {lag}, outbox {outbox}, clients {schedule.clients}")
+        violation(f"not quiet in time: lag {lag}, outbox {outbox}, clients {schedule.clients.waiting}")
     events = _events(schedule)
     rows = schedule.database.tasks
-    for id_ in sorted(schedule.accepted - rows.keys()):
+    for id_ in sorted(schedule.clients.accepted - rows.keys()):
         violation(f"task {id_[-2]} was accepted and is not there")
     keys = [row.idempotency_key for row in rows.values() if row.idempotency_key]
     if len(keys) != len(set(keys)):
         violation("two tasks under one idempotency key")
     for id_ in sorted(rows):
         _check_task(schedule, id_, events.get(id_, []))
-    for id_, asked, status in schedule.answers:
+    for id_, asked, status in schedule.clients.answers:
         _check_answer(schedule, id_, asked, status, events.get(id_, []))
     _check_dead(schedule)
 
@@ -57,7 +57,7 @@ def _check_answer(schedule: Schedule, id_: bytes, asked: float, status: str, eve
     holds = now == "cancelled" and not copies
     if any(map(_doubtful, events)):
         holds = now == "cancelled" or (now == "completed" and bool(copies))
-    if status == "cancelled" and schedule.reopened.get(id_, -1.0) < asked and not holds:
+    if status == "cancelled" and schedule.clients.reopened.get(id_, -1.0) < asked and not holds:
         schedule.world.violation(f"{name} was said to be cancelled and is {now}, sent {len(copies)} times")
     if status not in TERMINAL:
         schedule.world.violation(f"a cancel of {name} was answered that it is {status}")
@@ -84,7 +84,7 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
     wanted = schedule.plan.tasks[id_[-2]].send_in
     # A reopened task is sent at once.
     due = 0.0 if row.created_at is None else schedule.database.at(row.created_at) + wanted
-    if id_ not in schedule.reopened and any(copy.at < due for copy in copies):
+    if id_ not in schedule.clients.reopened and any(copy.at < due for copy in copies):
         violation(f"{name} was sent before its time")
     sent_by = schedule.database.sent_by
     # One copy per task needs no doubt: the sender got the reply and stored it.
@@ -95,7 +95,7 @@ def _check_task(schedule: Schedule, id_: bytes, events: list[Any]) -> None:
     if len(copies) - max(1, len(plain)) > len(doubts):
         violation(f"{name} was sent {len(copies)} times with {len(doubts)} doubts on record")
     limit = 1 + schedule.servers.settings.max_resends
-    if id_ not in schedule.reopened and len(copies) > limit:
+    if id_ not in schedule.clients.reopened and len(copies) > limit:
         violation(f"{name} was sent {len(copies)} times, {limit} are allowed")
     _check_copies(schedule, name, copies)
     if len({copy.message_id for copy in copies} | {doubt.message_id for doubt in doubts}) > 1:
@@ -132,7 +132,9 @@ def _check_dead(schedule: Schedule) -> None:
                 cause = dict(record.headers()).get("cause", b"").decode()
                 violation(f"{stage} has an unexpected dead letter: {cause[:200]}")
         poisons = {
-            b"%16d" % (n + 1) for n, topic in enumerate(schedule.poison) if topic in STAGES[stage].reads
+            b"%16d" % (n + 1)
+            for n, topic in enumerate(schedule.clients.poison)
+            if topic in STAGES[stage].reads
         }
         if missing := poisons - {record.key() for record in dead_letters}:
             violation(f"{stage} dropped {len(missing)} records that it could not decode")

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import grpc
-
-from postroad.v1 import events_pb2 as pb
-from services.api.errors import StatusError
-from services.api.outbox_publisher import OutboxEvent
-from services.api.uuid7 import parse
-from services.common.events import DECODERS, encode, task_id
 from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CREATED, Names
 from services.common.stages import STAGES, stage_delays
 from tests.simulation import checker
 from tests.simulation.broker import SESSION, Broker
+from tests.simulation.clients import Clients
 from tests.simulation.database import Database
 from tests.simulation.mail import Dns, MailServer
 from tests.simulation.patches import trace_into
-from tests.simulation.plan import Act, Fault, Plan, TaskPlan
+from tests.simulation.plan import Fault, Plan
 from tests.simulation.process import Process
 from tests.simulation.processes import SERVICES, SETTINGS, SIMULATED, Api, Servers, Service, build
 from tests.simulation.publisher import Publisher
-from tests.simulation.scheduler import EPOCH, Scheduler
+from tests.simulation.scheduler import Scheduler
 from tests.simulation.world import World
 
 __all__ = ["Result", "run"]
 
-DECISIONS = ("cancel", "retry")
 _ENOUGH = 1500.0
 """The virtual seconds within which everything settles after the last fault."""
 
@@ -46,14 +38,6 @@ class Result:
     steps: int
     copies: int = 0
     statuses: list[str] = field(default_factory=list)
-
-
-class Answer(NamedTuple):
-    """The answer to a Cancel, and when the client called it."""
-
-    task: bytes
-    asked: float
-    status: str
 
 
 class _Replica:
@@ -90,15 +74,8 @@ class Schedule:
         self.replicas: list[_Replica] = []
         self.struck: set[str] = set()
         """The names of the processes that were killed or frozen."""
-        self.accepted: set[bytes] = set()
-        self.unknown: set[bytes] = set()
-        self.answers: list[Answer] = []
-        self.reopened: dict[bytes, float] = {}
-        """When each task was last reopened, or when that was last asked for."""
-        self.poison: list[str] = []
-        self.clients = 0
+        self.clients = Clients(self)
         self._names = dict.fromkeys(SERVICES, 0)
-        self._draws = 0
         self._quiet_after = 0.0
         trace_into(self.world)
 
@@ -217,137 +194,6 @@ class Schedule:
             for consumer in getattr(replica.service, "consumers", ()):
                 consumer.wake()
 
-    # --- clients and operators ---
-
-    def _create(self, number: int, plan: TaskPlan, tries: int) -> None:
-        """Try once to create a task at a live api; try again `tries` times."""
-        again: Callable[[], None] | None = None
-        if plan.key and tries:
-            again = lambda: self._create(number, plan, tries - 1)  # noqa: E731
-        live = [r for r in self.live("api") if isinstance(r.service, Api)]
-        if not live:
-            self._later(again, 0.5)
-            return
-        api, process = live[0].service, live[0].process
-        assert isinstance(api, Api)
-        self._draws += 1
-        rng = self.scheduler.rng
-        id_ = bytes([1, 144, *([7] * 10), self._draws >> 8, self._draws & 255, number, rng.randrange(256)])
-        now_us = EPOCH * 1_000_000 + int(self.scheduler.now * 1e6)
-        task = pb.MailTask(
-            id=id_,
-            tenant="t",
-            idempotency_key=f"key-{number}" if plan.key else "",
-            request_hash=hashlib.sha256(b"%d" % number).digest(),
-            email=f"t{number}@d{number}.test",
-            domain=f"d{number}.test",
-            subject="s",
-            body="text",
-            created_at_us=now_us,
-        )
-        send_at_us = now_us + int(plan.send_in * 1e6) if plan.send_in else 0
-        recording = OutboxEvent(pb.TaskCreated(task=task, at_us=now_us, send_at_us=send_at_us), b"", 100)
-        self.unknown.add(id_)
-        answered = False
-
-        def hear(accepted: bytes | None) -> None:
-            nonlocal answered
-            if answered:
-                return
-            answered = True
-            if accepted is None:
-                self._later(again, 0.5)
-            else:
-                self.world.trace("client", f"task {number} is accepted")
-                self.accepted.add(accepted)
-                self.clients -= 1
-
-        async def ask() -> None:
-            accepted = None
-            try:
-                original = await api.recorder.record(recording)
-                accepted = id_ if original is None else parse(original.id)
-            except (StatusError, RuntimeError):
-                pass
-            self.scheduler.after(self.scheduler.latency(), None, hear, accepted)
-
-        self.scheduler.after(self.scheduler.latency(), process, lambda: process.loop.create_task(ask()))
-        self.scheduler.after(6.0, None, hear, None)
-
-    def _later(self, again: Callable[[], None] | None, seconds: float) -> None:
-        if again is None:
-            self.clients -= 1
-        else:
-            self.scheduler.after(seconds, None, again)
-
-    def _act(self, act: Act) -> None:
-        self.world.trace("operator", f"{act.what} {act.task if act.what in DECISIONS else act.topic}")
-        match act.what:
-            case "cancel" | "retry":
-                for id_ in [id_ for id_ in self.database.tasks if id_[-2] == act.task]:
-                    self.clients += 1
-                    self._decide(act.what, id_, 20)
-            case "replay":
-                self.replay(act.topic)
-            case "poison":
-                self.poison.append(act.topic)
-                self.broker.append(act.topic, b"%16d" % len(self.poison), b"\xff\xff", [])
-
-    def _decide(self, what: str, id_: bytes, tries: int) -> None:
-        """Try once to cancel or retry a task; try again `tries` times."""
-        again: Callable[[], None] | None = None
-        if tries:
-            again = lambda: self._decide(what, id_, tries - 1)  # noqa: E731
-        live = [r for r in self.live("api") if isinstance(r.service, Api)]
-        if not live:
-            self._later(again, 0.5)
-            return
-        api, process = live[-1].service, live[-1].process
-        assert isinstance(api, Api)
-        asked = self.scheduler.now
-        if what == "retry":
-            self.reopened[id_] = asked
-        decide = api.decider.cancel if what == "cancel" else api.decider.retry
-        answered = False
-
-        def hear(status: str) -> None:
-            nonlocal answered
-            if answered:
-                return
-            answered = True
-            if status == "unknown":
-                self._later(again, 0.5)
-                return
-            self.clients -= 1
-            self.world.trace("client", f"{what} of task {id_[-2]}: {status}")
-            if what == "cancel":
-                self.answers.append(Answer(id_, asked, status))
-
-        async def ask() -> None:
-            try:
-                status = (await decide("t", id_, b"")).status
-            except StatusError as problem:
-                refused = problem.code is grpc.StatusCode.FAILED_PRECONDITION
-                status = "refused" if refused else "unknown"
-            self.scheduler.after(self.scheduler.latency(), None, hear, status)
-
-        self.scheduler.after(self.scheduler.latency(), process, lambda: process.loop.create_task(ask()))
-        self.scheduler.after(10.0, None, hear, "unknown")
-
-    def replay(self, topic: str) -> None:
-        """Produce all records of a topic again with every task reopened: more than a replay may do."""
-        epoch = EPOCH * 1000 + int(self.scheduler.now * 1000)
-        for message in self.broker.records(topic):
-            if message.value() == b"\xff\xff":
-                continue
-            event = DECODERS[topic](message.value())
-            assert isinstance(event, pb.TaskCreated | pb.MxOk)
-            event.epoch = epoch
-            event.at_us = epoch * 1000
-            self.reopened[task_id(event)] = self.scheduler.now
-            out = encode(event, "replay")
-            self.broker.append(topic, out.key, out.value, out.headers)
-
     # --- the run ---
 
     def begin(self) -> None:
@@ -357,11 +203,11 @@ class Schedule:
                 self.start(service)
         for number, task in enumerate(self.plan.tasks):
             for _ in range(1 + task.twice):
-                self.clients += 1
-                self.scheduler.after(task.at + 0.03, None, self._create, number, task, 20)
+                self.clients.waiting += 1
+                self.scheduler.after(task.at + 0.03, None, self.clients.create, number, task, 20)
         for act in self.plan.acts:
             self.busy_until(act.at)
-            self.scheduler.after(act.at, None, self._act, act)
+            self.scheduler.after(act.at, None, self.clients.act, act)
         for fault in self.plan.faults:
             if fault.on:
                 self.world.await_operation(fault)
@@ -375,7 +221,7 @@ class Schedule:
     def quiet(self) -> bool:
         """Return whether nothing is left to do."""
         return (
-            not self.clients
+            not self.clients.waiting
             and not self.database.outbox
             and self.scheduler.now >= self._quiet_after
             and len(self.broker.groups) == len(SIMULATED)
@@ -407,7 +253,7 @@ def run(plan: Plan, traced: bool = False) -> Result:
             before = checker.copies_of_settled(schedule)
             schedule.world.trace("operator", "replays everything")
             for topic in (TASK_CREATED, MX_OK):
-                schedule.replay(topic)
+                schedule.clients.replay(topic)
             schedule.busy_until(schedule.scheduler.now + 1)
             settled = schedule.settle()
             checker.check(schedule, settled)
