@@ -55,9 +55,9 @@ def register(app: typer.Typer) -> None:
     def retry(context: CommandContext, ids: Ids) -> None:
         """Open failed, uncertain or cancelled tasks again.
 
-        They are pending again and go on at once, or at their --send-at where that has not come yet. A task
-        whose mail went out is not opened. The exit code is the highest of the tasks' own; one that is not
-        opened is named with the reason, and counts as failed.
+        They are pending again and continue at once, or at their --send-at if that is still to come. A task
+        whose mail went out is not opened. A task that is not opened is named with the reason, and counts as
+        failed. The exit code is the highest of the tasks' own.
         """
         from postroad.v1.task_service_pb2 import RetryRequest  # noqa: PLC0415
         from services.cli.channel import DEADLINE  # noqa: PLC0415
@@ -78,11 +78,11 @@ def register(app: typer.Typer) -> None:
         """,
     )
     def cancel(context: CommandContext, ids: Ids) -> None:
-        """Take tasks back, and show what really happened to each.
+        """Cancel tasks, and show what really happened to each.
 
-        Where the sender came first, the task is completed, failed or uncertain. It is named with the reason,
-        and counts as failed in the exit code, which is the highest of the tasks' own. So is one whose mail is
-        being sent: nothing is cancelled, ask again. A task that is uncertain already is closed.
+        If the sender was first, the task is completed, failed or uncertain. It is named with the reason, and
+        counts as failed. So does a task whose mail is being sent: it is not cancelled, ask again. A task that
+        is uncertain already is closed. The exit code is the highest of the tasks' own.
         """
         from postroad.v1.task_service_pb2 import CancelRequest  # noqa: PLC0415
         from services.cli.channel import DEADLINE  # noqa: PLC0415
@@ -111,8 +111,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Record what became of uncertain tasks' mails.
 
-        With --sent the tasks are completed and never sent again, with --not-sent they are failed and can be
-        retried. The exit code is the highest of the tasks' own; one that is not uncertain counts as failed.
+        With --sent the tasks are completed and never sent again. With --not-sent they are failed and can be
+        retried. A task that is not uncertain counts as failed. The exit code is the highest of the tasks'
+        own.
         """
         from postroad.v1 import task_service_pb2 as pb  # noqa: PLC0415
         from services.cli.channel import DEADLINE  # noqa: PLC0415

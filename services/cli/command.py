@@ -7,9 +7,7 @@ A command is a function whose first parameter is a `CommandContext`. The others 
             postroad lag
             postroad lag --partitions -o json
         """)
-        def lag(
-            context: CommandContext, partitions: Annotated[bool, typer.Option("--partitions")] = False
-        ) -> None:
+        def lag(context: CommandContext, watch: Annotated[bool, typer.Option("--watch")] = False) -> None:
             """Show how far each stage is behind."""
             settings = context.settings()               # services.common.config.Settings
             context.out.rows(rows, COLUMNS)             # or .one(row), .row_writer(COLUMNS)(row)

@@ -35,7 +35,7 @@ def reopenable() -> Iterable[str]:
 
 
 def stages() -> Iterable[str]:
-    """Return the stages of the road."""
+    """Return the names of the stages."""
     from services.common.stages import STAGES  # noqa: PLC0415
 
     return STAGES

@@ -54,7 +54,7 @@ def requests_from_flags(
 ) -> Iterator[pb.CreateRequest]:
     """Yield a request for each recipient. `mail` has TaskData's other fields, `key` is the idempotency key.
 
-    Each of several recipients gets the key KEY:ADDRESS, so that the whole command can be repeated.
+    Each of several recipients gets KEY:ADDRESS, so that the whole command can be repeated.
     """
     for email in emails:
         request = pb.CreateRequest(data=pb.TaskData(email=email, **mail))
@@ -94,7 +94,7 @@ def _request(asked: dict[str, Any]) -> pb.CreateRequest:
         raise ValueError("data is no object")
     for key, value in {**(data or {}), **fields}.items():
         # Protobuf's JSON takes `idempotencyKey` for `idempotency_key`.
-        name = re.sub(r"(?<!^)[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
+        name = re.sub(r"(?<!^)[A-Z]", lambda capital: f"_{capital[0].lower()}", key)
         in_data = name in _DATA if data is None else key in data
         if name not in (_DATA if in_data else _REQUEST):
             raise ValueError(f"there is no field {key!r}; the fields are {', '.join((*_DATA, *_REQUEST))}")

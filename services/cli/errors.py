@@ -1,7 +1,7 @@
 """How a command fails: one line on stderr and an exit code.
 
-A command raises `Failure(line, code)`. `explain` turns what its libraries raise (gRPC, Kafka, MySQL, Typer,
-the settings, the operations) into such a Failure, so that a command need not catch it.
+A command raises `Failure(line, code)`. It need not catch the errors of its libraries: `explain` turns them
+into a Failure. They come from gRPC, Kafka, MySQL, Typer, the settings and the operations.
 """
 
 from __future__ import annotations

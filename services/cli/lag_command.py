@@ -136,18 +136,20 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show how far each stage is behind: who owns its partitions, what waits, how long, how fast it goes.
 
-        Lag is what a stage has not committed, oldest how long its first record has waited. What lies on
-        delay topics waits on purpose and is shown apart; one whose due time is long past, or that nobody
-        reads, is a fault. Stages commit twice a second: an interval below 2 makes rates jump.
+        LAG counts the records that a stage has not committed, OLDEST is how long the first of them has
+        waited. Records on delay topics wait on purpose and are shown apart. A delay topic whose due time is
+        long past, or that nobody reads, is a fault. Stages commit twice a second: an interval below 2 makes
+        rates jump.
 
-        --domains shows the ten recipients' domains (JSON: all) that hold most of the senders, by the first
-        1000 records of each partition that are not committed: mails that are SENDING or wait for a session,
-        records WAITING for their turn, and those FINISHED whose commit waits for one before them.
+        --domains shows the ten recipients' domains (JSON: all) that occupy the senders most. It reads the
+        first 1000 uncommitted records of each partition. SENDING counts mails that are sent or wait for a
+        session. WAITING counts records that wait for their turn. FINISHED ones wait for the commit of one
+        before them.
 
-        Without --stage the database is asked for the outbox: how many events are due and not on their topic
+        Without --stage it asks the database for the outbox: how many events are due and not on their topic
         yet, and since when. While the api publishes, none is older than a few seconds.
 
-        --watch says when Kafka does not answer, and goes on when it does again.
+        --watch says when Kafka does not answer, and continues when it answers again.
         """
         from services.common.operations.lag.monitor import LagMonitor  # noqa: PLC0415
 

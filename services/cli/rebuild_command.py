@@ -72,13 +72,13 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--yes", "-y", help="Put what was rebuilt in the tables' place.")
         ] = False,
     ) -> None:
-        """Make the task table anew from the topics, and compare it with the one that is there.
+        """Build the task table anew from the topics, and compare it with the present one.
 
-        Every row and every column of tasks and timelines is compared. Nothing is changed without --yes;
-        with it the rebuilt tables take the place of the others, and bodies and deliveries that are missing
-        come back. Without POSTROAD_BODY_RETENTION, a body that a settled task lacks counts as deleted by the
-        services. They may go on running. What the topics hold no more stays as it is; a topic that was
-        created again, truncated, or lacks records is named with what it lacks.
+        It compares every row and every column of tasks and timelines. Without --yes it changes nothing. With
+        --yes the new tables replace the present ones, and missing bodies and deliveries are restored. Without
+        POSTROAD_BODY_RETENTION, a body that a settled task lacks counts as deleted by the services. The
+        services may run meanwhile. What the topics no longer hold stays as it is. A topic that was recreated
+        or truncated, or that lacks records, is named with what it lacks.
 
         Exit code 1: something differs, and was left so.
         """

@@ -114,12 +114,12 @@ def register(app: typer.Typer) -> None:
         """Produce a topic's records to it again, while the services run.
 
         A task whose mail went out is left out, and so is one that ended in another way, unless --reopen names
-        its status. What still works is only reminded: nothing is sent twice. It reads up to the end that the
-        topic has when it begins, shows what would become of the records, asks (--yes: neither), and produces
-        at a bounded rate.
+        its status. A task that still works only gets its record once more: nothing is sent twice. The replay
+        reads up to the topic's present end. It shows what would happen to the records and asks, unless --yes
+        is given. Then it produces them at a bounded rate.
 
-        A record that cannot be produced is told and counted as refused, and the exit code is 1 at the end.
-        Ctrl-C stops it where it stands (exit code 130); --resume goes on from there, also after a crash.
+        A record that cannot be produced is named and counted as refused, and the exit code is 1 at the end.
+        Ctrl-C stops the replay (exit code 130). --resume continues it, also after a crash.
         """
         from services.common.operations.replay.options import ReplayOptions  # noqa: PLC0415
 

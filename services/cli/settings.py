@@ -1,9 +1,9 @@
 """Where a command's connections come from: flag > environment > env file > profile > default.
 
 Each value is known by its environment variable. Flags and profiles are other spellings of it.
-pydantic-settings has sources for such files, but importing it takes longer than a whole `postroad list`,
-which needs three variables. So this module reads the files itself, and imports `Settings` only for commands
-that need it.
+
+This module reads the files itself, since importing pydantic-settings takes as long as all else that `postroad
+list` imports (docs/adr/0028). Only commands that need `Settings` import it.
 
 A profile is a table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`):
 

@@ -109,8 +109,8 @@ def test_where_there_is_nothing_a_command_says_so(
     postroad: Command, arguments: str, form: OutputFormat
 ) -> None:
     done = ended(postroad(*arguments.split(), "-o", form), form)
-    if form is OutputFormat.TABLE and (said := COMMANDS[arguments]):
-        assert said in done.err
+    if form is OutputFormat.TABLE and (printed := COMMANDS[arguments]):
+        assert printed in done.err
 
 
 @pytest.mark.parametrize(

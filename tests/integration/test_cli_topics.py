@@ -160,7 +160,7 @@ def test_what_no_setting_gives_is_as_the_cluster_has_it(infra: Infra) -> None:
     assert [(row["topic"], row["state"]) for row in other.json] == [(f"{prefix}sender.delay.12", "missing")]
 
 
-def test_a_cluster_that_is_away_is_told_by_the_exit_code() -> None:
+def test_an_unreachable_cluster_has_its_own_exit_code() -> None:
     away = postroad("127.0.0.1:1", "x.")
     assert away.returncode == 5
     assert len(away.stderr.splitlines()) == 1

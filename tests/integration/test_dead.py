@@ -1,4 +1,4 @@
-"""`postroad dead` on a real cluster, with letters that real stages wrote."""
+"""`postroad dead` on a real cluster, with dead letters that real stages wrote."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.librdkafka import produce_with_header
 def postroad(kit: Kit, *arguments: str) -> subprocess.CompletedProcess[str]:
     connection = ["--kafka", kit.infra.bootstrap, "--topic-prefix", kit.prefix]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")}
-    # Not the services': an operator's environment need not know them.
+    # An operator's environment need not know the services' delays.
     delays = {"POSTROAD_VALIDATOR_DELAYS": "77", "POSTROAD_SENDER_DELAYS": "99"}
     command = ["dead", *arguments, *connection]
     return subprocess.CompletedProcess(command, *forked.run("services.cli", command, environment | delays))
@@ -59,11 +59,11 @@ def unresolved(kit: Kit) -> UnresolvedDeadLetters:
 
 
 def dead_letters(kit: Kit) -> list[DeadLetter]:
-    return sorted(unresolved(kit).dead_letters.values(), key=lambda letter: letter.location)
+    return sorted(unresolved(kit).dead_letters.values(), key=lambda dead_letter: dead_letter.location)
 
 
 async def killed(kit: Kit, count: int) -> list[DeadLetter]:
-    """Have a stage whose handler is broken meet `count` records; return its letters."""
+    """Run a stage with a faulty handler on `count` records. Returns its dead letters."""
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     await kit.publish([created(number) for number in range(count)])
     async with kit.running(handle=dies):
@@ -71,7 +71,7 @@ async def killed(kit: Kit, count: int) -> list[DeadLetter]:
     return dead_letters(kit)
 
 
-async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
+async def test_dead_letters_are_redriven_after_the_fault_is_mended(newest: Kit) -> None:
     kit = newest
     await killed(kit, 5)
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
@@ -98,14 +98,18 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
     assert len(answer(kit, "list", "--each", "--stage", "validator")) == 6
 
     before = kit.end()
-    replayed = {str(letter.origin): letter for letter in dead_letters(kit) if "template" in letter.cause}
+    replayed = {
+        str(dead_letter.origin): dead_letter
+        for dead_letter in dead_letters(kit)
+        if "template" in dead_letter.cause
+    }
     originals = {
         f"task.created/{m.partition()}/{m.offset()}": (m.key(), m.value(), m.headers())
         for m in kit.read(TASK_CREATED)
     }
     assert answer(kit, "replay", "--cause", "KeyError", "--yes") == {"replayed": 5, "kept": 0}
     again = [m for m in kit.read(TASK_CREATED) if (m.offset() or 0) >= before[m.partition() or 0]]
-    # Byte for byte what was there at first, headers too.
+    # Key, value and headers are those of the first records.
     assert sorted((m.key(), m.value(), m.headers()) for m in again) == sorted(
         originals[origin] for origin in replayed
     )
@@ -117,11 +121,11 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
 
     async with kit.running(handle=mended):
         await until(lambda: kit.committed() == kit.end())
-    assert set(seen) == {letter.key for letter in replayed.values()}
+    assert set(seen) == {dead_letter.key for dead_letter in replayed.values()}
     assert len(seen) == 5
     assert [row["count"] for row in answer(kit, "list")] == [1]
 
-    # One is purged; then all are resolved, and so the partitions are emptied, markers and all.
+    # After the purge all are resolved, so that the partitions are emptied, with their resolutions.
     assert answer(kit, "purge", rows[1]["sample"], "--yes") == {"purged": 1}
     assert answer(kit, "list") == []
     emptied = read_unresolved(kit.settings)
@@ -131,10 +135,10 @@ async def test_letters_are_replayed_once_the_bug_is_mended(newest: Kit) -> None:
     assert len(gone.stderr.splitlines()) == 1
 
 
-async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replayed_from_its_topic(
+async def test_a_record_too_large_for_a_dead_letter_is_redriven_from_its_topic(
     newest: Kit,
 ) -> None:
-    """The broker counts a record's bytes compressed, a producer before."""
+    """The broker counts compressed bytes, a producer counts them before compression."""
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     event = encode(
@@ -148,7 +152,7 @@ async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replaye
     assert producer.flush(10) == 0
     async with kit.running(handle=lambda _: Dead("refused")):
         await until(lambda: kit.committed() == kit.end())
-    ours = next(letter for letter in dead_letters(kit) if letter.key == event.key)
+    ours = next(dead_letter for dead_letter in dead_letters(kit) if dead_letter.key == event.key)
     row = answer(kit, "show", str(ours.location))
     assert (row["size"], row["value"], row["event"]) == (len(event.value), None, None)
     assert row["left_out"][0]["sha256"] == hashlib.sha256(event.value).hexdigest()
@@ -170,12 +174,12 @@ async def test_a_record_that_fits_into_no_letter_holds_nothing_up_and_is_replaye
     assert dead_letters(kit) == [foreign]
 
 
-async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replayed(newest: Kit) -> None:
+async def test_a_dead_letter_that_kafka_refuses_stays_and_all_others_are_redriven(newest: Kit) -> None:
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
-    # One key: in one batch, which the broker refuses whole for the sake of one record.
+    # Records of one key share a batch, which the broker refuses for the sake of one record.
     for offset, value in enumerate([event.value, os.urandom(4000), event.value, event.value]):
         carried = headers.dead_letter_headers(
             event.headers, origin=RecordLocation("mx.ok", 2, offset), attempt=1, cause="OSError"
@@ -198,7 +202,7 @@ async def test_a_letter_that_cannot_be_produced_stays_and_all_others_are_replaye
 
 
 @pytest.mark.parametrize("attempt", [2, 3])
-async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, attempt: int) -> None:
+async def test_a_redriven_retry_comes_back_as_that_attempt(newest: Kit, attempt: int) -> None:
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     await kit.publish([created()])
@@ -208,8 +212,8 @@ async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, atte
 
     async with kit.running(handle=dies_later):
         await until(lambda: dead_letters(kit))
-    (letter,) = dead_letters(kit)
-    assert letter.attempt == attempt
+    (dead_letter,) = dead_letters(kit)
+    assert dead_letter.attempt == attempt
     before = kit.end()
     assert answer(kit, "replay", "--all", "--yes") == {"replayed": 1, "kept": 0}
     assert kit.end() == before, "only its own stage sees it again"
@@ -228,7 +232,7 @@ async def test_what_died_on_a_retry_comes_back_as_that_attempt(newest: Kit, atte
     assert dead_letters(kit) == []
 
 
-async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(newest: Kit) -> None:
+async def test_a_retry_of_the_sender_is_redriven_to_its_delay_topic(newest: Kit) -> None:
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
@@ -251,8 +255,8 @@ async def test_a_letter_of_the_sender_s_retry_goes_to_the_sender_s_delay_topic(n
     assert {(message.key(), message.value()) for message in delayed} == {(event.key, event.value)}
 
 
-async def test_a_record_that_died_in_two_stages_is_sent_back_once(newest: Kit) -> None:
-    """It is one letter each in two stages, and both read the topic that it goes back to."""
+async def test_a_record_that_failed_in_two_stages_is_redriven_once(newest: Kit) -> None:
+    """Each of two stages has a dead letter of it, and both read its topic."""
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})
@@ -263,7 +267,7 @@ async def test_a_record_that_died_in_two_stages_is_sent_back_once(newest: Kit) -
         )
         for stage in ("sender", "status")[: 1 + (number > 0)]:
             producer.produce(kit.names.dead(stage), event.value, event.key, headers=carried)  # type: ignore[arg-type]
-    # The same place of a topic that was made anew holds another record.
+    # The same location on a recreated topic holds another record.
     carried = headers.dead_letter_headers(
         events[0].headers, origin=RecordLocation("mx.ok", 2, 1), attempt=1, cause="KeyError"
     )
@@ -275,10 +279,12 @@ async def test_a_record_that_died_in_two_stages_is_sent_back_once(newest: Kit) -
     assert answer(kit, "list") == []
 
 
-async def test_what_is_resolved_before_an_open_letter_is_deleted_and_the_rest_is_marked(newest: Kit) -> None:
+async def test_resolved_dead_letters_before_the_first_open_one_are_deleted(
+    newest: Kit,
+) -> None:
     kit = newest
     all_ = await killed(kit, 40)
-    # The partition with the most letters.
+    # The partition with the most dead letters.
     by_partition = {p: [x for x in all_ if x.location.partition == p] for p in range(4)}
     partition, mine = max(by_partition.items(), key=lambda item: len(item[1]))
     assert len(mine) >= 4
@@ -292,19 +298,19 @@ async def test_what_is_resolved_before_an_open_letter_is_deleted_and_the_rest_is
     left = unresolved(kit)
     assert left.starts["validator", partition] == open_.location.offset
     assert {place for place in left.dead_letters if place.partition == partition} == {open_.location}
-    # A letter that another one has resolved meanwhile is not there any more.
+    # A dead letter that somebody else has resolved meanwhile is gone.
     assert redrive(kit.settings, [first], lambda steps: None) == 0
     purge(kit.settings, [open_], lambda steps: None)
     done = unresolved(kit)
     assert done.starts["validator", partition] == done.ends["validator", partition] > 0
 
 
-async def test_a_letter_whose_marker_was_not_written_is_replayed_again(
+async def test_a_dead_letter_without_its_resolution_is_redriven_again(
     newest: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the command dies between the two: the same event stands on its topic once more."""
+    """The command dies between the two writes. The event is on its topic once more."""
     kit = newest
-    (letter,) = await killed(kit, 1)
+    (dead_letter,) = await killed(kit, 1)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -312,15 +318,15 @@ async def test_a_letter_whose_marker_was_not_written_is_replayed_again(
     with monkeypatch.context() as patched:
         patched.setattr(redrive_module, "_resolve", die)
         with pytest.raises(KeyboardInterrupt):
-            redrive(kit.settings, [letter], lambda steps: None)
-    assert [x.location for x in dead_letters(kit)] == [letter.location]
-    assert redrive(kit.settings, [letter], lambda steps: None) == 1
+            redrive(kit.settings, [dead_letter], lambda steps: None)
+    assert [x.location for x in dead_letters(kit)] == [dead_letter.location]
+    assert redrive(kit.settings, [dead_letter], lambda steps: None) == 1
     copies = [(m.value(), m.headers()) for m in kit.read(TASK_CREATED)]
     assert copies == [copies[0]] * 3
     assert dead_letters(kit) == []
 
 
-async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Kit) -> None:
+async def test_a_dead_letter_without_an_origin_cannot_be_redriven(newest: Kit) -> None:
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     event = encode(pb.MxOk(task=mail_task(0), attempt=1, at_us=7), "validator")
@@ -351,7 +357,7 @@ async def test_a_letter_put_there_by_hand_and_what_cannot_be_replayed(newest: Ki
     assert answer(kit, "list") == []
 
 
-async def test_what_is_asked_wrongly_is_said_in_one_line(newest: Kit) -> None:
+async def test_a_wrong_request_gets_one_line(newest: Kit) -> None:
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     for code, *arguments in (
@@ -371,7 +377,7 @@ async def test_what_is_asked_wrongly_is_said_in_one_line(newest: Kit) -> None:
     assert (nothing.returncode, nothing.stdout, nothing.stderr) == (0, "", "There are no dead letters.\n")
 
 
-def test_a_cluster_that_is_away_is_told_by_the_exit_code() -> None:
+def test_an_unreachable_cluster_has_its_own_exit_code() -> None:
     away = subprocess.run(
         [sys.executable, "-m", "services.cli", "dead", "list", "--kafka", "127.0.0.1:1"],
         capture_output=True,
@@ -382,7 +388,7 @@ def test_a_cluster_that_is_away_is_told_by_the_exit_code() -> None:
     assert (away.returncode, len(away.stderr.splitlines())) == (5, 1), away.stderr
 
 
-def test_a_topic_that_is_not_there_is_named(newest: Kit) -> None:
+def test_a_missing_topic_is_named(newest: Kit) -> None:
     kit = newest
     done = postroad(kit, "list", "--stage", "sender")
     line = f"postroad: no topic {kit.prefix}sender.dead: 'postroad topics apply' creates it\n"
@@ -392,7 +398,7 @@ def test_a_topic_that_is_not_there_is_named(newest: Kit) -> None:
         producer.put(kit.names.delay("sender", 60), b"k", b"v", [])
 
 
-async def test_what_has_headers_that_cannot_be_read_is_shown_and_done_away_with(newest: Kit) -> None:
+async def test_a_dead_letter_with_unreadable_headers_is_shown_and_purged(newest: Kit) -> None:
     kit = newest
     kafka_admin.apply(kit.settings, all_topics(kit.settings))
     producer = Producer({"bootstrap.servers": kit.infra.bootstrap})

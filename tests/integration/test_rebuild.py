@@ -1,4 +1,4 @@
-"""`postroad rebuild` on real servers: what is lost comes back, and nothing else is lost."""
+"""`postroad rebuild` on real servers: lost rows come back, and no row is lost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NOW_US = time.time_ns() // 1000
 
 
 class Silent:
-    """Nobody is told how far it is."""
+    """A RebuildProgress that shows nothing."""
 
     def total(self, events: int) -> None: ...
 
@@ -60,8 +60,8 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
-class Road:
-    """One installation: events go to the topics and into the tables, as the services would have it."""
+class Pipeline:
+    """One installation: events go to the topics and into the tables, as the services put them there."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self.settings, self.engine = settings, engine
@@ -86,7 +86,7 @@ class Road:
         return task
 
     def record(self, tasks: Sequence[pb.MailTask], then: Callable[[Connection], None] | None = None) -> None:
-        """What the api does when it records."""
+        """Record tasks as the api does."""
 
         def work(connection: Connection) -> None:
             upsert(connection, [delta(created(task)) for task in tasks])
@@ -108,7 +108,7 @@ class Road:
         transaction(self.engine, lambda c: outbox.delete(c, [outbox.created(task.id) for task in tasks]))
 
     def fold(self, events: Sequence[Event]) -> None:
-        """What the status stage does."""
+        """Fold events as the status stage does."""
 
         def work(connection: Connection) -> None:
             upsert(connection, [delta(event) for event in events])
@@ -116,8 +116,8 @@ class Road:
 
         transaction(self.engine, work)
 
-    def travel(self, many: int) -> list[list[Event]]:
-        """Have so many tasks come to their ends, of every kind."""
+    def run_tasks(self, many: int) -> list[list[Event]]:
+        """Bring so many tasks to ends of every kind. Returns each one's events."""
         tasks = [self.task(number) for number in range(many)]
         self.record(tasks)
         histories = [history(number, task) for number, task in enumerate(tasks)]
@@ -197,7 +197,7 @@ def history(number: int, task: pb.MailTask) -> list[Event]:
 
 
 def delivery(events: Sequence[Event]) -> Delivery | None:
-    """What the row in `deliveries` says when the last of these has been published."""
+    """Return the row in `deliveries` after the last of these events."""
     row = None
     for event in events:
         state = {
@@ -227,7 +227,7 @@ def delivery(events: Sequence[Event]) -> Delivery | None:
 
 
 @pytest.fixture
-def road(infra: Infra, database_url: str, engine: Engine) -> Road:
+def pipeline(infra: Infra, database_url: str, engine: Engine) -> Pipeline:
     settings = Settings(
         kafka_bootstrap=infra.bootstrap,
         database_url=database_url,
@@ -235,179 +235,181 @@ def road(infra: Infra, database_url: str, engine: Engine) -> Road:
         partitions=3,
     )
     kafka_admin.apply(settings, all_topics(settings))
-    return Road(settings, engine)
+    return Pipeline(settings, engine)
 
 
-def test_what_was_emptied_comes_back_row_for_row(road: Road) -> None:
-    road.travel(800)
-    before, bodies = road.dump(), road.rows("SELECT * FROM task_bodies ORDER BY 1")
+def test_emptied_tables_are_rebuilt_row_for_row(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(800)
+    before, bodies = pipeline.dump(), pipeline.rows("SELECT * FROM task_bodies ORDER BY 1")
     assert len(before["tasks"]) == len(bodies) == 800
-    road.do("TRUNCATE tasks", "DELETE FROM task_events", "TRUNCATE task_bodies")
-    report = road.rebuild()
+    pipeline.do("TRUNCATE tasks", "DELETE FROM task_events", "TRUNCATE task_bodies")
+    report = pipeline.rebuild()
     assert report.swapped
     assert not report.undecodable
     assert not report.refused
     assert (report.tasks, report.missing, report.lines_missing) == (800, 800, len(before["task_events"]))
     assert (report.differing, report.extra, report.recorded, report.older) == (0, 0, 0, 0)
-    assert road.dump() == before
-    assert road.rows("SELECT * FROM task_bodies ORDER BY 1") == bodies
-    again = road.rebuild()
+    assert pipeline.dump() == before
+    assert pipeline.rows("SELECT * FROM task_bodies ORDER BY 1") == bodies
+    again = pipeline.rebuild()
     assert again.equal
     assert not again.swapped
     assert again.tasks == 800
-    assert not [name for name in road.tables() if "rebuild" in name]
+    assert not [name for name in pipeline.tables() if "rebuild" in name]
     indexes = (
         "SELECT index_name, column_name FROM information_schema.statistics WHERE table_schema = DATABASE()"
     )
-    assert len(road.rows(indexes + " AND table_name = 'tasks'")) > 4
+    assert len(pipeline.rows(indexes + " AND table_name = 'tasks'")) > 4
 
 
-def test_a_corrupted_row_is_found_and_with_leave_mended(road: Road) -> None:
-    histories = road.travel(80)
-    before = road.dump()
+def test_a_corrupted_row_is_found_and_mended_with_yes(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(80)
+    before = pipeline.dump()
     victim = first(histories[2]).id.hex()
-    road.do(
+    pipeline.do(
         f"UPDATE tasks SET subject = CONCAT(subject, ' '), status = 'failed' WHERE id = 0x{victim}",
         f"UPDATE task_events SET reply = '250 OK ' WHERE task_id = 0x{victim} AND kind = 'sent'",
         f"DELETE FROM tasks WHERE id = 0x{first(histories[3]).id.hex()}",
     )
-    corrupted = road.dump()
-    found = road.rebuild(swap_in=False)
+    corrupted = pipeline.dump()
+    found = pipeline.rebuild(swap_in=False)
     assert (found.swapped, found.equal) == (False, False)
     assert (found.differing, found.missing, found.lines_differing) == (1, 1, 1)
-    told = {(s.table, s.task.hex, s.kind): set(s.columns) for s in found.samples}
-    assert told["tasks", victim, "differs"] == {"subject", "status"}
-    assert told["task_events", victim, "differs"] == {"reply"}
-    assert road.dump() == corrupted
-    mended = road.rebuild()
+    found_columns = {(s.table, s.task.hex, s.kind): set(s.columns) for s in found.samples}
+    assert found_columns["tasks", victim, "differs"] == {"subject", "status"}
+    assert found_columns["task_events", victim, "differs"] == {"reply"}
+    assert pipeline.dump() == corrupted
+    mended = pipeline.rebuild()
     assert (mended.differing, mended.missing, mended.swapped) == (1, 1, True)
-    assert road.dump() == before
+    assert pipeline.dump() == before
 
 
-def test_what_is_not_on_the_topics_yet_stays(road: Road) -> None:
-    histories = road.travel(40)
-    waiting = [road.task(number) for number in range(100, 120)]
-    road.record(waiting)
-    # One of those that failed is reopened, and that is not published.
+def test_unpublished_tasks_keep_their_rows(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(40)
+    waiting = [pipeline.task(number) for number in range(100, 120)]
+    pipeline.record(waiting)
+    # A failed task is reopened, and its event is not published.
     reopened = first(histories[4])
     again = created(reopened, reopened.created_at_us // 1000 + 9)
-    # One waits for its time.
-    later = road.task(200)
+    # One is scheduled.
+    later = pipeline.task(200)
     scheduled = created(later)
     scheduled.send_at_us = later.created_at_us + 3_600_000_000
-    with road.engine.begin() as connection:
+    with pipeline.engine.begin() as connection:
         upsert(connection, [delta(again), delta(scheduled)])
         outbox.put(connection, [outbox.created(later.id)])
         insert_events(connection, [timeline_entry(again)])
         outbox.put(connection, [outbox.created(reopened.id, again.epoch)])
-    before = road.dump()
-    assert road.rebuild(swap_in=False).equal
-    road.do(f"UPDATE tasks SET recipient = 'x' WHERE id = 0x{first(histories[2]).id.hex()}")
-    report = road.rebuild()
+    before = pipeline.dump()
+    assert pipeline.rebuild(swap_in=False).equal
+    pipeline.do(f"UPDATE tasks SET recipient = 'x' WHERE id = 0x{first(histories[2]).id.hex()}")
+    report = pipeline.rebuild()
     assert (report.recorded, report.differing, report.missing, report.extra) == (22, 1, 0, 0)
     assert report.swapped
-    assert road.dump() == before
+    assert pipeline.dump() == before
 
 
-def test_what_the_topics_hold_no_more_stays_as_it_is(road: Road) -> None:
-    histories = road.travel(120)
+def test_tasks_older_than_the_topics_keep_their_rows(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(120)
     cut = 60
-    before = road.dump()
-    admin = AdminClient({"bootstrap.servers": road.settings.kafka_bootstrap})
+    before = pipeline.dump()
+    admin = AdminClient({"bootstrap.servers": pipeline.settings.kafka_bootstrap})
     deleted = [
-        TopicPartition(f"{road.settings.topic_prefix}{topic}", number, 10)
+        TopicPartition(f"{pipeline.settings.topic_prefix}{topic}", number, 10)
         for topic in ("task.created", "mx.ok")
         for number in range(3)
     ]
     for answer in admin.delete_records(deleted).values():
         answer.result(10)
-    report = road.rebuild(swap_in=False)
+    report = pipeline.rebuild(swap_in=False)
     assert report.equal
     assert report.older > 0
     assert report.extra == 0
-    # Among the old ones a row is mended where the topics know better.
+    # A row of an old task is mended where the topics know more.
     old, lost = first(histories[2]).id.hex(), first(histories[cut]).id.hex()
-    road.do(
+    pipeline.do(
         f"UPDATE tasks SET status = 'failed' WHERE id = 0x{old}", f"DELETE FROM tasks WHERE id = 0x{lost}"
     )
-    report = road.rebuild()
+    report = pipeline.rebuild()
     assert (report.differing, report.missing, report.swapped) == (1, 1, True)
-    assert road.dump() == before
+    assert pipeline.dump() == before
 
 
-def test_a_row_that_no_topic_explains_is_counted_and_kept(road: Road) -> None:
-    road.travel(16)
-    alone = road.task(99)
-    road.fold([created(alone)])
-    road.do("UPDATE tasks SET subject = 'wrong' LIMIT 1")
-    report = road.rebuild()
+def test_a_row_that_no_topic_explains_is_counted_and_kept(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(16)
+    alone = pipeline.task(99)
+    pipeline.fold([created(alone)])
+    pipeline.do("UPDATE tasks SET subject = 'wrong' LIMIT 1")
+    report = pipeline.rebuild()
     assert (report.extra, report.lines_extra, report.differing, report.swapped) == (1, 1, 1, True)
-    assert road.rows(f"SELECT status FROM tasks WHERE id = 0x{alone.id.hex()}") == [("pending",)]
-    assert len(road.rows(f"SELECT 1 FROM task_events WHERE task_id = 0x{alone.id.hex()}")) == 1
+    assert pipeline.rows(f"SELECT status FROM tasks WHERE id = 0x{alone.id.hex()}") == [("pending",)]
+    assert len(pipeline.rows(f"SELECT 1 FROM task_events WHERE task_id = 0x{alone.id.hex()}")) == 1
 
 
-def test_two_tasks_under_one_key_both_have_a_row(road: Road) -> None:
-    one, other = road.task(1), road.task(1)
+def test_two_tasks_under_one_key_both_have_a_row(pipeline: Pipeline) -> None:
+    one, other = pipeline.task(1), pipeline.task(1)
     other.idempotency_key = one.idempotency_key
-    road.publish([created(one), created(other), pb.MailSent(id=other.id, attempt=1, at_us=NOW_US)])
-    road.fold([created(one), created(other), pb.MailSent(id=other.id, attempt=1, at_us=NOW_US)])
-    assert road.rebuild().swapped
-    rows = road.rows("SELECT recipient, idempotency_key IS NULL FROM tasks")
+    pipeline.publish([created(one), created(other), pb.MailSent(id=other.id, attempt=1, at_us=NOW_US)])
+    pipeline.fold([created(one), created(other), pb.MailSent(id=other.id, attempt=1, at_us=NOW_US)])
+    assert pipeline.rebuild().swapped
+    rows = pipeline.rows("SELECT recipient, idempotency_key IS NULL FROM tasks")
     assert [row[0] for row in rows] == [one.email] * 2
     assert sorted(row[1] for row in rows) == [0, 1]
-    assert road.rebuild().equal
+    assert pipeline.rebuild().equal
 
 
-def test_bodies_that_were_purged_stay_so(road: Road) -> None:
-    histories = road.travel(16)
-    road.do("TRUNCATE task_bodies")
-    settings = road.settings.model_copy(update={"body_retention": 1})
-    # All of them are older than that, but only what is settled is purged.
+def test_purged_bodies_stay_purged(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(16)
+    pipeline.do("TRUNCATE task_bodies")
+    settings = pipeline.settings.model_copy(update={"body_retention": 1})
+    # All are older than the retention, but only bodies of settled tasks are purged.
     time.sleep(1.1)
     assert rebuild(settings, False, Silent()).bodies == 6
     assert rebuild(settings, True, Silent()).bodies == 6
-    kept = {bytes(id_) for (id_,) in road.rows("SELECT task_id FROM task_bodies")}
+    kept = {bytes(id_) for (id_,) in pipeline.rows("SELECT task_id FROM task_bodies")}
     assert kept == {first(events).id for number, events in enumerate(histories) if number % 8 in (0, 6, 7)}
 
 
-def test_bodies_of_settled_tasks_stay_purged_where_the_retention_is_not_given(road: Road) -> None:
-    histories = road.travel(16)
-    assert "body_retention" not in road.settings.model_fields_set
-    road.do("TRUNCATE task_bodies")
-    report = rebuild(road.settings, False, Silent())
+def test_bodies_of_settled_tasks_stay_purged_where_the_retention_is_not_given(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(16)
+    assert "body_retention" not in pipeline.settings.model_fields_set
+    pipeline.do("TRUNCATE task_bodies")
+    report = rebuild(pipeline.settings, False, Silent())
     assert report.bodies == 6
     assert not report.equal
-    assert rebuild(road.settings, True, Silent()).bodies == 6
-    kept = {bytes(id_) for (id_,) in road.rows("SELECT task_id FROM task_bodies")}
+    assert rebuild(pipeline.settings, True, Silent()).bodies == 6
+    kept = {bytes(id_) for (id_,) in pipeline.rows("SELECT task_id FROM task_bodies")}
     working = {first(events).id for number, events in enumerate(histories) if number % 8 in (0, 6, 7)}
     assert kept == working
-    assert rebuild(road.settings, False, Silent()).equal
-    # A row that is lost, or wrongly settled, says nothing of a body.
+    assert rebuild(pipeline.settings, False, Silent()).equal
+    # A lost or wrongly settled row says nothing about a body.
     victims = [first(histories[number]).id for number in (0, 2)]
-    road.do(
+    pipeline.do(
         "TRUNCATE task_bodies",
         f"UPDATE tasks SET status = 'failed' WHERE id = 0x{victims[0].hex()}",
         f"DELETE FROM tasks WHERE id = 0x{victims[1].hex()}",
     )
-    assert rebuild(road.settings, True, Silent()).bodies == 7
-    kept = {bytes(id_) for (id_,) in road.rows("SELECT task_id FROM task_bodies")}
+    assert rebuild(pipeline.settings, True, Silent()).bodies == 7
+    kept = {bytes(id_) for (id_,) in pipeline.rows("SELECT task_id FROM task_bodies")}
     assert kept == working | {victims[1]}
 
 
 @pytest.mark.parametrize("seconds", [0, 30 * 86400])
-def test_bodies_of_settled_tasks_come_back_where_the_retention_is_given(road: Road, seconds: int) -> None:
-    road.travel(16)
-    road.do("TRUNCATE task_bodies")
-    settings = road.settings.model_copy(update={"body_retention": seconds})
+def test_bodies_of_settled_tasks_come_back_where_the_retention_is_given(
+    pipeline: Pipeline, seconds: int
+) -> None:
+    pipeline.run_tasks(16)
+    pipeline.do("TRUNCATE task_bodies")
+    settings = pipeline.settings.model_copy(update={"body_retention": seconds})
     assert rebuild(settings, True, Silent()).bodies == 16
-    assert road.rows("SELECT COUNT(*) FROM task_bodies") == [(16,)]
+    assert pipeline.rows("SELECT COUNT(*) FROM task_bodies") == [(16,)]
 
 
 # --- topics that lost their records ----------------------------------------------------------------
 
 
 def recreate(settings: Settings, *topics: str) -> None:
-    """Delete these topics and create them again, empty."""
+    """Delete these topics and create empty ones."""
     admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
     names = {settings.topic_prefix + topic for topic in topics}
     for answer in admin.delete_topics(list(names)).values():
@@ -419,7 +421,7 @@ def recreate(settings: Settings, *topics: str) -> None:
 
 
 def truncate(settings: Settings, *topics: str) -> None:
-    """Delete the first record of each partition of these topics that has any."""
+    """Delete the first record of each partition of these topics, if it has one."""
     admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
     with Offsets(settings.kafka_bootstrap, f"{settings.topic_prefix}truncating") as group:
         bounds = group.bounds(group.partitions(settings.topic_prefix + topic for topic in topics))
@@ -431,138 +433,142 @@ def truncate(settings: Settings, *topics: str) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is on its way: what differs need not be watched for long."""
+    """Nothing changes meanwhile, so that differences need no long wait."""
     monkeypatch.setattr(run, "_SETTLE", 0.1)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("topic", by_form(("task.created", "mail.sent", "task.cancelled"), EVENT_TOPICS))
-def test_a_topic_that_was_created_again_takes_nothing_from_the_rows(road: Road, topic: str) -> None:
-    histories = road.travel(24)
-    before, deliveries = road.dump(), road.rows("SELECT * FROM deliveries ORDER BY 1")
+def test_a_recreated_topic_takes_nothing_from_the_rows(pipeline: Pipeline, topic: str) -> None:
+    histories = pipeline.run_tasks(24)
+    before, deliveries = pipeline.dump(), pipeline.rows("SELECT * FROM deliveries ORDER BY 1")
     lost = sum(event_key(event).startswith(f"{topic}:") for events in histories for event in events)
-    recreate(road.settings, topic)
-    new = road.task(0)
-    road.publish([created(new)])
-    report = road.rebuild()
+    recreate(pipeline.settings, topic)
+    new = pipeline.task(0)
+    pipeline.publish([created(new)])
+    report = pipeline.rebuild()
     assert report.swapped
-    assert {table: [row for row in rows if row[0] != new.id] for table, rows in road.dump().items()} == before
-    assert road.rows("SELECT * FROM deliveries ORDER BY 1") == deliveries
+    assert {
+        table: [row for row in rows if row[0] != new.id] for table, rows in pipeline.dump().items()
+    } == before
+    assert pipeline.rows("SELECT * FROM deliveries ORDER BY 1") == deliveries
     assert (report.missing, report.differing) == (1, 0)
     assert [(gone.topic, gone.cause, gone.records) for gone in report.gone] == [(topic, "lacks", lost)]
-    assert road.rebuild(swap_in=False).equal
+    assert pipeline.rebuild(swap_in=False).equal
 
 
 @pytest.mark.usefixtures("quick")
-def test_all_topics_that_were_created_again_take_nothing_from_the_rows(road: Road) -> None:
-    road.travel(24)
-    before = road.dump()
-    recreate(road.settings, *EVENT_TOPICS)
-    new = road.task(0)
-    road.publish([created(new)])
-    report = road.rebuild()
+def test_recreated_topics_take_nothing_from_the_rows(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(24)
+    before = pipeline.dump()
+    recreate(pipeline.settings, *EVENT_TOPICS)
+    new = pipeline.task(0)
+    pipeline.publish([created(new)])
+    report = pipeline.rebuild()
     assert (report.swapped, report.missing, report.extra, report.differing) == (True, 1, 24, 0)
     assert {gone.topic for gone in report.gone} == set(EVENT_TOPICS)
-    assert {table: [row for row in rows if row[0] != new.id] for table, rows in road.dump().items()} == before
+    assert {
+        table: [row for row in rows if row[0] != new.id] for table, rows in pipeline.dump().items()
+    } == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_rows_stay_as_they_are_where_the_timelines_are_lost_as_well(road: Road) -> None:
-    road.travel(24)
-    before = road.dump()["tasks"]
-    recreate(road.settings, "task.created", "mx.ok", "mail.sent", "mail.failed")
-    road.do("TRUNCATE task_events")
-    report = road.rebuild()
-    assert road.dump()["tasks"] == before
+def test_rows_stay_where_the_timelines_are_lost_too(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(24)
+    before = pipeline.dump()["tasks"]
+    recreate(pipeline.settings, "task.created", "mx.ok", "mail.sent", "mail.failed")
+    pipeline.do("TRUNCATE task_events")
+    report = pipeline.rebuild()
+    assert pipeline.dump()["tasks"] == before
     assert (report.swapped, report.kept) == (True, 12)
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_row_is_mended_whose_version_alone_is_too_high(road: Road) -> None:
-    histories = road.travel(24)
-    before = road.dump()
+def test_a_row_is_mended_whose_version_alone_is_too_high(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(24)
+    before = pipeline.dump()
     id_ = first(histories[2]).id.hex()
-    road.do(f"UPDATE tasks SET version = version + 1, status = 'failed' WHERE id = 0x{id_}")
-    report = road.rebuild()
+    pipeline.do(f"UPDATE tasks SET version = version + 1, status = 'failed' WHERE id = 0x{id_}")
+    report = pipeline.rebuild()
     assert (report.differing, report.kept, report.gone) == (1, 0, [])
-    assert road.dump() == before
+    assert pipeline.dump() == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_the_topics_contradict_is_mended_also_where_one_was_created_again(road: Road) -> None:
-    histories = road.travel(24)
-    before = road.dump()
-    recreate(road.settings, "task.created")
-    road.do(f"UPDATE tasks SET subject = 'wrong' WHERE id = 0x{first(histories[2]).id.hex()}")
-    assert road.rebuild().differing == 1
-    assert road.dump() == before
+def test_a_contradicted_row_is_mended_even_with_a_recreated_topic(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(24)
+    before = pipeline.dump()
+    recreate(pipeline.settings, "task.created")
+    pipeline.do(f"UPDATE tasks SET subject = 'wrong' WHERE id = 0x{first(histories[2]).id.hex()}")
+    assert pipeline.rebuild().differing == 1
+    assert pipeline.dump() == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_task_that_has_an_idempotency_key_keeps_it(road: Road) -> None:
-    # Records of one partition are read in turn: the first one read would get the key.
-    one, other = (road.task(1) for _ in range(2))
+def test_the_task_that_has_an_idempotency_key_keeps_it(pipeline: Pipeline) -> None:
+    # Records of one partition are read in turn. The first task read would get the key.
+    one, other = (pipeline.task(1) for _ in range(2))
     other.idempotency_key = one.idempotency_key
-    road.publish([created(one)])
-    road.publish([created(other)])
+    pipeline.publish([created(one)])
+    pipeline.publish([created(other)])
     for owner in (one, other):
-        road.do("DELETE FROM tasks", "DELETE FROM task_events")
-        road.fold([created(owner)])
-        road.rebuild()
-        keys = dict(road.rows("SELECT id, idempotency_key FROM tasks"))
+        pipeline.do("DELETE FROM tasks", "DELETE FROM task_events")
+        pipeline.fold([created(owner)])
+        pipeline.rebuild()
+        keys = dict(pipeline.rows("SELECT id, idempotency_key FROM tasks"))
         assert keys == {owner.id: owner.idempotency_key.encode(), (other if owner is one else one).id: None}
-        assert road.rebuild(swap_in=False).equal
+        assert pipeline.rebuild(swap_in=False).equal
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_topic_with_another_id_is_recognised_where_nothing_else_tells(road: Road) -> None:
-    asyncio.run(note_topic_ids(road.engine, road.settings))
-    assert road.rebuild(swap_in=False).gone == []
-    recreate(road.settings, "mx.ok")
+def test_a_recreated_topic_is_recognised_by_its_id_alone(pipeline: Pipeline) -> None:
+    asyncio.run(note_topic_ids(pipeline.engine, pipeline.settings))
+    assert pipeline.rebuild(swap_in=False).gone == []
+    recreate(pipeline.settings, "mx.ok")
     for _ in range(2):
-        [gone] = road.rebuild(swap_in=False).gone
+        [gone] = pipeline.rebuild(swap_in=False).gone
         assert (gone.topic, gone.cause, gone.records) == ("mx.ok", "recreated", 0)
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_topic_that_was_truncated_is_named(road: Road) -> None:
-    road.travel(24)
-    before = road.dump()
-    truncate(road.settings, "mail.sent")
-    report = road.rebuild()
+def test_a_topic_that_was_truncated_is_named(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(24)
+    before = pipeline.dump()
+    truncate(pipeline.settings, "mail.sent")
+    report = pipeline.rebuild()
     assert report.equal
     assert report.older > 0
     assert [(gone.topic, gone.cause) for gone in report.gone] == [("mail.sent", "truncated")]
-    assert road.dump() == before
+    assert pipeline.dump() == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_task_whose_mail_no_topic_holds_is_counted(road: Road) -> None:
-    histories = road.travel(8)
-    recreate(road.settings, "task.created")
-    road.do(f"DELETE FROM tasks WHERE id = 0x{first(histories[1]).id.hex()}")
-    report = road.rebuild(swap_in=False)
+def test_a_task_without_its_task_created_is_counted(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(8)
+    recreate(pipeline.settings, "task.created")
+    pipeline.do(f"DELETE FROM tasks WHERE id = 0x{first(histories[1]).id.hex()}")
+    report = pipeline.rebuild(swap_in=False)
     assert (report.missing, report.partial) == (1, 1)
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_mail_that_a_timeline_knows_as_sent_is_not_sent_again(road: Road) -> None:
-    histories = road.travel(24)
-    recreate(road.settings, "mail.sent")
-    road.do("TRUNCATE deliveries")
-    road.rebuild()
-    states = dict(road.rows("SELECT task_id, state FROM deliveries"))
+def test_a_mail_that_a_timeline_says_was_sent_is_not_sent_again(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(24)
+    recreate(pipeline.settings, "mail.sent")
+    pipeline.do("TRUNCATE deliveries")
+    pipeline.rebuild()
+    states = dict(pipeline.rows("SELECT task_id, state FROM deliveries"))
     sent = [first(events).id for number, events in enumerate(histories) if number % 8 in (2, 3)]
     assert {states.get(id_) for id_ in sent} == {"sent"}
 
 
-def test_the_command_says_what_it_cannot_rebuild(road: Road) -> None:
-    road.travel(8)
-    recreate(road.settings, "task.created")
+def test_the_command_says_what_it_cannot_rebuild(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(8)
+    recreate(pipeline.settings, "task.created")
     environment = {
-        "POSTROAD_KAFKA_BOOTSTRAP": road.settings.kafka_bootstrap,
-        "POSTROAD_DATABASE_URL": road.settings.database_url.get_secret_value(),
-        "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
+        "POSTROAD_KAFKA_BOOTSTRAP": pipeline.settings.kafka_bootstrap,
+        "POSTROAD_DATABASE_URL": pipeline.settings.database_url.get_secret_value(),
+        "POSTROAD_TOPIC_PREFIX": pipeline.settings.topic_prefix,
     }
     code, out, err = forked.run("services.cli", ["rebuild"], os.environ | environment)
     assert code == 0, err
@@ -573,70 +579,70 @@ def test_the_command_says_what_it_cannot_rebuild(road: Road) -> None:
 # --- deliveries ------------------------------------------------------------------------------------
 
 
-def test_after_a_total_loss_no_mail_goes_again(road: Road) -> None:
-    histories = road.travel(80)
-    before = road.dump()
-    road.do(
+def test_after_a_total_loss_no_mail_is_sent_again(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(80)
+    before = pipeline.dump()
+    pipeline.do(
         *(f"TRUNCATE {table}" for table in ("tasks", "task_events", "task_bodies", "outbox", "deliveries"))
     )
-    report = road.rebuild()
-    assert road.dump() == before
-    states = dict(road.rows("SELECT task_id, state FROM deliveries"))
+    report = pipeline.rebuild()
+    assert pipeline.dump() == before
+    states = dict(pipeline.rows("SELECT task_id, state FROM deliveries"))
     expected = ["", "failed", "sent", "sent", "failed", "cancelled", "deferred", "failed"]
     for number, events in enumerate(histories):
         assert states.get(first(events).id, "") == expected[number % 8]
     assert report.deliveries == len(states) == 70
-    claims = Claims(road.engine, 20, hold=False)
+    claims = Claims(pipeline.engine, 20, hold=False)
     sent = [first(events).id for number, events in enumerate(histories) if number % 8 in (2, 3)]
     requests = [Claim(id_, NOW_US // 1000, 9, os.urandom(16), "<again@x>") for id_ in sent]
     assert {type(verdict).__name__ for verdict in claims.claim(requests)} == {"Stored"}
 
 
-def test_a_delivery_that_is_there_stays_unless_the_mail_was_sent(road: Road) -> None:
-    histories = road.travel(8)
+def test_a_present_delivery_stays_unless_the_mail_was_sent(pipeline: Pipeline) -> None:
+    histories = pipeline.run_tasks(8)
     ids = [first(events).id for events in histories]
 
     def row(id_: bytes, state: Any) -> Delivery:
-        lease = road.rows("SELECT UTC_TIMESTAMP(6)")[0][0]
+        lease = pipeline.rows("SELECT UTC_TIMESTAMP(6)")[0][0]
         return Delivery(id_, state, 0, 1, 0, b"o" * 16, lease, 5, 0, "mine", "", "", "<mine@x>")
 
-    # From a backup: the second one has been sent since.
+    # The second row comes from a backup: its mail was sent since.
     there = [row(ids[4], "deferred"), row(ids[2], "deferred")]
-    road.do("TRUNCATE deliveries")
-    with road.engine.begin() as connection:
+    pipeline.do("TRUNCATE deliveries")
+    with pipeline.engine.begin() as connection:
         execute_rows(connection, f"INSERT INTO deliveries ({COLUMNS}) VALUES", there)
     query = "SELECT task_id, state, owner FROM deliveries"
-    assert road.rebuild(swap_in=False).deliveries == 6
-    assert len(road.rows(query)) == 2
-    assert road.rebuild().deliveries == 6
-    found = {bytes(id_): (state, bytes(owner)) for id_, state, owner in road.rows(query)}
+    assert pipeline.rebuild(swap_in=False).deliveries == 6
+    assert len(pipeline.rows(query)) == 2
+    assert pipeline.rebuild().deliveries == 6
+    found = {bytes(id_): (state, bytes(owner)) for id_, state, owner in pipeline.rows(query)}
     assert found[ids[4]] == ("deferred", b"o" * 16)
     assert found[ids[2]] == ("sent", bytes(16))
     assert len(found) == 7
-    assert road.rebuild().equal
+    assert pipeline.rebuild().equal
 
 
 # --- while the services run ------------------------------------------------------------------------
 
 
-def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
-    """Each task must be in `tasks` from the moment that it is recorded, whatever is swapped meanwhile."""
+def test_no_task_is_lost_while_the_services_run(pipeline: Pipeline) -> None:
+    """Each task is in `tasks` from the moment that it is recorded, during a swap too."""
     stop = threading.Event()
     trouble: list[object] = []
-    told: list[pb.MailTask] = []
+    recorded: list[pb.MailTask] = []
     late: list[tuple[list[pb.MailTask], list[Event]]] = []
 
     def api() -> None:
         number = 0
         while not stop.is_set():
-            tasks = [road.task(number + more) for more in range(5)]
+            tasks = [pipeline.task(number + more) for more in range(5)]
             number += 5
-            road.record(tasks)
-            told.extend(tasks)
+            pipeline.record(tasks)
+            recorded.extend(tasks)
             events = [event for n, task in enumerate(tasks) for event in history(n + 2, task)]
             if number % 20:
-                road.publish(events)
-                road.unlist(tasks)
+                pipeline.publish(events)
+                pipeline.unlist(tasks)
                 late.append((tasks, events))
             time.sleep(0.005)
 
@@ -644,16 +650,16 @@ def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
         done = 0
         while api_thread.is_alive() or done < len(late):
             if done < len(late):
-                road.fold(late[done][1])
+                pipeline.fold(late[done][1])
                 done += 1
             else:
                 time.sleep(0.002)
 
     def reader() -> None:
         while not stop.is_set():
-            if told:
-                id_ = told[-1].id
-                if not road.rows(f"SELECT 1 FROM tasks WHERE id = 0x{id_.hex()}"):
+            if recorded:
+                id_ = recorded[-1].id
+                if not pipeline.rows(f"SELECT 1 FROM tasks WHERE id = 0x{id_.hex()}"):
                     trouble.append(id_)
 
     def guarded(work: Callable[[], None]) -> threading.Thread:
@@ -672,50 +678,52 @@ def test_nothing_is_lost_while_tasks_come_and_are_folded(road: Road) -> None:
     threads = [api_thread, guarded(status), guarded(reader)]
     try:
         for _ in range(by_form(2, 4)):
-            road.do("UPDATE tasks SET subject = 'wrong' ORDER BY id LIMIT 1")
-            road.rebuild()
+            pipeline.do("UPDATE tasks SET subject = 'wrong' ORDER BY id LIMIT 1")
+            pipeline.rebuild()
     finally:
         stop.set()
         for thread in threads:
             thread.join(60)
     assert trouble == []
-    assert len(told) > 50
-    assert road.rows("SELECT COUNT(*) FROM tasks") == [(len(told),)]
-    report = road.rebuild(swap_in=False)
+    assert len(recorded) > 50
+    assert pipeline.rows("SELECT COUNT(*) FROM tasks") == [(len(recorded),)]
+    report = pipeline.rebuild(swap_in=False)
     assert (report.missing, report.differing, report.extra) == (0, 0, 0), report
     assert (report.lines_missing, report.lines_differing, report.lines_extra) == (0, 0, 0), report
 
 
-def test_a_swap_that_cannot_be_finished_changes_nothing(road: Road) -> None:
-    road.travel(16)
-    before = road.dump()
-    transaction(road.engine, create_tables)
+def test_a_failed_swap_changes_nothing(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(16)
+    before = pipeline.dump()
+    transaction(pipeline.engine, create_tables)
 
     def fail(connection: Connection) -> None:
         connection.exec_driver_sql("DELETE FROM tasks_rebuild")
         raise RuntimeError("Kafka is away")
 
     with pytest.raises(RuntimeError, match="Kafka is away"):
-        swap(road.engine, TASKS, fail)
-    assert road.dump() == before
-    road.travel(8)
-    assert road.rebuild(swap_in=False).equal
+        swap(pipeline.engine, TASKS, fail)
+    assert pipeline.dump() == before
+    pipeline.run_tasks(8)
+    assert pipeline.rebuild(swap_in=False).equal
 
 
-def test_a_swap_waits_for_a_long_reader_and_gives_up(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
-    road.travel(8)
+def test_a_swap_waits_for_a_long_reader_and_gives_up(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run_tasks(8)
     monkeypatch.setattr(swap_tables, "_TRIES", 2)
     monkeypatch.setattr(swap_tables, "_LOCK_WAIT", 1)
-    transaction(road.engine, create_tables)
-    with road.engine.begin() as reader:
+    transaction(pipeline.engine, create_tables)
+    with pipeline.engine.begin() as reader:
         reader.exec_driver_sql("SELECT COUNT(*) FROM tasks")
         with pytest.raises(swap_tables.TableBusy):
-            swap(road.engine, TASKS, lambda connection: None)
-        # Nobody is held up by what was given up.
-        assert len(road.rows("SELECT 1 FROM tasks")) == 8
+            swap(pipeline.engine, TASKS, lambda connection: None)
+        # The abandoned swap holds up no writer.
+        assert len(pipeline.rows("SELECT 1 FROM tasks")) == 8
 
 
-def test_there_is_one_at_a_time(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_rebuild_runs_at_a_time(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave = threading.Event(), threading.Event()
     fold = run._Rebuild.fold
 
@@ -725,51 +733,53 @@ def test_there_is_one_at_a_time(road: Road, monkeypatch: pytest.MonkeyPatch) -> 
         fold(self)
 
     monkeypatch.setattr(run._Rebuild, "fold", slow)
-    first = threading.Thread(target=road.rebuild)
+    first = threading.Thread(target=pipeline.rebuild)
     first.start()
     try:
         assert entered.wait(30)
         with pytest.raises(RebuildRunning):
-            road.rebuild()
+            pipeline.rebuild()
     finally:
         leave.set()
         first.join()
 
 
-def test_one_that_is_killed_leaves_the_tables_and_can_be_run_again(road: Road) -> None:
-    road.travel(by_form(1500, 4000))
-    before = road.dump()
-    road.do("DELETE FROM tasks LIMIT 100")
-    less = road.dump()
+def test_a_killed_rebuild_leaves_the_tables_and_can_be_repeated(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(by_form(1500, 4000))
+    before = pipeline.dump()
+    pipeline.do("DELETE FROM tasks LIMIT 100")
+    less = pipeline.dump()
     environment = os.environ | {
-        "POSTROAD_KAFKA_BOOTSTRAP": road.settings.kafka_bootstrap,
-        "POSTROAD_DATABASE_URL": road.settings.database_url.get_secret_value(),
-        "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
+        "POSTROAD_KAFKA_BOOTSTRAP": pipeline.settings.kafka_bootstrap,
+        "POSTROAD_DATABASE_URL": pipeline.settings.database_url.get_secret_value(),
+        "POSTROAD_TOPIC_PREFIX": pipeline.settings.topic_prefix,
     }
     command = [sys.executable, "-m", "services.cli", "rebuild", "--yes", "-o", "json"]
     killed = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while "tasks_rebuild" not in road.tables() or not road.rows("SELECT 1 FROM tasks_rebuild LIMIT 1"):
+    while "tasks_rebuild" not in pipeline.tables() or not pipeline.rows(
+        "SELECT 1 FROM tasks_rebuild LIMIT 1"
+    ):
         assert killed.poll() is None
         assert time.monotonic() < deadline
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert road.dump() == less
-    assert "tasks_rebuild" in road.tables()
+    assert pipeline.dump() == less
+    assert "tasks_rebuild" in pipeline.tables()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert '"missing": 100' in done.stdout
-    assert road.dump() == before
-    assert not [name for name in road.tables() if "rebuild" in name]
+    assert pipeline.dump() == before
+    assert not [name for name in pipeline.tables() if "rebuild" in name]
 
 
-def test_garbage_on_the_topics_is_counted(road: Road) -> None:
-    road.travel(8)
-    producer = Producer({"bootstrap.servers": road.settings.kafka_bootstrap})
+def test_garbage_on_the_topics_is_counted(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(8)
+    producer = Producer({"bootstrap.servers": pipeline.settings.kafka_bootstrap})
     for topic in EVENT_TOPICS:
-        producer.produce(road.settings.topic_prefix + topic, b"\xff\xff\xff", b"garbage")
-        producer.produce(road.settings.topic_prefix + topic, None, None)
+        producer.produce(pipeline.settings.topic_prefix + topic, b"\xff\xff\xff", b"garbage")
+        producer.produce(pipeline.settings.topic_prefix + topic, None, None)
     assert producer.flush(20) == 0
-    report = road.rebuild(swap_in=False)
+    report = pipeline.rebuild(swap_in=False)
     assert report.equal
     assert report.undecodable == 2 * len(EVENT_TOPICS)

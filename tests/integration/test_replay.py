@@ -1,4 +1,4 @@
-"""`postroad replay` on a real broker and a real database, no services: what it produces, and what not."""
+"""`postroad replay` on a real broker and a real database, without services: what it produces."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ class Site:
             "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
             "POSTROAD_TOPIC_PREFIX": self.prefix,
             "POSTROAD_DATABASE_URL": self.url,
-            # Not the services': an operator's environment need not know them.
+            # An operator's environment need not know the services' delays.
             "POSTROAD_SENDER_DELAYS": "99",
             "POSTROAD_VALIDATOR_DELAYS": "77",
         }
 
     def publish(self, *records: OutgoingRecord | Event) -> None:
-        """Produce, acked, in this order within a partition."""
+        """Produce these records in this order within each partition, and wait for their acks."""
         producer = Producer(producer_config(self.settings, "test"))
         for record in records:
             out = record if isinstance(record, OutgoingRecord) else encode(record, "api")
@@ -117,12 +117,12 @@ class Site:
         assert producer.flush(20) == 0
 
     def fold(self, *events: Event) -> None:
-        """Have the rows that these events make."""
+        """Write the rows that these events fold to."""
         with self.engine.begin() as connection:
             upsert(connection, map(delta, events))
 
     def settle(self, *rows: Delivery) -> None:
-        """Have these rows in `deliveries`."""
+        """Write these rows into `deliveries`."""
         with self.engine.begin() as connection:
             store_rows(connection, rows)
 
@@ -138,14 +138,14 @@ class Site:
         )
 
     def replay(self, *arguments: str, code: int = 0) -> dict[str, Any]:
-        """Run it to its end; returns its result."""
+        """Run `postroad replay` to its end. Returns its result."""
         command = ("replay", *arguments, "-o", "json")
         ended, out, err = forked.run("services.cli", command, self.environment, seconds=60)
         assert ended == code, err
-        return json.loads(out) if out else {"said": err}
+        return json.loads(out) if out else {"stderr": err}
 
     def records(self, topic: str) -> list[Any]:
-        """All records of a topic, each partition in order."""
+        """Return all records of a topic, in each partition's order."""
         name = self.prefix + topic
         consumer = Consumer({"bootstrap.servers": self.settings.kafka_bootstrap, "group.id": "none"})
         found: list[Any] = []
@@ -165,13 +165,13 @@ class Site:
         return found
 
     def replayed(self, topic: str) -> list[Any]:
-        """Those of them that a replay has produced."""
+        """Return the records of a topic that a replay has produced."""
         return [r for r in self.records(topic) if any(name == "replay-id" for name, _ in r.headers() or ())]
 
 
 @pytest.fixture(scope="module")
 def site(infra: Infra) -> Iterator[Callable[[], Site]]:
-    """A new installation for whoever asks."""
+    """A function that makes a new installation."""
     made: list[Site] = []
 
     def make() -> Site:
@@ -192,7 +192,7 @@ def counts(result: dict[str, Any]) -> dict[tuple[str, str, str], int]:
 
 
 def one_of_each(site: Site) -> dict[str, bytes]:
-    """Have a task in every situation that matters, its `mx.ok` on the topic; their ids by name."""
+    """Make a task in every situation that matters, with its `mx.ok`. Returns their ids by name."""
     names = ["no row", "pending", "processing", "sent", "sent, row lags", "failed", "failed, row lags"]
     names += ["cancelled", "uncertain", "waits", "overdue", "retried"]
     tasks = {name: task(number) for number, name in enumerate(names)}
@@ -236,7 +236,7 @@ FOUND = {
 }
 
 
-def test_a_dry_run_shows_what_would_become_of_each_record_and_changes_nothing(
+def test_a_dry_run_shows_the_action_for_each_record_and_changes_nothing(
     site: Callable[[], Site],
 ) -> None:
     here = site()
@@ -256,18 +256,20 @@ def test_a_dry_run_shows_what_would_become_of_each_record_and_changes_nothing(
         assert connection.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all() == rows
 
 
-def test_without_a_terminal_and_without_yes_it_shows_and_does_nothing(site: Callable[[], Site]) -> None:
+def test_without_a_terminal_and_yes_it_changes_nothing(
+    site: Callable[[], Site],
+) -> None:
     here = site()
     one_of_each(here)
-    said = here.replay(MX_OK, code=2)["said"]
-    assert "already sent" in said
-    assert said.splitlines()[-1].startswith("postroad: ")
+    printed = here.replay(MX_OK, code=2)["stderr"]
+    assert "already sent" in printed
+    assert printed.splitlines()[-1].startswith("postroad: ")
     assert here.replayed(MX_OK) == []
     assert unfinished_replays(here.engine) == []
 
 
 @pytest.mark.parametrize("arguments", [["--yes"], []])
-def test_what_has_nothing_to_produce_has_a_result_too(filtered: Site, arguments: list[str]) -> None:
+def test_a_replay_with_nothing_to_produce_has_a_result(filtered: Site, arguments: list[str]) -> None:
     result = filtered.replay(TASK_CREATED, "--status", "completed", *arguments)
     assert (result["records"], result["produced"]) == (5, 0)
     assert result["state"] == ("finished" if arguments else "nothing to do")
@@ -289,22 +291,22 @@ def test_at_a_terminal_it_shows_and_asks(
         stderr=theirs,
     )
     os.close(theirs)
-    said = b""
-    while b"[y/N]" not in said:
-        said += os.read(ours, 4096)
-    assert b"already sent" in said
-    assert b"Produce 5 records of 5 tasks to mx.ok at 500/s?" in said
+    printed = b""
+    while b"[y/N]" not in printed:
+        printed += os.read(ours, 4096)
+    assert b"already sent" in printed
+    assert b"Produce 5 records of 5 tasks to mx.ok at 500/s?" in printed
     os.write(ours, f"{answer}\n".encode())
     with contextlib.suppress(OSError):  # Linux: the other end is closed
         while more := os.read(ours, 4096):
-            said += more
+            printed += more
     os.close(ours)
     assert process.wait(30) == code
     assert len(here.replayed(MX_OK)) == produced
-    print(said.decode())
+    print(printed.decode())
 
 
-def test_what_works_goes_again_in_its_epoch_and_nothing_else_does(site: Callable[[], Site]) -> None:
+def test_only_working_tasks_are_republished_in_their_epochs(site: Callable[[], Site]) -> None:
     here = site()
     who = one_of_each(here)
     result = here.replay(MX_OK, "--yes")
@@ -320,7 +322,7 @@ def test_what_works_goes_again_in_its_epoch_and_nothing_else_does(site: Callable
     assert {dict(r.headers())["replay-id"] for r in here.replayed(MX_OK)} == {result["id"].encode()}
 
 
-def test_only_the_status_that_is_named_is_reopened_all_in_one_epoch(site: Callable[[], Site]) -> None:
+def test_only_the_named_status_is_reopened_in_one_epoch(site: Callable[[], Site]) -> None:
     here = site()
     who = one_of_each(here)
     began = time.time_ns() // 1_000_000
@@ -332,8 +334,8 @@ def test_only_the_status_that_is_named_is_reopened_all_in_one_epoch(site: Callab
     assert began <= epoch <= time.time_ns() // 1_000_000
 
 
-def test_what_the_sender_has_at_a_later_attempt_goes_to_it_as_that_attempt(site: Callable[[], Site]) -> None:
-    """As after a delay record was lost whose attempt was given back, or whose sender died."""
+def test_the_sender_s_later_attempt_is_republished_as_that_attempt(site: Callable[[], Site]) -> None:
+    """A delayed record is lost, and its attempt was released or its sender died."""
     here = site()
     states = [("released", 1), ("released", 2), ("sending", 2), ("sending", 3)]
     tasks = [task(number) for number in range(len(states))]
@@ -354,8 +356,8 @@ def test_what_the_sender_has_at_a_later_attempt_goes_to_it_as_that_attempt(site:
     assert {(back.due_at_ms, back.origin.topic) for back in came.values()} == {(0, MX_OK)}
 
 
-def test_a_task_that_the_validator_deferred_goes_to_it_at_once(site: Callable[[], Site]) -> None:
-    """As a first attempt, whatever its delay record waits for; it has no `mx.ok` that could be replayed."""
+def test_a_task_that_the_validator_deferred_is_republished_at_once(site: Callable[[], Site]) -> None:
+    """Its `task.created` is a first attempt, whatever its delayed record waits for. It has no `mx.ok`."""
     here = site()
     one = task(0)
     created = pb.TaskCreated(task=one, at_us=NOW_US)
@@ -369,7 +371,7 @@ def test_a_task_that_the_validator_deferred_goes_to_it_at_once(site: Callable[[]
     assert DECODERS[TASK_CREATED](again.value()) == created
 
 
-def test_a_record_that_cannot_be_produced_is_told_and_counted_and_ends_nothing(
+def test_a_refused_record_is_named_and_counted_and_the_replay_continues(
     site: Callable[[], Site],
 ) -> None:
     here = site()
@@ -390,14 +392,14 @@ def test_a_record_that_cannot_be_produced_is_told_and_counted_and_ends_nothing(
     result = json.loads(out)
     assert (result["state"], result["records"], result["produced"]) == ("finished", 5, 4)
     assert counts(result) == {("pending", "", "again"): 4, ("pending", "", "refused"): 1}
-    _, said, last = err.splitlines()
-    assert said.startswith(f"{place} was not produced: ")
-    assert "too large" in said
+    _, printed, last = err.splitlines()
+    assert printed.startswith(f"{place} was not produced: ")
+    assert "too large" in printed
     assert last == "postroad: 1 record could not be produced"
     assert {*ids(here.replayed(TASK_CREATED))} == {t.id for t in tasks} - {tasks[2].id}
 
 
-def test_what_only_folds_goes_as_it_is(site: Callable[[], Site]) -> None:
+def test_records_that_are_only_folded_are_republished_unchanged(site: Callable[[], Site]) -> None:
     here = site()
     events: list[Event] = [pb.MailSent(id=task(n).id, attempt=n, at_us=NOW_US) for n in range(5)]
     here.publish(*events)
@@ -407,7 +409,7 @@ def test_what_only_folds_goes_as_it_is(site: Callable[[], Site]) -> None:
     assert Counter(r.value() for r in records) == dict.fromkeys((e.SerializeToString() for e in events), 2)
 
 
-def test_a_delay_topic_goes_as_it_is_where_its_task_still_works(site: Callable[[], Site]) -> None:
+def test_delayed_records_of_working_tasks_are_republished_unchanged(site: Callable[[], Site]) -> None:
     here = site()
     tasks = [task(n) for n in range(4)]
     now_ms = NOW_US // 1000
@@ -470,7 +472,7 @@ def test_filters(filtered: Site, arguments: list[str], wanted: set[int]) -> None
 
 @pytest.fixture
 def filtered(site: Callable[[], Site]) -> Site:
-    """Five tasks: three pending, one failed for its domain, one rejected; one of them without a row."""
+    """Five tasks: three pending, one failed for its domain, one rejected. One of them has no row."""
     here = site()
     tasks = [
         task(0),
@@ -488,7 +490,7 @@ def filtered(site: Callable[[], Site]) -> Site:
     return here
 
 
-def test_it_begins_and_ends_where_it_is_told(site: Callable[[], Site]) -> None:
+def test_it_begins_and_ends_at_its_points(site: Callable[[], Site]) -> None:
     here = site()
     early, late = [task(n) for n in range(6)], [task(n) for n in range(6, 18)]
     here.publish(*(pb.TaskCreated(task=t, at_us=NOW_US) for t in early))
@@ -524,7 +526,7 @@ def many(here: Site, count: int) -> list[bytes]:
 
 
 def underway(here: Site, *arguments: str, seconds: float = 30) -> subprocess.Popen[str]:
-    """Start a replay and return once it has stored a position in the midst of its work."""
+    """Start a replay. Returns once it has stored a position before its end."""
     process = here.start(*arguments)
     deadline = time.monotonic() + seconds
     while True:
@@ -537,7 +539,7 @@ def underway(here: Site, *arguments: str, seconds: float = 30) -> subprocess.Pop
         time.sleep(0.02)
 
 
-def test_interrupted_it_says_how_to_go_on_and_then_repeats_nothing(site: Callable[[], Site]) -> None:
+def test_an_interrupted_replay_says_how_to_resume_and_repeats_nothing(site: Callable[[], Site]) -> None:
     here = site()
     everyone = many(here, 600)
     process = underway(here, TASK_CREATED, "--yes", "--rate", "150", "--reopen", "failed")
@@ -560,7 +562,7 @@ def test_interrupted_it_says_how_to_go_on_and_then_repeats_nothing(site: Callabl
     assert len(here.replayed(TASK_CREATED)) == 600
 
 
-def test_killed_it_goes_on_from_where_it_was_stored_and_what_it_repeats_is_the_same(
+def test_a_killed_replay_resumes_from_its_stored_position(
     site: Callable[[], Site],
 ) -> None:
     here = site()
@@ -573,7 +575,7 @@ def test_killed_it_goes_on_from_where_it_was_stored_and_what_it_repeats_is_the_s
     assert here.replay("--resume", id_, "--rate", "5000")["state"] == "finished"
     records = here.replayed(TASK_CREATED)
     assert set(ids(records)) == set(everyone)
-    # Two seconds' worth at most: a batch, and what came since the last position was stored.
+    # At most two seconds of records: a batch, and those produced since the position was stored.
     assert len(records) - 600 <= 2 * 150 + 10
     assert len({r.value() for r in records}) == 600, "a repeated record is the same record"
     assert unfinished_replays(here.engine) == []
@@ -593,7 +595,7 @@ def test_it_keeps_to_its_rate(site: Callable[[], Site]) -> None:
         assert sum(at <= other < at + 1000 for other in times) <= 112, "in one second"
 
 
-def test_what_it_produces_is_not_read_again_and_what_comes_meanwhile_neither(
+def test_a_replay_reads_no_record_that_arrives_meanwhile(
     site: Callable[[], Site],
 ) -> None:
     here = site()
@@ -609,7 +611,7 @@ def test_what_it_produces_is_not_read_again_and_what_comes_meanwhile_neither(
     assert json.loads(out)["records"] == 50
 
 
-def test_two_cannot_go_on_with_one_replay(site: Callable[[], Site]) -> None:
+def test_two_processes_cannot_resume_one_replay(site: Callable[[], Site]) -> None:
     here = site()
     many(here, 20)
     todo = offset_ranges(here.settings, TASK_CREATED, "start", "end")
@@ -637,35 +639,36 @@ def test_two_cannot_go_on_with_one_replay(site: Callable[[], Site]) -> None:
         ([], 2, "TOPIC"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_the_right_code(
+def test_an_impossible_request_gets_one_line_and_its_exit_code(
     filtered: Site, arguments: list[str], code: int, line: str
 ) -> None:
     if "open" in arguments:
         insert_replay(
             filtered.engine, Replay("open", TASK_CREATED, ReplayOptions(TASK_CREATED).as_json(), 1, {})
         )
-    said = filtered.replay(*arguments, code=code)["said"].splitlines()
-    assert len(said) == 1
-    assert line in said[0]
+    printed = filtered.replay(*arguments, code=code)["stderr"].splitlines()
+    assert len(printed) == 1
+    assert line in printed[0]
 
 
-def test_servers_that_are_away_are_told_by_the_exit_code(filtered: Site) -> None:
+def test_unreachable_servers_have_their_own_exit_code(filtered: Site) -> None:
     filtered.environment["POSTROAD_KAFKA_BOOTSTRAP"] = "127.0.0.1:1"
-    said = filtered.replay(MX_OK, "--dry-run", code=5)["said"]
-    assert said.startswith("postroad: Kafka at 127.0.0.1:1 does not answer: ")
+    printed = filtered.replay(MX_OK, "--dry-run", code=5)["stderr"]
+    assert printed.startswith("postroad: Kafka at 127.0.0.1:1 does not answer: ")
 
 
-def test_a_topic_that_is_not_there_is_named(filtered: Site) -> None:
-    said = filtered.replay("sender.delay.61", "--dry-run", code=3)["said"]
+def test_a_missing_topic_is_named(filtered: Site) -> None:
+    printed = filtered.replay("sender.delay.61", "--dry-run", code=3)["stderr"]
     assert (
-        said == f"postroad: no topic {filtered.prefix}sender.delay.61: 'postroad topics apply' creates it\n"
+        printed
+        == f"postroad: no topic {filtered.prefix}sender.delay.61: 'postroad topics apply' creates it\n"
     )
 
 
 # --- on both databases ---
 
 
-def test_a_replay_is_kept_whole(engine: Engine) -> None:
+def test_a_stored_replay_is_loaded_whole(engine: Engine) -> None:
     replay = Replay(
         "20260101T000000-aa", MX_OK, {"topic": MX_OK, "label": ["a=é"]}, 1 << 41, {0: OffsetRange(1, 5)}
     )
@@ -684,7 +687,7 @@ def test_a_replay_is_kept_whole(engine: Engine) -> None:
     assert load_replay(engine, "another") is None
 
 
-def test_how_many_tasks_stand(engine: Engine) -> None:
+def test_task_states_of_many_tasks(engine: Engine) -> None:
     tasks = [task(n, team="blue") for n in range(1100)]
     with engine.begin() as connection:
         upsert(connection, (delta(pb.TaskCreated(task=t, at_us=NOW_US)) for t in tasks))
@@ -692,6 +695,6 @@ def test_how_many_tasks_stand(engine: Engine) -> None:
     found = read_task_states(engine, [*(t.id for t in tasks), b"unknown" * 2 + b"??"])
     assert len(found) == 1100
     assert found[tasks[0].id].status == "completed"
-    assert (found[tasks[1].id].status, found[tasks[1].id].waits) == ("processing", (3, 77))
+    assert (found[tasks[1].id].status, found[tasks[1].id].deferred) == ("processing", (3, 77))
     assert (found[tasks[2].id].status, found[tasks[2].id].labels) == ("pending", {"team": "blue"})
     assert read_task_states(engine, []) == {}

@@ -137,8 +137,8 @@ def test_a_line_of_a_batch_that_is_not_utf8_is_named(postroad: Command, tmp_path
             timeout=60,
         )
     assert (process.returncode, process.stdout) == (USAGE, "")
-    said = f"postroad: {given}, line 2: it is not in UTF-8; 0 mails before it are done\n"
-    assert process.stderr == said
+    printed = f"postroad: {given}, line 2: it is not in UTF-8; 0 mails before it are done\n"
+    assert process.stderr == printed
 
 
 @pytest.mark.parametrize(

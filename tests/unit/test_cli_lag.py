@@ -1,4 +1,4 @@
-"""What a sample of Kafka's answers means."""
+"""What a sample of Kafka's answers means, and `postroad lag --watch`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sample(at: float = 1000.0, **changes: Any) -> LagSample:
     return LagSample(at, **(fields | changes))
 
 
-def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
+def test_lag_counts_uncommitted_records_without_delayed_ones() -> None:
     found = report(READS, sample(), None, partitions=False)
     (stage,) = found["stages"]
     assert (stage["lag"], stage["oldest_waiting_seconds"], stage["delayed"]) == (10, 30.0, 2)
@@ -59,7 +59,7 @@ def test_lag_is_what_is_not_committed_and_delays_stand_apart() -> None:
     assert "partitions" not in found
 
 
-def test_a_delay_topic_that_nobody_reads_counts_while_something_waits_there_or_no_replica_is_left() -> None:
+def test_an_unread_delay_topic_counts_while_records_wait_or_no_replica_runs() -> None:
     def shown(now: LagSample) -> tuple[list[str], int]:
         found = report(READS, now, None, partitions=True)
         assert {row["topic"] for row in found["partitions"]} == {
@@ -68,7 +68,7 @@ def test_a_delay_topic_that_nobody_reads_counts_while_something_waits_there_or_n
         }
         return [row["topic"] for row in found["delays"]], found["stages"][0]["unowned"]
 
-    # sender.delay.300 is of earlier settings: its partition is none that a replica should own.
+    # sender.delay.300 is left over from earlier settings: no replica should own its partition.
     assert shown(sample()) == (["sender.delay.60"], 0)
     ends = {MX0: 100, MX1: 50, D60: 7, D300: 1}
     assert shown(sample(ends=ends)) == (["sender.delay.60", "sender.delay.300"], 1)
@@ -76,16 +76,16 @@ def test_a_delay_topic_that_nobody_reads_counts_while_something_waits_there_or_n
     assert shown(sample(groups=alone)) == (["sender.delay.60", "sender.delay.300"], 4)
 
 
-def test_what_figures_mean_is_said() -> None:
+def test_remarks_say_what_figures_mean() -> None:
     def row(stage: str, **figures: object) -> dict[str, object]:
         return {"stage": stage, "members": [{}], "lag": 0, "oldest_waiting_seconds": None} | figures
 
     late = row("status", lag=3, oldest_waiting_seconds=60.0, read_per_second=0.0, members=[])
-    [said] = remarks({"stages": [late]})
-    assert said.startswith("status is behind: ")
+    [line] = remarks({"stages": [late]})
+    assert line.startswith("status is behind: ")
     still = row("sender", lag=84, oldest_waiting_seconds=60.0, read_per_second=0.0)
-    [said] = remarks({"stages": [still]})
-    assert "--domains" in said
+    [line] = remarks({"stages": [still]})
+    assert "--domains" in line
     assert remarks({"stages": [still], "domains": []}) == []
     fine = [
         row("status", lag=3, oldest_waiting_seconds=0.4, read_per_second=9.0),
@@ -97,7 +97,7 @@ def test_what_figures_mean_is_said() -> None:
     assert remarks({"stages": fine}) == []
 
 
-def test_a_due_time_that_is_past_is_no_negative_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_past_due_time_is_shown_as_overdue(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"topic": "sender.delay.60", "waiting": 1, "read": True, "next_due_in_seconds": seconds}
         for seconds in (-83.2, -0.5, 0.0, 12.0, None)
@@ -109,7 +109,7 @@ def test_a_due_time_that_is_past_is_no_negative_time(capsys: pytest.CaptureFixtu
     ]
 
 
-def test_the_domains_that_hold_the_sender_come_first() -> None:
+def test_the_domains_with_most_claims_come_first() -> None:
     def task(number: int) -> bytes:
         return number.to_bytes(16, "big")
 
@@ -124,11 +124,11 @@ def test_the_domains_that_hold_the_sender_come_first() -> None:
     ]
     states = {
         **{task(n): DeliveryProgress("sending", 0, 1) for n in range(3)},
-        # Sent, and its commit waits for one that hangs.
+        # It is sent, and its commit waits for a hanging one.
         task(10): DeliveryProgress("sent", 0, 1),
         # Its second attempt has not begun.
         task(11): DeliveryProgress("deferred", 0, 1),
-        # Reopened since: the row is of the epoch before.
+        # It was reopened since: the row is of the epoch before.
         task(12): DeliveryProgress("failed", 0, 3),
         task(13): DeliveryProgress("released", 0, 1),
     }
@@ -142,7 +142,7 @@ def test_the_domains_that_hold_the_sender_come_first() -> None:
     ]
 
 
-def test_what_was_never_committed_waits_from_the_first_record_that_is_left() -> None:
+def test_without_a_commit_lag_counts_from_the_first_present_record() -> None:
     found = report(
         READS,
         sample(committed={"sender": {}}, starts={**dict.fromkeys(EVERY, 0), MX0: 95}),
@@ -170,19 +170,19 @@ def test_rates_come_from_two_samples() -> None:
     assert (alone["read_per_second"], alone["arriving_per_second"]) == (None, None)
 
 
-def test_a_clock_that_goes_fast_makes_no_negative_age() -> None:
+def test_a_fast_clock_makes_no_negative_age() -> None:
     ahead = sample(oldest={("sender", MX0): OldestRecord(1003.0, None)})
     assert report(READS, ahead, None, partitions=False)["stages"][0]["oldest_waiting_seconds"] == 0
 
 
-def test_a_foreign_due_time_that_no_calendar_has_ends_nothing() -> None:
+def test_a_due_time_beyond_the_calendar_is_cut() -> None:
     far = sample(oldest={("sender", D60): OldestRecord(950.0, 1e15)})
     assert (
         report(READS, far, None, partitions=False)["delays"][0]["next_due_at"] == "9999-12-31T23:59:59.000Z"
     )
 
 
-def test_delay_topics_are_told_by_their_names() -> None:
+def test_delay_topics_are_recognised_by_their_names() -> None:
     assert [delay_of(t) for t in ("sender.delay.60", "mx.ok", "sender.dead", "delay.x")] == [
         60,
         None,
@@ -191,7 +191,7 @@ def test_delay_topics_are_told_by_their_names() -> None:
     ]
 
 
-def test_80_columns_show_where_each_partition_ends_and_whose_it_is(
+def test_80_columns_show_each_partition_s_end_and_owner(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     row = {"stage": "validator", "topic": "validator.delay.600", "partition": 23, "lag": 12_345}
@@ -214,7 +214,7 @@ def test_80_columns_show_where_each_partition_ends_and_whose_it_is(
 
 
 class _Sampler:
-    """A `LagSampler` that answers each question with the next of `answers`; then comes Ctrl-C."""
+    """A LagSampler that returns or raises the next of `answers`, and at their end Ctrl-C."""
 
     reads = READS
 
@@ -247,7 +247,7 @@ def _error(code: int) -> KafkaException:
     return KafkaException(KafkaError(code))
 
 
-def test_watch_goes_on_when_kafka_is_back(
+def test_watch_continues_when_kafka_is_back(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = [_error(KafkaError._TRANSPORT), _error(KafkaError._TRANSPORT), _error(KafkaError.NOT_COORDINATOR)]
@@ -255,7 +255,7 @@ def test_watch_goes_on_when_kafka_is_back(
     written = capsys.readouterr()
     ats = [json.loads(line)["at"] for line in written.out.splitlines()]
     assert ats == ["1970-01-01T00:16:40.000Z", "1970-01-01T00:16:50.000Z"]
-    # Once for each trouble.
+    # Each error is said once.
     assert [" does not answer: " in line for line in written.err.splitlines()] == [True, True]
 
 

@@ -18,7 +18,7 @@ def test_without_a_bound_nothing_is_cut() -> None:
     assert column_widths([ID, ColumnSize(5000, min_width=8, rank=1)], None) == [36, 5000]
 
 
-def test_what_may_be_cut_shares_what_is_left() -> None:
+def test_columns_that_may_be_cut_share_what_is_left() -> None:
     assert column_widths(
         [ID, ColumnSize(100, min_width=8, rank=1), ColumnSize(100, min_width=8, rank=2)], 80
     ) == [
@@ -32,13 +32,13 @@ def test_a_short_cell_leaves_its_share_to_the_others() -> None:
     assert column_widths([ColumnSize(100, min_width=8), ColumnSize(10, min_width=8)], 80) == [68, 10]
 
 
-def test_the_highest_rank_goes_first() -> None:
+def test_the_highest_rank_is_dropped_first() -> None:
     columns = [ID, ColumnSize(20, rank=2), ColumnSize(20, rank=1), ColumnSize(20, rank=3)]
     assert column_widths(columns, 80) == [36, 20, 20, 0]
     assert column_widths(columns, 79) == [36, 0, 20, 0]
 
 
-def test_an_id_is_never_cut_nor_left_out() -> None:
+def test_an_id_is_never_cut_nor_dropped() -> None:
     assert column_widths([ID, ColumnSize(10, rank=1)], 20) == [36, 0]
 
 

@@ -63,7 +63,7 @@ def test_wide_characters_are_counted_as_they_are_shown(capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[1] == "漢字漢字漢…  x"
 
 
-def test_what_is_missing_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_result_is_said_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     Output(OutputFormat.TABLE).rows([], COLUMNS, empty="No such task.")
     assert capsys.readouterr() == ("", "No such task.\n")
     Output(OutputFormat.JSONL).rows([], COLUMNS, empty="No such task.")
@@ -97,7 +97,9 @@ def test_an_error_before_the_first_row_leaves_no_result(
 @pytest.mark.parametrize(
     ("width", "shown"), [(20, "sender-6d4f-x2x4z-1"), (12, "…d4f-x2x4z-1"), (9, "…-x2x4z-1")]
 )
-def test_a_column_may_be_cut_at_its_front(width: int, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_may_be_cut_at_its_beginning(
+    width: int, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     columns = (Column("replica", min_width=7, keep_end=True),)
     Output(OutputFormat.TABLE, width).rows([{"replica": "sender-6d4f-x2x4z-1"}], columns)
     assert len(shown) <= width
@@ -111,7 +113,7 @@ def test_no_cell_steers_the_terminal() -> None:
     assert safe_text("one\ttwo\r\nthree\x1b]0;x\x07") == "one\ttwo\nthree\\x1b]0;x\\x07"
 
 
-def test_times_and_lengths_of_time() -> None:
+def test_times_and_durations() -> None:
     assert format_time("2026-01-31T12:00:00.123456Z") == "2026-01-31T12:00:00Z"
     assert format_time_ms("2026-01-31T12:00:00.123456Z") == "2026-01-31T12:00:00.123Z"
     assert format_time_ms("2026-01-31T12:00:00Z") == "2026-01-31T12:00:00.000Z"

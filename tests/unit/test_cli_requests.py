@@ -123,8 +123,8 @@ def test_a_bad_line_is_told_by_the_names_that_the_file_has(line: str, says: str)
 
 
 def test_the_api_s_words_get_the_names_that_the_file_has() -> None:
-    said = "data.email: has no domain; data.headers[X-Data.email]: is too long; and 2 more"
-    assert without_data(said) == "email: has no domain; headers[X-Data.email]: is too long; and 2 more"
+    printed = "data.email: has no domain; data.headers[X-Data.email]: is too long; and 2 more"
+    assert without_data(printed) == "email: has no domain; headers[X-Data.email]: is too long; and 2 more"
     assert without_data("send_at: is more than a year from now") == "send_at: is more than a year from now"
 
 
@@ -149,8 +149,8 @@ def test_cancel_says_why_it_did_not(
     with pytest.raises(SystemExit) as ended:
         app(["cancel", "1"])
     assert ended.value.code == (1 if says else 0)
-    said = capsys.readouterr().err
-    assert said == (f"postroad: 1: {says}\n" if says else "")
+    printed = capsys.readouterr().err
+    assert printed == (f"postroad: 1: {says}\n" if says else "")
 
 
 class Answered(grpc.RpcError):

@@ -162,10 +162,10 @@ def test_a_config_file_with_secrets_that_others_may_read_is_warned_of(
     path.write_text(text)
     path.chmod(mode)
     effective_variables({"config": str(path)}, {})
-    said = capsys.readouterr().err
-    assert bool(said) == warned
-    assert "hidden" not in said
-    assert not warned or f"chmod 600 {path}" in said
+    printed = capsys.readouterr().err
+    assert bool(printed) == warned
+    assert "hidden" not in printed
+    assert not warned or f"chmod 600 {path}" in printed
 
 
 def test_so_is_an_env_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ class Api:
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     monkeypatch.setattr("time.sleep", found.append)
     return found
@@ -55,7 +55,7 @@ def message(id_: str, token: str) -> pb.WatchResponse:
 
 
 def test_a_broken_stream_resumes_by_its_token_and_repeats_no_change(
-    pauses: list[float], capsys: pytest.CaptureFixture[str]
+    waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lost, denied = Broken("UNAVAILABLE"), Broken("UNAUTHENTICATED")
     api = Api([message("a", "t1"), lost], [lost], [lost], [message("a", "t1"), message("b", "t2")], [denied])
@@ -66,7 +66,7 @@ def test_a_broken_stream_resumes_by_its_token_and_repeats_no_change(
         next(rows)
     assert ended.value is denied
     assert api.tokens == ["t0", "t1", "t1", "t1", "t2"]
-    assert pauses == [0.2, 0.4, 0.8, 0.2]
+    assert waits == [0.2, 0.4, 0.8, 0.2]
     assert capsys.readouterr().err.splitlines() == [
         "postroad: the api is away; going on when it is back",
         "postroad: the api is back",
@@ -74,26 +74,26 @@ def test_a_broken_stream_resumes_by_its_token_and_repeats_no_change(
     ]
 
 
-def test_the_first_stream_must_come_about(pauses: list[float]) -> None:
+def test_the_first_stream_must_come_about(waits: list[float]) -> None:
     with pytest.raises(Broken):
         next(ResumableWatch(Api([Broken("UNAVAILABLE")]), {}).rows())  # type: ignore[arg-type]
-    assert pauses == []
+    assert waits == []
 
 
-def test_the_pauses_stay_short_however_long_the_api_is_away(pauses: list[float]) -> None:
+def test_the_pauses_stay_short_however_long_the_api_is_away(waits: list[float]) -> None:
     streams: list[list[pb.WatchResponse | Exception]] = [[Broken("UNAVAILABLE")] for _ in range(2000)]
     with pytest.raises(Broken):
         list(ResumableWatch(Api(*streams, [Broken("NOT_FOUND")]), {}, "t").rows())  # type: ignore[arg-type]
-    assert max(pauses) == 5.0
+    assert max(waits) == 5.0
 
 
-def test_the_timeout_is_a_failure(pauses: list[float]) -> None:
+def test_the_timeout_is_a_failure(waits: list[float]) -> None:
     watch = ResumableWatch(Api([Broken("DEADLINE_EXCEEDED")]), {}, "t", timeout=60)  # type: ignore[arg-type]
     with pytest.raises(Failure, match="not settled in time"):
         next(watch.rows())
 
 
-def test_a_watch_can_be_left(pauses: list[float]) -> None:
+def test_a_watch_can_be_left(waits: list[float]) -> None:
     rows = ResumableWatch(Api([message("a", "t1"), message("b", "t2")]), {}).rows()  # type: ignore[arg-type]
     assert next(rows)["task"]["id"] == "a"
     rows.close()  # type: ignore[attr-defined]

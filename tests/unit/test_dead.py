@@ -1,4 +1,4 @@
-"""Dead letters, without Kafka: places, markers, what a letter shows, which are meant."""
+"""Dead letters without Kafka: their locations, resolutions, filters and redrive targets."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ LOCATION = DeadLetterLocation("validator", 3, 17)
 
 
 @given(st.sets(st.integers(0, 1 << 62), max_size=50) | st.sets(st.integers(0, 60), max_size=50))
-def test_a_marker_says_which_offsets_it_resolves(offsets: set[int]) -> None:
+def test_a_resolution_names_the_offsets_that_it_resolves(offsets: set[int]) -> None:
     written = resolution_headers(offsets, "purged")
     read = resolved_offsets(1 << 63, None, None, written) or []
     assert {offset for part in read for offset in part} == offsets
     assert written[1] == ("resolution", b"purged")
 
 
-def test_no_number_of_a_foreign_record_is_too_long_to_be_read() -> None:
+def test_an_overlong_number_in_a_foreign_record_is_ignored() -> None:
     digits = b"9" * 5000
     assert resolved_offsets(9, None, None, [("resolves", digits), ("resolution", b"purged")]) is None
     assert parse_dead_letter(LOCATION, 0, None, [("attempt", digits)]).attempt == 0
 
 
-def test_neighbours_are_one_range() -> None:
+def test_adjacent_offsets_are_one_range() -> None:
     assert resolution_headers([9, 3, 4, 5], "replayed")[0] == ("resolves", b"3-5,9")
 
 
-def test_a_letter_is_no_marker_and_a_bad_marker_resolves_nothing() -> None:
+def test_a_dead_letter_is_no_resolution_and_a_bad_resolution_resolves_nothing() -> None:
     assert resolved_offsets(9, None, None, None) is None
     carried = headers.dead_letter_headers([], origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="c")
     assert resolved_offsets(9, None, None, carried) is None
@@ -63,14 +63,14 @@ def test_a_letter_is_no_marker_and_a_bad_marker_resolves_nothing() -> None:
     assert resolved_offsets(9, None, None, bad) == [range(1, 2)]
 
 
-def test_a_marker_counts_for_what_stands_before_it() -> None:
+def test_a_resolution_resolves_earlier_offsets_only() -> None:
     later = resolution_headers([3, 4, 5, 6, 9], "purged")
     assert resolved_offsets(5, None, None, later) == [range(3, 5)]
     assert resolved_offsets(3, None, None, later) is None
 
 
-def test_a_foreign_record_with_a_header_of_a_marker_is_a_letter() -> None:
-    """Earlier versions carried such headers on, so they stand on the topics."""
+def test_a_foreign_record_with_a_header_of_a_resolution_is_a_dead_letter() -> None:
+    """Earlier versions kept such headers, so that topics have them."""
     foreign = [("resolves", b"0-4"), ("resolution", b"purged")]
     for key, value, carried in (
         (b"k", None, foreign),
@@ -82,22 +82,22 @@ def test_a_foreign_record_with_a_header_of_a_marker_is_a_letter() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "validator", "validator/1", "/1/2", "validator/-1/2", "validator/1/x"])
-def test_a_place_is_stage_partition_offset(text: str) -> None:
+def test_a_location_is_stage_partition_offset(text: str) -> None:
     with pytest.raises(ValueError, match="STAGE/PARTITION/OFFSET"):
         parse_location(text)
     assert parse_location(str(LOCATION)) == LOCATION
 
 
-def letter(headers: Headers | None, key: bytes | None = None) -> DeadLetter:
+def dead_letter(headers: Headers | None, key: bytes | None = None) -> DeadLetter:
     return parse_dead_letter(LOCATION, 1_763_976_543_123, key, headers)
 
 
-def test_a_letter_shows_its_event_decoded() -> None:
+def test_a_dead_letter_shows_its_event_decoded() -> None:
     record = encode(pb.TaskCreated(task=mail_task(1), at_us=5), "api", b"00-1-2-01")
     carried = headers.dead_letter_headers(
         record.headers, origin=RecordLocation("task.created", 3, 9), attempt=2, cause="KeyError: 'x'"
     )
-    row = describe(letter(carried, record.key), record.value, carried)
+    row = describe(dead_letter(carried, record.key), record.value, carried)
     assert (row["cause"], row["origin"], row["attempt"]) == ("KeyError: 'x'", "task.created/3/9", 2)
     assert row["event"]["type"] == "postroad.v1.TaskCreated"
     assert row["event"]["task"]["id"] == row["task"] == str(UUID(bytes=mail_task(1).id))
@@ -118,51 +118,51 @@ def test_a_letter_shows_its_event_decoded() -> None:
         (None, None),
     ],
 )
-def test_what_does_not_decode_is_shown_so_that_no_terminal_minds(
+def test_an_undecodable_value_is_shown_without_control_characters(
     value: bytes | None, text: str | None
 ) -> None:
     carried = headers.dead_letter_headers(
         None, origin=RecordLocation("mail.sent", 0, 1), attempt=1, cause="not a MailSent"
     )
-    row = describe(letter(carried), value, carried)
+    row = describe(dead_letter(carried), value, carried)
     assert (row["event"], row["value"]) == (None, text)
 
 
-def test_a_letter_that_no_stage_wrote_can_only_be_purged() -> None:
+def test_a_dead_letter_that_no_stage_wrote_can_only_be_purged() -> None:
     for foreign in (None, [("cause", b"\xff")], [("origin", b"nowhere"), ("attempt", b"x")]):
-        assert letter(foreign).origin is None
-        assert not can_redrive(letter(foreign))
-        assert describe(letter(foreign), b"x", foreign)["origin"] is None
+        assert dead_letter(foreign).origin is None
+        assert not can_redrive(dead_letter(foreign))
+        assert describe(dead_letter(foreign), b"x", foreign)["origin"] is None
     delayed = headers.dead_letter_headers(
         None, origin=RecordLocation("sender.delay.60", 0, 1), attempt=1, cause="due-at is missing"
     )
-    assert not can_redrive(letter(delayed))
+    assert not can_redrive(dead_letter(delayed))
     known = headers.dead_letter_headers(None, origin=RecordLocation("mx.ok", 0, 1), attempt=1, cause="")
-    assert can_redrive(letter(known))
+    assert can_redrive(dead_letter(known))
 
 
-def test_no_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_dead_letter_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     steering = "\x1b[2J\x9b31m"
     record = encode(pb.TaskCreated(task=pb.MailTask(id=b"k" * 16, subject=steering), at_us=5), "api")
     origin = RecordLocation("task.created", 3, 9)
     carried = headers.dead_letter_headers(
         [("x", steering.encode())], origin=origin, attempt=1, cause=steering
     )
-    one = letter(carried, record.key)
+    one = dead_letter(carried, record.key)
     with pytest.raises(Failure, match="--yes"):
         _ask("Purge", [one], False)
     _show_details(CommandContext({}), describe(one, record.value, carried))
-    said = capsys.readouterr()
-    assert r"\x1b[2J\x9b31m" in said.err
-    assert not {"\x1b", "\x9b"} & {*said.out, *said.err}
+    printed = capsys.readouterr()
+    assert r"\x1b[2J\x9b31m" in printed.err
+    assert not {"\x1b", "\x9b"} & {*printed.out, *printed.err}
 
 
-def test_a_letter_says_what_it_does_not_carry() -> None:
+def test_a_dead_letter_names_the_parts_that_it_does_not_carry() -> None:
     value = LeftOut.of("value", b"x" * 100)
     carried = headers.dead_letter_headers(
         None, origin=RecordLocation("mx.ok", 0, 1), attempt=2, cause="c", left_out=[value]
     )
-    one = letter(carried)
+    one = dead_letter(carried)
     assert one.left_out == (value,)
     row = describe(one, None, carried)
     assert (row["size"], row["left_out"]) == (
@@ -170,48 +170,52 @@ def test_a_letter_says_what_it_does_not_carry() -> None:
         [{"part": "value", "size": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()}],
     )
     assert headers.original_headers(carried) == []
-    assert letter([header for header in carried if header[0] != "origin"]).left_out == ()
+    assert dead_letter([header for header in carried if header[0] != "origin"]).left_out == ()
 
 
-def test_letters_are_grouped_by_stage_and_cause() -> None:
+def test_dead_letters_are_grouped_by_stage_and_cause() -> None:
     def at(stage: str, offset: int, cause: str) -> DeadLetter:
         carried = headers.dead_letter_headers(
             None, origin=RecordLocation("mx.ok", 0, offset), attempt=1, cause=cause
         )
         return parse_dead_letter(DeadLetterLocation(stage, 0, offset), 1000 * offset, None, carried)
 
-    letters = [at("sender", 1, "b"), at("sender", 2, "a"), at("sender", 3, "a"), at("status", 4, "a")]
-    rows = group_by_cause(letters)
+    dead_letters = [at("sender", 1, "b"), at("sender", 2, "a"), at("sender", 3, "a"), at("status", 4, "a")]
+    rows = group_by_cause(dead_letters)
     assert [(row["stage"], row["cause"], row["count"]) for row in rows] == [
         ("sender", "a", 2),
         ("sender", "b", 1),
         ("status", "a", 1),
     ]
-    assert (rows[0]["first"], rows[0]["last"]) == (letters[1].time, letters[2].time)
+    assert (rows[0]["first"], rows[0]["last"]) == (dead_letters[1].time, dead_letters[2].time)
     assert (rows[0]["sample"], rows[0]["origins"]) == ("sender/0/3", ["mx.ok"])
-    assert filter_dead_letters(letters, set(), "a") == [letters[1], letters[2], letters[3]]
-    there, gone = letters[3].location, DeadLetterLocation("status", 0, 5)
-    assert filter_dead_letters(letters, {there, gone}, "") == [letters[3]]
-    assert absent_locations(letters, {there, gone}) == [gone]
+    assert filter_dead_letters(dead_letters, set(), "a") == [
+        dead_letters[1],
+        dead_letters[2],
+        dead_letters[3],
+    ]
+    there, gone = dead_letters[3].location, DeadLetterLocation("status", 0, 5)
+    assert filter_dead_letters(dead_letters, {there, gone}, "") == [dead_letters[3]]
+    assert absent_locations(dead_letters, {there, gone}) == [gone]
 
 
 DELAYS = {"validator": (5, 30), "sender": (60, 300)}
 
 
 def died(stage: str, topic: str, attempt: int) -> tuple[DeadLetter, Headers]:
-    """A letter of a record that came with these headers of its own, and the letter's headers."""
+    """Return a dead letter and its headers. Its record had the header `ce_id`."""
     carried = headers.dead_letter_headers(
         [("ce_id", b"1")], origin=RecordLocation(topic, 2, 40), attempt=attempt, cause="OSError"
     )
     return parse_dead_letter(DeadLetterLocation(stage, 0, 0), 1000, b"k" * 16, carried), carried
 
 
-def test_what_died_at_first_goes_back_as_it_was() -> None:
+def test_a_record_that_failed_at_its_first_attempt_goes_to_its_event_topic() -> None:
     for stage, topic in (("validator", "task.created"), ("sender", "mx.ok"), ("status", "mail.sent")):
         assert redrive_target(*died(stage, topic, 1), DELAYS) == RedriveTarget(topic, [("ce_id", b"1")])
 
 
-def test_a_stage_that_has_no_delays_or_does_not_read_the_topic_gets_no_delayed_record() -> None:
+def test_a_stage_without_delays_or_without_the_topic_gets_no_delayed_record() -> None:
     assert redrive_target(*died("status", "mail.sent", 2), DELAYS) == RedriveTarget(
         "mail.sent", [("ce_id", b"1")]
     )
@@ -224,7 +228,7 @@ def test_a_stage_that_has_no_delays_or_does_not_read_the_topic_gets_no_delayed_r
 @pytest.mark.parametrize(
     ("stage", "topic", "delay"), [("validator", "task.created", 5), ("sender", "mx.ok", 60)]
 )
-def test_what_died_on_a_retry_comes_back_as_that_attempt_and_is_due(
+def test_a_record_that_failed_at_a_retry_goes_to_a_delay_topic_as_that_attempt(
     stage: str, topic: str, delay: int
 ) -> None:
     for attempt in (2, 3):
@@ -241,13 +245,13 @@ def test_what_died_on_a_retry_comes_back_as_that_attempt_and_is_due(
     [
         ("released", 0, Taken),
         ("sending", 0, Taken),
-        # The attempt before is the one that was put off: this one died before its claim.
+        # The attempt before it was deferred. This one failed before its claim.
         ("deferred", 1, Taken),
-        # It was put off again and died before that was told.
+        # It was deferred again, and failed before it published that.
         ("deferred", 0, Stored),
     ],
 )
-def test_the_sender_takes_up_what_died_on_a_retry(
+def test_the_sender_claims_a_redriven_retry(
     state: DeliveryState, before: int, verdict: type, attempt: int
 ) -> None:
     now, lease = datetime(2026, 3, 1, 12), timedelta(seconds=20)

@@ -54,11 +54,16 @@ def printed(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[Any]:
     out = Output(OutputFormat(re.findall(r"-o (\w+)", arguments)[0]))
     if arguments.startswith("dead list "):
         keys = (b"k" * 16, None)
-        letters = [
+        dead_letters = [
             parse_dead_letter(DeadLetterLocation("sender", 0, number), 0, key, [])
             for number, key in enumerate(keys)
         ]
-        out.rows([one.summary() for one in letters] if "--each" in arguments else group_by_cause(letters), ())
+        out.rows(
+            [one.summary() for one in dead_letters]
+            if "--each" in arguments
+            else group_by_cause(dead_letters),
+            (),
+        )
     elif arguments.startswith("list "):
         out.rows([task_row(task)], ())
     elif arguments.startswith("get "):

@@ -1,4 +1,4 @@
-"""The rebuild's pure parts: what a delivery's events tell of its row, and batches in any cut."""
+"""The rebuild's pure parts: delivery facts and folded batches."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ LEASE = timedelta(seconds=20)
 START = datetime(2026, 3, 1)
 
 
-def known(events: list[Event]) -> DeliveryFacts | None:
+def known_facts(events: list[Event]) -> DeliveryFacts | None:
     each = [one for event in events if (one := delivery_facts(event, delta(event).version)) is not None]
     return reduce(merge_facts, each) if each else None
 
 
 class Deliveries:
-    """One task's row under the real rules, and what a sender publishes of it."""
+    """One task's delivery under the real rules, and the events that a sender publishes of it."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.now, self.owners = rng, START, 0
@@ -111,23 +111,23 @@ class Deliveries:
 
 @settings(max_examples=by_form(200, 1000))
 @given(st.integers(0, 1 << 32))
-def test_the_topics_tell_a_settled_row(seed: int) -> None:
+def test_the_events_restore_a_settled_delivery(seed: int) -> None:
     rng = random.Random(seed)
     deliveries = Deliveries(rng)
     for _ in range(rng.randrange(1, 12)):
         deliveries.step()
     row, events = deliveries.row, deliveries.events
     rng.shuffle(events)
-    tells = known(events + events[: len(events) // 2])
-    if row is None or tells is None:
+    facts = known_facts(events + events[: len(events) // 2])
+    if row is None or facts is None:
         return
-    made = restored_delivery(tells, START)
-    # Whatever the row is, none that is restored lets a mail go out again that the row would hold back.
+    made = restored_delivery(facts, START)
+    # A restored row never lets a mail be sent again that the original row would hold back.
     if row.state == "sending" or made.state == "sending":
         assert (made.state == "sent") <= (row.state == "sent")
         return
     assert (made.state, made.epoch) == (row.state, row.epoch)
-    # A mail that may have gone out is never taken for one that did not.
+    # A mail that may have gone out never counts as one that did not.
     assert bool(made.takeovers or made.reason == IN_DOUBT) == bool(row.takeovers or row.reason == IN_DOUBT)
     if row.state not in ("cancelled", "uncertain"):
         assert made[7:13] == row[7:13]
@@ -136,7 +136,7 @@ def test_the_topics_tell_a_settled_row(seed: int) -> None:
             assert made.takeovers == row.takeovers
 
 
-def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
+def test_a_takeover_without_an_outcome_is_in_doubt_again() -> None:
     event = pb.MailDeferred(
         id=ID,
         epoch=3,
@@ -147,9 +147,9 @@ def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
         takeover=1,
         message_id="<m>",
     )
-    tells = known([event])
-    assert tells is not None
-    row = restored_delivery(tells, START)
+    facts = known_facts([event])
+    assert facts is not None
+    row = restored_delivery(facts, START)
     assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NO_OWNER, 2, START)
     verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False, max_resends=3)
     assert isinstance(verdict, Taken)
@@ -159,40 +159,40 @@ def test_a_takeover_that_told_no_end_is_in_doubt_again() -> None:
     assert verdict.row.state == "uncertain"
 
 
-def test_a_task_that_failed_before_the_sender_saw_it_is_restored_as_status_has_it() -> None:
+def test_a_failed_domain_restores_the_row_of_the_status_stage() -> None:
     event = pb.MxFailed(id=mail_task(0).id, epoch=3, attempt=2, reason="null_mx" * 20, detail="d", at_us=7)
-    tells = delivery_facts(event, 1)
-    assert tells is not None
-    assert restored_delivery(tells, START)._replace(lease_until=failed_row(event).lease_until) == failed_row(
+    facts = delivery_facts(event, 1)
+    assert facts is not None
+    assert restored_delivery(facts, START)._replace(lease_until=failed_row(event).lease_until) == failed_row(
         event
     )
 
 
-def test_what_an_operator_decided_is_restored_so_that_nothing_is_sent() -> None:
+def test_a_resolved_delivery_is_restored_so_that_nothing_is_sent() -> None:
     doubt = pb.MailFailed(id=ID, attempt=2, reason=IN_DOUBT, uncertain=True, message_id="<m>", at_us=5)
     closed = pb.TaskCancelled(id=ID, epoch=9, attempts=2, in_doubt=True, at_us=9)
-    tells = known([doubt, closed])
-    assert tells is not None
-    row = restored_delivery(tells, START)
+    facts = known_facts([doubt, closed])
+    assert facts is not None
+    row = restored_delivery(facts, START)
     assert (row.state, row.epoch, row.reason, row.takeovers, row.message_id) == ("cancelled", 9, "", 1, "<m>")
     sent = pb.MailSent(id=ID, epoch=9, attempt=2, message_id="<m>", resolved=True, at_us=9)
     not_sent = pb.MailFailed(id=ID, epoch=9, attempt=2, reason=NOT_SENT, message_id="<m>", at_us=9)
     for event in (sent, not_sent):
-        tells = known([doubt, event])
-        assert tells is not None
-        assert event_of(restored_delivery(tells, START)) == event
+        facts = known_facts([doubt, event])
+        assert facts is not None
+        assert event_of(restored_delivery(facts, START)) == event
 
 
 def test_a_late_verdict_leaves_a_deferred_delivery_to_the_sender() -> None:
     deferred = pb.MailDeferred(id=ID, epoch=3, attempt=1, stage="sender", reason="greylisted", at_us=5)
     late = pb.MxFailed(id=ID, epoch=3, attempt=1, reason="no_such_domain", at_us=9)
     for events in ([deferred, late], [late, deferred]):
-        tells = known(events)
-        assert tells is not None
-        assert (tells.state, tells.attempt, tells.reason) == ("deferred", 1, "greylisted")
+        facts = known_facts(events)
+        assert facts is not None
+        assert (facts.state, facts.attempt, facts.reason) == ("deferred", 1, "greylisted")
 
 
-def test_what_is_not_about_the_delivery_tells_nothing() -> None:
+def test_events_of_other_stages_say_nothing_about_the_delivery() -> None:
     task = mail_task(0)
     for event in (
         pb.TaskCreated(task=task),
@@ -203,16 +203,16 @@ def test_what_is_not_about_the_delivery_tells_nothing() -> None:
 
 
 @given(st.lists(events_of(mail_task(0)), min_size=1, max_size=12), st.randoms(use_true_random=False))
-def test_what_is_told_does_not_depend_on_the_order(events: list[Event], rng: random.Random) -> None:
-    # Of two events of one version the first one stays; here no two are.
+def test_the_order_of_events_does_not_matter(events: list[Event], rng: random.Random) -> None:
+    # Of two events in one version the first one stays. Here each version has one event.
     distinct = list({delta(event).version: event for event in events}.values())
     for event in distinct:
-        # A mail has one Message-ID, whatever attempt it is.
+        # All attempts of a mail have one Message-ID.
         if getattr(event, "message_id", ""):
             event.message_id = "<m>"  # type: ignore[union-attr]
     shuffled = [*distinct, *distinct[:3]]
     rng.shuffle(shuffled)
-    assert known(distinct) == known(shuffled)
+    assert known_facts(distinct) == known_facts(shuffled)
 
 
 @given(st.lists(events_of(mail_task(0)) | events_of(mail_task(1)) | events_of(mail_task(2)), max_size=20))
@@ -236,7 +236,7 @@ def test_a_batch_is_the_fold_of_its_events(events: list[Event]) -> None:
     assert not first.rows.keys() & second.rows.keys()
 
 
-def test_a_body_that_was_purged_does_not_stand_in_the_way_of_one_that_was_not() -> None:
+def test_an_event_without_a_body_does_not_hide_one_with_a_body() -> None:
     without = mail_task(0)
     without.ClearField("body")
     without.ClearField("html")

@@ -1,4 +1,4 @@
-"""What a replay decides: alone, and against whatever the sender, a cancel and a retry do in between."""
+"""What a replay decides, alone and while the sender, a cancel and a retry act in between."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ ID = bytes(range(16))
 NOW = datetime(2026, 3, 1, 12)
 NOW_US = 1_772_366_400_000_000
 LEASE = timedelta(seconds=20)
-FRESH = 1_772_366_400_000
+NEW_EPOCH = 1_772_366_400_000
 DELAYS = {"validator": (5, 30), "sender": (60, 300)}
 
 
 def ask(
-    task: TaskState, *reopen: str, epoch: int = 0, new_epoch: int = FRESH, to_sender: bool = True
+    task: TaskState, *reopen: str, epoch: int = 0, new_epoch: int = NEW_EPOCH, to_sender: bool = True
 ) -> ReplayDecision:
     return decide_work(
         epoch, task, reopen=set(reopen), new_epoch=new_epoch, now_us=NOW_US, to_sender=to_sender
@@ -85,26 +85,26 @@ def ask(
         ("completed", ["failed", "cancelled", "uncertain", "deferred"], ReplayAction.ALREADY_SENT, 7),
         ("failed", [], ReplayAction.SETTLED, 7),
         ("failed", ["cancelled", "uncertain", "deferred"], ReplayAction.SETTLED, 7),
-        ("failed", ["failed"], ReplayAction.REOPENED, FRESH),
+        ("failed", ["failed"], ReplayAction.REOPENED, NEW_EPOCH),
         ("cancelled", [], ReplayAction.SETTLED, 7),
-        ("cancelled", ["cancelled", "failed"], ReplayAction.REOPENED, FRESH),
+        ("cancelled", ["cancelled", "failed"], ReplayAction.REOPENED, NEW_EPOCH),
         ("uncertain", ["failed"], ReplayAction.SETTLED, 7),
-        ("uncertain", ["uncertain"], ReplayAction.REOPENED, FRESH),
+        ("uncertain", ["uncertain"], ReplayAction.REOPENED, NEW_EPOCH),
         ("pending", ["failed"], ReplayAction.REPUBLISH, 7),
         ("processing", ["failed"], ReplayAction.REPUBLISH, 7),
     ],
 )
-def test_what_becomes_of_a_record(
+def test_the_action_follows_the_task_s_status(
     status: str, reopen: list[str], what: ReplayAction, epoch: int, to_sender: bool
 ) -> None:
     assert ask(TaskState(status, "", 7), *reopen, epoch=7, to_sender=to_sender) == ReplayDecision(what, epoch)
 
 
-def test_a_record_of_an_earlier_epoch_goes_in_the_task_s_own() -> None:
+def test_a_record_of_an_earlier_epoch_gets_the_task_s_epoch() -> None:
     assert ask(TaskState("pending", "", 7), epoch=0) == ReplayDecision(ReplayAction.REPUBLISH, 7)
 
 
-def test_a_record_of_a_later_epoch_than_the_row_knows_is_no_settled_task_s() -> None:
+def test_a_record_of_a_later_epoch_than_the_row_s_is_republished() -> None:
     assert ask(TaskState("failed", "rejected", 0), epoch=9) == ReplayDecision(ReplayAction.REPUBLISH, 9)
     assert ask(TaskState("failed", "rejected", 0), "failed", epoch=9) == ReplayDecision(
         ReplayAction.REPUBLISH, 9
@@ -112,7 +112,7 @@ def test_a_record_of_a_later_epoch_than_the_row_knows_is_no_settled_task_s() -> 
 
 
 @pytest.mark.parametrize("what", ReplayAction)
-def test_nothing_goes_before_its_time(what: ReplayAction) -> None:
+def test_a_scheduled_record_waits_for_its_time(what: ReplayAction) -> None:
     decision = ReplayDecision(what, 5)
     assert wait_for_send_at(decision, 3, 100, 100) == wait_for_send_at(decision, 3, 0, 100) == decision
     assert wait_for_send_at(decision, 3, 101, 100) == (
@@ -120,24 +120,26 @@ def test_nothing_goes_before_its_time(what: ReplayAction) -> None:
     )
 
 
-def test_what_failed_again_after_this_replay_reopened_it_is_left_to_the_next_one() -> None:
-    assert ask(TaskState("failed", "rejected", FRESH), "failed").action is ReplayAction.REOPENED_SINCE
-    assert ask(TaskState("failed", "rejected", FRESH + 1), "failed").action is ReplayAction.REOPENED_SINCE
+def test_a_task_that_failed_again_since_this_replay_reopened_it_is_left_out() -> None:
+    assert ask(TaskState("failed", "rejected", NEW_EPOCH), "failed").action is ReplayAction.REOPENED_SINCE
+    assert ask(TaskState("failed", "rejected", NEW_EPOCH + 1), "failed").action is ReplayAction.REOPENED_SINCE
 
 
-def test_a_deferred_mail_waits_for_its_next_attempt_unless_that_is_lost_or_asked_for() -> None:
+def test_a_deferred_mail_waits_unless_its_next_attempt_is_lost_or_reopened() -> None:
     later, lost = NOW_US + 60_000_000, NOW_US - OVERDUE_US - 1
-    waits = TaskState("processing", "deferred", 3, deferred=(2, later))
-    assert ask(waits).action is ReplayAction.WAITS
-    assert ask(waits, "failed").action is ReplayAction.WAITS
-    assert ask(waits, "deferred") == ReplayDecision(ReplayAction.NEXT_ATTEMPT, 3, 3)
-    assert ask(waits._replace(deferred=(2, lost))) == ReplayDecision(ReplayAction.NEXT_ATTEMPT, 3, 3)
-    # The validator's record comes to the sender as a first attempt, which is over.
-    assert ask(waits._replace(deferred=(2, lost)), "deferred", to_sender=False).action is ReplayAction.WAITS
+    deferred = TaskState("processing", "deferred", 3, deferred=(2, later))
+    assert ask(deferred).action is ReplayAction.WAITS
+    assert ask(deferred, "failed").action is ReplayAction.WAITS
+    assert ask(deferred, "deferred") == ReplayDecision(ReplayAction.NEXT_ATTEMPT, 3, 3)
+    assert ask(deferred._replace(deferred=(2, lost))) == ReplayDecision(ReplayAction.NEXT_ATTEMPT, 3, 3)
+    # Through the validator, the sender would get it as a first attempt, which is over.
+    assert (
+        ask(deferred._replace(deferred=(2, lost)), "deferred", to_sender=False).action is ReplayAction.WAITS
+    )
 
 
 @pytest.mark.parametrize(("attempt", "goes_as"), [(0, 0), (1, 0), (2, 2), (5, 5)])
-def test_what_the_sender_has_at_a_later_attempt_goes_as_that_attempt(attempt: int, goes_as: int) -> None:
+def test_a_later_attempt_of_the_sender_is_republished_as_that_attempt(attempt: int, goes_as: int) -> None:
     works = TaskState("processing", "", 3, attempt=attempt)
     assert ask(works, epoch=3) == ask(works, epoch=0) == ReplayDecision(ReplayAction.REPUBLISH, 3, goes_as)
     assert ask(works, "deferred", epoch=3) == ReplayDecision(ReplayAction.REPUBLISH, 3, goes_as)
@@ -157,7 +159,7 @@ def test_what_the_sender_has_at_a_later_attempt_goes_as_that_attempt(attempt: in
         ("completed", 0, 11, ReplayAction.ALREADY_SENT),
     ],
 )
-def test_what_becomes_of_a_delayed_record(
+def test_the_action_for_a_delayed_record_follows_its_due_time_and_epoch(
     status: str, task_epoch: int, due_ms: int, what: ReplayAction
 ) -> None:
     assert decide_delayed(3, TaskState(status, "", task_epoch), due_ms=due_ms, now_ms=10) == ReplayDecision(
@@ -165,52 +167,52 @@ def test_what_becomes_of_a_delayed_record(
     )
 
 
-# --- how a task stands ---
+# --- a task's state ---
 
 
-def sending(state: str, epoch: int = 0, attempt: int = 1, reason: str = "") -> StoredDelivery:
+def stored(state: str, epoch: int = 0, attempt: int = 1, reason: str = "") -> StoredDelivery:
     return StoredDelivery(state, epoch, attempt, 55 if state == "deferred" else 0, reason)
 
 
 @pytest.mark.parametrize(
-    ("row", "memory", "stands"),
+    ("row", "delivery", "state"),
     [
         (("pending", "", 0), None, ("pending", "", 0)),
-        (("processing", "", 0), sending("sent"), ("completed", "", 0)),
-        (("failed", "rejected", 0), sending("sent"), ("completed", "", 0)),
-        (("completed", "", 0), sending("sending", 5), ("completed", "", 0)),
-        (("processing", "", 0), sending("failed", reason="rejected"), ("failed", "rejected", 0)),
-        (("processing", "", 0), sending("uncertain", reason=IN_DOUBT), ("uncertain", IN_DOUBT, 0)),
-        (("pending", "", 0), sending("cancelled"), ("cancelled", "", 0)),
-        (("processing", "deferred", 0), sending("cancelled", reason="deferred"), ("cancelled", "", 0)),
-        (("failed", "null_mx", 0), sending("failed", attempt=0, reason="null_mx"), ("failed", "null_mx", 0)),
-        (("failed", "rejected", 0), sending("sending", 5), ("processing", "", 5)),
-        (("pending", "", 5), sending("failed", 0, reason="rejected"), ("pending", "", 5)),
+        (("processing", "", 0), stored("sent"), ("completed", "", 0)),
+        (("failed", "rejected", 0), stored("sent"), ("completed", "", 0)),
+        (("completed", "", 0), stored("sending", 5), ("completed", "", 0)),
+        (("processing", "", 0), stored("failed", reason="rejected"), ("failed", "rejected", 0)),
+        (("processing", "", 0), stored("uncertain", reason=IN_DOUBT), ("uncertain", IN_DOUBT, 0)),
+        (("pending", "", 0), stored("cancelled"), ("cancelled", "", 0)),
+        (("processing", "deferred", 0), stored("cancelled", reason="deferred"), ("cancelled", "", 0)),
+        (("failed", "null_mx", 0), stored("failed", attempt=0, reason="null_mx"), ("failed", "null_mx", 0)),
+        (("failed", "rejected", 0), stored("sending", 5), ("processing", "", 5)),
+        (("pending", "", 5), stored("failed", 0, reason="rejected"), ("pending", "", 5)),
         (("failed", "null_mx", 0), None, ("failed", "null_mx", 0)),
     ],
 )
-def test_the_sender_s_memory_knows_more_than_a_row_that_lags(
-    row: tuple[str, str, int], memory: StoredDelivery | None, stands: tuple[str, str, int]
+def test_the_delivery_knows_more_than_a_row_that_lags(
+    row: tuple[str, str, int], delivery: StoredDelivery | None, state: tuple[str, str, int]
 ) -> None:
-    assert combine(TaskState(*row), memory)[:3] == stands
+    assert combine(TaskState(*row), delivery)[:3] == state
 
 
 @pytest.mark.parametrize(
-    ("memory", "attempt", "waits"),
+    ("delivery", "attempt", "deferred"),
     [
-        (sending("released", 5, 2), 2, None),
-        (sending("sending", 6, 3), 3, None),
-        (sending("deferred", 5, 2), 0, (2, 55)),
-        (sending("failed", 5, 2), 0, None),
-        # Of an earlier epoch: the task was reopened since.
-        (sending("released", 4, 2), 0, None),
+        (stored("released", 5, 2), 2, None),
+        (stored("sending", 6, 3), 3, None),
+        (stored("deferred", 5, 2), 0, (2, 55)),
+        (stored("failed", 5, 2), 0, None),
+        # The delivery is of an earlier epoch: the task was reopened since.
+        (stored("released", 4, 2), 0, None),
     ],
 )
-def test_the_sender_s_memory_tells_at_which_attempt_it_is(
-    memory: StoredDelivery, attempt: int, waits: tuple[int, int] | None
+def test_the_delivery_says_which_attempt_the_sender_is_at(
+    delivery: StoredDelivery, attempt: int, deferred: tuple[int, int] | None
 ) -> None:
-    stands = combine(TaskState("processing", "", 5), memory)
-    assert (stands.attempt, stands.deferred) == (attempt, waits)
+    state = combine(TaskState("processing", "", 5), delivery)
+    assert (state.attempt, state.deferred) == (attempt, deferred)
 
 
 def test_a_task_without_a_row_is_pending() -> None:
@@ -241,8 +243,8 @@ class Task:
         self.records = [(0, 1)]
         self.number = 0
         self.clock = NOW
-        self.went = self.asked = 0
-        # Whether it was asked for again since it was settled.
+        self.sent = self.asked = 0
+        # Whether somebody asked for it again since it was settled.
         self.wanted = True
         self.taken_unasked = 0
         self.dead = b""
@@ -262,8 +264,8 @@ class Task:
         row = self.delivery
         if row is None or row.state != "sending" or row.owner == self.dead:
             return
-        # What may have gone out counts as gone.
-        self.went += state in ("sent", "uncertain", "dead")
+        # A mail that may have gone out counts as sent.
+        self.sent += state in ("sent", "uncertain", "dead")
         if state == "dead":
             self.dead = row.owner
             self.clock += LEASE * 2
@@ -276,16 +278,16 @@ class Task:
             self._over()
 
     def fold(self) -> None:
-        self.row = self.stands()
+        self.row = self.state()
 
-    def stands(self) -> TaskState:
+    def state(self) -> TaskState:
         row = self.delivery
-        memory = (
+        delivery = (
             None
             if row is None
             else StoredDelivery(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
         )
-        return combine(self.row, memory)
+        return combine(self.row, delivery)
 
     def cancel(self) -> None:
         self.number += 1
@@ -301,16 +303,16 @@ class Task:
     def retry(self) -> None:
         self.fold()
         if self.row.status in ("failed", "uncertain", "cancelled"):
-            epoch = FRESH + 1_000_000 + self.number
+            epoch = NEW_EPOCH + 1_000_000 + self.number
             self.row = TaskState("pending", "", max(epoch, self.row.epoch + 1))
             self.records.append((self.row.epoch, 1))
             self._ask()
 
     def look(self, record: tuple[int, int], reopen: set[str], lags: bool) -> tuple[int, int] | None:
-        """What a replay makes of a record; `lags`: it sees the row alone."""
-        task = self.row if lags else self.stands()
+        """Return what a replay would produce for a record. `lags`: it sees the row without the delivery."""
+        task = self.row if lags else self.state()
         decision = decide_work(
-            record[0], task, reopen=reopen, new_epoch=FRESH + self.number, now_us=NOW_US, to_sender=True
+            record[0], task, reopen=reopen, new_epoch=NEW_EPOCH + self.number, now_us=NOW_US, to_sender=True
         )
         if decision.action is ReplayAction.REOPENED:
             self._ask()
@@ -337,7 +339,7 @@ STEPS = st.lists(
 
 def walk(steps: list[tuple[str, int]], reopen: set[str]) -> Task:
     task = Task()
-    # What a replay has decided about and not yet produced.
+    # Records that a replay has decided about and not yet produced.
     held: list[tuple[int, int]] = []
     for step, n in steps:
         record = task.records[n % len(task.records)]
@@ -363,29 +365,29 @@ def walk(steps: list[tuple[str, int]], reopen: set[str]) -> Task:
 
 @settings(max_examples=by_form(300, 2000), deadline=None)
 @given(STEPS)
-def test_a_replay_never_wakes_a_task_that_ended_before_or_after_it_looked(
+def test_a_replay_never_sends_a_task_that_ended_before_or_after_its_decision(
     steps: list[tuple[str, int]],
 ) -> None:
     task = walk(steps, set())
     assert task.taken_unasked == 0
-    assert task.went <= 1 + task.asked
+    assert task.sent <= 1 + task.asked
 
 
 @settings(max_examples=by_form(300, 2000), deadline=None)
 @given(STEPS, st.sets(st.sampled_from(["failed", "cancelled", "uncertain", "deferred"])))
-def test_each_further_mail_was_asked_for(steps: list[tuple[str, int]], reopen: set[str]) -> None:
+def test_each_further_mail_has_a_request(steps: list[tuple[str, int]], reopen: set[str]) -> None:
     task = walk(steps, reopen)
-    assert task.went <= 1 + task.asked
+    assert task.sent <= 1 + task.asked
 
 
 @settings(max_examples=by_form(300, 2000), deadline=None)
 @given(STEPS)
-def test_whatever_happened_a_replay_finds_an_open_task_again(steps: list[tuple[str, int]]) -> None:
-    """With `--reopen deferred`, once nobody has it in hand: as when all of its records were lost."""
+def test_a_replay_restarts_any_open_task(steps: list[tuple[str, int]]) -> None:
+    """With `--reopen deferred`, and once no sender holds its claim: all of its records may be lost."""
     task = walk(steps, set())
     if task.delivery is not None and task.delivery.state == "sending":
         task.end("dead")
-    task.row = task.stands()
+    task.row = task.state()
     record = task.look((0, 1), {"deferred"}, False)
     if task.row.status in ("pending", "processing"):
         assert record is not None
@@ -396,9 +398,9 @@ def test_whatever_happened_a_replay_finds_an_open_task_again(steps: list[tuple[s
         assert record is None
 
 
-def test_a_fresh_epoch_for_a_task_that_works_would_send_what_was_cancelled() -> None:
+def test_a_new_epoch_for_a_working_task_would_send_a_cancelled_mail() -> None:
     task = Task()
-    looked = (FRESH, 1)
+    looked = (NEW_EPOCH, 1)
     assert task.look((0, 1), set(), False) == (0, 1)
     task.cancel()
     task.handle(looked)
@@ -407,14 +409,14 @@ def test_a_fresh_epoch_for_a_task_that_works_would_send_what_was_cancelled() -> 
 
 @pytest.mark.parametrize("attempt", [1, 2, 4])
 @pytest.mark.parametrize("state", [None, "released", "sending", "deferred"])
-def test_what_is_stuck_goes_again(state: Any, attempt: int) -> None:
-    """What is `sending` has a lease that is over."""
+def test_a_stuck_task_is_claimed_again(state: Any, attempt: int) -> None:
+    """The lease of a `sending` delivery has ended."""
     row = None
     if state is not None:
         due = NOW_US - 2 * OVERDUE_US
         row = Delivery(ID, state, 5, attempt, 0, b"x" * 16, NOW, 0, due, "", "", "", "<m@x>")
-    memory = row and StoredDelivery(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
-    decision = ask(combine(TaskState("processing", "", 5), memory), epoch=0)
+    delivery = row and StoredDelivery(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
+    decision = ask(combine(TaskState("processing", "", 5), delivery), epoch=0)
     verdict, _ = decide(row, claim(decision.epoch, decision.attempt or 1, 1), NOW + LEASE, LEASE, False)
     assert isinstance(verdict, Taken)
 
@@ -427,7 +429,7 @@ def record(event: Any, topic: str, *headers: tuple[str, bytes]) -> ReplayedRecor
     return ReplayedRecord(topic, 3, 17, out.key, out.value, [*out.headers, *headers])
 
 
-def test_a_record_goes_again_as_it_is_and_says_which_replay_it_is_of() -> None:
+def test_a_replayed_record_is_unchanged_and_names_its_replay() -> None:
     read = record(pb.MxOk(task=mail_task(1), attempt=2, at_us=9), "mx.ok", ("replay-id", b"an earlier one"))
     out = replayed(read, decode(read), ReplayDecision(ReplayAction.REPUBLISH, 0), "r2", "sender.delay.60")
     assert (out.topic, out.key, out.value) == ("mx.ok", read.key, read.value)
@@ -435,7 +437,7 @@ def test_a_record_goes_again_as_it_is_and_says_which_replay_it_is_of() -> None:
     assert [h for h in out.headers if h[0] != "replay-id"] == (read.headers or [])[:-1]
 
 
-def test_a_reopened_task_is_the_same_event_whoever_produces_it_in_that_epoch() -> None:
+def test_all_replays_of_an_epoch_encode_a_reopened_task_alike() -> None:
     events = [
         pb.TaskCreated(task=mail_task(1), at_us=9, send_at_us=4),
         pb.TaskCreated(task=mail_task(1), epoch=8),
@@ -444,11 +446,13 @@ def test_a_reopened_task_is_the_same_event_whoever_produces_it_in_that_epoch() -
     for event in events:
         read = record(event, "task.created")
         made.append(
-            replayed(read, decode(read), ReplayDecision(ReplayAction.REOPENED, FRESH), "r", "sender.delay.60")
+            replayed(
+                read, decode(read), ReplayDecision(ReplayAction.REOPENED, NEW_EPOCH), "r", "sender.delay.60"
+            )
         )
     assert made[0] == made[1]
     assert DECODERS["task.created"](made[0].value) == pb.TaskCreated(
-        task=mail_task(1), epoch=FRESH, at_us=FRESH * 1000
+        task=mail_task(1), epoch=NEW_EPOCH, at_us=NEW_EPOCH * 1000
     )
     assert ("traceparent", b"00-1-2-01") in made[0].headers
 
@@ -463,7 +467,7 @@ def test_a_next_attempt_is_a_delayed_record_that_is_due() -> None:
     assert (back.due_at_ms, back.attempt, back.origin) == (0, 3, RecordLocation("mx.ok", 3, 17))
 
 
-def test_what_goes_again_as_a_later_attempt_is_a_delayed_record_in_the_task_s_epoch() -> None:
+def test_a_later_attempt_is_a_delayed_record_in_the_task_s_epoch() -> None:
     read = record(pb.MxOk(task=mail_task(1), at_us=9), "mx.ok")
     out = replayed(read, decode(read), ReplayDecision(ReplayAction.REPUBLISH, 5, 2), "r", "sender.delay.60")
     assert out.topic == "sender.delay.60"
@@ -472,7 +476,7 @@ def test_what_goes_again_as_a_later_attempt_is_a_delayed_record_in_the_task_s_ep
     assert DECODERS["mx.ok"](out.value) == pb.MxOk(task=mail_task(1), epoch=5, at_us=5000)
 
 
-def test_delayed_records_are_told_by_their_origin() -> None:
+def test_a_delayed_record_is_decoded_by_its_origin() -> None:
     origin = RecordLocation("mx.ok", 1, 2)
     headers = delayed_headers([], origin=origin, attempt=4, cause="c", due_at_ms=77)
     read = record(pb.MxOk(task=mail_task(1)), "sender.delay.60", *headers)
@@ -487,15 +491,15 @@ def test_delayed_records_are_told_by_their_origin() -> None:
 
 
 @given(st.binary(max_size=60), st.sampled_from(sorted(DECODERS)))
-def test_what_does_not_decode_is_said_to_be_so(value: bytes, topic: str) -> None:
+def test_an_undecodable_record_raises_undecodable(value: bytes, topic: str) -> None:
     with contextlib.suppress(Undecodable):
         assert decode(ReplayedRecord(topic, 0, 0, b"", value, None)).event is not None
 
 
-# --- what is asked for ---
+# --- options ---
 
 
-def test_a_selection_takes_what_fits_in_every_respect() -> None:
+def test_a_task_filter_matches_when_all_its_kinds_match() -> None:
     task = TaskState("failed", "rejected", 0, "Ada@Good.test", "good.test", {"team": "blue", "n": "1"})
     asked = ReplayOptions(
         "mx.ok",
@@ -543,7 +547,7 @@ def test_recipients_and_domains_are_found_in_any_form_that_the_api_takes(email: 
     )
 
 
-def test_another_domain_that_folds_to_the_same_letters_is_not_meant() -> None:
+def test_another_domain_with_the_same_case_folding_does_not_match() -> None:
     recipient, domain = normalise("ada@strasse.example")
     task = TaskState("failed", "rejected", 0, recipient, domain)
     for asked in (
@@ -553,7 +557,7 @@ def test_another_domain_that_folds_to_the_same_letters_is_not_meant() -> None:
         assert not check_options(asked).task_filter().matches(ID, task)
 
 
-def test_a_replay_keeps_what_it_selects_by_in_the_form_that_tasks_have() -> None:
+def test_checked_options_have_the_form_that_tasks_have() -> None:
     asked = check_options(
         ReplayOptions("mx.ok", recipient=("ada@xn--bcher-kva.example",), domain=("Bücher.example",))
     )
@@ -561,8 +565,8 @@ def test_a_replay_keeps_what_it_selects_by_in_the_form_that_tasks_have() -> None
     assert check_options(parse_options(asked.as_json())) == asked
 
 
-def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.CaptureFixture[str]) -> None:
-    replay = Replay("r", "mx.ok", {}, FRESH, {}, Counter({("pending", "", "again"): 3}))
+def test_a_replay_with_a_refused_record_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    replay = Replay("r", "mx.ok", {}, NEW_EPOCH, {}, Counter({("pending", "", "again"): 3}))
     _finish(CommandContext({"output": "json"}), replay)
     assert json.loads(capsys.readouterr().out)["produced"] == 3
     replay.counts["pending", "", "refused"] = 2
@@ -573,7 +577,7 @@ def test_a_replay_that_could_not_produce_a_record_ends_badly(capsys: pytest.Capt
     assert (shown["records"], shown["produced"]) == (5, 3)
 
 
-def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_counts_records_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     kind, other = ("failed", "rejected", "reopened"), ("completed", "", "already sent")
     tasks = DistinctTasks(3)
     tasks.add([(kind, b"a"), (kind, b"a"), (kind, b"b"), (other, b"c")])
@@ -587,21 +591,21 @@ def test_a_survey_tells_records_and_tasks_apart(capsys: pytest.CaptureFixture[st
         "reopened": 2,
         "already sent": 1,
     }
-    # So many that telling them apart would take all memory.
+    # More tasks than it counts.
     tasks.add([(kind, b"d")])
     assert tasks.counts() is None
     show_result(Output(OutputFormat.TABLE), None, counts, "dry run", tasks.counts())
     assert "Of 4 records, 3 records would be produced." in capsys.readouterr().err
 
 
-def test_what_a_filter_left_out_is_said_to_be_so_also_in_a_replay_begun_before() -> None:
+def test_the_former_name_of_not_selected_is_still_read() -> None:
     assert ReplayAction("not meant") is ReplayAction.NOT_SELECTED
     assert ReplayAction.NOT_SELECTED.value == "not selected"
     with pytest.raises(ValueError, match="sideways"):
         ReplayAction("sideways")
 
 
-def test_what_was_asked_for_is_kept_whole() -> None:
+def test_options_survive_storing() -> None:
     asked = ReplayOptions("mx.ok", "5", "-2h", ("failed",), label=("a=b",), reopen=("failed",), rate=7.5)
     assert parse_options(asked.as_json()) == asked
     assert parse_options({**asked.as_json(), "status": ["failed"], "a later version's": 1}) == asked
@@ -635,7 +639,7 @@ def test_what_was_asked_for_is_kept_whole() -> None:
         (ReplayOptions("mx.ok", rate=math.inf), "rate"),
     ],
 )
-def test_what_cannot_be_is_refused_by_its_name(asked: ReplayOptions, named: str) -> None:
+def test_an_invalid_option_is_named(asked: ReplayOptions, named: str) -> None:
     with pytest.raises(InvalidOption, match=f"^{named}"):
         check_options(asked)
 
@@ -668,9 +672,7 @@ def test_points() -> None:
     st.integers(1, 50),
     st.lists(st.floats(0, 2), min_size=1, max_size=200),
 )
-def test_no_stretch_of_time_has_more_than_the_rate_and_a_burst(
-    rate: float, burst: int, gaps: list[float]
-) -> None:
+def test_no_period_has_more_than_the_rate_and_a_burst(rate: float, burst: int, gaps: list[float]) -> None:
     pace, now, went = Rate(rate, burst), 1000.0, []
     for gap in gaps:
         now += gap / rate
@@ -682,7 +684,7 @@ def test_no_stretch_of_time_has_more_than_the_rate_and_a_burst(
             assert last - first + 1 <= burst + rate * (went[last] - went[first]) + 1e-3
 
 
-def test_a_pace_waits_no_longer_than_it_must() -> None:
+def test_a_rate_waits_no_longer_than_it_must() -> None:
     pace, now = Rate(10, 1), 0.0
     for _ in range(21):
         now += pace.wait(now)

@@ -1,4 +1,4 @@
-"""The commands' producer: a record that Kafka refuses for good is told to its caller, and stops no other."""
+"""The operations' producer reports a record that Kafka refuses for good, and produces all others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Refusals = list[tuple[int, KafkaError]]
 
 @pytest.fixture
 def producer(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordProducer]:
-    """A producer with the client library's own broker, whose topic is there."""
+    """A producer on librdkafka's mock cluster, with its topic."""
 
     def config(settings: Settings, client_id: str) -> dict[str, Any]:
         return producer_config(settings, client_id) | {"test.mock.num.brokers": 1}
@@ -51,7 +51,7 @@ def answer_next(producer: RecordProducer, *errors: int) -> None:
 
 
 def put(producer: RecordProducer, *numbers: int) -> Refusals:
-    """Put records; return the list that their refusals come into."""
+    """Put records. Returns the list that gets their refusals."""
     refusals: Refusals = []
     for number in numbers:
         producer.put(
@@ -60,10 +60,10 @@ def put(producer: RecordProducer, *numbers: int) -> Refusals:
     return refusals
 
 
-def test_what_the_client_refuses_is_told_and_the_rest_goes(producer: RecordProducer) -> None:
+def test_the_client_s_refusals_are_reported_and_the_rest_is_produced(producer: RecordProducer) -> None:
     refusals: Refusals = []
     producer.put(TOPIC, b"k", b"1", [], on_refusal=lambda why: refusals.append((1, why)))
-    # Value and key alone would fit.
+    # Without its headers, this record would fit.
     large = [("x", b"h" * (1 << 20))]
     producer.put(TOPIC, b"k", b"2", large, on_refusal=lambda why: refusals.append((2, why)))
     bad: Any = 5
@@ -76,7 +76,7 @@ def test_what_the_client_refuses_is_told_and_the_rest_goes(producer: RecordProdu
     ]
 
 
-def test_of_a_batch_that_the_broker_refuses_those_that_it_takes_alone_go(producer: RecordProducer) -> None:
+def test_records_of_a_refused_batch_are_produced_alone(producer: RecordProducer) -> None:
     answer_next(producer, TOO_LARGE, NO_ERROR, TOO_LARGE, NO_ERROR)
     refusals = put(producer, 1, 2, 3)
     producer.flush()
@@ -85,7 +85,7 @@ def test_of_a_batch_that_the_broker_refuses_those_that_it_takes_alone_go(produce
     producer.flush()
 
 
-def test_what_another_try_may_mend_is_no_refusal(producer: RecordProducer) -> None:
+def test_a_temporary_error_is_no_refusal(producer: RecordProducer) -> None:
     answer_next(producer, UNKNOWN_SERVER_ERROR)
     refusals = put(producer, 1)
     with pytest.raises(KafkaException) as failed:
@@ -94,7 +94,7 @@ def test_what_another_try_may_mend_is_no_refusal(producer: RecordProducer) -> No
     assert refusals == []
 
 
-def test_whoever_asks_for_no_refusals_gets_them_raised(producer: RecordProducer) -> None:
+def test_a_refusal_without_a_callback_is_raised(producer: RecordProducer) -> None:
     with pytest.raises(KafkaException):
         producer.put(TOPIC, b"k", b"v" * (1 << 20), [])
     answer_next(producer, TOO_LARGE, TOO_LARGE)
