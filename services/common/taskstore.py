@@ -11,9 +11,10 @@ from datetime import datetime
 from operator import itemgetter
 from typing import NamedTuple, cast
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, delete, select
 
 from postroad.v1 import events_pb2 as pb
+from services.common.database import tables
 from services.common.database.bulk import execute_rows, placeholders
 from services.common.database.times import to_micros
 from services.common.events import CREATED_KEY
@@ -37,6 +38,9 @@ __all__ = [
 
 _MAIL = TaskRow._fields[1:8]
 _PLAIN = ("status", "epoch", "next_attempt_at", "reason", "reply", "message_id", "updated_at")
+
+
+_ENDED = ("completed", "failed", "uncertain", "cancelled")
 
 
 class Body(NamedTuple):
@@ -251,16 +255,19 @@ def purge_bodies(connection: Connection, before: datetime, limit: int = 500) -> 
     the transaction ends, so that none is reopened meanwhile; what others hold is passed by.
     """
     first_since = to_micros(before) // 1000 << 80  # a UUIDv7 begins with 48 bits of milliseconds
-    found = connection.exec_driver_sql(
-        "SELECT task_id FROM task_bodies STRAIGHT_JOIN tasks ON id = task_id"
-        " WHERE task_id < %s AND updated_at < %s"
-        " AND status IN ('completed', 'failed', 'uncertain', 'cancelled')"
-        " ORDER BY task_id LIMIT %s FOR UPDATE SKIP LOCKED",
-        (first_since.to_bytes(16), before, limit),
+    body_id = tables.task_bodies.c.task_id
+    query = (
+        select(body_id)
+        # The bodies come first: they are in the order of their tasks' age, and most tasks have none any more.
+        .prefix_with("STRAIGHT_JOIN", dialect="mysql")
+        .join(tables.tasks, tables.tasks.c.id == body_id)
+        .where(body_id < first_since.to_bytes(16), tables.tasks.c.updated_at < before)
+        .where(tables.tasks.c.status.in_(_ENDED))
+        .order_by(body_id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
     )
-    ids = tuple(bytes(id_) for (id_,) in found)
+    ids = connection.execute(query).scalars().all()
     if ids:
-        connection.exec_driver_sql(
-            f"DELETE FROM task_bodies WHERE task_id IN ({placeholders(len(ids))})", ids
-        )
+        connection.execute(delete(tables.task_bodies).where(body_id.in_(ids)))
     return len(ids)

@@ -1,33 +1,36 @@
-"""What stands in the outbox though its time has come. SQL only; blocks."""
+"""The events of the outbox that are due and not published. Blocks."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, func, select, text
+
+from services.common.database.tables import outbox
 
 __all__ = ["LEASE", "Unpublished", "unpublished"]
 
 LEASE = 45
-"""Seconds that a sweeper has for what it took; longer than its producer tries (`delivery.timeout.ms`)."""
+"""Seconds for which a sweeper leases rows, longer than its producer tries (`delivery.timeout.ms`)."""
 
-# A row that is due is tried again within LEASE, so the index on available_at leads to all of them. A version
-# before the column due_at leaves it out.
-_DUE = (
-    "SELECT COUNT(*), TIMESTAMPDIFF(MICROSECOND, MIN(COALESCE(due_at, available_at)), UTC_TIMESTAMP(6))"
-    f" FROM outbox WHERE available_at <= UTC_TIMESTAMP(6) + INTERVAL {LEASE} SECOND"
-    " AND COALESCE(due_at, available_at) <= UTC_TIMESTAMP(6)"
+_NOW = func.utc_timestamp(6)
+# A version before the column `due_at` leaves it out.
+_DUE_AT = func.coalesce(outbox.c.due_at, outbox.c.available_at)
+_DUE = select(func.count(), func.timestampdiff(text("MICROSECOND"), func.min(_DUE_AT), _NOW)).where(
+    # A sweeper retries a due row within LEASE, so the index on available_at leads to all due rows.
+    outbox.c.available_at <= func.timestampadd(text("SECOND"), LEASE, _NOW),
+    _DUE_AT <= _NOW,
 )
 
 
 class Unpublished(NamedTuple):
-    """How many events should be published and are not, and since when (seconds) the first is due; 0: none."""
+    """The number of due events, and the time (seconds) since the first became due; 0: there is none."""
 
     due: int
     oldest_seconds: float
 
 
 def unpublished(connection: Connection) -> Unpublished:
-    """Return what is due by the database's clock. An event that is just being published counts too."""
-    due, us = connection.exec_driver_sql(_DUE).one()
+    """Return what is due by the database's clock, also events that are just being published."""
+    due, us = connection.execute(_DUE).one()
     return Unpublished(int(due), max(0, us or 0) / 1e6)
