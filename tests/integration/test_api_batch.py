@@ -1,4 +1,4 @@
-"""BatchCreate and Count over the wire: each item its own answer, whatever its neighbours are."""
+"""BatchCreate and Count over the wire: each item has its own result."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def api(installation: Installation) -> Iterator[ApiProcess]:
 
 @pytest.fixture
 def tasks(api: ApiProcess) -> Iterator[Any]:
-    """A client with the settings that clients have by default."""
+    """A client with the default settings of gRPC."""
     with grpc.insecure_channel(api.target) as channel:
         yield TaskServiceStub(channel)
 
 
-def test_a_thousand_are_recorded_in_their_order_and_published(installation: Installation, tasks: Any) -> None:
+def test_a_thousand_tasks_are_recorded_in_order_and_published(installation: Installation, tasks: Any) -> None:
     batch = BatchCreateRequest(requests=[request(n) for n in range(1000)])
     results = tasks.BatchCreate(batch, timeout=20).results
     assert [result.task.email for result in results] == [f"u{n}@shop.test" for n in range(1000)]
@@ -53,14 +53,14 @@ def test_a_thousand_are_recorded_in_their_order_and_published(installation: Inst
 
 
 @pytest.mark.parametrize("count", [0, 1001])
-def test_no_item_or_too_many_are_refused(tasks: Any, count: int) -> None:
+def test_an_empty_batch_and_a_too_large_one_are_refused(tasks: Any, count: int) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         tasks.BatchCreate(BatchCreateRequest(requests=[request(n) for n in range(count)]))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (caught.value.details() or "").startswith("requests: ")
 
 
-def test_each_item_has_its_own_answer(installation: Installation, tasks: Any) -> None:
+def test_each_item_has_its_own_result(installation: Installation, tasks: Any) -> None:
     known = tasks.Create(request(1, "known"))
     later = request(9)
     later.send_at.FromJsonString("9999-01-01T00:00:00Z")
@@ -92,15 +92,15 @@ def test_each_item_has_its_own_answer(installation: Installation, tasks: Any) ->
         assert error.message
     expected = [known.id, first.id, results[7].task.id]
     eventually(lambda: installation.published_ids() == Counter(expected))
-    # All refused: still an answer for each.
+    # If all are refused, each still has a result.
     refused = tasks.BatchCreate(
         BatchCreateRequest(requests=[request(n, body=None) for n in range(3)])
     ).results
     assert [result.error.index for result in refused] == [0, 1, 2]
 
 
-def test_an_answer_is_never_larger_than_what_clients_take(tasks: Any) -> None:
-    """The limit is 4 MiB by default; an answer past it would be lost, with all that was recorded."""
+def test_a_response_never_exceeds_the_clients_limit(tasks: Any) -> None:
+    """A client would discard a response above 4 MiB, and never learn what was recorded."""
     labels = {f"{n:060}": "v" * 250 for n in range(64)}
     batch = [request(n, subject="s" * 998, labels=labels) for n in range(1000)]
     results = tasks.BatchCreate(BatchCreateRequest(requests=batch), timeout=30).results
@@ -115,8 +115,8 @@ def test_an_answer_is_never_larger_than_what_clients_take(tasks: Any) -> None:
     assert all(result.error.message for result in results)
 
 
-def test_a_batch_has_what_single_creates_have_beside_it(tasks: Any) -> None:
-    """A batch as large as the server takes is recorded; one beyond is refused by gRPC, not half taken."""
+def test_the_largest_batch_is_recorded_and_a_larger_one_is_refused(tasks: Any) -> None:
+    """gRPC refuses a request beyond the server's limit as a whole."""
     body = "x" * 60_000
     results = tasks.BatchCreate(
         BatchCreateRequest(requests=[request(n, body=body) for n in range(500)]), timeout=60
@@ -129,8 +129,8 @@ def test_a_batch_has_what_single_creates_have_beside_it(tasks: Any) -> None:
 
 
 @pytest.mark.breaks_servers
-def test_batches_that_wait_keep_no_single_create_out(servers: Infra, installation: Installation) -> None:
-    """Each has room of its own; a batch for which there is none is not even decoded."""
+def test_waiting_batches_keep_no_single_create_out(servers: Infra, installation: Installation) -> None:
+    """Batches have limits of their own, and the api refuses one at a limit before it decodes it."""
     few = {"POSTROAD_MAX_PENDING_CREATES": "20", "POSTROAD_MAX_IN_FLIGHT_BYTES": "65536"}
     batch = BatchCreateRequest(requests=[request(n, body="x" * 5000) for n in range(20)])
     with (
@@ -151,14 +151,14 @@ def test_batches_that_wait_keep_no_single_create_out(servers: Infra, installatio
             grpc.StatusCode.RESOURCE_EXHAUSTED
         ] * 2
         assert errors.count(None) == 1
-        # What was held is free again.
+        # The limits are free again.
         assert len(tasks.BatchCreate(batch, timeout=20).results) == 20
         assert code(no_batch, b"\xff") is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def code(call: Any, asked: Any) -> grpc.StatusCode:
-    """Return the code of a call that is refused."""
+def code(call: Any, request_: Any) -> grpc.StatusCode:
+    """Return the code of a call that fails."""
     with pytest.raises(grpc.RpcError) as caught:
-        call(asked, timeout=30)
+        call(request_, timeout=30)
     found: grpc.StatusCode = caught.value.code()
     return found

@@ -1,4 +1,4 @@
-"""List on tables large enough to tell a walk down an index from a scan, and paging while rows arrive."""
+"""List on tables so large that a scan shows, and paging while rows arrive."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"
 def row(number: int, chance: random.Random) -> TaskRow:
     us = FIRST_US + number * STEP_US
     id_, at = uuid7.Clock(lambda: us * 1000).draw()
-    # Statuses as they are in life: nearly all completed, few of the others, and those mostly late.
+    # As in production nearly all tasks are completed. Others are few, and mostly recent.
     rare = chance.random() < 0.002 or number > ROWS - 40
     status = chance.choice(STATUSES) if rare else "completed"
     domain = "rare.test" if number % 10_000 == 7 else f"d{number % 50}.test"
@@ -82,27 +82,27 @@ def large(request: pytest.FixtureRequest) -> Iterator[Table]:
     engine.dispose()
 
 
-def name(asked: Filter) -> str:
-    """Return what a filter asks for, as a test's name."""
-    given = [f"{field}={value}" for field, value in asdict(asked).items() if value not in (None, ())]
+def name(filter_: Filter) -> str:
+    """Return a filter as a test's name."""
+    given = [f"{field}={value}" for field, value in asdict(filter_).items() if value not in (None, ())]
     return " ".join(given) or "everything"
 
 
-def asked_of(row: TaskRow, tenant: str, asked: Filter) -> bool:
+def matches(row: TaskRow, tenant: str, filter_: Filter) -> bool:
     labels = json.loads(row.labels or "{}")
     return (
         row.tenant == tenant
-        and (not asked.status or row.status in asked.status)
-        and asked.email in (None, row.recipient)
-        and asked.domain in (None, row.domain)
-        and asked.reason in (None, row.reason)
-        and all(labels.get(key) == value for key, value in asked.labels)
-        and (asked.created_from is None or row.created_at >= from_micros(asked.created_from))
-        and (asked.created_to is None or row.created_at < from_micros(asked.created_to))
+        and (not filter_.status or row.status in filter_.status)
+        and filter_.email in (None, row.recipient)
+        and filter_.domain in (None, row.domain)
+        and filter_.reason in (None, row.reason)
+        and all(labels.get(key) == value for key, value in filter_.labels)
+        and (filter_.created_from is None or row.created_at >= from_micros(filter_.created_from))
+        and (filter_.created_to is None or row.created_at < from_micros(filter_.created_to))
     )
 
 
-# One of a thousand tasks is the other's.
+# One task in a thousand belongs to the other tenant.
 TENANTS = ["default", "other"]
 MIDDLE = FIRST_US + ROWS // 2 * STEP_US
 FILTERS = [
@@ -151,15 +151,17 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("tenant", TENANTS)
-@pytest.mark.parametrize("asked", FILTERS, ids=name)
-def test_pages_show_all_that_is_asked_for_newest_first(large: Table, asked: Filter, tenant: str) -> None:
+@pytest.mark.parametrize("filter_", FILTERS, ids=name)
+def test_pages_show_all_selected_tasks_newest_first(large: Table, filter_: Filter, tenant: str) -> None:
     engine, rows = large
-    expected = [uuid7.text(row.id) for row in reversed(rows) if asked_of(row, tenant, asked)]
+    expected = [uuid7.text(row.id) for row in reversed(rows) if matches(row, tenant, filter_)]
     found: list[str] = []
     after = None
-    # Deep tables are paged for a while only: their ends are looked at below.
+    # Of a large result only the first pages are read. Another test reads to the end.
     while len(found) < 3000:
-        tasks, after = transaction(engine, lambda c, after=after: queries.page(c, tenant, asked, after, 700))
+        tasks, after = transaction(
+            engine, lambda c, after=after: queries.page(c, tenant, filter_, after, 700)
+        )
         found += [task.id for task in tasks]
         assert bool(after) == (len(found) < len(expected))
         if after is None:
@@ -168,12 +170,12 @@ def test_pages_show_all_that_is_asked_for_newest_first(large: Table, asked: Filt
 
 
 @pytest.mark.parametrize("tenant", TENANTS)
-@pytest.mark.parametrize("asked", FILTERS, ids=name)
-def test_a_count_is_what_pages_would_show(large: Table, asked: Filter, tenant: str) -> None:
+@pytest.mark.parametrize("filter_", FILTERS, ids=name)
+def test_a_count_equals_what_pages_show(large: Table, filter_: Filter, tenant: str) -> None:
     engine, rows = large
-    expected = Counter(row.status for row in rows if asked_of(row, tenant, asked))
-    found = transaction(engine, lambda c: queries.count(c, tenant, asked))
-    assert found == {status: expected[status] for status in asked.status or STATUSES}
+    expected = Counter(row.status for row in rows if matches(row, tenant, filter_))
+    found = transaction(engine, lambda c: queries.count(c, tenant, filter_))
+    assert found == {status: expected[status] for status in filter_.status or STATUSES}
 
 
 COUNTS = [
@@ -188,21 +190,21 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(
-    ("asked", "index", "most"), COUNTS, ids=lambda value: name(value) if isinstance(value, Filter) else ""
+    ("filter_", "index", "most"), COUNTS, ids=lambda value: name(value) if isinstance(value, Filter) else ""
 )
-def test_a_count_reads_what_it_counts(large: Table, asked: Filter, index: str, most: int) -> None:
+def test_a_count_reads_only_what_it_counts(large: Table, filter_: Filter, index: str, most: int) -> None:
     engine, _ = large
-    sql, parameters = queries.count_statement("default", asked)
+    sql, parameters = queries.count_statement("default", filter_)
     with engine.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters).mappings().one()
         assert plan["key"] == index
-        if index == "tasks_by_status" and asked.reason is None:
+        if index == "tasks_by_status" and filter_.reason is None:
             assert "Using index" in plan["Extra"], plan
         assert reads(connection, sql, parameters) <= most
 
 
 def reads(connection: Connection, sql: str, parameters: Sequence[Any]) -> int:
-    """Return how many rows the server touched to answer."""
+    """Return how many rows the server read for an answer."""
     connection.exec_driver_sql("FLUSH STATUS")
     connection.exec_driver_sql(sql, tuple(parameters)).all()
     status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
@@ -224,14 +226,14 @@ WALKS = [
 
 @pytest.mark.parametrize("tenant", TENANTS)
 @pytest.mark.parametrize("depth", [0, ROWS // 2, ROWS - 200])
-@pytest.mark.parametrize("asked", WALKS, ids=name)
-def test_a_page_is_a_short_walk_down_its_index_however_deep(
-    large: Table, asked: Filter, depth: int, tenant: str
+@pytest.mark.parametrize("filter_", WALKS, ids=name)
+def test_any_page_reads_a_few_rows_of_its_index(
+    large: Table, filter_: Filter, depth: int, tenant: str
 ) -> None:
     engine, rows = large
     after = rows[-1 - depth].id if depth else None
-    sql, parameters = queries.list_statement(tenant, asked, after, 51)
-    walks = 1 if asked.email or asked.domain else len(asked.status or STATUSES)
+    sql, parameters = queries.list_statement(tenant, filter_, after, 51)
+    walks = 1 if filter_.email or filter_.domain else len(filter_.status or STATUSES)
     with engine.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN FORMAT=TRADITIONAL {sql}", parameters).mappings().all()
         tables = [step for step in plan if step["table"] == "tasks"]
@@ -240,7 +242,7 @@ def test_a_page_is_a_short_walk_down_its_index_however_deep(
             assert step["type"] in ("range", "index", "ref"), plan
             assert "filesort" not in (step["Extra"] or ""), plan
         touched = reads(connection, sql, parameters)
-    # 51 rows of each walk, the merge of several, and the ends.
+    # 51 rows of each walk, their merge, and the ends of the ranges.
     assert touched <= 51 * walks * 3 + 60
 
 
@@ -255,20 +257,20 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("asked", FEW, ids=name)
-def test_who_has_few_tasks_among_many_has_only_those_read(large: Table, asked: Filter) -> None:
+@pytest.mark.parametrize("filter_", FEW, ids=name)
+def test_a_tenant_with_few_tasks_reads_only_those(large: Table, filter_: Filter) -> None:
     engine, _ = large
     own = ROWS // 1000
     with engine.connect() as connection:
         for sql, parameters in (
-            queries.list_statement("other", asked, None, own + 1),
-            queries.count_statement("other", asked),
+            queries.list_statement("other", filter_, None, own + 1),
+            queries.count_statement("other", filter_),
         ):
-            # The rows, the merge of the walks, which MariaDB copies and sorts, and the ends.
+            # The rows, the merge of the walks, which MariaDB copies and sorts, and the ends of the ranges.
             assert reads(connection, sql, parameters) <= 7 * own + 60, sql
 
 
-def test_paging_to_the_end_misses_and_doubles_no_row_while_new_ones_arrive(infra: Infra) -> None:
+def test_paging_misses_and_repeats_no_task_while_new_ones_arrive(infra: Infra) -> None:
     installation = Installation(infra)
     with (
         ApiProcess(installation) as api,
@@ -300,7 +302,7 @@ def test_paging_to_the_end_misses_and_doubles_no_row_while_new_ones_arrive(infra
         assert len(found) == len(set(found))
         assert before <= set(found)
         assert found == sorted(found, reverse=True)
-        # A token stands for its filter and goes with no other.
+        # A token is refused under another filter.
         first = client.call(LIST, {"page_size": 1, "status": ["pending"]})
         for other in ({}, {"status": ["failed"]}, {"email": "a@b.test"}):
             with pytest.raises(Exception, match="page_token"):
@@ -310,7 +312,7 @@ def test_paging_to_the_end_misses_and_doubles_no_row_while_new_ones_arrive(infra
         assert len(client.call(LIST, {"page_size": 5000})["results"]) == 1000
 
 
-def test_a_page_of_large_tasks_stays_below_what_clients_take(infra: Infra) -> None:
+def test_a_page_of_large_tasks_stays_below_the_clients_limit(infra: Infra) -> None:
     installation = Installation(infra)
     labels = {f"{n:060}": "v" * 250 for n in range(64)}
     with ApiProcess(installation) as api, ReflectionClient(api.target) as client:

@@ -1,4 +1,4 @@
-"""Accepted means kept: recorded once, published in the end, whatever is killed, cut or away meanwhile."""
+"""An accepted task is recorded once and published, whatever is killed, disconnected or away meanwhile."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALLERS = 8
 
 
 class Db:
-    """What stands in a installation's tables."""
+    """The tables of an installation."""
 
     def __init__(self, installation: Installation) -> None:
         self.engine: Engine = make_engine(installation.database_url)
@@ -79,8 +79,7 @@ def detail(error: grpc.RpcError, kind: Any) -> Any:
 
 
 class Load:
-    """Creates from several threads, `rate` a second, until it is stopped; notes what was accepted and what
-    was not."""
+    """Creates tasks from several threads, `rate` a second, and notes which were accepted."""
 
     def __init__(self, api: ApiProcess, threads: int = CALLERS, rate: float = 200.0) -> None:
         self.accepted: list[str] = []
@@ -115,12 +114,10 @@ class Load:
                 self._stop.wait(self._pause)
 
 
-# --- the usual way -------------------------------------------------------------------------------
+# --- without faults ------------------------------------------------------------------------------
 
 
-def test_a_task_is_published_at_once_as_it_would_be_rebuilt_and_leaves_the_outbox(
-    installation: Installation, db: Db
-) -> None:
+def test_a_task_is_published_at_once_and_leaves_the_outbox(installation: Installation, db: Db) -> None:
     given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with ApiProcess(installation) as api, stub(api) as tasks:
         labels, headers = {"k": 'v"', "a": "é"}, {"X-B": "2", "X-A": "1"}
@@ -149,9 +146,7 @@ def test_a_task_is_published_at_once_as_it_would_be_rebuilt_and_leaves_the_outbo
 # --- idempotency ---------------------------------------------------------------------------------
 
 
-def test_one_key_is_one_task_however_often_and_wherever_it_is_asked_for_at_once(
-    installation: Installation, db: Db
-) -> None:
+def test_one_key_is_one_task_across_concurrent_calls_and_replicas(installation: Installation, db: Db) -> None:
     with ExitStack() as stack:
         replicas = [stack.enter_context(ApiProcess(installation)) for _ in range(2)]
         stubs = [stack.enter_context(stub(api)) for api in replicas]
@@ -173,7 +168,7 @@ def test_one_key_is_one_task_however_often_and_wherever_it_is_asked_for_at_once(
         assert installation.published_ids() == Counter(by_key.values())
 
 
-def test_the_same_key_for_another_request_is_a_conflict_that_names_the_original(
+def test_a_key_reused_for_another_request_is_a_conflict_that_names_the_original(
     installation: Installation, db: Db
 ) -> None:
     with ApiProcess(installation) as api, stub(api) as tasks:
@@ -187,14 +182,14 @@ def test_the_same_key_for_another_request_is_a_conflict_that_names_the_original(
         with pytest.raises(grpc.RpcError) as caught:
             tasks.Create(request(1, "k"), metadata=[("idempotency-key", "other")])
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        # Another spelling of the same request is the same request; "k " is another key.
+        # A request in another spelling is the same request, but "k " is another key.
         assert tasks.Create(request(1, "k", email="u1@SHOP.test")).id == first.id
         assert tasks.Create(request(1, "k ")).id != first.id
         assert tasks.Create(request(1, "K")).id != first.id
         assert db.count("tasks") == 3
 
 
-def test_the_original_comes_back_as_it_stands_now(installation: Installation, db: Db) -> None:
+def test_a_repeated_create_returns_the_task_as_it_is_now(installation: Installation, db: Db) -> None:
     with ApiProcess(installation) as api, stub(api) as tasks:
         first = tasks.Create(request(1, "k"))
         sent = events_pb2.MailSent(
@@ -215,7 +210,7 @@ def test_the_original_comes_back_as_it_stands_now(installation: Installation, db
 
 
 @pytest.mark.breaks_servers
-def test_while_kafka_is_away_creates_go_on_and_all_is_published_afterwards(
+def test_without_kafka_creates_continue_and_are_published_later(
     servers: Infra, installation: Installation, db: Db
 ) -> None:
     with ApiProcess(installation, POSTROAD_MAX_IN_FLIGHT="20") as api:
@@ -232,7 +227,7 @@ def test_while_kafka_is_away_creates_go_on_and_all_is_published_afterwards(
         assert set(installation.published_ids()) == set(load.accepted) == db.ids()
 
 
-def test_the_api_names_a_kafka_that_is_away_and_records_all_the_same(installation: Installation) -> None:
+def test_without_kafka_the_api_is_degraded_and_records_tasks(installation: Installation) -> None:
     with ApiProcess(installation, POSTROAD_KAFKA_BOOTSTRAP="127.0.0.1:9") as api, stub(api) as tasks:
         tasks.Create(request())
         eventually(lambda: "127.0.0.1:9 does not answer" in str(api.readiness()["problems"]))
@@ -244,7 +239,7 @@ def test_the_api_names_a_kafka_that_is_away_and_records_all_the_same(installatio
 
 
 @pytest.mark.breaks_servers
-def test_what_a_killed_api_left_behind_another_one_publishes(
+def test_a_replica_publishes_what_a_killed_one_left_behind(
     servers: Infra, installation: Installation, db: Db
 ) -> None:
     with ApiProcess(installation) as api, servers.frozen("kafka-1"):
@@ -255,16 +250,16 @@ def test_what_a_killed_api_left_behind_another_one_publishes(
     with ApiProcess(installation) as first, ApiProcess(installation) as second:
         eventually(db.outbox_empty, 60)
         swept = sum(api.metric('postroad_api_published_total{way="sweeper"}') for api in (first, second))
-        # Each was taken by one of the two.
+        # Each row was swept by exactly one replica.
         assert swept == len(load.accepted)
     assert installation.published_ids() == Counter(load.accepted)
 
 
-def test_sigterm_answers_and_publishes_what_was_accepted(installation: Installation, db: Db) -> None:
+def test_a_drain_answers_calls_and_publishes_accepted_tasks(installation: Installation, db: Db) -> None:
     with ApiProcess(installation) as api, Load(api) as load:
         eventually(lambda: len(load.accepted) > 100)
         assert api.stop() == 0
-    # gRPC itself cancels what reached it in the very moment of its closing.
+    # gRPC itself cancels calls that arrive just as it closes.
     codes = Counter(error.code() for error in load.refused)
     assert set(codes) <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
     assert codes[grpc.StatusCode.CANCELLED] <= CALLERS
@@ -273,7 +268,7 @@ def test_sigterm_answers_and_publishes_what_was_accepted(installation: Installat
     assert set(installation.published_ids()) == db.ids()
 
 
-def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(
+def test_a_create_that_its_client_abandons_is_recorded_and_published_or_neither(
     installation: Installation, db: Db
 ) -> None:
     with ApiProcess(installation) as api, stub(api) as tasks:
@@ -290,11 +285,11 @@ def test_what_a_client_gave_up_on_is_recorded_and_published_or_neither(
         assert set(installation.published_ids()) == db.ids()
 
 
-# --- MySQL away, hanging, cutting connections ----------------------------------------------------
+# --- MySQL away, hanging, closing connections ----------------------------------------------------
 
 
 @pytest.mark.breaks_servers
-def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
+def test_without_mysql_create_is_unavailable_quickly_and_recovers_by_itself(
     servers: Infra, installation: Installation, db: Db
 ) -> None:
     with ApiProcess(installation) as api, stub(api) as tasks:
@@ -319,7 +314,7 @@ def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
             before = len(load.accepted)
             eventually(lambda: len(load.accepted) > before + 100)
             eventually(api.ready)
-        # The outbox is never empty for long while Creates come in.
+        # While Creates arrive, the outbox is rarely empty.
         eventually(db.outbox_empty, 40)
     assert load.slowest < 8
     assert {error.code() for error in load.refused} == {grpc.StatusCode.UNAVAILABLE}
@@ -328,7 +323,7 @@ def test_while_mysql_is_away_create_says_so_quickly_and_recovers_by_itself(
 
 
 @pytest.mark.breaks_servers
-def test_while_mysql_hangs_waiting_is_bounded_in_time_and_number(
+def test_while_mysql_hangs_few_calls_wait_and_not_for_long(
     servers: Infra, installation: Installation, db: Db
 ) -> None:
     with (
@@ -364,11 +359,11 @@ def accepts(tasks: Any) -> bool:
         return False
 
 
-def cut_all(db: Db) -> int:
-    """End every other session on this database; return how many there were."""
+def kill_sessions(db: Db) -> int:
+    """Kill all other sessions on this database; return their number."""
     cuts = 0
     with db.engine.connect() as connection, suppress(DBAPIError):
-        # What a session runs may hold bytes that this list cannot show, or the session has just ended.
+        # The list cannot show some bytes of a statement, and a session may just have ended.
         database = connection.exec_driver_sql("SELECT DATABASE(), CONNECTION_ID()").one()
         for session in connection.exec_driver_sql("SHOW PROCESSLIST").all():
             if session.db == database[0] and session.Id != database[1]:
@@ -377,16 +372,16 @@ def cut_all(db: Db) -> int:
     return cuts
 
 
-def test_connections_cut_at_any_moment_lose_and_double_nothing(installation: Installation, db: Db) -> None:
+def test_killed_connections_lose_and_duplicate_no_task(installation: Installation, db: Db) -> None:
     with ApiProcess(installation) as api, Load(api) as load:
         cuts = 0
         while cuts < CUTS or len(load.accepted) < 5 * CUTS:
-            cuts += cut_all(db)
+            cuts += kill_sessions(db)
             time.sleep(0.05)
     assert cuts >= CUTS
     assert set(load.accepted) <= db.ids()
     assert len(load.accepted) == len(set(load.accepted))
-    # An answer other than OK leaves open whether the task was recorded.
+    # After an error a task may be recorded or not.
     assert len(db.ids()) <= len(load.accepted) + len(load.refused)
     with ApiProcess(installation):
         eventually(db.outbox_empty, 60)

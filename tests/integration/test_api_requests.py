@@ -1,4 +1,4 @@
-"""The api over the wire, by a client that knows what reflection tells: what is taken, what is refused."""
+"""The api over the wire, with a client built on reflection: which requests it accepts and refuses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mail(**data: Any) -> dict[str, Any]:
 
 
 def literal(**fields: Any) -> dict[str, Any]:
-    """Return a List's request whose filter is a Struct's own message, spelled out."""
+    """Return a ListRequest whose filter spells out the Struct's own message."""
     return {"_filters": {"fields": fields}}
 
 
@@ -59,7 +59,7 @@ def details(error: grpc.RpcError) -> dict[str, Any]:
 
 
 def varint(number: int) -> bytes:
-    """Return a number as protobuf writes it."""
+    """Return a number as protobuf encodes it."""
     low, rest = number & 0x7F, number >> 7
     return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
 
@@ -189,7 +189,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("rpc", "request_", "named"), TABLE)
-def test_a_bad_request_is_refused_by_its_field_and_the_api_is_well_afterwards(
+def test_an_invalid_request_is_refused_by_its_field_and_the_api_continues(
     client: ReflectionClient, rpc: str, request_: Any, named: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:
@@ -203,14 +203,14 @@ def test_a_bad_request_is_refused_by_its_field_and_the_api_is_well_afterwards(
     assert client.call("grpc.health.v1.Health/Check", {"service": TASKS}) == {"status": "SERVING"}
 
 
-def test_every_bad_field_of_a_list_is_named_at_once(client: ReflectionClient) -> None:
+def test_all_invalid_fields_of_a_list_are_named_at_once(client: ReflectionClient) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         client.call(LIST, {"page_size": -1, "email": "x", "_filters": {"status": "y"}})
     named = [violation.field for violation in details(caught.value)["BadRequest"].field_violations]
     assert named == ["page_size", "email", "_filters.status"]
 
 
-def test_the_table_is_long_enough() -> None:
+def test_the_table_has_many_rows() -> None:
     assert len(TABLE) >= 60
 
 
@@ -239,7 +239,7 @@ def test_the_table_is_long_enough() -> None:
         (mail() | {"idempotency_key": "é" * 127}, {}),
     ],
 )
-def test_what_is_taken_comes_back_as_it_was_given(
+def test_an_accepted_task_is_returned_as_it_was_given(
     client: ReflectionClient, request_: dict[str, Any], shown: dict[str, str]
 ) -> None:
     created = client.call(CREATE, request_)
@@ -263,8 +263,8 @@ def test_an_unknown_id_is_not_found(client: ReflectionClient) -> None:
 
 
 @pytest.mark.parametrize("rpc", ["Get", "List", "Count", "Retry", "Cancel", "Resolve"])
-def test_a_question_as_large_as_a_mail_is_refused_unread(client: ReflectionClient, rpc: str) -> None:
-    # What would be skipped: a field that nobody knows.
+def test_a_query_as_large_as_a_mail_is_refused_undecoded(client: ReflectionClient, rpc: str) -> None:
+    # Decoding would skip this unknown field.
     with pytest.raises(grpc.RpcError) as caught:
         client.raw(f"{TASKS}/{rpc}", field(500, b"x" * (256 << 10)))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -294,7 +294,7 @@ def test_reflection_and_health(api: ApiProcess, version: str) -> None:
         ([("idempotency-key", "a"), ("idempotency-key", "b")], "idempotency-key"),
     ],
 )
-def test_a_key_that_could_go_unheard_is_refused_by_its_name(
+def test_a_key_that_would_be_ignored_is_refused_by_its_name(
     client: ReflectionClient, metadata: list[tuple[str, Any]], named: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:
@@ -304,14 +304,14 @@ def test_a_key_that_could_go_unheard_is_refused_by_its_name(
     assert violation.field == named
 
 
-def test_the_same_key_given_twice_is_one(client: ReflectionClient) -> None:
+def test_the_same_key_twice_in_the_metadata_is_one(client: ReflectionClient) -> None:
     metadata = [("idempotency-key", "twice"), ("idempotency-key", "twice")]
     first, second = (client.call(CREATE, mail(), metadata=metadata) for _ in range(2))
     assert first == second
 
 
 @pytest.mark.parametrize("character", ["a", "👍"])
-def test_a_refusal_of_everything_stays_below_8_kib_of_trailers(api: ApiProcess, character: str) -> None:
+def test_the_largest_refusal_stays_below_8_kib_of_trailers(api: ApiProcess, character: str) -> None:
     asked = mail(
         email=character * 200,
         headers={f"{character * 30}{n}": character * 900 for n in range(50)},
@@ -344,8 +344,8 @@ def test_a_bad_token_setting_ends_the_process_at_once(installation: Installation
     assert "s3cret" not in broken.log()
 
 
-def test_the_fast_parts_are_in_use() -> None:
-    """A silent fall-back to pure Python would cost 190 us a task and more."""
+def test_the_c_extensions_are_in_use() -> None:
+    """A silent fallback to pure Python would cost at least 190 us a task."""
     code = (
         "import services.api.service, mysql.connector as m;"
         "from google.protobuf.internal import api_implementation as a;"
@@ -375,6 +375,6 @@ def test_tenants_see_their_own_tasks_only(installation: Installation) -> None:
                 with pytest.raises(grpc.RpcError) as caught:
                     client.call(rpc, request, metadata=metadata)
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        # What tells orchestrators whether it is well needs no token.
+        # Health checks need no token.
         assert client.call("grpc.health.v1.Health/Check", {})["status"] == "SERVING"
         assert not any(token in api.log() for token in tokens.values())

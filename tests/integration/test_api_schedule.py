@@ -1,4 +1,4 @@
-"""What is scheduled: published when its time comes, not before, with tens of thousands waiting beside it."""
+"""Scheduled tasks are published when they are due, while tens of thousands of others wait."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.forms import by_form
 from tests.stack import Infra
 
 SECOND = 1_000_000
-STANDING = by_form(4_000, 50_000)
+SCHEDULED = by_form(4_000, 50_000)
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def create(api: ApiProcess, send_at_us: int, key: str = "") -> task_pb2.Task:
     return task
 
 
-def stand(engine: Engine, count: int) -> None:
-    """Have tasks wait that are due in an hour and later, as a Create would have left them."""
+def insert_scheduled(engine: Engine, count: int) -> None:
+    """Insert tasks that are due in an hour or later, as Creates leave them."""
     clock = uuid7.Clock()
 
     def events() -> Iterator[events_pb2.TaskCreated]:
@@ -81,7 +81,7 @@ def stand(engine: Engine, count: int) -> None:
 
 
 def published_at(installation: Installation) -> list[tuple[str, float]]:
-    """Return the id of each task that was published, and when that was."""
+    """Return the id of each published task, and when it was published."""
     return [
         (
             uuid7.text(events_pb2.TaskCreated.FromString(message.value() or b"").task.id),
@@ -92,17 +92,17 @@ def published_at(installation: Installation) -> list[tuple[str, float]]:
 
 
 @pytest.mark.breaks_servers
-def test_each_goes_at_its_time_though_tens_of_thousands_wait_and_api_and_database_die(
+def test_scheduled_tasks_are_published_when_due_although_api_and_database_die(
     servers: Infra, installation: Installation, engine: Engine
 ) -> None:
-    stand(engine, STANDING)
+    insert_scheduled(engine, SCHEDULED)
     with ApiProcess(installation) as first, ApiProcess(installation) as second:
         start = now_us() + 2 * SECOND
         times = {create(first, start + n * 150_000).id: start + n * 150_000 for n in range(10)}
         late = now_us() + 10 * SECOND
         times |= {create(second, late + n * 150_000).id: late + n * 150_000 for n in range(10)}
         eventually(lambda: len(published_at(installation)) >= 10)
-        # Two replicas, one record each.
+        # There are two replicas, but one record a task.
         assert sorted(id_ for id_, _ in published_at(installation)) == sorted(list(times)[:10])
         first.kill()
         second.kill()
@@ -119,7 +119,7 @@ def test_each_goes_at_its_time_though_tens_of_thousands_wait_and_api_and_databas
     assert max(lateness.values()) < 1, sorted(lateness.values())
 
 
-def test_what_is_scheduled_says_so_and_its_key_stands_for_it(installation: Installation) -> None:
+def test_a_scheduled_task_shows_its_time_and_its_key_returns_it(installation: Installation) -> None:
     with ApiProcess(installation) as api:
         send_at_us = now_us() + 3600 * SECOND
         task = create(api, send_at_us, "k")

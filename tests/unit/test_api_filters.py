@@ -1,4 +1,4 @@
-"""What a List may ask for: both spellings of `_filters`, and the typed fields beside it."""
+"""The filter of a List: both spellings of `_filters`, and the typed fields."""
 
 import pytest
 from google.protobuf.json_format import ParseDict
@@ -11,40 +11,40 @@ from services.api.filters import Filter, parse
 from services.common.database.tables import STATUSES
 
 
-def asked(request: object) -> Filter:
+def parsed(request: object) -> Filter:
     return parse(ParseDict(request, ListRequest()))  # type: ignore[arg-type]
 
 
 def refused(request: object) -> list[str]:
     with pytest.raises(InvalidArgument) as caught:
-        asked(request)
+        parsed(request)
     return [violation.field for violation in caught.value.violations]
 
 
 @pytest.mark.parametrize("status", STATUSES)
 def test_both_spellings_and_the_typed_field_mean_the_same(status: str) -> None:
     expected = Filter(status=(status,))
-    assert asked({"_filters": {"fields": {"status": {"string_value": status}}}}) == expected
-    assert asked({"_filters": {"fields": {"status": {"stringValue": status}}}}) == expected
-    assert asked({"_filters": {"status": status}}) == expected
-    assert asked({"status": [status]}) == expected
-    assert asked({"status": [status], "_filters": {"status": status}}) == expected
+    assert parsed({"_filters": {"fields": {"status": {"string_value": status}}}}) == expected
+    assert parsed({"_filters": {"fields": {"status": {"stringValue": status}}}}) == expected
+    assert parsed({"_filters": {"status": status}}) == expected
+    assert parsed({"status": [status]}) == expected
+    assert parsed({"status": [status], "_filters": {"status": status}}) == expected
     request = ListRequest()
     request._filters.fields["status"].string_value = status
     assert parse(request) == expected
 
 
 @pytest.mark.parametrize("request_", [{}, {"_filters": {}}, {"_filters": {"fields": {}}}, {"email": ""}])
-def test_nothing_asked_is_everything(request_: object) -> None:
-    assert asked(request_) == Filter()
+def test_an_empty_filter_selects_everything(request_: object) -> None:
+    assert parsed(request_) == Filter()
 
 
 def test_several_statuses() -> None:
     expected = Filter(status=("failed", "pending"))
-    assert asked({"status": ["pending", "failed", "pending"]}) == expected
-    assert asked({"_filters": {"status": ["failed", "pending"]}}) == expected
+    assert parsed({"status": ["pending", "failed", "pending"]}) == expected
+    assert parsed({"_filters": {"status": ["failed", "pending"]}}) == expected
     literal = {"list_value": {"values": [{"string_value": "failed"}, {"string_value": "pending"}]}}
-    assert asked({"_filters": {"fields": {"status": literal}}}) == expected
+    assert parsed({"_filters": {"fields": {"status": literal}}}) == expected
 
 
 def test_every_field() -> None:
@@ -66,14 +66,14 @@ def test_every_field() -> None:
         created_from=1767323045000002,
         created_to=1767319446000000,
     )
-    assert asked({"_filters": plain}) == expected
-    assert asked(plain | {"status": ["failed"]}) == expected
-    assert asked({"_filters": plain, **plain, "status": ["failed"]}) == expected
+    assert parsed({"_filters": plain}) == expected
+    assert parsed(plain | {"status": ["failed"]}) == expected
+    assert parsed({"_filters": plain, **plain, "status": ["failed"]}) == expected
     literal = {
         "labels": {"struct_value": {"fields": {"a": {"string_value": "1"}}}},
         "email": {"string_value": "a@b.test"},
     }
-    assert asked({"_filters": {"fields": literal}}) == Filter(labels=(("a", "1"),), email="a@b.test")
+    assert parsed({"_filters": {"fields": literal}}) == Filter(labels=(("a", "1"),), email="a@b.test")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_every_field() -> None:
         ({"fields": {"nope": {"string_value": "pending"}}}, "_filters.fields.nope"),
     ],
 )
-def test_bad_filters_are_refused_by_name(filters: object, field: str) -> None:
+def test_invalid_filters_are_refused_by_name(filters: object, field: str) -> None:
     violations = refused({"_filters": filters})
     assert field in violations
 
@@ -129,7 +129,7 @@ def test_bad_filters_are_refused_by_name(filters: object, field: str) -> None:
         ({"status": ["pending"], "_filters": {"status": "failed"}}, "_filters.status"),
     ],
 )
-def test_bad_typed_fields_are_refused_by_name(request_: object, field: str) -> None:
+def test_invalid_typed_fields_are_refused_by_name(request_: object, field: str) -> None:
     assert refused(request_) == [field]
 
 
@@ -159,7 +159,7 @@ json = st.recursive(
 @given(st.dictionaries(st.sampled_from(["fields", "status", "email", "labels", "x"]), json, max_size=3))
 def test_any_struct_is_a_filter_or_a_refusal(filters: object) -> None:
     try:
-        asked({"_filters": filters})
+        parsed({"_filters": filters})
     except InvalidArgument as refusal:
         named = [violation.field for violation in refusal.violations]
     else:
@@ -170,12 +170,12 @@ def test_any_struct_is_a_filter_or_a_refusal(filters: object) -> None:
 LABELS = {f"{n:063}": "v" * 255 for n in range(64)}
 
 
-def test_as_many_labels_as_a_task_may_have() -> None:
+def test_a_filter_may_have_as_many_labels_as_a_task() -> None:
     expected = Filter(labels=tuple(LABELS.items()))
     literal = {key: {"string_value": value} for key, value in LABELS.items()}
-    assert asked({"labels": LABELS}) == asked({"_filters": {"labels": LABELS}}) == expected
+    assert parsed({"labels": LABELS}) == parsed({"_filters": {"labels": LABELS}}) == expected
     spelled = {"fields": {"labels": {"struct_value": {"fields": literal}}}}
-    assert asked({"_filters": spelled}) == expected
+    assert parsed({"_filters": spelled}) == expected
 
 
 @pytest.mark.parametrize(
@@ -202,28 +202,28 @@ def test_labels_that_no_task_can_have_are_refused(labels: dict[str, str], field:
         {"labels": {"a": [[[None] * 50] * 50]}},
     ],
 )
-def test_more_than_a_filter_can_need_is_refused_unread(filters: object) -> None:
+def test_a_struct_with_too_many_values_is_refused_unread(filters: object) -> None:
     assert refused({"_filters": filters}) == ["_filters"]
 
 
-def test_more_statuses_than_a_filter_can_need_are_refused() -> None:
+def test_too_many_statuses_are_refused() -> None:
     assert refused({"status": ["pending"] * 501}) == ["status"]
 
 
-def test_a_filters_digest_is_its_own() -> None:
+def test_each_filter_has_its_own_digest() -> None:
     filters = [Filter(), Filter(status=("failed",)), Filter(email="failed"), Filter(domain="failed")]
     digests = {f.digest(tenant) for f in filters for tenant in ("a", "b")}
     assert len(digests) == 8
     assert Filter(email="a@b.test").digest("a") == Filter(email="a@b.test").digest("a")
 
 
-def test_a_count_and_a_watch_ask_with_the_fields_that_they_have() -> None:
+def test_counts_and_watches_filter_by_the_fields_that_they_have() -> None:
     times = {"created_from": "2026-01-02T03:04:05Z", "created_to": "2026-01-02T03:04:06Z"}
     common = {"status": ["failed"], "email": "a@b.test", "reason": "null_mx", "labels": {"a": "1"}}
     count = ParseDict(common | times, CountRequest())
-    assert parse(count) == asked(common | times)
-    assert parse(ParseDict({"_filters": common | times}, CountRequest())) == asked(common | times)
-    assert parse(ParseDict(common, WatchRequest())) == asked(common)
+    assert parse(count) == parsed(common | times)
+    assert parse(ParseDict({"_filters": common | times}, CountRequest())) == parsed(common | times)
+    assert parse(ParseDict(common, WatchRequest())) == parsed(common)
     with pytest.raises(InvalidArgument) as caught:
         parse(ParseDict({"_filters": common | times}, WatchRequest()))
     assert [violation.field for violation in caught.value.violations] == [

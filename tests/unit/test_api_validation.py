@@ -1,4 +1,4 @@
-"""What a Create may ask for: each refusal names its field, each limit is met exactly."""
+"""The validation of a Create: each error names its field, and each limit is exact."""
 
 import re
 
@@ -20,8 +20,8 @@ NOW = 1_800_000_000_000_000
 SECOND = 1_000_000
 
 
-def mail_task(asked: CreateRequest, tenant: str, key_in_metadata: str, max_body: int) -> MailTask:
-    return task_created(asked, tenant, key_in_metadata, max_body, NOW).task
+def mail_task(request_: CreateRequest, tenant: str, key_in_metadata: str, max_body: int) -> MailTask:
+    return task_created(request_, tenant, key_in_metadata, max_body, NOW).task
 
 
 def request(**data: object) -> CreateRequest:
@@ -94,7 +94,7 @@ def test_an_address_is_normalised_and_its_domain_is_in_a_labels(given: str, kept
         "a@xn--0.test",
     ],
 )
-def test_what_is_no_single_address_is_refused(email: str) -> None:
+def test_anything_but_a_single_address_is_refused(email: str) -> None:
     assert refused(email=email) == ["data.email"]
 
 
@@ -144,7 +144,7 @@ PLAIN = st.text("abcXYZ019.-_+!'/=@\"<> ", max_size=70)
         st.emails(),
     )
 )
-def test_the_short_way_for_plain_addresses_says_what_the_library_says(address: str) -> None:
+def test_the_fast_path_for_plain_addresses_agrees_with_the_library(address: str) -> None:
     try:
         library = validate_email(address, strict=True, check_deliverability=False)
         expected = (library.normalized, library.ascii_domain)
@@ -170,12 +170,12 @@ def test_any_text_is_an_address_or_a_refusal(text: str) -> None:
 
 
 @pytest.mark.parametrize("subject", [None, "", " ", "\u3000"])
-def test_a_subject_must_say_something(subject: str | None) -> None:
+def test_a_blank_subject_is_refused(subject: str | None) -> None:
     assert refused(subject=subject) == ["data.subject"]
 
 
 @pytest.mark.parametrize("code", [0, 9, 10, 13, 27, 31, 127, 128, 0x9F])
-def test_control_characters_are_refused_in_what_goes_into_a_header(code: int) -> None:
+def test_control_characters_are_refused_in_subjects_and_headers(code: int) -> None:
     bad = f"a{chr(code)}b"
     assert refused(subject=bad) == ["data.subject"]
     assert refused(headers={"X-A": bad}) == ['data.headers["X-A"]']
@@ -184,7 +184,7 @@ def test_control_characters_are_refused_in_what_goes_into_a_header(code: int) ->
 
 
 @pytest.mark.parametrize("subject", ["a\u2028b", "a\u2029b", "a\u0085b", "👍", "\u202eabc", "=?utf-8?q?a?="])
-def test_a_subject_may_hold_what_travels_encoded(subject: str) -> None:
+def test_a_subject_may_have_characters_that_need_encoding(subject: str) -> None:
     assert mail_task(request(subject=subject), "t", "", MAX_BODY).subject == subject
 
 
@@ -228,13 +228,13 @@ def test_a_body_may_be_empty_but_not_absent_unless_there_is_html() -> None:
         *("", "X A", "X:A", "Ü", "X\n", "X" * 77),
     ],
 )
-def test_headers_that_are_not_a_clients_to_write(name: str) -> None:
+def test_a_reserved_header_is_refused(name: str) -> None:
     [field] = refused(headers={name: "v"})
     assert field.startswith('data.headers["')
     assert "\n" not in field
 
 
-def test_headers_limits() -> None:
+def test_the_limits_of_headers() -> None:
     fifty = {f"X-{n}": "v" for n in range(50)}
     assert mail_task(request(headers=fifty), "t", "", MAX_BODY).headers == fifty
     assert refused(headers=fifty | {"Y": "v"}) == ["data.headers"]
@@ -244,7 +244,7 @@ def test_headers_limits() -> None:
     assert refused(headers={"X-A": "v" * 994}) == ['data.headers["X-A"]']
 
 
-def test_labels_limits() -> None:
+def test_the_limits_of_labels() -> None:
     most = {f"{n:063}": "é" * 127 for n in range(64)}
     assert mail_task(request(labels=most), "t", "", MAX_BODY).labels == most
     assert refused(labels=most | {"x": ""}) == ["data.labels"]
@@ -254,7 +254,7 @@ def test_labels_limits() -> None:
     assert refused(labels={"k": "v" * 256}) == ['data.labels["k"]']
 
 
-def test_every_bad_field_is_named_at_once() -> None:
+def test_all_invalid_fields_are_named_at_once() -> None:
     with pytest.raises(InvalidArgument) as caught:
         mail_task(CreateRequest(), "t", "", MAX_BODY)
     assert [v.field for v in caught.value.violations] == ["data.email", "data.subject", "data.body"]
@@ -271,10 +271,10 @@ def test_every_bad_field_is_named_at_once() -> None:
         (" ", "", " "),
     ],
 )
-def test_the_key_is_the_requests_or_the_metadatas(in_request: str, in_metadata: str, key: str) -> None:
-    asked = request()
-    asked.idempotency_key = in_request
-    task = mail_task(asked, "t", in_metadata, MAX_BODY)
+def test_the_key_comes_from_the_request_or_the_metadata(in_request: str, in_metadata: str, key: str) -> None:
+    request_ = request()
+    request_.idempotency_key = in_request
+    task = mail_task(request_, "t", in_metadata, MAX_BODY)
     assert task.idempotency_key == key
     assert bool(task.request_hash) == bool(key)
 
@@ -283,11 +283,11 @@ def test_the_key_is_the_requests_or_the_metadatas(in_request: str, in_metadata: 
     ("in_request", "in_metadata"),
     [("a", "b"), ("k" * 256, ""), ("", "k" * 256), ("é" * 128, ""), ("a\n", ""), ("\0", "")],
 )
-def test_bad_keys_are_named_beside_all_else(in_request: str, in_metadata: str) -> None:
-    asked = request(email="x")
-    asked.idempotency_key = in_request
+def test_invalid_keys_are_named_with_the_other_fields(in_request: str, in_metadata: str) -> None:
+    request_ = request(email="x")
+    request_.idempotency_key = in_request
     with pytest.raises(InvalidArgument) as caught:
-        mail_task(asked, "t", in_metadata, MAX_BODY)
+        mail_task(request_, "t", in_metadata, MAX_BODY)
     assert [v.field for v in caught.value.violations] == ["data.email", "idempotency_key"]
 
 
@@ -295,7 +295,7 @@ def hash_of(**data: object) -> bytes:
     return mail_task(request(**data), "t", "key", MAX_BODY).request_hash
 
 
-def test_the_request_hash_tells_requests_apart_by_what_they_ask_for() -> None:
+def test_different_requests_have_different_hashes() -> None:
     assert mail_task(request(), "t", "", MAX_BODY).request_hash == b""
     assert hash_of(email="a@SHOP.example") == hash_of()
     assert hash_of(labels={"a": "1", "b": "2"}) == hash_of(labels={"b": "2", "a": "1"})
@@ -318,26 +318,26 @@ def test_the_request_hash_tells_requests_apart_by_what_they_ask_for() -> None:
     assert {len(value) for value in hashes} == {32}
 
 
-def test_the_request_hash_is_over_headers_as_they_were_given() -> None:
-    # So a key that was given before an upgrade goes on to stand for its task.
+def test_the_request_hash_covers_headers_as_they_were_given() -> None:
+    # A later version may write headers differently, and a key must still return its task.
     given = {"Reply-To": "Zoë Tester  <z.t@Example.org>", "X-A": "é"}
     assert hash_of(headers=given).hex() == "63fa7ce2687e7b2edfb1a33121c76bf1d7dd97faf5b2321dae4e42a5958807dc"
 
 
 def scheduled(seconds: int, nanos: int = 0, key: str = "") -> TaskCreated:
-    asked = request()
-    asked.send_at.seconds, asked.send_at.nanos = seconds, nanos
-    return task_created(asked, "t", key, MAX_BODY, NOW)
+    request_ = request()
+    request_.send_at.seconds, request_.send_at.nanos = seconds, nanos
+    return task_created(request_, "t", key, MAX_BODY, NOW)
 
 
-def test_a_time_to_send_at_is_never_taken_for_an_earlier_one() -> None:
+def test_a_send_time_is_never_rounded_down() -> None:
     assert task_created(request(), "t", "", MAX_BODY, NOW).send_at_us == 0
     now = NOW // SECOND
     assert scheduled(now + 1).send_at_us == NOW + SECOND
     assert scheduled(now, 1).send_at_us == NOW + 1
     assert scheduled(now, 1001).send_at_us == NOW + 2
     assert scheduled(now + MAX_AHEAD).send_at_us == NOW + MAX_AHEAD * SECOND
-    # What has passed means at once, as no time does.
+    # A past time sends at once, like none.
     for past in (now, now - 1, 0, -62135596800):
         assert scheduled(past).send_at_us == 0
 
@@ -353,22 +353,20 @@ def test_a_time_to_send_at_is_never_taken_for_an_earlier_one() -> None:
         (NOW // SECOND, 10**9),
     ],
 )
-def test_a_time_that_is_none_or_too_far_ahead_is_named_beside_all_else(seconds: int, nanos: int) -> None:
-    asked = request(email="x")
-    asked.send_at.seconds, asked.send_at.nanos = seconds, nanos
+def test_an_invalid_or_too_late_send_time_is_named_with_the_other_fields(seconds: int, nanos: int) -> None:
+    request_ = request(email="x")
+    request_.send_at.seconds, request_.send_at.nanos = seconds, nanos
     with pytest.raises(InvalidArgument) as caught:
-        task_created(asked, "t", "", MAX_BODY, NOW)
+        task_created(request_, "t", "", MAX_BODY, NOW)
     assert [v.field for v in caught.value.violations] == ["data.email", "send_at"]
     assert re.search("RFC 3339|365 days", caught.value.violations[1].description)
 
 
-def test_the_request_hash_tells_times_apart_and_the_same_request_stays_the_same_when_its_time_has_come() -> (
-    None
-):
+def test_the_request_hash_covers_the_send_time_even_after_it_has_passed() -> None:
     hashes = [scheduled(NOW // SECOND + n, key="k").task.request_hash for n in (-1, 0, 1, 2)]
     assert len({*hashes, hash_of()}) == 5
-    asked = request()
-    asked.send_at.FromSeconds(NOW // SECOND + 5)
-    before, after = (task_created(asked, "t", "k", MAX_BODY, NOW + n * SECOND) for n in (0, 9))
+    request_ = request()
+    request_.send_at.FromSeconds(NOW // SECOND + 5)
+    before, after = (task_created(request_, "t", "k", MAX_BODY, NOW + n * SECOND) for n in (0, 9))
     assert (before.send_at_us, after.send_at_us) == (NOW + 5 * SECOND, 0)
     assert before.task.request_hash == after.task.request_hash

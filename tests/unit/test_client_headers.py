@@ -1,4 +1,4 @@
-"""A client's header fields, from Create to the mail: by the grammar of their class, or refused by name."""
+"""A client's header fields, from Create to the mail: written by their grammar, or refused by name."""
 
 import email
 import re
@@ -21,14 +21,14 @@ COMPOSER = Composer("shop@a.test")
 
 
 def mail(headers: dict[str, str]) -> bytes:
-    """Return the mail that a Create with these headers ends as."""
+    """Return the mail of a Create with these headers."""
     data = {"email": "ann@ok.example", "subject": "s", "body": "b", "headers": headers}
     event = task_created(CreateRequest(data=data), "t", "", 1000, NOW)  # type: ignore[arg-type]
     return COMPOSER.compose(pb.MxOk(task=event.task), "<i@a.test>").message
 
 
 def field(name: str, value: str) -> str:
-    """Return the one field of this name as it stands in the mail, unfolded."""
+    """Return the one field of this name in the mail, unfolded."""
     head = mail({name: value}).partition(b"\r\n\r\n")[0].decode()
     assert head.isascii()
     lines = re.sub(r"\r\n(?=[ \t])", "\0", head).split("\r\n")
@@ -39,7 +39,7 @@ def field(name: str, value: str) -> str:
 
 
 def refusal(name: str, value: str) -> str:
-    """Return why a Create with this header is refused; it names the header."""
+    """Return why a Create with this header is refused, after a check that the error names it."""
     with pytest.raises(InvalidArgument) as caught:
         mail({name: value})
     [violation] = caught.value.violations
@@ -48,15 +48,15 @@ def refusal(name: str, value: str) -> str:
 
 
 def mailboxes(name: str, value: str) -> list[tuple[str, str]]:
-    """Return the display names and addresses that a reader finds in the field."""
+    """Return the display names and addresses that a mail reader finds in the field."""
     raw = field(name, value)
-    # RFC 2047 section 5 (3): no encoded word stands in an addr-spec.
+    # RFC 2047 section 5 (3) forbids encoded words in an addr-spec.
     assert not re.search(r"<[^>]*=\?", raw)
     parsed = policy.default.header_factory("Reply-To", raw)
     assert not parsed.defects
     if "=?" not in raw:
         return [(found.display_name, found.addr_spec) for found in parsed.addresses]
-    # This one drops the space between two encoded words (RFC 2047 section 6.2); the other keeps it.
+    # This parser drops the space between two encoded words (RFC 2047 section 6.2), the other one keeps it.
     parts = [part.rpartition("<") for part in raw.split(", ")]
     return [(str(make_header(decode_header(name.strip()))), spec.strip(">")) for name, _, spec in parts]
 
@@ -95,7 +95,7 @@ def test_only_the_name_beside_an_address_is_encoded(
 @pytest.mark.parametrize(
     "value", ["Support: a@example.org, Zoë <z@example.org>;", '"Größe, Inc.": a@b.test;']
 )
-def test_a_group_of_addresses_stays_one(value: str) -> None:
+def test_a_group_of_addresses_stays_a_group(value: str) -> None:
     [group] = policy.default.header_factory("Reply-To", field("Reply-To", value)).groups
     [asked] = policy.default.header_factory("Reply-To", value).groups
     assert group.display_name == asked.display_name
@@ -138,7 +138,7 @@ def test_a_group_of_addresses_stays_one(value: str) -> None:
         "=?nonsense?q?x?= =?nonsense?q?x?= <z@example.org>",
     ],
 )
-def test_what_is_no_list_of_mailboxes_is_refused(value: str) -> None:
+def test_anything_but_a_list_of_mailboxes_is_refused(value: str) -> None:
     assert refusal("Reply-To", value)
 
 
@@ -163,7 +163,7 @@ def test_a_field_is_given_once_whatever_its_case() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["List-Unsubscribe", "List-Help", "List-Post", "Archived-At", "LIST-OWNER"])
-def test_uris_stand_in_their_brackets_as_they_are(name: str, value: str) -> None:
+def test_uris_are_not_changed(name: str, value: str) -> None:
     assert field(name, value) == value
 
 
@@ -185,7 +185,7 @@ def test_uris_stand_in_their_brackets_as_they_are(name: str, value: str) -> None
         "text",
     ],
 )
-def test_what_is_no_list_of_uris_is_refused(value: str) -> None:
+def test_anything_but_a_list_of_uris_is_refused(value: str) -> None:
     assert "%C3%BC" in refusal("List-Unsubscribe", value)
 
 
@@ -214,12 +214,12 @@ def test_only_the_name_beside_a_list_id_is_encoded(value: str, name: str) -> Non
     "value",
     ["news.example.org", "<news>", "<bücher.example.org>", "<a.b> x", "a, b <a.b>", "<a b.c>", "a <b <c.d>"],
 )
-def test_what_is_no_list_id_is_refused(value: str) -> None:
+def test_anything_but_a_list_id_is_refused(value: str) -> None:
     assert "<news.example.org>" in refusal("List-Id", value)
 
 
 def phrases(raw: str) -> list[str]:
-    """Return the phrases of a list, decoded. Each may stand before an address too (RFC 5322 section 3.4)."""
+    """Return the decoded phrases of a list, each parsed as a display name (RFC 5322 section 3.4)."""
     found = re.findall(r'(?:"(?:[^"\\]|\\.)*"|[^",])+', raw)
     parsed = policy.default.header_factory("Reply-To", ", ".join(f"{phrase} <k@b.test>" for phrase in found))
     assert not parsed.defects
@@ -249,12 +249,12 @@ def test_each_keyword_is_encoded_by_itself(value: str, keywords: list[str]) -> N
     "value",
     ["Ünal,", ",", "a,,b", "a <b@c.test>", "ü: b", '"ü', "ü (", "ü; b", "=?nonsense?q?x?=", "a\u2028b"],
 )
-def test_what_is_no_list_of_keywords_is_refused(value: str) -> None:
+def test_anything_but_a_list_of_keywords_is_refused(value: str) -> None:
     assert "comma separated" in refusal("Keywords", value)
 
 
 @pytest.mark.parametrize("name", ["In-Reply-To", "References", "Supersedes", "Original-Message-ID"])
-def test_message_ids_are_taken_as_they_are_or_refused(name: str) -> None:
+def test_message_ids_are_accepted_unchanged_or_refused(name: str) -> None:
     for value in ("<a@b>", "<a.b=c+d@[192.0.2.1]> <e@f>", "<a@b>\u0020\u0020<c@d>"):
         assert field(name, value) == value
     for value in (
@@ -292,7 +292,7 @@ def test_free_text_is_encoded_as_a_whole(name: str) -> None:
     assert field(name, "a, b <c@d.test>") == "a, b <c@d.test>"
 
 
-def test_the_limit_is_on_what_goes_out() -> None:
+def test_the_limit_applies_to_the_encoded_field() -> None:
     long = "Zoë " * 120 + "<z@example.org>"
     assert len(long) < 900
     assert "998" in refusal("Reply-To", long)
@@ -312,7 +312,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_
 )
 @example([('a"b\\c', "a@example.org"), ("Ö" * 60, "a@example.org")])
 @example([("=?utf-8?q?x?=", "a@example.org")])
-def test_any_quoted_name_comes_back(pairs: list[tuple[str, str]]) -> None:
+def test_any_quoted_name_is_read_back(pairs: list[tuple[str, str]]) -> None:
     quoted = [(name.replace("\\", "\\\\").replace('"', '\\"'), spec) for name, spec in pairs]
     value = ", ".join(f'"{name}" <{spec}>' for name, spec in quoted)
     try:
@@ -323,7 +323,7 @@ def test_any_quoted_name_comes_back(pairs: list[tuple[str, str]]) -> None:
     parsed = policy.default.header_factory("Reply-To", raw)
     assert not parsed.defects
     assert [found.addr_spec for found in parsed.addresses] == [spec for _, spec in pairs]
-    # A reader folds white space, and drops it between two encoded words: it stands within one of them.
+    # A mail reader drops white space between two encoded words, so it must be within one.
     shown = [found.display_name for found in parsed.addresses]
     assert ["".join(name.split()) for name in shown] == ["".join(name.split()) for name, _ in pairs]
 
@@ -336,9 +336,9 @@ ADDRESSES = st.builds(
 
 @settings(max_examples=50)
 @given(st.lists(ATOMS, max_size=3), ADDRESSES)
-def test_the_short_way_for_plain_mailboxes_says_what_the_parser_says(name: list[str], address: str) -> None:
+def test_the_fast_path_for_plain_mailboxes_agrees_with_the_parser(name: list[str], address: str) -> None:
     value = f"{' '.join(name)} <{address}>" if name else address
-    # The parser passes over the space at the end; the short way does not take it.
+    # The space at the end disables the fast path, and the parser ignores it.
     assert canonical("Reply-To", value) == canonical("Reply-To", f"{value} ") == value
 
 
@@ -355,7 +355,7 @@ TRICKY = st.lists(
     st.sampled_from(["Reply-To", "List-Unsubscribe", "List-Id", "Keywords", "References", "Precedence"]),
     TRICKY,
 )
-def test_any_text_is_refused_by_name_or_goes_out_within_its_grammar(name: str, value: str) -> None:
+def test_any_text_is_refused_by_name_or_written_by_its_grammar(name: str, value: str) -> None:
     try:
         raw = field(name, value)
     except InvalidArgument:
@@ -369,7 +369,7 @@ def test_any_text_is_refused_by_name_or_goes_out_within_its_grammar(name: str, v
         assert raw == value.strip(" ")
 
 
-def test_a_record_from_before_is_read_by_its_grammar_too() -> None:
+def test_a_record_of_an_earlier_version_is_written_by_its_grammar_too() -> None:
     task = pb.MailTask(id=bytes(16), email="a@b.test", subject="s", body="")
     task.headers["Reply-To"] = "Zoë <z@example.org>"
     message = COMPOSER.compose(pb.MxOk(task=task), "<i@a.test>").message

@@ -1,4 +1,4 @@
-"""A setting reaches the services whose code reads it.
+"""Each service gets the settings that its code reads.
 
 The tests compare the settings that the code of each service reads with those of compose.yaml and the local
 stack.
@@ -139,7 +139,7 @@ def read_by(service: str) -> set[str]:
     return read_from(("services.common.process", "main"), (main, "build"))
 
 
-def handed_to(service: str) -> set[str]:
+def given_to(service: str) -> set[str]:
     """Return the variables that compose.yaml gives to a service."""
     blocks = dict(re.findall(r"^x-\w+: &(\w+)\n((?:  .*\n)+)", COMPOSE, re.MULTILINE))
     [block] = re.findall(rf"^  {service}:\n((?:    .*\n|\n)+)", COMPOSE, re.MULTILINE)
@@ -155,12 +155,12 @@ def test_every_setting_has_a_reader() -> None:
 
 
 @pytest.mark.parametrize("service", [*SERVICES, "migrate", "topics", "postroad"])
-def test_compose_hands_each_service_what_it_reads(service: str) -> None:
-    assert handed_to(service) == read_by(service) - NOT_HANDED_ON
+def test_compose_gives_each_service_the_settings_that_it_reads(service: str) -> None:
+    assert given_to(service) == read_by(service) - NOT_HANDED_ON
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_the_local_stack_hands_each_service_what_it_reads(service: str) -> None:
+def test_the_local_stack_gives_each_service_the_settings_that_it_reads(service: str) -> None:
     given = {variable(field): "given" for field in Settings.model_fields}
     state = StackState(given=given)
     assert read_by(service) <= set(service_environment(state, f"{service}-1"))
@@ -172,7 +172,7 @@ def test_the_settings_that_a_service_reads_are_found_exactly() -> None:
     assert {name for name in read_by("status") if name.startswith("EMAIL_")} == set()
 
 
-def test_a_changed_setting_restarts_all_that_read_it() -> None:
+def test_a_changed_setting_restarts_all_services_that_read_it() -> None:
     reads = {service: read_by(service) for service in SERVICES}
     for name in map(variable, Settings.model_fields):
         readers = {service for service in SERVICES if name in reads[service]}

@@ -1,4 +1,4 @@
-"""A setting that cannot be used ends the start: the error has its variable and the form that it takes."""
+"""An invalid setting stops a process at its start. The error names the variable and the accepted form."""
 
 import asyncio
 import importlib
@@ -17,7 +17,7 @@ from services.common.stages import all_topics
 
 DAY = 86400
 
-# Values of the right type that fail later: at the first 4xx, mail, query or revocation.
+# Values of the right type that would fail later: at the first 4xx reply, mail, query or revocation.
 BAD = [
     ("POSTROAD_SENDER_DELAYS", "", "at least 1 item"),
     ("POSTROAD_SENDER_DELAYS", " ", "at least 1 item"),
@@ -110,7 +110,7 @@ BAD = [
     ("EMAIL_PASS", os.fsdecode(b"\xff"), "UTF-8"),
 ]  # fmt: skip
 
-# What only the reader of the setting can judge, as it is built.
+# Values that only the part that reads the setting can check, when it is built.
 BAD_FOR_ITS_READER = [
     *(("api", "POSTROAD_API_TOKENS", value) for value in (",", " ", "shop", "shop:short", "a:12345678,")),
     *(
@@ -134,7 +134,7 @@ BAD_FOR_ITS_READER = [
             "Postroad",
             "Postroad <postroad>",
             "a@b.test, c@d.test",
-            "Post\nroad <a@b.test>",
+            "Post\nage <a@b.test>",
             "Shop, Inc. <a@b.test>",
             '"=?UTF-8?Q?x?=" <a@b.test>',
             "a b@c.test",
@@ -146,7 +146,7 @@ BAD_FOR_ITS_READER = [
 
 
 @pytest.fixture(autouse=True)
-def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("POSTROAD_", "EMAIL_")):
             monkeypatch.delenv(name)
@@ -201,30 +201,28 @@ def test_its_reader_refuses_a_value_before_it_runs(
         ("EMAIL_OAUTH_TOKEN_URL", "http://[::1]/token"),
     ],
 )
-def test_what_can_be_used_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_valid_value_is_accepted(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     Settings()
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
-def test_a_secret_loses_the_line_end_at_its_end_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
+def test_a_secret_loses_only_the_line_end_at_its_end(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     secrets = ("EMAIL_PASS", "EMAIL_OAUTH_CLIENT_SECRET", "POSTROAD_API_TOKENS", "POSTROAD_DATABASE_URL")
     for name in secrets:
         monkeypatch.setenv(name, f" a\nb {end}")
-    taken = Settings()
-    assert taken.email_pass.get_secret_value() == taken.database_url.get_secret_value() == " a\nb "
-    assert taken.email_oauth_client_secret.get_secret_value() == " a\nb "
-    assert taken.api_tokens.get_secret_value() == " a\nb "
+    settings = Settings()
+    assert settings.email_pass.get_secret_value() == settings.database_url.get_secret_value() == " a\nb "
+    assert settings.email_oauth_client_secret.get_secret_value() == " a\nb "
+    assert settings.api_tokens.get_secret_value() == " a\nb "
 
 
-def test_the_validator_does_without_further_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_validator_may_have_no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTROAD_VALIDATOR_DELAYS", "")
     assert Settings().validator_delays == ()
 
 
-def test_every_setting_has_values_that_it_refuses() -> None:
+def test_every_setting_refuses_some_values() -> None:
     tried = {name for name, _, _ in BAD} | {name for _, name, _ in BAD_FOR_ITS_READER}
     assert {variable(field) for field in Settings.model_fields} <= tried
 
@@ -241,7 +239,9 @@ def test_every_setting_has_values_that_it_refuses() -> None:
         ),
     ],
 )
-def test_the_process_ends_with_2(service: str, given: dict[str, str], says: str) -> None:
+def test_a_process_with_an_invalid_setting_exits_with_2(
+    service: str, given: dict[str, str], says: str
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"services.{service}"],
         env=dict(os.environ) | given,
@@ -264,23 +264,23 @@ def test_the_longest_names_and_delays_fit_a_topic() -> None:
     assert int(delay.config["retention.ms"]) >= 2 * 30 * DAY * 1000
 
 
-def test_a_variable_that_is_none_of_ours_is_named_with_the_nearest() -> None:
+def test_an_unknown_variable_is_named_with_the_nearest_one() -> None:
     assert misspelt(["POSTROAD_PARTITONS", "POSTROAD_ZZZ", "postroad_api_token"]) == [
         "POSTROAD_PARTITONS: no such variable; the nearest is POSTROAD_PARTITIONS",
         "POSTROAD_ZZZ: no such variable",
         "postroad_api_token: no such variable; the nearest is POSTROAD_API_TOKENS",
     ]
-    # An e-mail setting has a name of its own.
+    # The variables of the relay have another prefix.
     assert len(misspelt(["POSTROAD_EMAIL_HOST", "POSTROAD_HTTP_SENDER", "POSTROAD_LOCAL_PATH"])) == 3
 
 
-def test_what_else_is_ours_is_no_error() -> None:
+def test_variables_that_are_no_settings_are_known() -> None:
     settings = [variable(field) for field in Settings.model_fields]
     ours = ["POSTROAD_HTTP_SENDER_12", "postroad_partitions", "EMAIL_ME", "PATH", "_POSTROAD_COMPLETE"]
     assert misspelt([*settings, *OTHERS, *ours]) == []
 
 
-def test_every_variable_that_the_tree_names_is_known_and_no_other() -> None:
+def test_the_known_variables_are_those_that_the_tree_names() -> None:
     root = Path(__file__).parents[2]
     tried = {"environment.py", "test_settings.py", "test_cli_settings.py"}
     files = [
