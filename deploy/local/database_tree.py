@@ -14,7 +14,7 @@ from deploy.local.cache import cache_root, entry_path, make_entry
 from deploy.local.commands import SetupError, run, say
 from deploy.local.debian import fetch_packages, has_debian_mirror, install_packages
 
-__all__ = ["MARIADB", "Server", "find_server", "make_server", "make_template", "template_path", "wanted_kind"]
+__all__ = ["MARIADB", "Server", "chosen_kind", "find_server", "make_server", "make_template", "template_path"]
 
 SUITE = "sid"
 PACKAGES = ("mysql-server-core",)
@@ -34,7 +34,7 @@ class Server:
     identity: str
 
 
-def wanted_kind() -> str:
+def chosen_kind() -> str:
     """Return POSTROAD_LOCAL_DB: `mysql` (default) or `mariadb`. Raises SetupError for another value."""
     kind = os.environ.get("POSTROAD_LOCAL_DB") or "mysql"
     if kind not in {"mysql", "mariadb"}:

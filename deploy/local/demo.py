@@ -21,7 +21,7 @@ from rich.table import Table
 
 from deploy.local.commands import SetupError
 from deploy.local.demo_cases import CASES, DemoMail, plan
-from deploy.local.environment import REPLACED_BY, merged, stack_environment
+from deploy.local.environment import REPLACED_BY, merge_given, stack_environment
 from deploy.local.layout import Layout
 from deploy.local.stack import Stack, StackError
 from postroad.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
@@ -181,7 +181,7 @@ The API is at {demo.address}; settings: {stack.layout.env}; mail: {stack.layout.
 
 def _replacements(stack: Stack) -> str:
     """Return the variables that name another mail server or DNS, set now or since `up`."""
-    given = merged(stack.state, os.environ)
+    given = merge_given(stack.state, os.environ)
     return ", ".join(name for server in ("catcher", "dns") for name in REPLACED_BY[server] if given.get(name))
 
 

@@ -66,9 +66,9 @@ class NameServer:
             names = json.loads(self._control.read_text()).get("names", {}) if stamp else {}
             ordered = {}
             for name, label in names.items():
-                if (meant := misbehaviour(label)) is None:
+                if (fault := misbehaviour(label)) is None:
                     raise ValueError(f"unknown misbehaviour {label!r}")
-                ordered[name.lower().rstrip(".")] = meant
+                ordered[name.lower().rstrip(".")] = fault
         except (ValueError, AttributeError) as error:
             # The file is half-written or wrong. The old orders hold until its time stamp changes again.
             print(f"{self._control}: {error}", flush=True)
@@ -80,13 +80,13 @@ class NameServer:
 
     def _misbehaviour(self, name: dns.name.Name) -> Misbehaviour | None:
         text = name.to_text(omit_final_dot=True)
-        meant = self._ordered.get(text) or self._ordered.get("*")
-        if meant is None and len(name.labels) > 2:
-            meant = misbehaviour(name.labels[-3].decode("ascii", "replace"))
-        if meant is None or not meant.first:
-            return meant
+        fault = self._ordered.get(text) or self._ordered.get("*")
+        if fault is None and len(name.labels) > 2:
+            fault = misbehaviour(name.labels[-3].decode("ascii", "replace"))
+        if fault is None or not fault.first:
+            return fault
         self._asked[text] += 1
-        return meant if self._asked[text] <= meant.first else None
+        return fault if self._asked[text] <= fault.first else None
 
     def answer(self, question: bytes, *, tcp: bool) -> tuple[bytes | None, float]:
         """Return the answer to a message, None for no answer, and the seconds to wait before it is sent."""
@@ -102,8 +102,8 @@ class NameServer:
             reply.set_rcode(dns.rcode.NOTIMP)
             return reply.to_wire(), 0
         name = query.question[0].name.canonicalize()
-        meant = self._misbehaviour(name)
-        kind = meant.kind if meant else ""
+        fault = self._misbehaviour(name)
+        kind = fault.kind if fault else ""
         if kind == "timeout":
             return None, 0
         if kind in {"servfail", "refused"}:
@@ -119,11 +119,11 @@ class NameServer:
         else:
             _fill(reply, name, query.question[0].rdtype)
         wire = reply.to_wire()
-        if meant is None and not self._asked[name.to_text(omit_final_dot=True)]:
+        if fault is None and not self._asked[name.to_text(omit_final_dot=True)]:
             if len(self._cache) > MOST_CACHED:
                 self._cache.clear()
             self._cache[question[2:]] = wire[2:]
-        return wire, meant.milliseconds / 1000 if meant else 0
+        return wire, fault.milliseconds / 1000 if fault else 0
 
 
 def _add_soa(reply: dns.message.Message) -> None:

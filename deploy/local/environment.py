@@ -13,15 +13,15 @@ from services.common.stages import STAGES
 
 __all__ = [
     "OPERATORS",
+    "OWN_SETTINGS",
     "REPLACED_BY",
-    "SERVES_ONE",
-    "concerned",
-    "foreign_free",
     "given_variables",
-    "merged",
-    "replaced",
+    "is_replaced",
+    "merge_given",
     "service_environment",
+    "services_reading",
     "stack_environment",
+    "without_settings",
 ]
 
 # The stack does not start the process when one of these variables is set.
@@ -39,7 +39,7 @@ OPERATORS = {"POSTROAD_CONFIG", "POSTROAD_PROFILE", "POSTROAD_ENV_FILE", "POSTRO
 PRIVATE_PREFIXES = ("POSTROAD_HTTP_", "POSTROAD_LOCAL_", "POSTROAD_TEST_")
 PREFIXES = ("POSTROAD_", "EMAIL_")
 # The prefixes of the settings that only one service reads. Any other setting concerns all services.
-SERVES_ONE = {
+OWN_SETTINGS = {
     "api": (
         "POSTROAD_API_TOKENS",
         "POSTROAD_LISTEN",
@@ -56,22 +56,22 @@ SENDER_DELAYS = "2,5,30,120"
 VALIDATOR_DELAYS = "1,2,4"
 
 
-def replaced(state: StackState, process: str) -> bool:
+def is_replaced(state: StackState, process: str) -> bool:
     """Return whether the user has this server elsewhere (`kafka`, `mysql`, `dns`, `catcher` or `api`)."""
     return any(state.given.get(variable) for variable in REPLACED_BY[process])
 
 
-def concerned(variable: str) -> tuple[str, ...]:
+def services_reading(variable: str) -> tuple[str, ...]:
     """Return the services that must restart when this setting changes."""
     if variable in TOPICS:
         return ()
-    for service, starts in SERVES_ONE.items():
+    for service, starts in OWN_SETTINGS.items():
         if variable.startswith(starts):
             return (service,)
     return SERVICES
 
 
-def foreign_free(environ: Mapping[str, str]) -> dict[str, str]:
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return `environ` without settings: the processes of a stack get the same ones, from its state."""
     return {
         name: value
@@ -100,7 +100,7 @@ def _own(state: StackState) -> dict[str, str]:
         "EMAIL_USER": "",
         "EMAIL_PASS": "",
     }
-    if replaced(state, "catcher"):
+    if is_replaced(state, "catcher"):
         own |= {"EMAIL_HOST": LOOPBACK, "EMAIL_PORT": "25"}
     else:
         own |= {"EMAIL_HOST": LOOPBACK, "EMAIL_PORT": str(state.port("catcher", "smtp")), "EMAIL_TLS": "none"}
@@ -124,7 +124,7 @@ def given_variables(state: StackState, environ: Mapping[str, str]) -> dict[str, 
     }
 
 
-def merged(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
+def merge_given(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables given so far, with those that `environ` gives now.
 
     A variable that `environ` sets to the stack's own value is no longer given.

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from deploy.local import process
 from deploy.local.component import Component
-from deploy.local.environment import foreign_free
+from deploy.local.environment import without_settings
 from deploy.local.layout import ROOT, Layout
 
 __all__ = ["Launcher", "StackError"]
@@ -36,7 +36,7 @@ class Launcher:
         component = self._component(name)
         if process.find(self._layout, name) is None:
             component.prepare()
-            env = {**foreign_free(os.environ), "PYTHONUNBUFFERED": "1", **component.env}
+            env = {**without_settings(os.environ), "PYTHONUNBUFFERED": "1", **component.env}
             process.spawn(self._layout, name, component.argv, env, cwd=ROOT)
         deadline = time.monotonic() + component.patience
         pause = 0.02
@@ -64,7 +64,7 @@ class Launcher:
         """Run `postroad command` once the processes that it needs are ready. Raises StackError."""
         self.results(after)
         argv = [sys.executable, "-m", "services.cli", *command.split()]
-        env = {**foreign_free(os.environ), **settings, "POSTROAD_CONFIG": os.devnull}
+        env = {**without_settings(os.environ), **settings, "POSTROAD_CONFIG": os.devnull}
         done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")

@@ -9,15 +9,15 @@ import dns.message
 import dns.query
 
 from deploy.local.component import Component, http_ok
-from deploy.local.environment import concerned, service_environment, stack_environment
+from deploy.local.environment import service_environment, services_reading, stack_environment
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
 from deploy.local.state import StackState
 from services.common.stages import STAGES
 
-__all__ = ["PATIENCE", "catcher_component", "dns_component", "service_component"]
+__all__ = ["DRAIN_SECONDS", "catcher_component", "dns_component", "service_component"]
 
-PATIENCE = {"POSTROAD_DRAIN_SECONDS": 20.0, "POSTROAD_HANDOVER_SECONDS": 620.0}
+DRAIN_SECONDS = {"POSTROAD_DRAIN_SECONDS": 20.0, "POSTROAD_HANDOVER_SECONDS": 620.0}
 """Seconds that a draining service waits, by setting; the values are the settings' defaults."""
 # Seconds for what follows the drain: the last commit, leaving the group, closing.
 _CLOSING = 25.0
@@ -44,8 +44,8 @@ def _grace(service: str, env: Mapping[str, str]) -> float:
     A sender also waits for the replies to the mails that it handed over. That takes long only when a mail
     server is slow. To kill the sender then leaves those mails in doubt.
     """
-    waits = [name for name in PATIENCE if service in concerned(name)]
-    return _CLOSING + sum(_seconds(env.get(name), PATIENCE[name]) for name in waits)
+    waits = [name for name in DRAIN_SECONDS if service in services_reading(name)]
+    return _CLOSING + sum(_seconds(env.get(name), DRAIN_SECONDS[name]) for name in waits)
 
 
 def _seconds(value: str | None, default: float) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from deploy.local.cache import locked
 from deploy.local.commands import SetupError, run, say
-from deploy.local.database_tree import find_server, make_server, make_template, template_path, wanted_kind
+from deploy.local.database_tree import chosen_kind, find_server, make_server, make_template, template_path
 from deploy.local.debian import install_packages
 from deploy.local.jars import jars_path
 from deploy.local.kafka_java import archive_path, make_archive
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         say(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
         return 1
     try:
-        kind = wanted_kind()
+        kind = chosen_kind()
         if "--tests" in arguments:
             _for_tests()
         if _is_complete(kind):

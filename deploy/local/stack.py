@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from deploy.local import process
 from deploy.local.component import Component
 from deploy.local.database import database_component
-from deploy.local.database_tree import wanted_kind
+from deploy.local.database_tree import chosen_kind
 from deploy.local.environment import (
     REPLACED_BY,
-    concerned,
     given_variables,
-    merged,
-    replaced,
+    is_replaced,
+    merge_given,
+    services_reading,
     stack_environment,
 )
 from deploy.local.files import write_whole
@@ -65,13 +65,13 @@ class Stack:
 
     def infrastructure(self) -> list[str]:
         """Return the names of the servers that this stack runs; the user may have others elsewhere."""
-        names = [] if replaced(self.state, "kafka") else self.state.kafka_names()
-        return names + [name for name in ("mysql", "dns", "catcher") if not replaced(self.state, name)]
+        names = [] if is_replaced(self.state, "kafka") else self.state.kafka_names()
+        return names + [name for name in ("mysql", "dns", "catcher") if not is_replaced(self.state, name)]
 
     def services(self) -> list[str]:
         """Return the names of all replicas that should run."""
         names = self.state.service_names()
-        return [n for n in names if not (n.startswith("api-") and replaced(self.state, "api"))]
+        return [n for n in names if not (n.startswith("api-") and is_replaced(self.state, "api"))]
 
     def component(self, name: str) -> Component:
         """Return how to run `name`. Raises StackError when the stack has no such process."""
@@ -174,8 +174,8 @@ class Stack:
                 )
             state.kafka_nodes = kafka_nodes
         if "POSTROAD_LOCAL_DB" in os.environ and "mysql" not in running:
-            state.database = wanted_kind()
-        given = merged(state, os.environ)
+            state.database = chosen_kind()
+        given = merge_given(state, os.environ)
         self._refuse_replacements(given, running)
         state.given = given
         if services:
@@ -189,7 +189,7 @@ class Stack:
         for server, variables in REPLACED_BY.items():
             names = [name for name in running if name == server or name.startswith(f"{server}-")]
             now = [variable for variable in variables if given.get(variable)]
-            if names and now and not replaced(self.state, server):
+            if names and now and not is_replaced(self.state, server):
                 raise StackError(f"{names[0]} runs, and {now[0]} is given in its place: `make down` first")
 
     def _changed(self, name: str, pid: int) -> list[str]:
@@ -202,7 +202,7 @@ class Stack:
         service = name.rpartition("-")[0]
         names = {*wanted, *(variable for variable in has if variable.startswith(("POSTROAD_", "EMAIL_")))}
         if service in SERVICES:
-            names = {variable for variable in names if service in concerned(variable)}
+            names = {variable for variable in names if service in services_reading(variable)}
         else:
             names = set(wanted)
         return sorted(

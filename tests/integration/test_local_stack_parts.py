@@ -13,12 +13,12 @@ from deploy.local.command_line import main
 from deploy.local.commands import SetupError, run
 from deploy.local.demo_cases import CASES, plan
 from deploy.local.environment import (
-    foreign_free,
     given_variables,
-    merged,
-    replaced,
+    is_replaced,
+    merge_given,
     service_environment,
     stack_environment,
+    without_settings,
 )
 from deploy.local.layout import Layout
 from deploy.local.ports import claim, free_port, is_free, release
@@ -34,7 +34,7 @@ def test_without_given_variables_the_settings_are_the_stacks_own() -> None:
     assert given_variables(state, {**own, "EMAIL_HOST": "", "HOME": "/root"}) == {}
     operators = {"POSTROAD_PROFILE": "production", "POSTROAD_ENV_FILE": "x.env", "POSTROAD_TOKEN": "secret"}
     assert given_variables(state, {**own, **operators}) == {}
-    assert not any(replaced(state, process) for process in ("kafka", "mysql", "dns", "catcher", "api"))
+    assert not any(is_replaced(state, process) for process in ("kafka", "mysql", "dns", "catcher", "api"))
 
 
 def test_given_variables_win_but_private_ones_do_not() -> None:
@@ -56,21 +56,21 @@ def test_given_variables_win_but_private_ones_do_not() -> None:
     assert variables["POSTROAD_REPLICA"] == "sender-1"
     assert variables["POSTROAD_HTTP_LISTEN"] == variables["POSTROAD_HTTP_SENDER_1"] != "0.0.0.0:3"
     assert "POSTROAD_LISTEN" not in variables
-    assert replaced(state, "catcher")
+    assert is_replaced(state, "catcher")
     assert "EMAIL_TLS" not in variables
 
 
 def test_a_variable_set_to_the_stacks_own_value_is_no_longer_given() -> None:
     state = StackState(given={"EMAIL_USER": "post", "POSTROAD_SENDER_DELAYS": "9"})
     environ = {"POSTROAD_SENDER_DELAYS": stack_environment(StackState())["POSTROAD_SENDER_DELAYS"]}
-    assert merged(state, environ) == {"EMAIL_USER": "post"}
-    assert merged(state, {"EMAIL_PASS": "p"}) == {**state.given, "EMAIL_PASS": "p"}
-    assert merged(state, stack_environment(state)) == state.given
+    assert merge_given(state, environ) == {"EMAIL_USER": "post"}
+    assert merge_given(state, {"EMAIL_PASS": "p"}) == {**state.given, "EMAIL_PASS": "p"}
+    assert merge_given(state, stack_environment(state)) == state.given
 
 
 def test_a_process_gets_no_setting_from_its_own_shell() -> None:
     environ = {"EMAIL_FROM": "x", "POSTROAD_TOKEN": "x", "POSTROAD_LOCAL_DIR": "/x", "HOME": "/root"}
-    assert foreign_free(environ) == {"POSTROAD_LOCAL_DIR": "/x", "HOME": "/root"}
+    assert without_settings(environ) == {"POSTROAD_LOCAL_DIR": "/x", "HOME": "/root"}
 
 
 def test_the_demo_explains_how_to_unset_another_mail_server(
@@ -92,7 +92,7 @@ def test_a_given_relay_replaces_the_catchers_settings_only() -> None:
     state = StackState(given={"EMAIL_HOST": "relay.example"})
     env = stack_environment(state)
     assert (env["EMAIL_HOST"], env["EMAIL_PORT"]) == ("relay.example", "25")
-    assert not replaced(state, "dns")
+    assert not is_replaced(state, "dns")
 
 
 def test_ports_are_remembered_and_distinct(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from deploy.local.database import FLAGS, KIND_FLAGS
-from deploy.local.services import PATIENCE
+from deploy.local.services import DRAIN_SECONDS
 from services.common.config import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_the_validator_knows_the_domains_of_the_readme() -> None:
 def test_the_local_stack_waits_as_long() -> None:
     assert {
         f"POSTROAD_{name.upper()}": _default(name) for name in ("drain_seconds", "handover_seconds")
-    } == PATIENCE
+    } == DRAIN_SECONDS
 
 
 def _default(name: str) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.environment import SERVES_ONE, concerned, service_environment
+from deploy.local.environment import OWN_SETTINGS, service_environment, services_reading
 from deploy.local.state import SERVICES, StackState
 from services.common.config import Settings, variable
 from services.common.environment import OTHERS
@@ -176,6 +176,6 @@ def test_a_changed_setting_restarts_all_services_that_read_it() -> None:
     reads = {service: read_by(service) for service in SERVICES}
     for name in map(variable, Settings.model_fields):
         readers = {service for service in SERVICES if name in reads[service]}
-        assert readers <= set(concerned(name)), name
-        if any(name.startswith(starts) for starts in SERVES_ONE.values()):
-            assert readers == set(concerned(name)), name
+        assert readers <= set(services_reading(name)), name
+        if any(name.startswith(starts) for starts in OWN_SETTINGS.values()):
+            assert readers == set(services_reading(name)), name
