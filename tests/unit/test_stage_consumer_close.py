@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from services.common.config import Settings
 from services.common.events import DECODERS
@@ -17,6 +18,7 @@ from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.poller import Poller
 from services.common.stage.record_reader import RecordReader
 from services.common.stage.types import Done, Stage
+from tests.librdkafka import handle, library
 
 TOPIC = "task.created"
 
@@ -88,7 +90,7 @@ class FakeConsumer:
 class Rig:
     """A poller over one FakeConsumer, with how it ended."""
 
-    def __init__(self, consumer: FakeConsumer) -> None:
+    def __init__(self, consumer: Any) -> None:
         stage = Stage("validator", [TOPIC], DECODERS, handle=lambda _: Done())
         tracker = PartitionTracker(InFlightLimit(10, 1 << 20))
         self.consumer, self.ends, self.ended = consumer, list[BaseException | None](), threading.Event()
@@ -103,7 +105,7 @@ class Rig:
             dispatch=lambda records: None,
             cancel=lambda assignments, seconds: None,
             ended=self._on_end,
-            consumer=lambda config: consumer,  # type: ignore[arg-type, return-value]
+            consumer=lambda config: consumer,
         )
 
     def _on_end(self, error: BaseException | None) -> None:
@@ -167,3 +169,28 @@ def test_a_consumer_that_is_replaced_and_does_not_close_ends_the_stage(
     error = rig.run(rig.ended.is_set)
     assert isinstance(error, TimeoutError)
     assert "did not close" in str(error)
+
+
+class _Refused(Consumer):
+    """A real Consumer on librdkafka's mock cluster, to which librdkafka refuses the first assignment."""
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        super().incremental_unassign([TopicPartition("unknown", 0)])
+
+
+def test_a_bare_kafka_error_from_a_callback_ends_the_stage() -> None:
+    config = {
+        "group.id": "g",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "test.mock.num.brokers": 1,
+    }
+    consumer = _Refused(config)
+    api = library()
+    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
+    cluster = ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(consumer)))
+    assert api.rd_kafka_mock_topic_create(cluster, TOPIC.encode(), 1, 1) == 0
+    api.rd_kafka_mock_group_initial_rebalance_delay_ms(cluster, ctypes.c_int32(0))
+    rig = Rig(consumer)
+    rig.poller.start()
+    assert rig.ended.wait(20)
+    assert "callback failed" in str(rig.ends[0])

@@ -41,6 +41,10 @@ _CLOSE_SECONDS = 10.0
 # How long a client's error counts as a problem, unless librdkafka repeats it.
 _ERROR_SECONDS = 5.0
 
+# The error of the stage where no except clause has caught one: what librdkafka refuses to a rebalance
+# callback, confluent_kafka 2.16 raises as a bare KafkaError, which is no BaseException.
+_FAILED_CALLBACK = "a rebalance callback failed"
+
 
 class Poller:
     """Runs the poller's thread of one stage.
@@ -132,7 +136,7 @@ class Poller:
     # --- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: BaseException | None = RuntimeError("the poller ended by an error that is no exception")
+        error: BaseException | None = RuntimeError(_FAILED_CALLBACK)
         try:
             while not self._stopping:
                 self._consume()
@@ -140,7 +144,6 @@ class Poller:
         except BaseException as problem:
             error = problem
         finally:
-            # Reached by a raised KafkaError too, which is no BaseException (rebalance_handler.py).
             self._ended(error)
 
     def _consume(self) -> None:
@@ -155,21 +158,22 @@ class Poller:
             on_revoke=self._rebalances.on_revoke,
             on_lost=self._rebalances.on_lost,
         )
-        error: BaseException | None = None
+        end_with: BaseException | None = RuntimeError(_FAILED_CALLBACK)
         try:
             while not self._stopping:
                 self._poll_once()
                 if why := self._membership.check(self._polled_at):
                     log.error("the consumer leaves its group to join it anew", stage=self._stage, why=why)
-                    error = TimeoutError(f"a consumer to be replaced ({why}) did not close")
+                    end_with = TimeoutError(f"a consumer to be replaced ({why}) did not close")
                     break
             else:
                 self._drain()
-        except BaseException as problem:
-            error = problem
+                end_with = None
+        except BaseException as error:
+            end_with = error
             raise
         finally:
-            self._close(error)
+            self._close(end_with)
         self._rebalances.release_all()
 
     def _poll_once(self) -> None:
@@ -271,12 +275,12 @@ class Poller:
             if messages:
                 self._take_in(messages)
 
-    def _close(self, error: BaseException | None) -> None:
-        """Leave the group. If librdkafka does not let it, end the stage with `error` all the same."""
+    def _close(self, end_with: BaseException | None) -> None:
+        """Leave the group. If librdkafka does not let it, end the stage with this error, or without one."""
 
         def on_hang() -> None:
             self._stopping = True
-            self._ended(error)
+            self._ended(end_with)
 
         seconds = _CLOSE_SECONDS + (0 if self._stopping else self._revoke_seconds)
         close_consumer(self._consumer, self._tracker.owned, seconds, on_hang)

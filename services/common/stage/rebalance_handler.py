@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 import confluent_kafka
 import structlog
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, KafkaException
 
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage import metrics
@@ -104,10 +104,10 @@ class RebalanceHandler:
 
 
 def _unassign(consumer: Consumer, partitions: list[confluent_kafka.TopicPartition]) -> None:
-    """Unassign these partitions, or those of them that are assigned. Without a success, close would hang."""
+    """Unassign those of these partitions that are assigned. If that failed, close would hang."""
     try:
         consumer.incremental_unassign(partitions)
-    except:  # noqa: E722 - confluent_kafka 2.16 raises a KafkaError here, which is no BaseException
+    except KafkaException:
         # librdkafka refuses the whole list where one partition is not assigned.
         assigned = set(_keys(consumer.assignment()))
         there = [p for p in partitions if TopicPartition(p.topic, p.partition) in assigned]
