@@ -62,7 +62,7 @@ def is_replaced(state: StackState, process: str) -> bool:
 
 
 def services_reading(variable: str) -> tuple[str, ...]:
-    """Return the services that must restart when this setting changes."""
+    """Return the services that read this setting. They must restart when it changes."""
     if variable in TOPICS:
         return ()
     for service, starts in OWN_SETTINGS.items():

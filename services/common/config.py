@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     AliasGenerator,
+    BeforeValidator,
     Field,
     SecretStr,
     ValidationError,
@@ -31,7 +32,17 @@ __all__ = ["SETTLE_SECONDS", "Settings", "misspelt", "refusals", "refused", "set
 SETTLE_SECONDS = 20.0
 """The part of `handover_seconds` that the sender has to store the outcome, after the relay's reply."""
 
-Delays = Annotated[tuple[int, ...], NoDecode]
+
+def _split(value: object) -> object:
+    return forms.delays(value) if isinstance(value, str) else value
+
+
+def _rising(value: tuple[int, ...]) -> tuple[int, ...]:
+    forms.rising(value)
+    return value
+
+
+Delays = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_rising)]
 Host = Annotated[str, AfterValidator(forms.host)]
 Listen = Annotated[str, AfterValidator(forms.listen)]
 
@@ -230,17 +241,6 @@ class Settings(BaseSettings):
     @classmethod
     def _is_mechanism(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
-
-    @field_validator("validator_delays", "sender_delays", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return forms.delays(value) if isinstance(value, str) else value
-
-    @field_validator("validator_delays", "sender_delays")
-    @classmethod
-    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        forms.rising(value)
-        return value
 
     @field_validator("domain_rate")
     @classmethod
