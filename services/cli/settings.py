@@ -3,7 +3,7 @@
 Each value is known by its environment variable. Flags and profiles are other spellings of it.
 
 This module reads the files itself, since importing pydantic-settings takes as long as all else that `postroad
-list` imports (docs/adr/0028). Only commands that need `Settings` import it.
+list` imports (docs/adr/0029). Only commands that need `Settings` import it.
 
 A profile is a table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`):
 
