@@ -1,8 +1,7 @@
-"""Many awaits, one call: what waits while a call runs makes the next call.
+"""Batching: items that arrive while a call runs make the next call.
 
-There is no timed wait. An item that meets an idle Batcher goes out at the end of the loop's present
-turn, together with what the same turn brings; under load the calls grow by themselves to what
-arrived during the one before.
+There is no timed wait. An idle Batcher calls at the end of the loop's present turn, with all items of that
+turn. Under load the calls grow by themselves, each to the items that arrived during the one before.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ R = TypeVar("R")
 
 
 class _Ticket(Generic[T, R]):
-    """One waiter: a future, and the results of its items as they come."""
+    """One caller: its future, and the results of its items as they arrive."""
 
     __slots__ = ("future", "left", "results")
 
@@ -31,15 +30,17 @@ class _Ticket(Generic[T, R]):
 
 
 class Batcher(Generic[T, R]):
-    """Turns awaits of single items into calls with many, on worker threads.
+    """Turns awaits of single items into calls with many items, on worker threads.
 
-    `call` gets 1 to `limit` items, in the order of their awaits, and answers one result or exception
-    for each. It runs on a worker thread and may block. What it raises must have left nothing behind
-    (a transaction rolled back): unless `shared(error)` says that no single item is to blame (a lost
-    connection), the batch is called again in halves, so that a poisonous item fails alone.
+    `call` gets 1 to `limit` items, in the order of their awaits, and returns one result or exception for
+    each. It runs on a worker thread and may block. If it raises, it must have changed nothing (a
+    transaction rolled back). The Batcher then repeats the call in halves, so that a faulty item fails
+    alone. It does not if `shared(error)` is
+    true: no single item is at fault (a lost connection).
 
-    `weigh` and `weight_limit` bound a call by a sum as well (bytes, say); an item above the bound goes
-    alone. `concurrency` calls may run at once. `executor` is used where given, else threads of its own.
+    `weigh` and `weight_limit` also bound a call's sum of weights (bytes, for example); an item above the
+    bound has a call of its own. At most `concurrency` calls run at once. They run on `executor` if given,
+    else on threads of the Batcher's own.
 
     Belongs to one event loop. Not thread-safe.
     """
@@ -78,21 +79,22 @@ class Batcher(Generic[T, R]):
         return self._pending
 
     async def __call__(self, item: T) -> R:
-        """Return the item's result, or raise its error. Cancelled while it waits, it is not called at all."""
+        """Return the item's result, or raise its error. An item that is cancelled while it waits is not
+        called."""
         result = (await self._enqueue((item,)))[0]
         if isinstance(result, BaseException):
             raise result
         return result
 
     async def many(self, items: Sequence[T]) -> list[R | BaseException]:
-        """Return what became of each item, errors in their places, once all are settled.
+        """Return the result or the error of each item, in order, once all have one.
 
-        The items may be spread over several calls, in their order.
+        Several calls may share the items, in their order.
         """
         return await self._enqueue(items) if items else []
 
     async def close(self) -> None:
-        """Refuse what comes from now on, and return once all that waited is settled."""
+        """Refuse new items, and wait until all earlier ones have their results."""
         self._closed = True
         if self._pending:
             if self._drained is None:
@@ -130,7 +132,7 @@ class Batcher(Generic[T, R]):
         weight = 0
         while self._queue and len(batch) < self._limit:
             entry = self._queue[0]
-            if entry[1].future.done():  # its waiter was cancelled
+            if entry[1].future.done():  # its caller was cancelled
                 self._queue.popleft()
                 self._count_off(1)
                 continue
@@ -149,7 +151,7 @@ class Batcher(Generic[T, R]):
         try:
             results = self._call(items)
         except BaseException as error:
-            # SystemExit and the like are the process's, never one item's.
+            # SystemExit and the like concern the process, never one item.
             if len(items) == 1 or not isinstance(error, Exception) or self._shared(error):
                 return [error] * len(items)
             middle = len(items) // 2

@@ -1,9 +1,9 @@
-"""What the events of a task make of it: pure, the same whatever their order and however often they come.
+"""The row of a task from its events. Pure: the result depends neither on their order nor on repetitions.
 
-A row is a point in a join-semilattice. `delta` makes a row of one event, `merge` is the join of two;
-it is commutative, associative and idempotent by construction, and so is every fold over it. Two facts
-carry that: the columns that describe the mail are the same in every event that has them, and of the
-others the row with the higher version wins whole.
+A row is an element of a join-semilattice: `delta` makes a row of one event, and `merge` is the join of two.
+The join is commutative, associative and idempotent, and so is every fold over it. Two facts carry that. The
+columns that describe the mail are the same in every event that has them. The other columns come from the
+row with the higher version.
 
 A version is one unsigned 64-bit number:
 
@@ -13,13 +13,13 @@ A version is one unsigned 64-bit number:
     bits  4-17   attempt, up to 16,383; of a verdict on the domain up to 8,191, bit 17 says that it failed
     bits  0-3    within an attempt: found in doubt for the nth time (0-14), or over (15)
 
-Within an epoch whatever the sender tells stands above the validator's verdicts: the validator may handle
-`task.created` a second time (a crash, a group that is reset) and then finds another answer, but by then
-the sender decides about the mail. Of the verdicts alone the failure stands above `mx.ok`: the status
-service has made a delivery of it that refuses the sender (deliveries/mx_failures.py).
+Within an epoch every event of the sender outranks the validator's verdicts. The validator may handle
+`task.created` a second time (a crash, a group reset) and find another verdict. By then the sender
+decides about the mail. Among the verdicts the failure outranks `mx.ok`: the status service has stored it as
+a delivery that the sender obeys (deliveries/mx_failures.py).
 
-Different events of a task have different versions (what is beyond a field's width saturates, and then
-the first one stays); events of one version come from one topic and partition, in one order.
+Different events of a task have different versions. A value beyond its field's width saturates, and then the
+first event stays. Events of one version come from one topic partition, in one order.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ _TIER_SHIFT, _ATTEMPT_SHIFT = 18, 4
 _COMPLETED = 1 << 63
 _EPOCH_MAX, _ATTEMPT_MAX, _OVER = (1 << 42) - 1, (1 << 14) - 1, 15
 
-# Tiers, in the order in which a task lives through them. The version is stored, so they keep their numbers;
-# 5 was that of `mx.failed`, above the sender's deferral.
+# Tiers, in the order in which a task reaches them. Versions are stored, so the numbers stay. 5 was the tier
+# of `mx.failed`, above the sender's deferral.
 _CREATED, _MX_DEFERRED, _MX, _MAIL_DEFERRED, _CANCELLED = range(5)
 _MAIL_FAILED, _UNCERTAIN = 6, 7
 _MX_FAILED = 1 << 13
 
 
 class TaskRow(NamedTuple):
-    """A row of `tasks`, in the order of its columns. What `task.created` brings is None until it is known."""
+    """A row of `tasks`, in the order of its columns. The columns of `task.created` are None until it is
+    known."""
 
     id: bytes
     tenant: str | None
@@ -207,24 +208,24 @@ _DELTAS: Mapping[type[Message], Callable[[Any], TaskRow]] = {
 
 
 def delta(event: Event) -> TaskRow:
-    """Return the row that a task would have if `event` were all that is known of it.
+    """Return the row of a task of which only `event` is known.
 
-    Texts are cut to their columns' widths here, so that what is merged is what is stored.
+    It cuts texts to their columns' widths, so that `merge` sees what the database stores.
     """
     return _DELTAS[type(event)](event)
 
 
 def merge(a: TaskRow, b: TaskRow) -> TaskRow:
-    """Return the join of two rows of one task. taskstore.upsert does the same in SQL."""
+    """Return the join of two rows of one task. `taskstore.upsert` does the same in SQL."""
     late, early = (b, a) if b.version > a.version else (a, b)
     mail = a[1:9] if a.created_at is not None else b[1:9]
     attempts = late.attempts
     if late.version >> EPOCH_SHIFT == early.version >> EPOCH_SHIFT:
-        # A cancellation knows of no attempts; it does not undo what its epoch's others told.
+        # A cancellation knows no attempts, and must not undo those of its epoch's other events.
         attempts = max(attempts, early.attempts)
     return TaskRow._make((late.id, *mail, *late[9:12], attempts, *late[13:]))
 
 
 def fold(row: TaskRow | None, event: Event) -> TaskRow:
-    """Return the task's row after `event`. Commutative and idempotent over the events of a task."""
+    """Return the task's row after `event`; the order and repetition of events do not matter."""
     return delta(event) if row is None else merge(row, delta(event))

@@ -1,6 +1,6 @@
-"""The HTTP port of a service: /healthz (alive), /readyz (ready for work) and /metrics.
+"""The HTTP server of a service: /healthz (alive), /readyz (ready for work) and /metrics.
 
-It answers on a thread of its own, so that a busy loop shows as late, not as silent.
+It has a thread of its own, so that it answers even while the event loop is busy.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Degraded", "HealthServer", "Heartbeat"]
 
 
 class Degraded(str):
-    """A problem with which the service is ready all the same."""
+    """A problem that leaves the service ready."""
 
     __slots__ = ()
 
 
 class Heartbeat:
-    """Tells how long ago the loop last ran. A context manager; enter it on the loop's thread."""
+    """Measures how long ago the loop last ran. A context manager; enter it on the loop's thread."""
 
     _EVERY = 0.5
 
@@ -36,7 +36,7 @@ class Heartbeat:
         self._last = time.monotonic()
 
     def age(self) -> float:
-        """Return the seconds since the loop last ran, give or take the beat's half second."""
+        """Return the seconds since the loop last ran, to within half a second."""
         return time.monotonic() - self._last
 
     def _beat(self) -> None:
@@ -56,7 +56,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        # Not HTTPServer's: it asks DNS for this host's full name, which can take many seconds.
+        # HTTPServer's own method asks DNS for this host's full name, which can take many seconds.
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
@@ -70,11 +70,11 @@ class _QuietRequestHandler(WSGIRequestHandler):
 class HealthServer:
     """Serves the three paths until the context ends.
 
-    `listen` is host:port (port 0: any free one); `problems` returns why the service is not ready, and what
-    is wrong though it is (`Degraded`). Raises OSError when the port is taken.
+    `listen` is host:port (port 0: any free one). `problems` returns why the service is not ready, and as
+    `Degraded` what is wrong although it is ready. Raises OSError if the port is taken.
     """
 
-    # Longer than a garbage collection or a busy second, shorter than an orchestrator's patience.
+    # Longer than a garbage collection or a busy second, shorter than an orchestrator waits (seconds).
     _STUCK_AFTER = 15.0
 
     def __init__(self, listen: str, heartbeat: Heartbeat, problems: Callable[[], list[str]]) -> None:
@@ -99,8 +99,8 @@ class HealthServer:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"/healthz /readyz /metrics\n"]
         ready = all(isinstance(problem, Degraded) for problem in problems)
-        said = "ok" if not problems else "degraded" if ready else "unavailable"
-        body = json.dumps({"status": said, "problems": problems}).encode()
+        summary = "ok" if not problems else "degraded" if ready else "unavailable"
+        body = json.dumps({"status": summary, "problems": problems}).encode()
         status = "200 OK" if ready else "503 Service Unavailable"
         start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
         return [body]

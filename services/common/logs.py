@@ -1,7 +1,4 @@
-"""The set-up of a process's logs.
-
-No log line carries a password, a subject or a body.
-"""
+"""The set-up of a process's logs. No log line contains a password, a subject or a body."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 
 
 def configure_logs(service: str, replica: str, form: Literal["json", "console"], level: str) -> None:
-    """Send this process's logs, structlog's and the standard library's alike, to stderr.
+    """Have structlog and the standard library write this process's logs to stderr.
 
-    `form` is json (one object a line) or console; `level` the least level written.
+    `form` is json (one object a line) or console. `level` is the lowest level to write. Each line has
+    `service` and `replica`.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

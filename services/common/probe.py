@@ -1,6 +1,6 @@
-"""`python -m services.common.probe HOST:PORT`: exits 0 when that service is ready; for health checks.
+"""`python -m services.common.probe HOST:PORT` exits with 0 if that service is ready; for health checks.
 
-An image without curl has nothing else to ask with. Standard library only, so that it starts fast.
+The image has no curl. The probe uses only the standard library, so that it starts fast.
 """
 
 import http.client
@@ -10,7 +10,7 @@ __all__ = ["main"]
 
 
 def main(address: str) -> int:
-    """Ask `address` for /readyz; return 0 when it answers 200 within 3 seconds, otherwise 1."""
+    """Ask `address` for /readyz; return 0 if it answers 200 within 3 seconds, otherwise 1."""
     connection = http.client.HTTPConnection(address, timeout=3)
     try:
         connection.request("GET", "/readyz")

@@ -1,4 +1,4 @@
-"""What every service's process does alike: settings, logs, loop, signals, health, exit code."""
+"""The process of a service: its settings, logs, event loop, signals, health and exit code."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ class Service(Protocol):
     """A service as its process sees it."""
 
     async def run(self) -> None:
-        """Serve until `stop` was called and all in flight is settled; raising ends the process with 1."""
+        """Serve until the drain that `stop` begins has ended. If it raises, the process exits with 1."""
 
     def stop(self) -> None:
-        """Begin to drain. Called on the loop's thread, once; may not block."""
+        """Begin to drain. Called once, on the loop's thread; must not block."""
 
     def problems(self) -> list[str]:
-        """Return why the service is not ready, and as `health.Degraded` what is wrong though it is.
+        """Return why the service is not ready, and as `health.Degraded` what is wrong although it is ready.
 
-        Called on another thread; may not block.
+        Called on another thread; must not block.
         """
 
 
 class _BadSetting(Exception):
-    """A setting that is of the right type and yet cannot be used."""
+    """A setting of the right type that the service cannot use."""
 
 
 def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn:
-    """Run the service that `build` makes, and exit.
+    """Run the service that `build` returns, and exit with a code.
 
-    0 after a drain (SIGTERM or SIGINT), 1 when the service failed or a second signal came, 2 when a
-    setting is wrong (`build` raises ValueError where it cannot be used) or a variable is none of ours.
+    - 0: after a drain (SIGTERM or SIGINT).
+    - 1: the service failed, or a second signal came.
+    - 2: a setting is wrong (`build` raises ValueError for it), or a variable is unknown.
     """
     if lines := misspelt(os.environ):
         print("\n".join(lines), file=sys.stderr)
@@ -92,7 +93,7 @@ async def _serve(name: str, build: Callable[[Settings], Awaitable[Service]], con
         Heartbeat(loop) as heartbeat,
         HealthServer(config.http_listen, heartbeat, service.problems) as health,
     ):
-        # What stands now stays; a collection of the youngest at every 700 allocations cost 60 us a task.
+        # The objects of now stay. Collecting the youngest generation every 700 allocations cost 60 us a task.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)

@@ -1,6 +1,6 @@
-"""The task tables' statements, for whoever records, folds, publishes or rebuilds tasks.
+"""The statements on the task tables, to record, fold, publish and rebuild tasks.
 
-All functions work on the caller's connection, inside its transaction, and block.
+All functions run in the caller's transaction, and block.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Body(NamedTuple):
 
 
 def _upsert_tail() -> str:
-    # Assignments take effect from left to right, so what the conditions read comes last: created_at,
-    # which says that the mail is known, and version. VALUES(id) differs from id where the row that
-    # stands in the way has the same idempotency key and is another task's; it stays as it is.
+    # Assignments take effect from left to right, so the columns of the conditions come last: created_at,
+    # which says that the mail is known, and version. If the existing row is another task's with the same
+    # idempotency key, VALUES(id) differs from id, and the row stays as it is.
     newer = "VALUES(version) > version AND VALUES(id) = id"
     same = f"VALUES(version) >> {EPOCH_SHIFT} = version >> {EPOCH_SHIFT} AND VALUES(id) = id"
     attempts = "IF({0}, GREATEST(VALUES(attempts), attempts), IF({1}, VALUES(attempts), attempts))"
@@ -74,10 +74,10 @@ _UPSERT_TAIL = _upsert_tail()
 
 
 def upsert(connection: Connection, rows: Iterable[TaskRow], table: str = "tasks") -> None:
-    """Merge `rows` into the table, as `fold.merge` does; several rows of one task are fine.
+    """Merge `rows` into the table, as `fold.merge` does; a task may have several rows.
 
-    A row whose idempotency key another task has already changes nothing and is not stored. Rows are
-    locked in the order of their ids, so that two who upsert the same ones seldom meet in a deadlock.
+    A row is not stored if another task has its idempotency key. The rows are locked in the order of their
+    ids, so that two upserts of the same rows seldom deadlock.
     """
     merged: dict[bytes, TaskRow] = {}
     for row in rows:
@@ -98,14 +98,14 @@ def body_of(task: pb.MailTask) -> Body:
 
 
 def insert_bodies(connection: Connection, bodies: Iterable[Body], table: str = "task_bodies") -> None:
-    """Insert bodies; one that is there already stays."""
+    """Insert bodies; an existing one stays."""
     head = f"INSERT IGNORE INTO {table} ({', '.join(Body._fields)}) VALUES"
     for part in _parts(bodies):
         execute_rows(connection, head, part)
 
 
 def _parts(bodies: Iterable[Body]) -> Iterator[list[Body]]:
-    # Few bodies a statement, so that none is made in vain: a million characters have 4 MB at most.
+    # Few bodies a statement, so that none is too long: a million characters have at most 4 MB.
     part: list[Body] = []
     characters = 0
     for body in bodies:
@@ -122,7 +122,7 @@ def _parts(bodies: Iterable[Body]) -> Iterator[list[Body]]:
 def insert_events(
     connection: Connection, entries: Iterable[TimelineEntry], table: str = "task_events"
 ) -> None:
-    """Insert lines of timelines; those that are there already stay."""
+    """Insert entries of timelines; existing ones stay."""
     head = f"INSERT IGNORE INTO {table} ({', '.join(TimelineEntry._fields)}) VALUES"
     ordered = sorted(entries, key=itemgetter(0, 1))
     execute_rows(connection, head, ordered)
@@ -131,9 +131,9 @@ def insert_events(
 def owners_of_keys(
     connection: Connection, keys: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], tuple[bytes, bytes]]:
-    """Return the id and the request hash of the task that has each (tenant, idempotency key), if any.
+    """Return the id and the request hash of the task with each (tenant, idempotency key), if any.
 
-    Under READ COMMITTED this sees what others have committed by now, so it may follow an upsert.
+    Under READ COMMITTED it sees what others have committed by now, so it may follow an upsert.
     """
     by_tenant: dict[str, list[bytes]] = {}
     for tenant, key in keys:
@@ -142,7 +142,7 @@ def owners_of_keys(
     for tenant, of_tenant in by_tenant.items():
         for start in range(0, len(of_tenant), 500):
             part = of_tenant[start : start + 500]
-            # Given many pairs, or left the choice, an optimiser would read the whole table.
+            # Without the hint, or with many pairs, an optimiser would read the whole table.
             found = connection.exec_driver_sql(
                 "SELECT idempotency_key, id, request_hash FROM tasks FORCE INDEX (tasks_by_key)"
                 f" WHERE tenant = %s AND idempotency_key IN ({placeholders(len(part))})",
@@ -154,10 +154,10 @@ def owners_of_keys(
 
 
 def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.MailTask]:
-    """Return the whole mail tasks as they were recorded, by id; without text and HTML once those are purged.
+    """Return the mail tasks as they were recorded, by id; without text and HTML if those are purged.
 
-    Ids that are unknown, or known from later events only, are left out. Ask for few at a time: a task may
-    weigh megabytes.
+    Unknown tasks, and those known from later events only, are left out. Ask for few at a time: a task may
+    have megabytes.
     """
     if not ids:
         return {}
@@ -187,10 +187,7 @@ def load_tasks(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, pb.M
 
 
 def send_times(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, int]:
-    """Return the time of each task that was scheduled (`TaskCreated.send_at_us`), by id.
-
-    It is the timeline that keeps it, whatever becomes of the task.
-    """
+    """Return the time of each scheduled task (`TaskCreated.send_at_us`), by id. The timeline keeps it."""
     if not ids:
         return {}
     found = connection.exec_driver_sql(
@@ -202,7 +199,7 @@ def send_times(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, int]
 
 
 def sizes_of_bodies(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, int]:
-    """Return the bytes of text, HTML and headers of each task that has any, by id."""
+    """Return the bytes of text, HTML and headers of each task with a body, by id."""
     if not ids:
         return {}
     parts = [f"COALESCE(OCTET_LENGTH({column}), 0)" for column in ("body", "html", "headers")]
@@ -216,7 +213,7 @@ def sizes_of_bodies(connection: Connection, ids: Sequence[bytes]) -> dict[bytes,
 def load_events(
     connection: Connection, keys: Sequence[tuple[bytes, str]]
 ) -> dict[tuple[bytes, str], TimelineEntry]:
-    """Return the lines of timelines with these (task id, event id) that there are."""
+    """Return the timeline entries with these (task id, event id), as far as they exist."""
     by_event: dict[str, list[bytes]] = {}
     for id_, event_id in sorted(keys):
         by_event.setdefault(event_id, []).append(id_)
@@ -234,7 +231,7 @@ def load_events(
 def load_epoch(
     connection: Connection, task_id: bytes, topics: Sequence[str], epoch: int
 ) -> list[TimelineEntry]:
-    """Return the lines of a task's timeline that stand for events of these topics in this epoch."""
+    """Return the entries of a task's timeline for events of these topics in this epoch."""
     like = " OR ".join(["event_id LIKE %s"] * len(topics))
     found = connection.exec_driver_sql(
         f"SELECT {', '.join(TimelineEntry._fields)} FROM task_events"
@@ -249,10 +246,10 @@ def _object(column: str | bytes | None) -> Mapping[str, str]:
 
 
 def purge_bodies(connection: Connection, before: datetime, limit: int = 500) -> int:
-    """Delete up to `limit` bodies of tasks that ended before that time (naive UTC); return how many.
+    """Delete up to `limit` bodies of tasks that ended before that time (naive UTC); return their number.
 
-    Retry refuses an ended task without its body, also an uncertain one. The tasks' rows are locked until
-    the transaction ends, so that none is reopened meanwhile; what others hold is passed by.
+    Retry refuses an ended task without a body, also an uncertain one. The transaction locks the tasks'
+    rows, so that none is reopened meanwhile, and skips rows that others have locked.
     """
     first_since = to_micros(before) // 1000 << 80  # a UUIDv7 begins with 48 bits of milliseconds
     body_id = tables.task_bodies.c.task_id

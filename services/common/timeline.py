@@ -1,4 +1,4 @@
-"""A task's timeline: each of its events as one line."""
+"""A task's timeline: one entry for each of its events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAY_BE_OUT = "the mail may have gone out"
 
 
 class TimelineEntry(NamedTuple):
-    """A row of `task_events`, in the order of its columns: one line of a task's timeline."""
+    """An entry of a task's timeline: a row of `task_events`, in the order of its columns."""
 
     task_id: bytes
     event_id: str
@@ -62,10 +62,7 @@ def _doubt(event: pb.MailDeferred | pb.MailFailed) -> str:
 
 
 def timeline_entry(event: Event) -> TimelineEntry:
-    """Return the line of the task's timeline that `event` is.
-
-    An attempt in doubt names its Message-ID in `detail`, whether it was resent or is held.
-    """
+    """Return the timeline's entry of `event`. The `detail` of an attempt in doubt has its Message-ID."""
     match event:
         case pb.TaskCreated():
             kind = "retried" if event.epoch else "created"

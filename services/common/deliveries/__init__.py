@@ -1,1 +1,1 @@
-"""The row that decides about a task's mail: who may send it, and what became of it."""
+"""Deliveries: who may send a task's mail, and what became of it."""

@@ -1,6 +1,6 @@
-"""What may be done with a task's delivery, decided from its row in `deliveries`. Pure.
+"""What a claim or a cancellation does to a task's delivery, decided from its row in `deliveries`. Pure.
 
-A row and a claim are compared by (epoch, attempt). What a Claim is answered:
+A claim is compared with a row by (epoch, attempt). The answers to a Claim:
 
 | row's state            | claim is older | same            | later attempt   | later epoch     |
 | ---------------------- | -------------- | --------------- | --------------- | --------------- |
@@ -9,24 +9,25 @@ A row and a claim are compared by (epoch, attempt). What a Claim is answered:
 | `sending`, lease runs  | Stale          | Wait            | Wait            | Wait            |
 | `sending`, lease over  | Stale          | in doubt        | in doubt        | in doubt        |
 | `released`             | Stale          | Taken           | Taken           | Taken           |
-| `released`, untold     | Stale          | in doubt        | in doubt        | in doubt        |
+| `released`, doubtful   | Stale          | in doubt        | in doubt        | in doubt        |
 | `deferred`             | Stale          | Stored          | Taken           | Taken           |
 | `failed`               | Stale          | Stored          | Stored          | Taken           |
 | `uncertain`            | Stale          | Stored          | Stored          | Taken           |
 | `cancelled`            | Stale          | Stored          | Stored          | Taken           |
 
-In doubt: the last owner is gone and may have handed the mail over. While the epoch has a resend left the row
-is taken (`Taken` with `doubtful`), else it is made `uncertain` and that is answered as Stored. Policy `hold`
-has no resends.
+In doubt: the last owner is gone and may have handed the mail over. While the epoch has a resend left, the
+claim takes the row (`Taken` with `doubtful`). Otherwise the row becomes `uncertain`, and the answer is
+Stored. The policy `hold` allows no resends.
 
-Untold: its reason is `in_doubt`. A claim counts the doubt that it finds, and its row keeps that reason until
-the doubt is on record. Given back before, the next claim finds the same doubt and does not count it again.
+Doubtful: the row's reason is `in_doubt`. A claim counts the doubt that it finds, and its row keeps that
+reason until the doubt is published. If the claim is released before, the next claim finds the same doubt
+and does not count it again.
 
-Stored: publish the row's outcome once more; its sender may have died before it did. Stale: the record
-was overtaken by a later one, which is told the outcome: nothing to do, nothing to tell. `sent` is told to
-everyone, since it is true of every epoch.
+Stored: the handler publishes the row's outcome once more, since its sender may have died before it did.
+Stale: a later record has overtaken this one and will publish the outcome, so there is nothing to do. `sent`
+is the answer to every claim, since it is true in every epoch.
 
-What a Cancel (of epoch e) is answered; it compares epochs alone:
+The answers to a Cancel of epoch e, which compares only epochs:
 
 | row's state                             | row's epoch > e | = e             | < e                |
 | --------------------------------------- | --------------- | --------------- | ------------------ |
@@ -37,9 +38,10 @@ What a Cancel (of epoch e) is answered; it compares epochs alone:
 | `released`, `deferred`                  | Stale           | now cancelled*  | now cancelled*     |
 | `failed`, `uncertain`, `cancelled`      | Stale           | Stored          | now cancelled*     |
 
-A cancel waits for a running claim because that may end as `deferred`, and the next attempt must not
-send. (*) A mail that was ever in doubt, in whatever attempt or epoch, is `uncertain` when it is cancelled,
-under either policy: it must not be sent again, and that it was never sent cannot be promised.
+A Cancel waits for a running claim, since that may end as `deferred`, and then the next attempt must not send.
+
+(*) If the mail was ever in doubt, in any attempt or epoch, the row becomes `uncertain` under either policy.
+The mail must not be sent again, and nobody can promise that it was never sent.
 """
 
 from __future__ import annotations
@@ -74,23 +76,23 @@ __all__ = [
 
 DeliveryState = Literal["sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled"]
 
-# The reason of every outcome that leaves open whether the mail was delivered.
+# The reason of every outcome that leaves it open whether the mail was delivered.
 IN_DOUBT = "in_doubt"
-# The reasons of the outcomes that an operator found: the mail was not sent; it was sent.
+# The reasons after an operator's decision: the mail was not sent; it was sent.
 NOT_SENT = "not_sent"
 RESOLVED = "resolved"
 NO_OWNER = bytes(16)
-"""The owner of a row that no claim made."""
+"""The owner token of a row that no claim has written."""
 
 
 class Delivery(NamedTuple):
-    """A row of `deliveries`, its columns in this order. `owner` is never used by two claims."""
+    """A row of `deliveries`, in the order of its columns. Every claim has an `owner` token of its own."""
 
     task_id: bytes
     state: DeliveryState
     epoch: int
     attempt: int
-    # How often the mail was in doubt when a claim was taken: taken over, or left so by an earlier attempt.
+    # How often a claim found the mail in doubt: at a takeover, or after an attempt that ended so.
     takeovers: int
     owner: bytes
     # By the database's clock, UTC.
@@ -102,12 +104,12 @@ class Delivery(NamedTuple):
     reply: str
     relay: str
     message_id: str
-    # How often the epoch's mail was in doubt before this claim; its mail goes out once more for each.
+    # How often the epoch's mail was in doubt before this claim: it was resent as often.
     doubts: int = 0
 
 
 class Claim(NamedTuple):
-    """A wish to send. `message_id` is used unless an earlier attempt has already sent under another one."""
+    """A request to send. An earlier attempt's Message-ID takes precedence over `message_id`."""
 
     task_id: bytes
     epoch: int
@@ -117,7 +119,7 @@ class Claim(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """A wish that the task be sent no more, in its epoch and those before."""
+    """A request to send the task no more, in this epoch and earlier ones."""
 
     task_id: bytes
     epoch: int
@@ -125,11 +127,11 @@ class Cancel(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """The caller owns the row and may send, once it is on record that the mail may then go out twice.
+    """The caller owns the row. It may send once it has published that the mail may go out twice, if so.
 
-    `doubtful`: it was taken from an owner who may have handed the mail over, or who gave it back before such
-    a doubt was on record. `earlier`: the row of an earlier attempt that ended in doubt; its own event may
-    have died with its sender. `since`: the claimer's monotonic clock before it asked.
+    `doubtful`: the last owner may have handed the mail over, or released the row before that doubt was
+    published. `earlier`: the row of an earlier attempt that ended in doubt, whose event its sender may not
+    have published. `since`: the claimer's monotonic clock before its call.
     """
 
     row: Delivery
@@ -139,29 +141,27 @@ class Taken(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Another's claim runs for these seconds more unless renewed; ask again then.
-
-    0: its lease is over, and it may not be taken over yet.
-    """
+    """Another claim's lease runs for so many more seconds, unless renewed. 0: it is over, without a
+    takeover yet."""
 
     seconds: float
 
 
 class Stored(NamedTuple):
-    """The outcome is known; publish it."""
+    """The row has its outcome: publish that."""
 
     row: Delivery
 
 
 class Stale(NamedTuple):
-    """A later record has taken this one's place."""
+    """A later record of the task has overtaken this one."""
 
 
 ClaimAnswer = Taken | Wait | Stored | Stale
 
 
 def initial_row(request: Claim | Cancel, lease_until: datetime) -> Delivery:
-    """Return the row that a request makes where there was none."""
+    """Return the row that a request creates if the task has none."""
     state: DeliveryState = "sending"
     attempt, message_id = 0, ""
     if isinstance(request, Claim):
@@ -186,7 +186,7 @@ def initial_row(request: Claim | Cancel, lease_until: datetime) -> Delivery:
 
 
 def may_resend(doubts: int, hold: bool, max_resends: int) -> bool:
-    """Return whether a mail that was in doubt so often in its epoch, this time included, goes out again."""
+    """Return whether a mail is sent again after so many doubts in its epoch, the present one included."""
     return not hold and doubts <= max_resends
 
 
@@ -199,12 +199,14 @@ def decide(  # noqa: PLR0917
     max_resends: int = 1,
     take_over: bool = True,
 ) -> tuple[ClaimAnswer, Delivery | None]:
-    """Return the answer to `request` and the row to write, None where it stays as it is.
+    """Return the answer to `request` and the row to write; None: the row stays as it is.
 
-    `now` is the database's time, at or before the moment the row was read. `hold`: what is in doubt is
-    held, not sent again; otherwise it is sent again `max_resends` times at most. Without `take_over` a
-    lease that is over counts as running. Asked again by the same owner (its first answer was lost), it
-    answers the same, but for an `earlier` row: it has replaced that, and answers `doubtful` instead.
+    `now` is the database's time, no later than the row was read. With `hold` a mail in doubt is not sent
+    again; otherwise it is resent at most `max_resends` times an epoch. Without `take_over` a lease that has
+    ended counts as running.
+
+    An owner that repeats its request (the first answer was lost) gets the same answer. Only an `earlier`
+    row is replaced by then, and the answer is `doubtful` instead.
     """
     if isinstance(request, Cancel):
         return _cancel(row, request, now, take_over)
@@ -221,7 +223,7 @@ def decide(  # noqa: PLR0917
         return Stale(), None
     if row.state == "sending" and (row.lease_until > now or not take_over):
         return _wait(row, now), None
-    if row.state == "sending" or _untold(row):
+    if row.state == "sending" or _has_unpublished_doubt(row):
         new = _taken(row, request, until)
         if not may_resend(new.doubts, hold, max_resends):
             new = _uncertain(row, request.epoch, request.attempt, request.owner, now)
@@ -239,17 +241,17 @@ def decide(  # noqa: PLR0917
 
 
 def released_row(taken: Taken) -> Delivery:
-    """Return the row to settle where a claim ends before its doubt, if any, is on record.
+    """Return the row that releases a claim before its doubt, if any, is published.
 
-    The next claim is then answered as this one was. Once the doubt is on record, give back a `released` row
-    without a reason instead.
+    The next claim then gets the same answer as this one. Once the doubt is published, a `released` row
+    without a reason releases the claim.
     """
     if taken.earlier is not None:
         return taken.earlier._replace(owner=taken.row.owner)
     return taken.row._replace(state="released")
 
 
-def _untold(row: Delivery) -> bool:
+def _has_unpublished_doubt(row: Delivery) -> bool:
     return row.state == "released" and row.reason == IN_DOUBT
 
 
@@ -283,7 +285,7 @@ def _cancel(
 
 def _taken(row: Delivery, claim: Claim, until: datetime) -> Delivery:
     in_doubt = row.state == "sending" or row.reason == IN_DOUBT
-    found = in_doubt and not _untold(row)
+    found = in_doubt and not _has_unpublished_doubt(row)
     return initial_row(claim, until)._replace(
         takeovers=row.takeovers + found,
         message_id=row.message_id or claim.message_id,
@@ -306,26 +308,27 @@ def _uncertain(row: Delivery, epoch: int, attempt: int, owner: bytes, now: datet
 
 
 class Settlement(Enum):
-    """What becomes of a settle."""
+    """What became of a settled row."""
 
     STORED = "stored"
-    """The claim was still the caller's."""
+    """The caller still held the claim."""
     LATE = "late"
-    """The claim was lost, but that the mail was accepted is true whoever owns the claim: stored too."""
+    """The claim was lost, but the relay took the mail, which is true whoever holds the claim: stored all
+    the same."""
     FENCED = "fenced"
-    """The claim was lost; the row is another's and says what is so."""
+    """The claim was lost: the row is another owner's and stays as it is."""
 
 
 def settlement(row: Delivery | None, settled: Delivery) -> tuple[Settlement, Delivery | None]:
-    """Return what becomes of the wish to write `settled`, and the row to write, None where it stays as it is.
+    """Return what becomes of `settled`, the claimed row with its outcome, and the row to write, if any.
 
-    `settled` is the claimed row with its outcome; told twice, it is stored once.
+    A repeated call stores nothing twice.
     """
     if row is not None and row.owner == settled.owner:
         if row.state == "sending":
             return Settlement.STORED, settled
         if row.state == settled.state:
-            # Told twice, and late the first time: the row stands for another event than the caller's.
+            # A repeated call. If the first one was late, the row stands for another event than the caller's.
             same = (row.epoch, row.attempt) == (settled.epoch, settled.attempt)
             return Settlement.STORED if same else Settlement.LATE, None
     if settled.state != "sent" or (row is not None and row.state == "sent"):

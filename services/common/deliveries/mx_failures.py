@@ -1,11 +1,12 @@
-"""A task whose domain takes no mail has a delivery too: one that failed.
+"""The failed deliveries of tasks whose domain takes no mail.
 
-Without it the sender would know nothing of the task, and a `task.created` that is read again once the domain
-takes mail (a group that is reset, a record that is redelivered) would send what had failed, though nobody
-asked for it. With it the claim answers, as for every other task that ended; a later epoch is free to go.
+Without such a row the sender would not know the task. A group reset or a redelivery may have the validator
+read `task.created` again, when the domain takes mail. The sender would then send a failed task that nobody
+reopened. With the row it gets the answer of a task that ended. A later epoch may send.
 
-Whoever comes first decides about the epoch. Once a sender has the task, the verdict changes nothing. A claim
-that was given back before its first attempt told anything counts as none: no event outranks the verdict yet.
+The first to write decides about an epoch: once a sender has the task, the verdict changes nothing. A claim
+that was released before its first attempt published anything does not count, since no event outranks the
+verdict yet.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _NEVER = datetime(1970, 1, 1)
 _REASON = widths(deliveries)["reason"]
 
 _OVER = ("failed", "uncertain", "cancelled")
-# Assignments see what those before them have written: what the others ask for comes last, and the attempt
-# that is written (0) answers as the one before did.
+# An assignment sees what those before it have written. So the columns of the condition come last, and the new
+# attempt (0) satisfies it as the old one did.
 _FREE = (
     f"(epoch < VALUES(epoch) AND state IN {_OVER}"
     " OR epoch = VALUES(epoch) AND state = 'released' AND attempt <= 1 AND takeovers = 0)"
@@ -56,7 +57,7 @@ _TAIL = "ON DUPLICATE KEY UPDATE " + ", ".join(
 
 
 def failed_row(event: pb.MxFailed) -> Delivery:
-    """Return the row of a task that failed so and that no sender has seen."""
+    """Return the failed row of a task that no sender has claimed."""
     return Delivery(
         event.id,
         "failed",
@@ -75,9 +76,10 @@ def failed_row(event: pb.MxFailed) -> Delivery:
 
 
 def merge_failure(known: Delivery | None, row: Delivery) -> Delivery:
-    """Return the row after `row`, made by `failed_row`, meets the known one. `store_failures` does it in SQL.
+    """Return the row after `row` (of `failed_row`) meets the known one. `store_failures` does the same in
+    SQL.
 
-    What is sending, sent or deferred is the sender's business, and a later epoch is another matter.
+    A row that is sending, sent or deferred stays, and so does one of a later epoch.
     """
     if known is None:
         return row
@@ -93,9 +95,9 @@ def _untried(known: Delivery) -> bool:
 
 
 def store_failures(connection: Connection, events: Iterable[pb.MxFailed]) -> None:
-    """Have the deliveries of these tasks failed, but for those of a later epoch or that a sender has.
+    """Store the failed deliveries of these tasks, as `merge_failure` does. Blocks.
 
-    Blocks. Locks rows of `deliveries` in the order of their ids; rows of `tasks` are to be locked before.
+    Locks rows of `deliveries` in the order of their ids; the caller locks rows of `tasks` before.
     """
     last: dict[bytes, Delivery] = {}
     for row in map(failed_row, events):

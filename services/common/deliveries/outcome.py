@@ -1,7 +1,6 @@
-"""The event that a settled row stands for. Pure.
+"""The event of a settled row. Pure.
 
-The same row makes the same event, byte for byte: whoever finds it after a crash publishes what its
-sender would have published.
+The same row always makes the same bytes, so after a crash another sender publishes what the first would have.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ STAGE = "sender"
 
 
 def failed_before_sender(row: Delivery) -> bool:
-    """Whether the task ended before the sender saw it (mx_failures.py): `mx.failed` tells of it, no other."""
+    """Return whether the task failed before a sender claimed it (mx_failures.py): its only event is
+    `mx.failed`."""
     return row.state == "failed" and row.attempt == 0
 
 
 def event_of(row: Delivery) -> Event:
-    """Return the event of a row that is sent, deferred, failed or uncertain; raises ValueError for others."""
+    """Return the event of a sent, deferred, failed or uncertain row. Raises ValueError for others."""
     match row.state:
         case "sent":
             return _sent(row)
@@ -73,7 +73,7 @@ def _deferred(row: Delivery) -> pb.MailDeferred:
         message_id=row.message_id,
         next_attempt_at_us=row.next_attempt_at,
         in_doubt=in_doubt,
-        # Those before it stand for earlier doubts.
+        # The takeovers before it stand for earlier doubts.
         takeover=row.takeovers if in_doubt else 0,
         at_us=row.settled_at,
     )

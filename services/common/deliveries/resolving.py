@@ -1,6 +1,6 @@
-"""What becomes of an uncertain delivery once an operator has decided about it. Pure.
+"""The delivery of an uncertain task after an operator's decision. Pure.
 
-Each decision is of an epoch of its own, like a Cancel: what is under way of the task cannot overrule it.
+Like a Cancel, each decision has an epoch of its own, so that records of earlier epochs cannot overrule it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ __all__ = ["cancelled_row", "resolved_row"]
 
 
 def cancelled_row(row: Delivery, epoch: int, owner: bytes) -> Delivery:
-    """Return the row once its task is cancelled. It stays known that the mail may have gone out."""
+    """Return the row of the cancelled task. Its takeovers still say that the mail may have gone out."""
     return row._replace(
         state="cancelled", epoch=epoch, owner=owner, takeovers=row.takeovers + 1, reason="", next_attempt_at=0
     )
 
 
 def resolved_row(row: Delivery, sent: bool, epoch: int, owner: bytes, now_us: int) -> Delivery:
-    """Return the row once an operator found that the mail was sent or was not. No doubt is left then.
+    """Return the row after an operator found out whether the mail was sent; no doubt is left.
 
-    `outcome.event_of` makes the event that tells of it. `now_us`: microseconds since the Unix epoch.
+    `outcome.event_of` makes its event. `now_us` is in microseconds since the Unix epoch.
     """
     return row._replace(
         state="sent" if sent else "failed",

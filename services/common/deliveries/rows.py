@@ -1,7 +1,4 @@
-"""The rows of `deliveries` in SQL, for whoever decides about them.
-
-All functions work on the caller's connection, inside its transaction, and block.
-"""
+"""The rows of `deliveries` in SQL. All functions run in the caller's transaction, and block."""
 
 from __future__ import annotations
 
@@ -35,16 +32,16 @@ _REPLACE = "ON DUPLICATE KEY UPDATE " + ", ".join(
 )
 
 UNKNOWN = datetime.min
-"""A time that only the server knows."""
+"""Stands for a time that only the server knows."""
 
 _by_id = attrgetter("task_id")
 
 
 def owner_tokens() -> Callable[[], bytes]:
-    """Return a source of owner tokens: 8 random bytes of this process, 8 that count.
+    """Return a source of owner tokens: 8 random bytes of this process and 8 that count.
 
-    One for every claim, not one for every process: a claim that was lost and taken again by another
-    handler of the same process is fenced off like anybody else's.
+    Every claim has a token of its own. So a handler that lost its claim is fenced even if another handler
+    of the same process holds the claim now.
     """
     process, numbers = os.urandom(8), count()
     return lambda: process + next(numbers).to_bytes(8, "big")
@@ -53,7 +50,7 @@ def owner_tokens() -> Callable[[], bytes]:
 def lock_rows(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes, Delivery], datetime]:
     """Return the rows of `ids` under exclusive locks, and the database's time before it waited for them.
 
-    The time is UNKNOWN where there is no row.
+    Without any row the time is UNKNOWN.
     """
     wanted = tuple(sorted(ids))
     query = (
@@ -66,14 +63,14 @@ def lock_rows(connection: Connection, ids: Iterable[bytes]) -> tuple[dict[bytes,
 
 
 def store_rows(connection: Connection, rows: Iterable[Delivery]) -> None:
-    """Write rows whole, over those that are there. Their locks are to be held, or they are to be new."""
+    """Write whole rows over existing ones. The caller holds their locks, or they are new."""
     execute_rows(connection, INSERT, sorted(rows, key=_by_id), _REPLACE)
 
 
 def insert_row(connection: Connection, row: Delivery) -> bool:
     """Insert a row unless its task has one; return whether it was inserted.
 
-    One that is there is locked for reading only: do not go on to `lock_rows` in the same transaction unless
-    a deadlock may be answered by doing it all again (`database.transaction` does).
+    An existing row gets a shared lock. A later `lock_rows` in the same transaction may deadlock, so the
+    transaction must be repeatable (`database.transactions.transaction` repeats it).
     """
     return execute_rows(connection, INSERT_NEW, [row]) == 1

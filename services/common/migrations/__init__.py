@@ -20,13 +20,14 @@ __all__ = ["VERSION_TABLE", "migrate"]
 
 LOCK_SECONDS = 120
 VERSION_TABLE = "postroad_version"
-# An ALTER that waits for a table holds up all who come after it (seconds), so it waits briefly, with pauses.
+# An ALTER that waits for a table blocks all later statements on it. So it waits briefly (seconds), with
+# pauses.
 _TABLE_WAIT, _PAUSE = 2, 1.0
-# How long it is tried again after it first got no lock (seconds): less than others wait for the migration.
+# After its first refusal a migration repeats for this long (seconds): less than others wait for its lock.
 _PATIENCE = 60.0
-# An index of a large table takes hours. The driver would give up alone: the server goes on (seconds).
+# An index of a large table takes hours. A shorter read timeout would end the client alone (seconds).
 _READ_SECONDS = 24 * 3600
-# The oldest transaction first. The user needs PROCESS to see those of others.
+# The oldest open transaction. Without PROCESS the user sees only its own.
 _OPEN = """
     SELECT p.id, p.user FROM information_schema.innodb_trx AS t
     JOIN information_schema.processlist AS p ON p.id = t.trx_mysql_thread_id
@@ -36,16 +37,16 @@ _OPEN = """
 
 
 def migrate(url: str | URL, revision: str = "head") -> bool:
-    """Bring the database at `url`, which must exist, to `revision`; blocks. Done already: does nothing.
+    """Migrate the existing database at `url` to `revision`, unless it is there already. Blocks.
 
-    Returns False, and changes nothing, where a later version of Postroad has migrated it: its tables serve
-    this version too, so that going back to it needs no migration.
+    Returns False, without a change, if a later version of Postroad has migrated the database. Its tables
+    serve this version too, so going back to this version needs no migration.
 
-    One migrates at a time: others wait on a lock of the server's, and raise TimeoutError after two
-    minutes. A statement waits 2 s for a table that an open transaction uses, and is tried again for a minute;
-    then TimeoutError says how to end that transaction. MySQL commits each DDL statement by itself, so every
-    step must bear being done again after a migration that was killed halfway. Raises
-    `sqlalchemy.exc.DBAPIError` where the server refuses.
+    One process migrates at a time: others wait for a lock of the server, and raise TimeoutError after two
+    minutes. A statement waits 2 s for a table that an open transaction uses, and is repeated for a minute.
+    Then TimeoutError says how to end that transaction. MySQL commits each DDL statement by itself, so every
+    step must be repeatable after a migration that was killed halfway. Raises `sqlalchemy.exc.DBAPIError` if
+    the server refuses.
     """
     engine = make_engine(url, pool_size=1, read_seconds=_READ_SECONDS)
     try:
@@ -61,14 +62,14 @@ def migrate(url: str | URL, revision: str = "head") -> bool:
 
 
 def _lock(connection: Connection, database: str) -> None:
-    # Locks are the whole server's, and their names 64 characters at most.
+    # Locks belong to the whole server; a name has at most 64 characters.
     name = "postroad.migrate." + hashlib.sha256(database.encode()).hexdigest()[:32]
     if connection.exec_driver_sql("SELECT GET_LOCK(%s, %s)", (name, LOCK_SECONDS)).scalar() != 1:
         raise TimeoutError(f"another migration has held the lock for {LOCK_SECONDS} s")
 
 
 def _upgraded(connection: Connection, config: Config, revision: str) -> bool:
-    """Return False where the database is newer; raise TimeoutError where a table stays in use."""
+    """Return False if the database is newer. Raise TimeoutError if a table stays in use."""
     deadline = 0.0
     while True:
         try:
@@ -81,7 +82,7 @@ def _upgraded(connection: Connection, config: Config, revision: str) -> bool:
             if not is_conflict(error):
                 raise
             connection.rollback()
-            # From the first refusal on: an index may have taken an hour before its last step got no lock.
+            # Counted from the first refusal: an index may take an hour before its last step gets no lock.
             deadline = deadline or monotonic() + _PATIENCE
             if monotonic() >= deadline:
                 raise TimeoutError(_in_use(connection, error)) from error
@@ -102,7 +103,7 @@ def _in_use(connection: Connection, error: DBAPIError) -> str:
 
 
 def _newer(connection: Connection, config: Config) -> bool:
-    """Whether the database has had a migration that this version does not know."""
+    """Return whether the database had a migration that this version does not know."""
     context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     return not known.issuperset(context.get_current_heads())

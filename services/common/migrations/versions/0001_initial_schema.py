@@ -94,6 +94,6 @@ CREATE TABLE IF NOT EXISTS deliveries (
 
 
 def upgrade() -> None:
-    """Create the tables that are not there yet."""
+    """Create the tables that do not exist yet."""
     for table in (_TASKS, _TASK_BODIES, _TASK_EVENTS, _OUTBOX, _DELIVERIES):
         op.execute(table + _OPTIONS)

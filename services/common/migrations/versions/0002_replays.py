@@ -1,4 +1,4 @@
-"""How far each replay is, so that one that was cut off goes on where it was."""
+"""The positions of each replay, so that an interrupted one continues."""
 
 from alembic import op
 

@@ -1,6 +1,6 @@
-"""When each attempt was to be followed by another; statuses are walked and counted within their tenant.
+"""The time of each next attempt in the timeline, and an index of the statuses within a tenant.
 
-The column is added at the end (no row is written anew); the index is made beside the one that it replaces.
+The column comes last, so the server rewrites no row. The server builds the index before it drops the old one.
 """
 
 from alembic import op
@@ -13,7 +13,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add what is not there yet."""
+    """Add the column and the index unless they exist."""
     found = inspect(op.get_bind())
     if "next_attempt_at" not in {column["name"] for column in found.get_columns("task_events")}:
         op.execute("ALTER TABLE task_events ADD COLUMN next_attempt_at DATETIME(6)")

@@ -1,7 +1,6 @@
-"""Recipients and domains are walked and counted within their tenant: one with few tasks finds them at once.
+"""Indexes of recipients and domains within a tenant, so that a tenant with few tasks finds them at once.
 
-Each index is made beside the one that it replaces, under the same name, so that a version before this
-migration goes on finding it.
+Each index replaces one of the same name, so that a version before this migration still finds it.
 """
 
 from alembic import op
@@ -14,7 +13,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Replace what is not replaced yet; an index a statement, as each may take minutes."""
+    """Replace the old indexes, one a statement, since each may take minutes."""
     there = {index["name"]: index["column_names"] for index in inspect(op.get_bind()).get_indexes("tasks")}
     for column in ("recipient", "domain"):
         name = f"tasks_by_{column}"

@@ -1,4 +1,4 @@
-"""How often a mail was in doubt in its epoch: a limit on its resends.
+"""The number of doubts of a mail in its epoch, which limits its resends.
 
 A version before this migration leaves the column out, and so counts nothing.
 """
@@ -13,7 +13,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the column unless it is there: a migration that was interrupted runs again."""
+    """Add the column unless it exists: an interrupted migration runs again."""
     there = {column["name"] for column in inspect(op.get_bind()).get_columns("deliveries")}
     if "doubts" not in there:
         op.execute("ALTER TABLE deliveries ADD COLUMN doubts INTEGER NOT NULL DEFAULT 0")

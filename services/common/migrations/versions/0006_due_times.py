@@ -1,6 +1,6 @@
-"""When each row of the outbox became due: each sweep moves `available_at` ahead.
+"""The due time of each row of the outbox, since each sweep moves `available_at` ahead.
 
-A version before this migration leaves the column out; its rows count as due when they are tried next.
+A version before this migration leaves the column out; its rows count as due at their next try.
 """
 
 from alembic import op
@@ -13,7 +13,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the column, and have the index answer for both times, unless that is done."""
+    """Add the column and extend the index to both times, unless that is done."""
     there = {column["name"] for column in inspect(op.get_bind()).get_columns("outbox")}
     if "due_at" not in there:
         op.execute(

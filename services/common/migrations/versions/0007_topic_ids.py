@@ -1,4 +1,4 @@
-"""Which ids the topics have had, so that `postroad rebuild` recognises one that was created again."""
+"""The ids of the topics, so that `postroad rebuild` recognises a topic that was created again."""
 
 from alembic import op
 
@@ -9,7 +9,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create the table unless it is there."""
+    """Create the table unless it exists."""
     op.execute(
         """
         CREATE TABLE IF NOT EXISTS topic_ids (
