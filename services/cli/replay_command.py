@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,7 +13,7 @@ from services.cli.command import DATABASE, KAFKA, CommandContext, Yes, command
 from services.cli.completion import complete_from, reopenable, statuses, topics
 from services.cli.errors import FAILED, INTERRUPTED, USAGE, Failure
 from services.cli.replay_results import produced_text, show_counts, show_result
-from services.cli.terminal import ProgressBar, confirm, progress, say
+from services.cli.terminal import ProgressBar, confirm, progress, say, stopped_by_signals
 from services.cli.times import parse_point
 
 if TYPE_CHECKING:
@@ -222,7 +220,7 @@ def _run(context: CommandContext, settings: Settings, engine: Engine, replay: Re
 
     total = replay.left
     try:
-        with _stopped_by_signals() as stop, progress(f"replay {replay.topic}", total) as bar:
+        with stopped_by_signals() as stop, progress(f"replay {replay.topic}", total) as bar:
             on_progress = _on_progress(bar, total)
             finished = run(settings, engine, replay, stop, on_progress, on_refused=_say_refused)
     except ReplayTakenOver:
@@ -263,28 +261,6 @@ def _engine(settings: Settings) -> Iterator[Engine]:
         yield engine
     finally:
         engine.dispose()
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGINT or SIGTERM sets. The second signal ends the command as usual."""
-    stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def request_stop(_number: int, _frame: object) -> None:
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, request_stop)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _on_progress(bar: ProgressBar, total: int) -> Any:

@@ -1,15 +1,17 @@
-"""What a command tells the person at the terminal, on stderr: questions, progress, remarks."""
+"""The person at the terminal: questions, progress and remarks on stderr, and Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from services.cli.errors import FAILED, USAGE, Failure
 
-__all__ = ["OncePerChange", "ProgressBar", "confirm", "progress", "say"]
+__all__ = ["OncePerChange", "ProgressBar", "confirm", "progress", "say", "stopped_by_signals"]
 
 
 class ProgressBar(Protocol):
@@ -84,6 +86,28 @@ def progress(what: str, total: int | None = None) -> Iterator[ProgressBar]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bars:
         yield _RichBar(bars, bars.add_task(what, total=total, note=""))
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Yield an event that the first SIGINT or SIGTERM sets. The second signal ends the command as usual."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request_stop(_number: int, _frame: object) -> None:
+        stop.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, request_stop)
+    try:
+        yield stop
+    finally:
+        restore()
 
 
 class _NoBar:

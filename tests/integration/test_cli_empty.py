@@ -1,4 +1,4 @@
-"""Every command where there is nothing to show: an api without tasks, a cluster without records."""
+"""Every command with nothing to show: an api without tasks, a cluster without records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ID = "019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071"
 
 
 class Empty(TaskServiceServicer):
-    """Knows one task, of which no event is folded, and lists none."""
+    """An api that knows one task without a folded event, and lists none."""
 
     def Get(self, request: pb.GetRequest, context: Any) -> task_pb2.Task:
         return task_pb2.Task(id=request.id, email="ada@good.test", status="pending")
@@ -49,7 +49,7 @@ def api() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def postroad(api: str, infra: Infra) -> Command:
-    """The command of an installation that has its topics and tables, and nothing in them."""
+    """The command of an installation with empty topics and tables."""
     command = Command(
         {
             "POSTROAD_API": api,
@@ -66,7 +66,7 @@ def postroad(api: str, infra: Infra) -> Command:
 
 
 def ended(done: Done, form: OutputFormat) -> Done:
-    """The command ended well, and its result is one in this form."""
+    """Check that the command succeeded, and that its result has this format."""
     assert (done.code, "Traceback" in done.err) == (0, False), done.err
     if form is OutputFormat.JSON:
         json.loads(done.out)
@@ -76,7 +76,7 @@ def ended(done: Done, form: OutputFormat) -> Done:
 
 
 @pytest.mark.parametrize("form", OutputFormat)
-def test_a_task_of_which_no_event_is_folded_is_shown(postroad: Command, form: OutputFormat) -> None:
+def test_a_task_without_a_folded_event_is_shown(postroad: Command, form: OutputFormat) -> None:
     done = ended(postroad("get", ID, "-o", form), form)
     assert ID in done.out
     if form is OutputFormat.TABLE:
@@ -105,9 +105,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("form", OutputFormat)
 @pytest.mark.parametrize("arguments", COMMANDS)
-def test_where_there_is_nothing_a_command_says_so(
-    postroad: Command, arguments: str, form: OutputFormat
-) -> None:
+def test_an_empty_result_is_said(postroad: Command, arguments: str, form: OutputFormat) -> None:
     done = ended(postroad(*arguments.split(), "-o", form), form)
     if form is OutputFormat.TABLE and (printed := COMMANDS[arguments]):
         assert printed in done.err
@@ -122,7 +120,7 @@ def test_empty_tables_equal_empty_topics(postroad: Command, arguments: str, form
 
 
 @pytest.mark.parametrize("arguments", ["dead replay --all --yes", "dead purge --all --yes"])
-def test_letters_that_are_not_there_are_not_found(postroad: Command, arguments: str) -> None:
+def test_absent_dead_letters_are_not_found(postroad: Command, arguments: str) -> None:
     done = postroad(*arguments.split())
     assert (done.code, done.out) == (3, "")
     assert done.err == "postroad: there are no such dead letters\n"

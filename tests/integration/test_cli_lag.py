@@ -46,8 +46,8 @@ def test_without_topics_it_says_what_to_do(infra: Infra) -> None:
     assert done.err == f"postroad: no topic {prefix}task.created: 'postroad topics apply' creates it\n"
 
 
-def test_what_nobody_ever_read_waits_from_the_start(infra: Infra) -> None:
-    """Two stages read one topic, and each has its own head there."""
+def test_without_commits_lag_counts_from_the_start(infra: Infra) -> None:
+    """Two stages read one topic, and each has its own oldest record there."""
     postroad, prefix = installation(infra)
     assert postroad("topics", "apply", "--yes").code == 0
     put(infra, f"{prefix}task.created")
@@ -63,7 +63,7 @@ def test_what_nobody_ever_read_waits_from_the_start(infra: Infra) -> None:
     assert stages["sender"]["oldest_waiting_seconds"] is None
 
 
-def test_the_domains_of_what_the_sender_has_not_committed_are_named(infra: Infra) -> None:
+def test_the_domains_of_uncommitted_mails_are_shown(infra: Infra) -> None:
     url = infra.migrated_database()
     postroad, prefix = installation(infra, POSTROAD_DATABASE_URL=url)
     assert postroad("topics", "apply", "--yes").code == 0
@@ -72,7 +72,7 @@ def test_the_domains_of_what_the_sender_has_not_committed_are_named(infra: Infra
     for id_, domain in tasks.items():
         event = encode(pb.MxOk(task=pb.MailTask(id=id_, domain=domain), attempt=1, at_us=7), "validator")
         producer.produce(f"{prefix}mx.ok", event.value, event.key, headers=event.headers)  # type: ignore[arg-type]
-    # Another make's record, and two of a delay topic: one is due, one is not.
+    # A record of another producer, and two of a delay topic, one of which is due.
     producer.produce(f"{prefix}mx.ok", b"\xff", b"foreign", partition=0)
     for due_at_ms in (1000, 32_503_680_000_000):
         event = encode(
@@ -101,7 +101,7 @@ def test_the_domains_of_what_the_sender_has_not_committed_are_named(infra: Infra
         assert postroad("lag", "--domains", *options).code == 2
 
 
-def test_events_that_are_due_and_not_published_are_counted(infra: Infra) -> None:
+def test_due_unpublished_events_are_counted(infra: Infra) -> None:
     url = infra.migrated_database()
     postroad, _ = installation(infra, POSTROAD_DATABASE_URL=url)
     assert postroad("topics", "apply", "--yes").code == 0
@@ -112,14 +112,14 @@ def test_events_that_are_due_and_not_published_are_counted(infra: Infra) -> None
     with engine.begin() as connection:
         outbox.put(connection, items)
         connection.exec_driver_sql("UPDATE outbox SET due_at = due_at - INTERVAL 300 SECOND")
-        # As after a sweep that could not publish them.
+        # A sweep could not publish them.
         outbox.defer(connection, items, outbox.LEASE)
     engine.dispose()
     found = postroad(*asked, "-o", "json").json["outbox"]
     assert found["due"] == 40
     assert 300 <= found["oldest_due_seconds"] < 360
     assert ["outbox", "40"] in [line.split()[:2] for line in postroad(*asked).lines]
-    # It is the database's part of the answer alone that is missing without a database.
+    # Without a database, only the database's part of the answer is missing.
     away = postroad(*asked, "-o", "json", POSTROAD_DATABASE_URL="mysql://postroad@127.0.0.1:1/postroad")
     assert (away.code, away.json["outbox"]) == (0, None)
     assert away.err.startswith("postroad: the outbox is not shown: the database: ")

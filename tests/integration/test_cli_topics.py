@@ -61,7 +61,7 @@ def setting_of(admin: AdminClient, topic: str, setting: str) -> str | None:
     return value
 
 
-def test_a_setting_that_differs_is_named(infra: Infra) -> None:
+def test_a_differing_topic_setting_is_named(infra: Infra) -> None:
     prefix = infra.topic_prefix()
     assert postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7").returncode == 0
     subject = f"{prefix}mx.ok"
@@ -71,7 +71,7 @@ def test_a_setting_that_differs_is_named(infra: Infra) -> None:
     assert found.stderr.splitlines() == [f"differs {subject}: cleanup.policy is compact, wanted delete"]
 
 
-def test_a_retention_that_is_too_short_is_raised_and_a_longer_one_stays(infra: Infra) -> None:
+def test_a_short_retention_is_raised_and_a_longer_one_stays(infra: Infra) -> None:
     prefix = infra.topic_prefix()
     assert postroad(infra.bootstrap, prefix, POSTROAD_VALIDATOR_DELAYS="7").returncode == 0
     short, for_ever = f"{prefix}validator.delay.7", f"{prefix}mx.ok"
@@ -134,11 +134,11 @@ def test_apply_lists_what_it_will_do_and_asks(infra: Infra) -> None:
     assert existing(infra.bootstrap, prefix) == {}
     assert terminal.on_terminal("topics", "apply", typed="y\n").code == 0
     assert len(existing(infra.bootstrap, prefix)) == len(listed)
-    # Where there is nothing to do there is nothing to ask.
+    # Without anything to do it does not ask.
     assert postroad(infra.bootstrap, prefix, "apply", **delay).returncode == 0
 
 
-def test_what_no_setting_gives_is_as_the_cluster_has_it(infra: Infra) -> None:
+def test_settings_that_are_not_given_come_from_the_cluster(infra: Infra) -> None:
     prefix = infra.topic_prefix()
     given = {"POSTROAD_VALIDATOR_DELAYS": "7", "POSTROAD_SENDER_DELAYS": "9,11"}
     assert postroad(infra.bootstrap, prefix, POSTROAD_PARTITIONS="3", **given).returncode == 0
@@ -155,7 +155,7 @@ def test_what_no_setting_gives_is_as_the_cluster_has_it(infra: Infra) -> None:
     assert [(row["topic"], row["state"]) for row in missing.json] == [(f"{prefix}mx.failed", "missing")]
     assert nothing("topics", "apply", "--yes").code == 0
     assert existing(infra.bootstrap, prefix) == before
-    # What is given wins.
+    # A given setting takes precedence.
     other = nothing("topics", "check", "-o", "json", POSTROAD_SENDER_DELAYS="9,12")
     assert [(row["topic"], row["state"]) for row in other.json] == [(f"{prefix}sender.delay.12", "missing")]
 

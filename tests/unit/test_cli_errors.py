@@ -1,4 +1,4 @@
-"""What goes wrong is told in one line, with an exit code that says of which kind it is."""
+"""A failing command writes one line, and its exit code says what kind of failure it is."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def postroad() -> Command:
         ("list --token aé", "POSTROAD_TOKEN (--token) has other characters than visible ASCII"),
     ],
 )
-def test_a_bad_flag_is_a_line_and_exit_code_2(postroad: Command, arguments: str, says: str) -> None:
+def test_a_bad_flag_gets_a_line_and_exit_code_2(postroad: Command, arguments: str, says: str) -> None:
     done = postroad(*arguments.split())
     assert (done.code, done.out) == (USAGE, "")
     (line,) = done.err.splitlines()
@@ -97,7 +97,9 @@ def test_a_bad_flag_is_a_line_and_exit_code_2(postroad: Command, arguments: str,
         (f"migrate --database {URL}", "the database: "),
     ],
 )
-def test_a_server_that_is_away_is_a_line_and_code_5(postroad: Command, arguments: str, says: str) -> None:
+def test_an_unreachable_server_gets_a_line_and_exit_code_5(
+    postroad: Command, arguments: str, says: str
+) -> None:
     done = postroad(*arguments.split())
     assert done.code == UNAVAILABLE, done
     assert done.out == ""
@@ -106,7 +108,7 @@ def test_a_server_that_is_away_is_a_line_and_code_5(postroad: Command, arguments
     assert says in line
 
 
-def test_a_setting_that_is_wrong_names_its_variable(postroad: Command) -> None:
+def test_a_wrong_setting_names_its_variable(postroad: Command) -> None:
     done = postroad("lag", POSTROAD_PARTITIONS="many")
     assert (done.code, done.out) == (USAGE, "")
     assert done.err.startswith("postroad: POSTROAD_PARTITIONS: ")
@@ -122,7 +124,7 @@ def test_a_bad_line_of_a_batch_is_named(postroad: Command) -> None:
 
 
 @pytest.mark.parametrize("name", ["mails", "-"])
-def test_a_line_of_a_batch_that_is_not_utf8_is_named(postroad: Command, tmp_path: Path, name: str) -> None:
+def test_a_batch_line_that_is_not_utf8_is_named(postroad: Command, tmp_path: Path, name: str) -> None:
     path = tmp_path / "mails"
     path.write_bytes(b'{"email": "a@x.example", "subject": "s", "body": ""}\n{"email": "\xff"}\n')
     given = str(path) if name == "mails" else name
@@ -145,15 +147,15 @@ def test_a_line_of_a_batch_that_is_not_utf8_is_named(postroad: Command, tmp_path
     "arguments",
     [["create", "a\udcff@x.example", "-S", "s", "-b", "b"], ["list", "--email", "\udcff"], ["get", "\udcff"]],
 )
-def test_an_argument_that_is_not_utf8_is_a_line(postroad: Command, arguments: list[str]) -> None:
+def test_an_argument_that_is_not_utf8_gets_a_line(postroad: Command, arguments: list[str]) -> None:
     done = postroad(*arguments, "--api", AWAY)
     assert (done.code, done.out) == (USAGE, "")
     assert re.fullmatch(r"postroad: '.*\\udcff.*' is not in UTF-8\n", done.err)
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/1/root"])
-def test_who_asked_for_no_config_file_need_not_have_one(postroad: Command, home: str) -> None:
-    """The one is no directory, the other may not be looked into."""
+def test_an_unreadable_default_config_file_is_ignored(postroad: Command, home: str) -> None:
+    """One home is no directory, the other one is not readable."""
     done = postroad("list", "--api", AWAY, HOME=home, POSTROAD_CONFIG="")
     assert done.code == UNAVAILABLE, done
     asked = postroad("list", "--api", AWAY, "--config", "/dev/null/config.toml")
@@ -169,11 +171,11 @@ def test_a_body_that_is_not_utf8_is_refused(postroad: Command, tmp_path: Path) -
     )
 
 
-def test_ctrl_c_is_a_line_and_exit_code_130(postroad: Command) -> None:
-    """A server that takes the connection and says nothing keeps the command waiting."""
+def test_ctrl_c_gets_a_line_and_exit_code_130(postroad: Command) -> None:
+    """A server that accepts the connection and stays silent keeps the command waiting."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = postroad.start("list", "--api", f"127.0.0.1:{silent.getsockname()[1]}")
-        # Held: a connection that is let go of is closed, and that is an answer.
+        # The reference keeps the connection open. A closed one would be an answer.
         connection, _ = silent.accept()
         with connection:
             process.send_signal(signal.SIGINT)
@@ -181,7 +183,7 @@ def test_ctrl_c_is_a_line_and_exit_code_130(postroad: Command) -> None:
     assert (process.returncode, out, err) == (130, "", "postroad: interrupted\n")
 
 
-def test_ctrl_c_while_it_is_loaded_is_a_line_too() -> None:
+def test_ctrl_c_during_imports_gets_a_line_too() -> None:
     script = """if True:
         import runpy, sys
 
@@ -197,7 +199,7 @@ def test_ctrl_c_while_it_is_loaded_is_a_line_too() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "postroad: interrupted\n")
 
 
-def test_a_reader_that_has_enough_ends_it_in_silence(postroad: Command) -> None:
+def test_a_closed_pipe_ends_the_command_silently(postroad: Command) -> None:
     process = postroad.start("--help")
     assert process.stdout is not None
     process.stdout.close()
@@ -207,7 +209,7 @@ def test_a_reader_that_has_enough_ends_it_in_silence(postroad: Command) -> None:
 
 
 def test_help_has_examples_and_loads_nothing_heavy(postroad: Command) -> None:
-    """Fast: none of gRPC, Kafka, SQLAlchemy or the settings is imported."""
+    """The help is fast: it imports neither gRPC nor Kafka, SQLAlchemy or the settings."""
     for name in (
         "create",
         "list",
@@ -232,7 +234,7 @@ def test_help_has_examples_and_loads_nothing_heavy(postroad: Command) -> None:
     assert found.stdout == "[]\n"
 
 
-def test_a_resolution_is_named(postroad: Command) -> None:
+def test_resolve_needs_a_resolution(postroad: Command) -> None:
     done = postroad("resolve", "019ab3c4-5d6e-7f80-9a1b-2c3d4e5f6071")
     assert done.code == 2
     assert "--not-sent" in done.err
@@ -259,15 +261,15 @@ def test_completion_knows_commands_and_statuses(postroad: Command) -> None:
         ("lag --stage v", ["validator"]),
     ],
 )
-def test_completion_knows_what_an_argument_may_be(postroad: Command, typed: str, words: list[str]) -> None:
+def test_completion_knows_an_argument_s_values(postroad: Command, typed: str, words: list[str]) -> None:
     asked = {"_POSTROAD_COMPLETE": "complete_bash"}
     done = postroad(**asked, COMP_WORDS=f"postroad {typed}", COMP_CWORD=str(len(typed.split())))
     assert (done.out.split(), done.err) == (words, "")
 
 
 @pytest.mark.parametrize("name", ["retry", "cancel", "resolve --sent"])
-def test_no_ids_on_stdin_are_nothing_to_do(postroad: Command, name: str) -> None:
-    """With xargs the command ran without a task, and failed."""
+def test_without_ids_on_stdin_a_command_does_nothing(postroad: Command, name: str) -> None:
+    """With xargs the command would run without a task, and fail."""
     done = postroad(*name.split(), "-", "--api", AWAY, given="\n")
     assert (done.code, done.err) == (0, "")
     one = postroad(*name.split(), "-", "--api", AWAY, given=f"{ID}\n")

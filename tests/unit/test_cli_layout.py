@@ -1,4 +1,4 @@
-"""How tables give way where there is no room."""
+"""The widths of a table's columns in a narrow terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from services.cli.layout import GAP, ColumnSize, column_widths
 ID = ColumnSize(36)
 
 
-def test_with_room_all_have_what_they_need() -> None:
+def test_in_a_wide_terminal_each_column_has_its_natural_width() -> None:
     assert column_widths([ID, ColumnSize(10), ColumnSize(30, min_width=8, rank=1)], 80) == [36, 10, 30]
 
 
-def test_without_a_bound_nothing_is_cut() -> None:
+def test_without_a_limit_nothing_is_cut() -> None:
     assert column_widths([ID, ColumnSize(5000, min_width=8, rank=1)], None) == [36, 5000]
 
 
@@ -48,7 +48,9 @@ shapes = st.lists(
 
 
 @given(shapes, st.integers(1, 200))
-def test_a_table_fits_or_has_given_all_it_can(columns: list[ColumnSize], room: int) -> None:
+def test_a_table_fits_or_its_columns_are_as_narrow_as_they_may_be(
+    columns: list[ColumnSize], room: int
+) -> None:
     given_ = column_widths(columns, room)
     kept = [i for i, width in enumerate(given_) if width]
     used = sum(given_) + GAP * (len(kept) - 1)

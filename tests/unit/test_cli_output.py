@@ -1,4 +1,4 @@
-"""The forms of a result."""
+"""The output formats."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_empty_result_is_said_on_stderr(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("", "")
 
 
-def test_rows_that_came_before_an_error_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_before_an_error_are_written(capsys: pytest.CaptureFixture[str]) -> None:
     def rows() -> Iterator[dict[str, object]]:
         yield ROWS[0]
         raise RuntimeError

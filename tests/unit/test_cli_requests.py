@@ -1,4 +1,4 @@
-"""What the flags of `create` and the filters ask the api for."""
+"""The requests that `create`, `cancel` and the filters make."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
         ("2026-01-30T10:00:00+02:00", datetime(2026, 1, 30, 8, tzinfo=UTC)),
     ],
 )
-def test_a_time_is_written_in_these_ways(text: str, means: datetime) -> None:
+def test_times_are_parsed(text: str, means: datetime) -> None:
     assert parse_time(text, NOW) == means
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2h", "+2y", "2026-13-01", "+999999999w", "12345"])
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_a_text_that_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(Failure, match="no time") as failed:
         parse_time(text, NOW)
     assert failed.value.code == USAGE
@@ -115,14 +115,14 @@ def test_a_bad_line_is_named(line: str) -> None:
         ("{", "no JSON object"),
     ],
 )
-def test_a_bad_line_is_told_by_the_names_that_the_file_has(line: str, says: str) -> None:
+def test_an_error_in_a_line_uses_the_file_s_names(line: str, says: str) -> None:
     with pytest.raises(Failure) as failed:
         list(requests_from_lines([line.encode()], "mails"))
     assert says in failed.value.line
     assert not any(word in failed.value.line for word in ("postroad.v1", "TaskData", "CreateRequest"))
 
 
-def test_the_api_s_words_get_the_names_that_the_file_has() -> None:
+def test_the_api_s_errors_use_the_file_s_names() -> None:
     printed = "data.email: has no domain; data.headers[X-Data.email]: is too long; and 2 more"
     assert without_data(printed) == "email: has no domain; headers[X-Data.email]: is too long; and 2 more"
     assert without_data("send_at: is more than a year from now") == "send_at: is more than a year from now"
@@ -137,7 +137,7 @@ def test_the_api_s_words_get_the_names_that_the_file_has() -> None:
         ("cancelled", ""),
     ],
 )
-def test_cancel_says_why_it_did_not(
+def test_cancel_says_why_a_task_is_not_cancelled(
     status: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = task_pb2.Task(id="1", status=status)
@@ -154,7 +154,7 @@ def test_cancel_says_why_it_did_not(
 
 
 class Answered(grpc.RpcError):
-    """A call that ended so, with the api's details or without any."""
+    """A failed call, with the api's details or without any."""
 
     def __init__(self, problem: StatusError, own: bool = True) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Answered(grpc.RpcError):
 
 
 def cancelling(monkeypatch: pytest.MonkeyPatch, first: grpc.RpcError) -> tuple[list[str], typer.Typer]:
-    """Return the ids that are asked for, and an app whose api answers `first` to the first of them."""
+    """Return the ids of the calls, and an app whose api answers the first call with `first`."""
     asked: list[str] = []
 
     def cancel(request: task_service_pb2.CancelRequest, timeout: float) -> task_pb2.Task:
@@ -189,7 +189,7 @@ def cancelling(monkeypatch: pytest.MonkeyPatch, first: grpc.RpcError) -> tuple[l
     return asked, app
 
 
-def test_a_task_that_is_being_sent_keeps_no_other_from_being_cancelled(
+def test_a_task_that_is_being_sent_does_not_end_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked, app = cancelling(monkeypatch, Answered(being_sent("1")))
@@ -211,7 +211,7 @@ def test_a_task_that_is_being_sent_keeps_no_other_from_being_cancelled(
     ],
     ids=["database", "draining", "overloaded", "connection"],
 )
-def test_an_api_that_is_away_ends_the_run(monkeypatch: pytest.MonkeyPatch, answer: grpc.RpcError) -> None:
+def test_an_unreachable_api_ends_the_command(monkeypatch: pytest.MonkeyPatch, answer: grpc.RpcError) -> None:
     asked, app = cancelling(monkeypatch, answer)
     with pytest.raises(grpc.RpcError) as ended:
         app(["cancel", "1", "2"])
@@ -221,7 +221,7 @@ def test_an_api_that_is_away_ends_the_run(monkeypatch: pytest.MonkeyPatch, answe
     assert cause.code == UNAVAILABLE
 
 
-def test_a_batch_holds_a_thousand_and_a_message_that_the_api_takes() -> None:
+def test_a_batch_has_at_most_1000_requests_and_16_mib() -> None:
     small = requests_from_flags([f"{n}@x.example" for n in range(2001)], {"subject": "s"}, "", None)
     assert [len(chunk) for chunk in batch_chunks(small)] == [1000, 1000, 1]
     large = requests_from_flags(

@@ -62,7 +62,7 @@ def test_profiles_are_named_by_flag_variable_or_the_file_itself(config: str) -> 
     assert effective_variables(named, {"POSTROAD_PROFILE": "far"})["POSTROAD_API"] == "near:1"
 
 
-def test_the_config_file_stands_where_xdg_says(tmp_path: Path) -> None:
+def test_the_config_file_is_in_the_xdg_directory(tmp_path: Path) -> None:
     (tmp_path / "postroad").mkdir()
     (tmp_path / "postroad/config.toml").write_text('[profiles.x]\napi = "x:1"')
     found = effective_variables({"profile": "x"}, {"XDG_CONFIG_HOME": str(tmp_path)})
@@ -76,7 +76,7 @@ def test_a_profile_sets_any_setting(config: str) -> None:
     assert (settings.sender_delays, settings.email_host) == ((60, 300), "relay.far")
 
 
-def test_a_setting_that_is_given_is_told_from_its_default(config: str) -> None:
+def test_a_given_setting_differs_from_a_default(config: str) -> None:
     assert "body_retention" not in make_settings(effective_variables({"config": config}, {})).model_fields_set
     given = make_settings(effective_variables({"config": config}, {"POSTROAD_BODY_RETENTION": "2592000"}))
     assert "body_retention" in given.model_fields_set
@@ -97,7 +97,7 @@ def test_a_bad_value_names_its_variable() -> None:
         ("[profiles", "config.toml: "),
     ],
 )
-def test_what_is_wrong_in_the_config_file_is_told(tmp_path: Path, text: str, says: str) -> None:
+def test_an_error_in_the_config_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "config.toml"
     path.write_text(text)
     with pytest.raises(Failure) as failed:
@@ -116,7 +116,7 @@ def test_a_default_profile_is_a_name(tmp_path: Path, value: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config", "env-file"])
-def test_a_file_that_was_named_must_be_there(tmp_path: Path, name: str) -> None:
+def test_a_named_file_must_exist(tmp_path: Path, name: str) -> None:
     with pytest.raises(Failure, match="nowhere"):
         effective_variables({name: str(tmp_path / "nowhere")}, {})
 
@@ -128,7 +128,7 @@ def test_an_env_file_has_names_and_values(tmp_path: Path) -> None:
         effective_variables({"env-file": str(path)}, {})
 
 
-def test_a_variable_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_variable_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.env"
     path.write_text("POSTROAD_KAFKA_BOOTSTRP=a:1\n")
     nearest = "POSTROAD_KAFKA_BOOTSTRP: no such variable; the nearest is POSTROAD_KAFKA_BOOTSTRAP"
@@ -139,7 +139,7 @@ def test_a_variable_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
     assert effective_variables({}, {"POSTROAD_HTTP_API_1": "127.0.0.1:1", "POSTROAD_PARTITIONS": "3"})
 
 
-def test_a_tokens_line_end_is_no_part_of_it() -> None:
+def test_a_line_end_is_no_part_of_a_token() -> None:
     open_channel({"POSTROAD_TOKEN": "secret-of-near\r\n"}).close()
     with pytest.raises(Failure, match="visible ASCII"):
         open_channel({"POSTROAD_TOKEN": "secret\nof-near"})
@@ -155,7 +155,7 @@ def test_a_tokens_line_end_is_no_part_of_it() -> None:
         ('[profiles.a]\nemail_pass = "hidden"\n', 0o604, True),
     ],
 )
-def test_a_config_file_with_secrets_that_others_may_read_is_warned_of(
+def test_a_readable_config_file_with_secrets_gets_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, mode: int, warned: bool
 ) -> None:
     path = tmp_path / "config.toml"
@@ -168,7 +168,9 @@ def test_a_config_file_with_secrets_that_others_may_read_is_warned_of(
     assert not warned or f"chmod 600 {path}" in printed
 
 
-def test_so_is_an_env_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_readable_env_file_with_secrets_gets_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "stack.env"
     path.write_text("POSTROAD_API=near:1\nPOSTROAD_TOKEN=secret\n")
     path.chmod(0o644)

@@ -74,7 +74,7 @@ def test_a_broken_stream_resumes_by_its_token_and_repeats_no_change(
     ]
 
 
-def test_the_first_stream_must_come_about(waits: list[float]) -> None:
+def test_a_failing_first_stream_ends_the_watch(waits: list[float]) -> None:
     with pytest.raises(Broken):
         next(ResumableWatch(Api([Broken("UNAVAILABLE")]), {}).rows())  # type: ignore[arg-type]
     assert waits == []

@@ -1,4 +1,4 @@
-"""What the documents and the help read with jq is in the JSON that the commands print. Needs no jq."""
+"""The jq recipes of the documents and the help read fields that the commands' JSON has. Needs no jq."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATH = r"\.[a-z_]\w*(?:\[\])?(?:\.[a-z_]\w*(?:\[\])?)*"
 
 
 class Recipe(NamedTuple):
-    """A command's arguments, the filter that its output goes through, and what comes after that."""
+    """A command's arguments, the jq filter after it, and the rest of the pipe."""
 
     arguments: str
     filter: str
@@ -83,7 +83,7 @@ def printed(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[Any]:
 
 
 def at(values: list[Any], path: str) -> list[Any]:
-    """Return what stands at a path such as `.stages[].lag`; raises LookupError or TypeError for none."""
+    """Return the values at a path such as `.stages[].lag`. Raises LookupError or TypeError for none."""
     for part in re.findall(r"\w+|\[\]", path):
         if part == "[]":
             values = [one for value in values for one in value]
@@ -92,7 +92,7 @@ def at(values: list[Any], path: str) -> list[Any]:
     return values
 
 
-def test_there_are_some() -> None:
+def test_the_documents_have_recipes() -> None:
     assert len(RECIPES) > 10
 
 

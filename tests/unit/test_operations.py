@@ -1,4 +1,4 @@
-"""The runbook says what is so: its commands, its metrics and its links are real."""
+"""The runbook is true: its commands, metrics, settings and links exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = (DOCS / "operations.md").read_text()
 
 
 def _commands() -> list[str]:
-    """Each `postroad ...` of the text, in code blocks and in the prose, without what is around it."""
+    """Return each `postroad ...` of the text, from code blocks and from the prose."""
     blocks = [line.strip() for line in re.findall(r"^ {4,}(.+)$", TEXT, re.MULTILINE)]
     inline = re.findall(r"`([^`\n]+)`", TEXT)
     found = []
@@ -40,14 +40,14 @@ def test_there_are_many() -> None:
     assert len(COMMANDS) > 35
 
 
-def test_no_recipe_loses_the_exit_code() -> None:
-    """xargs makes 123 of it, and runs the command without a task where there is none."""
+def test_no_recipe_uses_xargs() -> None:
+    """xargs turns every exit code into 123, and runs the command even without a task."""
     assert "xargs postroad" not in TEXT
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_is_one(line: str) -> None:
-    """It is read as the command line would read it, down to its last flag; nothing runs."""
+def test_every_command_of_the_runbook_exists(line: str) -> None:
+    """The command line parses it, down to its last flag, without running it."""
     command: Any = typer.main.get_command(app)
     context, arguments = None, shlex.split(line)[1:]
     while True:
@@ -58,7 +58,7 @@ def test_every_command_is_one(line: str) -> None:
         _, command, arguments = command.resolve_command(context, rest)
 
 
-def test_every_metric_is_one() -> None:
+def test_every_metric_of_the_runbook_exists() -> None:
     for path in DOCS.parent.glob("services/**/metrics.py"):
         import_module(".".join(path.relative_to(DOCS.parent).with_suffix("").parts))
     known = {name for name in REGISTRY._names_to_collectors if name.startswith("postroad_")}
@@ -67,7 +67,7 @@ def test_every_metric_is_one() -> None:
     assert named <= known
 
 
-def test_every_setting_is_one() -> None:
+def test_every_setting_of_the_runbook_exists() -> None:
     from services.cli.settings import VARIABLES
     from services.common.config import Settings
     from services.common.environment import OTHERS
@@ -77,7 +77,7 @@ def test_every_setting_is_one() -> None:
     assert named <= known | set(VARIABLES.values()) | OTHERS
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_has_a_target() -> None:
     headings = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):

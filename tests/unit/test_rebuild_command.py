@@ -15,7 +15,7 @@ def shown(capsys: pytest.CaptureFixture[str], report: RebuildReport, yes: bool) 
     return {title.strip(): value for title, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def test_restored_rows_are_no_exchange_that_did_not_happen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rebuild_that_only_restored_rows_shows_no_swap(capsys: pytest.CaptureFixture[str]) -> None:
     restored = shown(capsys, RebuildReport(deliveries=3, bodies=2), True)
     assert (restored["deliveries restored"], restored["bodies restored"]) == ("3", "2")
     assert "swapped in" not in restored

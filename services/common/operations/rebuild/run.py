@@ -20,20 +20,7 @@ from services.common.database.transactions import transaction
 from services.common.kafka.topics import EVENT_TOPICS, KEEP_DAYS, Names
 from services.common.operations.clients import admin_client, database_url
 from services.common.operations.errors import OperationError
-from services.common.operations.rebuild.copy_rows import (
-    copy_older,
-    copy_unknown,
-    copy_unpublished,
-    count_lost_entries,
-    keep_key_owners,
-    merge_incomplete_rows,
-)
-from services.common.operations.rebuild.diff import (
-    count_differences,
-    record_differences,
-    remove_equal,
-    sample_differences,
-)
+from services.common.operations.rebuild import copy_rows, diff, writer
 from services.common.operations.rebuild.event_reader import EventReader
 from services.common.operations.rebuild.gaps import find_gaps, oldest_complete_id, truncated_topics
 from services.common.operations.rebuild.report import RebuildProgress, RebuildReport
@@ -52,15 +39,6 @@ from services.common.operations.rebuild.shadow_table import (
     ranges,
 )
 from services.common.operations.rebuild.swap_tables import swap
-from services.common.operations.rebuild.writer import (
-    add_sent_by_timelines,
-    count_missing_bodies,
-    count_missing_deliveries,
-    restore_bodies,
-    restore_deliveries,
-    write_entries,
-    write_rows,
-)
 
 __all__ = ["RebuildRunning", "rebuild"]
 
@@ -170,14 +148,14 @@ class _Rebuild:
         for range_ in self._ranges(TASKS.original, TASKS.task_id):
             inside = range_.high is not None and range_.high <= oldest
             part = range_ if inside else TaskRange(range_.low, oldest)
-            rows, _ = self._transact(partial(copy_older, range_=part))
+            rows, _ = self._transact(partial(copy_rows.copy_older, range_=part))
             self.report.older += rows
             if not inside:
                 return
 
     def _copy_unpublished(self) -> int:
-        self._transact(partial(copy_unpublished, table=EVENTS))
-        return self._transact(partial(copy_unpublished, table=TASKS))
+        self._transact(partial(copy_rows.copy_unpublished, table=EVENTS))
+        return self._transact(partial(copy_rows.copy_unpublished, table=TASKS))
 
     def compare(self) -> None:
         """Compare every row, until the differences last."""
@@ -185,19 +163,21 @@ class _Rebuild:
         for table in SHADOW_TABLES:
             for name in (table.name, table.original):
                 for range_ in self._ranges(name, table.task_id):
-                    self._transact(partial(record_differences, table=table, range_=range_))
+                    self._transact(partial(diff.record_differences, table=table, range_=range_))
         self._await_settled()
         self._keep_what_topics_lost()
-        tasks, lines = (self._transact(partial(count_differences, table=table)) for table in SHADOW_TABLES)
+        tasks, lines = (
+            self._transact(partial(diff.count_differences, table=table)) for table in SHADOW_TABLES
+        )
         report = self.report
         report.missing, report.differing, report.extra = tasks["missing"], tasks["differs"], tasks["extra"]
         report.lines_missing, report.lines_differing = lines["missing"], lines["differs"]
         report.lines_extra = lines["extra"]
         for table in SHADOW_TABLES:
-            report.samples += self._transact(partial(sample_differences, table=table, most=_SAMPLES))
+            report.samples += self._transact(partial(diff.sample_differences, table=table, most=_SAMPLES))
         for table in SHADOW_TABLES:
             for range_ in self._ranges(table.differences, table.task_id):
-                self._transact(partial(copy_unknown, table=table, range_=range_))
+                self._transact(partial(copy_rows.copy_unknown, table=table, range_=range_))
         count = f"SELECT COUNT(*), COUNT(created_at) FROM {TASKS.name}"
         all_, created = self._transact(lambda connection: connection.exec_driver_sql(count).one())
         report.tasks, report.partial = int(all_), int(all_ - created)
@@ -205,13 +185,13 @@ class _Rebuild:
     def _keep_what_topics_lost(self) -> None:
         """Keep what the originals know and the topics do not hold."""
         for range_ in self._ranges(EVENTS.differences, EVENTS.task_id):
-            self._lost_entries += self._transact(partial(count_lost_entries, range_=range_))
+            self._lost_entries += self._transact(partial(copy_rows.count_lost_entries, range_=range_))
         for range_ in self._ranges(TASKS.differences, TASKS.task_id):
-            self._transact(partial(keep_key_owners, range_=range_))
-        differing = self._transact(partial(remove_equal, table=TASKS))
+            self._transact(partial(copy_rows.keep_key_owners, range_=range_))
+        differing = self._transact(partial(diff.remove_equal, table=TASKS))
         for range_ in self._ranges(TASKS.differences, TASKS.task_id):
-            self._transact(partial(merge_incomplete_rows, range_=range_))
-        self.report.kept = differing - self._transact(partial(remove_equal, table=TASKS))
+            self._transact(partial(copy_rows.merge_incomplete_rows, range_=range_))
+        self.report.kept = differing - self._transact(partial(diff.remove_equal, table=TASKS))
 
     def _await_settled(self) -> None:
         """Return once no row differs, or once no further row becomes equal."""
@@ -219,7 +199,7 @@ class _Rebuild:
         while True:
             self._reader.catch_up()
             self._copy_unpublished()
-            left = sum(self._transact(partial(remove_equal, table=table)) for table in SHADOW_TABLES)
+            left = sum(self._transact(partial(diff.remove_equal, table=table)) for table in SHADOW_TABLES)
             if left < least:
                 least, deadline = left, time.monotonic() + _SETTLE
             if not left or time.monotonic() > deadline:
@@ -248,8 +228,8 @@ class _Rebuild:
         """Count the missing deliveries, or restore them: early, since senders ask for them."""
         self._progress.note("deliveries")
         for range_ in self._ranges(EVENTS.original, EVENTS.task_id):
-            self._transact(partial(add_sent_by_timelines, range_=range_))
-        act = restore_deliveries if restore else count_missing_deliveries
+            self._transact(partial(writer.add_sent_by_timelines, range_=range_))
+        act = writer.restore_deliveries if restore else writer.count_missing_deliveries
         for range_ in self._ranges(DELIVERIES, "task_id"):
             self.report.deliveries += self._transact(partial(act, range_=range_))
 
@@ -258,7 +238,7 @@ class _Rebuild:
         self._progress.note("bodies")
         purged = from_micros(time.time_ns() // 1000 - self._retention_us) if self._retention_us else None
         act = partial(
-            restore_bodies if restore else count_missing_bodies,
+            writer.restore_bodies if restore else writer.count_missing_bodies,
             purged_before=purged,
             trust_tasks=not self._retention_given,
         )
@@ -288,10 +268,10 @@ class _Rebuild:
         started = time.monotonic()
         for folded in self._reader.batches(self._reader.topics.ends()):
             if table is TASKS:
-                write_rows(connection, folded.rows)
+                writer.write_rows(connection, folded.rows)
             else:
-                write_entries(connection, folded.entries.values())
-        copy_unpublished(connection, table)
+                writer.write_entries(connection, folded.entries.values())
+        copy_rows.copy_unpublished(connection, table)
         self.report.locked_ms += round((time.monotonic() - started) * 1000)
 
     def _transact(self, work: Callable[[Connection], R]) -> R:
