@@ -72,7 +72,7 @@ def insert_scheduled(engine: Engine, count: int) -> None:
         taskstore.upsert(connection, map(delta, part))
         taskstore.insert_events(connection, map(timeline_entry, part))
         taskstore.insert_bodies(connection, [taskstore.body_of(event.task) for event in part])
-        due = [(outbox.item_of(event), from_micros(event.send_at_us)) for event in part]
+        due = [(outbox.row_of(event), from_micros(event.send_at_us)) for event in part]
         outbox.schedule(connection, due)
 
     source = events()
