@@ -33,6 +33,7 @@ from services.common.stage import (
     poller,
     rebalance_handler,
     record_reader,
+    release_queue,
     runtime,
 )
 from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
@@ -94,6 +95,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (poller, "time", VirtualTime),
     (membership, "time", VirtualTime),
     (poller, "threading", VirtualTime),
+    (release_queue, "threading", VirtualTime),
     (consumer_close, "time", VirtualTime),
     (consumer_close, "threading", VirtualTime),
     (offset_committer, "time", VirtualTime),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from services.common.stage.offset_committer import OffsetCommitter
 from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
 from services.common.stage.rebalance_handler import RebalanceHandler
 from services.common.stage.record_reader import RecordReader
+from services.common.stage.release_queue import ReleaseQueue
 
 __all__ = ["Poller"]
 
@@ -95,9 +95,7 @@ class Poller:
         self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
         self._dispatch, self._cancel, self._ended, self._make_consumer = dispatch, cancel, ended, consumer
         self._pace = Pace(LONGEST_FETCH_WAIT)
-        self._released: deque[list[InFlightRecord]] = deque()
-        self._wake = threading.Event()
-        self._sleeping = False
+        self._released = ReleaseQueue()
         self._stopping = False
         self._fatal: KafkaError | None = None
         self._errors: dict[int, tuple[str, float]] = {}
@@ -113,13 +111,11 @@ class Poller:
     def stop(self) -> None:
         """Begin to drain: fetch no more, and end once every record is released or time is up."""
         self._stopping = True
-        self._wake.set()
+        self._released.wake()
 
     def release(self, records: list[InFlightRecord]) -> None:
         """Take back records that are finished (`finished`) or abandoned. Does not block."""
-        self._released.append(records)
-        if self._sleeping:
-            self._wake.set()
+        self._released.put(records)
 
     def problems(self) -> list[str]:
         """Return why records may not be coming in, empty where they are."""
@@ -178,7 +174,7 @@ class Poller:
 
     def _poll_once(self) -> None:
         now = self._polled_at = time.monotonic()
-        self._take_released()
+        self._tracker.release(self._released.take())
         self._committer.commit_if_due(now)
         if self._fatal is not None:
             raise KafkaException(self._fatal)
@@ -210,11 +206,7 @@ class Poller:
 
     def _wait_for_capacity(self) -> list[Message]:
         """Wait a moment for released records. Once all partitions are paused, poll to stay in the group."""
-        self._sleeping = True
-        if not self._released:
-            self._wake.wait(_SATURATED_SECONDS)
-        self._sleeping = False
-        self._wake.clear()
+        self._released.wait(_SATURATED_SECONDS)
         if not self._flow_control.all_paused:
             return []
         # A message still comes where it was on its way before the pause.
@@ -236,21 +228,14 @@ class Poller:
         if batch:
             self._dispatch(batch)
 
-    def _take_released(self) -> None:
-        while self._released:
-            self._tracker.release(self._released.popleft())
-
     def _wait_until_released(self, leaving: Collection[Assignment], deadline: float) -> None:
         """Wait until none of these has a record in flight, or until the deadline. Does not poll meanwhile."""
-        self._sleeping = True
         while True:
-            self._wake.clear()
-            self._take_released()
+            self._tracker.release(self._released.take())
             left = deadline - time.monotonic()
             if left <= 0 or not any(len(assignment.offsets) for assignment in leaving):
-                break
-            self._wake.wait(min(left, 0.5))
-        self._sleeping = False
+                return
+            self._released.wait(min(left, 0.5))
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -267,7 +252,7 @@ class Poller:
     def _poll_until_released(self, deadline: float) -> None:
         while True:
             now = self._polled_at = time.monotonic()
-            self._take_released()
+            self._tracker.release(self._released.take())
             self._committer.commit_if_due(now)
             if not self._tracker.in_flight.records or now > deadline:
                 return
