@@ -81,7 +81,7 @@ def plain_config(settings: Settings, client_id: str) -> dict[str, Any]:
 
 
 def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: bool) -> dict[str, Any]:
-    """Return a consumer's settings; it commits nothing by itself.
+    """Return the settings of a consumer in the group of `stage`; it commits nothing by itself.
 
     `gather` lets the broker hold a response back for up to 50 ms while there is little to send. A fetch names
     every partition, so it costs much the same however many records it brings.
