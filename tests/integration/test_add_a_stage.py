@@ -20,42 +20,11 @@ from confluent_kafka import Producer
 
 from postroad.v1 import events_pb2 as pb
 from services.common.events import encode
+from tests.integration import stage_facts
 from tests.stack import Infra
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/add-a-stage.md").read_text()
-
-# A process of the project with the new entry prints what follows from the list of stages.
-_DESCRIBE = """
-import json
-
-from deploy.local.layout import Layout
-from deploy.local.services import service_component
-from deploy.local.state import DEFAULT_REPLICAS, StackState
-from pathlib import Path
-from services.common.config import Settings
-from services.common.kafka import admin
-from services.common.stages import all_topics
-from tests.chaos.plan import plan
-from tests.unit import test_setting_readers as readers
-
-settings = Settings()
-created = admin.apply(settings, all_topics(settings)).created
-given = {"POSTROAD_KAFKA_BOOTSTRAP": settings.kafka_bootstrap, "POSTROAD_TOPIC_PREFIX": settings.topic_prefix}
-state = StackState(replicas=dict(DEFAULT_REPLICAS), given=given)
-name = state.service_names()[-1]
-component = service_component(Layout(Path("stack")), state, name)
-state.release_ports()
-print(json.dumps({
-    "created": created,
-    "name": name,
-    "argv": component.argv,
-    "env": dict(component.env),
-    "address": component.address,
-    "faults": [[fault.kind, fault.target] for fault in plan(1, 1200)],
-    "lacks": sorted(readers.read_by("archiver") - readers.NOT_HANDED_ON - readers.handed_to("archiver")),
-}))
-"""
 
 
 def _blocks(language: str) -> list[str]:
@@ -126,14 +95,14 @@ def test_the_archiver_of_the_page_runs_and_is_known_everywhere(infra: Infra, pro
         "PYTHONDONTWRITEBYTECODE": "1",
         "ARCHIVE_DIRECTORY": str(archive),
     }
-    found = _python(project, environment, "-c", _DESCRIBE)
+    found = _python(project, environment, "-m", stage_facts.__name__)
     assert f"{prefix}archiver.dead" in found["created"]
     assert found["name"] == "archiver-1"
     assert found["argv"][1:] == ["-m", "services.archiver"]
     assert {("kill", "archiver-1"), ("freeze", "archiver-2"), ("scale", "archiver")} <= set(
         map(tuple, found["faults"])
     )
-    assert found["lacks"] == []
+    assert found["missing"] == []
 
     event = pb.MailSent(id=uuid.uuid4().bytes, attempt=1, message_id="<m@a.test>", at_us=1)
     record = encode(event, "sender")
