@@ -31,7 +31,7 @@ class Tenants:
         for number, pair in enumerate(map(str.strip, tokens.split(",") if tokens else ()), start=1):
             tenant, colon, token = pair.partition(":")
             if not colon:
-                raise ValueError(f"pair {number} is no TENANT:TOKEN, such as billing:4f1c09ab77d2")
+                raise ValueError(f"pair {number} is not TENANT:TOKEN, such as billing:4f1c09ab77d2")
             if _TENANT.fullmatch(tenant) is None:
                 raise ValueError(
                     f"the tenant of pair {number} is not 1 to 64 letters, digits, '.', '_' and '-'"

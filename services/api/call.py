@@ -54,7 +54,7 @@ def idempotency_key(metadata: Metadata) -> str:
     """Return the key of a Create, empty without one; raise InvalidArgument where it would be ignored."""
     binary = f"{_KEY}-bin"
     if binary in metadata or binary in metadata.repeated:
-        raise invalid_field(binary, f"is no key: use {_KEY}, or the request's idempotency_key")
+        raise invalid_field(binary, f"is not the key: use {_KEY}, or the request's idempotency_key")
     if _KEY in metadata.repeated:
         raise invalid_field(_KEY, "is given twice, with two values")
     return str(metadata.get(_KEY, ""))

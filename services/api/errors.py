@@ -147,7 +147,7 @@ def being_sent(id_: str, retry_seconds: float = 1.0) -> StatusError:
 def not_retryable(id_: str, status: str) -> StatusError:
     """Return FAILED_PRECONDITION for the Retry of a task that is completed or in progress."""
     reason = "ALREADY_SENT" if status == "completed" else "NOT_OVER"
-    why = "its mail went out" if status == "completed" else "it has not ended, and goes on by itself"
+    why = "its mail went out" if status == "completed" else "it has not ended, and continues by itself"
     return StatusError(
         grpc.StatusCode.FAILED_PRECONDITION,
         f"task {id_} is {status}: {why}; only failed, uncertain and cancelled ones are opened again",

@@ -78,7 +78,7 @@ class _FilterBuilder:
 
     def set(self, name: str, path: str, value: object) -> None:
         if self.values.setdefault(name, value) != value:
-            self.refuse(path, "asks for another value than the typed field")
+            self.refuse(path, "differs from the typed field")
 
     def set_text(self, name: str, path: str, value: str) -> None:
         try:
@@ -87,7 +87,7 @@ class _FilterBuilder:
             elif name == "domain":
                 value = ascii_domain(value)
             elif not value or len(value) > _MAX_REASON:
-                raise ValueError(f"is no reason (1 to {_MAX_REASON} characters)")
+                raise ValueError(f"is not a reason (1 to {_MAX_REASON} characters)")
         except ValueError as error:
             self.refuse(path, str(error))
         else:
@@ -99,7 +99,7 @@ class _FilterBuilder:
             return
         unknown = [value for value in values if value not in STATUSES]
         if unknown:
-            self.refuse(path, f"is none of {', '.join(STATUSES)}")
+            self.refuse(path, f"is not one of {', '.join(STATUSES)}")
         else:
             self.set("status", path, tuple(sorted(set(values))))
 
@@ -145,7 +145,7 @@ def _add_struct(struct: Struct, known: Set[str], builder: _FilterBuilder) -> Non
     for name, value in sorted(members.items()):
         member_path = f"{path}.{name[:60].encode('unicode_escape').decode()}"
         if name not in known:
-            builder.refuse(member_path, f"is no filter; there are {', '.join(sorted(known))}")
+            builder.refuse(member_path, f"is not a filter; there are {', '.join(sorted(known))}")
         else:
             _add_member(name, member_path, value, builder)
 
@@ -170,7 +170,7 @@ def _add_member(name: str, path: str, value: Json, builder: _FilterBuilder) -> N
         try:
             moment.FromJsonString(value)
         except ValueError:
-            builder.refuse(path, "takes a time as RFC 3339 writes it")
+            builder.refuse(path, "takes a time in the form of RFC 3339")
         else:
             builder.set_time(name, path, moment)
     else:

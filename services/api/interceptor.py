@@ -145,7 +145,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 request = decode(raw)
             except DecodeError:
                 name = _DESCRIPTOR.methods_by_name[rpc].input_type.full_name
-                raise invalid_field("request", f"the bytes are no {name}") from None
+                raise invalid_field("request", f"the bytes are not a valid {name}") from None
             set_call(call)
             yield request
 

@@ -15,7 +15,7 @@ from typing import Generic, TypeAlias, TypeVar
 import structlog
 
 from postroad.v1 import events_pb2 as pb
-from services.api.metrics import API_PUBLISHED, API_RELAY_HELD
+from services.api.metrics import API_PUBLISHED, OUTBOX_HELD
 from services.api.outbox import ApiEvent, OutboxRow, row_of
 from services.common.batching import Batcher
 from services.common.database.errors import error_text
@@ -64,7 +64,7 @@ class OutboxPublisher:
         self._publisher, self._deleter = publisher, deleter
         self._max_count, self._max_bytes = max_count, max_bytes
         self._held: set[OutboxRow] = set()
-        API_RELAY_HELD.set_function(lambda: len(self._held))
+        OUTBOX_HELD.set_function(lambda: len(self._held))
         self._has_capacity = True
         self._acked: list[OutboxRow] = []
         self._bytes = 0

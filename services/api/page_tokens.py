@@ -46,7 +46,7 @@ def decode(token: str, digest: bytes) -> bytes | None:
     last_id = raw[1:17]
     # base64 spells the same bytes in several ways. Only the spelling of `encode` is accepted.
     if len(raw) != _LENGTH or raw[17:] != _checksum(last_id, digest) or encode(last_id, digest) != token:
-        raise invalid_field("page_token", "is no token of a list with this filter")
+        raise invalid_field("page_token", "is not a token of a List with this filter")
     return last_id
 
 

@@ -1,4 +1,4 @@
-"""The W3C trace context of a request (Trace Context level 1, section 3.2), carried along with its task."""
+"""The W3C trace context of a request (Trace Context level 1, section 3.2), which its task's events carry."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _FORM = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}
 
 
 def traceparent(given: str | bytes | None, id_: bytes) -> bytes:
-    """Return the traceparent that a client gave where it is a valid one, otherwise one made of the task's id.
+    """Return the client's traceparent if it is valid, otherwise one that contains the task's id.
 
-    So a task whose client traces nothing is found in a trace store by its own id.
+    An operator thus finds a task in a trace store by its id even if its client traces nothing.
     """
     if isinstance(given, str):
         match = _FORM.fullmatch(given)

@@ -109,7 +109,7 @@ def timestamp_us(moment: Timestamp) -> int:
     Raises ValueError outside the years of RFC 3339, which google.protobuf.Timestamp demands.
     """
     if not (-62135596800 <= moment.seconds < 253402300800 and 0 <= moment.nanos < 10**9):
-        raise ValueError("is no time of RFC 3339: the years 1 to 9999, and nanos from 0 to 999999999")
+        raise ValueError("is not a time of RFC 3339: the years 1 to 9999, and nanos from 0 to 999999999")
     return moment.seconds * 10**6 - (-moment.nanos // 1000)
 
 
@@ -120,9 +120,9 @@ def label_violations(field: str, labels: Mapping[str, str]) -> list[FieldViolati
     violations = []
     for key, value in sorted(labels.items()):
         if not key or len(key.encode()) > _MAX_LABEL_KEY or _CONTROL.search(key):
-            description = f"is no label key (1 to {_MAX_LABEL_KEY} bytes, no control characters)"
+            description = f"is not a label key (1 to {_MAX_LABEL_KEY} bytes, no control characters)"
         elif len(value.encode()) > _MAX_LABEL_VALUE or _CONTROL.search(value):
-            description = f"is no label value ({_MAX_LABEL_VALUE} bytes at most, no control characters)"
+            description = f"is not a label value ({_MAX_LABEL_VALUE} bytes at most, no control characters)"
         else:
             continue
         violations.append(FieldViolation(_entry_path(field, key), description))
@@ -188,7 +188,7 @@ def _subject(subject: str, violations: list[FieldViolation]) -> None:
 def _bodies(data: task_service_pb2.TaskData, max_body: int, violations: list[FieldViolation]) -> None:
     if not data.HasField("body") and not data.HasField("html"):
         violations.append(
-            FieldViolation("data.body", "is missing; it may be empty, or html be given instead")
+            FieldViolation("data.body", "is missing; it may be empty, or the request may have html instead")
         )
         return
     text, html = _byte_size(data.body), _byte_size(data.html)
@@ -213,7 +213,7 @@ def _headers(headers: Mapping[str, str], violations: list[FieldViolation]) -> di
     for name, value in sorted(headers.items()):
         lower = name.lower()
         if _FIELD_NAME.fullmatch(name) is None:
-            description = "is no header name (1 to 76 printable ASCII characters, no colon)"
+            description = "is not a header name (1 to 76 printable ASCII characters, no colon)"
         elif lower in _RESERVED or lower.startswith(_RESERVED_FAMILIES):
             description = "is written by Postroad or by mail servers, not by clients"
         elif lower in seen:

@@ -11,13 +11,13 @@ __all__ = ["kafka_unavailable", "resume_token_expired", "too_many_watchers", "wa
 
 def too_many_watchers() -> StatusError:
     """Return RESOURCE_EXHAUSTED: this replica has as many watchers as it may have."""
-    text = "too many watch this replica"
+    text = "this replica has too many watchers"
     return _transient(grpc.StatusCode.RESOURCE_EXHAUSTED, text, "TOO_MANY_WATCHERS", 5)
 
 
 def watcher_lags() -> StatusError:
     """Return RESOURCE_EXHAUSTED: the client reads its messages too slowly. It may resume."""
-    text = "too many messages wait to be taken; go on from the last resume_token"
+    text = "too many messages wait for this client; resume with the last resume_token"
     return _transient(grpc.StatusCode.RESOURCE_EXHAUSTED, text, "WATCHER_LAGS", 1)
 
 
@@ -28,7 +28,7 @@ def kafka_unavailable() -> StatusError:
 
 def resume_token_expired() -> StatusError:
     """Return OUT_OF_RANGE: the topics no longer have the records after a resume token."""
-    text = "changes after this resume_token are no longer kept; List what there is, and watch without it"
+    text = "the changes after this resume_token are no longer kept; List the tasks, and watch without a token"
     return StatusError(grpc.StatusCode.OUT_OF_RANGE, text, (error_info("RESUME_TOKEN_EXPIRED"),))
 
 

@@ -47,11 +47,11 @@ def decode(token: str, digest: bytes) -> dict[TopicPartition, int]:
     """Return a token's positions; raise InvalidArgument for a token of another watch, or a damaged one."""
     head, tail = token[:_HEAD_LENGTH], token[_HEAD_LENGTH:]
     if head != encode_digest(digest) or len(token) > _MAX_LENGTH:
-        raise invalid_field("resume_token", "is no token of a watch of this task or filter")
+        raise invalid_field("resume_token", "is not a token of a Watch of this task or filter")
     try:
         return _decode_positions(_decode_base64(tail))
     except (ValueError, IndexError):
-        raise invalid_field("resume_token", "is cut off or changed") from None
+        raise invalid_field("resume_token", "is truncated or changed") from None
 
 
 def _encode_base64(raw: bytes) -> str:

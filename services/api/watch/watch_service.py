@@ -203,7 +203,7 @@ def _selection(tenant: str, request: pb.WatchRequest) -> WatchSelection:
     filter_ = collect(violations, filters.parse, request)
     task = collect(violations, task_id, request.id) if request.id else None
     if request.id and filter_ not in (None, Filter()):
-        violations.append(FieldViolation("id", "is not for use together with a filter"))
+        violations.append(FieldViolation("id", "cannot be combined with a filter"))
     if violations or filter_ is None:
         raise InvalidArgument(violations)
     return WatchSelection(tenant, task, filter_)
