@@ -177,6 +177,11 @@ class _Refused(Consumer):
     def incremental_assign(self, partitions: list[TopicPartition]) -> None:
         super().incremental_unassign([TopicPartition("unknown", 0)])
 
+    def close(self) -> None:
+        # Otherwise it would wait for the refused assignment.
+        super().incremental_assign([])
+        super().close()
+
 
 def test_a_bare_kafka_error_from_a_callback_ends_the_stage() -> None:
     config = {
@@ -193,4 +198,6 @@ def test_a_bare_kafka_error_from_a_callback_ends_the_stage() -> None:
     rig = Rig(consumer)
     rig.poller.start()
     assert rig.ended.wait(20)
+    rig.poller._thread.join(5)
+    assert not rig.poller._thread.is_alive()
     assert "callback failed" in str(rig.ends[0])

@@ -41,7 +41,7 @@ _CLOSE_SECONDS = 10.0
 # How long a client's error counts as a problem, unless librdkafka repeats it.
 _ERROR_SECONDS = 5.0
 
-# The error of the stage where no except clause has caught one: what librdkafka refuses to a rebalance
+# The error of the stage where no `except BaseException` catches one: what librdkafka refuses to a rebalance
 # callback, confluent_kafka 2.16 raises as a bare KafkaError, which is no BaseException.
 _FAILED_CALLBACK = "a rebalance callback failed"
 
@@ -132,15 +132,15 @@ class Poller:
     # --- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: BaseException | None = RuntimeError(_FAILED_CALLBACK)
+        error: BaseException | None = None
         try:
             while not self._stopping:
                 self._consume()
-            error = None
         except BaseException as problem:
             error = problem
-        finally:
-            self._ended(error)
+        except:  # noqa: E722 - a bare KafkaError is no BaseException
+            error = RuntimeError(_FAILED_CALLBACK)
+        self._ended(error)
 
     def _consume(self) -> None:
         """Run one Consumer until the stage stops, or until a new one has to take its place."""
