@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from postroad.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
-from services.api import batch, filters, page_tokens, queries, uuid7
+from services.api import batch, filters, page_tokens, queries, uuid7, views
 from services.api.call import Call, current_call, idempotency_key
 from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
@@ -19,7 +19,6 @@ from services.api.outbox_publisher import NewTask, OutboxEvent
 from services.api.recorder import Recorder
 from services.api.trace import traceparent
 from services.api.validation import task_created, task_id
-from services.api.views import new_task
 from services.api.watch.watch_service import WatchService
 
 __all__ = ["TaskService"]
@@ -50,9 +49,9 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def Create(self, request: task_service_pb2.CreateRequest, context: Context) -> task_pb2.Task:
         """Record a task."""
         call = current_call()
-        created = self._new_task(request, call, idempotency_key(call.metadata), call.size)
-        existing = await self._recorder.record(created)
-        return existing or new_task(created.event)
+        new_task = self._new_task(request, call, idempotency_key(call.metadata), call.size)
+        existing = await self._recorder.record(new_task)
+        return existing or views.new_task(new_task.event)
 
     async def BatchCreate(
         self, request: task_service_pb2.BatchCreateRequest, context: Context
@@ -74,7 +73,8 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         valid = [item for item in items if not isinstance(item, StatusError)]
         results = iter(await self._recorder.record_batch(valid) if valid else ())
         return batch.response(
-            item if isinstance(item, StatusError) else next(results) or new_task(item.event) for item in items
+            item if isinstance(item, StatusError) else next(results) or views.new_task(item.event)
+            for item in items
         )
 
     async def Get(self, request: task_service_pb2.GetRequest, context: Context) -> task_pb2.Task:
