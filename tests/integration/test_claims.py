@@ -1,4 +1,4 @@
-"""The claims in SQL, on each database server: the rules of decide.py as the rows obey them, and races."""
+"""The claims in SQL, on each database server: the rules of decide.py, and races."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def claims(engine: Engine) -> Claims:
     return Claims(engine, LEASE, hold=False)
 
 
-def test_what_nobody_knows_is_taken_under_a_lease_by_the_databases_clock(
+def test_a_task_without_a_delivery_is_taken_under_a_lease_of_the_databases_clock(
     engine: Engine, claims: Claims
 ) -> None:
     requests = [claim(new_id(), epoch=3, attempt=2) for _ in range(7)]
@@ -147,7 +147,7 @@ def every_case() -> list[tuple[Delivery, Claim | Cancel]]:
 
 
 @pytest.mark.parametrize("hold", [False, True])
-def test_the_rows_obey_the_rules_whatever_they_hold(engine: Engine, hold: bool) -> None:
+def test_the_rows_obey_the_rules_whatever_they_contain(engine: Engine, hold: bool) -> None:
     cases = every_case()
     random.Random(3).shuffle(cases)
     put(engine, [row for row, _ in cases])
@@ -178,7 +178,7 @@ def test_the_rows_obey_the_rules_whatever_they_hold(engine: Engine, hold: bool) 
             assert (verdict.doubtful, verdict.earlier) == (expected.doubtful, expected.earlier)
 
 
-def test_one_call_may_ask_for_a_task_more_than_once(engine: Engine, claims: Claims) -> None:
+def test_one_call_may_claim_a_task_more_than_once(engine: Engine, claims: Claims) -> None:
     one, two = new_id(), new_id()
     verdicts = claims.claim([claim(one), claim(two), claim(one), Cancel(two, 0, token()), claim(one, 1)])
     assert [type(verdict) for verdict in verdicts] == [Taken, Taken, Wait, Wait, Wait]
@@ -189,7 +189,7 @@ def test_one_call_may_ask_for_a_task_more_than_once(engine: Engine, claims: Clai
     assert late.row.state == rows_of(engine)[three].state == "cancelled"
 
 
-def test_a_claim_asked_again_after_its_answer_was_lost_is_still_taken(engine: Engine, claims: Claims) -> None:
+def test_a_claim_that_is_repeated_after_a_lost_answer_is_still_taken(engine: Engine, claims: Claims) -> None:
     requests = [claim(new_id()) for _ in range(3)]
     claims.claim(requests)
     expire(engine)
@@ -200,7 +200,7 @@ def test_a_claim_asked_again_after_its_answer_was_lost_is_still_taken(engine: En
     assert all(isinstance(verdict, Wait) for verdict in doubtful)
 
 
-def test_a_claim_given_back_before_its_doubt_is_on_record_is_taken_as_before(
+def test_a_claim_released_before_its_doubt_is_published_is_taken_as_before(
     engine: Engine, claims: Claims
 ) -> None:
     ended = [
@@ -230,7 +230,7 @@ def test_a_claim_given_back_before_its_doubt_is_on_record_is_taken_as_before(
     assert again[0].earlier[7:] == ended[0][7:]
 
 
-def test_a_whole_batch_is_settled_as_told(engine: Engine, claims: Claims) -> None:
+def test_a_whole_batch_is_settled(engine: Engine, claims: Claims) -> None:
     held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(1200)])]
     states: tuple[DeliveryState, ...] = ("sent", "deferred", "failed", "uncertain", "released")
     wishes = [
@@ -253,9 +253,7 @@ def test_a_whole_batch_is_settled_as_told(engine: Engine, claims: Claims) -> Non
     assert rows_of(engine) == rows
 
 
-def test_a_settle_after_a_takeover_changes_nothing_but_that_a_mail_was_sent(
-    engine: Engine, claims: Claims
-) -> None:
+def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: Engine, claims: Claims) -> None:
     ids = [new_id() for _ in range(6)]
     first = [taken(verdict).row for verdict in claims.claim([claim(i) for i in ids])]
     # Four are taken over; two are still the first owner's.
@@ -284,7 +282,7 @@ def test_a_settle_after_a_takeover_changes_nothing_but_that_a_mail_was_sent(
     assert isinstance(again[0], Stored)
 
 
-def test_a_renewal_begins_the_lease_anew_and_tells_what_was_lost(engine: Engine, claims: Claims) -> None:
+def test_a_renewal_begins_the_lease_anew_and_shows_lost_claims(engine: Engine, claims: Claims) -> None:
     held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(600)])]
     expire(engine)
     assert claims.renew(held) == [True] * 600
@@ -299,7 +297,7 @@ def test_a_renewal_begins_the_lease_anew_and_tells_what_was_lost(engine: Engine,
     assert claims.renew(held) == [i % 3 == 2 for i in range(600)]
 
 
-def test_a_row_that_is_locked_holds_up_no_other_rows_renewal(engine: Engine, claims: Claims) -> None:
+def test_a_locked_row_delays_no_other_rows_renewal(engine: Engine, claims: Claims) -> None:
     held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(3)])]
     expire(engine)
     with engine.begin() as other:
@@ -310,7 +308,7 @@ def test_a_row_that_is_locked_holds_up_no_other_rows_renewal(engine: Engine, cla
     assert claims.renew(held) == [True] * 3
 
 
-def test_nobody_takes_over_while_that_is_forbidden(engine: Engine, claims: Claims) -> None:
+def test_nothing_is_taken_over_while_that_is_forbidden(engine: Engine, claims: Claims) -> None:
     row = taken(claims.claim([claim(new_id())])[0]).row
     expire(engine)
     [verdict] = claims.claim([claim(row.task_id)], take_over=False)
@@ -318,7 +316,7 @@ def test_nobody_takes_over_while_that_is_forbidden(engine: Engine, claims: Claim
     assert claims.settle([sent(row)]) == [Settlement.STORED]
 
 
-def test_an_owner_that_slept_past_its_lease_is_fenced_off(engine: Engine) -> None:
+def test_an_owner_that_slept_past_its_lease_is_fenced(engine: Engine) -> None:
     claims = Claims(engine, 0.3, hold=False)
     task_id = new_id()
     sleeper = taken(claims.claim([claim(task_id)])[0])

@@ -1,4 +1,4 @@
-"""The upsert is the fold: whatever the order, the batches and the repetitions, the table holds the fold."""
+"""The upsert stores the fold, whatever the order, the batches and the repetitions."""
 
 from __future__ import annotations
 

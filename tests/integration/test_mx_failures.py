@@ -1,4 +1,4 @@
-"""A task that the validator ended is known to the claims: the rule and its SQL, on each database server."""
+"""The claims know a task that the validator failed: the rule and its SQL, on each database server."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_sql_is_the_rule(engine: Engine) -> None:
         (0, 1, "deferred", EPOCH, False),
     ],
 )
-def test_a_claim_given_back_untried_is_none(
+def test_a_claim_released_without_an_attempt_does_not_count(
     engine: Engine, *, attempt: int, takeovers: int, state: DeliveryState, epoch: int, becomes_failed: bool
 ) -> None:
     id_ = b"y" * 16
@@ -94,7 +94,7 @@ def test_a_claim_given_back_untried_is_none(
 
 
 @pytest.mark.parametrize("first", ["claim", "verdict"])
-def test_whoever_comes_first_decides_and_the_status_says_what_happens(engine: Engine, first: str) -> None:
+def test_the_first_to_write_decides_and_the_status_agrees(engine: Engine, first: str) -> None:
     task = mail_task(0)
     claims, claim = Claims(engine, 20, hold=False), Claim(task.id, 0, 1, b"c" * 16, "<m@x>")
     verdicts = [pb.TaskCreated(task=task), pb.MxOk(task=task, attempt=1)]
@@ -126,7 +126,7 @@ def test_whoever_comes_first_decides_and_the_status_says_what_happens(engine: En
     assert status == ends
 
 
-def test_of_several_the_latest_epoch_counts_and_none_is_nothing(engine: Engine) -> None:
+def test_the_latest_of_several_epochs_counts(engine: Engine) -> None:
     id_ = b"x" * 16
     with engine.begin() as connection:
         store_failures(connection, [])
@@ -136,7 +136,7 @@ def test_of_several_the_latest_epoch_counts_and_none_is_nothing(engine: Engine) 
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_a_claim_of_its_epoch_is_told_and_one_of_a_later_epoch_may_send(hold: bool) -> None:
+def test_a_claim_of_its_epoch_is_answered_and_one_of_a_later_epoch_may_send(hold: bool) -> None:
     row = failed_row(failed(b"x" * 16))
 
     def ask(epoch: int) -> object:
@@ -149,13 +149,13 @@ def test_a_claim_of_its_epoch_is_told_and_one_of_a_later_epoch_may_send(hold: bo
     assert later.row.takeovers == 0
 
 
-def test_a_mail_that_was_ever_in_doubt_stays_known_as_such() -> None:
+def test_the_row_keeps_that_a_mail_was_ever_in_doubt() -> None:
     row = next(row for row in known() if (row.state, row.epoch, row.reason) == ("uncertain", 4, IN_DOUBT))
     over = merge_failure(row, failed_row(failed(row.task_id)))
     assert (over.state, over.takeovers, over.message_id) == ("failed", 2, "<m@x>")
 
 
-def test_the_sender_tells_nothing_of_what_it_never_saw(engine: Engine) -> None:
+def test_the_sender_publishes_nothing_of_a_task_that_it_never_claimed(engine: Engine) -> None:
     event = failed(b"x" * 16)
     with engine.begin() as connection:
         store_failures(connection, [event])
@@ -163,6 +163,6 @@ def test_the_sender_tells_nothing_of_what_it_never_saw(engine: Engine) -> None:
     assert isinstance(verdict, Stored)
     assert answer(verdict.row, [60], 0) == Done()
     # What the sender refused itself is told again, as ever.
-    told = verdict.row._replace(attempt=1, reason="rejected")
-    assert not failed_before_sender(told)
-    assert answer(told, [60], 0) == Done([event_of(told)])
+    settled = verdict.row._replace(attempt=1, reason="rejected")
+    assert not failed_before_sender(settled)
+    assert answer(settled, [60], 0) == Done([event_of(settled)])

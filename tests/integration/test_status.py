@@ -74,7 +74,7 @@ async def test_a_batch_is_folded_and_its_timeline_kept(engine: Engine, status: S
     assert rows(engine, "kind", "task_events") == [("created",), ("deferred",), ("mx_ok",), ("sent",)]
 
 
-async def test_odd_content_is_stored_not_stumbled_over(engine: Engine, status: StatusHandler) -> None:
+async def test_unusual_content_is_stored(engine: Engine, status: StatusHandler) -> None:
     task = mail_task(0)
     odd: list[Event] = [
         pb.MailDeferred(id=task.id, stage="no such stage, and a long name too", attempt=0xFFFFFFFF),
@@ -112,7 +112,7 @@ async def test_a_record_that_the_database_refuses_is_dead_and_its_neighbours_are
     assert status.problems() == []
 
 
-async def test_a_database_that_is_not_migrated_is_no_records_fault(server: Infra) -> None:
+async def test_no_record_fails_because_the_database_is_not_migrated(server: Infra) -> None:
     engine = make_engine(server.new_database())
     status = StatusHandler(engine)
     with pytest.raises(DBAPIError, match="doesn't exist"):
@@ -190,7 +190,7 @@ async def running(config: Settings) -> tuple[StatusService, asyncio.Task[None]]:
     return service, task
 
 
-async def test_the_service_folds_what_is_on_the_topics(
+async def test_the_service_folds_the_records_of_the_topics(
     config: Settings, engine: Engine, produce: Callable[..., None]
 ) -> None:
     tasks = [mail_task(n) for n in range(300)]
@@ -235,7 +235,7 @@ def dead_letters(config: Settings, wanted: int) -> int:
     return found
 
 
-async def test_a_second_run_goes_on_where_the_first_one_stopped(
+async def test_a_second_run_continues_where_the_first_one_stopped(
     config: Settings, engine: Engine, produce: Callable[..., None]
 ) -> None:
     for number in range(2):

@@ -88,7 +88,7 @@ def test_an_update_that_finds_its_row_counts_it_even_if_nothing_changes(engine: 
         assert connection.exec_driver_sql(f"UPDATE {table} SET b = 'x' WHERE a = 1").rowcount == 1
 
 
-def test_what_fails_leaves_nothing_behind_in_a_pooled_session(engine: Engine, table: str) -> None:
+def test_a_failed_transaction_leaves_nothing_in_a_pooled_session(engine: Engine, table: str) -> None:
     def fail(connection: Connection) -> None:
         connection.exec_driver_sql(f"INSERT INTO {table} VALUES (1, 'x')")
         raise KeyError("on the way")
@@ -102,7 +102,7 @@ def test_what_fails_leaves_nothing_behind_in_a_pooled_session(engine: Engine, ta
         assert connection.exec_driver_sql(f"SELECT COUNT(*) FROM {table}").scalar() == 0
 
 
-def test_a_dead_pooled_connection_is_replaced_without_a_word(engine: Engine, database_url: str) -> None:
+def test_a_lost_pooled_connection_is_replaced_silently(engine: Engine, database_url: str) -> None:
     other = make_engine(database_url)
 
     def who(connection: Connection) -> int:
@@ -115,7 +115,7 @@ def test_a_dead_pooled_connection_is_replaced_without_a_word(engine: Engine, dat
     other.dispose()
 
 
-def test_a_session_that_falls_silent_amid_a_transaction_lets_go_of_its_locks(
+def test_a_session_that_falls_silent_in_a_transaction_releases_its_locks(
     database_url: str, table: str
 ) -> None:
     frozen, other = make_engine(database_url, silent_seconds=2), make_engine(database_url)
@@ -131,7 +131,7 @@ def test_a_session_that_falls_silent_amid_a_transaction_lets_go_of_its_locks(
     other.dispose()
 
 
-def test_a_session_that_idled_in_the_pool_is_as_good_as_new(database_url: str, table: str) -> None:
+def test_a_session_that_was_idle_in_the_pool_still_works(database_url: str, table: str) -> None:
     engine = make_engine(database_url, silent_seconds=2)
     with engine.begin() as connection:
         connection.exec_driver_sql("SELECT 1")
@@ -187,7 +187,7 @@ def test_no_value_is_read_as_a_command_of_the_mysql_client(engine: Engine, value
         assert connection.exec_driver_sql("SELECT %s, %s", values).one() == values
 
 
-def test_a_statement_may_not_take_for_ever(database_url: str) -> None:
+def test_a_statement_has_a_time_limit(database_url: str) -> None:
     engine = make_engine(database_url, read_seconds=1)
     tries = []
 
@@ -291,9 +291,7 @@ async def test_retry_until_available_raises_what_does_not_pass() -> None:
         await retry_until_available(lambda error: None)(fail)
 
 
-def test_a_connection_lost_while_it_commits_is_the_databases_error_and_done_again(
-    engine: Engine, table: str
-) -> None:
+def test_a_connection_lost_in_the_commit_is_a_database_error_and_retried(engine: Engine, table: str) -> None:
     tries = []
 
     def work(connection: Connection) -> None:

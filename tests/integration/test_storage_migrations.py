@@ -1,4 +1,4 @@
-"""The migrations make what database/tables.py says, however often and by however many they are run."""
+"""The migrations create the tables of database/tables.py, however often they run, also several at once."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_many_may_migrate_at_once(server: Infra) -> None:
     assert differences(url) == []
 
 
-def test_a_migration_that_died_halfway_is_finished(database_url: str) -> None:
+def test_a_migration_that_was_killed_halfway_is_finished(database_url: str) -> None:
     execute(database_url, "DROP TABLE outbox, deliveries", "DELETE FROM postroad_version")
     migrate(database_url)
     assert differences(database_url) == []
 
 
-def test_a_database_that_a_later_version_has_migrated_is_left_alone(database_url: str) -> None:
+def test_a_database_of_a_later_version_is_not_changed(database_url: str) -> None:
     execute(
         database_url,
         "UPDATE postroad_version SET version_num = '9999'",
@@ -118,7 +118,7 @@ def test_the_command_migrates(server: Infra) -> None:
     assert differences(url) == []
 
 
-def test_the_command_tells_apart_what_is_away_and_what_is_wrong(server: Infra) -> None:
+def test_the_command_tells_an_absent_database_from_a_wrong_one(server: Infra) -> None:
     away = postroad("mysql://postroad@127.0.0.1:1/postroad", "migrate")
     assert (away.returncode, away.stdout) == (5, "")
     assert "Can't connect" in away.stderr
@@ -144,7 +144,7 @@ def database_of(connection: Connection) -> str:
     return connection.engine.url.render_as_string(hide_password=False)
 
 
-def test_a_table_in_use_ends_the_migration_which_names_the_transaction(
+def test_a_table_in_use_ends_the_migration_with_the_transactions_name(
     reader: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "_PATIENCE", 0.0, raising=False)
@@ -170,21 +170,21 @@ def test_a_table_in_use_ends_the_migration_which_names_the_transaction(
 def test_others_use_the_table_between_the_tries_of_a_migration(
     reader: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pauses = []
+    waits = []
 
     def pause(seconds: float) -> None:
-        pauses.append(seconds)
+        waits.append(seconds)
         execute(database_of(reader), "DELETE FROM outbox")
-        if len(pauses) == 2:
+        if len(waits) == 2:
             reader.rollback()
 
     monkeypatch.setattr(migrations, "sleep", pause, raising=False)
     assert migrate(database_of(reader)) is True
-    assert len(pauses) == 2
+    assert len(waits) == 2
     assert differences(database_of(reader)) == []
 
 
-def test_who_may_not_see_transactions_is_told_where_they_are(
+def test_a_user_who_may_not_see_transactions_reads_where_they_are(
     reader: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "_PATIENCE", 0.0, raising=False)

@@ -1,4 +1,4 @@
-"""No statement is longer than the database takes, on real servers."""
+"""No statement is longer than a real server takes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def table(engine: Engine) -> str:
 
 
 @pytest.fixture
-def told(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Engine]]:
+def limited_engine(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Engine]]:
     """Makes an engine whose sessions are told that the server takes so many bytes."""
     engines = []
     guard = StatementLimits.guard
@@ -111,8 +111,8 @@ async def test_the_widest_events_are_folded(engine: Engine) -> None:
     await status.close()
 
 
-async def test_a_batch_of_the_widest_tasks_is_recorded(told: Callable[[int], Engine]) -> None:
-    engine = told(1 << 20)
+async def test_a_batch_of_the_widest_tasks_is_recorded(limited_engine: Callable[[int], Engine]) -> None:
+    engine = limited_engine(1 << 20)
     events = [pb.TaskCreated(task=widest(n), at_us=1) for n in range(40)]
     for event in events:
         event.task.body = "'" * (20 << 10)
@@ -133,8 +133,10 @@ def test_a_statement_as_long_as_the_server_takes_is_sent(engine: Engine) -> None
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1  # the session is as it was
 
 
-def test_a_row_that_no_statement_can_hold_is_its_own_fault(told: Callable[[int], Engine], table: str) -> None:
-    engine = told(64 << 10)
+def test_a_row_that_no_statement_can_hold_fails_alone(
+    limited_engine: Callable[[int], Engine], table: str
+) -> None:
+    engine = limited_engine(64 << 10)
     rows = [(n, b"x" * (64 << 10 if n == 2 else 30 << 10)) for n in range(5)]
     with pytest.raises(DataError, match="max_allowed_packet") as caught:
         transaction(engine, lambda connection: execute_rows(connection, INSERT, rows))
@@ -146,8 +148,10 @@ def test_a_row_that_no_statement_can_hold_is_its_own_fault(told: Callable[[int],
     assert count(engine, table) == 4
 
 
-async def test_a_task_that_no_statement_can_hold_is_answered_so(told: Callable[[int], Engine]) -> None:
-    recorder = Recorder(told(64 << 10), lambda recorded: None, 5000, 256 << 20)
+async def test_a_task_that_no_statement_can_hold_is_refused(
+    limited_engine: Callable[[int], Engine],
+) -> None:
+    recorder = Recorder(limited_engine(64 << 10), lambda recorded: None, 5000, 256 << 20)
     unused: Any = None
     service = TaskService(recorder, unused, unused, unused, max_body=1 << 20)
     handler = grpc.unary_unary_rpc_method_handler(
@@ -178,22 +182,22 @@ def patiently(engine: Engine, work: Callable[[Connection], int]) -> int:
     raise AssertionError("it would be tried for ever")
 
 
-def test_what_is_lost_on_the_way_for_its_length_is_halved(
-    engine: Engine, told: Callable[[int], Engine], table: str
+def test_a_statement_that_is_lost_for_its_length_is_halved(
+    engine: Engine, limited_engine: Callable[[int], Engine], table: str
 ) -> None:
     """As behind a proxy that takes less than the server says."""
     rows = [(n, b"x" * (server_takes(engine) // 20)) for n in range(24)]
-    assert patiently(told(1 << 30), lambda connection: execute_rows(connection, INSERT, rows)) == 24
+    assert patiently(limited_engine(1 << 30), lambda connection: execute_rows(connection, INSERT, rows)) == 24
     assert count(engine, table) == 24
 
 
-def test_a_row_that_is_lost_on_the_way_for_its_length_is_given_up(
-    engine: Engine, told: Callable[[int], Engine], table: str, monkeypatch: pytest.MonkeyPatch
+def test_a_row_that_is_lost_for_its_length_fails_after_a_while(
+    engine: Engine, limited_engine: Callable[[int], Engine], table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statement_size, "_SECONDS", 0.0)
     monkeypatch.setattr(statement_size, "_LOSSES", 2)
     row = (1, b"x" * (server_takes(engine) + LONG_STATEMENT))
-    deceived = told(1 << 30)
+    deceived = limited_engine(1 << 30)
     with pytest.raises(DataError):
         patiently(deceived, lambda connection: execute_rows(connection, INSERT, [row]))
     assert patiently(deceived, lambda connection: execute_rows(connection, INSERT, [(2, b"x")])) == 1

@@ -1,4 +1,4 @@
-"""The task tables' statements, on real servers."""
+"""The statements on the task tables, on real servers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_bodies_that_no_single_statement_could_hold(engine: Engine) -> None:
             assert taskstore.load_tasks(connection, [task.id]) == {task.id: task}
 
 
-def test_keys_are_owned_by_the_first_and_told_apart_to_the_byte(engine: Engine) -> None:
+def test_a_key_belongs_to_its_first_task_and_is_compared_byte_by_byte(engine: Engine) -> None:
     first, second = mail_task(0), mail_task(2)
     keys = ["k", "k ", "K", "k\0", "é", "e\u0301", "\U0001f4ee", "x" * 255]
     tasks = []
@@ -136,7 +136,7 @@ def whole(engine: Engine) -> list[tuple[object, ...]]:
         return [tuple(row) for row in connection.exec_driver_sql("SELECT * FROM tasks ORDER BY id")]
 
 
-def test_tasks_without_a_key_do_not_stand_in_each_others_way(engine: Engine) -> None:
+def test_tasks_without_a_key_do_not_conflict(engine: Engine) -> None:
     record(engine, *(mail_task(n, full=False) for n in range(1, 6, 2)))
     assert count(engine, "tasks") == 3
 
@@ -232,7 +232,7 @@ def test_only_bodies_of_tasks_settled_before_are_purged(
     assert loaded[purged.id] == purged
 
 
-def test_the_purge_passes_by_what_another_transaction_holds(
+def test_the_purge_skips_rows_that_another_transaction_has_locked(
     engine: Engine, settled: dict[str, pb.MailTask]
 ) -> None:
     with engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""The walk over the DNS against a name server on loopback that can be told to misbehave."""
+"""Lookups against a name server on loopback that can misbehave."""
 
 import asyncio
 import time
@@ -189,7 +189,7 @@ def lookup(server: Nameserver, *, lifetime: float = 5.0, timeout: float = 2.0) -
         ("tight-loop.test", VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, ()),
     ],
 )  # fmt: skip
-async def test_verdicts_over_the_wire(
+async def test_verdicts_from_a_real_server(
     server: Nameserver,
     domain: str,
     kind: VerdictKind,
@@ -214,7 +214,7 @@ async def test_the_trouble_is_named(server: Nameserver) -> None:
     assert (await lookup(server)("refused.test")).detail == "MX of refused.test: REFUSED"
 
 
-async def test_no_question_is_asked_that_the_verdict_does_not_need(server: Nameserver) -> None:
+async def test_a_lookup_asks_only_what_the_verdict_needs(server: Nameserver) -> None:
     look = lookup(server)
     await look("null.test")
     await look("nowhere.test")
@@ -273,14 +273,16 @@ async def test_silence_ends_with_the_lifetime(server: Nameserver) -> None:
     assert server.asked["silent.test", "MX"] >= 2
 
 
-async def test_a_silent_host_beside_a_good_one_costs_a_moment_not_the_lifetime(server: Nameserver) -> None:
+async def test_a_silent_host_beside_a_usable_one_costs_a_second_and_not_the_lifetime(
+    server: Nameserver,
+) -> None:
     started = time.monotonic()
     verdict = await lookup(server, lifetime=30.0)("silent-host.test")
     assert verdict.hosts == ((10, "mx1.good.test"),)
     assert time.monotonic() - started < 5.0
 
 
-async def test_a_dead_server_gives_way_to_the_next(server: Nameserver) -> None:
+async def test_after_a_dead_server_the_next_one_is_asked(server: Nameserver) -> None:
     dead = Nameserver()
     where = await dead.start()
     await dead.stop()
@@ -290,7 +292,7 @@ async def test_a_dead_server_gives_way_to_the_next(server: Nameserver) -> None:
     assert (await only_dead("good.test")).kind is VerdictKind.TRANSIENT
 
 
-async def test_a_cancelled_walk_leaves_nothing_behind(server: Nameserver) -> None:
+async def test_a_cancelled_lookup_leaves_nothing_open(server: Nameserver) -> None:
     look = lookup(server, lifetime=30.0)
     before = asyncio.all_tasks()
     walk = asyncio.create_task(look("silent-host.test"))
@@ -300,7 +302,7 @@ async def test_a_cancelled_walk_leaves_nothing_behind(server: Nameserver) -> Non
     assert asyncio.all_tasks() == before
 
 
-async def test_walks_are_bounded_and_waiting_uses_up_no_lifetime(server: Nameserver) -> None:
+async def test_lookups_are_bounded_and_waiting_takes_no_lifetime(server: Nameserver) -> None:
     look = Lookup(make_resolver(f"127.0.0.1:{server.port}", 0.3), lifetime=0.3, domains=1)
     silent = [asyncio.create_task(look("silent.test")) for _ in range(3)]
     good = asyncio.create_task(look("good.test"))
@@ -308,7 +310,7 @@ async def test_walks_are_bounded_and_waiting_uses_up_no_lifetime(server: Nameser
     assert all(task.done() for task in silent)
 
 
-async def test_a_crowd_on_a_few_domains_asks_once_each(server: Nameserver) -> None:
+async def test_many_callers_of_few_domains_ask_once_for_each(server: Nameserver) -> None:
     cache = VerdictCache(lookup(server), time.monotonic)
     forms = ["good.test", "GOOD.test.", "bücher.test", "xn--bcher-kva.test", "null.test"]
     verdicts: list[Verdict] = await asyncio.gather(*(cache.resolve(form) for form in forms * 100))

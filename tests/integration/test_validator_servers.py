@@ -1,4 +1,4 @@
-"""Several name servers, some of which misbehave, and negative answers of every kind, over the wire."""
+"""Several name servers, some of which misbehave, and negative answers of every kind, over real sockets."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ async def test_a_server_that_misbehaves_leaves_time_for_the_next(start: Start, s
         ),
     ],
 )
-async def test_where_no_server_answers_the_trouble_passes(
+async def test_without_any_answer_the_verdict_is_transient(
     start: Start, scripts: tuple[str, ...], detail: str
 ) -> None:
     verdict = await look(lookup(*await start(*map(MISBEHAVED.get, scripts)), lifetime=1.0, timeout=0.2))
@@ -212,7 +212,7 @@ async def test_a_silent_server_is_asked_last_until_it_may_be_back(
     assert (dead.asked.total(), good.asked.total()) == (4, 0)
 
 
-async def test_a_server_that_may_be_back_holds_up_one_question_alone(
+async def test_only_one_question_waits_for_a_server_that_may_answer_again(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead, good = await start(silent, well)
@@ -250,7 +250,7 @@ async def test_an_empty_answer_without_any_flag_is_none(start: Start) -> None:
 
 @pytest.mark.parametrize("flags", [dns.flags.AA, dns.flags.RA])
 @pytest.mark.parametrize("authority", ["", REFERRAL])
-async def test_no_data_without_soa_is_believed_for_seconds_only(
+async def test_no_data_without_soa_is_valid_for_seconds_only(
     start: Start, flags: int, authority: str
 ) -> None:
     verdict = await look(lookup(*await start(lambda query: reply(query, authority=authority, flags=flags))))
@@ -259,7 +259,7 @@ async def test_no_data_without_soa_is_believed_for_seconds_only(
 
 
 @pytest.mark.parametrize("flags", [dns.flags.AA, dns.flags.RA])
-async def test_no_such_name_without_soa_is_believed_for_seconds_only(start: Start, flags: int) -> None:
+async def test_no_such_name_without_soa_is_valid_for_seconds_only(start: Start, flags: int) -> None:
     verdict = await look(
         lookup(*await start(lambda query: reply(query, flags=flags, rcode=dns.rcode.NXDOMAIN)))
     )
@@ -267,7 +267,7 @@ async def test_no_such_name_without_soa_is_believed_for_seconds_only(start: Star
     assert verdict.ttl <= 5
 
 
-async def test_a_host_without_address_and_soa_is_believed_for_seconds_only(start: Start) -> None:
+async def test_a_host_without_address_and_soa_is_valid_for_seconds_only(start: Start) -> None:
     def script(query: dns.message.Message) -> bytes:
         return reply(query, *["MX 10 mx.test."][query.question[0].rdtype != dns.rdatatype.MX :])
 
@@ -275,7 +275,7 @@ async def test_a_host_without_address_and_soa_is_believed_for_seconds_only(start
     assert (verdict.reason, verdict.ttl <= 5) == (Reason.NO_MAIL_HOST, True)
 
 
-async def test_a_domain_that_is_its_own_host_without_soa_is_believed_for_seconds_only(start: Start) -> None:
+async def test_a_domain_that_is_its_own_host_without_soa_is_valid_for_seconds_only(start: Start) -> None:
     def script(query: dns.message.Message) -> bytes:
         return reply(query, *["A 192.0.2.1"][query.question[0].rdtype != dns.rdatatype.A :])
 
@@ -283,7 +283,7 @@ async def test_a_domain_that_is_its_own_host_without_soa_is_believed_for_seconds
     assert (verdict.kind, verdict.ttl <= 5) == (VerdictKind.OK, True)
 
 
-async def test_negative_answers_with_soa_are_believed_for_its_time(start: Start) -> None:
+async def test_negative_answers_with_soa_are_valid_for_its_time(start: Start) -> None:
     verdict = await look(lookup(*await start(lambda query: reply(query, authority=SOA, flags=0))))
     assert (verdict.reason, verdict.ttl) == (Reason.NO_MAIL_HOST, 120)
 
@@ -291,7 +291,7 @@ async def test_negative_answers_with_soa_are_believed_for_its_time(start: Start)
 # --- asked anew ------------------------------------------------------------------------------------
 
 
-async def test_asked_anew_no_mail_host_is_taken_for_granted(start: Start) -> None:
+async def test_a_fresh_lookup_asks_for_every_mail_host(start: Start) -> None:
     def script(query: dns.message.Message) -> bytes:
         kind = query.question[0].rdtype
         return reply(query, "MX 10 mx.test." if kind == dns.rdatatype.MX else "A 192.0.2.1")

@@ -51,7 +51,7 @@ VERDICTS = {
 DELAYS = (1, 2)
 
 
-class Road:
+class Pipeline:
     """The topics on both sides of one validator, and what came out of it so far."""
 
     def __init__(self, infra: Infra) -> None:
@@ -109,19 +109,19 @@ class Road:
 
 
 @pytest.fixture
-def road(infra: Infra) -> Iterator[Road]:
-    made = Road(infra)
+def pipeline(infra: Infra) -> Iterator[Pipeline]:
+    made = Pipeline(infra)
     yield made
     made.close()
 
 
 @pytest.fixture
-def validator(infra: Infra, road: Road) -> Iterator[subprocess.Popen[bytes]]:
+def validator(infra: Infra, pipeline: Pipeline) -> Iterator[subprocess.Popen[bytes]]:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")},
         "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
-        "POSTROAD_TOPIC_PREFIX": road.settings.topic_prefix,
-        "POSTROAD_PARTITIONS": str(road.settings.partitions),
+        "POSTROAD_TOPIC_PREFIX": pipeline.settings.topic_prefix,
+        "POSTROAD_PARTITIONS": str(pipeline.settings.partitions),
         "POSTROAD_VALIDATOR_DELAYS": ",".join(map(str, DELAYS)),
         "POSTROAD_DNS_SERVERS": infra.dns,
         "POSTROAD_DNS_TIMEOUT": "0.5",
@@ -133,20 +133,20 @@ def validator(infra: Infra, road: Road) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_each_verdict_becomes_its_event_and_sigterm_drains(
-    road: Road, validator: subprocess.Popen[bytes]
+    pipeline: Pipeline, validator: subprocess.Popen[bytes]
 ) -> None:
-    tasks = {domain: road.create(domain) for domain in VERDICTS}
-    again = road.create("good.test")
+    tasks = {domain: pipeline.create(domain) for domain in VERDICTS}
+    again = pipeline.create("good.test")
 
     def settled(task: pb.MailTask) -> list[Event]:
-        return [event for event in road.events[task.id] if not isinstance(event, pb.MailDeferred)]
+        return [event for event in pipeline.events[task.id] if not isinstance(event, pb.MailDeferred)]
 
-    road.read_until(lambda: all(settled(task) for task in [*tasks.values(), again]))
+    pipeline.read_until(lambda: all(settled(task) for task in [*tasks.values(), again]))
     assert settled(again)
     for domain, task in tasks.items():
         (event,) = settled(task)
         assert event.epoch == 3
-        deferred = [event for event in road.events[task.id] if isinstance(event, pb.MailDeferred)]
+        deferred = [event for event in pipeline.events[task.id] if isinstance(event, pb.MailDeferred)]
         if VERDICTS[domain] == "ok":
             assert isinstance(event, pb.MxOk), (domain, event)
             assert event.task == task
@@ -167,19 +167,19 @@ def test_each_verdict_becomes_its_event_and_sigterm_drains(
     assert validator.wait(30) == 0
 
 
-def test_what_cannot_be_decoded_goes_to_the_dead_letters_and_the_stage_goes_on(
-    road: Road, validator: subprocess.Popen[bytes]
+def test_an_undecodable_record_becomes_a_dead_letter_and_the_stage_goes_on(
+    pipeline: Pipeline, validator: subprocess.Popen[bytes]
 ) -> None:
     no_id = pb.TaskCreated(task=pb.MailTask(email="a@good.test")).SerializeToString()
     garbage = (b"\xff\xff garbage", b"", None, no_id, b"\x00" * 100_000)
-    for partition in range(road.settings.partitions):
+    for partition in range(pipeline.settings.partitions):
         for value in garbage:
-            road.producer.produce(road.created, value, b"key", partition=partition)
-    road.producer.flush(10)
-    tasks = [road.create("good.test") for _ in range(20)]
-    bad = len(garbage) * road.settings.partitions
-    road.read_until(lambda: len(road.dead) >= bad and all(road.events[task.id] for task in tasks))
-    assert len(road.dead) == bad
-    assert all(road.dead)
-    assert all(isinstance(road.events[task.id][0], pb.MxOk) for task in tasks)
+            pipeline.producer.produce(pipeline.created, value, b"key", partition=partition)
+    pipeline.producer.flush(10)
+    tasks = [pipeline.create("good.test") for _ in range(20)]
+    bad = len(garbage) * pipeline.settings.partitions
+    pipeline.read_until(lambda: len(pipeline.dead) >= bad and all(pipeline.events[task.id] for task in tasks))
+    assert len(pipeline.dead) == bad
+    assert all(pipeline.dead)
+    assert all(isinstance(pipeline.events[task.id][0], pb.MxOk) for task in tasks)
     assert validator.poll() is None

@@ -1,4 +1,4 @@
-"""The claims for coroutines: when the database comes back, owners store outcomes before others take over."""
+"""The claims for coroutines: after an outage owners store outcomes before others take over."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def taken_over(claims: AsyncClaims, owner: bytes = b"2") -> float:
     return loop.time() - started
 
 
-async def test_a_new_process_takes_nothing_over_at_first_but_claims_what_is_free(claims: AsyncClaims) -> None:
+async def test_a_new_process_takes_over_nothing_at_first_but_claims_free_tasks(claims: AsyncClaims) -> None:
     assert isinstance(await claims.claim(claim(b"3", b"3" * 16)), Taken)
     assert await taken_over(claims) > 0.15
 
@@ -64,7 +64,7 @@ async def test_after_a_silence_the_owners_come_first_again(claims: AsyncClaims, 
     assert await taken_over(claims, b"3") > 0.1
 
 
-async def test_trouble_says_what_the_database_said_without_the_statement(
+async def test_trouble_is_the_databases_error_text_without_the_statement(
     claims: AsyncClaims, memory: MemoryClaims
 ) -> None:
     memory.errors = [OperationalError("INSERT " * 7000, None, Away("gone"))] * 2

@@ -1,4 +1,4 @@
-"""Batcher: what becomes of each await, whatever its neighbours do."""
+"""Batcher: the result of each await, whatever its neighbours do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(batcher: Batcher[int, int], *items: int) -> list[asyncio.Task[int]]:
     return [asyncio.ensure_future(one(item)) for item in items]
 
 
-async def test_what_arrives_during_a_call_makes_the_next_one() -> None:
+async def test_items_that_arrive_during_a_call_make_the_next_one() -> None:
     gate = Gate()
     batcher = Batcher(gate, limit=3)
     first = start(batcher, 1)
@@ -57,7 +57,7 @@ async def test_what_arrives_during_a_call_makes_the_next_one() -> None:
     await batcher.close()
 
 
-async def test_what_one_turn_of_the_loop_brings_shares_a_call() -> None:
+async def test_items_of_one_turn_of_the_loop_share_a_call() -> None:
     gate = Gate()
     gate.let()
     batcher = Batcher(gate)
@@ -89,7 +89,7 @@ async def test_each_await_gets_its_own_error() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(poison=st.sets(st.integers(0, 40)), size=st.integers(1, 41), limit=st.integers(1, 50))
-def test_a_poisonous_item_fails_alone(poison: set[int], size: int, limit: int) -> None:
+def test_a_faulty_item_fails_alone(poison: set[int], size: int, limit: int) -> None:
     def call(items: Sequence[int]) -> list[int | BaseException]:
         if bad := poison.intersection(items):
             raise ValueError(f"one of {len(items)}: {sorted(bad)}")
@@ -106,7 +106,7 @@ def test_a_poisonous_item_fails_alone(poison: set[int], size: int, limit: int) -
         assert str(result) == (f"one of 1: [{item}]" if item in poison else str(item))
 
 
-async def test_an_error_that_no_item_is_to_blame_for_is_not_retried() -> None:
+async def test_an_error_that_no_item_caused_is_not_retried() -> None:
     calls = []
 
     def call(items: Sequence[int]) -> list[int]:
@@ -119,13 +119,13 @@ async def test_an_error_that_no_item_is_to_blame_for_is_not_retried() -> None:
     assert calls == [8]
 
 
-async def test_a_call_that_answers_too_little_fails_its_items() -> None:
+async def test_a_call_with_too_few_results_fails_its_items() -> None:
     batcher = Batcher(lambda items: list(items)[1:])
     for result in await asyncio.gather(*start(batcher, 1, 2), return_exceptions=True):
         assert str(result) == "2 items called, 1 results"
 
 
-async def test_a_cancelled_waiter_harms_nobody_and_is_not_called_for() -> None:
+async def test_a_cancelled_item_is_not_called_and_affects_no_other() -> None:
     gate = Gate()
     batcher = Batcher(gate)
     running, waiting = start(batcher, 1, 2), []

@@ -1,4 +1,4 @@
-"""The claims' rules: both tables of decide.py cell by cell, and random histories of many senders."""
+"""The rules of the claims: both tables of decide.py cell by cell, and random histories of many senders."""
 
 import random
 from collections import Counter
@@ -67,7 +67,7 @@ MATRIX = {
     "sending, runs": "Stale Stale Wait Wait Wait",
     "sending, over": "Stale Stale doubt doubt doubt",
     "released": "Stale Stale Taken Taken Taken",
-    "released, untold": "Stale Stale doubt doubt doubt",
+    "released, doubtful": "Stale Stale doubt doubt doubt",
     "deferred": "Stale Stale Stored Taken Taken",
     "failed": "Stale Stale Stored Stored Taken",
     "uncertain": "Stale Stale Stored Stored Taken",
@@ -83,7 +83,7 @@ CELLS = [
 def found(state: str) -> Delivery:
     if state == "sending, runs":
         return row("sending", lease=7.5)
-    if state == "released, untold":
+    if state == "released, doubtful":
         return row("released", reason=IN_DOUBT, takeovers=1, doubts=1)
     return row("sending", lease=0) if state == "sending, over" else row(state)  # type: ignore[arg-type]
 
@@ -114,7 +114,7 @@ def test_every_cell_of_the_claims_table(state: str, key: tuple[int, int], expect
             assert write is None
 
 
-def test_a_task_that_nobody_knows_is_taken() -> None:
+def test_a_task_without_a_delivery_is_taken() -> None:
     verdict, write = decide(None, claim(), NOW, LEASE, hold=False)
     assert isinstance(verdict, Taken)
     assert not verdict.doubtful
@@ -177,7 +177,7 @@ DOUBTFUL = [
 
 @pytest.mark.parametrize("key", [LATER_ATTEMPT, LATER_EPOCH])
 @pytest.mark.parametrize("before", DOUBTFUL)
-def test_given_back_before_its_doubt_is_on_record_a_claim_counts_nothing(
+def test_a_claim_released_before_its_doubt_is_published_counts_nothing(
     before: Delivery, key: tuple[int, int]
 ) -> None:
     if before.state == "uncertain":
@@ -193,17 +193,15 @@ def test_given_back_before_its_doubt_is_on_record_a_claim_counts_nothing(
         assert again.doubtful == first.doubtful
         earlier = before._replace(owner=MINE) if first.earlier else None
         assert again.earlier == earlier
-    told = again.row._replace(state="released", reason="")
-    after, _ = decide(told, claim(*key), NOW, LEASE, hold=True)
+    published = again.row._replace(state="released", reason="")
+    after, _ = decide(published, claim(*key), NOW, LEASE, hold=True)
     assert isinstance(after, Taken)
     assert (after.doubtful, after.earlier, after.row.takeovers) == (False, None, 3)
 
 
 @pytest.mark.parametrize("max_resends", [0, 1])
 @pytest.mark.parametrize("hold", [False, True])
-def test_a_doubt_that_was_given_back_untold_is_held_where_no_resend_is_left(
-    hold: bool, max_resends: int
-) -> None:
+def test_an_unpublished_doubt_becomes_uncertain_without_a_resend_left(hold: bool, max_resends: int) -> None:
     before = row("released", reason=IN_DOUBT, takeovers=1, doubts=1)
     verdict, write = decide(before, claim(), NOW, LEASE, hold, max_resends)
     if hold or not max_resends:
@@ -215,14 +213,14 @@ def test_a_doubt_that_was_given_back_untold_is_held_where_no_resend_is_left(
 
 
 @pytest.mark.parametrize("before", DOUBTFUL)
-def test_asked_again_by_the_same_owner_it_knows_of_a_doubt_that_is_not_on_record(before: Delivery) -> None:
+def test_a_repeated_claim_still_shows_an_unpublished_doubt(before: Delivery) -> None:
     _, write = decide(before, claim(*LATER_EPOCH), NOW, LEASE, False, 9)
     again, _ = decide(write, claim(*LATER_EPOCH), NOW + 2 * LEASE, LEASE, False, 9)
     assert isinstance(again, Taken)
     assert (again.doubtful, again.row.takeovers) == (True, 3)
 
 
-def test_asked_again_by_the_same_owner_it_knows_that_all_doubts_are_on_record() -> None:
+def test_a_repeated_claim_shows_no_published_doubt() -> None:
     _, write = decide(row("deferred", takeovers=2, doubts=1), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
     again, _ = decide(write, claim(*LATER_ATTEMPT), NOW + 2 * LEASE, LEASE, hold=False)
     assert isinstance(again, Taken)
@@ -231,7 +229,7 @@ def test_asked_again_by_the_same_owner_it_knows_that_all_doubts_are_on_record() 
 
 @pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("before", [None, *(found(state) for state in MATRIX if state != "sending, runs")])
-def test_asked_again_by_the_same_owner_it_answers_the_same(before: Delivery | None, hold: bool) -> None:
+def test_a_repeated_claim_gets_the_same_answer(before: Delivery | None, hold: bool) -> None:
     first, write = decide(before, claim(*LATER_EPOCH), NOW, LEASE, hold)
     later = NOW + timedelta(minutes=5)
     second, _ = decide(write or before, claim(*LATER_EPOCH), later, LEASE, hold)
@@ -278,7 +276,7 @@ def test_every_cell_of_the_cancels_table(state: str, epoch: int, expected: str, 
 @pytest.mark.parametrize("doubt", [{"reason": IN_DOUBT}, {"takeovers": 1}])
 @pytest.mark.parametrize("state", ["released", "deferred", "failed", "uncertain"])
 @pytest.mark.parametrize("hold", [False, True])
-def test_what_was_ever_in_doubt_is_uncertain_when_it_is_cancelled(
+def test_a_mail_that_was_ever_in_doubt_is_uncertain_when_cancelled(
     state: DeliveryState, doubt: dict[str, Any], hold: bool
 ) -> None:
     verdict, write = decide(row(state, **doubt), Cancel(ID, 6, MINE), NOW, LEASE, hold)
@@ -287,7 +285,7 @@ def test_what_was_ever_in_doubt_is_uncertain_when_it_is_cancelled(
     assert (write.state, write.epoch, write.reason, write.owner) == ("uncertain", 6, IN_DOUBT, MINE)
 
 
-def test_a_cancel_of_a_task_that_nobody_knows_keeps_it_from_being_sent() -> None:
+def test_a_cancelled_task_without_a_delivery_is_not_sent() -> None:
     verdict, write = decide(None, Cancel(ID, 5, MINE), NOW, LEASE, hold=False)
     assert isinstance(verdict, Stored)
     assert write is not None
@@ -304,7 +302,7 @@ def settled(state: DeliveryState, **more: Any) -> Delivery:
 
 
 @pytest.mark.parametrize("state", ["sent", "deferred", "failed", "uncertain", "released"])
-def test_a_settle_is_stored_while_the_claim_is_ours_and_only_once(state: DeliveryState) -> None:
+def test_a_settle_is_stored_once_while_the_claim_is_held(state: DeliveryState) -> None:
     wish = settled(state)
     assert settlement(row("sending", owner=MINE), wish) == (Settlement.STORED, wish)
     assert settlement(wish, wish) == (Settlement.STORED, None)
@@ -318,7 +316,7 @@ def test_a_settle_without_a_claim_changes_nothing(state: DeliveryState, found_st
 
 
 @pytest.mark.parametrize("found_state", ["sending", "released", "deferred", "failed", "uncertain"])
-def test_that_a_mail_was_accepted_is_stored_whoever_owns_the_claim(found_state: DeliveryState) -> None:
+def test_an_accepted_mail_is_stored_whoever_holds_the_claim(found_state: DeliveryState) -> None:
     became, write = settlement(row(found_state, epoch=6, attempt=4, takeovers=1), settled("sent"))
     assert became is Settlement.LATE
     assert write is not None
@@ -327,12 +325,12 @@ def test_that_a_mail_was_accepted_is_stored_whoever_owns_the_claim(found_state: 
     assert settlement(write, settled("sent")) == (Settlement.LATE, None)
 
 
-def test_what_is_sent_stays_as_it_was_first_told() -> None:
+def test_a_sent_row_stays_as_it_was_stored_first() -> None:
     assert settlement(row("sent"), settled("sent")) == (Settlement.FENCED, None)
 
 
 @pytest.mark.parametrize("max_resends", [0, 1, 3])
-def test_a_mail_in_doubt_is_taken_so_often_in_its_epoch(max_resends: int) -> None:
+def test_a_mail_in_doubt_is_resent_a_limited_number_of_times(max_resends: int) -> None:
     known, taken, now = None, -1, NOW
     for _ in range(max_resends + 3):
         verdict, known = decide(known, claim(), now, LEASE, False, max_resends)
@@ -414,7 +412,7 @@ class World:
         self.doubts += taken.doubtful + (taken.earlier is not None)
         return taken.row._replace(reason="")
 
-    def give_back(self, owner: bytes) -> None:
+    def release(self, owner: bytes) -> None:
         taken, _ = self.live.pop(owner)
         _, write = settlement(self.row, released_row(taken))
         self.write(write)
@@ -461,7 +459,7 @@ STEPS = st.sampled_from(
 
 @settings(max_examples=400, deadline=None)
 @given(st.booleans(), st.lists(STEPS, min_size=5, max_size=60), st.integers(0, 1 << 32))
-def test_no_history_sends_twice_without_a_doubt_on_record(hold: bool, steps: list[str], seed: int) -> None:
+def test_no_history_sends_twice_without_a_published_doubt(hold: bool, steps: list[str], seed: int) -> None:
     world = World(hold)
     rng = random.Random(seed)
     seen: Counter[str] = Counter()
@@ -482,7 +480,7 @@ def test_no_history_sends_twice_without_a_doubt_on_record(hold: bool, steps: lis
             elif step == "crash":
                 world.accepted_and_crashed(owner)
             elif step == "back":
-                world.give_back(owner)
+                world.release(owner)
             else:
                 world.settle(owner, step)  # type: ignore[arg-type]
         world.check()

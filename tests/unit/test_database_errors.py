@@ -1,4 +1,4 @@
-"""The table of the errors that pass, and what the api makes of each."""
+"""The table of errors that pass, and the api's answer to each."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def error(number: int) -> OperationalError:
     return OperationalError("SELECT 1", None, get_mysql_exception(number, msg="said so"))
 
 
-def test_each_code_stands_once_with_its_reason_and_its_source() -> None:
+def test_each_code_is_listed_once_with_its_reason_and_its_source() -> None:
     assert len({code.number for code in ERRORS}) == len(ERRORS)
     assert all(code.name and code.why and code.source for code in ERRORS)
     assert frozenset().union(*map(error_numbers, ErrorKind)) == TRANSIENT
 
 
 @pytest.mark.parametrize("code", [code for code in ERRORS if code.source.startswith("MySQL")])
-def test_mysqls_names_and_numbers_belong_together(code: ErrorCode) -> None:
+def test_mysqls_names_and_numbers_match(code: ErrorCode) -> None:
     name = code.name if hasattr(errorcode, code.name) else f"OBSOLETE_{code.name}"
     if not code.name.startswith("EE_"):
         assert getattr(errorcode, name) == code.number
@@ -49,7 +49,7 @@ def test_a_listed_error_passes(code: ErrorCode) -> None:
     "number",
     [1044, 1045, 1049, 1054, 1062, 1064, 1142, 1146, 1364, 1366, 1406, 1452, 2014, 3140, 3750, 9003, 9006],
 )
-def test_the_statements_its_datas_and_the_set_ups_errors_stay(number: int) -> None:
+def test_errors_of_a_statement_its_data_or_the_set_up_do_not_pass(number: int) -> None:
     assert not is_transient(error(number))
 
 

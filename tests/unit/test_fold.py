@@ -1,4 +1,4 @@
-"""The fold: a task's life in any order, with duplicates, comes to the same row."""
+"""The fold: a task's events in any order, with duplicates, make the same row."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ LIFE: list[tuple[Event, str]] = [
 ]
 
 
-def test_each_step_of_a_life_outranks_the_ones_before() -> None:
+def test_each_step_of_a_task_outranks_the_ones_before() -> None:
     versions = [delta(event).version for event, _ in LIFE]
     assert versions == sorted(set(versions))
     assert all(0 <= version < 1 << 64 for version in versions)
@@ -122,19 +122,19 @@ def test_a_later_epoch_reopens_and_an_earlier_one_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("late", [mx_failed(9), mx_failed(1 << 31), deferred(9, "validator")])
-@pytest.mark.parametrize("told", [deferred(1), deferred(1, in_doubt=True), failed(1), sent(1)])
+@pytest.mark.parametrize("outcome", [deferred(1), deferred(1, in_doubt=True), failed(1), sent(1)])
 def test_once_the_sender_has_the_task_the_validators_verdicts_change_nothing(
-    told: Event, late: Event
+    outcome: Event, late: Event
 ) -> None:
-    row = folded([created(), mx_ok(), told])
+    row = folded([created(), mx_ok(), outcome])
     assert fold(row, late) == row
-    assert folded([late, told, mx_ok(), created()]) == row
+    assert folded([late, outcome, mx_ok(), created()]) == row
     # A verdict of a later epoch is another matter, unless the mail is out.
     again = fold(fold(row, created(LATER)), mx_failed(1, LATER))
-    assert again.status == ("completed" if isinstance(told, pb.MailSent) else "failed")
+    assert again.status == ("completed" if isinstance(outcome, pb.MailSent) else "failed")
 
 
-def test_of_the_validators_verdicts_the_failure_stands() -> None:
+def test_the_validators_failure_outranks_its_success() -> None:
     for attempts in ((1, 1), (2, 1), (1 << 31, 1), (1 << 31, 1 << 31)):
         events = [created(), mx_ok(attempts[0]), mx_failed(attempts[1])]
         assert folded(events).status == folded(events[::-1]).status == "failed"
@@ -159,7 +159,7 @@ def test_what_later_events_bring_first_is_completed_by_the_mail() -> None:
     assert (row.created_at, row.status) == (from_micros(TASK.created_at_us), "processing")
 
 
-def test_no_idempotency_key_is_none_so_that_the_unique_index_lets_many_stand() -> None:
+def test_a_missing_idempotency_key_is_none_for_the_unique_index() -> None:
     row = delta(pb.TaskCreated(task=mail_task(1, full=False)))
     assert (row.idempotency_key, row.request_hash, row.labels) == (None, None, None)
 
@@ -169,7 +169,7 @@ def test_times_are_exact(micros: int) -> None:
     assert to_micros(from_micros(micros)) == micros
 
 
-def test_times_out_of_range_are_held_within_it() -> None:
+def test_times_out_of_range_are_clamped() -> None:
     assert from_micros(-5) == datetime(1970, 1, 1)
     assert from_micros((1 << 63) - 1).year == 9999
 
@@ -214,7 +214,7 @@ def test_merge_is_associative_commutative_and_idempotent(events: list[Event]) ->
 
 @unhurried
 @given(st.lists(events_of(TASK), min_size=1, max_size=8), st.integers(0, 7))
-def test_parts_folded_apart_and_merged_are_the_whole(events: list[Event], cut: int) -> None:
+def test_parts_that_are_folded_apart_merge_to_the_whole(events: list[Event], cut: int) -> None:
     events = distinct(events, version)
     left, right = events[:cut], events[cut:]
     if left and right:

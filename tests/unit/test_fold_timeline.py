@@ -1,4 +1,4 @@
-"""The timeline: what each event says in its line."""
+"""The timeline: the entry of each event."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def test_an_entry_has_the_columns_of_its_table_in_their_order() -> None:
         (pb.TaskCancelled(id=ID, epoch=7, attempts=3), "api", "cancelled", 3, ""),
     ],
 )
-def test_every_event_has_its_line(event: Event, stage: str, kind: str, attempt: int, detail: str) -> None:
+def test_every_event_has_its_entry(event: Event, stage: str, kind: str, attempt: int, detail: str) -> None:
     entry = timeline_entry(event)
     assert (entry.stage, entry.kind, entry.attempt, entry.detail) == (stage, kind, attempt, detail)
     assert (entry.task_id, entry.event_id) == (ID, event_key(event))
 
 
-def test_a_line_carries_time_relay_and_reply() -> None:
+def test_an_entry_has_time_relay_and_reply() -> None:
     entry = timeline_entry(
         pb.MailFailed(id=ID, relay="mx.test:25", reply="550 no", at_us=1_763_976_543_123_456)
     )
@@ -114,7 +114,7 @@ def test_a_line_carries_time_relay_and_reply() -> None:
         (pb.MailFailed(id=ID, attempt=1), 0),
     ],
 )
-def test_a_line_says_when_the_next_attempt_was_to_follow(event: Event, next_at_us: int) -> None:
+def test_an_entry_has_the_time_of_the_next_attempt(event: Event, next_at_us: int) -> None:
     assert timeline_entry(event).next_attempt_at == (from_micros(next_at_us) if next_at_us else None)
 
 

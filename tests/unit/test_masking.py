@@ -1,4 +1,4 @@
-"""What others say is shown without our secrets, in whatever form they repeat them."""
+"""Masks: no secret is shown, in whatever form a server repeats it."""
 
 import base64
 import html
@@ -31,7 +31,7 @@ def test_a_secret_is_masked_in_every_form(form: str) -> None:
     assert Mask(SECRET).text(f"no: <{form}>, {form}") == "no: <***>, ***"
 
 
-def test_what_is_no_secret_stays() -> None:
+def test_other_texts_stay() -> None:
     assert Mask("").text("535 no") == "535 no"
     assert Mask("****").text("a **** b") == "a *** b"
     assert Mask("250").text("250 ok") == "250 ok"
@@ -54,7 +54,7 @@ def test_a_reply_is_masked_before_it_is_cut() -> None:
         assert RESPONSE[:9] not in str(reply)
 
 
-def test_what_has_begun_and_not_ended_is_masked_too() -> None:
+def test_an_unfinished_reply_is_masked_too() -> None:
     parser = ReplyParser()
     parser.mask = secret_mask("ann", SECRET)
     parser.feed(f"500-{RESPONSE}\r\n500 {RESPONSE[:-2]}".encode())

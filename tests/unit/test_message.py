@@ -130,7 +130,7 @@ def test_subject_comes_back(subject: str) -> None:
         decoded.decode()  # no character is split between two words (RFC 2047 §5)
 
 
-def test_line_separators_never_stand_raw_in_a_subject() -> None:
+def test_a_subject_never_contains_raw_line_separators() -> None:
     data = build(**(BASE | {"subject": "a\u2028b\u2029c\x85d"}), text="x")
     assert "\u2028".encode() not in data
     assert "\x85".encode() not in data
@@ -183,7 +183,7 @@ def test_same_arguments_same_bytes() -> None:
     assert build(**arguments) == build(**arguments)
 
 
-def test_boundary_is_not_one_that_a_body_holds() -> None:
+def test_no_body_contains_the_boundary() -> None:
     first = build(**BASE, text="x", html="y")
     boundary = parse(first).get_boundary()
     assert boundary
@@ -269,7 +269,7 @@ def test_transfer_encoding(body: str, encoding: str) -> None:
         {"text": None},
     ],
 )
-def test_what_cannot_be_sent_is_refused(wrong: dict[str, Any]) -> None:
+def test_a_mail_that_cannot_be_sent_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  (each message names its own field)
         build(**(BASE | {"text": "x"} | wrong))
 

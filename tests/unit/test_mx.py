@@ -1,4 +1,4 @@
-"""The verdict table: every way in which the DNS can answer, as plain values."""
+"""The verdict table: every way in which DNS can answer, as plain values."""
 
 from ipaddress import ip_address
 from random import Random
@@ -129,7 +129,7 @@ def test_verdict_table(
     assert bool(got.detail) == (kind is not VerdictKind.OK)
 
 
-def test_a_host_that_merely_sounds_local_is_asked_for() -> None:
+def test_a_host_whose_name_only_sounds_local_is_looked_up() -> None:
     assert first_verdict(DOMAIN, mx((10, "localhost.example.test"), (20, "notlocalhost"))) == (
         (10, "localhost.example.test"),
         (20, "notlocalhost"),
@@ -142,24 +142,24 @@ def test_hosts_come_best_first_each_once_and_only_the_usable() -> None:
     assert verdict(answer, known).hosts == ((10, "b.test"), (20, "a.test"), (30, "c.test"))
 
 
-def test_no_more_than_the_best_hosts_are_asked_for() -> None:
+def test_only_the_best_hosts_are_looked_up() -> None:
     first = first_verdict(DOMAIN, mx(*((100 - n, f"h{n}.test") for n in range(50))))
     assert isinstance(first, tuple)
     assert first == tuple((100 - n, f"h{n}.test") for n in range(49, 49 - MAX_HOSTS, -1))
 
 
-def test_a_host_not_looked_up_in_time_leaves_hope() -> None:
+def test_a_host_without_an_answer_in_time_makes_the_verdict_transient() -> None:
     got = final_verdict(DOMAIN, mx((10, "a.test"), (20, "b.test")), {"a.test": GONE})
     assert got.kind is VerdictKind.TRANSIENT
     assert "b.test" in got.detail
 
 
-def test_the_details_name_host_and_trouble() -> None:
+def test_the_detail_names_the_host_and_its_error() -> None:
     assert verdict(mx((10, "a.test")), {"a.test": DARK}).detail == "mail host a.test: SERVFAIL"
     assert verdict(mx((10, "a.test")), {"a.test": LOOP}).detail == "a.test resolves to 127.0.0.1"
 
 
-def test_a_detail_fits_into_a_line() -> None:
+def test_a_detail_fits_into_a_timeline_entry() -> None:
     long = [(n, f"{'h' * 60}{n}.test") for n in range(20)]
     detail = verdict(mx(*long), {name: GONE for _, name in long}).detail
     assert len(detail) == 400
@@ -187,7 +187,7 @@ def test_ttl_is_the_answers_within_bounds(answer: Answer[Mx], known: HostLookup,
     assert verdict(answer, {"a.test": known}).ttl == ttl
 
 
-def test_ok_holds_while_any_usable_host_does() -> None:
+def test_ok_is_valid_while_any_usable_host_is() -> None:
     known = {
         "a.test": HostLookup(HostState.USABLE, 100),
         "b.test": HostLookup(HostState.USABLE, 200),
@@ -196,7 +196,7 @@ def test_ok_holds_while_any_usable_host_does() -> None:
     assert verdict(mx((1, "a.test"), (2, "b.test"), (3, "c.test"), ttl=600), known).ttl == 200
 
 
-def test_what_is_no_domain_does_not_exist() -> None:
+def test_a_text_that_is_no_domain_does_not_exist() -> None:
     assert (not_a_domain("?").kind, not_a_domain("?").reason) == (VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN)
 
 
@@ -274,7 +274,7 @@ def test_every_verdict_is_whole_and_within_its_bounds(
 
 
 @given(records, ttls, worlds, st.randoms(use_true_random=False))
-def test_the_order_of_the_records_says_nothing(
+def test_the_order_of_the_records_does_not_matter(
     listed: list[Mx], ttl: int, world: dict[str, HostLookup], random: Random
 ) -> None:
     shuffled = list(listed)
@@ -292,9 +292,7 @@ def test_one_usable_host_is_enough_whatever_else_is_wrong(
 
 
 @given(records, worlds)
-def test_no_domain_fails_while_anything_is_in_the_dark(
-    listed: list[Mx], world: dict[str, HostLookup]
-) -> None:
+def test_no_domain_fails_while_anything_is_unknown(listed: list[Mx], world: dict[str, HostLookup]) -> None:
     got = judged(listed, 600, world)
     if got.kind is VerdictKind.FAILED:
         first = first_verdict(DOMAIN, mx(*listed))

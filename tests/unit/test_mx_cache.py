@@ -1,4 +1,4 @@
-"""The verdict cache: how long verdicts hold, one lookup a domain, and what cancelling does."""
+"""The verdict cache: the validity of verdicts, one lookup a domain, and cancellations."""
 
 import asyncio
 from collections.abc import Callable
@@ -42,7 +42,7 @@ async def asleep() -> None:
 
 
 @pytest.mark.parametrize("verdict", [OK, FAILED, DARK])
-async def test_a_verdict_holds_for_its_ttl_and_no_longer(verdict: Verdict) -> None:
+async def test_a_verdict_is_valid_for_its_ttl_and_no_longer(verdict: Verdict) -> None:
     world = World(verdict)
     cache = world.cache()
     assert cache.get("a.test") is None
@@ -56,7 +56,7 @@ async def test_a_verdict_holds_for_its_ttl_and_no_longer(verdict: Verdict) -> No
     assert world.asked == ["a.test", "a.test"]
 
 
-async def test_trouble_is_believed_for_less_than_the_shortest_retry() -> None:
+async def test_a_transient_verdict_is_kept_for_less_than_the_shortest_retry() -> None:
     world = World(DARK)
     cache = world.cache(transient_ttl=4.5)
     await cache.resolve("a.test")
@@ -88,7 +88,7 @@ async def test_all_forms_of_a_domain_share_one_verdict() -> None:
     assert cache.get("xn--bcher-kva.example") is OK
 
 
-async def test_what_is_no_domain_is_never_asked_for() -> None:
+async def test_a_text_that_is_no_domain_is_never_looked_up() -> None:
     world = World()
     verdict = await world.cache().resolve("a..b")
     assert (verdict.kind, verdict.reason) == (VerdictKind.FAILED, Reason.NO_SUCH_DOMAIN)
@@ -183,7 +183,7 @@ async def test_it_keeps_no_more_than_its_size_the_newest() -> None:
 
 
 @pytest.mark.parametrize("verdict", [OK, FAILED, DARK])
-async def test_with_an_age_what_is_kept_counts_only_if_it_was_asked_anew_since(verdict: Verdict) -> None:
+async def test_with_an_age_only_a_fresh_enough_verdict_counts(verdict: Verdict) -> None:
     world = World(verdict)
     cache = world.cache()
     await cache.resolve("a.test")
@@ -200,7 +200,7 @@ async def test_with_an_age_what_is_kept_counts_only_if_it_was_asked_anew_since(v
     assert cache.get("a.test", 1.9) is None
 
 
-async def test_with_an_age_a_lookup_that_began_before_is_not_waited_for() -> None:
+async def test_with_an_age_no_caller_waits_for_an_older_lookup() -> None:
     world = World(FAILED)
     world.gate.clear()
     cache = world.cache()

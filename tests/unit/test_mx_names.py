@@ -35,7 +35,7 @@ def test_to_ascii(written: str, name: str) -> None:
         "☃\u200d.test", "a\n.test", "example.test\nb", "[IPv6:::1]",
     ],
 )  # fmt: skip
-def test_what_is_no_domain_is_refused(written: str) -> None:
+def test_a_text_that_is_no_domain_is_refused(written: str) -> None:
     with pytest.raises(ValueError, match="is not a domain name"):
         to_ascii(written)
 

@@ -1,4 +1,4 @@
-"""The validator's handler, with plain records and a cache whose lookups come when the test lets them."""
+"""The validator's handler, with plain records and a cache whose lookups end when the test says so."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
@@ -65,7 +65,7 @@ def opened_again(at_us: int) -> Record:
     return Record(TASK_CREATED, ID, pb.TaskCreated(task=TASK, epoch=at_us // 1000, at_us=at_us))
 
 
-async def test_a_task_that_is_opened_again_asks_the_dns_whatever_is_known() -> None:
+async def test_a_reopened_task_asks_dns_whatever_is_cached() -> None:
     validator, cache, dns = build(NULL)
     first = await outcome(validator, record(epoch=0))
     assert isinstance(first, Done)
@@ -83,14 +83,14 @@ async def test_a_task_that_is_opened_again_asks_the_dns_whatever_is_known() -> N
     assert cache.get("a.test") is OK
 
 
-async def test_a_task_that_was_opened_again_by_a_clock_ahead_asks_the_dns() -> None:
+async def test_a_task_reopened_by_a_clock_ahead_asks_dns() -> None:
     validator, _, dns = build(NULL)
     await outcome(validator, record(epoch=0))
     await outcome(validator, opened_again(NOW_US + 5_000_000))
     assert len(dns.asked) == 2
 
 
-async def test_ok_hands_on_the_whole_task_and_the_hosts() -> None:
+async def test_ok_carries_the_whole_task_and_the_hosts() -> None:
     validator, _, _ = build(OK)
     hosts = [pb.MailHost(preference=10, name="mx1.test"), pb.MailHost(preference=20, name="mx2.test")]
     assert await outcome(validator, record(attempt=3)) == Done(
@@ -98,7 +98,7 @@ async def test_ok_hands_on_the_whole_task_and_the_hosts() -> None:
     )
 
 
-async def test_ok_hands_on_when_a_scheduled_task_was_to_be_sent() -> None:
+async def test_ok_carries_the_time_of_a_scheduled_task() -> None:
     validator, _, _ = build(OK)
     event = pb.TaskCreated(task=TASK, at_us=9, send_at_us=77)
     done = await outcome(validator, Record(TASK_CREATED, ID, event, 1))
@@ -127,7 +127,7 @@ async def test_a_known_verdict_is_answered_without_a_coroutine(verdict: Verdict)
     assert dns.asked == ["a.test"]
 
 
-async def test_trouble_is_deferred_by_each_delay_once_and_then_fails() -> None:
+async def test_a_transient_verdict_uses_each_delay_once_and_then_fails() -> None:
     validator, _, _ = build(DARK, (5, 30))
     for attempt, delay in ((1, 5), (2, 30)):
         due_at_ms = 1_700_000_000_001 + delay * 1000
@@ -154,12 +154,12 @@ async def test_a_retry_is_never_due_before_its_delay_is_over() -> None:
     assert retry.due_at_ms * 1000 >= NOW_US + 5_000_000
 
 
-async def test_more_attempts_than_the_settings_now_have_fail_at_once() -> None:
+async def test_an_attempt_beyond_the_present_delays_fails_at_once() -> None:
     validator, _, _ = build(DARK, (5,))
     assert isinstance(await outcome(validator, record(attempt=9)), Done)
 
 
-async def test_without_delays_trouble_fails_at_once() -> None:
+async def test_without_delays_a_transient_verdict_fails_at_once() -> None:
     validator, _, _ = build(DARK, ())
     assert isinstance(await outcome(validator, record()), Done)
 

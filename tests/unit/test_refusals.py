@@ -1,4 +1,4 @@
-"""The table of refusals: whom each is about."""
+"""The table of refusals: what each concerns."""
 
 import time
 import timeit
@@ -51,7 +51,7 @@ def test_every_row_has_a_source() -> None:
         "451 4.3.0 session timeout",
     ],
 )
-def test_of_the_session(at: TransactionStep, text: str) -> None:
+def test_refusals_that_concern_the_session(at: TransactionStep, text: str) -> None:
     assert refusal_scope(at, reply(text)) is RefusalScope.SESSION
 
 
@@ -59,7 +59,7 @@ def test_of_the_session(at: TransactionStep, text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["451 4.7.1 greylisted", "450 4.2.0 later", "451 local error", "454 4.7.1 no"]
 )
-def test_a_4yz_is_the_mails_unless_the_server_closes_with_it(at: TransactionStep, text: str) -> None:
+def test_a_4yz_concerns_the_mail_unless_the_server_closes_with_it(at: TransactionStep, text: str) -> None:
     assert refusal_scope(at, reply(text)) is RefusalScope.MAIL
     assert refusal_scope(at, reply(text), closed=True) is RefusalScope.SESSION
 
@@ -110,7 +110,7 @@ def test_a_4yz_is_the_mails_unless_the_server_closes_with_it(at: TransactionStep
         "554 Message rejected: Email address is not verified. Identities that failed: Shop@example.org",
     ],
 )
-def test_of_the_account(at: TransactionStep, text: str) -> None:
+def test_refusals_that_concern_the_account(at: TransactionStep, text: str) -> None:
     assert refusal_scope(at, reply(text), FROM) is RefusalScope.ACCOUNT
 
 
@@ -146,7 +146,7 @@ def test_of_the_account(at: TransactionStep, text: str) -> None:
         "554 Message rejected: Email address is not verified. Identities that failed: ann@example.net",
     ],
 )
-def test_of_the_mail(at: TransactionStep, text: str) -> None:
+def test_refusals_that_concern_the_mail(at: TransactionStep, text: str) -> None:
     assert refusal_scope(at, reply(text), FROM) is RefusalScope.MAIL
 
 
@@ -172,7 +172,7 @@ def test_of_the_mail(at: TransactionStep, text: str) -> None:
         ("452 4.3.1 disk full", RefusalScope.MAIL),
     ],
 )
-def test_a_5yz_to_mail_is_the_accounts_unless_it_speaks_of_the_message(
+def test_a_5yz_to_mail_concerns_the_account_unless_it_names_the_message(
     text: str, about: RefusalScope
 ) -> None:
     assert refusal_scope(TransactionStep.MAIL, reply(text)) is about
@@ -188,7 +188,7 @@ def test_a_5yz_to_mail_is_the_accounts_unless_it_speaks_of_the_message(
         "450 4.2.1 the recipient takes no more messages per session",
     ],
 )
-def test_a_4yz_about_the_way_to_the_recipient_is_the_mails(text: str) -> None:
+def test_a_4yz_about_the_route_to_the_recipient_concerns_the_mail(text: str) -> None:
     assert refusal_scope(TransactionStep.RCPT, reply(text)) is RefusalScope.MAIL
 
 

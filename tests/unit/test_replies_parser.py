@@ -1,4 +1,4 @@
-"""``ReplyParser``: any cut of the stream gives the same replies; what can be read is read."""
+"""``ReplyParser``: any split of the stream gives the same replies, and readable parts count."""
 
 import pytest
 from hypothesis import given
@@ -37,7 +37,7 @@ def test_a_code_alone_is_a_reply() -> None:
     assert ReplyParser().feed(b"250\r\n") == [Reply(250, ("",))]
 
 
-def test_what_is_not_printable_is_not_passed_on() -> None:
+def test_unprintable_characters_are_replaced() -> None:
     assert ReplyParser().feed(b"550 a\tb\x1b[2Jc\xff\r\n") == [Reply(550, ("a b?[2Jc\ufffd",))]
 
 
@@ -62,7 +62,7 @@ def test_what_is_not_printable_is_not_passed_on() -> None:
         (b"250-x\r\n" * 200 + b"550 y\r\n", ["550 y" + " 250-x" * 127]),
     ],
 )
-def test_what_can_be_read_is_read(data: bytes, expected: list[str]) -> None:
+def test_a_lenient_parser_reads_these_replies(data: bytes, expected: list[str]) -> None:
     parser = ReplyParser()
     assert [str(reply) for reply in parser.feed(data)] == expected
     assert parser.empty
@@ -87,13 +87,13 @@ def test_what_can_be_read_is_read(data: bytes, expected: list[str]) -> None:
         (b"\r\n", "None"),
     ],
 )
-def test_what_can_be_read_of_a_reply_that_did_not_end(data: bytes, expected: str) -> None:
+def test_the_readable_part_of_an_unfinished_reply(data: bytes, expected: str) -> None:
     parser = ReplyParser()
     assert parser.feed(data) == []
     assert str(parser.unfinished) == expected
 
 
-def test_lines_without_a_code_before_a_reply_belong_to_it_where_that_is_asked_for() -> None:
+def test_a_lenient_parser_takes_lines_without_a_code_into_the_next_reply() -> None:
     parser = ReplyParser()
     parser.lenient = True
     assert [str(reply) for reply in parser.feed(b"hello\r\n250 ok\r\n")] == ["250 hello ok"]
@@ -123,7 +123,7 @@ def test_garbage_is_refused(data: bytes) -> None:
         ReplyParser().feed(data)
 
 
-def test_empty_tells_of_what_is_unfinished() -> None:
+def test_empty_is_false_while_a_reply_is_unfinished() -> None:
     parser = ReplyParser()
     assert parser.empty
     parser.feed(b"250-a\r\n")
@@ -135,7 +135,7 @@ def test_empty_tells_of_what_is_unfinished() -> None:
 
 
 @given(st.binary(max_size=300))
-def test_nothing_but_replies_or_garbage_comes_of_any_bytes(data: bytes) -> None:
+def test_any_bytes_give_replies_or_garbage(data: bytes) -> None:
     try:
         replies = ReplyParser().feed(data)
     except GarbageError:

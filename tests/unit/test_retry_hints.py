@@ -1,4 +1,4 @@
-"""What counts as a server's wish for the time of the next attempt, and what only looks like one."""
+"""The texts that count as a wish for the time of the next attempt, and texts that only look like one."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The composer: envelope and message of a task, the same at every attempt."""
+"""The composer: a task's envelope and message, the same in every attempt."""
 
 import email
 from email.policy import default
@@ -83,7 +83,7 @@ def test_an_empty_body_is_a_body() -> None:
         pb.MailTask(id=ID, email="a@b.test", domain="b.test", subject="s", body="", headers={"To": "x"}),
     ],
 )
-def test_what_is_no_mail_is_a_value_error(task: pb.MailTask) -> None:
+def test_a_task_that_cannot_become_a_mail_is_a_value_error(task: pb.MailTask) -> None:
     with pytest.raises(ValueError, match=r".+"):
         Composer("s@a.test").compose(pb.MxOk(task=task), "<i@a.test>")
 
@@ -112,7 +112,7 @@ def test_what_is_no_mail_is_a_value_error(task: pb.MailTask) -> None:
         ("Postroad <postroad@localhost>", "Postroad", "postroad@localhost"),
     ],
 )
-def test_the_sender_is_read_as_a_header_field_is(email_from: str, name: str, address: str) -> None:
+def test_the_sender_is_parsed_as_a_header_field(email_from: str, name: str, address: str) -> None:
     mail = Composer(email_from).compose(pb.MxOk(task=TASK), "<i@a.test>")
     assert mail.mail_from == address
     parsed = email.message_from_string(mail.message.decode(), policy=default)
@@ -132,7 +132,7 @@ def test_the_sender_is_read_as_a_header_field_is(email_from: str, name: str, add
             '"a b"@a.test',
             "a@b..test",
             "a@-b.test",
-            "Post\nroad <a@b.test>",
+            "Post\nmaster <a@b.test>",
         ),
         *("=?UTF-8?Q?a=0D=0ABcc:_x@y.test?= <b@a.test>", "a@" + "b" * 64 + ".test", "ü" * 33 + "@b.test"),
     ],

@@ -74,7 +74,7 @@ async def test_a_renewal_that_fails_leaves_the_lease_to_run_out() -> None:
     assert lease.holds(), "nobody took it meanwhile: the database says it is ours"
 
 
-async def test_what_another_has_is_lost_at_once_and_renewed_no_more() -> None:
+async def test_a_claim_that_another_owner_took_is_lost_at_once_and_renewed_no_more() -> None:
     leases, world = build()
     lease = leases.hold(ROW, since=100.0)
     other = leases.hold(ROW._replace(owner=b"p" * 16), since=100.0)
@@ -86,7 +86,7 @@ async def test_what_another_has_is_lost_at_once_and_renewed_no_more() -> None:
     assert world.asked == [2, 1]
 
 
-async def test_a_lease_of_which_nothing_is_known_stays_as_it_was() -> None:
+async def test_a_lease_whose_row_is_locked_stays_as_it_was() -> None:
     leases, world = build()
     lease = leases.hold(ROW, since=100.0)
     world.now, world.locked = 105.0, {ROW.owner}
@@ -97,7 +97,7 @@ async def test_a_lease_of_which_nothing_is_known_stays_as_it_was() -> None:
     assert lease.ends == 125.0
 
 
-async def test_what_a_lock_kept_from_a_row_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_renewal_of_a_locked_row_is_repeated_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.sender.leases._RETRY_SECONDS", 0.01)
     leases, world = build()
     leases._seconds = 1.0

@@ -1,4 +1,4 @@
-"""The metrics that are made when they are asked for."""
+"""The sender's gauges that are computed when Prometheus asks for them."""
 
 from __future__ import annotations
 

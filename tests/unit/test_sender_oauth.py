@@ -1,4 +1,4 @@
-"""OAuth tokens: fetched by client credentials, cached, renewed ahead of time; trouble is told."""
+"""OAuth tokens: fetched by client credentials, cached, renewed ahead of time; trouble is shown."""
 
 import asyncio
 import json
@@ -84,7 +84,7 @@ async def test_a_token_is_fetched_by_client_credentials_and_kept_while_it_holds(
         assert await tokens.get() == "token-2"
 
 
-async def test_a_refused_token_is_forgotten_and_no_other() -> None:
+async def test_only_the_refused_token_is_forgotten() -> None:
     async with token_server() as server:
         tokens = tokens_from(server, Clock())
         assert await tokens.get() == "token-1"
@@ -100,7 +100,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_it_is_renewed_ahead_of_time_and_trouble_with_that_is_told(
+async def test_the_token_is_renewed_ahead_of_time_and_failures_are_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("services.sender.oauth._RETRY_SECONDS", 0.01)
@@ -150,7 +150,9 @@ async def test_it_is_renewed_ahead_of_time_and_trouble_with_that_is_told(
         (("200 OK", token("t", expires_in=SECRET)), "float"),
     ],
 )
-async def test_why_there_is_no_token_is_told_without_the_secret(answer: tuple[str, str], says: str) -> None:
+async def test_the_reason_for_no_token_is_shown_without_the_secret(
+    answer: tuple[str, str], says: str
+) -> None:
     async with token_server() as server:
         server.answer = lambda n: answer
         clock = Clock()
@@ -170,7 +172,7 @@ async def test_why_there_is_no_token_is_told_without_the_secret(answer: tuple[st
 
 
 @pytest.mark.parametrize(
-    "said",
+    "body",
     [
         f"bad request: client_secret={quote_plus(SECRET)}&scope=",
         *(f"{'x' * before} {SECRET}" for before in range(270, 305, 5)),
@@ -179,15 +181,15 @@ async def test_why_there_is_no_token_is_told_without_the_secret(answer: tuple[st
 )
 @pytest.mark.parametrize("status", ["400 Bad Request", "400 client_secret={}"])
 async def test_a_server_that_repeats_the_form_has_no_part_of_the_secret_shown(
-    said: str, status: str, capsys: pytest.CaptureFixture[str]
+    body: str, status: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with token_server() as server:
-        server.answer = lambda n: (status.format(SECRET), said)
+        server.answer = lambda n: (status.format(SECRET), body)
         tokens = tokens_from(server, Clock())
         with pytest.raises(TokenError):
             await tokens.get()
-    told = capsys.readouterr()
-    assert "s3cr" not in f"{tokens.trouble} {told.out} {told.err}"
+    shown = capsys.readouterr()
+    assert "s3cr" not in f"{tokens.trouble} {shown.out} {shown.err}"
 
 
 async def test_a_reply_that_is_no_http_has_no_secret_shown() -> None:
@@ -221,7 +223,7 @@ async def test_no_answer_ends_the_renewing(answer: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "begins", ["", "HTTP/1.1 200 OK\r\nX: ", "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"]
 )
-async def test_a_server_that_sends_byte_after_byte_is_cut_off(begins: str) -> None:
+async def test_a_fetch_from_a_slow_server_ends_in_time(begins: str) -> None:
     left = asyncio.Event()
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -247,7 +249,7 @@ async def test_a_server_that_sends_byte_after_byte_is_cut_off(begins: str) -> No
     listener.close()
 
 
-def test_a_server_that_does_not_answer_keeps_no_process_from_ending() -> None:
+def test_a_process_ends_though_the_token_server_does_not_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
 

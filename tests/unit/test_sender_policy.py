@@ -1,4 +1,4 @@
-"""How attempts end, and what a settled row tells the others."""
+"""The outcomes of attempts, and the events of settled rows."""
 
 import random
 from dataclasses import replace
@@ -78,17 +78,17 @@ def test_the_delays_are_used_in_turn_and_the_last_repeats(
         assert delay <= wait_s <= delay * 1.1
 
 
-def test_the_due_times_of_what_failed_together_lie_apart() -> None:
+def test_the_due_times_of_mails_that_failed_together_differ() -> None:
     assert len({settled(GREYLISTED, seed=seed).next_attempt_at for seed in range(20)}) > 15
 
 
 @pytest.mark.parametrize(("hint", "delay"), [(1, 60), (60, 60), (61, 300), (301, 900), (5000, 900)])
-def test_a_servers_wish_for_a_longer_wait_is_granted_as_far_as_the_delays_go(hint: float, delay: int) -> None:
+def test_a_servers_longer_wait_is_granted_up_to_the_longest_delay(hint: float, delay: int) -> None:
     row = settled(Rejected(Phase.ENVELOPE, "451 later", False, hint, "r:25"))
     assert delay <= row.next_attempt_at / 1e6 - NOW_MS / 1e3 <= delay * 1.1
 
 
-def test_a_servers_wish_for_a_shorter_wait_is_not_granted() -> None:
+def test_a_servers_shorter_wait_is_not_granted() -> None:
     row = settled(Rejected(Phase.ENVELOPE, "451 later", False, 5, "r:25"), attempt=3)
     assert row.next_attempt_at / 1e6 - NOW_MS / 1e3 >= 900
 
@@ -115,12 +115,12 @@ def test_a_claimed_task_that_is_too_old_ends_before_its_attempt(
 
 
 @pytest.mark.parametrize("ended", [GREYLISTED, DROPPED])
-def test_a_task_of_an_earlier_doubt_that_is_too_old_is_uncertain(ended: Rejected | NotSent) -> None:
+def test_an_expired_task_with_an_earlier_doubt_is_uncertain(ended: Rejected | NotSent) -> None:
     row = settled(ended, age_s=86401, takeovers=1)
     assert (row.state, row.reason, row.next_attempt_at) == ("uncertain", IN_DOUBT, 0)
 
 
-def test_a_doubt_is_never_told_as_a_failure() -> None:
+def test_a_mail_in_doubt_never_ends_as_failed() -> None:
     assert settled(SILENT, age_s=86401).state == "uncertain"
     held = settled(SILENT, policy=HOLD)
     assert (held.state, held.reason, held.next_attempt_at) == ("uncertain", IN_DOUBT, 0)
@@ -135,7 +135,7 @@ def test_replies_and_relays_fit_their_columns() -> None:
 # --- answers --------------------------------------------------------------------------------------
 
 
-def test_what_is_sent_and_failed_tells_the_whole_row() -> None:
+def test_the_events_of_sent_and_failed_rows_have_all_their_columns() -> None:
     row = settled(Sent("250 ok", "r:25"), attempt=3)
     assert answer(row, DELAYS, NOW_MS) == Done(
         [
@@ -162,7 +162,7 @@ def test_what_is_sent_and_failed_tells_the_whole_row() -> None:
     assert (event.at_us, doubt.at_us) == (NOW_US, NOW_US)
 
 
-def test_what_is_deferred_comes_back_when_it_says() -> None:
+def test_a_deferred_record_comes_back_at_its_rows_time() -> None:
     row = settled(GREYLISTED, attempt=2)
     retry = answer(row, DELAYS, NOW_MS)
     assert isinstance(retry, Retry)
@@ -174,20 +174,20 @@ def test_what_is_deferred_comes_back_when_it_says() -> None:
     assert (event.in_doubt, event.takeover) == (False, 0)
 
 
-def test_what_was_due_while_nobody_was_there_comes_back_at_once() -> None:
+def test_an_overdue_record_comes_back_at_once() -> None:
     row = settled(GREYLISTED, attempt=3)
     retry = answer(row, DELAYS, NOW_MS + 10**9)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms) == (60, row.next_attempt_at // 1000)
 
 
-def test_shorter_delays_bring_forward_what_longer_ones_had_put_off() -> None:
+def test_shorter_delays_bring_forward_records_of_longer_ones() -> None:
     retry = answer(settled(GREYLISTED, attempt=3), (2, 5), NOW_MS)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms) == (5, NOW_MS + 5500)
 
 
-def test_a_cancelled_row_tells_nothing_and_a_claimed_one_has_no_outcome() -> None:
+def test_a_cancelled_row_has_no_event_and_a_claimed_one_no_outcome() -> None:
     assert answer(CLAIMED._replace(state="cancelled"), DELAYS, NOW_MS) == Done()
     for state in ("sending", "released"):
         with pytest.raises(ValueError, match=state):

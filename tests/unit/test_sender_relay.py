@@ -1,4 +1,4 @@
-"""What the settings say about the relay: the name at EHLO, how AUTH is made, what is missing."""
+"""The relay of the settings: the name in EHLO, AUTH, and missing settings."""
 
 import socket
 from pathlib import Path
@@ -38,7 +38,7 @@ def settings(**given: Any) -> Settings:
         ("under_score.example.org", None, None),
     ],
 )
-async def test_the_hosts_full_name_is_the_clients_and_none_is_left_to_the_address(
+async def test_the_client_has_the_hosts_full_name_or_else_its_address(
     monkeypatch: pytest.MonkeyPatch, hostname: str, fqdn: str | None, name: str | None
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: hostname)
@@ -46,7 +46,7 @@ async def test_the_hosts_full_name_is_the_clients_and_none_is_left_to_the_addres
     assert await find_client_name() == name
 
 
-async def test_a_resolver_that_does_not_answer_holds_up_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_resolver_that_does_not_answer_delays_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> str:
         raise OSError("no DNS")
 
@@ -54,7 +54,7 @@ async def test_a_resolver_that_does_not_answer_holds_up_no_start(monkeypatch: py
     assert await find_client_name() is None
 
 
-def test_the_setting_is_the_clients_name_before_the_hosts() -> None:
+def test_the_settings_client_name_comes_before_the_hosts() -> None:
     assert (
         make_relay(settings(email_helo="mail.example.org"), None, "host.example").client_name
         == "mail.example.org"
@@ -110,14 +110,14 @@ def test_auth_is_made_as_the_setting_says() -> None:
         (OAUTH | {"email_pass": "s3cret"}, "^EMAIL_PASS: must be empty where EMAIL_AUTH is xoauth2"),
     ],
 )
-def test_what_is_missing_or_too_much_is_named(given: dict[str, str], says: str) -> None:
+def test_a_missing_or_superfluous_setting_is_named(given: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         make_relay(settings(**given), make_tokens(settings(**given)))
     assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["", "\n"])
-def test_what_is_handed_on_empty_is_not_set(value: str) -> None:
+def test_an_empty_variable_counts_as_not_set(value: str) -> None:
     names = (*(name for name in OAUTH if name.startswith("email_oauth")), "email_oauth_scope", "email_pass")
     given = settings(**{name: "" if name.endswith(("url", "id", "scope")) else value for name in names})
     assert make_tokens(given) is None
@@ -138,19 +138,19 @@ def test_the_secrets_file_is_read_at_each_fetch_without_its_line_end(tmp_path: P
         make_tokens(settings(**given))
 
 
-def test_what_keeps_the_relay_from_being_used_is_one_series_while_it_lasts() -> None:
+def test_the_relays_trouble_is_one_series_while_it_lasts() -> None:
     def series() -> list[dict[str, str]]:
         return [sample.labels for metric in SENDER_RELAY_TROUBLE.collect() for sample in metric.samples]
 
-    for said in ("550 5.4.5 quota id-1", "550 5.4.5 quota id-2"):
-        _export_trouble(NotSent(Phase.ENVELOPE, said, True, "relay:25"))
-        assert series() == [{"relay": "relay:25", "phase": "envelope", "reply": said}]
+    for reply in ("550 5.4.5 quota id-1", "550 5.4.5 quota id-2"):
+        _export_trouble(NotSent(Phase.ENVELOPE, reply, True, "relay:25"))
+        assert series() == [{"relay": "relay:25", "phase": "envelope", "reply": reply}]
     _export_trouble(None)
     assert series() == []
 
 
 @pytest.mark.parametrize(("sessions", "a_domain"), [(20, 15), (10, 7)])
-async def test_one_domain_gets_no_sender_whole(sessions: int, a_domain: int) -> None:
+async def test_no_domain_gets_all_of_a_sender(sessions: int, a_domain: int) -> None:
     service = await build(settings(sender_sessions=sessions, email_helo="mail.example.org"))
     assert (service._sender._sessions._free, service._sender._sessions._per_domain) == (sessions, a_domain)
     assert (service._sender._claim_slots._free, service._sender._claim_slots._per_domain) == (

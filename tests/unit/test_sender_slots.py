@@ -1,4 +1,4 @@
-"""Slots: never more than allowed, none lost, each domain in its turn."""
+"""Slots: their bounds hold, none is lost, and the domains take turns."""
 
 import asyncio
 import random
@@ -41,7 +41,7 @@ async def test_a_flood_to_one_domain_delays_another_by_one_turn() -> None:
     assert Counter(order) == {"flood": 50, "other": 1}
 
 
-async def test_a_domain_at_its_bound_leaves_the_rest_to_others() -> None:
+async def test_a_domain_at_its_bound_leaves_the_other_slots_to_others() -> None:
     slots = Slots(5, 3)
     for _ in range(3):
         await slots.acquire("slow")
@@ -78,7 +78,7 @@ async def test_a_domain_that_hangs_takes_no_more_than_three_quarters_of_few_sess
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 1 << 30))
-def test_no_slot_is_lost_or_made_whoever_is_cancelled_when(total: int, bound: int, seed: int) -> None:
+def test_cancelled_callers_neither_lose_nor_add_a_slot(total: int, bound: int, seed: int) -> None:
     async def run() -> None:
         rng = random.Random(seed)
         slots = Slots(total, bound)
@@ -120,7 +120,7 @@ def test_no_slot_is_lost_or_made_whoever_is_cancelled_when(total: int, bound: in
     asyncio.run(run())
 
 
-async def test_a_rate_lets_a_seconds_worth_through_and_then_one_at_a_time() -> None:
+async def test_a_rate_allows_one_seconds_burst_and_then_one_at_a_time() -> None:
     loop = asyncio.get_running_loop()
     slots = Slots(100, 0, rate=20)
     start = loop.time()
@@ -141,7 +141,7 @@ async def test_a_rate_lets_a_seconds_worth_through_and_then_one_at_a_time() -> N
     assert limited[29] < 2
 
 
-async def test_what_waits_too_long_for_a_slow_domain_in_a_crowd_is_sent_away(
+async def test_a_slow_domains_callers_are_shed_while_the_stage_is_saturated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.1)
@@ -202,7 +202,7 @@ async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() ->
     more.cancel()
 
 
-async def test_a_long_queue_that_moves_sends_nobody_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_queue_that_moves_is_not_shed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.5)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.02)
     slots = Slots(4, 0, saturated=lambda: True)
@@ -215,7 +215,7 @@ async def test_a_long_queue_that_moves_sends_nobody_away(monkeypatch: pytest.Mon
     await asyncio.gather(*(one() for _ in range(300)))
 
 
-async def test_a_domain_that_stands_still_sends_away_whoever_waits_long_before_there_is_a_crowd(
+async def test_a_stalled_domain_is_shed_before_the_stage_is_saturated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.2)
@@ -241,7 +241,7 @@ async def test_a_domain_that_stands_still_sends_away_whoever_waits_long_before_t
     assert not slots.is_stalled("hangs")
 
 
-async def test_a_domain_that_moves_or_that_its_rate_alone_holds_does_not_stand_still(
+async def test_a_domain_that_moves_or_waits_for_its_rate_is_not_stalled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 1)

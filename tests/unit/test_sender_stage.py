@@ -1,4 +1,4 @@
-"""The sender's handler against the claims' rules in memory and a pool that the test holds the reins of."""
+"""The sender's handler with claims in memory and a pool that the test controls."""
 
 from __future__ import annotations
 
@@ -185,17 +185,17 @@ async def build() -> AsyncIterator[Callable[..., World]]:
 
 
 @pytest.mark.parametrize("answer", [SENT, REJECTED, GREYLISTED, DROPPED, SILENT])
-async def test_an_outcome_is_stored_and_told_and_told_the_same_again_after_a_crash(
+async def test_an_outcome_is_stored_and_published_the_same_again_after_a_crash(
     build: Callable[..., World], answer: replies.SendResult
 ) -> None:
     world = build(answer)
-    told = await world.handle(mx_ok())
+    published = await world.handle(mx_ok())
     assert world.pool.mails[0][:2] == ("shop@a.test", "ann@b.test")
     assert f"Message-ID: {MESSAGE_ID}".encode() in world.pool.mails[0][2]
     again = await world.handle(mx_ok())
-    assert again == told, "the record came back, since its sender died before it published"
+    assert again == published, "the record came back, since its sender died before it published"
     assert len(world.pool.mails) == 1
-    event = only_event(told)
+    event = only_event(published)
     assert (event.id, event.attempt, event.epoch, event.at_us) == (ID, 1, 0, NOW_US)
     assert event.message_id == MESSAGE_ID
 
@@ -214,7 +214,7 @@ async def test_a_deferred_task_is_sent_by_its_next_attempt_and_the_first_one_is_
     assert len(world.pool.mails) == 2
 
 
-async def test_a_reply_that_was_lost_is_a_doubt_that_the_next_attempt_first_has_on_record(
+async def test_the_next_attempt_first_publishes_the_doubt_of_a_lost_reply(
     build: Callable[..., World],
 ) -> None:
     world = build(SILENT, SENT)
@@ -283,7 +283,7 @@ async def test_a_task_from_which_no_mail_can_be_built_fails(build: Callable[...,
         (10**6, 0, 86500, "failed"),
     ],
 )
-async def test_a_tasks_age_is_counted_from_when_it_was_recorded_or_reopened_or_due(
+async def test_a_tasks_age_counts_from_its_recording_reopening_or_due_time(
     build: Callable[..., World], created_s: int, epoch_s: int, due_s: int | None, state: str
 ) -> None:
     """A scheduled task's domain is looked at when its time has come, whenever it was recorded."""
@@ -332,7 +332,7 @@ async def test_the_age_is_checked_after_the_wait_for_a_session(build: Callable[.
 
 
 @pytest.mark.parametrize("lost_reply", [True, False])
-async def test_a_task_in_doubt_that_is_too_old_ends_as_uncertain_unsent(
+async def test_an_expired_task_in_doubt_ends_as_uncertain_unsent(
     build: Callable[..., World], lost_reply: bool
 ) -> None:
     world = build(*[SILENT] * lost_reply)
@@ -353,7 +353,9 @@ async def test_a_task_in_doubt_that_is_too_old_ends_as_uncertain_unsent(
 # --- claims of others -----------------------------------------------------------------------------
 
 
-async def test_a_claim_of_another_is_waited_for_and_its_outcome_told(build: Callable[..., World]) -> None:
+async def test_a_handler_waits_for_anothers_claim_and_publishes_its_outcome(
+    build: Callable[..., World],
+) -> None:
     world = build()
     theirs = world.someone_claims()
     task = asyncio.ensure_future(world.handle(mx_ok()))
@@ -365,7 +367,7 @@ async def test_a_claim_of_another_is_waited_for_and_its_outcome_told(build: Call
     assert world.pool.mails == []
 
 
-async def test_a_waiting_handler_keeps_nobody_else_from_sending(build: Callable[..., World]) -> None:
+async def test_a_waiting_handler_keeps_no_other_from_sending(build: Callable[..., World]) -> None:
     world = build(SENT, claim_slots=1)
     world.someone_claims()
     waiting = asyncio.ensure_future(world.handle(mx_ok()))
@@ -376,7 +378,7 @@ async def test_a_waiting_handler_keeps_nobody_else_from_sending(build: Callable[
     await asyncio.wait({waiting})
 
 
-async def test_a_takeover_is_on_record_before_the_mail_goes_out_again(build: Callable[..., World]) -> None:
+async def test_a_takeover_is_published_before_the_mail_goes_out_again(build: Callable[..., World]) -> None:
     world = build(SENT)
     world.someone_claims()
     world.claims.expire()
@@ -402,7 +404,7 @@ async def test_under_hold_a_dead_senders_claim_is_never_taken_over(build: Callab
     assert world.published == []
 
 
-async def test_a_record_that_was_overtaken_says_nothing(build: Callable[..., World]) -> None:
+async def test_an_overtaken_record_publishes_nothing(build: Callable[..., World]) -> None:
     world = build()
     world.someone_claims(epoch=3)
     assert await world.handle(mx_ok(epoch=2)) == Done()
@@ -421,7 +423,7 @@ def taken_over_meanwhile(world: World, answer: replies.SendResult) -> Answer:
 
 
 @pytest.mark.parametrize("answer", [REJECTED, GREYLISTED, DROPPED, SILENT])
-async def test_an_outcome_whose_claim_was_lost_is_not_told_but_the_new_owners_is(
+async def test_after_a_lost_claim_the_new_owners_outcome_is_published(
     build: Callable[..., World], answer: replies.SendResult
 ) -> None:
     world = build()
@@ -437,7 +439,7 @@ async def test_an_outcome_whose_claim_was_lost_is_not_told_but_the_new_owners_is
     assert len(world.pool.mails) == 1
 
 
-async def test_a_mail_that_was_accepted_is_told_as_sent_though_its_claim_was_lost(
+async def test_an_accepted_mail_is_published_as_sent_though_its_claim_was_lost(
     build: Callable[..., World],
 ) -> None:
     world = build()
@@ -448,7 +450,7 @@ async def test_a_mail_that_was_accepted_is_told_as_sent_though_its_claim_was_los
     assert world.claims.renew([world.theirs]) == [False]  # type: ignore[attr-defined]
 
 
-async def test_a_lease_that_ran_out_before_the_mail_is_given_back_and_claimed_anew(
+async def test_a_claim_whose_lease_ended_before_the_mail_is_released_and_claimed_anew(
     build: Callable[..., World],
 ) -> None:
     states = []
@@ -470,7 +472,7 @@ async def test_a_lease_that_ran_out_before_the_mail_is_given_back_and_claimed_an
 # --- our own trouble ------------------------------------------------------------------------------
 
 
-async def test_trouble_with_the_relay_spends_no_attempt_and_leaves_no_claim(
+async def test_relay_trouble_costs_no_attempt_and_leaves_no_claim(
     build: Callable[..., World],
 ) -> None:
     async def goes_down(guard: Callable[[], bool]) -> replies.SendResult:
@@ -498,7 +500,7 @@ async def test_nothing_is_claimed_while_the_relay_is_down(build: Callable[..., W
     assert isinstance(only_event(await task), pb.MailSent)
 
 
-async def test_what_waits_for_its_turn_when_the_relay_goes_down_is_not_claimed(
+async def test_a_mail_that_waits_when_the_relay_goes_down_is_not_claimed(
     build: Callable[..., World],
 ) -> None:
     async def goes_down(guard: Callable[[], bool]) -> replies.SendResult:
@@ -518,7 +520,7 @@ async def test_what_waits_for_its_turn_when_the_relay_goes_down_is_not_claimed(
     assert {type(only_event(outcome)) for outcome in ended} == {pb.MailSent}
 
 
-async def test_the_mail_that_tries_whether_a_refusal_is_over_is_claimed_though_the_relay_is_down(
+async def test_the_probe_is_claimed_though_the_relay_is_down(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def taken(guard: Callable[[], bool]) -> replies.SendResult:
@@ -552,7 +554,7 @@ async def lost_its_lease(guard: Callable[[], bool]) -> replies.SendResult:
         ([DROPPED], {}, 1),
     ],
 )
-async def test_only_a_mail_that_the_relay_was_tried_with_counts_for_the_domains_rate(
+async def test_only_a_mail_that_was_tried_counts_for_the_domains_rate(
     build: Callable[..., World],
     monkeypatch: pytest.MonkeyPatch,
     answers: list[Answer],
@@ -569,13 +571,13 @@ async def test_only_a_mail_that_the_relay_was_tried_with_counts_for_the_domains_
 
     refund_rate = claim_slots.refund_rate
 
-    def give_back(domain: str) -> None:
+    def refund(domain: str) -> None:
         nonlocal count
         count -= 1
         refund_rate(domain)
 
     monkeypatch.setattr(claim_slots, "_count_rate", take)
-    monkeypatch.setattr(claim_slots, "refund_rate", give_back)
+    monkeypatch.setattr(claim_slots, "refund_rate", refund)
     record = mx_ok(**task)
     if "created_at_us" in task:
         record.event.at_us = 0
@@ -583,7 +585,7 @@ async def test_only_a_mail_that_the_relay_was_tried_with_counts_for_the_domains_
     assert count == counted
 
 
-async def test_cancelled_before_it_hands_the_mail_over_it_costs_nothing_of_the_domains_rate(
+async def test_a_handler_cancelled_before_the_handover_costs_nothing_of_the_rate(
     build: Callable[..., World],
 ) -> None:
     world = build()
@@ -605,7 +607,7 @@ def refused(number: int) -> Exception:
 
 
 @pytest.mark.parametrize("number", [2003, 1045, 1146])
-async def test_a_database_that_is_away_is_waited_for_and_shown(
+async def test_a_handler_waits_for_the_database_and_shows_that(
     build: Callable[..., World], number: int
 ) -> None:
     world = build(SENT)
@@ -627,7 +629,7 @@ async def test_an_outcome_waits_for_the_database(build: Callable[..., World]) ->
     assert world.row.state == "sent"
 
 
-async def test_a_value_that_does_not_fit_is_the_tasks_own_fault(build: Callable[..., World]) -> None:
+async def test_a_value_that_does_not_fit_fails_its_own_task_alone(build: Callable[..., World]) -> None:
     world = build()
     world.claims.errors = [DataError("INSERT", (), Exception("too long"))]
     with pytest.raises(DataError):
@@ -644,7 +646,7 @@ async def cancel_and_close(world: World, task: asyncio.Future[Outcome]) -> None:
     await asyncio.wait_for(world.sender.close(), 10)
 
 
-async def test_cancelled_before_it_hands_the_mail_over_it_frees_the_claim(
+async def test_a_handler_cancelled_before_the_handover_releases_the_claim(
     build: Callable[..., World],
 ) -> None:
     sending = asyncio.Event()
@@ -700,7 +702,7 @@ async def cancel_amid_the_exchange(world: World, exchange: Exchange) -> None:
 @pytest.mark.parametrize(
     ("answer", "state"), [(SENT, "sent"), (REFUSED_AFTER_DOT, "failed"), (SILENT, "deferred")]
 )
-async def test_what_was_handed_over_goes_on_without_its_handler_and_its_next_owner_tells_the_outcome(
+async def test_a_handed_over_mail_goes_on_and_the_next_owner_publishes_its_outcome(
     build: Callable[..., World], answer: replies.SendResult, state: str
 ) -> None:
     exchange = Exchange()
@@ -721,7 +723,7 @@ async def test_what_was_handed_over_goes_on_without_its_handler_and_its_next_own
     assert len(world.pool.mails) == 1
 
 
-async def test_a_claim_that_may_not_be_taken_over_yet_is_asked_for_with_pauses(
+async def test_a_claim_without_a_takeover_yet_is_polled_at_intervals(
     build: Callable[..., World],
 ) -> None:
     world = build(SENT)
@@ -756,7 +758,7 @@ async def test_a_late_outcome_is_published_where_the_next_owner_has_ended(
     assert event.id == ID
 
 
-async def test_what_is_handed_over_keeps_its_place_until_it_is_settled(build: Callable[..., World]) -> None:
+async def test_a_handed_over_mail_keeps_its_slots_until_it_is_settled(build: Callable[..., World]) -> None:
     exchange = Exchange()
     world = build(exchange, SENT, claim_slots=1)
     await cancel_amid_the_exchange(world, exchange)
@@ -767,7 +769,7 @@ async def test_what_is_handed_over_keeps_its_place_until_it_is_settled(build: Ca
     assert isinstance(only_event(await other), pb.MailSent)
 
 
-async def test_what_is_never_answered_is_cut_off_at_the_limit_and_on_record_as_in_doubt(
+async def test_a_handed_over_mail_without_a_reply_ends_in_doubt_at_the_limit(
     build: Callable[..., World],
 ) -> None:
     exchange = Exchange()
@@ -778,7 +780,7 @@ async def test_what_is_never_answered_is_cut_off_at_the_limit_and_on_record_as_i
     assert (world.row.state, world.row.reason) == ("deferred", IN_DOUBT)
 
 
-async def test_the_outcome_of_what_was_handed_over_waits_for_the_database_longer_than_the_lease(
+async def test_a_handed_over_mails_outcome_waits_for_the_database_past_its_lease(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.sender.stage._CLEANUP_TIMEOUT", 0)
@@ -817,7 +819,7 @@ async def test_a_sent_mail_whose_handler_is_cancelled_keeps_its_lease_until_it_i
     assert world.row.state == "sent"
 
 
-async def test_cancelled_while_it_claims_it_gives_the_claim_back(build: Callable[..., World]) -> None:
+async def test_a_handler_cancelled_while_it_claims_releases_the_claim(build: Callable[..., World]) -> None:
     world = build()
     world.claims.gate.clear()
     task = asyncio.ensure_future(world.handle(mx_ok()))
@@ -828,7 +830,7 @@ async def test_cancelled_while_it_claims_it_gives_the_claim_back(build: Callable
     assert world.row.state == "released"
 
 
-async def test_cancelled_while_it_settles_it_settles_all_the_same(build: Callable[..., World]) -> None:
+async def test_a_handler_cancelled_while_it_settles_still_settles(build: Callable[..., World]) -> None:
     async def send(guard: Callable[[], bool]) -> replies.SendResult:
         world.claims.gate.clear()
         return SENT
@@ -842,7 +844,7 @@ async def test_cancelled_while_it_settles_it_settles_all_the_same(build: Callabl
     assert world.row.state == "sent"
 
 
-async def test_cancelled_while_its_outcome_waits_for_the_database_it_still_stores_it(
+async def test_an_outcome_that_waits_for_the_database_is_stored_after_a_cancellation(
     build: Callable[..., World],
 ) -> None:
     async def send(guard: Callable[[], bool]) -> replies.SendResult:
@@ -880,7 +882,7 @@ DOUBTS = pytest.mark.parametrize(
 
 @DOUBTS
 @pytest.mark.parametrize("times", [1, 3])
-async def test_cancelled_before_a_doubt_is_on_record_it_costs_no_resend(
+async def test_a_cancellation_before_the_doubt_is_published_costs_no_resend(
     build: Callable[..., World], doubt: str, answers: list[replies.SendResult], hold: bool, times: int
 ) -> None:
     world = build(*answers, hold=hold)
@@ -907,7 +909,7 @@ async def test_cancelled_before_a_doubt_is_on_record_it_costs_no_resend(
 
 
 @DOUBTS
-async def test_cancelled_while_it_claims_what_is_in_doubt_it_costs_no_resend(
+async def test_a_cancellation_while_claiming_a_mail_in_doubt_costs_no_resend(
     build: Callable[..., World], doubt: str, answers: list[replies.SendResult], hold: bool
 ) -> None:
     world = build(*answers, hold=hold)
@@ -925,13 +927,13 @@ async def test_cancelled_while_it_claims_what_is_in_doubt_it_costs_no_resend(
     assert len(world.published) == 1
 
 
-async def test_cancelled_while_it_claims_what_was_once_in_doubt_it_gives_the_claim_back(
+async def test_a_cancellation_while_claiming_after_an_earlier_doubt_releases_the_claim(
     build: Callable[..., World],
 ) -> None:
     world = build(SILENT, GREYLISTED, SENT)
     await world.handle(mx_ok())
     await world.handle(mx_ok(attempt=2))
-    calls, told = world.claims.calls, len(world.published)
+    calls, published = world.claims.calls, len(world.published)
     world.claims.gate.clear()
     task = asyncio.ensure_future(world.handle(mx_ok(attempt=3)))
     await until(lambda: world.claims.calls > calls)
@@ -940,7 +942,7 @@ async def test_cancelled_while_it_claims_what_was_once_in_doubt_it_gives_the_cla
     await cancel_and_close(world, task)
     assert (world.row.state, world.row.reason) == ("released", "")
     assert isinstance(only_event(await world.handle(mx_ok(attempt=3))), pb.MailSent)
-    assert len(world.published) == told, "no doubt is told twice"
+    assert len(world.published) == published, "no doubt is told twice"
 
 
 def lose_the_answer(world: World) -> None:
@@ -955,20 +957,20 @@ def lose_the_answer(world: World) -> None:
     world.claims.claim = once  # type: ignore[method-assign]
 
 
-async def test_a_claim_whose_answer_was_lost_tells_no_doubt_of_an_attempt_that_was_never_made(
+async def test_a_lost_answer_to_a_claim_publishes_no_doubt_without_an_attempt(
     build: Callable[..., World],
 ) -> None:
     world = build(SILENT, GREYLISTED, SENT)
     await world.handle(mx_ok())
     await world.handle(mx_ok(attempt=2))
-    told = len(world.published)
+    published = len(world.published)
     lose_the_answer(world)
     assert isinstance(only_event(await world.handle(mx_ok(attempt=3))), pb.MailSent)
-    assert world.published[told:] == []
+    assert world.published[published:] == []
 
 
 @DOUBTS
-async def test_a_claim_whose_answer_was_lost_has_its_doubt_on_record_first(
+async def test_a_lost_answer_to_a_claim_publishes_an_existing_doubt_first(
     build: Callable[..., World], doubt: str, answers: list[replies.SendResult], hold: bool
 ) -> None:
     world = build(*answers, hold=hold)
@@ -985,7 +987,9 @@ async def test_a_claim_whose_answer_was_lost_has_its_doubt_on_record_first(
     assert (event.in_doubt, event.attempt) == (True, record.attempt)
 
 
-async def test_cancelled_while_it_waits_for_a_hand_it_leaves_nothing(build: Callable[..., World]) -> None:
+async def test_a_handler_cancelled_while_it_waits_for_a_claim_slot_leaves_nothing(
+    build: Callable[..., World],
+) -> None:
     started = asyncio.Event()
 
     async def send(guard: Callable[[], bool]) -> replies.SendResult:
@@ -1004,7 +1008,7 @@ async def test_cancelled_while_it_waits_for_a_hand_it_leaves_nothing(build: Call
     assert isinstance(only_event(await world.handle(mx_ok())), pb.MailSent), "the hand came back"
 
 
-async def test_an_error_of_the_pools_leaves_the_claim_in_doubt(build: Callable[..., World]) -> None:
+async def test_an_error_of_the_pool_leaves_the_claim_in_doubt(build: Callable[..., World]) -> None:
     async def broken(guard: Callable[[], bool]) -> replies.SendResult:
         raise RuntimeError("a bug")
 
@@ -1025,7 +1029,7 @@ async def test_a_cancelled_task_is_not_sent_until_it_is_reopened(build: Callable
     assert isinstance(only_event(await world.handle(mx_ok(epoch=1))), pb.MailSent)
 
 
-async def test_a_cancel_waits_for_what_is_being_sent_and_stops_its_next_attempt(
+async def test_a_cancel_waits_for_a_running_send_and_stops_the_next_attempt(
     build: Callable[..., World],
 ) -> None:
     go = asyncio.Event()
@@ -1047,7 +1051,7 @@ async def test_a_cancel_waits_for_what_is_being_sent_and_stops_its_next_attempt(
     assert len(world.pool.mails) == 1
 
 
-async def test_a_cancel_of_what_is_in_doubt_is_told_as_uncertain(build: Callable[..., World]) -> None:
+async def test_a_cancelled_mail_in_doubt_is_published_as_uncertain(build: Callable[..., World]) -> None:
     world = build()
     world.someone_claims()
     world.claims.expire()
@@ -1057,7 +1061,7 @@ async def test_a_cancel_of_what_is_in_doubt_is_told_as_uncertain(build: Callable
     assert only_event(await world.handle(mx_ok())) == event
 
 
-async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
+async def test_a_shed_record_comes_back_as_the_same_attempt(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.01)
@@ -1079,7 +1083,7 @@ async def test_what_a_slow_domain_crowds_out_comes_back_as_the_same_attempt(
     waiting[0].cancel()
 
 
-async def test_of_72_mails_to_a_domain_that_never_answers_most_are_put_off_though_there_is_room(
+async def test_most_of_72_mails_to_a_silent_domain_are_shed_without_saturation(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.3)
@@ -1111,7 +1115,7 @@ async def test_of_72_mails_to_a_domain_that_never_answers_most_are_put_off_thoug
     assert world.sender.domains() == []
 
 
-async def test_a_claimed_mail_does_not_wait_for_the_sessions_of_a_domain_that_stands_still(
+async def test_a_claimed_mail_does_not_wait_for_a_stalled_domains_sessions(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.05)
@@ -1135,7 +1139,7 @@ async def test_a_claimed_mail_does_not_wait_for_the_sessions_of_a_domain_that_st
     first.cancel()
 
 
-async def test_the_stage_reads_and_decodes_what_the_topics_say(build: Callable[..., World]) -> None:
+async def test_the_stage_reads_and_decodes_its_topics(build: Callable[..., World]) -> None:
     made = stage(build().sender, DELAYS)
     assert made.name == "sender"
     assert set(made.topics) == set(made.decoders) == {MX_OK, TASK_CANCELLED}

@@ -1,4 +1,4 @@
-"""AUTH: which lines are sent, and when a secret may go at all."""
+"""AUTH: the lines that the client sends, and when it may send a secret."""
 
 import base64
 import ssl
@@ -30,7 +30,7 @@ def unnamed() -> ssl.SSLContext:
 
 
 @pytest.mark.parametrize("tls", list(Tls))
-def test_a_secret_goes_to_a_verified_peer_or_in_clear_on_demand(tls: Tls) -> None:
+def test_a_secret_goes_to_a_verified_peer_or_in_clear_without_tls(tls: Tls) -> None:
     assert may_send_secret(tls, ssl.create_default_context())
     assert not may_send_secret(tls, unverified())
     assert not may_send_secret(tls, unnamed())
@@ -38,7 +38,7 @@ def test_a_secret_goes_to_a_verified_peer_or_in_clear_on_demand(tls: Tls) -> Non
 
 
 @pytest.mark.parametrize("tls", [Tls.IMPLICIT, Tls.STARTTLS, Tls.OPPORTUNISTIC])
-def test_whoever_is_given_credentials_is_verified(tls: Tls) -> None:
+def test_credentials_go_to_verified_peers_only(tls: Tls) -> None:
     relay = Relay("mail.example.org", 587, tls, Credentials("ann", "pw"))
     assert may_send_secret(tls, relay.tls_context())
 
@@ -91,13 +91,13 @@ def test_every_line_is_one_line() -> None:
             assert line.count(b"\r") == line.count(b"\n") == 1
 
 
-def test_plain_is_what_rfc_4616_says_and_its_response_is_sent_once_more_where_the_server_asks() -> None:
+def test_plain_follows_rfc_4616_and_repeats_its_response_on_demand() -> None:
     line, again = lines("PLAIN", "zoë", "pässword", *[""] * 5)
     assert base64.b64decode(line.split()[2]) == "\0zoë\0pässword".encode()
     assert again == line.split()[2] + b"\r\n"
 
 
-def test_xoauth2_sends_its_token_once_more_where_the_server_asks_and_asks_for_a_refusals_code() -> None:
+def test_xoauth2_repeats_its_token_on_demand_and_asks_for_a_refusals_code() -> None:
     first, empty = lines("XOAUTH2", "ann", "token", "eyJzdGF0dXMiOiI0MDEifQ==")
     assert first.startswith(b"AUTH XOAUTH2 ")
     assert empty == b"\r\n"
@@ -110,5 +110,5 @@ def test_xoauth2_sends_its_token_once_more_where_the_server_asks_and_asks_for_a_
     ("challenge", "expected"),
     [("eyJzdGF0dXMiOiI0MDEifQ==", '{"status":"401"}'), ("", ""), ("no base64!", ""), ("/w==", "")],
 )
-def test_what_a_challenge_says(challenge: str, expected: str) -> None:
+def test_the_readable_text_of_a_challenge(challenge: str, expected: str) -> None:
     assert challenge_text(Reply(334, (challenge,)), Mask()) == expected

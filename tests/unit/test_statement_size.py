@@ -1,4 +1,4 @@
-"""What is known of how long a statement may be."""
+"""The limits of a statement's length."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def driver(statements: StatementLimits) -> Driver:
     return driver
 
 
-def test_what_the_server_refuses_of_several_rows_is_halved_until_it_may_be_otherwise(
+def test_a_refused_statement_of_several_rows_is_halved_for_a_while(
     statements: StatementLimits, driver: Driver, clock: Clock
 ) -> None:
     driver.error = Error(errno=PACKET_TOO_LARGE)
@@ -97,9 +97,7 @@ def test_a_single_row_is_always_sent_if_the_server_takes_it(driver: Driver, cloc
     assert driver.sent == 22
 
 
-def test_a_single_row_that_is_lost_for_long_is_too_long_as_long_as_it_is_lost(
-    driver: Driver, clock: Clock
-) -> None:
+def test_a_single_row_is_too_long_once_it_was_lost_for_long_enough(driver: Driver, clock: Clock) -> None:
     driver.error = Error(errno=2013)
     for _ in range(4):
         with pytest.raises(Error) as caught:
@@ -116,7 +114,9 @@ def test_a_single_row_that_is_lost_for_long_is_too_long_as_long_as_it_is_lost(
     assert not isinstance(caught.value, StatementTooLong)
 
 
-def test_each_loss_halves_the_share_of_many_rows(statements: StatementLimits, clock: Clock) -> None:
+def test_each_loss_halves_the_limit_of_statements_with_several_rows(
+    statements: StatementLimits, clock: Clock
+) -> None:
     statements.record_loss(12 << 20)
     assert statements.multi_row_bytes() == 6 << 20
     statements.record_loss(12 << 20)  # it was under way meanwhile, or it is a single row
@@ -130,7 +130,9 @@ def test_each_loss_halves_the_share_of_many_rows(statements: StatementLimits, cl
     assert statements.multi_row_bytes() is None
 
 
-def test_losses_show_a_length_if_they_last_and_are_not_old(statements: StatementLimits, clock: Clock) -> None:
+def test_recent_losses_over_some_time_show_that_a_statement_is_too_long(
+    statements: StatementLimits, clock: Clock
+) -> None:
     # All in one moment: the server may just have gone away.
     assert not any(statements.record_loss(3 << 20) for _ in range(20))
     clock.now += 21
@@ -139,14 +141,14 @@ def test_losses_show_a_length_if_they_last_and_are_not_old(statements: Statement
     assert not statements.record_loss(3 << 20)
 
 
-def test_one_that_passes_acquits_all_that_are_no_longer(statements: StatementLimits, clock: Clock) -> None:
+def test_a_success_clears_the_losses_of_shorter_statements(statements: StatementLimits, clock: Clock) -> None:
     for _ in range(20):
         clock.now += 5
         assert not statements.record_loss(3 << 20)
         statements.record_success(3 << 20)
 
 
-def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(
+def test_losses_of_longer_statements_do_not_concern_a_shorter_one(
     statements: StatementLimits, clock: Clock
 ) -> None:
     for size in (9, 9, 8, 8, 3):
@@ -157,9 +159,7 @@ def test_the_losses_of_longer_ones_say_nothing_of_a_shorter_one(
 
 
 @given(st.lists(st.tuples(st.integers(), st.binary(max_size=300))), st.integers(0, 2000))
-def test_portions_are_all_rows_in_order_and_within_the_share(
-    rows: list[tuple[int, bytes]], limit: int
-) -> None:
+def test_the_runs_have_all_rows_in_order_within_the_limit(rows: list[tuple[int, bytes]], limit: int) -> None:
     parts = list(split_by_bytes(rows, limit))
     assert [row for part in parts for row in part] == rows
     assert all(part and (len(part) == 1 or sum(map(max_row_bytes, part)) <= limit) for part in parts)

@@ -1,4 +1,4 @@
-"""All here runs on both event loops: what a transport reports about its buffer differs between them."""
+"""All tests here run on both event loops, whose transports report their buffers differently."""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""A mail server that does exactly what a test tells it, line by line, over real sockets."""
+"""A mail server that follows a test's script line by line, over real sockets."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""One mail over the SMTP client: every phase, every answer, against a scripted server on both event loops."""
+"""One mail over the SMTP client: each phase and reply, with a scripted server, on both event loops."""
 
 import pytest
 
@@ -105,7 +105,7 @@ async def test_a_large_message_arrives_whole() -> None:
         (FROM, TO, b"a\n\rb\r\n"),
     ],
 )
-async def test_what_would_break_out_is_refused(wrong: tuple[str, str, bytes]) -> None:
+async def test_an_address_or_message_that_would_break_out_is_refused(wrong: tuple[str, str, bytes]) -> None:
     pool = SmtpPool(Relay("127.0.0.1", 1, tls=Tls.NONE))
     with pytest.raises(ValueError, match=r"envelope|CRLF"):
         await pool.send(*wrong, lambda: True)

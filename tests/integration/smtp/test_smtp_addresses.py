@@ -1,4 +1,4 @@
-"""A relay with several addresses: the first that answers is used, and a dead one is remembered."""
+"""A relay with several addresses: the client uses the first that answers and remembers dead ones."""
 
 import asyncio
 import socket
@@ -73,7 +73,7 @@ async def test_a_silent_address_costs_a_moment_once_and_is_remembered(
             assert DEAD not in made
 
 
-async def test_an_address_that_refuses_is_passed_at_once_and_remembered(
+async def test_an_address_that_refuses_is_skipped_at_once_and_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with scripted(serving) as server, pool_for(server, limits=Limits(mails_per_session=1)) as pool:
@@ -104,7 +104,7 @@ async def test_an_address_whose_server_gives_no_session_comes_last_from_then_on(
         listener.close()
 
 
-async def test_all_addresses_dead_is_told_of_each_and_the_first_is_tried_again() -> None:
+async def test_if_all_addresses_are_dead_each_cause_is_shown_and_the_first_is_retried() -> None:
     async with scripted(serving) as server:
         port = server.port
     addresses = Addresses(delay=0.01)
@@ -118,7 +118,7 @@ async def test_all_addresses_dead_is_told_of_each_and_the_first_is_tried_again()
         await addresses.connect([], 5)
 
 
-async def test_a_dead_address_is_given_another_chance_after_a_while() -> None:
+async def test_a_dead_address_is_tried_again_after_a_while() -> None:
     async with scripted(Conversation.drained) as server:
         listed = [RelayAddress(socket.AF_INET, (ip, server.port)) for ip in (DEAD, GOOD)]
         addresses = Addresses(dead_for=0.0)
@@ -146,7 +146,7 @@ async def test_a_connection_that_is_cancelled_leaves_nothing_behind() -> None:
             assert asyncio.all_tasks() == before
 
 
-async def test_an_address_that_never_answers_is_given_up_in_time() -> None:
+async def test_an_address_that_never_answers_fails_in_time() -> None:
     async with scripted(serving) as server:
         with silent(DEAD, server.port), pytest.raises(ConnectError, match="timed out"):
             await Addresses().connect([RelayAddress(socket.AF_INET, (DEAD, server.port))], 0.1)

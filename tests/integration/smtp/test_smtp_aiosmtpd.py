@@ -1,4 +1,4 @@
-"""The SMTP client against aiosmtpd: another real server, one that knows no PIPELINING."""
+"""The SMTP client against aiosmtpd, a real server without PIPELINING."""
 
 import asyncio
 import ssl
@@ -101,7 +101,7 @@ async def test_a_wrong_password(certificates: Certificates) -> None:
     assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
 
 
-async def test_auth_wanted_and_not_given(certificates: Certificates) -> None:
+async def test_auth_is_required_and_there_are_no_credentials(certificates: Certificates) -> None:
     async with serving(certificates, auth_required=True) as (_, port):
         pool = pool_to(port, certificates)
         outcome = await send(pool)

@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a mail, and what is then known about it."""
+"""Failures in the middle of a mail, and what is certain after them."""
 
 import asyncio
 from collections.abc import Callable
@@ -86,7 +86,7 @@ async def test_lost_waiting_for_the_354(end: Callable[[Conversation], None]) -> 
         (["250 ok", "550 5.1.1 who?"], "550 5.1.1 who?", True),
     ],
 )
-async def test_a_refusal_counts_though_the_session_is_lost_behind_it(
+async def test_a_refusal_counts_though_the_session_is_lost_after_it(
     replies: list[str], reply: str, permanent: bool
 ) -> None:
     outcome = await outcome_of(answering(*replies, then=Conversation.close))
@@ -113,7 +113,7 @@ async def test_421_is_transient_and_ends_the_session(replies: list[str], phase: 
         assert server.connections == 2
 
 
-async def test_a_demand_for_auth_is_ours() -> None:
+async def test_a_demand_for_auth_spares_the_attempt() -> None:
     outcome = await outcome_of(answering("530 5.7.0 Authentication required", "503 no", "503 no"))
     assert isinstance(outcome, NotSent)
     assert outcome.spares_attempt
@@ -214,7 +214,7 @@ async def test_a_refused_reset_drops_the_session() -> None:
         assert server.connections == 2
 
 
-async def test_mail_out_of_sequence_is_never_the_mails_fault() -> None:
+async def test_a_refusal_as_out_of_sequence_never_concerns_the_mail() -> None:
     async def nested(c: Conversation) -> None:
         await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
         await c.say("503 5.5.1 nested MAIL command", "250 ok", "503 no")
@@ -229,7 +229,7 @@ async def test_mail_out_of_sequence_is_never_the_mails_fault() -> None:
     assert fresh.spares_attempt
 
 
-async def test_what_comes_after_mail_on_a_used_session_is_not_tried_again() -> None:
+async def test_a_loss_after_mail_on_a_used_session_is_not_retried() -> None:
     async def drop(c: Conversation) -> None:
         await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
         await c.say("250 ok")
@@ -243,7 +243,7 @@ async def test_what_comes_after_mail_on_a_used_session_is_not_tried_again() -> N
 # --- The message and after
 
 
-async def test_lost_while_the_message_is_still_with_us_is_not_sent() -> None:
+async def test_a_loss_while_the_message_is_still_buffered_is_not_sent() -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
         await c.envelope()
@@ -255,7 +255,7 @@ async def test_lost_while_the_message_is_still_with_us_is_not_sent() -> None:
     assert (outcome.phase, outcome.spares_attempt) == (Phase.DATA, False)
 
 
-async def test_nothing_more_leaves_once_it_counts_as_not_sent() -> None:
+async def test_no_byte_leaves_once_the_mail_counts_as_not_sent() -> None:
     received = []
 
     async def script(c: Conversation) -> None:
@@ -302,7 +302,7 @@ async def test_a_refusal_in_the_middle_of_the_message(reply: str, permanent: boo
     assert (outcome.phase, outcome.reply, outcome.permanent) == (Phase.DATA, reply, permanent)
 
 
-async def test_a_yes_in_the_middle_of_the_message_is_no_yes() -> None:
+async def test_a_250_in_the_middle_of_the_message_is_no_acceptance() -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
         await c.envelope()
@@ -386,7 +386,7 @@ async def test_refused_after_the_dot(answer: str, permanent: bool, retry_after: 
 
 
 @pytest.mark.parametrize("more", ["421 4.3.2 shutting down", "garbage"])
-async def test_a_yes_counts_whatever_comes_with_it(more: str) -> None:
+async def test_a_250_counts_whatever_comes_with_it(more: str) -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
         await c.envelope()
@@ -430,7 +430,7 @@ async def test_a_lease_lost_before_the_message_writes_no_byte_of_it() -> None:
     assert server.conversations[0].heard[-1] == b"DATA"
 
 
-async def test_the_lease_is_asked_again_on_a_second_session() -> None:
+async def test_the_lease_is_checked_again_on_a_second_session() -> None:
     asked: list[int] = []
 
     async def first(c: Conversation) -> None:
@@ -490,7 +490,7 @@ async def test_cancelled_in_the_envelope() -> None:
     await cancelled(script, ready)
 
 
-async def test_cancelled_once_the_message_is_sent_it_goes_on_and_its_session_is_used_again() -> None:
+async def test_a_send_cancelled_after_the_message_goes_on_and_its_session_is_reused() -> None:
     begun, release = asyncio.Event(), asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -532,7 +532,7 @@ async def cut_off(script: Script, ready: asyncio.Event, message: bytes = MESSAGE
         return outcome
 
 
-async def test_cut_off_while_the_message_is_still_with_us() -> None:
+async def test_aborted_while_the_message_is_still_buffered() -> None:
     ready = asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -547,7 +547,7 @@ async def test_cut_off_while_the_message_is_still_with_us() -> None:
     assert outcome.phase is Phase.DATA
 
 
-async def test_cut_off_after_the_dot_is_in_doubt() -> None:
+async def test_aborted_after_the_dot_is_in_doubt() -> None:
     ready = asyncio.Event()
 
     async def script(c: Conversation) -> None:

@@ -1,4 +1,4 @@
-"""Opening a session: banner, EHLO, what the server can do, TLS, AUTH. All that fails here is ours."""
+"""Opening a session: banner, EHLO, extensions, TLS, AUTH. A failure here costs no attempt."""
 
 import asyncio
 import base64
@@ -82,10 +82,10 @@ async def test_a_name_that_does_not_resolve() -> None:
     await pool.close()
 
 
-@pytest.mark.parametrize("said", [[], ["220 hello"]])
-async def test_a_server_that_hangs(said: list[str]) -> None:
+@pytest.mark.parametrize("reply", [[], ["220 hello"]])
+async def test_a_server_that_hangs(reply: list[str]) -> None:
     async def script(c: Conversation) -> None:
-        await c.say(*said)
+        await c.say(*reply)
         await c.drained()
 
     outcome = await refusal_of(script, timeouts=HASTY)
@@ -93,7 +93,7 @@ async def test_a_server_that_hangs(said: list[str]) -> None:
     assert "timed out" in outcome.cause
 
 
-async def test_helo_for_a_server_that_knows_no_ehlo() -> None:
+async def test_helo_for_a_server_without_ehlo() -> None:
     async def script(c: Conversation) -> None:
         await c.say("220 old")
         await c.expect("EHLO [127.0.0.1]")
@@ -118,7 +118,7 @@ async def test_helo_for_a_server_that_knows_no_ehlo() -> None:
         "550 5.7.1 literal not allowed",
     ],
 )
-async def test_a_relay_that_takes_no_address_literal(refusal: str) -> None:
+async def test_a_relay_that_refuses_address_literals(refusal: str) -> None:
     async def script(c: Conversation) -> None:
         await c.say("220 hi")
         while (line := await c.line()) and line != b"QUIT":
@@ -201,9 +201,9 @@ EIGHT_BIT = (FROM, TO, "Subject: hi\r\n\r\nGrüße\r\n".encode())
 async def test_parameters_of_mail(
     extensions: list[str], mail: tuple[str, str, bytes], expected: bytes
 ) -> None:
-    outcome, said = await parameters(*extensions, mail=mail)
+    outcome, reply = await parameters(*extensions, mail=mail)
     assert isinstance(outcome, Sent)
-    assert said == expected
+    assert reply == expected
 
 
 @pytest.mark.parametrize(
@@ -215,14 +215,14 @@ async def test_parameters_of_mail(
         ([], EIGHT_BIT, "554 5.6.3"),
     ],
 )
-async def test_what_the_server_cannot_take_is_not_offered(
+async def test_a_mail_that_the_server_cannot_take_is_not_sent(
     extensions: list[str], mail: tuple[str, str, bytes], code: str
 ) -> None:
-    outcome, said = await parameters(*extensions, mail=mail)
+    outcome, reply = await parameters(*extensions, mail=mail)
     assert isinstance(outcome, Rejected)
     assert outcome.permanent
     assert outcome.reply.startswith(code)
-    assert said == b""
+    assert reply == b""
 
 
 # --- AUTH
@@ -273,10 +273,12 @@ async def test_auth_xoauth2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "shown"),
     [('{"status":"401"}', '{"status":"401"}'), ('{"token":"s3cret-token"}', '{"token":"***"}')],
 )
-async def test_auth_xoauth2_refused_is_told_with_its_reason_but_for_the_token(reason: str, told: str) -> None:
+async def test_a_refusal_of_xoauth2_is_shown_with_its_reason_without_the_token(
+    reason: str, shown: str
+) -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING", "AUTH XOAUTH2")
         await c.expect("AUTH XOAUTH2 ")
@@ -286,7 +288,7 @@ async def test_auth_xoauth2_refused_is_told_with_its_reason_but_for_the_token(re
         await c.ended()
 
     outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-token", "XOAUTH2"))
-    assert (outcome.phase, outcome.cause) == (Phase.AUTH, f"535 5.7.8 token expired {told}")
+    assert (outcome.phase, outcome.cause) == (Phase.AUTH, f"535 5.7.8 token expired {shown}")
 
 
 @pytest.mark.parametrize("reply", ["535 5.7.8 no", "534 5.7.9 too weak", "454 4.7.0 later", "421 no", "250-"])
@@ -299,17 +301,17 @@ async def test_auth_refused(reply: str, capsys: pytest.CaptureFixture[str]) -> N
 
     outcome = await refusal_of(script, credentials=USER)
     assert outcome.phase is Phase.AUTH
-    said = capsys.readouterr()
-    assert "relay_down" in said.out + said.err
+    reply = capsys.readouterr()
+    assert "relay_down" in reply.out + reply.err
     for secret in ("s3cret", encoded("\0ann\0s3cret-of-ann")):
-        assert secret not in said.out + said.err
+        assert secret not in reply.out + reply.err
 
 
 @pytest.mark.parametrize(
     "last", ["500 5.5.1 not understood: {}", "{}", "500-what", "235 ok\r\n500 {}", "421 {}"]
 )
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "XOAUTH2"])
-async def test_a_relay_that_repeats_what_it_was_sent_has_no_secret_shown(
+async def test_no_secret_is_shown_of_a_relay_that_repeats_its_input(
     mechanism: str, last: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def script(c: Conversation) -> None:
@@ -323,11 +325,11 @@ async def test_a_relay_that_repeats_what_it_was_sent_has_no_secret_shown(
         c.close()
 
     outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-of-ann", mechanism))
-    told = capsys.readouterr()
+    shown = capsys.readouterr()
     assert "***" in outcome.cause
     for secret in ("s3cret-of-ann", "\0ann\0s3cret-of-ann", "user=ann\1auth=Bearer s3cret-of-ann\1\1"):
         for form in (secret, encoded(secret)):
-            assert form not in f"{outcome} {told.out} {told.err}"
+            assert form not in f"{outcome} {shown.out} {shown.err}"
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,9 @@ async def log_in(c: Conversation) -> None:
 @pytest.mark.parametrize(
     "ehlo", ["250 AUTH PLAIN LOGIN", "250-scripted\r\n250-PIPELINING\r\n250 auth=plain Login"]
 )
-async def test_login_is_tried_where_plain_is_refused_and_first_from_then_on(refusal: str, ehlo: str) -> None:
+async def test_login_is_tried_after_a_refusal_of_plain_and_first_from_then_on(
+    refusal: str, ehlo: str
+) -> None:
     async def hello(c: Conversation) -> None:
         await c.say("220 scripted")
         await c.expect("EHLO ")
@@ -397,7 +401,7 @@ async def test_login_is_tried_where_plain_is_refused_and_first_from_then_on(refu
         assert server.connections == 2
 
 
-async def test_login_is_tried_on_another_connection_where_the_server_closes_with_its_refusal() -> None:
+async def test_login_is_tried_on_a_new_connection_if_the_server_closes_with_its_refusal() -> None:
     async def first(c: Conversation) -> None:
         await c.greet("PIPELINING", "AUTH PLAIN LOGIN")
         await c.expect("AUTH PLAIN ")
@@ -428,7 +432,7 @@ async def test_every_mechanisms_refusal_is_shown() -> None:
     assert outcome.cause == "AUTH PLAIN: 504 5.5.4 mechanism; AUTH LOGIN: 535 5.7.8 wrong password"
 
 
-async def test_no_other_mechanism_is_tried_where_one_is_chosen_or_the_refusal_is_for_now() -> None:
+async def test_no_other_mechanism_is_tried_if_one_is_set_or_the_refusal_is_transient() -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING", "AUTH LOGIN PLAIN")
         await c.expect("AUTH PLAIN ")
@@ -442,7 +446,7 @@ async def test_no_other_mechanism_is_tried_where_one_is_chosen_or_the_refusal_is
     assert (await refusal_of(script, credentials=USER)).cause == refusal
 
 
-async def test_plains_response_is_sent_once_more_where_the_server_asks_for_it() -> None:
+async def test_plains_response_is_sent_again_if_the_server_asks_for_it() -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING", "AUTH PLAIN LOGIN")
         assert await c.line() == f"AUTH PLAIN {PLAIN}".encode()
@@ -455,7 +459,7 @@ async def test_plains_response_is_sent_once_more_where_the_server_asks_for_it() 
     assert isinstance(await outcome_of(script, credentials=USER), Sent)
 
 
-async def test_an_exchange_that_comes_to_nothing_is_cancelled_before_login_is_tried() -> None:
+async def test_an_unfinished_exchange_is_cancelled_before_login_is_tried() -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING", "AUTH PLAIN LOGIN")
         assert await c.line() == f"AUTH PLAIN {PLAIN}".encode()
@@ -488,7 +492,7 @@ class OneToken:
         self.left.pop(0)
 
 
-async def test_a_refused_token_is_fetched_anew_and_trouble_with_it_is_the_relays() -> None:
+async def test_a_refused_token_is_fetched_anew_and_its_trouble_is_the_relays() -> None:
     async def refuses(c: Conversation) -> None:
         await c.greet("PIPELINING", "AUTH XOAUTH2")
         await c.expect("AUTH XOAUTH2 ")
@@ -605,7 +609,7 @@ async def test_lost_after_the_dot_over_tls_is_in_doubt(certificates: Certificate
 
 @pytest.mark.parametrize("tls", [Tls.STARTTLS, Tls.IMPLICIT])
 @pytest.mark.parametrize("wrong", ["authority", "name"])
-async def test_a_certificate_that_does_not_hold(
+async def test_a_certificate_that_is_not_valid(
     tls: Tls, wrong: str, certificates: Certificates, other_name: Certificates
 ) -> None:
     shown = certificates if wrong == "authority" else other_name
@@ -648,7 +652,7 @@ async def test_required_tls_that_is_refused() -> None:
     assert (outcome.phase, outcome.cause) == (Phase.TLS, "454 4.7.0 TLS not available")
 
 
-async def test_opportunistic_gives_credentials_to_no_peer_that_is_not_verified(
+async def test_opportunistic_gives_no_credentials_to_an_unverified_peer(
     other_name: Certificates,
 ) -> None:
     async def script(c: Conversation) -> None:
@@ -722,7 +726,7 @@ async def test_opportunistic_goes_on_in_clear(offered: bool) -> None:
     assert isinstance(await outcome_of(script, tls=Tls.OPPORTUNISTIC), Sent)
 
 
-async def test_opportunistic_comes_back_in_clear_after_a_failed_handshake() -> None:
+async def test_opportunistic_reconnects_in_clear_after_a_failed_handshake() -> None:
     async def broken(c: Conversation) -> None:
         await c.greet("STARTTLS")
         await c.expect("STARTTLS")

@@ -1,4 +1,4 @@
-"""The pool: how many sessions, for how long, what happens while the relay is away, and how it closes."""
+"""The pool: its number of sessions, their age, a relay that is away, and its end."""
 
 import asyncio
 import ssl
@@ -78,7 +78,7 @@ async def test_one_after_another_uses_one_session() -> None:
         assert server.connections == 1
 
 
-async def test_a_session_carries_so_many_mails() -> None:
+async def test_a_session_carries_a_limited_number_of_mails() -> None:
     limits = Limits(sessions=1, mails_per_session=4)
     async with scripted(serving) as server, pool_for(server, limits=limits) as pool:
         outcomes = await asyncio.gather(*(send(pool) for _ in range(10)))
@@ -100,7 +100,7 @@ async def test_an_idle_session_is_closed_in_time() -> None:
         assert server.connections == 3
 
 
-async def test_a_lost_session_makes_room_for_another() -> None:
+async def test_another_session_may_replace_a_lost_one() -> None:
     async def one_mail(c: Conversation) -> None:
         await c.greet("PIPELINING")
         await c.mail()
@@ -111,7 +111,7 @@ async def test_a_lost_session_makes_room_for_another() -> None:
         assert server.connections == 20
 
 
-async def test_a_relay_that_takes_fewer_sessions_is_respected() -> None:
+async def test_the_pool_respects_a_relay_that_takes_fewer_sessions() -> None:
     async def full(c: Conversation) -> None:
         await c.say("421 4.7.0 too many connections from you")
         await c.drained()
@@ -157,7 +157,7 @@ async def test_a_refused_session_is_tried_again_though_the_others_stay_busy() ->
         assert isinstance(await first, Sent)
 
 
-async def test_a_session_that_is_still_closing_keeps_its_place() -> None:
+async def test_a_closing_session_still_counts() -> None:
     """A relay that takes one session is never asked for two, not even between one and the next."""
     open_now, most = 0, 0
 
@@ -179,7 +179,7 @@ async def test_a_session_that_is_still_closing_keeps_its_place() -> None:
     assert most == 1
 
 
-async def test_a_cancelled_wait_gives_its_turn_away() -> None:
+async def test_a_cancelled_wait_passes_its_turn_on() -> None:
     hold, release = asyncio.Event(), asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -196,7 +196,7 @@ async def test_a_cancelled_wait_gives_its_turn_away() -> None:
 
         def release_then_cancel(session: Session) -> None:
             release_session(session)
-            # The session was given to the second in this very turn of the loop; it will not use it.
+            # The second waiter got the session in this turn of the loop, and will not use it.
             second.cancel()
 
         pool._sessions.release = release_then_cancel  # type: ignore[method-assign]
@@ -216,7 +216,7 @@ async def test_a_cancelled_wait_gives_its_turn_away() -> None:
 # --- While the relay is away
 
 
-async def test_away_and_back_again() -> None:
+async def test_the_relay_goes_away_and_comes_back() -> None:
     port = await free_port()
     pool = SmtpPool(
         Relay("127.0.0.1", port, tls=Tls.NONE), limits=Limits(sessions=4, backoff=0.02), timeouts=QUICK
@@ -237,7 +237,7 @@ async def test_away_and_back_again() -> None:
         await pool.close()
 
 
-async def test_a_session_that_opens_after_all_ends_the_absence() -> None:
+async def test_a_session_that_opens_late_brings_the_pool_up() -> None:
     failed = asyncio.Event()
 
     async def refuses(c: Conversation) -> None:
@@ -324,7 +324,7 @@ async def test_a_check_that_fails_after_a_session_opened_does_not_end_the_sendin
         assert pool.available
 
 
-async def test_a_send_that_waits_takes_the_place_of_a_session_that_could_not_be_opened(
+async def test_a_waiting_send_opens_a_session_after_another_failed_to_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opening(monkeypatch, RuntimeError("unexpected"))
@@ -335,7 +335,7 @@ async def test_a_send_that_waits_takes_the_place_of_a_session_that_could_not_be_
         assert isinstance(await asyncio.wait_for(waits, 5), Sent)
 
 
-async def test_sends_that_wait_learn_of_it_when_the_relay_goes_away() -> None:
+async def test_waiting_sends_end_when_the_relay_goes_away() -> None:
     held = asyncio.Event()
 
     async def dies(c: Conversation) -> None:
@@ -360,7 +360,7 @@ async def test_sends_that_wait_learn_of_it_when_the_relay_goes_away() -> None:
             assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
 
 
-async def test_the_pauses_between_tries_grow() -> None:
+async def test_the_time_between_tries_grows() -> None:
     tries: list[float] = []
 
     async def refuses(c: Conversation) -> None:
@@ -372,14 +372,14 @@ async def test_the_pauses_between_tries_grow() -> None:
     async with scripted(refuses) as server, pool_for(server, limits=limits) as pool:
         assert isinstance(await send(pool), NotSent)
         await until(lambda: len(tries) >= 6)
-        pauses = [b - a for a, b in pairwise(tries)]
+        waits = [b - a for a, b in pairwise(tries)]
         # 0.05, 0.1, 0.2, 0.4, 0.4, each give or take a quarter.
-        assert pauses[0] >= 0.03
-        assert pauses[3] >= 0.3
-        assert pauses[4] >= 0.3
+        assert waits[0] >= 0.03
+        assert waits[3] >= 0.3
+        assert waits[4] >= 0.3
 
 
-async def test_a_relay_that_wants_auth_at_mail_is_asked_ever_more_rarely() -> None:
+async def test_a_relay_that_requires_auth_at_mail_is_tried_at_growing_intervals() -> None:
     asked: list[float] = []
 
     async def wants_auth(c: Conversation) -> None:
@@ -405,9 +405,9 @@ async def test_a_relay_that_wants_auth_at_mail_is_asked_ever_more_rarely() -> No
             assert outcome.spares_attempt
             assert not pool.available
             await asyncio.wait_for(pool.wait_available(), 5)
-        pauses = [b - a for a, b in pairwise(asked)]
-        assert len(pauses) == 4
-        assert pauses[3] >= 0.3
+        waits = [b - a for a, b in pairwise(asked)]
+        assert len(waits) == 4
+        assert waits[3] >= 0.3
 
 
 # --- Closing
@@ -452,7 +452,7 @@ async def test_closing_lets_a_mail_under_way_end() -> None:
         assert server.conversations[0].heard[-1] == b"QUIT"
 
 
-async def test_closing_gives_up_on_a_mail_that_does_not_end() -> None:
+async def test_closing_aborts_a_send_that_does_not_end() -> None:
     waiting = asyncio.Event()
 
     async def script(c: Conversation) -> None:

@@ -1,4 +1,4 @@
-"""The SMTP client and the mails it carries, against a real Postfix."""
+"""The SMTP client and its mails against a real Postfix."""
 
 import asyncio
 import contextlib
@@ -220,7 +220,9 @@ async def test_greylisting(server: Postfix, request: pytest.FixtureRequest) -> N
 # --- Ours
 
 
-async def test_a_wrong_password_is_ours(server: Postfix, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_wrong_password_spares_the_attempt(
+    server: Postfix, capsys: pytest.CaptureFixture[str]
+) -> None:
     credentials = Credentials(USER, "wrong s3cret")
     async with pool_to(server, server.submission_port, credentials=credentials) as pool:
         outcome = await send(pool)
@@ -231,7 +233,7 @@ async def test_a_wrong_password_is_ours(server: Postfix, capsys: pytest.CaptureF
     assert "s3cret" not in capsys.readouterr().out
 
 
-async def test_tls_demanded_and_not_used_is_ours(server: Postfix) -> None:
+async def test_a_demand_for_tls_spares_the_attempt(server: Postfix) -> None:
     async with pool_to(server, server.submission_port, Tls.NONE) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
@@ -239,7 +241,7 @@ async def test_tls_demanded_and_not_used_is_ours(server: Postfix) -> None:
         assert outcome.cause.startswith("530 5.7.0")
 
 
-async def test_auth_in_clear_where_the_server_hides_it_is_ours(server: Postfix) -> None:
+async def test_missing_auth_in_clear_spares_the_attempt(server: Postfix) -> None:
     async with pool_to(server, server.mx_port, Tls.NONE, credentials=Credentials(USER, PASSWORD)) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
@@ -259,7 +261,7 @@ async def test_a_session_that_postfix_timed_out_is_not_used(server: Postfix) -> 
         assert pool.state.opened == 2
 
 
-async def test_postfix_takes_fewer_sessions_than_we_would_like(server: Postfix) -> None:
+async def test_postfix_takes_fewer_sessions_than_the_limit(server: Postfix) -> None:
     async with pool_to(server, server.narrow_port, limits=Limits(sessions=8, backoff=0.05)) as pool:
         first = [await send(pool)]
         outcomes = first + await asyncio.gather(*(send(pool) for _ in range(60)))
@@ -330,7 +332,7 @@ async def test_a_lost_reply_is_in_doubt_and_the_mail_has_arrived(server: Postfix
     assert len((await asyncio.to_thread(server.wait_for, message_id))[message_id]) == 1
 
 
-async def test_a_line_cut_before_the_354_is_not_sent(server: Postfix) -> None:
+async def test_a_connection_cut_before_the_354_is_not_sent(server: Postfix) -> None:
     def envelope(client: bytes, reply: bytes) -> bool:
         return b"354 " in reply
 

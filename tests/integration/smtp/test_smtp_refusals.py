@@ -1,4 +1,4 @@
-"""Refusals of the session and of the account: the mail goes on a new session, or waits with all others."""
+"""Refusals of the session and of the account: the mail goes on a new session, or all mails wait."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -135,7 +135,7 @@ async def test_a_refusal_that_ends_the_session_is_no_attempt(
         assert server.connections == 2
 
 
-async def test_it_goes_once_more_only_and_counts_then() -> None:
+async def test_the_mail_goes_on_one_new_session_only_and_then_counts() -> None:
     script = playing(RCPT=lambda n: "!421 4.7.0 try again in 5 minutes")
     async with scripted(script) as server, pool_for(server) as pool:
         outcome = await send(pool)
@@ -168,7 +168,7 @@ async def test_a_server_that_neither_answers_nor_closes_has_not_closed() -> None
         assert server.connections == 1
 
 
-async def test_the_lease_is_asked_again_before_the_mail_goes_on_a_new_session() -> None:
+async def test_the_lease_is_checked_again_before_the_mail_goes_on_a_new_session() -> None:
     left = [True, False]
     script = playing(RCPT=lambda n: "!421 no")
     async with scripted(script) as server, pool_for(server) as pool:
@@ -176,7 +176,7 @@ async def test_the_lease_is_asked_again_before_the_mail_goes_on_a_new_session() 
         assert server.connections == 2
 
 
-async def test_a_new_session_that_cannot_be_had_spends_no_attempt() -> None:
+async def test_a_new_session_that_does_not_open_costs_no_attempt() -> None:
     async def full(c: Conversation) -> None:
         await c.say("421 4.7.0 too many connections")
         await c.drained()
@@ -188,7 +188,7 @@ async def test_a_new_session_that_cannot_be_had_spends_no_attempt() -> None:
         assert server.connections >= 2
 
 
-async def test_refused_after_the_dot_it_is_cancelled_with_a_refusal_and_not_sent_again() -> None:
+async def test_a_cancelled_send_refused_after_the_dot_is_not_sent_again() -> None:
     ready, release = asyncio.Event(), asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -243,10 +243,10 @@ async def test_a_new_session_is_within_the_limit_though_others_are_busy_or_idle(
         ("MAIL", "550 5.7.1 whatever"),
     ],
 )
-async def test_a_refusal_of_the_account_has_all_mails_wait(command: str, reply: str) -> None:
+async def test_all_mails_wait_after_a_refusal_of_the_account(command: str, reply: str) -> None:
     taken = 0
     refusing = False
-    told: list[str | None] = []
+    changes: list[str | None] = []
 
     def answer(mails: int) -> str | None:
         nonlocal taken
@@ -256,11 +256,11 @@ async def test_a_refusal_of_the_account_has_all_mails_wait(command: str, reply: 
 
     limits = Limits(sessions=4, backoff=0.01, backoff_max=0.05)
     async with scripted(playing(**{command: answer})) as server, pool_for(server, limits=limits) as pool:
-        pool._on_trouble = lambda trouble: told.append(trouble and trouble.cause)
+        pool._on_trouble = lambda trouble: changes.append(trouble and trouble.cause)
         outcomes = [await send(pool) for _ in range(10)]
         refusing = True
         waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
-        await until(lambda: not pool.available and sum(told == [] or t == reply for t in told) >= 5)
+        await until(lambda: not pool.available and sum(changes == [] or t == reply for t in changes) >= 5)
         assert pool.state.trouble is not None
         assert (pool.state.trouble.cause, pool.state.trouble.spares_attempt) == (reply, True)
         assert not any(task.done() for task in waiting)
@@ -268,7 +268,7 @@ async def test_a_refusal_of_the_account_has_all_mails_wait(command: str, reply: 
         outcomes += await asyncio.wait_for(asyncio.gather(*waiting), 20)
         assert {type(outcome) for outcome in outcomes} == {Sent}
         assert pool.state.trouble is None
-        assert told[-1] is None
+        assert changes[-1] is None
 
 
 async def test_only_one_mail_at_a_time_is_tried_while_the_account_is_refused() -> None:
@@ -300,7 +300,7 @@ async def test_only_one_mail_at_a_time_is_tried_while_the_account_is_refused() -
         assert {type(outcome) for outcome in outcomes} == {Sent}
 
 
-async def test_a_mail_that_comes_while_nobody_waits_is_the_next_to_be_tried() -> None:
+async def test_a_mail_that_arrives_while_none_waits_is_the_next_probe() -> None:
     script = playing(MAIL=lambda n: "550 5.4.5 quota" if n == 1 else None)
     async with scripted(script) as server, pool_for(server) as pool:
         outcome = await send(pool)
@@ -311,7 +311,7 @@ async def test_a_mail_that_comes_while_nobody_waits_is_the_next_to_be_tried() ->
         assert pool.available
 
 
-async def test_a_refusal_of_another_mail_shows_that_the_account_is_taken_again() -> None:
+async def test_a_refusal_of_the_probe_itself_shows_that_the_account_is_accepted() -> None:
     script = playing(
         MAIL=lambda n: "550 5.4.5 quota" if n == 1 else None,
         RCPT=lambda n: "550 5.1.1 who?" if n == 2 else None,
@@ -322,20 +322,20 @@ async def test_a_refusal_of_another_mail_shows_that_the_account_is_taken_again()
         assert pool.available
 
 
-async def test_a_mail_that_the_relay_was_not_asked_for_shows_nothing() -> None:
+async def test_a_probe_that_never_reached_the_relay_shows_nothing() -> None:
     refusing = True
 
     async def script(c: Conversation) -> None:
         await serve(c, {"MAIL": lambda n: "550 5.4.5 quota" if refusing else None}, size=1000)
 
-    told: list[str | None] = []
+    changes: list[str | None] = []
     async with scripted(script) as server, pool_for(server) as pool:
-        pool._on_trouble = lambda trouble: told.append(trouble and trouble.cause)
+        pool._on_trouble = lambda trouble: changes.append(trouble and trouble.cause)
         assert isinstance(await send(pool), NotSent)
         await pool.wait_available()
         assert isinstance(await send(pool, MESSAGE * 100), Rejected)
         assert not pool.available
-        assert None not in told
+        assert None not in changes
         refusing = False
         assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
         assert pool.available
@@ -356,7 +356,7 @@ async def test_a_mail_that_the_relay_was_not_asked_for_shows_nothing() -> None:
         (".", ".", True),
     ],
 )
-async def test_a_refusal_shows_that_the_account_is_taken_from_where_it_was_refused_on(
+async def test_only_a_refusal_at_the_same_or_a_later_step_ends_the_trouble(
     refused: str, probe: str, up: bool, pipelining: bool
 ) -> None:
     mails = 0
@@ -399,7 +399,7 @@ async def talk_nonsense(c: Conversation) -> None:
 
 
 @pytest.mark.parametrize("end", [close, keep_silent, talk_nonsense])
-async def test_a_relay_that_answers_no_mail_command_is_down_before_long(
+async def test_a_relay_that_answers_no_mail_command_soon_counts_as_down(
     end: Callable[[Conversation], Awaitable[None]],
 ) -> None:
     well = False
@@ -432,7 +432,7 @@ async def test_a_relay_that_answers_no_mail_command_is_down_before_long(
 
 
 @pytest.mark.parametrize("reply", ["250 ok", "452 4.3.1 disk full"])
-async def test_an_answer_to_another_mail_shows_that_the_relay_is_well(reply: str) -> None:
+async def test_a_reply_to_another_mail_shows_that_the_relay_works(reply: str) -> None:
     async def script(c: Conversation) -> None:
         await c.greet()
         await c.expect("MAIL FROM:")
@@ -447,7 +447,7 @@ async def test_an_answer_to_another_mail_shows_that_the_relay_is_well(reply: str
         assert pool.available
 
 
-async def test_silence_to_a_whole_envelope_may_be_the_recipients() -> None:
+async def test_silence_after_a_whole_envelope_may_concern_the_recipient() -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
         await c.drained()
@@ -460,7 +460,7 @@ async def test_silence_to_a_whole_envelope_may_be_the_recipients() -> None:
             assert not outcome.spares_attempt
 
 
-async def test_the_message_size_is_the_mails_own() -> None:
+async def test_a_refused_message_size_concerns_the_mail() -> None:
     script = playing(MAIL=lambda n: "552 5.3.4 message too big")
     async with scripted(script) as server, pool_for(server) as pool:
         outcome = await send(pool, MESSAGE * 10)

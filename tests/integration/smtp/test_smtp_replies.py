@@ -1,4 +1,4 @@
-"""Replies as servers in use write them: what can be read counts, and what was said is shown."""
+"""Replies as servers in use write them: readable parts count, and the text is shown."""
 
 import asyncio
 
@@ -40,7 +40,9 @@ def after_the_dot(answer: bytes, *, close: bool = True) -> Script:
         (b"250-queued\r\n", "250 queued"),
     ],
 )
-async def test_a_yes_after_the_dot_whose_code_can_be_read_is_no_doubt(answer: bytes, reply: str) -> None:
+async def test_an_acceptance_after_the_dot_with_a_readable_code_is_no_doubt(
+    answer: bytes, reply: str
+) -> None:
     outcome = await outcome_of(after_the_dot(answer))
     assert isinstance(outcome, Sent)
     assert outcome.reply == reply
@@ -49,7 +51,7 @@ async def test_a_yes_after_the_dot_whose_code_can_be_read_is_no_doubt(answer: by
 @pytest.mark.parametrize(
     "answer", [b"554 5.7.1 spam\n", b"554-5.7.1 spam\r\n", b"250-hm\r\n554 5.7.1 spam\r\n"]
 )
-async def test_a_no_after_the_dot_whose_code_can_be_read_is_no_doubt(answer: bytes) -> None:
+async def test_a_refusal_after_the_dot_with_a_readable_code_is_no_doubt(answer: bytes) -> None:
     outcome = await outcome_of(after_the_dot(answer))
     assert isinstance(outcome, Rejected)
     assert (outcome.phase, outcome.permanent) == (Phase.AFTER_DOT, True)
@@ -57,7 +59,7 @@ async def test_a_no_after_the_dot_whose_code_can_be_read_is_no_doubt(answer: byt
 
 
 @pytest.mark.parametrize("answer", [b"25", b"hello\r\n", b"2500 ok\r\n", b"\r\n", b"queued, 250\r\n"])
-async def test_without_a_code_it_is_a_doubt_and_the_words_are_shown(answer: bytes) -> None:
+async def test_a_reply_without_a_code_is_a_doubt_and_its_text_is_shown(answer: bytes) -> None:
     outcome = await outcome_of(after_the_dot(answer))
     assert isinstance(outcome, InDoubt)
     assert answer.decode().strip() in outcome.cause
@@ -65,11 +67,11 @@ async def test_without_a_code_it_is_a_doubt_and_the_words_are_shown(answer: byte
 
 
 @pytest.mark.parametrize(
-    ("replies", "said"),
+    ("replies", "expected"),
     [(["hello"], "hello"), (["250 ok", "+OK"], "+OK"), (["250 a", "250 b", "250 c"], "250 c")],
 )
-async def test_what_was_said_before_the_message_is_told_though_it_is_no_answer(
-    replies: list[str], said: str
+async def test_a_text_before_the_message_is_shown_though_it_is_no_reply(
+    replies: list[str], expected: str
 ) -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
@@ -79,15 +81,15 @@ async def test_what_was_said_before_the_message_is_told_though_it_is_no_answer(
 
     outcome = await outcome_of(script)
     assert isinstance(outcome, NotSent)
-    assert (outcome.unparsed, outcome.spares_attempt) == (said, False)
+    assert (outcome.unparsed, outcome.spares_attempt) == (expected, False)
 
 
-async def test_a_reply_after_the_dot_that_does_not_end_counts_once_the_time_is_over() -> None:
+async def test_an_unfinished_reply_after_the_dot_counts_at_the_timeout() -> None:
     outcome = await outcome_of(after_the_dot(b"250-queued\r\n", close=False), timeouts=HASTY)
     assert isinstance(outcome, Sent)
 
 
-async def test_a_delivery_that_is_cut_off_knows_what_was_answered() -> None:
+async def test_an_aborted_send_still_has_its_reply() -> None:
     answered = asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -133,7 +135,7 @@ async def test_a_server_that_ends_no_line_with_cr() -> None:
 
 
 @pytest.mark.parametrize(
-    ("banner", "said"),
+    ("banner", "expected"),
     [
         (
             b"220-mail.example.org\r\n521 5.7.1 blocked, see https://bl.example/1\r\n",
@@ -146,7 +148,7 @@ async def test_a_server_that_ends_no_line_with_cr() -> None:
         (b"mail is blocked", "mail is blocked"),
     ],
 )
-async def test_a_banner_that_is_no_welcome_is_shown_and_nothing_is_sent(banner: bytes, said: str) -> None:
+async def test_a_refusing_banner_is_shown_and_nothing_is_sent(banner: bytes, expected: str) -> None:
     async def script(c: Conversation) -> None:
         await c.raw(banner)
         c.half_close()
@@ -155,10 +157,10 @@ async def test_a_banner_that_is_no_welcome_is_shown_and_nothing_is_sent(banner: 
     outcome = await outcome_of(script)
     assert isinstance(outcome, NotSent)
     assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
-    assert said in outcome.cause
+    assert expected in outcome.cause
 
 
-async def test_what_was_said_to_ehlo_is_shown_though_helo_gets_no_answer() -> None:
+async def test_the_reply_to_ehlo_is_shown_though_helo_gets_none() -> None:
     async def script(c: Conversation) -> None:
         await c.say("220 hi")
         await c.expect("EHLO ")
@@ -171,7 +173,7 @@ async def test_what_was_said_to_ehlo_is_shown_though_helo_gets_no_answer() -> No
     assert outcome.cause == "550 5.7.1 literal not allowed"
 
 
-async def test_a_session_that_ends_as_it_opens_takes_no_mail() -> None:
+async def test_a_session_that_ends_while_it_opens_takes_no_mail() -> None:
     async def script(c: Conversation) -> None:
         await c.say("220 hi")
         await c.expect("EHLO ")

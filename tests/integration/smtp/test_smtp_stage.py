@@ -1,4 +1,4 @@
-"""The sender's handler on the real client: a refusal of the session or of the account costs no attempt."""
+"""The sender's handler with the real client: a refusal of the session or the account costs no attempt."""
 
 import asyncio
 from collections import Counter
@@ -64,7 +64,7 @@ def assert_sent_at_the_first_attempt(outcomes: list[Outcome]) -> None:
 @pytest.mark.parametrize(
     ("command", "reply"), [("MAIL", QUOTA), (".", QUOTA_AFTER_DOT), ("MAIL", NOT_OWNED), ("RCPT", NOT_OWNED)]
 )
-async def test_the_queue_waits_out_what_the_account_may_not_send(command: str, reply: str) -> None:
+async def test_the_queue_waits_while_the_account_may_not_send(command: str, reply: str) -> None:
     refusing = asyncio.Event()
     refusing.set()
 
@@ -108,7 +108,7 @@ async def test_a_relay_that_takes_five_mails_a_session_gets_a_hundred_without_a_
         await world.shared.close()
 
 
-async def test_a_session_that_the_relay_ends_under_a_mail_costs_it_no_attempt() -> None:
+async def test_a_session_that_the_relay_ends_costs_its_mail_no_attempt() -> None:
     def refuse(asked: str, mails: int) -> str | None:
         return "!451 4.4.2 Timeout waiting for data from client." if (asked, mails) == ("MAIL", 2) else None
 
