@@ -33,7 +33,7 @@ SENDER_OUTCOMES = Counter(
 )
 SENDER_IN_DOUBT = Counter(
     "postroad_sender_in_doubt_total",
-    "Mails that may have gone out unknown to anyone, by how: takeover of a dead sender's claim or lost reply",
+    "Mails that may have gone out, by how: takeover of a dead sender's claim, or lost reply",
     ["how"],
 )
 SENDER_FENCED = Counter(
@@ -50,7 +50,7 @@ SENDER_SHED = Counter(
     "postroad_sender_crowded_total",
     "Tasks put off untried, since their domain is slow and held more than its share of the queue",
 )
-SENDER_CLAIMS = Gauge("postroad_sender_claims", "Claims in hand")
+SENDER_CLAIMS = Gauge("postroad_sender_claims", "Claims that the sender holds")
 SENDER_LEASES_LOST = Counter("postroad_sender_leases_lost_total", "Claims found to be another's on renewal")
 SENDER_SECONDS = Histogram(
     "postroad_sender_smtp_seconds",
@@ -69,7 +69,10 @@ class WorstDomains(Collector):
             "postroad_sender_domain_sessions",
             "SMTP sessions that the domain's mails have; the ten worst domains",
         ),
-        ("postroad_sender_domain_claims", "Claims in hand of the domain; the ten worst domains"),
+        (
+            "postroad_sender_domain_claims",
+            "Claims that the sender holds of the domain; the ten worst domains",
+        ),
         (
             "postroad_sender_domain_waiting",
             "Records that wait for a claim of the domain; the ten worst domains",

@@ -14,14 +14,15 @@ returns ``NotSent`` with ``spares_attempt`` at once.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
-from services.sender.replies import OPENING, InDoubt, NotSent, Rejected, SendResult, Sent, TransactionStep
+from services.sender.relay_availability import PoolClosedError, RelayAvailability
+from services.sender.replies import NotSent, Rejected, SendResult
 from services.sender.smtp_relay import Credentials, Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError
-from services.sender.smtp_sessions import Sessions, backoff_seconds
+from services.sender.smtp_sessions import Sessions
 from services.sender.smtp_transaction import StaleSessionError, begin, check_mail, hand_over
 
 __all__ = [
@@ -38,9 +39,6 @@ __all__ = [
 
 _log = structlog.get_logger()
 
-# This many new sessions in a row without a reply to MAIL show that the relay is at fault.
-_UNANSWERED = 3
-
 
 class SendCancelled(asyncio.CancelledError):
     """A cancelled ``send`` raises this CancelledError, which says whether the mail was being handed over.
@@ -53,10 +51,6 @@ class SendCancelled(asyncio.CancelledError):
     def __init__(self, rest: asyncio.Task[SendResult] | None = None) -> None:
         super().__init__()
         self.rest = rest
-
-
-class PoolClosedError(Exception):
-    """The pool was closed: its relay will not become available again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +86,9 @@ class SmtpPool:
         on_trouble: Callable[[NotSent | None], None] = lambda trouble: None,
     ) -> None:
         self.relay = relay
-        self._limits = limits or Limits()
-        self._sessions = Sessions(relay, self._limits, timeouts or Timeouts())
-        self._trouble: NotSent | None = None
-        self._last_trouble: NotSent | None = None
-        self._failures = 0
-        self._unanswered = 0
-        self._on_trouble = on_trouble
-        self._waiting: dict[asyncio.Future[None], None] = {}
-        # Whether one mail may be sent as a probe while the pool is down, and whether no waiter was woken
-        # for it.
-        self._probe = False
-        self._probe_pending = False
-        self._recovery: asyncio.Task[None] | None = None
-        self._closing = False
+        limits = limits or Limits()
+        self._sessions = Sessions(relay, limits, timeouts or Timeouts())
+        self._availability = RelayAvailability(relay.name, self._sessions, limits, on_trouble)
 
     async def send(self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]) -> SendResult:
         """Send one mail to one recipient; wait for a free session if there is none.
@@ -126,9 +109,9 @@ class SmtpPool:
                 the session. From then on the send goes on without the caller.
         """
         check_mail(mail_from, rcpt, message)
-        if self._trouble is not None and not self._probe:
-            return self._trouble
-        probe, self._probe = self._probe, False
+        if (trouble := self._availability.blocking) is not None:
+            return trouble
+        probe = self._availability.take_probe()
         again = False
         while True:
             outcome = await self._send(mail_from, rcpt, message, guard, probe=probe, fresh=again)
@@ -151,8 +134,8 @@ class SmtpPool:
         try:
             while True:
                 session = await self._sessions.acquire(fresh=fresh)
-                if session.fresh and self._trouble is not None and self._trouble.phase in OPENING:
-                    self._mark_up()
+                if session.fresh:
+                    self._availability.session_opened()
                 try:
                     outcome = await begin(session, mail_from, rcpt, message, guard)
                 except StaleSessionError:
@@ -160,7 +143,7 @@ class SmtpPool:
                     continue
                 break
         except UnavailableError as error:
-            self._mark_down(error.outcome)
+            self._availability.mark_down(error.outcome)
             return error.outcome
         except asyncio.CancelledError:
             if session is not None:
@@ -183,7 +166,7 @@ class SmtpPool:
     @property
     def available(self) -> bool:
         """False while the pool is down or closed."""
-        return self._trouble is None and not self._closing
+        return self._availability.trouble is None and not self._availability.closing
 
     async def wait_available(self) -> None:
         """Wait, without a limit, until the pool is up or may send the caller's mail as a probe.
@@ -191,16 +174,7 @@ class SmtpPool:
         Raises:
             PoolClosedError: the pool is closed, or is closed meanwhile.
         """
-        if self._trouble is not None and not self._closing and not self._probe_pending:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting[waiter] = None
-            try:
-                await waiter
-            finally:
-                self._waiting.pop(waiter, None)
-        if self._closing:
-            raise PoolClosedError
-        self._probe_pending = False
+        await self._availability.wait()
 
     @property
     def state(self) -> PoolState:
@@ -211,7 +185,7 @@ class SmtpPool:
             opening=self._sessions.opening,
             waiting=self._sessions.waiting,
             opened=self._sessions.opened,
-            trouble=self._trouble,
+            trouble=self._availability.trouble,
         )
 
     async def close(self, grace: float = 10.0) -> None:
@@ -219,71 +193,8 @@ class SmtpPool:
 
         The pool then aborts what is still under way: those sends return ``NotSent`` or ``InDoubt``.
         """
-        self._closing = True
-        self._wake(len(self._waiting))
-        if self._recovery is not None:
-            self._recovery.cancel()
-            await asyncio.wait([self._recovery])
+        await self._availability.close()
         await self._sessions.close(grace)
-
-    def _mark_down(self, trouble: NotSent) -> None:
-        """Take the pool down until a session comes about, or until the relay takes a probe."""
-        # Waiting sends report the same trouble a turn of the loop later, when it may be over.
-        if self._closing or trouble is self._last_trouble:
-            return
-        new = self._trouble is None
-        self._last_trouble = trouble
-        self._set_trouble(trouble)
-        if not new:
-            return
-        self._failures += 1
-        _log.warning("relay_down", relay=trouble.relay, phase=trouble.phase, cause=trouble.cause)
-        self._sessions.fail_waiters(UnavailableError(trouble))
-        if self._recovery is None or self._recovery.done():
-            self._recovery = asyncio.get_running_loop().create_task(self._recover())
-
-    def _mark_up(self) -> None:
-        if self._trouble is not None:
-            self._probe = self._probe_pending = False
-            self._set_trouble(None)
-            self._wake(len(self._waiting))
-            _log.info("relay_up", relay=self.relay.name)
-
-    def _set_trouble(self, trouble: NotSent | None) -> None:
-        self._trouble = trouble
-        self._on_trouble(trouble)
-
-    def _wake(self, count: int) -> int:
-        """Wake the first ``count`` waiters of ``wait_available``; return how many there were."""
-        woken = [waiter for waiter in self._waiting if not waiter.done()][:count]
-        for waiter in woken:
-            waiter.set_result(None)
-        return len(woken)
-
-    async def _recover(self) -> None:
-        while self._trouble is not None:
-            await asyncio.sleep(backoff_seconds(self._limits, self._failures))
-            if self._trouble is None:
-                return
-            if self._trouble.phase not in OPENING:
-                # Sessions come about, but the relay refuses all mails: only another mail shows whether that
-                # is over.
-                self._failures += 1
-                self._probe = True
-                self._probe_pending = not self._wake(1)
-                continue
-            try:
-                self._sessions.release(await self._sessions.open())
-                self._mark_up()
-            except UnavailableError as error:
-                # A send may have brought the pool up meanwhile.
-                if self._trouble is not None:
-                    self._failures += 1
-                    self._set_trouble(error.outcome)
-            except Exception:
-                # Nothing else would bring the pool up again.
-                self._failures += 1
-                _log.exception("relay_check_failed", relay=self.relay.name)
 
     async def _hand_over(
         self, session: Session, mail_from: str, message: bytes, guard: Callable[[], bool], probe: bool
@@ -296,40 +207,8 @@ class SmtpPool:
         return self._finish_send(session, outcome, probe)
 
     def _finish_send(self, session: Session, outcome: SendResult, probe: bool) -> SendResult:
-        outcome = self._count_unanswered(session, outcome)
-        if isinstance(outcome, NotSent) and outcome.spares_attempt:
-            self._mark_down(outcome)
-        elif isinstance(outcome, Rejected) and outcome.about_session:
+        outcome = self._availability.judge(session, outcome, probe)
+        if isinstance(outcome, Rejected) and outcome.about_session:
             self._sessions.end(session)
-        elif (probe or self._trouble is None) and self._proves_recovery(outcome):
-            self._failures = 0
-            self._mark_up()
         self._sessions.release(session)
         return outcome
-
-    def _count_unanswered(self, session: Session, outcome: SendResult) -> SendResult:
-        """Return the result, with ``spares_attempt`` if MAIL got no reply in several new sessions in a row.
-
-        MAIL names no recipient, so the relay is at fault. A single such session may be due to the network.
-        """
-        if (
-            isinstance(outcome, NotSent)
-            and outcome.step is TransactionStep.MAIL
-            and not outcome.spares_attempt
-        ):
-            # With pipelining all commands go at once, so the silence may concern the recipient.
-            silent = session.connection.timed_out and "PIPELINING" in session.extensions
-            if session.fresh and not silent:
-                self._unanswered += 1
-                if self._unanswered >= _UNANSWERED:
-                    return replace(outcome, spares_attempt=True)
-        elif isinstance(outcome, Sent | InDoubt) or getattr(outcome, "step", None) is not None:
-            self._unanswered = 0
-        return outcome
-
-    def _proves_recovery(self, outcome: SendResult) -> bool:
-        """Return whether the relay took the mail, or refused it no earlier than the trouble's step."""
-        if not isinstance(outcome, Rejected):
-            return isinstance(outcome, Sent)
-        refused = self._trouble.step if self._trouble is not None else None
-        return outcome.step is not None and (refused is None or outcome.step.reaches(refused))

@@ -164,7 +164,7 @@ async def test_trouble_with_the_token_and_with_the_relay_is_on_readyz() -> None:
     assert service._tokens is not None
     assert service._pool.relay.client_name == "mail.example.org"
     service._tokens.trouble = "401 invalid_client"
-    service._pool._trouble = NotSent(Phase.ENVELOPE, "550 5.4.5 quota", True, "relay.example:25")
+    service._pool._availability.trouble = NotSent(Phase.ENVELOPE, "550 5.4.5 quota", True, "relay.example:25")
     problems = service.problems()
     assert "OAuth token: 401 invalid_client" in problems
     assert "relay relay.example:25: envelope: 550 5.4.5 quota" in problems

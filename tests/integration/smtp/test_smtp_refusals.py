@@ -256,7 +256,7 @@ async def test_all_mails_wait_after_a_refusal_of_the_account(command: str, reply
 
     limits = Limits(sessions=4, backoff=0.01, backoff_max=0.05)
     async with scripted(playing(**{command: answer})) as server, pool_for(server, limits=limits) as pool:
-        pool._on_trouble = lambda trouble: changes.append(trouble and trouble.cause)
+        pool._availability._on_trouble = lambda trouble: changes.append(trouble and trouble.cause)
         outcomes = [await send(pool) for _ in range(10)]
         refusing = True
         waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
@@ -282,7 +282,7 @@ async def test_only_one_mail_at_a_time_is_tried_while_the_account_is_refused() -
 
     limits = Limits(sessions=4, backoff=0.01, backoff_max=0.02)
     async with scripted(playing(MAIL=answer)) as server, pool_for(server, limits=limits) as pool:
-        wake = pool._wake
+        wake = pool._availability._wake
 
         def counted(count: int) -> int:
             nonlocal woken
@@ -290,7 +290,7 @@ async def test_only_one_mail_at_a_time_is_tried_while_the_account_is_refused() -
             woken += went
             return went
 
-        pool._wake = counted  # type: ignore[method-assign]
+        pool._availability._wake = counted  # type: ignore[method-assign]
         waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
         await until(lambda: woken >= 5)
         # Those that were under way when it began, one a session, and one for each that was let go.
@@ -305,7 +305,7 @@ async def test_a_mail_that_arrives_while_none_waits_is_the_next_probe() -> None:
     async with scripted(script) as server, pool_for(server) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent)
-        await until(lambda: pool._probe_pending)
+        await until(lambda: pool._availability._probe_pending)
         assert not pool.available
         assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
         assert pool.available
@@ -330,7 +330,7 @@ async def test_a_probe_that_never_reached_the_relay_shows_nothing() -> None:
 
     changes: list[str | None] = []
     async with scripted(script) as server, pool_for(server) as pool:
-        pool._on_trouble = lambda trouble: changes.append(trouble and trouble.cause)
+        pool._availability._on_trouble = lambda trouble: changes.append(trouble and trouble.cause)
         assert isinstance(await send(pool), NotSent)
         await pool.wait_available()
         assert isinstance(await send(pool, MESSAGE * 100), Rejected)

@@ -79,8 +79,8 @@ async def test_the_queue_waits_while_the_account_may_not_send(command: str, repl
         handling = [asyncio.create_task(world.sender.handle(mx_ok(id=id_))) for id_ in task_ids(50)]
         await until(lambda: pool.state.trouble is not None and pool.state.trouble.cause == reply)
         # Tried again and again, nothing of it counts.
-        failures = pool._failures
-        await until(lambda: pool._failures >= failures + 3)
+        failures = pool._availability._failures
+        await until(lambda: pool._availability._failures >= failures + 3)
         assert sum(server.copies.values()) <= 13
         await until(lambda: sum(task.done() for task in handling) == sum(server.copies.values()))
         refusing.clear()
