@@ -14,8 +14,9 @@ import dns.rrset
 import pytest
 
 from services.validator.cache import VerdictCache
-from services.validator.lookup import Lookup, make_resolver, parse_servers
+from services.validator.lookup import Lookup
 from services.validator.mx import Reason, Verdict, VerdictKind
+from services.validator.resolver import make_resolver, parse_servers
 
 SOA = "ns.test. hostmaster.test. 1 3600 600 86400 120"
 PUBLIC = ["A 192.0.2.10"]

@@ -17,8 +17,9 @@ import pytest
 
 from services.validator import lookup as lookups
 from services.validator import servers
-from services.validator.lookup import Lookup, make_resolver
+from services.validator.lookup import Lookup
 from services.validator.mx import Reason, Verdict, VerdictKind
+from services.validator.resolver import make_resolver
 
 Script = Callable[[dns.message.Message], bytes | None]
 
