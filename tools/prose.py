@@ -6,14 +6,13 @@ It prints each finding as `path:line: text` and then exits with code 1. A findin
 - a sentence with more than `LONGEST` words, in a document or a docstring;
 - whatever proselint finds in a document, a docstring or a comment.
 
-Without arguments it checks all files that Git tracks.
+Without arguments it checks all files.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +40,8 @@ _CHECKS = dict.fromkeys(_NOT_ASKED, False) | {
 CheckRegistry().register_many(proselint_checks)
 
 # These files name the words that the glossary rules out.
-_ABOUT_WORDS = ("docs/glossary.md", "tests/unit/test_prose.py")
+_ABOUT_WORDS = (GLOSSARY, ROOT / "tests/unit/test_prose.py")
+_FOLDERS = ("deploy", "docs", "services", "tests", "tools")
 
 _CODE = re.compile(r"(`+)[^`]*\1")
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
@@ -222,18 +222,16 @@ def _from_proselint(asked: Sequence[tuple[Path, Text]]) -> Iterator[Finding]:
         yield Finding(path, text.line, result.check_result.message)
 
 
-def _tracked() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "*.md", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    skipped = ("protos/", *_ABOUT_WORDS)
-    return [ROOT / name for name in listed.stdout.split() if not name.startswith(skipped)]
+def _all_files() -> list[Path]:
+    """Return the project's documents and modules; no need for Git, which an unpacked archive lacks."""
+    below = (path for folder in _FOLDERS for path in (ROOT / folder).rglob("*.[mp][dy]"))
+    return sorted(path for path in (*ROOT.glob("*.md"), *below) if path not in _ABOUT_WORDS)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the findings in the files that `arguments` name; return 1 if there are any, else 0."""
     found = findings(
-        [Path(name).resolve() for name in arguments] or _tracked(), Glossary(GLOSSARY.read_text())
+        [Path(name).resolve() for name in arguments] or _all_files(), Glossary(GLOSSARY.read_text())
     )
     for path, line, text in found:
         print(f"{path.relative_to(ROOT)}:{line}: {text}")
