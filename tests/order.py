@@ -28,6 +28,8 @@ _TOGETHER = (
     "tests/e2e/test_documented_commands",
     "tests/e2e/test_hold",
     "tests/e2e/test_replay",
+    "tests/e2e/test_sender.py",
+    "tests/e2e/test_senders.py",
     "tests/integration/test_api_list",
     "tests/integration/test_api_requests",
     "tests/integration/test_fold_sql",

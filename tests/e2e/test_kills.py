@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from deploy.local.state import SERVICES
 from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
-from tests.groups import describe
 from tests.stack import Stack
 
 TASKS = by_form(120, 2000)
@@ -33,30 +31,6 @@ def test_each_service_killed_in_turn(stack: Stack) -> None:
         assert {task.status for task in tasks.values()} == {"completed"}
         pipeline.sent_once(load.ids)
         until(lambda: not any(pipeline.lag().values()), "all committed", 30)
-
-
-@pytest.mark.timeout(600)
-def test_senders_come_and_go(new_stack: Callable[..., Stack]) -> None:
-    stack = new_stack(POSTROAD_PARTITIONS="12")
-    stack.up("--sender", "2")
-    with Pipeline(stack) as pipeline:
-        until(lambda: len(_spread(pipeline)) == 2, "two owners", 30)
-        assert sum(_spread(pipeline).values()) == 12, "each partition of mx.ok has one owner"
-
-        with Load(pipeline, "scale") as load:
-            stack.scale("sender", 3)
-            until(lambda: len(_spread(pipeline)) == 3, "the third has its share", 3)
-            until(lambda: sum(_spread(pipeline).values()) == 12, "each partition has one owner", 10)
-            stack.kill("sender-2")
-            until(
-                lambda: len(_spread(pipeline)) == 2 and sum(_spread(pipeline).values()) == 12,
-                "the killed one's share is taken over within the session timeout",
-                # 10 s from its last heartbeat, and the time that the new owners need to join.
-                14,
-            )
-        tasks = pipeline.settled(load.ids, 60)
-        assert {task.status for task in tasks.values()} == {"completed"}
-        pipeline.sent_once(load.ids)
 
 
 class Load:
@@ -94,18 +68,3 @@ class Load:
         self._pool.shutdown()
         if kind is None:
             self.end()
-
-
-def _spread(pipeline: Pipeline) -> dict[str, int]:
-    """Return how many partitions of mx.ok each member of the senders' group owns."""
-    names = pipeline.stack.names
-    group = describe(pipeline.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], names.group("sender"))
-    owned: list[int] = []
-    spread = {}
-    for member in group.members:
-        mine = member.owned.get(names.topic("mx.ok"), ())
-        owned += mine
-        if mine:
-            spread[member.id] = len(mine)
-    assert len(owned) == len(set(owned)), "a partition has two owners"
-    return spread

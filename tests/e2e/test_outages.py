@@ -1,4 +1,4 @@
-"""MySQL or Kafka is away for a while, under load: nothing is lost, and nobody has to help."""
+"""MySQL, Kafka or the relay is away for a while, under load: nothing is lost, and nobody has to help."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli import Command
 from tests.e2e.pipeline import Pipeline, until
+from tests.e2e.test_sender import metric, problems
 from tests.forms import by_form
 from tests.stack import Stack
 
@@ -110,3 +111,29 @@ def test_kafka_away(pipeline: Pipeline, stack: Stack) -> None:
     tasks = pipeline.settled(load.accepted, 120)
     assert {task.status for task in tasks.values()} == {"completed"}
     pipeline.sent_once(load.accepted)
+
+
+@pytest.mark.timeout(300)
+def test_tasks_wait_without_attempts_while_the_relay_is_away(stack: Stack) -> None:
+    with Pipeline(stack) as pipeline:
+        stack.kill("catcher")
+        try:
+            ids = pipeline.create_many([f"r{n}@d{n}.ok.test" for n in range(40)], f"relay-{time.time_ns()}")
+            until(
+                lambda: any("relay" in problem for problem in problems(stack, "sender-1")),
+                "the trouble shows",
+            )
+            until(
+                lambda: {pipeline.get(id_).status for id_ in ids} == {"processing"},
+                "all wait for the relay",
+                30,
+            )
+            until(
+                lambda: metric(stack, "sender-1", "postroad_sender_claims ") == 0, "nothing is in doubt", 30
+            )
+        finally:
+            stack.start("catcher")
+        tasks = pipeline.settled(ids, 60)
+        assert {(task.status, task.attempts) for task in tasks.values()} == {("completed", 1)}
+        pipeline.sent_once(ids)
+        assert problems(stack, "sender-1") == []

@@ -396,7 +396,7 @@ def test_a_watch_resumes_from_further_back_than_its_queue_holds(
             token = start.token
         clock = uuid7.Clock()
         ids = []
-        for _ in range(4):
+        for _ in range(by_form(1, 4)):
             events: list[Event] = []
             for number in range(1000):
                 id_, us = clock.draw()
@@ -412,7 +412,7 @@ def test_a_watch_resumes_from_further_back_than_its_queue_holds(
                 ]
             stages.publish(*events, fold=False)
         with Stream(api, token, labels={"n": "1"}) as watch:
-            watch.has(6000, 60)
+            watch.has(3 * len(ids) // 2, 60)
             assert events_by_task(watch.messages) == {
                 id_: ["created.0", "mx_ok.1", "sent.1"] for id_ in ids[1::2]
             }
