@@ -17,7 +17,7 @@ __all__ = ["claim_all", "everyone"]
 
 
 def everyone(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """Run `work` on `count` threads that begin at once."""
+    """Run `work` on `count` threads that start together."""
     barrier = threading.Barrier(count)
 
     def begin(number: int) -> Any:
@@ -29,7 +29,7 @@ def everyone(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def claim_all(url: str, ids: list[bytes], seed: int, threads: int) -> list[bytes]:
-    """Claim all ids in random batches on several threads; return those that were taken, once a claim."""
+    """Claim all ids in random batches on several threads; return the taken ones, one entry for each claim."""
     engine = make_engine(url, pool_size=threads)
     claims, mine = Claims(engine, 60, hold=False), owner_tokens()
 

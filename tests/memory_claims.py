@@ -40,7 +40,7 @@ class MemoryClaims:
         self._lock = threading.Lock()
 
     def expire(self) -> None:
-        """Let all leases be over."""
+        """End all leases."""
         self.now += 2 * self._lease
 
     def recover(self) -> None:

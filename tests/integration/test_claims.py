@@ -78,7 +78,7 @@ def sent(row: Delivery, reply: str = "250 2.0.0 ok") -> Delivery:
 
 
 def expire(engine: Engine) -> None:
-    """Let all leases be over."""
+    """End all leases."""
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE deliveries SET lease_until = %s", (LONG_AGO,))
 
@@ -106,7 +106,7 @@ def test_a_task_without_a_delivery_is_taken_under_a_lease_of_the_databases_clock
         assert since <= taken(verdict).since <= time.monotonic()
 
 
-# Every state, lease and relation of record to row at once, in one call.
+# One call with every state, every lease, and every relation of record to row.
 STATES: tuple[DeliveryState, ...] = (
     "sending",
     "released",
@@ -168,7 +168,7 @@ def test_the_rows_obey_the_rules_whatever_they_contain(engine: Engine, hold: boo
         if isinstance(verdict, Stale):
             assert found == row
             continue
-        # Times are the database's at that moment; all else is as the rule says.
+        # The times are the database's; everything else follows the rule.
         wanted = write or row
         assert wanted.lease_until <= found.lease_until <= wanted.lease_until + slack
         assert 0 <= found.settled_at - wanted.settled_at <= slack / timedelta(microseconds=1)
@@ -256,7 +256,7 @@ def test_a_whole_batch_is_settled(engine: Engine, claims: Claims) -> None:
 def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: Engine, claims: Claims) -> None:
     ids = [new_id() for _ in range(6)]
     first = [taken(verdict).row for verdict in claims.claim([claim(i) for i in ids])]
-    # Four are taken over; two are still the first owner's.
+    # A second owner takes over four; two are still the first owner's.
     expire(engine)
     second = [taken(verdict) for verdict in claims.claim([claim(i) for i in ids[:4]])]
     assert all(verdict.doubtful and verdict.row.takeovers == 1 for verdict in second)
@@ -274,7 +274,7 @@ def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: En
     states = [rows[i].state for i in ids]
     assert states == ["sending", "sending", "sending", "sent", "sent", "deferred"]
     assert [rows[i].owner for i in ids[:3]] == [verdict.row.owner for verdict in second[:3]]
-    # The one who took over finds the lease gone, and the outcome stored as the first owner told it.
+    # The second owner finds its lease lost, and the first owner's outcome stored.
     assert claims.renew([verdict.row for verdict in second]) == [True, True, True, False]
     assert claims.settle([sent(second[3].row, "250 another")]) == [fenced]
     assert rows_of(engine)[ids[3]].reply == "250 2.0.0 ok"

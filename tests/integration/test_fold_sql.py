@@ -55,7 +55,7 @@ def stored(connection: Connection) -> dict[bytes, TaskRow]:
 
 
 def plain(row: TaskRow) -> TaskRow:
-    # MySQL writes JSON its own way; what it means is the same.
+    # MySQL writes JSON in its own form, with the same meaning.
     return row._replace(labels=None if row.labels is None else "some")
 
 
@@ -94,7 +94,7 @@ def test_any_order_with_duplicates_stores_the_same(
     engine: Engine, events: list[Event], rng: random.Random
 ) -> None:
     seen: dict[tuple[bytes, int], Event] = {}
-    for event in events:  # of what ties in one task's life, the first one counts
+    for event in events:  # of events with one version the first counts
         seen.setdefault((task_id(event), delta(event).version), event)
     once = list(seen.values())
     transaction(engine, clear)

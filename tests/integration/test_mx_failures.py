@@ -32,7 +32,7 @@ def failed(id_: bytes, epoch: int = EPOCH, reason: str = "null_mx") -> pb.MxFail
 
 
 def known() -> Iterator[Delivery]:
-    """A row of every state, epoch and reason that the rule looks at."""
+    """A row of any state, epoch and reason that the rule distinguishes."""
     cases = product(get_args(DeliveryState), (EPOCH - 1, EPOCH, EPOCH + 1), ("", IN_DOUBT, "rejected"))
     for number, (state, epoch, reason) in enumerate(cases):
         yield Delivery(
@@ -115,7 +115,7 @@ def test_the_first_to_write_decides_and_the_status_agrees(engine: Engine, first:
         with engine.begin() as connection:
             store_failures(connection, late)
         events.append(event_of(deferred))
-        # The next attempt is the sender's all the same.
+        # The sender still gets the next attempt.
         [again] = claims.claim([claim._replace(attempt=2, owner=b"d" * 16)])
         assert isinstance(again, Taken)
         ends = "processing"
@@ -162,7 +162,7 @@ def test_the_sender_publishes_nothing_of_a_task_that_it_never_claimed(engine: En
     [verdict] = Claims(engine, 20, hold=False).claim([Claim(event.id, EPOCH, 1, b"c" * 16, "<m@x>")])
     assert isinstance(verdict, Stored)
     assert answer(verdict.row, [60], 0) == Done()
-    # What the sender refused itself is told again, as ever.
+    # A failure of the sender's own is published again.
     settled = verdict.row._replace(attempt=1, reason="rejected")
     assert not failed_before_sender(settled)
     assert answer(settled, [60], 0) == Done([event_of(settled)])

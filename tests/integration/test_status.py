@@ -93,7 +93,7 @@ async def test_a_record_that_the_database_refuses_is_dead_and_its_neighbours_are
 ) -> None:
     first, second, third = mail_task(0), mail_task(2), mail_task(4)
     second.idempotency_key = first.idempotency_key
-    # The second task stands there already, without its mail; its key is the first one's.
+    # The second task exists already, without its mail; its key is the first one's.
     await status.handle_batch(
         records(pb.TaskCreated(task=first, at_us=AT), pb.TaskCancelled(id=second.id, at_us=AT))
     )

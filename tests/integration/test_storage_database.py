@@ -71,7 +71,7 @@ def test_rows_go_out_in_statements_of_bounded_size(engine: Engine, table: str) -
         )
 
     assert transaction(engine, insert) == 1203
-    # FOUND_ROWS: rows left as they were count once, changed ones twice.
+    # FOUND_ROWS: unchanged rows count once, changed ones twice.
     assert transaction(engine, insert) == 1203
     rows[0] = (0, b"other")
     assert transaction(engine, insert) == 1204
@@ -122,7 +122,7 @@ def test_a_session_that_falls_silent_in_a_transaction_releases_its_locks(
     insert = f"INSERT INTO {table} VALUES (1, '')"
     with frozen.connect() as connection:
         connection.exec_driver_sql(insert)
-        # It waits for the row, and has it before its own patience is over.
+        # The other session waits for the row, and gets it before its own wait ends.
         transaction(other, lambda c: c.exec_driver_sql(insert))
         with pytest.raises(DBAPIError) as lost:
             connection.exec_driver_sql("SELECT 1")
@@ -233,8 +233,8 @@ def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str) -> No
 def test_an_error_that_passes_is_known_by_its_number(
     engine: Engine, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server itself raises it: a statement that timed out, a node of no use, a conflict, a proxy's."""
-    monkeypatch.setattr(transactions, "PATIENCE", 60.0)  # a session is not begun in a second everywhere
+    """The server raises each error itself: a timeout, an unusable node, a conflict, a proxy's error."""
+    monkeypatch.setattr(transactions, "PATIENCE", 60.0)  # a new session may take more than a second
     tries = []
 
     def fail(connection: Connection) -> None:
@@ -247,7 +247,7 @@ def test_an_error_that_passes_is_known_by_its_number(
             transaction(engine, fail)
         assert (number(caught.value), is_transient(caught.value), len(tries)) == (code, True, 1)
         return
-    # These are done again at once, the one on another session.
+    # These are repeated at once, the latter on another session.
     transaction(engine, fail)
     assert len(tries) == 2
     assert (tries[0] is not tries[1]) == (code == 1047)
@@ -306,7 +306,7 @@ def test_a_connection_lost_in_the_commit_is_a_database_error_and_retried(engine:
     assert len(tries) == 2
     with engine.connect() as connection:
         assert connection.exec_driver_sql(f"SELECT COUNT(*) FROM {table} WHERE a = 9").scalar() == 1
-    # Where nobody does it again, it is an error like any other, and one that passes.
+    # Without a retry it is an error like any other, and one that passes.
     tries.clear()
     with pytest.raises(DBAPIError) as caught, engine.begin() as connection:
         work(connection)
@@ -315,7 +315,7 @@ def test_a_connection_lost_in_the_commit_is_a_database_error_and_retried(engine:
 
 
 def test_the_c_library_is_set_up_before_threads_use_it() -> None:
-    """In a process of its own: mysql_thread_init fails as long as the library as a whole is not set up."""
+    """In a process of its own: mysql_thread_init fails until the whole library is initialised."""
     program = (
         "import ctypes, services.common.database.engine, _mysql_connector as m;"
         "raise SystemExit(ctypes.PyDLL(m.__file__).mysql_thread_init())"

@@ -89,7 +89,7 @@ def test_an_older_database_becomes_the_same(server: Infra, revision: str) -> Non
     execute(url, f"INSERT INTO tasks (id, {values} ('x', 'failed', 1, 0, 0, '', '', '', '2026-01-01')")
     migrate(url)
     assert differences(url) == []
-    # As after a migration that was killed before it was noted.
+    # As after a migration that was killed before its revision was stored.
     execute(url, f"UPDATE postroad_version SET version_num = '{revision}'")
     migrate(url)
     assert differences(url) == []
@@ -129,7 +129,7 @@ def test_the_command_tells_an_absent_database_from_a_wrong_one(server: Infra) ->
 
 @pytest.fixture
 def reader(server: Infra, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
-    """A transaction that has read a table which a migration is to change, and stays open."""
+    """A transaction that has read a table of the next migration, and stays open."""
     monkeypatch.setattr(migrations, "_TABLE_WAIT", 1, raising=False)
     url = server.new_database()
     migrate(url, "0005")
@@ -156,7 +156,7 @@ def test_a_table_in_use_ends_the_migration_with_the_transactions_name(
     failure = explain(caught.value)
     assert failure is not None
     assert failure.code == UNAVAILABLE
-    # Nothing goes on waiting on the server, for the table or with the migration's lock.
+    # No session of the server still waits for the table or holds the migration's lock.
     database = reader.engine.url.database
     eventually(
         lambda: (

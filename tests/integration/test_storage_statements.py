@@ -42,7 +42,7 @@ from tests.stack import Infra
 
 
 class Aborted(Exception):
-    """What gRPC raises to end an RPC."""
+    """The error by which gRPC ends an RPC."""
 
 
 class Call:
@@ -88,7 +88,7 @@ def table(engine: Engine) -> str:
 
 @pytest.fixture
 def limited_engine(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Engine]]:
-    """Makes an engine whose sessions are told that the server takes so many bytes."""
+    """Makes engines whose sessions believe that the server takes so many bytes."""
     engines = []
     guard = StatementLimits.guard
 
@@ -130,7 +130,7 @@ def test_a_statement_as_long_as_the_server_takes_is_sent(engine: Engine) -> None
         assert connection.exec_driver_sql(select, (b"x" * size,)).scalar() == size
         with pytest.raises(DataError):
             connection.exec_driver_sql(select, (b"x" * (size + 1),))
-        assert connection.exec_driver_sql("SELECT 1").scalar() == 1  # the session is as it was
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1  # the session is intact
 
 
 def test_a_row_that_no_statement_can_hold_fails_alone(
@@ -172,7 +172,7 @@ async def test_a_task_that_no_statement_can_hold_is_refused(
 
 
 def patiently(engine: Engine, work: Callable[[Connection], int]) -> int:
-    """Do it as the stages do: again while the error passes. Ends, as losses are counted."""
+    """Call as the stages do: repeat while the error passes. It ends, since losses are counted."""
     for _ in range(12):
         try:
             return transaction(engine, work)
@@ -185,7 +185,7 @@ def patiently(engine: Engine, work: Callable[[Connection], int]) -> int:
 def test_a_statement_that_is_lost_for_its_length_is_halved(
     engine: Engine, limited_engine: Callable[[int], Engine], table: str
 ) -> None:
-    """As behind a proxy that takes less than the server says."""
+    """As behind a proxy that takes less than its server."""
     rows = [(n, b"x" * (server_takes(engine) // 20)) for n in range(24)]
     assert patiently(limited_engine(1 << 30), lambda connection: execute_rows(connection, INSERT, rows)) == 24
     assert count(engine, table) == 24
@@ -228,7 +228,7 @@ def test_the_bytes_of_a_row_are_never_more_than_estimated(infra: Infra) -> None:
             try:
                 cursor.execute(text, tuple(row))
             except Exception:
-                assert sent  # nothing was asked, so nothing was answered
+                assert sent  # without a statement there is no answer
             assert len(sent[0]) <= max_row_bytes(row)
 
         check()

@@ -44,7 +44,7 @@ def test_a_task_comes_back_as_it_was_recorded(engine: Engine) -> None:
     bare = pb.MailTask(id=bytes(16), email="a@b.test", html="", created_at_us=1)
     tasks[bare.id] = bare
     record(engine, *tasks.values())
-    record(engine, *tasks.values())  # doing it again changes nothing
+    record(engine, *tasks.values())  # a repetition changes nothing
     with engine.connect() as connection:
         assert taskstore.load_tasks(connection, [*tasks, b"unknown".ljust(16)]) == tasks
         assert taskstore.load_tasks(connection, []) == {}
@@ -216,7 +216,7 @@ def purge(engine: Engine, before_us: int, limit: int = 500) -> int:
 def test_only_bodies_of_tasks_settled_before_are_purged(
     engine: Engine, settled: dict[str, pb.MailTask]
 ) -> None:
-    assert purge(engine, 2_000_000) == 0  # settled at that time, not before
+    assert purge(engine, 2_000_000) == 0  # it ended at that time, not before
     assert purge(engine, 2_000_001, limit=2) == 2
     assert purge(engine, 2_000_001, limit=2) == 2
     assert purge(engine, 2_000_001) == 0

@@ -23,12 +23,12 @@ from services.validator.resolver import make_resolver
 
 Script = Callable[[dns.message.Message], bytes | None]
 
-# A time in which three questions do not fit if each of them waits for a silent server as long as it may.
+# Too short for three questions that each wait for a silent server as long as they may.
 LIFETIME, TIMEOUT = 2.5, 1.0
 
 
 class Server(asyncio.DatagramProtocol):
-    """A name server on loopback that answers as its script has it, and counts its questions."""
+    """A name server on loopback that answers by its script, and counts the questions."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -59,7 +59,7 @@ def reply(
     flags: int = dns.flags.AA,
     rcode: dns.rcode.Rcode = dns.rcode.NOERROR,
 ) -> bytes:
-    """The records, each "TYPE DATA", as the answer; `authority` is one record of the root."""
+    """Return an answer with the records, each "TYPE DATA"; `authority` is one record of the root."""
     response = dns.message.make_response(query)
     response.flags |= flags
     response.set_rcode(rcode)
@@ -77,24 +77,24 @@ REFERRAL = "NS a.root-servers.example."
 
 
 def well(query: dns.message.Message) -> bytes:
-    """A domain that is its own mail host, on IPv6 alone: it takes three questions to know."""
+    """A domain that is its own mail host, on IPv6 only, which takes three questions."""
     if query.question[0].rdtype == dns.rdatatype.AAAA:
         return reply(query, "AAAA 2001:db8::1")
     return reply(query, authority=SOA)
 
 
 def lame(query: dns.message.Message) -> bytes:
-    """A server that knows the root's servers alone, and recurses for nobody."""
+    """A server that knows only the root's servers, and does not recurse."""
     return reply(query, authority=REFERRAL, flags=0)
 
 
 def no_such_name(query: dns.message.Message) -> bytes:
-    """A server that denies the names of a zone that it does not have, and recurses for nobody."""
+    """A server that denies the names of a zone that it lacks, and does not recurse."""
     return reply(query, flags=0, rcode=dns.rcode.NXDOMAIN)
 
 
 def silent(query: dns.message.Message) -> None:
-    """No answer."""
+    """Send no answer."""
 
 
 def another_id(query: dns.message.Message) -> bytes:
@@ -132,7 +132,7 @@ Start = Callable[..., "asyncio.Future[tuple[Server, ...]]"]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Callable[..., object]]:
-    """Starts a server for each script; they end with the test."""
+    """Start a server for each script; they end with the test."""
     started: list[Server] = []
 
     async def start(*scripts: Script) -> tuple[Server, ...]:
@@ -159,7 +159,7 @@ async def look(lookup: Lookup, domain: str = "a.test") -> Verdict:
 
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Put the clock of the walk forward."""
+    """Advance the lookup's clock."""
     for module in (servers, lookups):
         monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + seconds)
 
@@ -205,7 +205,7 @@ async def test_a_silent_server_is_asked_last_until_it_may_be_back(
     assert dead.asked.total() == 1
     await asyncio.gather(*(look(walk, f"{n}.test") for n in range(10)))
     assert dead.asked.total() == 1
-    # It comes back; one question finds that out, and then it is the first one again.
+    # The server answers again: one question finds that out, and then it comes first again.
     dead.script = well
     later(monkeypatch, servers.REMEMBERED)
     good.asked.clear()
@@ -308,5 +308,5 @@ async def test_a_fresh_lookup_asks_for_every_mail_host(start: Start) -> None:
     )
     assert (await look(walk)).kind is VerdictKind.OK
     assert (await walk("a.test", fresh=True)).reason is Reason.NO_MAIL_HOST
-    # What was found then counts for all.
+    # The fresh result counts for all.
     assert (await look(walk, "b.test")).reason is Reason.NO_MAIL_HOST

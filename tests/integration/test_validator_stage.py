@@ -21,7 +21,7 @@ from services.common.kafka.admin import apply
 from services.common.stages import all_topics
 from tests.stack import Infra
 
-# No other test, and no earlier run on the same servers, has counted this one's questions.
+# Names of this test alone: no other test and no earlier run has asked for them.
 FLAKY = f"{secrets.token_hex(4)}.flaky.test"
 VERDICTS = {
     "good.test": "ok",
@@ -52,7 +52,7 @@ DELAYS = (1, 2)
 
 
 class Pipeline:
-    """The topics on both sides of one validator, and what came out of it so far."""
+    """The topics on both sides of a validator, and the events that it has published."""
 
     def __init__(self, infra: Infra) -> None:
         self.settings = Settings(
@@ -79,7 +79,7 @@ class Pipeline:
         self.dead: list[object] = []
 
     def create(self, domain: str) -> pb.MailTask:
-        """Record a task for a recipient there."""
+        """Record a task for a recipient at this domain."""
         key = uuid.uuid4().bytes
         task = pb.MailTask(id=key, email=f"someone@{domain}", domain=domain, subject="Hello", body="text")
         record = encode(pb.TaskCreated(task=task, epoch=3, at_us=time.time_ns() // 1000), "api")
@@ -87,14 +87,14 @@ class Pipeline:
         return task
 
     def read_until(self, reached: Callable[[], bool], seconds: float = 60) -> None:
-        """Collect what comes out until `reached`. Raises AssertionError when that takes too long."""
+        """Collect events until `reached()`. Raises AssertionError after a time."""
         self.producer.flush(10)
         deadline = time.monotonic() + seconds
         while not reached():
             assert time.monotonic() < deadline, f"after {seconds} s: {dict(self.events)}, dead {self.dead}"
             for message in self._consumer.consume(500, 0.2):
                 if (error := message.error()) is not None:
-                    # A broker that is busy tells of a new topic a moment late.
+                    # A busy broker shows a new topic with a delay.
                     assert error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART, error
                     continue
                 if message.topic() == self.dead_topic:

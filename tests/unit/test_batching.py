@@ -15,7 +15,7 @@ from services.common.batching import Batcher
 
 
 class Gate:
-    """A call that stands still until it is let through, and keeps what it was called with."""
+    """A call that blocks until the test releases it, and keeps its items."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []

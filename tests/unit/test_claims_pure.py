@@ -61,7 +61,7 @@ def claim(epoch: int = 5, attempt: int = 2, owner: bytes = MINE) -> Claim:
 OLDER_EPOCH, OLDER_ATTEMPT, SAME, LATER_ATTEMPT, LATER_EPOCH = (4, 9), (5, 1), (5, 2), (5, 3), (6, 1)
 COLUMNS = (OLDER_EPOCH, OLDER_ATTEMPT, SAME, LATER_ATTEMPT, LATER_EPOCH)
 
-# One line a row of decide.py's first table; the first two columns are its "older".
+# A line for each row of decide.py's first table; the first two columns are its "older".
 MATRIX = {
     "sent": "Stored Stored Stored Stored Stored",
     "sending, runs": "Stale Stale Wait Wait Wait",
@@ -321,7 +321,7 @@ def test_an_accepted_mail_is_stored_whoever_holds_the_claim(found_state: Deliver
     assert became is Settlement.LATE
     assert write is not None
     assert (write.state, write.epoch, write.attempt, write.reply) == ("sent", 6, 4, "250 ok")
-    # Told again, since the answer was lost: whoever tells it must ask what it amounts to.
+    # Repeated after a lost answer: the caller must ask what its outcome became.
     assert settlement(write, settled("sent")) == (Settlement.LATE, None)
 
 
@@ -421,7 +421,7 @@ class World:
         claimed, until = self.live.pop(owner)
         taken = self.tell(claimed)
         if state == "sent":
-            # The guard: an owner whose lease is over writes no message.
+            # The guard: an owner whose lease has ended writes no message.
             if until <= self.now:
                 return
             self.accepted += 1

@@ -19,7 +19,7 @@ from tests.event_strategies import distinct, events_of, histories, mail_task
 TASK = mail_task(0)
 ID = TASK.id
 AT = 1_763_976_543_123_456
-unhurried = settings(deadline=None)  # a busy machine is no failure
+without_deadline = settings(deadline=None)  # a busy machine is slow
 LATER = 1_763_976_600_000  # an epoch
 
 
@@ -68,7 +68,7 @@ def test_a_row_has_the_columns_of_its_table_in_their_order() -> None:
     assert TaskRow._fields == tuple(tasks.columns.keys())
 
 
-# A task's life, step by step: each event outranks all before it, whatever order they come in.
+# A task step by step: each event outranks all before it, in whatever order they arrive.
 LIFE: list[tuple[Event, str]] = [
     (created(), "pending"),
     (deferred(1, "validator"), "pending"),
@@ -129,7 +129,7 @@ def test_once_the_sender_has_the_task_the_validators_verdicts_change_nothing(
     row = folded([created(), mx_ok(), outcome])
     assert fold(row, late) == row
     assert folded([late, outcome, mx_ok(), created()]) == row
-    # A verdict of a later epoch is another matter, unless the mail is out.
+    # A verdict of a later epoch counts, unless the mail was sent.
     again = fold(fold(row, created(LATER)), mx_failed(1, LATER))
     assert again.status == ("completed" if isinstance(outcome, pb.MailSent) else "failed")
 
@@ -180,12 +180,12 @@ def test_a_scheduled_task_waits_for_its_time_until_more_is_known_of_it() -> None
     assert (row.status, row.next_attempt_at) == ("pending", from_micros(AT + 7))
     for event, _ in LIFE[1:]:
         assert fold(row, event).next_attempt_at is None
-    # Opened again before its time, it still waits for it.
+    # A task that is reopened before its due time still waits for it.
     row = delta(pb.TaskCreated(task=TASK, epoch=LATER, at_us=AT, send_at_us=AT + 7))
     assert row.next_attempt_at == from_micros(AT + 7)
 
 
-@unhurried
+@without_deadline
 @given(events_of(TASK))
 def test_texts_fit_their_columns(event: Event) -> None:
     for column, value in zip(tasks.columns, delta(event), strict=True):
@@ -193,7 +193,7 @@ def test_texts_fit_their_columns(event: Event) -> None:
         assert value is None or length is None or len(value) <= length
 
 
-@unhurried
+@without_deadline
 @given(histories(1, 12), st.randoms(use_true_random=False))
 def test_any_order_with_duplicates_folds_to_one_row(events: list[Event], rng: random.Random) -> None:
     once = distinct(events, version)
@@ -202,7 +202,7 @@ def test_any_order_with_duplicates_folds_to_one_row(events: list[Event], rng: ra
     assert folded(again) == folded(once)
 
 
-@unhurried
+@without_deadline
 @given(st.lists(events_of(TASK), min_size=3, max_size=3))
 def test_merge_is_associative_commutative_and_idempotent(events: list[Event]) -> None:
     rows = [delta(event) for event in distinct(events, version)]
@@ -212,7 +212,7 @@ def test_merge_is_associative_commutative_and_idempotent(events: list[Event]) ->
     assert merge(merge(a, b), c) == merge(a, merge(b, c))
 
 
-@unhurried
+@without_deadline
 @given(st.lists(events_of(TASK), min_size=1, max_size=8), st.integers(0, 7))
 def test_parts_that_are_folded_apart_merge_to_the_whole(events: list[Event], cut: int) -> None:
     events = distinct(events, version)
@@ -222,11 +222,11 @@ def test_parts_that_are_folded_apart_merge_to_the_whole(events: list[Event], cut
 
 
 def fits(event: Event) -> bool:
-    """Whether its attempt fits into a version: greater ones share one, and the row counts them all."""
+    """Return whether its attempt fits into a version: greater attempts share one version."""
     return max(getattr(event, "attempt", 0), getattr(event, "attempts", 0)) < 1 << 14
 
 
-@unhurried
+@without_deadline
 @given(st.lists(events_of(TASK).filter(fits), min_size=2, max_size=8))
 def test_of_two_events_of_one_version_the_first_stays(events: list[Event]) -> None:
     assert folded(events) == folded(distinct(events, version))

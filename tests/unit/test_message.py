@@ -20,7 +20,7 @@ BASE: dict[str, Any] = {
     "subject": "Your order",
     "date": 1_700_000_000,
 }
-# What the door lets through: no surrogates; CR, LF and NUL are refused in header fields.
+# The api lets no surrogates through, and refuses CR, LF and NUL in header fields.
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=3000)
 TRICKY_TEXT = st.lists(
     st.sampled_from(["\r", "\n", "\r\n", ".", " ", "\t", "=", "=?utf-8?q?x?=", "From ", "a" * 998, "a" * 999])
@@ -50,7 +50,7 @@ def parse(data: bytes) -> EmailMessage:
 
 
 def canonical(text: str) -> str:
-    """A body as it must come back: LF line ends, the last line closed."""
+    """Return a body as the parser must return it: LF line ends, the last line closed."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text + "\n" if text and not text.endswith("\n") else text
 
@@ -62,7 +62,7 @@ def content(part: EmailMessage) -> str:
 
 
 def assert_fit_for_smtp(data: bytes) -> None:
-    """What RFC 5321 §2.3.8 and RFC 5322 §2.1.1 ask of every message."""
+    """Check the rules of RFC 5321 §2.3.8 and RFC 5322 §2.1.1."""
     assert data.endswith(b"\r\n")
     assert data.count(b"\r") == data.count(b"\n") == data.count(b"\r\n")
     assert b"\0" not in data
@@ -152,8 +152,8 @@ def test_addresses_and_display_name_come_back(sender: str, recipient: str, name:
     message = parse(data)
     (mailbox,) = message["from"].addresses
     assert mailbox.addr_spec == sender
-    # The parser of the standard library folds runs of white space in a name, and keeps the space between two
-    # encoded words of a phrase, which RFC 2047 §6.2 says is to be dropped: its older decoder does drop it.
+    # The standard library's parser joins runs of white space in a name. It keeps the space between two
+    # encoded words of a phrase, which RFC 2047 §6.2 drops, as the library's older decoder does.
     if "=?utf-8?" in (raw := str(email.message_from_bytes(data, policy=policy.compat32)["from"])):
         raw_name = raw.rpartition("<")[0]
         assert str(make_header(decode_header(raw_name))).split() == name.split()

@@ -38,7 +38,7 @@ def mx(*records: Mx, ttl: int = 600) -> Answer[Mx]:
 
 
 def verdict(answer: Answer[Mx], known: dict[str, HostLookup] | None = None) -> Verdict:
-    """The verdict as the walk reaches it: only the hosts that are asked for are known."""
+    """Return the verdict of a lookup: only the hosts that it asks for are known."""
     first = first_verdict(DOMAIN, answer)
     if isinstance(first, Verdict):
         return first

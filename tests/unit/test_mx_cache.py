@@ -14,7 +14,7 @@ DARK = Verdict(VerdictKind.TRANSIENT, Reason.DNS_UNAVAILABLE, (), "SERVFAIL", 30
 
 
 class World:
-    """A DNS whose answers come when the test lets them, and a clock that it moves."""
+    """Lookups that end when the test says so, and a clock that the test moves."""
 
     def __init__(self, verdict: Verdict | Callable[[str], Verdict] = OK) -> None:
         self.verdict = verdict
@@ -36,7 +36,7 @@ class World:
 
 
 async def asleep() -> None:
-    """Lets every task run until it waits."""
+    """Let every task run until it waits."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -189,7 +189,7 @@ async def test_with_an_age_only_a_fresh_enough_verdict_counts(verdict: Verdict) 
     await cache.resolve("a.test")
     world.now += 2
     assert cache.get("a.test", 1.0) is None
-    # Asked for a moment ago, but of mail hosts that were known it took that for granted.
+    # That lookup was recent, but not fresh: it used remembered mail hosts.
     assert cache.get("a.test", 3.0) is None
     assert cache.get("a.test") is verdict
     world.verdict = OK

@@ -34,7 +34,7 @@ TASK = pb.MailTask(
 
 
 class Dns:
-    """Answers `verdict` to every question and remembers what was asked."""
+    """Returns `verdict` for every domain, and remembers the calls."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
@@ -70,14 +70,14 @@ async def test_a_reopened_task_asks_dns_whatever_is_cached() -> None:
     first = await outcome(validator, record(epoch=0))
     assert isinstance(first, Done)
     assert isinstance(first.events[0], pb.MxFailed)
-    # The domain is mended; who asks for it the first time is told what is known.
+    # The domain is repaired; a task in its first epoch still gets the cached verdict.
     dns.verdict = OK
     assert await outcome(validator, record(epoch=0)) == first
     again = await outcome(validator, opened_again(NOW_US - 1_000_000))
     assert isinstance(again, Done)
     assert isinstance(again.events[0], pb.MxOk)
     assert len(dns.asked) == 2
-    # Others that were opened again before it was asked need no further question; later ones do.
+    # Tasks reopened before that lookup need no other one; tasks reopened later do.
     await outcome(validator, opened_again(NOW_US - 2_000_000))
     assert len(dns.asked) == 2
     assert cache.get("a.test") is OK

@@ -77,7 +77,7 @@ def test_a_4yz_concerns_the_mail_unless_the_server_closes_with_it(at: Transactio
         "554 5.7.0 Limit exceeded. Try again later.",
         "554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException",
         "550 5.7.705 Access denied, tenant has exceeded threshold",
-        # Relays tell a quota with the code of a full mailbox too.
+        # Relays also use the code of a full mailbox for a quota.
         "552 5.2.0 Daily sending quota exceeded",
         "552 5.2.2 SubmissionQuotaExceededException",
         "552 5.2.2 You have exceeded your daily sending limit",
@@ -123,7 +123,7 @@ def test_refusals_that_concern_the_account(at: TransactionStep, text: str) -> No
         "554 5.7.1 Relay access denied",
         "554 5.7.0 spam score exceeds the threshold",
         "550 5.7.0 message size limit exceeded",
-        # What the recipient has.
+        # The recipient's limits.
         "552 5.2.2 The email account that you tried to reach is over quota.",
         "550 5.2.2 mailbox quota exceeded",
         "550 mailbox is over its message limit, quota exceeded",
@@ -131,7 +131,7 @@ def test_refusals_that_concern_the_account(at: TransactionStep, text: str) -> No
         "552 5.2.2 The account that you tried to send to is over quota, message not sent",
         "552 user has too many messages, over quota",
         "552 5.2.2 Daily quota exceeded",
-        # The recipient takes mail of authenticated senders alone, or of a signed domain.
+        # The recipient accepts only authenticated senders, or a signed domain.
         "550 5.7.1 RESOLVER.RST.AuthRequired; authentication required",
         "550 5.7.133 RESOLVER.RST.SenderNotAuthenticatedForGroup; authentication required",
         "550 5.7.26 This mail is not authenticated: authentication is required, by SPF or DKIM",
@@ -215,7 +215,7 @@ def test_a_4yz_about_the_route_to_the_recipient_concerns_the_mail(text: str) -> 
 )
 def test_a_long_reply_takes_less_than_20_ms_of_the_event_loop(text: str) -> None:
     def seconds(work: Callable[[], object]) -> float:
-        # The thread's own time, and of several runs the quickest: others use the processor too.
+        # The thread's own time in the quickest of several runs, since others use the processor too.
         return min(timeit.repeat(work, timer=time.thread_time, number=1, repeat=7))
 
     assert seconds(lambda: refusal_scope(TransactionStep.RCPT, Reply(450, (text,)), FROM)) < 0.02

@@ -53,7 +53,7 @@ def test_unprintable_characters_are_replaced() -> None:
         (b"250_ok\r\n", ["250 _ok"]),
         (b" 250 ok\r\n", ["250 ok"]),
         (b"250-a\r\nlost its code\r\n250 b\r\n", ["250 a lost its code b"]),
-        # The last line decides; the others are shown all the same.
+        # The last line decides; the others are shown too.
         (b"250-a\r\n251 b\r\n", ["251 b 250-a"]),
         (b"250-a\r\n250-b\r\n550 c\r\n", ["550 c 250-a 250-b"]),
         (b"220-mail.example.org\r\n521 5.7.1 blocked\r\n", ["521 5.7.1 blocked 220-mail.example.org"]),
@@ -66,7 +66,7 @@ def test_a_lenient_parser_reads_these_replies(data: bytes, expected: list[str]) 
     parser = ReplyParser()
     assert [str(reply) for reply in parser.feed(data)] == expected
     assert parser.empty
-    # Byte by byte it is the same.
+    # Byte by byte the result is the same.
     parser, got = ReplyParser(), []
     for byte in data:
         got += parser.feed(bytes([byte]))

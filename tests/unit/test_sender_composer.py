@@ -101,7 +101,7 @@ def test_a_task_that_cannot_become_a_mail_is_a_value_error(task: pb.MailTask) ->
             "b@example.org",
         ),
         ("Bécassine <b@example.org>", "Bécassine", "b@example.org"),
-        # Decoded once: what comes out is text, whatever it looks like.
+        # Decoded once: the result is text, whatever it looks like.
         ("=?UTF-8?B?PT9VVEYtOD9RP3g/PQ==?= <b@example.org>", "=?UTF-8?Q?x?=", "b@example.org"),
         ("Ann (of the (EU) office) <ann@example.org> (main)", "Ann", "ann@example.org"),
         ("ann@example.org (Ann)", "", "ann@example.org"),

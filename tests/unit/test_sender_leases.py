@@ -16,7 +16,7 @@ ROW = Delivery(bytes(16), "sending", 0, 1, 0, b"o" * 16, datetime(2026, 1, 1), 0
 
 
 class Renewals:
-    """A clock, and a database that answers what it is told; `takes` seconds pass while it does."""
+    """A clock and a database. Each of its answers takes `takes` seconds."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -106,7 +106,7 @@ async def test_the_renewal_of_a_locked_row_is_repeated_soon(monkeypatch: pytest.
     several = asyncio.Event()
     world.meanwhile = lambda: len(world.asked) < 4 or several.set()
     running = asyncio.create_task(leases.run())
-    # One a quarter of the lease would be four in a second.
+    # A renewal each quarter of the lease would make four a second.
     await asyncio.wait_for(several.wait(), 0.9)
     running.cancel()
 

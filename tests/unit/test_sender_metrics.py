@@ -26,6 +26,6 @@ def test_a_sender_s_ten_worst_domains_have_figures_and_no_others() -> None:
     assert [figure(name, "d0.test") for name in names] == [12, 20, 3, 61.5]
     assert figure("sessions", "d9.test") == 3
     assert figure("sessions", "d10.test") is None
-    # A domain that lets go leaves no series behind.
+    # A domain without claims leaves no series behind.
     SENDER_DOMAINS.set_function(lambda: [("d1.test", 1, 1, 0, 0.0)])
     assert figure("sessions", "d0.test") is None

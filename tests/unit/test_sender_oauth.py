@@ -16,7 +16,7 @@ SECRET = "s3cret+of/the client"
 
 
 class TokenServer:
-    """Answers each request with what `answer` returns: a status and a body."""
+    """Answers each request with the status and the body of `answer`."""
 
     def __init__(self) -> None:
         self.forms: list[dict[str, list[str]]] = []
@@ -111,7 +111,7 @@ async def test_the_token_is_renewed_ahead_of_time_and_failures_are_shown(
         await until(lambda: len(server.forms) == 1)
         assert await tokens.get() == "token-1"
         server.answer = lambda n: ("503 Service Unavailable", "busy")
-        # The loop sleeps by another clock, for as long as the token needs no renewal.
+        # `run` sleeps by another clock until the token needs a renewal.
         running.cancel()
         clock.now = 801
         running = asyncio.create_task(tokens.run())
@@ -161,7 +161,7 @@ async def test_the_reason_for_no_token_is_shown_without_the_secret(
             await tokens.get()
         assert tokens.trouble == str(caught.value)
         assert SECRET not in str(caught.value)
-        # Those that ask at the same moment ask nobody else.
+        # Callers of the same moment share one fetch.
         with pytest.raises(TokenError):
             await tokens.get()
         assert len(server.forms) == 1
@@ -244,7 +244,7 @@ async def test_a_fetch_from_a_slow_server_ends_in_time(begins: str) -> None:
         with pytest.raises(TokenError, match=r"no answer within 0\.3 s"):
             await tokens.get()
         assert tokens.trouble == "no answer within 0.3 s"
-        # The thread that read from it ends too.
+        # The thread that reads from it ends too.
         await left.wait()
     listener.close()
 

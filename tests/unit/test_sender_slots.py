@@ -109,7 +109,7 @@ def test_cancelled_callers_neither_lose_nor_add_a_slot(total: int, bound: int, s
         await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         assert peak <= total
         assert max(most.values(), default=0) <= (bound or total)
-        # All are back: as many as there ever were can be had at once, and no more.
+        # All slots are released: exactly as many as before can be acquired at once.
         for number in range(total):
             await asyncio.wait_for(slots.acquire(f"domain {number}"), 1)
         one_more = asyncio.ensure_future(slots.acquire("one more"))
@@ -182,7 +182,7 @@ async def test_a_domain_waits_for_its_own_rate_whatever_another_waits_for() -> N
         await slots.acquire(domain)
         turns[domain] = loop.time() - started
 
-    # The later turn is asked for first.
+    # The caller with the later turn asks first.
     await asyncio.gather(take("second"), take("first"))
     assert turns["first"] < 1.4
     assert turns["second"] > 1.5

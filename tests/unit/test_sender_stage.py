@@ -45,7 +45,7 @@ Answer = replies.SendResult | Callable[[Callable[[], bool]], Awaitable[replies.S
 
 
 class Pool:
-    """Ends the sends as told, in turn, and keeps what was sent."""
+    """Ends the sends with the given results, in order, and keeps the mails."""
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)
@@ -71,7 +71,7 @@ class Pool:
 
 
 class World:
-    """One sender, and everything around it."""
+    """One sender, with its claims, leases, pool and publisher."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class World:
     def another(
         self, claim_slots: int = 10, sessions: int = 0, now_us: Callable[[], int] = lambda: NOW_US
     ) -> Sender:
-        """One more sender on the same claims and the same pool."""
+        """Return another sender with the same claims and the same pool."""
         return Sender(
             claims=self.shared,
             leases=self.leases,
@@ -124,7 +124,7 @@ class World:
         return self.claims.rows[ID]
 
     def someone_claims(self, epoch: int = 0, attempt: int = 1) -> Delivery:
-        """Another process takes the task."""
+        """Have another process claim the task."""
         [verdict] = self.claims.claim([Claim(ID, epoch, attempt, random.randbytes(16), MESSAGE_ID)])
         assert isinstance(verdict, Taken)
         return verdict.row
@@ -155,7 +155,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def turns() -> None:
-    """Let all that is due in the loop happen."""
+    """Let the loop run everything that is due."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -221,7 +221,7 @@ async def test_the_next_attempt_first_publishes_the_doubt_of_a_lost_reply(
     first = only_event(await world.handle(mx_ok()))
     assert isinstance(first, pb.MailDeferred)
     assert first.in_doubt
-    # As if the first one's publishing had been lost: its doubt is told before the mail goes out again.
+    # As if the first publication had been lost: the doubt is published before the mail goes out again.
     world.broker.clear()
     second = asyncio.ensure_future(world.handle(mx_ok(attempt=2)))
     await until(lambda: world.row.attempt == 2)
@@ -286,7 +286,7 @@ async def test_a_task_from_which_no_mail_can_be_built_fails(build: Callable[...,
 async def test_a_tasks_age_counts_from_its_recording_reopening_or_due_time(
     build: Callable[..., World], created_s: int, epoch_s: int, due_s: int | None, state: str
 ) -> None:
-    """A scheduled task's domain is looked at when its time has come, whenever it was recorded."""
+    """The validator looks a scheduled task up at its due time, whenever it was recorded."""
     world = build(GREYLISTED)
     record = mx_ok(
         epoch=NOW_US // 1000 - epoch_s * 1000 if epoch_s else 0, created_at_us=NOW_US - created_s * 1_000_000
@@ -709,7 +709,7 @@ async def test_a_handed_over_mail_goes_on_and_the_next_owner_publishes_its_outco
     world = build(exchange)
     await cancel_amid_the_exchange(world, exchange)
     closing = asyncio.ensure_future(world.sender.close())
-    # The record comes back, to this sender or another, while the mail is still under way.
+    # The record is redelivered, to this sender or another, while the mail is still under way.
     calls = world.claims.calls
     again = asyncio.ensure_future(world.another().handle(mx_ok()))
     await until(lambda: world.claims.calls > calls + 1)
@@ -733,7 +733,7 @@ async def test_a_claim_without_a_takeover_yet_is_polled_at_intervals(
     calls = world.claims.calls
     waiting = asyncio.ensure_future(world.another().handle(mx_ok()))
     await until(lambda: world.claims.calls > calls)
-    # A loop without pauses would ask thousands of times.
+    # Without intervals the loop would ask thousands of times.
     await asyncio.sleep(0.3)
     assert world.claims.calls <= calls + 2
     waiting.cancel()
@@ -861,7 +861,7 @@ async def test_an_outcome_that_waits_for_the_database_is_stored_after_a_cancella
 
 
 async def in_doubt(world: World, doubt: str) -> Record:
-    """Have the task in doubt; return its next record."""
+    """Put the task in doubt; return its next record."""
     if doubt == "takeover":
         world.someone_claims()
         world.claims.expire()
@@ -946,7 +946,7 @@ async def test_a_cancellation_while_claiming_after_an_earlier_doubt_releases_the
 
 
 def lose_the_answer(world: World) -> None:
-    """Have the connection die once a claim is committed."""
+    """Lose the connection once a claim is committed."""
     claim = world.claims.claim
 
     def once(*arguments: Any) -> Any:
@@ -1132,7 +1132,7 @@ async def test_a_claimed_mail_does_not_wait_for_a_stalled_domains_sessions(
     assert {row.state for row in world.claims.rows.values()} == {"released"}, "nobody finds it in doubt"
     [domain] = world.sender.domains() or [None]
     assert domain is None, "nothing of it is in hand"
-    # What comes while it stands is not even claimed.
+    # A record that arrives while the domain is stalled is not even claimed.
     world.claims.rows.clear()
     assert isinstance(await world.handle(mx_ok(attempt=2)), Retry)
     assert not world.claims.rows

@@ -73,7 +73,7 @@ def test_no_mechanism(offered: set[str], mechanism: str | None, says: str) -> No
 
 
 def lines(mechanism: str, user: str, secret: str, *challenges: str) -> list[bytes]:
-    """The lines that are sent while the server answers each with a 334."""
+    """Return the lines that the client sends while the server answers each with a 334."""
     exchanged = exchange(mechanism, user, secret)
     sent = [next(exchanged)]
     for challenge in challenges:

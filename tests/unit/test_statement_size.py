@@ -45,7 +45,7 @@ def test_a_statement_is_shorter_than_what_the_server_takes(statements: Statement
 
 
 class Driver:
-    """A driver's connection; the server answers each statement with `error`, or takes it."""
+    """A driver's connection. The server answers each statement with `error`, or accepts it."""
 
     def __init__(self) -> None:
         self.error: Error | None = None
@@ -119,7 +119,7 @@ def test_each_loss_halves_the_limit_of_statements_with_several_rows(
 ) -> None:
     statements.record_loss(12 << 20)
     assert statements.multi_row_bytes() == 6 << 20
-    statements.record_loss(12 << 20)  # it was under way meanwhile, or it is a single row
+    statements.record_loss(12 << 20)  # it was sent before, or it is a single row
     assert statements.multi_row_bytes() == 6 << 20
     statements.record_loss(5 << 20)
     assert statements.multi_row_bytes() == 5 << 19
@@ -133,7 +133,7 @@ def test_each_loss_halves_the_limit_of_statements_with_several_rows(
 def test_recent_losses_over_some_time_show_that_a_statement_is_too_long(
     statements: StatementLimits, clock: Clock
 ) -> None:
-    # All in one moment: the server may just have gone away.
+    # All at one time: the server may just have gone away.
     assert not any(statements.record_loss(3 << 20) for _ in range(20))
     clock.now += 21
     assert statements.record_loss(3 << 20)

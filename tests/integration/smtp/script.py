@@ -32,14 +32,14 @@ PATIENCE = 10.0
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition that no event tells of."""
+    """Wait for a condition for which there is no event."""
     async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
 class Conversation:
-    """One connection, seen from the server."""
+    """One connection, from the server's side."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -47,7 +47,7 @@ class Conversation:
         """Every line that the client sent, without its CRLF."""
 
     async def say(self, *lines: str) -> None:
-        """Write lines, all at once."""
+        """Write all lines at once."""
         await self.raw("".join(f"{line}\r\n" for line in lines).encode())
 
     async def raw(self, data: bytes) -> None:
@@ -61,7 +61,7 @@ class Conversation:
             await asyncio.sleep(0)
 
     async def line(self) -> bytes:
-        """The next line; empty at the end of the stream."""
+        """Return the next line; empty at the end of the stream."""
         data = await asyncio.wait_for(self._reader.readline(), PATIENCE)
         line = data.removesuffix(b"\r\n")
         if data:
@@ -76,19 +76,19 @@ class Conversation:
             assert line.startswith(start.encode()), f"expected {start!r}, heard {line!r}"
 
     async def greet(self, *extensions: str) -> None:
-        """Banner and EHLO."""
+        """Send the banner and answer EHLO."""
         await self.say("220 scripted")
         await self.expect("EHLO ")
         lines = ["scripted", *extensions]
         await self.say(*(f"250-{line}" for line in lines[:-1]), f"250 {lines[-1]}")
 
     async def envelope(self) -> None:
-        """Take MAIL, RCPT and DATA, sent in one, and answer yes to all."""
+        """Accept MAIL, RCPT and DATA, which come together."""
         await self.expect("MAIL FROM:", "RCPT TO:", "DATA")
         await self.say("250 ok", "250 ok", "354 go on")
 
     async def message(self) -> bytes:
-        """The message up to its dot, still stuffed."""
+        """Return the message up to its dot, still dot-stuffed."""
         data = bytearray(b"\r\n" + await asyncio.wait_for(self._reader.readuntil(b"\r\n"), PATIENCE))
         while not data.endswith(b"\r\n.\r\n"):
             more = await asyncio.wait_for(self._reader.read(1 << 20), PATIENCE)
@@ -97,14 +97,14 @@ class Conversation:
         return bytes(data[2:-3])
 
     async def mail(self) -> bytes:
-        """One whole transaction, accepted."""
+        """Accept one whole transaction."""
         await self.envelope()
         message = await self.message()
         await self.say("250 2.0.0 queued")
         return message
 
     async def perhaps(self) -> None:
-        """One transaction if the client wants it, then the end."""
+        """Accept one transaction if the client begins it, then wait for the end."""
         line = await self.line()
         if line.startswith(b"MAIL"):
             await self.expect("RCPT TO:", "DATA")
@@ -114,18 +114,18 @@ class Conversation:
             await self.ended()
 
     async def ended(self) -> None:
-        """Wait for the client to close, which must say nothing more but QUIT."""
+        """Wait until the client closes. It may only send QUIT before."""
         with contextlib.suppress(ConnectionError):
             while line := await self.line():
                 assert line == b"QUIT", f"heard {line!r}"
                 await self.say("221 bye")
 
     async def something(self) -> None:
-        """Wait for a byte, whatever it is."""
+        """Wait for any byte."""
         assert await asyncio.wait_for(self._reader.read(1), PATIENCE)
 
     async def drained(self) -> int:
-        """Read, whatever comes, until the client has closed; the number of bytes."""
+        """Read until the client has closed; return the number of bytes."""
         count = 0
         with contextlib.suppress(ConnectionError):
             while data := await asyncio.wait_for(self._reader.read(1 << 20), PATIENCE):
@@ -136,7 +136,7 @@ class Conversation:
         await self._writer.start_tls(context)
 
     def half_close(self) -> None:
-        """End what the server says; it still reads."""
+        """Close the server's direction; it still reads."""
         self._writer.write_eof()
 
     def close(self) -> None:
@@ -175,18 +175,18 @@ class ScriptedServer:
             writer.close()
 
     async def heard(self, number: int, line: bytes) -> None:
-        """Wait until the last line heard in the conversation of this number is ``line``."""
+        """Wait until the last line of the conversation with this number is ``line``."""
         await until(lambda: self.conversations[number].heard[-1:] == [line])
 
     async def played(self) -> None:
-        """Wait for every script to come to its end, and raise what one of them found wrong."""
+        """Wait until every script has ended, and raise the error of any of them."""
         for task in self._tasks:
             await asyncio.wait_for(task, PATIENCE)
 
 
 @asynccontextmanager
 async def scripted(*scripts: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedServer]:
-    """Serve the scripts on a free port. At the end all must have played through."""
+    """Serve the scripts on a free port. At the end all must have run to their end."""
     server = ScriptedServer(scripts)
     listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
     server.port = listener.sockets[0].getsockname()[1]

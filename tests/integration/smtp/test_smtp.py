@@ -40,7 +40,7 @@ async def test_one_command_at_a_time_without_pipelining() -> None:
 async def test_the_envelope_goes_in_one_with_pipelining() -> None:
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING")
-        # Not one answer before all three commands are here.
+        # The server answers only after all three commands.
         assert await c.mail() == MESSAGE
         assert c.heard[1:4] == [f"MAIL FROM:<{FROM}>".encode(), f"RCPT TO:<{TO}>".encode(), b"DATA"]
         await c.ended()
@@ -158,7 +158,7 @@ async def test_a_refused_envelope_leaves_the_session_usable(
                 await c.expect("RSET", "MAIL FROM:", "RCPT TO:", "DATA")
                 await c.say("250 reset", "250 ok", "250 ok", "354 go on")
             else:
-                # RSET comes first: whether the server closes with a 4yz decides what it means.
+                # RSET comes first: a 4yz means something else if the server closes with it.
                 await c.expect("RSET")
                 await c.say("250 reset")
                 await c.expect("MAIL FROM:", "RCPT TO:", "DATA")

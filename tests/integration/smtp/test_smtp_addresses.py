@@ -19,7 +19,7 @@ GOOD, DEAD, OTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
 @contextmanager
 def silent(ip: str, port: int) -> Iterator[None]:
-    """Have an address take no connection: its queue is full, so the kernel drops what comes."""
+    """Fill an address's queue, so that the kernel drops further connections."""
     with socket.socket() as listener:
         listener.bind((ip, port))
         listener.listen(0)
@@ -29,7 +29,7 @@ def silent(ip: str, port: int) -> Iterator[None]:
 
 
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The addresses that are tried from now on, as they are."""
+    """Record the addresses that are tried from now on."""
     made: list[str] = []
 
     async def counted(address: RelayAddress, timeout: float) -> socket.socket:
@@ -42,7 +42,7 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def resolved(pool: SmtpPool, *ips: str) -> None:
-    """Have the pool's relay stand for these addresses; uvloop's own resolver cannot be replaced."""
+    """Have the pool's relay resolve to these addresses; uvloop's own resolver cannot be replaced."""
 
     async def resolve(host: str, port: int) -> list[RelayAddress]:
         listed = [RelayAddress(socket.AF_INET, (ip, port)) for ip in ips]

@@ -18,7 +18,7 @@ MESSAGE = b"Subject: hi\r\n\r\n.\r\n..two\r\nend\r\n"
 
 
 class Catcher:
-    """Keeps what is sent; refuses some recipients, and some messages."""
+    """Keeps the mails; refuses some recipients and some messages."""
 
     def __init__(self) -> None:
         self.envelopes: list[Envelope] = []

@@ -19,15 +19,16 @@ from tests.integration.smtp.script import (
 )
 
 HASTY = Timeouts(connect=5, tls=5, opening=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
-# More than the kernel's buffers of both sides take, so that its last bytes cannot leave unless it is read.
+# Larger than the kernel's buffers of both sides, so that its last bytes leave only if the server reads.
 HUGE = b"Subject: huge\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 98 + b"\r\n") * 400_000
 
-# The allowance for a message's size taken off again: 0.3 s for all of it.
+# Without the allowance for a message's size: 0.3 s for all of it.
 HASTY_BLOCK = Timeouts(connect=5, command=5, data=5, block=0.3 - len(HUGE) / 10_000, after_dot=60)
 
 
 async def reused(script: Script) -> tuple[SendResult, int]:
-    """The outcome of a second mail over a session, played by ``script``, and how many connections it took."""
+    """Return the outcome of a session's second mail, with ``script`` as its server, and the number of
+    connections."""
 
     async def first(c: Conversation) -> None:
         await c.greet("PIPELINING")
@@ -109,7 +110,7 @@ async def test_421_is_transient_and_ends_the_session(replies: list[str], phase: 
         assert (outcome.phase, outcome.permanent) == (phase, False)
         assert outcome.reply == "421 4.3.2 shutting down"
         assert pool.state.idle == 0
-        # It was tried once more, on a new session.
+        # The pool tried it again on a new session.
         assert server.connections == 2
 
 
@@ -367,7 +368,7 @@ async def test_refused_after_the_dot(answer: str, permanent: bool, retry_after: 
         await c.message()
         await c.say(answer)
         if not answer.startswith("421"):
-            # Some servers keep a transaction open that they refused at its end.
+            # Some servers keep a transaction open after they refused its message.
             await c.expect("RSET")
             await c.say("250 ok")
             await c.expect("MAIL FROM:", "RCPT TO:", "DATA")

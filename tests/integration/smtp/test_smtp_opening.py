@@ -39,7 +39,7 @@ def other_name(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 async def refusal_of(script: Script, **settings: Any) -> NotSent:
-    """The outcome, which must be NotSent and ours. The pool must be down, and no secret told."""
+    """Return the outcome, a NotSent that spares the attempt. The pool must be down, and no secret shown."""
     async with scripted(script) as server, pool_for(server, **settings) as pool:
         outcome = await send(pool)
         assert isinstance(outcome, NotSent), outcome
@@ -170,7 +170,7 @@ async def test_the_client_name_can_be_given() -> None:
 
 
 async def parameters(*extensions: str, mail: tuple[str, str, bytes]) -> tuple[SendResult, bytes]:
-    """The outcome of ``mail``, and what stood behind MAIL FROM."""
+    """Return the outcome of ``mail``, and the parameters of MAIL FROM."""
 
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING", *extensions)
@@ -476,7 +476,7 @@ async def test_an_unfinished_exchange_is_cancelled_before_login_is_tried() -> No
 
 
 class OneToken:
-    """Gives the tokens one after the other, and remembers which were refused."""
+    """Returns the tokens one after the other, and remembers the refused ones."""
 
     def __init__(self, *tokens: str) -> None:
         self.left = list(tokens)
@@ -589,7 +589,7 @@ async def test_lost_inside_the_message_over_tls_is_in_doubt(certificates: Certif
         pool_for(server, tls=Tls.IMPLICIT, context=certificates.client()) as pool,
     ):
         outcome = await send(pool, b"Subject: huge\r\n\r\n" + (b"y" * 98 + b"\r\n") * 400_000)
-        # The TLS layer takes all at once and does not tell what has left it.
+        # The TLS layer takes all at once and does not report what has left.
         assert isinstance(outcome, InDoubt)
 
 

@@ -18,7 +18,7 @@ from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for,
 
 
 async def serving(c: Conversation) -> None:
-    """Take mail after mail until the client leaves."""
+    """Accept mails until the client leaves."""
     await c.greet("PIPELINING")
     await carry_on(c)
 
@@ -36,7 +36,7 @@ async def carry_on(c: Conversation) -> None:
 
 @asynccontextmanager
 async def on_port(port: int, script: Script) -> AsyncIterator[None]:
-    """A server that comes up on a port that was chosen before."""
+    """A server that starts on a port chosen before."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -126,7 +126,7 @@ async def test_the_pool_respects_a_relay_that_takes_fewer_sessions() -> None:
         assert {type(outcome) for outcome in outcomes} == {Sent}
         assert pool.available
         assert pool.state.idle == 2
-        # One try for each place that was free, and none for each mail.
+        # One try for each session that was free to open, not one for each mail.
         assert server.connections <= 6
 
 
@@ -158,7 +158,7 @@ async def test_a_refused_session_is_tried_again_though_the_others_stay_busy() ->
 
 
 async def test_a_closing_session_still_counts() -> None:
-    """A relay that takes one session is never asked for two, not even between one and the next."""
+    """A relay with one session is never asked for two, not even between one and the next."""
     open_now, most = 0, 0
 
     async def counting(c: Conversation) -> None:
@@ -261,7 +261,7 @@ async def test_a_session_that_opens_late_brings_the_pool_up() -> None:
 
 
 def opening(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
-    """Have the next sessions fail to open with these errors; the ones after them open."""
+    """Have the next sessions fail to open with these errors; later ones open."""
     left = list(errors)
 
     async def open_or_fail(
@@ -318,7 +318,7 @@ async def test_a_check_that_fails_after_a_session_opened_does_not_end_the_sendin
         opens.set()
         assert isinstance(await second, Sent)
         fails.set()
-        # As many turns of the loop as the check needs to end.
+        # Enough turns of the loop for the check to end.
         for _ in range(5):
             await asyncio.sleep(0)
         assert pool.available
@@ -373,7 +373,7 @@ async def test_the_time_between_tries_grows() -> None:
         assert isinstance(await send(pool), NotSent)
         await until(lambda: len(tries) >= 6)
         waits = [b - a for a, b in pairwise(tries)]
-        # 0.05, 0.1, 0.2, 0.4, 0.4, each give or take a quarter.
+        # 0.05, 0.1, 0.2, 0.4, 0.4, each with a quarter of jitter.
         assert waits[0] >= 0.03
         assert waits[3] >= 0.3
         assert waits[4] >= 0.3

@@ -25,7 +25,7 @@ _numbers = count(1)
 
 
 class Greylist:
-    """A policy server as Postfix asks it (SMTPD_POLICY_README): defers each recipient ``grey*`` once."""
+    """A policy server for Postfix (SMTPD_POLICY_README) that defers each recipient ``grey*`` once."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
@@ -87,7 +87,7 @@ async def pool_to(
 
 
 def mail(to: str = "ann@local.test", **more: Any) -> tuple[str, bytes]:
-    """A message id of its own, and the mail."""
+    """Return a new message id and its mail."""
     message_id = f"<{next(_numbers)}.test@example.org>"
     fields: dict[str, Any] = {"subject": "Your order", "date": 1_700_000_000, "text": "It is on its way.\n"}
     return message_id, build(message_id=message_id, from_addr=FROM, to_addr=to, **(fields | more))
@@ -191,8 +191,8 @@ async def test_refusals(server: Postfix, to: str, more: dict[str, str], expected
         assert isinstance(outcome, Rejected), outcome
         assert outcome.reply.startswith(expected.reply)
         assert replace(outcome, reply=expected.reply, relay="") == expected
-        # The next mail finds a session that works: the same one, unless the server said that it closes, to
-        # the mail and to its second try.
+        # The next mail finds a session that works. It is the same one unless the server announced its end,
+        # both to the mail and to its second try.
         assert isinstance(await send(pool), Sent)
         assert pool.state.opened == (3 if expected.about_session else 1)
 
@@ -200,7 +200,7 @@ async def test_refusals(server: Postfix, to: str, more: dict[str, str], expected
 async def test_a_refused_sender(server: Postfix) -> None:
     async with pool_to(server, server.mx_port) as pool:
         outcome = await pool.send("banned@example.org", "ann@local.test", mail()[1], lambda: True)
-        # Nobody's mail would be taken from this address.
+        # The relay would accept no mail from this address.
         assert isinstance(outcome, NotSent)
         assert (outcome.phase, outcome.spares_attempt) == (Phase.ENVELOPE, True)
         assert "Sender address rejected" in outcome.cause
@@ -292,7 +292,7 @@ async def cutting(port: int, cut: Callable[[bytes, bytes], bool]) -> AsyncIterat
                     if side == "client":
                         sink.write(data)
                         await sink.drain()
-                        # The server's answer is waited for and thrown away.
+                        # It waits for the server's reply and drops it.
                         await from_server.readline()
                     writer.transport.abort()
                     break

@@ -76,7 +76,7 @@ def playing(**answers: Answer) -> Script:
 
 
 async def until_taken(pool: SmtpPool) -> SendResult:
-    """Send a mail as the stage does: wait for the relay, and try again while the refusal is the account's."""
+    """Send a mail as the stage does: wait for the relay, and retry while the refusal concerns the account."""
     while True:
         await pool.wait_available()
         outcome = await send(pool)
@@ -105,7 +105,7 @@ async def test_a_relay_that_takes_few_mails_a_session_gets_each_at_once(command:
         outcomes = await asyncio.wait_for(asyncio.gather(*(send(pool) for _ in range(100))), 30)
         assert {type(outcome) for outcome in outcomes} == {Sent}
         assert pool.available
-        # No session hears of a mail again once it has refused one.
+        # A session that has refused a mail gets no other one.
         for c in server.conversations:
             assert sum(line.startswith(b"MAIL") for line in c.heard) <= 6
 
@@ -293,7 +293,7 @@ async def test_only_one_mail_at_a_time_is_tried_while_the_account_is_refused() -
         pool._availability._wake = counted  # type: ignore[method-assign]
         waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
         await until(lambda: woken >= 5)
-        # Those that were under way when it began, one a session, and one for each that was let go.
+        # The mails under way when it began, one a session, and each later probe.
         assert refused <= limits.sessions + woken
         refusing = False
         outcomes = await asyncio.wait_for(asyncio.gather(*waiting), 20)

@@ -34,7 +34,7 @@ def after_the_dot(answer: bytes, *, close: bool = True) -> Script:
         (b"250_queued\r\n", "250 _queued"),
         (b"250 " + b"x" * 3000 + b"\r\n", "250 " + "x" * 2044),
         (b"what a nice mail\r\n250 queued\r\n", "250 what a nice mail queued"),
-        # The server closes before the reply is over.
+        # The server closes before the reply ends.
         (b"250 queued", "250 queued"),
         (b"250", "250"),
         (b"250-queued\r\n", "250 queued"),
@@ -124,7 +124,7 @@ async def test_a_server_that_ends_no_line_with_cr() -> None:
             await c.expect("MAIL FROM:", "RCPT TO:", "DATA")
             await c.raw(b"250 ok\n\n250 ok\n354 go on\n")
             await c.message()
-            # The empty line behind it is no answer to the next command.
+            # The empty line after it is no reply to the next command.
             await c.raw(b"250 queued\n\n")
         await c.ended()
 

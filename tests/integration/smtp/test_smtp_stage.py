@@ -18,7 +18,7 @@ NOT_OWNED = "553 5.7.1 Sender address rejected: not owned by auth user"
 
 
 class MailServer:
-    """Takes mails and counts the copies of each, unless `refuse` has an answer to a command of a session."""
+    """Accepts mails and counts their copies. `refuse` may return a refusal of a session's command."""
 
     def __init__(self, refuse: Callable[[str, int], str | None] = lambda command, mails: None) -> None:
         self.refuse = refuse
@@ -78,7 +78,7 @@ async def test_the_queue_waits_while_the_account_may_not_send(command: str, repl
         world = World(pool)  # type: ignore[arg-type]
         handling = [asyncio.create_task(world.sender.handle(mx_ok(id=id_))) for id_ in task_ids(50)]
         await until(lambda: pool.state.trouble is not None and pool.state.trouble.cause == reply)
-        # Tried again and again, nothing of it counts.
+        # Repeated probes do not count as attempts.
         failures = pool._availability._failures
         await until(lambda: pool._availability._failures >= failures + 3)
         assert sum(server.copies.values()) <= 13
