@@ -119,16 +119,16 @@ class Claims:
     ) -> list[ClaimAnswer]:
         rows, now = lock_rows(connection, {request.task_id for request in requests})
         changed: dict[bytes, Delivery] = {}
-        verdicts: list[ClaimAnswer] = []
+        answers: list[ClaimAnswer] = []
         for request in requests:
             known = rows.get(request.task_id)
-            verdict, row = decide(known, request, now, self._lease, self._hold, self._max_resends, take_over)
-            verdicts.append(verdict._replace(since=since) if isinstance(verdict, Taken) else verdict)
+            answer, row = decide(known, request, now, self._lease, self._hold, self._max_resends, take_over)
+            answers.append(answer._replace(since=since) if isinstance(answer, Taken) else answer)
             if row is not None:
                 rows[row.task_id] = changed[row.task_id] = row
         if changed:
             store_rows(connection, changed.values())
-        return verdicts
+        return answers
 
     def _settle(self, connection: Connection, settled: Sequence[Delivery]) -> list[Settlement]:
         # The server counts 2 for a row that changed, and 1 for one that stayed as it was.
@@ -137,11 +137,11 @@ class Claims:
         rows, _ = lock_rows(connection, {row.task_id for row in settled})
         changed: dict[bytes, Delivery] = {}
         found: list[Settlement] = []
-        for wish in settled:
-            became, row = settlement(rows.get(wish.task_id), wish)
-            found.append(became)
-            if row is not None:
-                rows[row.task_id] = changed[row.task_id] = row
+        for row in settled:
+            result, new = settlement(rows.get(row.task_id), row)
+            found.append(result)
+            if new is not None:
+                rows[new.task_id] = changed[new.task_id] = new
         if changed:
             store_rows(connection, changed.values())
         return found
