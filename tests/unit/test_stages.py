@@ -26,9 +26,11 @@ def test_each_stage_has_a_module_topics_decoders_and_settings(spec: StageSpec) -
 
 
 def test_the_delays_of_each_stage_come_from_its_setting() -> None:
-    settings = Settings(validator_delays=(3,), sender_delays=(4, 5))
-    assert stage_delays(settings) == {"validator": (3,), "sender": (4, 5), "status": ()}
-    assert DELAYING == ("validator", "sender")
+    delays = stage_delays(Settings(validator_delays=(3,), sender_delays=(4, 5)))
+    assert (delays["validator"], delays["sender"], delays["status"]) == ((3,), (4, 5), ())
+    assert delays.keys() == STAGES.keys()
+    assert {name for name, seconds in delays.items() if seconds} <= set(DELAYING) <= STAGES.keys()
+    assert "status" not in DELAYING
 
 
 class FakeRuntime:
