@@ -124,9 +124,9 @@ def _register_replay(dead: typer.Typer) -> None:
         """Send dead letters back to the topics that they came from, once the fault is mended.
 
         Every stage that reads the topic sees the record again; a mail that went out is not sent again. A
-        record that died on a retry comes back to its stage alone, as that attempt. A value that did not fit
-        into its dead letter is read at its origin, while that topic keeps it. The exit code is 1 where a dead
-        letter stays.
+        record that failed at a later attempt comes back to its stage alone, as that attempt. A value that did
+        not fit into its dead letter is read at its origin, while that topic keeps it. The exit code is 1
+        where a dead letter stays.
         """
         from services.common.operations.dead_letters.redrive import can_redrive, redrive  # noqa: PLC0415
 

@@ -35,8 +35,7 @@ class Batcher(Generic[T, R]):
     `call` gets 1 to `limit` items, in the order of their awaits, and returns one result or exception for
     each. It runs on a worker thread and may block. If it raises, it must have changed nothing (a
     transaction rolled back). The Batcher then repeats the call in halves, so that a faulty item fails
-    alone. It does not if `shared(error)` is
-    true: no single item is at fault (a lost connection).
+    alone. It does not if `shared(error)` is true: no single item is at fault (a lost connection).
 
     `weigh` and `weight_limit` also bound a call's sum of weights (bytes, for example); an item above the
     bound has a call of its own. At most `concurrency` calls run at once. They run on `executor` if given,

@@ -120,8 +120,8 @@ class Settings(BaseSettings):
         620.0,
         gt=SETTLE_SECONDS,
         le=_HOUR,
-        description="How long a mail handed over may take, at a drain too:"
-        " all but 20 s for the server's reply, the rest to store it",
+        description="Seconds for a handed-over mail: 20 to store the outcome,"
+        " the rest to wait for the reply; a drain waits as long",
     )
 
     max_body: int = Field(512 << 10, ge=1, le=2 << 20, description="Bytes of text and HTML a task may have")
@@ -129,12 +129,13 @@ class Settings(BaseSettings):
         30 * 86400,
         ge=0,
         le=_CENTURY,
-        description="Seconds that the bodies of settled tasks are kept in MySQL; 0: forever",
+        description="Seconds that the bodies of ended tasks are kept in MySQL; 0: forever",
     )
     max_pending_creates: int = Field(
         5000,
         ge=1,
-        description="Creates that wait for MySQL at most, and as many in batches; more are refused",
+        description="Single Creates that may wait for MySQL, and, counted apart, tasks of batches;"
+        " more are refused",
     )
     api_tokens: SecretStr = Field(
         SecretStr(""),
@@ -175,8 +176,8 @@ class Settings(BaseSettings):
     domain_concurrency: int = Field(
         15,
         ge=0,
-        description="SMTP sessions that each sender replica uses for one recipient domain at most,"
-        " three quarters of them where that would be all; 0: all",
+        description="SMTP sessions that each sender replica uses for one recipient domain at most;"
+        " at or above POSTROAD_SENDER_SESSIONS: three quarters of those; 0: no limit",
     )
     domain_rate: float = Field(
         0.0,

@@ -1,4 +1,4 @@
-"""What a mail server's replies mean, and how a send can end. Pure values and rules, without a clock."""
+"""The types of replies and of a send's results."""
 
 import re
 from dataclasses import dataclass

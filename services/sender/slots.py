@@ -43,7 +43,7 @@ class _SlotWaiter(NamedTuple):
 
 
 def domain_share(sessions: int, per_domain: int) -> int:
-    """Return how many of `sessions` one domain may use, given the setting `per_domain` (0: all).
+    """Return how many of `sessions` one domain may use, given the setting `per_domain` (0: no limit).
 
     Where `per_domain` would be all sessions, a domain gets three quarters of them: one that hangs would
     otherwise keep all others waiting.

@@ -35,8 +35,7 @@ def check_mail(mail_from: str, rcpt: str, message: bytes) -> None:
 
     Raises:
         ValueError: there is no recipient, or the message has a CR or LF outside a CRLF. Or an address has a
-        space,
-            a control character or an angle bracket.
+            space, a control character or an angle bracket.
     """
     if not _ADDRESS.fullmatch(mail_from) or not _ADDRESS.fullmatch(rcpt) or not rcpt:
         raise ValueError(f"not an envelope: {mail_from!r} to {rcpt!r}")

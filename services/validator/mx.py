@@ -111,9 +111,9 @@ class Verdict:
     """The verdict on a domain.
 
     If `kind` is `OK`, `hosts` are the usable mail hosts, best preference first. Otherwise there is a
-    `reason`, and `detail` explains it to operators.The verdict may be kept for `ttl` seconds.
-    An ok verdict has 60 s to 1 h, a failed one 30 s to 5 min, a transient one 30 s. After a negative answer
-    without an SOA it is 5 s.
+    `reason`, and `detail` explains it to operators. The verdict may be kept for `ttl` seconds. An ok verdict
+    has 60 s to 1 h, a failed one 30 s to 5 min, a transient one 30 s. After a negative answer without an SOA
+    it is 5 s.
     """
 
     kind: VerdictKind

@@ -61,7 +61,7 @@ class ReorderBuffer:
     def add(self, changes: Iterable[Change], now: float) -> list[Change]:
         """Add changes; return those that are released now: each task's in order, no event twice.
 
-        `now` is in seconds of a clock that never steps back.
+        `now` is in seconds of a monotonic clock.
         """
         released: list[Change] = []
         for change in sorted(changes, key=_by_task):

@@ -1,11 +1,12 @@
 """Decides how long a deferred record waits on its delay topic, and when its partition is read again.
 
 Each delay has a topic of its own, so its records are roughly in the order of their due times. The stage
-watches only the head of each partition. Jitter may make a record due up to a tenth of the delay before the
-head; it then waits for the head. A record may come late, never early.
+compares only the head of each partition with the clock. By its jitter, a record behind the head may be due
+before it, by up to a tenth of the delay. That record waits for the head and comes late.
 
-The writer's clock set the due time, and the reader's clock may differ. So the reader also measures, by its
-monotonic clock, how long it has known a record. After the delay and all of the jitter it handles it. Pure.
+The writer's clock sets the due time, and the reader's clock may be another one. So the reader also measures,
+by its monotonic clock, how long it has known a record. It handles the record once it is due, or once the
+delay and a tenth are over. Pure.
 """
 
 from __future__ import annotations

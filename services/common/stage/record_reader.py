@@ -1,4 +1,4 @@
-"""Makes in-flight records of fetched messages: decodes them, holds delay topics until their head is due."""
+"""Makes in-flight records of fetched messages: decodes them, notes which partitions are held until when."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RecordReader:
     """Reads the messages of one stage. `topics` are the full names of all topics that the stage reads.
 
     `now_ms` returns the Unix time in milliseconds, with which due times are compared. `now` returns seconds
-    of a clock that nobody sets.
+    of a monotonic clock.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def redrive_target(
 
     A record that failed at its first attempt goes to its event topic with its first headers. One that failed
     later goes to a delay topic of its stage, as the same attempt and due at once. On its event topic it would
-    be a first attempt, and the sender would ignore it as overtaken.
+    be a first attempt, to which the claim would answer Stale.
 
     `headers` are all headers of the dead letter, and `delays` each stage's delays in seconds.
     """

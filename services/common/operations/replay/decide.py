@@ -16,8 +16,8 @@ Records that make a stage work (`task.created`, `mx.ok`):
 
 Only REOPENED uses a new epoch. Other tasks keep their own. A task may be cancelled or held as uncertain
 between this decision and the sender's claim. Then both are of one epoch, and the claim answers with what was
-decided. The claim would take a new epoch for a wish to send the mail all the same. It would also take an
-attempt earlier than its own for an overtaken record, and nothing would happen.
+decided. With a new epoch, the claim would send the mail anyway. With an earlier attempt, it would answer
+Stale, and nothing would happen.
 
 Records of the other topics are only folded: all are REPUBLISHed unchanged. Records of delay topics are
 REPUBLISHed unchanged once they are due, while their task still works in their epoch.
