@@ -1,8 +1,8 @@
 """A task's rows in `tasks` and `deliveries`, read under locks. Every function runs SQL and blocks.
 
-The row in `tasks` follows the events, and these follow the facts: the sender settles a mail in `deliveries`
-first. `lock_task` therefore folds a settled delivery into the row before it returns the task. The status
-service does the same when the event arrives.
+The row in `tasks` follows the events, and the events follow the deliveries: the sender settles a mail in
+`deliveries` first. `lock_task` therefore folds a settled delivery into the row before it returns the task.
+The status service does the same when the event arrives.
 
 Everyone who locks both rows locks `tasks` first, so that nobody deadlocks.
 """

@@ -1,6 +1,7 @@
-"""The outbox table: the events that Kafka has not acknowledged yet. Every function runs SQL and blocks.
+"""The outbox table: the events that Kafka has not acknowledged yet.
 
-All times are the database's, so that replicas with different clocks agree on what is due.
+Functions with a `connection` run SQL and block. All times are the database's, so that replicas with
+different clocks agree on what is due.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The events on the topics, to records and back.
 
 Headers follow CloudEvents' Kafka binding in binary mode (CloudEvents 1.0, Kafka Protocol Binding
-section 3.2). `ce_id` is made from what the event says, not drawn: the same event published twice
+section 3.2). `ce_id` is made from what the event says, not random: the same event published twice
 (after a crash, by a replay) is recognised as one.
 """
 
@@ -59,7 +59,7 @@ CREATED_KEY = event_key(pb.TaskCreated())
 def encode(event: Event, source: str, traceparent: bytes | None = None) -> OutgoingRecord:
     """Return the record that carries `event`.
 
-    `source` is the stage that speaks (`ce_source`); `traceparent` the W3C trace context to carry on.
+    `source` is the service that publishes it (`ce_source`); `traceparent` the W3C trace context to carry on.
     """
     topic = _TOPICS[type(event)]
     key = task_id(event)

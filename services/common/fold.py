@@ -18,8 +18,8 @@ Within an epoch every event of the sender outranks the validator's verdicts. The
 decides about the mail. Among the verdicts the failure outranks `mx.ok`: the status service has stored it as
 a delivery that the sender obeys (deliveries/mx_failures.py).
 
-Different events of a task have different versions. A value beyond its field's width saturates, and then the
-first event stays. Events of one version come from one topic partition, in one order.
+Different events of a task have different versions. A value beyond its field's width is capped; of two equal
+versions the first wins. Events of one version come from one topic partition, in one order.
 """
 
 from __future__ import annotations

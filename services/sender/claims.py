@@ -36,7 +36,7 @@ from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, lock_ro
 
 __all__ = ["Claims"]
 
-# An assignment sees what those before it have written, so the state, which all conditions read, comes last.
+# MySQL evaluates the SET list from left to right, so the state, which all conditions read, comes last.
 _SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
     f"{name} = IF(owner = VALUES(owner) AND state = 'sending', VALUES({name}), {name})"
     for name in (

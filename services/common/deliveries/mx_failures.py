@@ -28,7 +28,7 @@ _NEVER = datetime(1970, 1, 1)
 _REASON = widths(deliveries)["reason"]
 
 _OVER = ("failed", "uncertain", "cancelled")
-# An assignment sees what those before it have written. So the columns of the condition come last, and the new
+# MySQL evaluates the SET list from left to right. So the columns of the condition come last, and the new
 # attempt (0) satisfies it as the old one did.
 _FREE = (
     f"(epoch < VALUES(epoch) AND state IN {_OVER}"

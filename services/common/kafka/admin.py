@@ -1,4 +1,7 @@
-"""Compares an installation's topics with the wanted ones, creates and grows them. Everything blocks."""
+"""Compares an installation's topics with the wanted ones, creates and grows them, and raises retentions.
+
+Everything blocks.
+"""
 
 from __future__ import annotations
 

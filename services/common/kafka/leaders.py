@@ -1,4 +1,4 @@
-"""Retries requests to Kafka while a partition has no leader."""
+"""Retries a request to Kafka while its partition has no leader to serve it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Produces batches of records to Kafka, and says of each batch which records were not acked."""
+"""Produces batches of records to Kafka, and says of each batch which records were not acked.
+
+It replaces a producer that delivers nothing.
+"""
 
 from __future__ import annotations
 

@@ -70,6 +70,11 @@ class Names:
         """Return the consumer group of a stage."""
         return f"{self.prefix}postroad.{stage}"
 
+    @property
+    def ungrouped(self) -> str:
+        """The group id of consumers that join no group and commit nothing; librdkafka wants one."""
+        return f"{self.prefix}postroad.cli"
+
     def delay(self, stage: str, seconds: int) -> str:
         """Return the stage's delay topic for a delay in seconds."""
         return f"{self.prefix}{stage}.delay.{seconds}"

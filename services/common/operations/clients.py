@@ -13,6 +13,7 @@ from sqlalchemy import URL
 from services.common.config import Settings
 from services.common.database import engine
 from services.common.kafka.leaders import retry_while_leaderless
+from services.common.kafka.topics import Names
 from services.common.operations.errors import InvalidDatabaseUrl, NotFound
 
 __all__ = [
@@ -51,8 +52,7 @@ def ungrouped_consumer(settings: Settings, **more: Any) -> Consumer:
     `more` holds librdkafka's settings, with underscores for dots. Close it.
     """
     config = _config(settings) | {
-        # librdkafka wants a group's name. Nothing joins or commits under it.
-        "group.id": f"{settings.topic_prefix}postroad.cli",
+        "group.id": Names(settings.topic_prefix).ungrouped,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "auto.offset.reset": "earliest",

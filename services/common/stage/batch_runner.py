@@ -1,4 +1,7 @@
-"""Runs a stage's batch handler: one batch at a time; records that arrive meanwhile form the next batch."""
+"""Runs a stage's batch handler, one batch at a time, and repeats a failed batch without end.
+
+Records that arrive meanwhile form the next batch.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The close of librdkafka can hang. A rebalance callback inside it may send an operation to a group that has
 just terminated. No response ever comes, and the callback waits for it (librdkafka issues 4527 and 4884). So
-the last revocation comes before the close, and a thread watches over both.
+the last revocation comes before the close, and a thread limits both.
 """
 
 from __future__ import annotations

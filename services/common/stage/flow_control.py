@@ -1,4 +1,7 @@
-"""Pauses and resumes the partitions of the Consumer. The poller's thread alone uses it."""
+"""Pauses and resumes the Consumer's partitions, and seeks a held one back to its head.
+
+The poller's thread alone uses it.
+"""
 
 from __future__ import annotations
 

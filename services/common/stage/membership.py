@@ -1,4 +1,4 @@
-"""Watches whether the group's coordinator answers this member, and agrees with it on the partitions it owns.
+"""Says when to replace the Consumer: the coordinator is silent, or disagrees on the partitions it owns.
 
 The poller's thread alone uses it; any thread may read `joined`.
 """
@@ -18,12 +18,12 @@ from services.common.stage.partition_tracker import PartitionTracker
 
 __all__ = ["Membership", "OwnershipMismatch", "OwnershipView"]
 
-# All are seconds. A member asks the coordinator for a sign of life after so long without one: before it has
+# All are seconds. A member asks the coordinator for a response after so long without one: before it has
 # joined the group, and when it has nothing to commit.
 _ASK_BEFORE_JOIN = 5.0
 _ASK_WHEN_IDLE = 15.0
-# After so long without a sign the Consumer is replaced: after two outages in a row, librdkafka was seen to
-# leave the connection to its coordinator closed for good.
+# After so long without a response the Consumer is replaced: after two outages in a row, librdkafka was seen
+# to leave the connection to its coordinator closed for good.
 _MAX_SILENCE = 60.0
 # After trouble with a broker the coordinator is asked this often which partitions this member owns, until
 # both agree after the last trouble. They may differ for so long: a rebalance takes a few heartbeats, and a
@@ -120,7 +120,7 @@ class Membership:
         return None
 
     def silence(self) -> float:
-        """Return the seconds since the coordinator's last sign of life."""
+        """Return the seconds since the coordinator's last response."""
         return time.monotonic() - max(self._heard_at, self._committer.acked_at)
 
     def _ask(self) -> None:

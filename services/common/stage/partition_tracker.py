@@ -1,4 +1,4 @@
-"""Tracks the partitions that a replica owns, the records in flight from each, and the offsets to commit.
+"""Tracks a replica's partitions (Assignment), their records in flight (InFlightRecord) and what to commit.
 
 A record is in flight from its fetch until the handler runner releases it: finished, or unfinished for its
 partition's next owner. Pure: no Kafka client, no clock.

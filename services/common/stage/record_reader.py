@@ -1,4 +1,7 @@
-"""Makes in-flight records of fetched messages: decodes them, notes which partitions are held until when."""
+"""Makes in-flight records of fetched messages, and says which partitions of delay topics to hold.
+
+A partition is held until its head is due; flow_control.py pauses it.
+"""
 
 from __future__ import annotations
 

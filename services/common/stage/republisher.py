@@ -1,4 +1,7 @@
-"""Publishes again the outcomes that could not be published, until Kafka acks them: it drops none."""
+"""Publishes again the outcomes that could not be published, until Kafka acks them.
+
+An outcome that Kafka would refuse every time becomes a dead letter: none is lost.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sample means: rows for people and programs. Pure."""
+"""Makes the lag report of a sample. Pure."""
 
 from __future__ import annotations
 
