@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-from services.common.kafka import group_description
-from services.common.kafka.group_description import ConsumerGroup
+from services.common.kafka import group_request
+from services.common.kafka.group_request import ConsumerGroup
 
 __all__ = ["Offsets", "describe"]
 
@@ -99,4 +99,4 @@ class Offsets:
 
 def describe(bootstrap: str, group: str) -> ConsumerGroup:
     """Return the group as its coordinator describes it. Raises KafkaException."""
-    return group_description.describe({"bootstrap.servers": bootstrap}, [group], 10)[group]
+    return group_request.describe({"bootstrap.servers": bootstrap}, [group], 10)[group]

@@ -33,7 +33,7 @@ __all__ = ["RUN", "pytest_configure", "pytest_unconfigure", "running"]
 RUN = "PYTEST_RUN_DIRECTORY"
 """The variable that marks a run's processes. Tests that clean an environment leave it there."""
 # SIGKILL ends everything, so only a process within a system call takes time.
-_PATIENCE = 30.0
+_TIMEOUT = 30.0
 # Linux has it for POSIX shared memory. A run takes up to a third of the size that is asked for here.
 _SHARED = "/dev/shm"
 _ROOM = 6 << 30
@@ -86,7 +86,7 @@ def pytest_unconfigure(config: Any) -> None:
     if hasattr(config, "workerinput") or not _reapers:
         return
     tempfile.tempdir = None
-    left, _ = _reapers.pop().communicate(timeout=2 * _PATIENCE)
+    left, _ = _reapers.pop().communicate(timeout=2 * _TIMEOUT)
     if left:
         print(f"left running by the tests, and killed:\n{left}", file=sys.stderr, end="")
 
@@ -148,7 +148,7 @@ def _wait_for_the_end(run: int) -> None:
 def _reap(directory: str, but: str) -> dict[int, str]:
     """Kill the processes with the run's mark, and their children; return what there was."""
     killed: dict[int, str] = {}
-    end, quiet = time.monotonic() + _PATIENCE, 0
+    end, quiet = time.monotonic() + _TIMEOUT, 0
     # A process that is just starting shows no environment for a moment.
     while quiet < 2 and time.monotonic() < end:
         found = running(directory, but)

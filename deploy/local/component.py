@@ -17,8 +17,8 @@ class Component:
     """How to run one process.
 
     `prepare` runs before each start and removes what a killed process left. `is_ready` may block for a
-    second. The stack waits `patience` seconds for a start, and `grace` seconds after SIGTERM before it sends
-    SIGKILL.
+    second. The stack waits `start_timeout` seconds for a start, and `grace` seconds after SIGTERM before it
+    sends SIGKILL.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Component:
     env: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[], None] = nothing
     grace: float = 30
-    patience: float = 60
+    start_timeout: float = 60
 
 
 def http_ok(address: str, path: str) -> bool:

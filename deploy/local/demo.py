@@ -25,15 +25,15 @@ from deploy.local.environment import REPLACED_BY, merge_given, stack_environment
 from deploy.local.layout import Layout
 from deploy.local.stack import Stack, StackError
 from postroad.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
+from services.common.statuses import FINAL_STATUSES
 
 __all__ = ["main"]
 
 CALLERS = 64
 LOOK = 0.25
-PATIENCE = 60.0
+TIMEOUT = 60.0
 # Mails a second that even a busy machine sends.
 SLOWEST_RATE = 50
-SETTLED = {"completed", "failed", "uncertain", "cancelled"}
 ROWS_SHOWN = 24
 STYLES = {"completed": "green", "failed": "red", "uncertain": "yellow", "cancelled": "yellow"}
 
@@ -87,11 +87,11 @@ class Demo:
 
     def watch(self) -> Iterator[Tasks]:
         """Yield the tasks again and again, until all are settled or the time is over."""
-        deadline = time.monotonic() + PATIENCE + len(self.sent) / SLOWEST_RATE
+        deadline = time.monotonic() + TIMEOUT + len(self.sent) / SLOWEST_RATE
         while True:
             tasks = self.tasks()
             yield tasks
-            if len(tasks) == len(self.sent) and all(task.status in SETTLED for task in tasks.values()):
+            if len(tasks) == len(self.sent) and all(task.status in FINAL_STATUSES for task in tasks.values()):
                 return
             if time.monotonic() > deadline:
                 return
@@ -140,7 +140,7 @@ def _table(demo: Demo, tasks: Tasks) -> Table:
         table.add_column(column)
     for case in CASES:
         ids = [task_id for task_id, sent in demo.sent.items() if sent.case is case]
-        settled = sum(task_id in tasks and tasks[task_id].status in SETTLED for task_id in ids)
+        settled = sum(task_id in tasks and tasks[task_id].status in FINAL_STATUSES for task_id in ids)
         table.add_row(case.text, f"{case.status} {case.reason}", str(len(ids)), str(settled))
     return table
 

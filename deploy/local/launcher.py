@@ -38,13 +38,13 @@ class Launcher:
             component.prepare()
             env = {**without_settings(os.environ), "PYTHONUNBUFFERED": "1", **component.env}
             process.spawn(self._layout, name, component.argv, env, cwd=ROOT)
-        deadline = time.monotonic() + component.patience
+        deadline = time.monotonic() + component.start_timeout
         pause = 0.02
         while not component.is_ready():
             if process.find(self._layout, name) is None:
                 self._give_up(f"{name} ended while it started", name)
             if time.monotonic() > deadline:
-                self._give_up(f"{name} is not ready after {component.patience:.0f} s", name)
+                self._give_up(f"{name} is not ready after {component.start_timeout:.0f} s", name)
             if self._failure:
                 raise StackError(self._failure)
             time.sleep(pause)

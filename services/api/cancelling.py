@@ -14,11 +14,12 @@ from sqlalchemy import Connection
 from postroad.v1 import events_pb2 as pb
 from postroad.v1 import task_pb2
 from services.api import locked_task, outbox, resolving
-from services.api.locked_task import FINAL_STATUSES, LockedTask
+from services.api.locked_task import LockedTask
 from services.common.deliveries.decide import Cancel, Delivery, Wait, decide
 from services.common.deliveries.outcome import event_of
 from services.common.deliveries.resolving import cancelled_row
 from services.common.deliveries.rows import insert_row, store_rows
+from services.common.statuses import FINAL_STATUSES
 
 __all__ = ["Cancelled", "attempts", "cancel", "may_still_be_sent"]
 
@@ -58,7 +59,7 @@ def cancel(
     locked_task.fold_events(connection, event, *doubt)
     outbox.put(connection, [outbox.row_of(event)])
     # The topics get every event of a task, so the first event of a scheduled task is due now as well.
-    outbox.hasten(connection, id_)
+    outbox.make_due(connection, id_)
     return Cancelled(locked_task.view(connection, id_), event)
 
 

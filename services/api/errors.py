@@ -19,9 +19,9 @@ from grpc_status import rpc_status
 
 __all__ = [
     "DATABASE_TIMEOUT",
-    "FieldViolation",
     "InvalidArgument",
     "StatusError",
+    "Violation",
     "being_sent",
     "body_purged",
     "collect",
@@ -54,7 +54,7 @@ _MAX_MESSAGE, _MAX_MESSAGE_BYTES = 300, 900
 
 
 @dataclass(frozen=True, slots=True)
-class FieldViolation:
+class Violation:
     """One invalid field: its path in the request (`data.email`) and what is wrong with it."""
 
     field: str
@@ -88,7 +88,7 @@ class StatusError(Exception):
 class InvalidArgument(StatusError):
     """INVALID_ARGUMENT. Its details name the invalid fields: the first 50, or as many as fit."""
 
-    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+    def __init__(self, violations: Sequence[Violation]) -> None:
         if not violations:
             raise ValueError("an InvalidArgument names at least one field")
         bad = error_details_pb2.BadRequest()
@@ -105,7 +105,7 @@ class InvalidArgument(StatusError):
         self.violations = tuple(violations)
 
 
-def collect(violations: list[FieldViolation], check: Callable[[A], R], value: A) -> R | None:
+def collect(violations: list[Violation], check: Callable[[A], R], value: A) -> R | None:
     """Return `check(value)`. Where it raises InvalidArgument, add its violations and return None."""
     try:
         return check(value)
@@ -116,7 +116,7 @@ def collect(violations: list[FieldViolation], check: Callable[[A], R], value: A)
 
 def invalid_field(field: str, description: str) -> InvalidArgument:
     """Return INVALID_ARGUMENT for one field."""
-    return InvalidArgument((FieldViolation(field, description),))
+    return InvalidArgument((Violation(field, description),))
 
 
 def not_found(id_: str) -> StatusError:

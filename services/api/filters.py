@@ -15,10 +15,10 @@ from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import task_service_pb2
-from services.api.errors import FieldViolation, InvalidArgument
+from services.api.errors import InvalidArgument, Violation
 from services.api.validation import label_violations, timestamp_us
 from services.common.addresses import ascii_domain, normalise
-from services.common.database.tables import STATUSES
+from services.common.statuses import STATUSES
 
 __all__ = ["Filter", "Request", "parse"]
 
@@ -54,7 +54,7 @@ def parse(request: Request) -> Filter:
 
     `_filters` may use those fields of Filter that the request also has as typed fields.
     """
-    violations: list[FieldViolation] = []
+    violations: list[Violation] = []
     builder = _FilterBuilder(violations)
     typed = request.DESCRIPTOR.fields_by_name
     names = frozenset(field.name for field in fields(Filter) if field.name in typed)
@@ -69,12 +69,12 @@ def parse(request: Request) -> Filter:
 class _FilterBuilder:
     """Collects a filter's values and violations. A field may be set twice only to the same value."""
 
-    def __init__(self, violations: list[FieldViolation]) -> None:
+    def __init__(self, violations: list[Violation]) -> None:
         self.violations = violations
         self.values: dict[str, object] = {}
 
     def refuse(self, path: str, description: str) -> None:
-        self.violations.append(FieldViolation(path, description))
+        self.violations.append(Violation(path, description))
 
     def set(self, name: str, path: str, value: object) -> None:
         if self.values.setdefault(name, value) != value:

@@ -42,7 +42,7 @@ MAX_QUERY = 256 << 10
 Admit: TypeAlias = Callable[[int], AbstractContextManager[None]]
 """Admits a request of so many bytes while it is decoded and answered; raises StatusError to refuse it."""
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-Handler: TypeAlias = Any
+RpcHandler: TypeAlias = Any
 """A grpc.RpcMethodHandler. types-grpcio knows only those of synchronous servers."""
 
 
@@ -56,7 +56,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._tenants = tenants
         # Create is admitted after decoding, together with other Creates. Its size is limited by gRPC.
         self._admit: Mapping[str, Admit] = {"Create": lambda _: nullcontext(), "BatchCreate": admit_batch}
-        self._handlers: dict[str, Handler] = {}
+        self._handlers: dict[str, RpcHandler] = {}
         self._draining = False
         self._in_flight, self._idle = 0, asyncio.Event()
 
@@ -73,9 +73,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[RpcHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    ) -> RpcHandler | None:
         """Return the wrapped handler of a call; None where the service has no such RPC."""
         service, _, rpc = handler_call_details.method.lstrip("/").rpartition("/")
         if service != SERVICE:
@@ -87,13 +87,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             self._handlers[rpc] = self.wrap(rpc, handler)
         return self._handlers[rpc]
 
-    def wrap(self, rpc: str, handler: Handler) -> Handler:
+    def wrap(self, rpc: str, handler: RpcHandler) -> RpcHandler:
         """Return a handler that takes bytes and calls `handler`, the one of this RPC."""
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(self._wrap_stream(rpc, handler))
         return grpc.unary_unary_rpc_method_handler(self._wrap_unary(rpc, handler))
 
-    def _wrap_unary(self, rpc: str, handler: Handler) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    def _wrap_unary(self, rpc: str, handler: RpcHandler) -> Callable[[bytes, Context], Awaitable[bytes]]:
         succeeded = API_REQUESTS.labels(rpc, "OK")
         seconds = API_SECONDS.labels(rpc)
         answer, serialize = handler.unary_unary, handler.response_serializer
@@ -118,7 +118,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    def _wrap_stream(self, rpc: str, handler: Handler) -> Callable[[bytes, Context], Awaitable[None]]:
+    def _wrap_stream(self, rpc: str, handler: RpcHandler) -> Callable[[bytes, Context], Awaitable[None]]:
         """Wrap a stream, which writes serialized messages. It counts when it ends, and its time does not."""
 
         async def handle(raw: bytes, context: Context) -> None:

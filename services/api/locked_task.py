@@ -22,12 +22,9 @@ from services.common.deliveries.outcome import event_of, failed_before_sender
 from services.common.deliveries.rows import lock_rows
 from services.common.events import Event
 from services.common.fold import delta
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 
-__all__ = ["FINAL_STATUSES", "LockedTask", "fold_events", "lock_row", "lock_task", "view"]
-
-FINAL_STATUSES = frozenset({"completed", "failed", "uncertain", "cancelled"})
-"""The statuses that a task keeps until a client or an operator changes them."""
+__all__ = ["LockedTask", "fold_events", "lock_row", "lock_task", "view"]
 
 _LOCK = "SELECT status, epoch, attempts FROM tasks WHERE id = %s AND tenant = %s FOR UPDATE"
 _VIEW = f"SELECT {views.COLUMNS} FROM tasks WHERE id = %s"
@@ -80,7 +77,7 @@ def lock_row(connection: Connection, tenant: str, id_: bytes) -> tuple[str, int,
 def fold_events(connection: Connection, *events: Event) -> None:
     """Fold events into the task's row and add them to its timeline."""
     taskstore.upsert(connection, map(delta, events))
-    taskstore.insert_events(connection, map(timeline_entry, events))
+    taskstore.insert_events(connection, map(timeline_row, events))
 
 
 def view(connection: Connection, id_: bytes) -> task_pb2.Task:

@@ -14,26 +14,26 @@ from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
 from services.common.database.bulk import execute_rows, placeholders
-from services.common.unpublished import LEASE
+from services.common.unpublished import SWEEP_SECONDS
 
 __all__ = [
     "CANCELLED",
     "CREATED",
     "GRACE",
-    "LEASE",
     "OUTCOME",
+    "SWEEP_SECONDS",
     "ApiEvent",
     "OutboxRow",
     "cancelled",
     "created",
     "defer",
     "delete",
-    "hasten",
+    "insert_scheduled",
+    "make_due",
     "next_due",
     "outcome",
     "put",
     "row_of",
-    "schedule",
     "send_at",
     "take",
 ]
@@ -112,7 +112,7 @@ def put(connection: Connection, rows: Sequence[OutboxRow], seconds: int = GRACE)
         connection.exec_driver_sql(f"{_PUT} {values}", tuple(value for row in part for value in row))
 
 
-def schedule(connection: Connection, rows: Sequence[tuple[OutboxRow, datetime]]) -> None:
+def insert_scheduled(connection: Connection, rows: Sequence[tuple[OutboxRow, datetime]]) -> None:
     """Insert rows, each due at its time (naive UTC). Existing rows stay."""
     execute_rows(connection, _PUT, [(*row, due, due) for row, due in rows])
 
@@ -127,12 +127,12 @@ def delete(connection: Connection, rows: Sequence[OutboxRow]) -> None:
 
 
 def take(connection: Connection, limit: int) -> list[OutboxRow]:
-    """Return up to `limit` due rows, and keep other sweepers away from them for LEASE seconds.
+    """Return up to `limit` due rows, and keep other sweepers away from them for SWEEP_SECONDS.
 
     Skips rows that another sweeper is taking at the same moment. The caller commits at once.
     """
     rows = [OutboxRow(*row) for row in connection.exec_driver_sql(_DUE.format(limit=limit)).all()]
-    defer(connection, rows, LEASE)
+    defer(connection, rows, SWEEP_SECONDS)
     return rows
 
 
@@ -155,11 +155,11 @@ def defer(connection: Connection, rows: Sequence[OutboxRow], seconds: int) -> No
         )
 
 
-def hasten(connection: Connection, task_id: bytes) -> None:
+def make_due(connection: Connection, task_id: bytes) -> None:
     """Make the task's scheduled rows due now. Rows that are being published stay as they are."""
     connection.exec_driver_sql(
         "UPDATE outbox SET available_at = UTC_TIMESTAMP(6), due_at = UTC_TIMESTAMP(6) WHERE task_id = %s"
-        f" AND available_at > UTC_TIMESTAMP(6) + INTERVAL {LEASE} SECOND",
+        f" AND available_at > UTC_TIMESTAMP(6) + INTERVAL {SWEEP_SECONDS} SECOND",
         (task_id,),
     )
 

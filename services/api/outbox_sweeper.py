@@ -17,7 +17,7 @@ from services.api import outbox
 from services.api.metrics import API_PUBLISHED
 from services.api.outbox import CANCELLED, CREATED, OUTCOME, ApiEvent, OutboxRow
 from services.api.outbox_publisher import OutboxPublisher
-from services.api.trace import traceparent
+from services.api.trace import request_traceparent
 from services.common import taskstore
 from services.common.database.errors import is_transient
 from services.common.database.times import to_micros
@@ -27,7 +27,7 @@ from services.common.kafka.publisher import Publisher
 from services.common.kafka.topics import MAIL_FAILED, MAIL_SENT
 from services.common.stage.metrics import STAGE_PUBLISH_FAILURES
 
-__all__ = ["Sweeper", "load_events", "split_by_size"]
+__all__ = ["Sweeper", "events_of_rows", "split_by_size"]
 
 log = structlog.get_logger(__name__)
 
@@ -111,11 +111,11 @@ class Sweeper:
 
     async def _publish(self, rows: Sequence[OutboxRow]) -> list[OutboxRow]:
         """Publish the events of these rows; return the rows that Kafka acknowledged."""
-        events = await self._transact(lambda connection: load_events(connection, rows))
+        events = await self._transact(lambda connection: events_of_rows(connection, rows))
         found = [row for row in rows if row in events]
         if len(found) < len(rows):
             log.error("in the outbox without a task", ids=[r.task_id.hex() for r in rows if r not in events])
-        records = [encode(events[row], "api", traceparent(None, row.task_id)) for row in found]
+        records = [encode(events[row], "api", request_traceparent(None, row.task_id)) for row in found]
         failed = {index for index, _ in await self._publisher.publish(records)}
         API_PUBLISHED.labels("sweeper").inc(len(found) - len(failed))
         if failed:
@@ -151,7 +151,7 @@ def split_by_size(connection: Connection, rows: Sequence[OutboxRow]) -> list[lis
     return parts
 
 
-def load_events(connection: Connection, rows: Sequence[OutboxRow]) -> Mapping[OutboxRow, ApiEvent]:
+def events_of_rows(connection: Connection, rows: Sequence[OutboxRow]) -> Mapping[OutboxRow, ApiEvent]:
     """Return the event of each row whose task exists, equal to the one that the outbox publisher publishes.
 
     Blocks, and holds the bodies of all these tasks in memory.

@@ -19,7 +19,7 @@ from postroad.v1 import task_pb2
 from services.api import uuid7, views
 from services.api.filters import Filter
 from services.common.database.bulk import placeholders
-from services.common.database.tables import STATUSES
+from services.common.statuses import STATUSES
 
 __all__ = ["count", "count_statement", "get", "list_statement", "page", "tasks_of"]
 

@@ -28,7 +28,7 @@ from services.common.database.errors import error_text, is_transient
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.fold import delta
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 
 __all__ = ["RecordResult", "Recorder"]
 
@@ -149,11 +149,11 @@ def _write(connection: Connection, batch: Sequence[NewTask]) -> tuple[list[Recor
     due = [new_task.event for new_task in recorded if not new_task.event.send_at_us]
     scheduled = [new_task.event for new_task in recorded if new_task.event.send_at_us]
     outbox.put(connection, [outbox.row_of(event) for event in due])
-    outbox.schedule(
+    outbox.insert_scheduled(
         connection, [(outbox.row_of(event), from_micros(event.send_at_us)) for event in scheduled]
     )
     # The status service adds the timeline entry of a due event a moment later.
-    taskstore.insert_events(connection, map(timeline_entry, scheduled))
+    taskstore.insert_events(connection, map(timeline_row, scheduled))
     originals = tasks_of(connection, sorted({id_ for id_, _ in existing.values()}))
     results: list[RecordResult] = []
     for task in tasks:

@@ -15,6 +15,7 @@ from postroad.v1 import task_pb2
 from services.api import locked_task, outbox
 from services.common import taskstore
 from services.common.database.times import from_micros
+from services.common.statuses import ENDED_WITHOUT_MAIL
 
 __all__ = ["NotRetryable", "Retried", "retry"]
 
@@ -50,7 +51,7 @@ def retry(
         # The validator's late verdict may hide this in the row until the attempt ends.
         return NotRetryable("processing")
     again = task.status == "pending" and task.epoch == tried_epoch > 0
-    if task.status not in ("failed", "uncertain", "cancelled") and not again:
+    if task.status not in ENDED_WITHOUT_MAIL and not again:
         return NotRetryable(task.status)
     # The lock on the row keeps the purge away from the body.
     mail = taskstore.load_tasks(connection, [id_])[id_]
@@ -61,7 +62,7 @@ def retry(
     event = pb.TaskCreated(task=mail, epoch=epoch, at_us=epoch * 1000, send_at_us=send_at_us)
     locked_task.fold_events(connection, event)
     if send_at_us:
-        outbox.schedule(connection, [(outbox.row_of(event), from_micros(send_at_us))])
+        outbox.insert_scheduled(connection, [(outbox.row_of(event), from_micros(send_at_us))])
     else:
         outbox.put(connection, [outbox.row_of(event)])
     return Retried(locked_task.view(connection, id_), event)

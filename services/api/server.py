@@ -8,7 +8,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from postroad.v1 import task_service_pb2_grpc
 from services.api import reflection
 from services.api.interceptor import SERVICE, RequestInterceptor
-from services.api.task_service import TaskService
+from services.api.task_service import TaskServicer
 
 __all__ = ["make_server"]
 
@@ -32,7 +32,7 @@ _OPTIONS = [
 
 def make_server(
     listen: str,
-    task_service: TaskService,
+    task_service: TaskServicer,
     interceptor: RequestInterceptor,
     health_servicer: health.aio.HealthServicer,
 ) -> tuple[grpc.aio.Server, int]:

@@ -21,7 +21,7 @@ from services.api.outbox_sweeper import Sweeper
 from services.api.readiness import Readiness
 from services.api.recorder import Recorder
 from services.api.server import make_server
-from services.api.task_service import TaskService
+from services.api.task_service import TaskServicer
 from services.api.watch.watch_service import WatchService
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
@@ -76,7 +76,7 @@ class ApiService:
         names = Names(settings.topic_prefix)
         self._cluster = ClusterCheck(settings, [names.topic(name) for name in EVENT_TOPICS])
         self._watch_service = WatchService(settings, self._query_threads)
-        task_service = TaskService(
+        task_service = TaskServicer(
             self._recorder, self._query_threads, decider, self._watch_service, settings.max_body
         )
         self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)

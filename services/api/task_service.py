@@ -14,14 +14,14 @@ from services.api import batch, filters, page_tokens, queries, uuid7, views
 from services.api.call import Call, current_call, idempotency_key
 from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
-from services.api.errors import FieldViolation, InvalidArgument, StatusError, collect, not_found
+from services.api.errors import InvalidArgument, StatusError, Violation, collect, not_found
 from services.api.outbox_publisher import NewTask, OutboxEvent
 from services.api.recorder import Recorder
-from services.api.trace import traceparent
+from services.api.trace import request_traceparent
 from services.api.validation import task_created, task_id
 from services.api.watch.watch_service import WatchService
 
-__all__ = ["TaskService"]
+__all__ = ["TaskServicer"]
 
 _MAX_BLOCKING = 0.01
 """Seconds that a batch's items may block the event loop at a time."""
@@ -30,7 +30,7 @@ _RESOLUTIONS = {task_service_pb2.RESOLUTION_SENT: True, task_service_pb2.RESOLUT
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
-class TaskService(task_service_pb2_grpc.TaskServiceServicer):
+class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
     """Answers each RPC for the current call. Every method raises StatusError."""
 
     def __init__(
@@ -44,7 +44,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         self._recorder, self._threads, self._decider = recorder, threads, decider
         self._watch_service = watch_service
         self._max_body = max_body
-        self._clock = uuid7.Clock()
+        self._ids = uuid7.IdGenerator()
 
     async def Create(self, request: task_service_pb2.CreateRequest, context: Context) -> task_pb2.Task:
         """Record a task."""
@@ -90,7 +90,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     ) -> task_service_pb2.ListResponse:
         """Return a page of tasks, newest first."""
         tenant = current_call().tenant
-        violations: list[FieldViolation] = []
+        violations: list[Violation] = []
         size = collect(violations, page_tokens.page_size, request.page_size)
         filter_ = collect(violations, filters.parse, request)
         if size is None or filter_ is None:
@@ -122,14 +122,14 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def Resolve(self, request: task_service_pb2.ResolveRequest, context: Context) -> task_pb2.Task:
         """Record whether an uncertain task's mail was sent."""
         call = current_call()
-        violations: list[FieldViolation] = []
+        violations: list[Violation] = []
         id_ = collect(violations, task_id, request.id)
         sent = _RESOLUTIONS.get(request.resolution)
         if sent is None:
-            violations.append(FieldViolation("resolution", "is RESOLUTION_SENT or RESOLUTION_NOT_SENT"))
+            violations.append(Violation("resolution", "is RESOLUTION_SENT or RESOLUTION_NOT_SENT"))
         if id_ is None or sent is None:
             raise InvalidArgument(violations)
-        parent = traceparent(call.metadata.get("traceparent"), id_)
+        parent = request_traceparent(call.metadata.get("traceparent"), id_)
         return await self._decider.resolve(call.tenant, id_, sent, parent)
 
     async def Watch(  # type: ignore[override]
@@ -142,13 +142,13 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         self, decide: Callable[[str, bytes, bytes], Awaitable[task_pb2.Task]], id_text: str
     ) -> task_pb2.Task:
         call, id_ = current_call(), task_id(id_text)
-        return await decide(call.tenant, id_, traceparent(call.metadata.get("traceparent"), id_))
+        return await decide(call.tenant, id_, request_traceparent(call.metadata.get("traceparent"), id_))
 
     def _new_task(
         self, request: task_service_pb2.CreateRequest, call: Call, key_in_metadata: str, size: int
     ) -> NewTask:
         """Return the requested task with a new id; raise InvalidArgument."""
         event = task_created(request, call.tenant, key_in_metadata, self._max_body, time.time_ns() // 1000)
-        event.task.id, event.task.created_at_us = self._clock.draw()
+        event.task.id, event.task.created_at_us = self._ids.new()
         event.at_us = event.task.created_at_us
-        return OutboxEvent(event, traceparent(call.metadata.get("traceparent"), event.task.id), size)
+        return OutboxEvent(event, request_traceparent(call.metadata.get("traceparent"), event.task.id), size)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["traceparent"]
+__all__ = ["request_traceparent"]
 
 _ZERO = "0"
 _FORM = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
 
-def traceparent(given: str | bytes | None, id_: bytes) -> bytes:
+def request_traceparent(given: str | bytes | None, id_: bytes) -> bytes:
     """Return the client's traceparent if it is valid, otherwise one that contains the task's id.
 
     An operator thus finds a task in a trace store by its id even if its client traces nothing.

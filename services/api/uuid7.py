@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable
 
-__all__ = ["Clock", "lowest", "parse", "text"]
+__all__ = ["IdGenerator", "lowest", "parse", "text"]
 
 _TEXT_FORM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 _LIMIT_US = (1 << 48) * 1000
@@ -27,15 +27,15 @@ def _head(us: int) -> int:
     return ms << 80 | _VERSION | (rest * 4096 // 1000) << 64 | _VARIANT
 
 
-class Clock:
-    """Draws ids. A process has one. Not thread-safe."""
+class IdGenerator:
+    """Makes ids. A process has one. Not thread-safe."""
 
     def __init__(self, now_ns: Callable[[], int] = time.time_ns) -> None:
         self._now_ns = now_ns
         self._last_us = 0
         self._pool, self._used = b"", 0
 
-    def draw(self) -> tuple[bytes, int]:
+    def new(self) -> tuple[bytes, int]:
         """Return a new id (16 bytes) and its time in microseconds since the Unix epoch.
 
         Ids and times rise strictly, even while the system's clock stands still or steps back.

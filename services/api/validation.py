@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import events_pb2, task_service_pb2
 from services.api import uuid7
-from services.api.errors import FieldViolation, InvalidArgument, invalid_field
+from services.api.errors import InvalidArgument, Violation, invalid_field
 from services.common.addresses import normalise
 from services.common.header_fields import canonical
 
@@ -65,7 +65,7 @@ def task_created(
     Raises InvalidArgument naming every invalid field.
     """
     data = request.data
-    violations: list[FieldViolation] = []
+    violations: list[Violation] = []
     email, domain = _address(data.email, violations)
     _subject(data.subject, violations)
     _bodies(data, max_body, violations)
@@ -113,10 +113,10 @@ def timestamp_us(moment: Timestamp) -> int:
     return moment.seconds * 10**6 - (-moment.nanos // 1000)
 
 
-def label_violations(field: str, labels: Mapping[str, str]) -> list[FieldViolation]:
+def label_violations(field: str, labels: Mapping[str, str]) -> list[Violation]:
     """Return what is wrong with a task's labels, with paths under `field`; empty for valid labels."""
     if len(labels) > MAX_LABELS:
-        return [FieldViolation(field, f"{MAX_LABELS} at most")]
+        return [Violation(field, f"{MAX_LABELS} at most")]
     violations = []
     for key, value in sorted(labels.items()):
         if not key or len(key.encode()) > _MAX_LABEL_KEY or _CONTROL.search(key):
@@ -125,7 +125,7 @@ def label_violations(field: str, labels: Mapping[str, str]) -> list[FieldViolati
             description = f"is not a label value ({_MAX_LABEL_VALUE} bytes at most, no control characters)"
         else:
             continue
-        violations.append(FieldViolation(_entry_path(field, key), description))
+        violations.append(Violation(_entry_path(field, key), description))
     return violations
 
 
@@ -142,71 +142,69 @@ def encoded_length(subject: str) -> int:
     return 4 * -(-size // 3) + 12 * words + words - 1
 
 
-def _key(key: str, in_metadata: str, violations: list[FieldViolation]) -> None:
+def _key(key: str, in_metadata: str, violations: list[Violation]) -> None:
     if in_metadata and in_metadata != key:
-        violations.append(FieldViolation("idempotency_key", "differs from the metadata's idempotency-key"))
+        violations.append(Violation("idempotency_key", "differs from the metadata's idempotency-key"))
     elif len(key) > MAX_KEY or len(key.encode()) > MAX_KEY:
-        violations.append(FieldViolation("idempotency_key", f"has {MAX_KEY} bytes at most"))
+        violations.append(Violation("idempotency_key", f"has {MAX_KEY} bytes at most"))
     elif _CONTROL.search(key):
-        violations.append(FieldViolation("idempotency_key", "has control characters"))
+        violations.append(Violation("idempotency_key", "has control characters"))
 
 
-def _send_at(request: task_service_pb2.CreateRequest, now_us: int, violations: list[FieldViolation]) -> int:
+def _send_at(request: task_service_pb2.CreateRequest, now_us: int, violations: list[Violation]) -> int:
     """Return the requested time in microseconds since the Unix epoch, rounded up; 0 for none."""
     if not request.HasField("send_at"):
         return 0
     try:
         us = timestamp_us(request.send_at)
     except ValueError as error:
-        violations.append(FieldViolation("send_at", str(error)))
+        violations.append(Violation("send_at", str(error)))
         return 0
     if us > now_us + MAX_AHEAD * 10**6:
-        violations.append(FieldViolation("send_at", f"is more than {MAX_AHEAD // 86400} days ahead"))
+        violations.append(Violation("send_at", f"is more than {MAX_AHEAD // 86400} days ahead"))
     return us
 
 
-def _address(email: str, violations: list[FieldViolation]) -> tuple[str, str]:
+def _address(email: str, violations: list[Violation]) -> tuple[str, str]:
     if not email:
-        violations.append(FieldViolation("data.email", "is missing"))
+        violations.append(Violation("data.email", "is missing"))
         return "", ""
     try:
         return normalise(email)
     except ValueError as error:
-        violations.append(FieldViolation("data.email", str(error)))
+        violations.append(Violation("data.email", str(error)))
         return "", ""
 
 
-def _subject(subject: str, violations: list[FieldViolation]) -> None:
+def _subject(subject: str, violations: list[Violation]) -> None:
     if not subject.strip():
-        violations.append(FieldViolation("data.subject", "is missing" if not subject else "is blank"))
+        violations.append(Violation("data.subject", "is missing" if not subject else "is blank"))
     elif _CONTROL_IN_TEXT.search(subject):
-        violations.append(FieldViolation("data.subject", "has control characters"))
+        violations.append(Violation("data.subject", "has control characters"))
     elif len(subject) > MAX_SUBJECT or encoded_length(subject) > MAX_SUBJECT:
-        violations.append(FieldViolation("data.subject", f"has {MAX_SUBJECT} bytes at most, encoded"))
+        violations.append(Violation("data.subject", f"has {MAX_SUBJECT} bytes at most, encoded"))
 
 
-def _bodies(data: task_service_pb2.TaskData, max_body: int, violations: list[FieldViolation]) -> None:
+def _bodies(data: task_service_pb2.TaskData, max_body: int, violations: list[Violation]) -> None:
     if not data.HasField("body") and not data.HasField("html"):
         violations.append(
-            FieldViolation("data.body", "is missing; it may be empty, or the request may have html instead")
+            Violation("data.body", "is missing; it may be empty, or the request may have html instead")
         )
         return
     text, html = _byte_size(data.body), _byte_size(data.html)
     if text + html > max_body:
         field = "data.body" if text >= html else "data.html"
-        violations.append(
-            FieldViolation(field, f"text and HTML have {max_body} bytes at most, not {text + html}")
-        )
+        violations.append(Violation(field, f"text and HTML have {max_body} bytes at most, not {text + html}"))
 
 
 def _byte_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _headers(headers: Mapping[str, str], violations: list[FieldViolation]) -> dict[str, str]:
+def _headers(headers: Mapping[str, str], violations: list[Violation]) -> dict[str, str]:
     """Return the fields as the mail will contain them."""
     if len(headers) > MAX_HEADERS:
-        violations.append(FieldViolation("data.headers", f"{MAX_HEADERS} at most"))
+        violations.append(Violation("data.headers", f"{MAX_HEADERS} at most"))
         return {}
     kept: dict[str, str] = {}
     seen = set()
@@ -234,7 +232,7 @@ def _headers(headers: Mapping[str, str], violations: list[FieldViolation]) -> di
                 if len(name) + 2 + encoded_length(kept[name]) <= _MAX_HEADER:
                     continue
                 description = _TOO_LONG
-        violations.append(FieldViolation(_entry_path("data.headers", name), description))
+        violations.append(Violation(_entry_path("data.headers", name), description))
     return kept
 
 

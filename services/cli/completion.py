@@ -22,7 +22,7 @@ def complete_from(words: Words) -> Callable[[str], list[str]]:
 
 def statuses() -> Iterable[str]:
     """Return the statuses of tasks."""
-    from services.common.database.tables import STATUSES  # noqa: PLC0415
+    from services.common.statuses import STATUSES  # noqa: PLC0415
 
     return STATUSES
 

@@ -10,9 +10,7 @@ from postroad.v1 import task_pb2
 from services.cli.output import Column
 from services.cli.times import format_time, format_time_ms
 
-__all__ = ["SETTLED", "TASKS", "TIMELINE", "change_row", "full_row", "task_row"]
-
-SETTLED: Final = frozenset({"completed", "failed", "uncertain", "cancelled"})
+__all__ = ["TASKS", "TIMELINE", "change_row", "full_row", "task_row"]
 
 TASKS: Final = (
     Column("id"),

@@ -13,8 +13,9 @@ from tenacity import RetryCallState, Retrying, retry_if_exception
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.cli.errors import FAILED, Failure
-from services.cli.tasks import SETTLED, change_row, task_row
+from services.cli.tasks import change_row, task_row
 from services.cli.terminal import say
+from services.common.statuses import FINAL_STATUSES
 
 __all__ = ["RecentChanges", "ResumableWatch"]
 
@@ -119,7 +120,7 @@ class ResumableWatch:
 
 def is_settled(row: Mapping[str, Any]) -> bool:
     """Return whether the row's task has reached an end."""
-    return row["task"]["status"] in SETTLED
+    return row["task"]["status"] in FINAL_STATUSES
 
 
 def _row(message: pb.WatchResponse) -> dict[str, Any]:

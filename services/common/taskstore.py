@@ -19,7 +19,8 @@ from services.common.database.bulk import execute_rows, placeholders
 from services.common.database.times import to_micros
 from services.common.events import CREATED_KEY
 from services.common.fold import EPOCH_SHIFT, TaskRow, merge
-from services.common.timeline import TimelineEntry
+from services.common.statuses import FINAL_STATUSES
+from services.common.timeline import TimelineRow
 
 __all__ = [
     "Body",
@@ -38,9 +39,6 @@ __all__ = [
 
 _MAIL = TaskRow._fields[1:8]
 _PLAIN = ("status", "epoch", "next_attempt_at", "reason", "reply", "message_id", "updated_at")
-
-
-_ENDED = ("completed", "failed", "uncertain", "cancelled")
 
 
 class Body(NamedTuple):
@@ -119,11 +117,9 @@ def _parts(bodies: Iterable[Body]) -> Iterator[list[Body]]:
         yield part
 
 
-def insert_events(
-    connection: Connection, entries: Iterable[TimelineEntry], table: str = "task_events"
-) -> None:
+def insert_events(connection: Connection, entries: Iterable[TimelineRow], table: str = "task_events") -> None:
     """Insert entries of timelines; existing ones stay."""
-    head = f"INSERT IGNORE INTO {table} ({', '.join(TimelineEntry._fields)}) VALUES"
+    head = f"INSERT IGNORE INTO {table} ({', '.join(TimelineRow._fields)}) VALUES"
     ordered = sorted(entries, key=itemgetter(0, 1))
     execute_rows(connection, head, ordered)
 
@@ -212,7 +208,7 @@ def sizes_of_bodies(connection: Connection, ids: Sequence[bytes]) -> dict[bytes,
 
 def load_events(
     connection: Connection, keys: Sequence[tuple[bytes, str]]
-) -> dict[tuple[bytes, str], TimelineEntry]:
+) -> dict[tuple[bytes, str], TimelineRow]:
     """Return the timeline entries with these (task id, event id), as far as they exist."""
     by_event: dict[str, list[bytes]] = {}
     for id_, event_id in sorted(keys):
@@ -220,25 +216,25 @@ def load_events(
     lines = {}
     for event_id, ids in by_event.items():
         found = connection.exec_driver_sql(
-            f"SELECT {', '.join(TimelineEntry._fields)} FROM task_events"
+            f"SELECT {', '.join(TimelineRow._fields)} FROM task_events"
             f" WHERE task_id IN ({placeholders(len(ids))}) AND event_id = %s",
             (*ids, event_id),
         )
-        lines.update({(bytes(id_), event_id): TimelineEntry(bytes(id_), *line) for id_, *line in found})
+        lines.update({(bytes(id_), event_id): TimelineRow(bytes(id_), *line) for id_, *line in found})
     return lines
 
 
 def load_epoch(
     connection: Connection, task_id: bytes, topics: Sequence[str], epoch: int
-) -> list[TimelineEntry]:
+) -> list[TimelineRow]:
     """Return the entries of a task's timeline for events of these topics in this epoch."""
     like = " OR ".join(["event_id LIKE %s"] * len(topics))
     found = connection.exec_driver_sql(
-        f"SELECT {', '.join(TimelineEntry._fields)} FROM task_events"
+        f"SELECT {', '.join(TimelineRow._fields)} FROM task_events"
         f" WHERE task_id = %s AND ({like}) ORDER BY event_id",
         (task_id, *(f"{topic}:{epoch}:%" for topic in topics)),
     )
-    return [TimelineEntry(bytes(id_), *line) for id_, *line in found]
+    return [TimelineRow(bytes(id_), *line) for id_, *line in found]
 
 
 def _object(column: str | bytes | None) -> Mapping[str, str]:
@@ -259,7 +255,7 @@ def purge_bodies(connection: Connection, before: datetime, limit: int = 500) -> 
         .prefix_with("STRAIGHT_JOIN", dialect="mysql")
         .join(tables.tasks, tables.tasks.c.id == body_id)
         .where(body_id < first_since.to_bytes(16), tables.tasks.c.updated_at < before)
-        .where(tables.tasks.c.status.in_(_ENDED))
+        .where(tables.tasks.c.status.in_(FINAL_STATUSES))
         .order_by(body_id)
         .limit(limit)
         .with_for_update(skip_locked=True)

@@ -11,13 +11,13 @@ from services.common.database.times import from_micros
 from services.common.deliveries.decide import NOT_SENT
 from services.common.events import Event, event_key, task_id
 
-__all__ = ["TimelineEntry", "timeline_entry"]
+__all__ = ["TimelineRow", "timeline_row"]
 
 _WIDTHS = widths(task_events)
 _MAY_BE_OUT = "the mail may have gone out"
 
 
-class TimelineEntry(NamedTuple):
+class TimelineRow(NamedTuple):
     """An entry of a task's timeline: a row of `task_events`, in the order of its columns."""
 
     task_id: bytes
@@ -42,8 +42,8 @@ def _entry(
     relay: str = "",
     reply: str = "",
     next_at_us: int = 0,
-) -> TimelineEntry:
-    return TimelineEntry(
+) -> TimelineRow:
+    return TimelineRow(
         task_id(event),
         event_key(event)[: _WIDTHS["event_id"]],
         from_micros(event.at_us),
@@ -61,7 +61,7 @@ def _doubt(event: pb.MailDeferred | pb.MailFailed) -> str:
     return f"{event.reason}: {event.message_id}" if event.reason else event.message_id
 
 
-def timeline_entry(event: Event) -> TimelineEntry:
+def timeline_row(event: Event) -> TimelineRow:
     """Return the timeline's entry of `event`. The `detail` of an attempt in doubt has its Message-ID."""
     match event:
         case pb.TaskCreated():

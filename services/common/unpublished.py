@@ -8,17 +8,17 @@ from sqlalchemy import Connection, func, select, text
 
 from services.common.database.tables import outbox
 
-__all__ = ["LEASE", "Unpublished", "unpublished"]
+__all__ = ["SWEEP_SECONDS", "Unpublished", "unpublished"]
 
-LEASE = 45
+SWEEP_SECONDS = 45
 """Seconds for which a sweeper leases rows, longer than its producer tries (`delivery.timeout.ms`)."""
 
 _NOW = func.utc_timestamp(6)
 # A version before the column `due_at` leaves it out.
 _DUE_AT = func.coalesce(outbox.c.due_at, outbox.c.available_at)
 _DUE = select(func.count(), func.timestampdiff(text("MICROSECOND"), func.min(_DUE_AT), _NOW)).where(
-    # A sweeper retries a due row within LEASE, so the index on available_at leads to all due rows.
-    outbox.c.available_at <= func.timestampadd(text("SECOND"), LEASE, _NOW),
+    # A sweeper retries a due row within SWEEP_SECONDS, so the index on available_at leads to all due rows.
+    outbox.c.available_at <= func.timestampadd(text("SECOND"), SWEEP_SECONDS, _NOW),
     _DUE_AT <= _NOW,
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.common.deliveries.decide import IN_DOUBT, Delivery, may_resend
-from services.common.stage.delays import schedule
+from services.common.stage.delays import choose_delay
 from services.sender.replies import InDoubt, NotSent, Rejected, Sent
 
 __all__ = ["CONNECTION_LOST", "DEFERRED", "EXPIRED", "REJECTED", "UNSENDABLE", "Policy"]
@@ -99,5 +99,5 @@ class Policy:
         if expired is not None:
             return expired
         step = self.delays[min(row.attempt, len(self.delays)) - 1]
-        _, due_ms = schedule(self.delays, max(step, after), row.settled_at // 1000, rng)
+        _, due_ms = choose_delay(self.delays, max(step, after), row.settled_at // 1000, rng)
         return row._replace(state="deferred", reason=reason, next_attempt_at=due_ms * 1000)

@@ -29,7 +29,7 @@ from services.common.deliveries.decide import (
 )
 from services.common.deliveries.outcome import event_of
 from services.common.events import Event
-from services.common.stage.delays import schedule
+from services.common.stage.delays import choose_delay
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
 from services.common.stages import STAGES
 from services.sender import replies
@@ -303,7 +303,7 @@ class Sender:
     def _defer_untried(self, domain: str) -> Outcome:
         SENDER_SHED.inc()
         delays = self._policy.delays
-        delay, due_at_ms = schedule(delays, delays[0], self._now_us() // 1000, self._rng)
+        delay, due_at_ms = choose_delay(delays, delays[0], self._now_us() // 1000, self._rng)
         return Retry(delay, due_at_ms, f"too many wait for {domain}", counts=False)
 
     def _answer(self, row: Delivery) -> Outcome:

@@ -17,7 +17,7 @@ from services.common.fold import delta
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
 from services.common.stages import STAGES
 from services.common.taskstore import insert_events, upsert
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 
 __all__ = ["StatusHandler", "stage"]
 
@@ -69,13 +69,13 @@ class StatusHandler:
 
     def _store(self, events: Sequence[Event]) -> list[None]:
         rows = [delta(event) for event in events]
-        entries = [timeline_entry(event) for event in events]
-        refused = [event for event in events if isinstance(event, pb.MxFailed)]
+        entries = [timeline_row(event) for event in events]
+        mx_failures = [event for event in events if isinstance(event, pb.MxFailed)]
 
         def write(connection: Connection) -> None:
             upsert(connection, rows)
             insert_events(connection, entries)
-            store_failures(connection, refused)
+            store_failures(connection, mx_failures)
 
         transaction(self._engine, write)
         return [None] * len(events)

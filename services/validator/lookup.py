@@ -44,7 +44,7 @@ T = TypeVar("T")
 # A name may be an alias of an alias; a longer chain than this is a loop.
 _MAX_ALIASES = 8
 # One usable host settles the verdict. The other hosts have this long (seconds) to be listed too.
-_PATIENCE = 1.0
+_OTHER_HOSTS_TIMEOUT = 1.0
 # Many domains share few mail hosts, so lookups remember usable hosts: so many, and for so long (seconds).
 _MAX_KNOWN_HOSTS = 10_000
 _LONGEST_KNOWN = 3600
@@ -106,7 +106,7 @@ class Lookup:
         try:
             while pending:
                 if any(host.state is HostState.USABLE for host in known.values()):
-                    deadline = min(deadline, monotonic() + _PATIENCE)
+                    deadline = min(deadline, monotonic() + _OTHER_HOSTS_TIMEOUT)
                 done, pending = await asyncio.wait(
                     pending, timeout=max(0.0, deadline - monotonic()), return_when=asyncio.FIRST_COMPLETED
                 )

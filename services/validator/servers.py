@@ -24,7 +24,7 @@ class Unanswered(Exception):
     """No server answered the question; the text says briefly what they did."""
 
 
-class _NameServer:
+class _ServerState:
     """A resolver that asks one server only. `silent_until` (monotonic) is 0 while the server answers."""
 
     def __init__(self, resolver: dns.asyncresolver.Resolver, nameserver: object) -> None:
@@ -42,7 +42,7 @@ class NameServers:
     """
 
     def __init__(self, resolver: dns.asyncresolver.Resolver, lifetime: float) -> None:
-        self._servers = [_NameServer(resolver, nameserver) for nameserver in resolver.nameservers]
+        self._servers = [_ServerState(resolver, nameserver) for nameserver in resolver.nameservers]
         # If the first question finds all but one silent, one share is left for the following questions.
         shares = len(self._servers) + 1 if len(self._servers) > 1 else 1
         self._share = min(resolver.timeout, lifetime / shares)
@@ -92,7 +92,7 @@ class NameServers:
             waiting = silent
         raise Unanswered(_summary(troubles))
 
-    def _in_turn(self) -> list[_NameServer]:
+    def _in_turn(self) -> list[_ServerState]:
         """Return the servers in the order in which to ask them: silent ones come last."""
         now = monotonic()
         turn = sorted(self._servers, key=lambda server: server.silent_until * (server.silent_until > now))

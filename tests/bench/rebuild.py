@@ -20,7 +20,7 @@ from typing import Any
 from confluent_kafka import Producer
 
 from postroad.v1 import events_pb2 as pb
-from services.api.uuid7 import Clock
+from services.api.uuid7 import IdGenerator
 from services.common.config import Settings
 from services.common.events import Event, encode
 from services.common.kafka import admin as kafka_admin
@@ -57,9 +57,9 @@ class _Phases:
 
 def events(tasks: int) -> Iterator[Event]:
     """Yield what `tasks` tasks give rise to: 7 of 10 are sent, 2 of them after a delay, 3 fail."""
-    clock = Clock()
+    generator = IdGenerator()
     for number in range(tasks):
-        id_, at = clock.draw()
+        id_, at = generator.new()
         task = pb.MailTask(
             id=id_,
             tenant="default",

@@ -17,7 +17,7 @@ from tests.chaos.recipients import recipient
 __all__ = ["Load"]
 
 SUBJECT = "Chaos "
-_PATIENCE = 90.0
+_TIMEOUT = 90.0
 _ANSWER = 5.0
 # Without an answer, or with one of these, a client does not know what became of its request.
 _UNKNOWN = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"}
@@ -67,13 +67,13 @@ class Load:
         """Start no more Creates."""
         self._ended.set()
 
-    async def answered(self, since: float, patience: float) -> float | None:
+    async def answered(self, since: float, timeout: float) -> float | None:
         """Wait for a Create that succeeds after `since`. Return its time; both are in monotonic seconds.
 
-        Returns None when there is none within `patience` seconds.
+        Returns None when there is none within `timeout` seconds.
         """
         try:
-            async with asyncio.timeout(patience), self._answers:
+            async with asyncio.timeout(timeout), self._answers:
                 await self._answers.wait_for(lambda: self._last_answer > since)
                 return self._last_answer
         except TimeoutError:
@@ -88,7 +88,7 @@ class Load:
             idempotency_key=f"chaos-{number}" if careful else "",
         )
         began = time.time()
-        end = time.monotonic() + (_PATIENCE if careful else 0)
+        end = time.monotonic() + (_TIMEOUT if careful else 0)
         tries, pause = 0, 0.1
         while True:
             tries += 1

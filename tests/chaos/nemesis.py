@@ -19,7 +19,7 @@ __all__ = ["Nemesis"]
 # The promised recovery in seconds: after a killed replica (session timeout 10 + 2), a killed broker, MySQL's
 # return.
 REPLICA, LEADER, DATABASE = 12.0, 12.0, 5.0
-_PATIENCE = 45.0
+_TIMEOUT = 45.0
 
 
 class Nemesis:
@@ -103,7 +103,7 @@ class Nemesis:
         seconds: float | None = None
         gave_up = False
         try:
-            at = await serves_again(self._system.targets, since, _PATIENCE)
+            at = await serves_again(self._system.targets, since, _TIMEOUT)
             seconds = None if at is None else round(at - since, 2)
             gave_up = at is None
         except asyncio.CancelledError:
@@ -151,7 +151,7 @@ class Nemesis:
         limit = DATABASE if fault.kind in ("kill", "restart") else None
         if fault.alone:
             self._watch(fault, since, limit)
-        answered = await self._load.answered(back, _PATIENCE)
+        answered = await self._load.answered(back, _TIMEOUT)
         seconds = None if answered is None else round(answered - back, 2)
         self._recovered(fault, seconds, limit, "Create answered after", answered is None)
 

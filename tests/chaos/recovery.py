@@ -38,17 +38,17 @@ def partition(id_: str) -> int:
     return (_murmur2(UUID(id_).bytes) & 0x7FFFFFFF) % PARTITIONS
 
 
-async def serves_again(targets: list[str], since: float, patience: float) -> float | None:
+async def serves_again(targets: list[str], since: float, timeout: float) -> float | None:
     """Wait until a task created after `since` (Unix seconds) is completed in each partition.
 
-    Returns the Unix seconds of that moment, or None after `patience` seconds.
+    Returns the Unix seconds of that moment, or None after `timeout` seconds.
     """
     channels = [grpc.aio.insecure_channel(t, [("grpc.max_reconnect_backoff_ms", 500)]) for t in targets]
     stubs = [rpc.TaskServiceStub(channel) for channel in channels]
     start = Timestamp()
     start.FromMicroseconds(int(since * 1e6))
     served: set[int] = set()
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     turn = 0
     try:
         while time.monotonic() < end:

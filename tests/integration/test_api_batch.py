@@ -12,7 +12,7 @@ import pytest
 
 from postroad.v1.task_service_pb2 import BatchCreateRequest, CountRequest
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
-from services.common.database.tables import STATUSES
+from services.common.statuses import STATUSES
 from tests.api_process import ApiProcess, Installation, eventually, request
 from tests.stack import Infra
 

@@ -41,14 +41,14 @@ from services.common.deliveries.rows import COLUMNS, owner_tokens
 from services.common.events import Event, encode
 from services.common.fold import TaskRow, delta, fold
 from services.common.stage.types import Done
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 from services.sender.answers import answer
 from services.sender.claims import Claims
 from tests.api_process import free_port
 from tests.claimers import everyone
 
 TENANT = "blue"
-CLOCK = uuid7.Clock()
+ID_GENERATOR = uuid7.IdGenerator()
 LONG_AGO = datetime(2001, 2, 3)
 token = owner_tokens()
 
@@ -62,7 +62,7 @@ class TaskTables:
         self.events: dict[bytes, list[Event]] = {}
 
     def create(self, send_at_us: int = 0) -> bytes:
-        id_, at_us = CLOCK.draw()
+        id_, at_us = ID_GENERATOR.new()
         task = pb.MailTask(
             id=id_,
             tenant=TENANT,
@@ -78,7 +78,7 @@ class TaskTables:
             taskstore.insert_bodies(connection, [taskstore.body_of(task)])
             item = outbox.row_of(event)
             if send_at_us:
-                outbox.schedule(connection, [(item, from_micros(send_at_us))])
+                outbox.insert_scheduled(connection, [(item, from_micros(send_at_us))])
             else:
                 outbox.put(connection, [item])
 
@@ -92,7 +92,7 @@ class TaskTables:
 
         def write(connection: Connection) -> None:
             taskstore.upsert(connection, map(delta, events))
-            taskstore.insert_events(connection, map(timeline_entry, events))
+            taskstore.insert_events(connection, map(timeline_row, events))
             store_failures(connection, [event for event in events if isinstance(event, pb.MxFailed)])
 
         transaction(self.engine, write)
@@ -151,7 +151,7 @@ class TaskTables:
         # A sweeper would publish an equal event.
         item = outbox.row_of(decision.event)
         assert item in self.outbox(id_)
-        found = transaction(self.engine, lambda c: outbox_sweeper.load_events(c, [item]))
+        found = transaction(self.engine, lambda c: outbox_sweeper.events_of_rows(c, [item]))
         assert encode(found[item], "api") == encode(decision.event, "api")
         self.events[id_] += self.sender_handles(decision.event)
         return decision
@@ -184,7 +184,7 @@ class TaskTables:
     def sweep(self, id_: bytes, event: Event) -> None:
         """Publish as a sweeper does: the event itself, and the doubt of the epoch before."""
         items = [item for item in self.outbox(id_) if item.kind != outbox.CREATED]
-        found = transaction(self.engine, lambda c: outbox_sweeper.load_events(c, items))
+        found = transaction(self.engine, lambda c: outbox_sweeper.events_of_rows(c, items))
         assert set(found) == set(items)
         published = [encode(event_, "api") for event_ in found.values()]
         assert encode(event, "api") in published
@@ -206,7 +206,7 @@ class TaskTables:
         assert (decision.task.status, decision.task.attempts) == ("pending", 0)
         item = outbox.row_of(decision.event)
         assert item in self.outbox(id_)
-        found = transaction(self.engine, lambda c: outbox_sweeper.load_events(c, [item]))
+        found = transaction(self.engine, lambda c: outbox_sweeper.events_of_rows(c, [item]))
         assert encode(found[item], "api") == encode(decision.event, "api")
         return item.epoch
 
@@ -242,7 +242,7 @@ class TaskTables:
         with self.engine.connect() as connection:
             query = "SELECT event_id FROM task_events WHERE task_id = %s"
             lines = {line for (line,) in connection.exec_driver_sql(query, (id_,))}
-        assert lines == {timeline_entry(event).event_id for event in events}
+        assert lines == {timeline_row(event).event_id for event in events}
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def test_a_cancelled_tasks_scheduled_event_is_due_at_once(tables: TaskTables) ->
     assert tables.outbox(id_, due=True) == [outbox.created(id_)]
     # It is the recorded event.
     [event] = transaction(
-        tables.engine, lambda c: outbox_sweeper.load_events(c, [outbox.created(id_)])
+        tables.engine, lambda c: outbox_sweeper.events_of_rows(c, [outbox.created(id_)])
     ).values()
     assert event == tables.events[id_][0]
     tables.assert_folded(id_)
@@ -674,7 +674,7 @@ def test_an_uncertain_task_is_cancelled_and_its_timeline_keeps_the_doubt(
     decision = tables.cancelled(id_)
     assert decision.event is not None
     assert (decision.task.status, decision.task.attempts) == ("cancelled", 1)
-    assert (decision.event.in_doubt, timeline_entry(decision.event).detail) == (
+    assert (decision.event.in_doubt, timeline_row(decision.event).detail) == (
         True,
         "the mail may have gone out",
     )
@@ -710,7 +710,7 @@ def test_a_mail_resolved_as_sent_is_never_sent_again(tables: TaskTables, folded:
     decision = tables.resolved(id_, sent=True)
     assert (decision.task.status, decision.task.message_id) == ("completed", row.message_id)
     tables.assert_folded(id_)
-    assert (tables.kinds(id_)[-1], timeline_entry(decision.event).stage) == ("sent", "api")  # type: ignore[arg-type]
+    assert (tables.kinds(id_)[-1], timeline_row(decision.event).stage) == ("sent", "api")  # type: ignore[arg-type]
     for epoch in (0, decision.event.epoch + 1):  # type: ignore[union-attr]
         stored = tables.claim(id_, epoch, attempt=2)
         assert isinstance(stored, Stored)

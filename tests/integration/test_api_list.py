@@ -19,10 +19,10 @@ from services.api import queries, uuid7
 from services.api.filters import Filter
 from services.common.database.bulk import execute_rows
 from services.common.database.engine import make_engine
-from services.common.database.tables import STATUSES
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.fold import TaskRow
+from services.common.statuses import STATUSES
 from tests.api_process import ApiProcess, Installation
 from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
@@ -39,7 +39,7 @@ CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"
 
 def row(number: int, chance: random.Random) -> TaskRow:
     us = FIRST_US + number * STEP_US
-    id_, at = uuid7.Clock(lambda: us * 1000).draw()
+    id_, at = uuid7.IdGenerator(lambda: us * 1000).new()
     # As in production nearly all tasks are completed. Others are few, and mostly recent.
     rare = chance.random() < 0.002 or number > ROWS - 40
     status = chance.choice(STATUSES) if rare else "completed"

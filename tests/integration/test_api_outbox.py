@@ -24,11 +24,11 @@ from services.common.database.transactions import transaction
 from services.common.events import encode
 from services.common.fold import delta
 from services.common.health import Degraded
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 from services.common.unpublished import Unpublished, unpublished
 from tests.integration.stage_kit import until
 
-CLOCK = uuid7.Clock()
+ID_GENERATOR = uuid7.IdGenerator()
 
 
 def make_new_task(key: str = "", send_at_us: int = 0, **data: object) -> NewTask:
@@ -37,7 +37,7 @@ def make_new_task(key: str = "", send_at_us: int = 0, **data: object) -> NewTask
     if send_at_us:
         request.send_at.FromMicroseconds(send_at_us)
     event = task_created(request, "default", key, 1000, time.time_ns() // 1000)
-    event.task.id, event.task.created_at_us = CLOCK.draw()
+    event.task.id, event.task.created_at_us = ID_GENERATOR.new()
     event.at_us = event.task.created_at_us
     return OutboxEvent(event, b"trace", 100)
 
@@ -74,7 +74,7 @@ async def test_a_recorded_task_is_in_three_tables_and_its_event_can_be_loaded(en
     events = {outbox.created(r.event.task.id): r.event for r in batch}
     ids = sorted(row_.task_id for row_ in events)
     assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == ids
-    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, list(events))) == events
+    assert transaction(engine, lambda c: outbox_sweeper.events_of_rows(c, list(events))) == events
     # Create answers without reading, and Get must answer the same.
     row = transaction(
         engine,
@@ -106,13 +106,13 @@ async def test_loaded_events_equal_the_published_ones_byte_for_byte(engine: Engi
 
     def write(connection: Connection) -> None:
         taskstore.upsert(connection, map(delta, events))
-        taskstore.insert_events(connection, map(timeline_entry, events))
+        taskstore.insert_events(connection, map(timeline_row, events))
         outbox.put(connection, [outbox.row_of(event) for event in events])
 
     transaction(engine, write)
     rows = [outbox.row_of(event) for event in events]
     assert len(set(rows)) == len(rows) == 18
-    found = transaction(engine, lambda c: outbox_sweeper.load_events(c, rows))
+    found = transaction(engine, lambda c: outbox_sweeper.events_of_rows(c, rows))
     assert [encode(found[row_], "api") for row_ in rows] == [encode(event, "api") for event in events]
     # A missing event is not invented.
     unknown = [
@@ -120,7 +120,7 @@ async def test_loaded_events_equal_the_published_ones_byte_for_byte(engine: Engi
         outbox.cancelled(bytes(16), 0),
         outbox.cancelled(rows[0].task_id, 5),
     ]
-    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, unknown)) == {}
+    assert transaction(engine, lambda c: outbox_sweeper.events_of_rows(c, unknown)) == {}
 
 
 async def test_a_scheduled_task_is_left_to_the_sweeper_and_keeps_its_time(engine: Engine) -> None:
@@ -133,7 +133,7 @@ async def test_a_scheduled_task_is_left_to_the_sweeper_and_keeps_its_time(engine
     due = "SELECT available_at FROM outbox WHERE task_id = %s"
     [row] = transaction(engine, lambda c: c.exec_driver_sql(due, (row_.task_id,)).all())
     assert row.available_at == from_micros(send_at_us)
-    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, [row_])) == {row_: later.event}
+    assert transaction(engine, lambda c: outbox_sweeper.events_of_rows(c, [row_])) == {row_: later.event}
     view = transaction(engine, lambda c: queries.get(c, "default", later.event.task.id))
     assert view is not None
     assert (view.status, view.next_attempt_at.ToMicroseconds()) == ("pending", send_at_us)
@@ -145,9 +145,9 @@ async def test_a_scheduled_task_is_left_to_the_sweeper_and_keeps_its_time(engine
     # After a cancellation its first event is due at once, and unchanged.
     cancelled = events_pb2.TaskCancelled(id=later.event.task.id, epoch=5, at_us=send_at_us)
     transaction(engine, lambda c: taskstore.upsert(c, [delta(cancelled)]))
-    assert transaction(engine, lambda c: outbox_sweeper.load_events(c, [row_])) == {row_: later.event}
-    transaction(engine, lambda c: outbox.hasten(c, later.event.task.id))
-    transaction(engine, lambda c: outbox.hasten(c, now.event.task.id))
+    assert transaction(engine, lambda c: outbox_sweeper.events_of_rows(c, [row_])) == {row_: later.event}
+    transaction(engine, lambda c: outbox.make_due(c, later.event.task.id))
+    transaction(engine, lambda c: outbox.make_due(c, now.event.task.id))
     assert taken(engine, 9) == [row_]
 
 
@@ -252,7 +252,7 @@ async def test_a_task_that_the_database_refuses_fails_alone(engine: Engine) -> N
 
 
 def test_two_sweepers_never_take_the_same_row(engine: Engine) -> None:
-    rows = [outbox.created(CLOCK.draw()[0]) for _ in range(100)]
+    rows = [outbox.created(ID_GENERATOR.new()[0]) for _ in range(100)]
 
     def put(connection: Connection) -> None:
         outbox.put(connection, rows)
@@ -289,10 +289,10 @@ def test_a_sweep_keeps_the_due_time_of_an_event(engine: Engine) -> None:
         transaction(engine, lambda c: c.exec_driver_sql(f"UPDATE outbox SET {shift}"))
 
     assert found() == (0, 0)
-    now, later, older = (outbox.created(CLOCK.draw()[0]) for _ in range(3))
+    now, later, older = (outbox.created(ID_GENERATOR.new()[0]) for _ in range(3))
     [at] = transaction(engine, lambda c: c.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").one())
     transaction(engine, lambda c: outbox.put(c, [now]))
-    transaction(engine, lambda c: outbox.schedule(c, [(later, at + timedelta(seconds=3600))]))
+    transaction(engine, lambda c: outbox.insert_scheduled(c, [(later, at + timedelta(seconds=3600))]))
     # The outbox publisher has it. It became due when it was recorded.
     assert found().due == 1
     assert 0 <= found().oldest_seconds < 60
@@ -304,7 +304,7 @@ def test_a_sweep_keeps_the_due_time_of_an_event(engine: Engine) -> None:
         assert found().due == 1
         assert 300 <= found().oldest_seconds < 360
     # The first event of a cancelled task became due with the cancellation.
-    transaction(engine, lambda c: outbox.hasten(c, later.task_id))
+    transaction(engine, lambda c: outbox.make_due(c, later.task_id))
     transaction(engine, lambda c: outbox.delete(c, [now]))
     assert found().due == 1
     assert 0 <= found().oldest_seconds < 60
@@ -320,7 +320,7 @@ def test_a_sweep_keeps_the_due_time_of_an_event(engine: Engine) -> None:
 async def test_overdue_events_make_the_api_degraded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox_backlog, "_INTERVAL", 0.02)
     watched = outbox_backlog.OutboxBacklog(engine)
-    transaction(engine, lambda c: outbox.put(c, [outbox.created(CLOCK.draw()[0])]))
+    transaction(engine, lambda c: outbox.put(c, [outbox.created(ID_GENERATOR.new()[0])]))
     run = asyncio.create_task(watched.run())
     try:
         await until(lambda: metrics.OUTBOX_DUE._value.get() == 1)
@@ -340,7 +340,7 @@ async def test_overdue_events_make_the_api_degraded(engine: Engine, monkeypatch:
 
 def test_sweeping_does_not_block_recording(engine: Engine) -> None:
     """Under REPEATABLE READ, SELECT ... SKIP LOCKED would lock the gaps that inserts need."""
-    rows = [outbox.created(CLOCK.draw()[0]) for _ in range(100)]
+    rows = [outbox.created(ID_GENERATOR.new()[0]) for _ in range(100)]
     transaction(engine, lambda c: outbox.put(c, rows[:50]))
     transaction(engine, lambda c: outbox.defer(c, rows[:50], -1))
     with engine.begin() as sweeping:
@@ -351,7 +351,7 @@ def test_sweeping_does_not_block_recording(engine: Engine) -> None:
 
 @pytest.mark.parametrize("size", [1, 499, 500, 501, 1200])
 def test_any_number_of_rows_can_be_put(engine: Engine, size: int) -> None:
-    rows = [outbox.created(CLOCK.draw()[0]) for _ in range(size)]
+    rows = [outbox.created(ID_GENERATOR.new()[0]) for _ in range(size)]
     transaction(engine, lambda c: outbox.put(c, rows))
     assert len(ids_in(engine, "outbox")) == size
     transaction(engine, lambda c: outbox.delete(c, rows))
@@ -359,10 +359,10 @@ def test_any_number_of_rows_can_be_put(engine: Engine, size: int) -> None:
 
 
 def test_a_sweep_reads_only_due_rows(engine: Engine) -> None:
-    rows = [outbox.created(CLOCK.draw()[0]) for _ in range(50_000)]
+    rows = [outbox.created(ID_GENERATOR.new()[0]) for _ in range(50_000)]
     [now] = transaction(engine, lambda c: c.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").one())
     times = [now + timedelta(seconds=3600 + n / 10) for n in range(len(rows))]
-    transaction(engine, lambda c: outbox.schedule(c, list(zip(rows, times, strict=True))))
+    transaction(engine, lambda c: outbox.insert_scheduled(c, list(zip(rows, times, strict=True))))
     with engine.connect() as connection:
         connection.exec_driver_sql("ANALYZE TABLE outbox").all()
         assert outbox.next_due(connection, 0.5) == 0.5
@@ -373,10 +373,10 @@ def test_a_sweep_reads_only_due_rows(engine: Engine) -> None:
         status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
         assert sum(int(count) for _, count in status) < 20, status
     # `next_due` is exact, and no sweep takes the row earlier.
-    soon = outbox.created(CLOCK.draw()[0])
+    soon = outbox.created(ID_GENERATOR.new()[0])
     with engine.begin() as connection:
         [due] = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6) + INTERVAL 0.3 SECOND").one()
-        outbox.schedule(connection, [(soon, due)])
+        outbox.insert_scheduled(connection, [(soon, due)])
         assert 0 < outbox.next_due(connection, 0.5) <= 0.3
     taken_at = None
     while not taken_at:

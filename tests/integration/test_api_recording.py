@@ -130,7 +130,7 @@ def test_a_task_is_published_at_once_and_leaves_the_outbox(installation: Install
         found = installation.published()
         assert sorted(uuid7.text(event.task.id) for event, _ in found) == sorted(ids)
         items = [outbox.created(event.task.id) for event, _ in found]
-        again = transaction(db.engine, lambda c: outbox_sweeper.load_events(c, items))
+        again = transaction(db.engine, lambda c: outbox_sweeper.events_of_rows(c, items))
         for event, headers in found:
             assert again[outbox.created(event.task.id)] == event
             assert headers["ce_type"] == b"postroad.v1.task.created"

@@ -21,7 +21,7 @@ from services.common.database.engine import make_engine
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.fold import delta
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 from tests.api_process import ApiProcess, Installation, eventually
 from tests.forms import by_form
 from tests.stack import Infra
@@ -56,11 +56,11 @@ def create(api: ApiProcess, send_at_us: int, key: str = "") -> task_pb2.Task:
 
 def insert_scheduled(engine: Engine, count: int) -> None:
     """Insert tasks that are due in an hour or later, as Creates leave them."""
-    clock = uuid7.Clock()
+    generator = uuid7.IdGenerator()
 
     def events() -> Iterator[events_pb2.TaskCreated]:
         for number in range(count):
-            id_, us = clock.draw()
+            id_, us = generator.new()
             mail = events_pb2.MailTask(
                 id=id_, tenant="default", email=f"u{number}@shop.test", domain="shop.test", subject="s"
             )
@@ -70,10 +70,10 @@ def insert_scheduled(engine: Engine, count: int) -> None:
 
     def write(part: list[events_pb2.TaskCreated], connection: Connection) -> None:
         taskstore.upsert(connection, map(delta, part))
-        taskstore.insert_events(connection, map(timeline_entry, part))
+        taskstore.insert_events(connection, map(timeline_row, part))
         taskstore.insert_bodies(connection, [taskstore.body_of(event.task) for event in part])
         due = [(outbox.row_of(event), from_micros(event.send_at_us)) for event in part]
-        outbox.schedule(connection, due)
+        outbox.insert_scheduled(connection, due)
 
     source = events()
     while part := list(islice(source, 2000)):

@@ -38,7 +38,7 @@ from services.common.fold import delta
 from services.common.kafka.clients import consumer_config
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import EVENT_TOPICS
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 from tests.api_process import ApiProcess, Installation, eventually
 from tests.forms import LONG, by_form
 from tests.groups import describe
@@ -81,7 +81,7 @@ class FakeStages:
     def fold(self, *events: Event) -> None:
         transaction(self.engine, lambda connection: taskstore.upsert(connection, map(delta, events)))
         transaction(
-            self.engine, lambda connection: taskstore.insert_events(connection, map(timeline_entry, events))
+            self.engine, lambda connection: taskstore.insert_events(connection, map(timeline_row, events))
         )
 
 
@@ -394,12 +394,12 @@ def test_a_watch_resumes_from_further_back_than_its_queue_holds(
     with ApiProcess(installation) as api:
         with Stream(api, labels={"n": "1"}) as start:
             token = start.token
-        clock = uuid7.Clock()
+        generator = uuid7.IdGenerator()
         ids = []
         for _ in range(by_form(1, 4)):
             events: list[Event] = []
             for number in range(1000):
-                id_, us = clock.draw()
+                id_, us = generator.new()
                 ids.append(uuid7.text(id_))
                 task = ev.MailTask(
                     id=id_, tenant="default", email="a@x.test", domain="x.test", labels={"n": str(number % 2)}

@@ -113,7 +113,7 @@ def test_due_unpublished_events_are_counted(infra: Infra) -> None:
         outbox.put(connection, items)
         connection.exec_driver_sql("UPDATE outbox SET due_at = due_at - INTERVAL 300 SECOND")
         # A sweep could not publish them.
-        outbox.defer(connection, items, outbox.LEASE)
+        outbox.defer(connection, items, outbox.SWEEP_SECONDS)
     engine.dispose()
     found = postroad(*asked, "-o", "json").json["outbox"]
     assert found["due"] == 40

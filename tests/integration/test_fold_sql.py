@@ -15,7 +15,7 @@ from services.common.database.transactions import transaction
 from services.common.events import Event, task_id
 from services.common.fold import TaskRow, delta, fold
 from services.common.taskstore import insert_events, upsert
-from services.common.timeline import TimelineEntry, timeline_entry
+from services.common.timeline import TimelineRow, timeline_row
 from tests.event_strategies import histories
 
 on_a_server = settings(
@@ -40,7 +40,7 @@ def clear(connection: Connection) -> None:
 def store(engine: Engine, events: list[Event]) -> None:
     def write(connection: Connection) -> None:
         upsert(connection, [delta(event) for event in events])
-        insert_events(connection, [timeline_entry(event) for event in events])
+        insert_events(connection, [timeline_row(event) for event in events])
 
     transaction(engine, write)
 
@@ -117,14 +117,12 @@ def test_the_timeline_holds_each_event_once(engine: Engine, events: list[Event])
         store(engine, batch)
     with engine.connect() as connection:
         found = [
-            TimelineEntry._make([bytes(row[0]), *row[1:]])
-            for row in connection.exec_driver_sql(
-                f"SELECT {', '.join(TimelineEntry._fields)} FROM task_events"
-            )
+            TimelineRow._make([bytes(row[0]), *row[1:]])
+            for row in connection.exec_driver_sql(f"SELECT {', '.join(TimelineRow._fields)} FROM task_events")
         ]
-    wanted: dict[tuple[bytes, str], list[TimelineEntry]] = {}
+    wanted: dict[tuple[bytes, str], list[TimelineRow]] = {}
     for event in events:
-        line = timeline_entry(event)
+        line = timeline_row(event)
         wanted.setdefault((line.task_id, line.event_id), []).append(line)
     assert {(line.task_id, line.event_id) for line in found} == set(wanted)
     assert all(line in wanted[line.task_id, line.event_id] for line in found)

@@ -19,7 +19,7 @@ from deploy.local.catcher.control import Control
 from deploy.local.catcher.faults import TABLE, Fault, fault_named, fault_of
 
 MAIL = "Message-ID: <1@post.test>\r\nSubject: x\r\n\r\nHello\r\n"
-PATIENCE = 10.0
+TIMEOUT = 10.0
 
 
 class Catcher:
@@ -38,7 +38,7 @@ class Catcher:
         self.address = (host, int(port))
 
     def client(self) -> smtplib.SMTP:
-        client = smtplib.SMTP(*self.address, timeout=PATIENCE)
+        client = smtplib.SMTP(*self.address, timeout=TIMEOUT)
         client.ehlo()
         return client
 
@@ -56,7 +56,7 @@ class Catcher:
 
     def end(self) -> None:
         self.process.terminate()
-        assert self.process.wait(PATIENCE) == 0
+        assert self.process.wait(TIMEOUT) == 0
         assert self.process.stdout
         self.process.stdout.close()
 
@@ -81,7 +81,7 @@ def catcher(make: Callable[..., Catcher]) -> Catcher:
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, "still not so"
         time.sleep(0.01)
@@ -96,7 +96,7 @@ def _is_cut(connection: socket.socket) -> bool:
 
 def _talk(catcher: Catcher, text: bytes) -> bytes:
     """Send `text`, and return all that the catcher replies until the connection ends."""
-    with socket.create_connection(catcher.address, timeout=PATIENCE) as connection:
+    with socket.create_connection(catcher.address, timeout=TIMEOUT) as connection:
         connection.sendall(text)
         answer = b""
         while piece := connection.recv(65536):
@@ -140,7 +140,7 @@ def test_dots_are_unstuffed_and_bare_line_feeds_end_no_message(catcher: Catcher)
 
 
 def test_the_end_of_a_message_is_found_in_pieces(catcher: Catcher) -> None:
-    with socket.create_connection(catcher.address, timeout=PATIENCE) as connection:
+    with socket.create_connection(catcher.address, timeout=TIMEOUT) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         replies = connection.makefile("rb")
         for text in (b"", b"HELO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n"):
@@ -157,7 +157,7 @@ def test_a_mail_over_the_limit_is_refused_and_the_session_goes_on(catcher: Catch
     with catcher.client() as client:
         assert client.docmd("MAIL", "FROM:<a@b.test> SIZE=99999999")[0] == 552
     # Without EHLO a client cannot announce the size.
-    with smtplib.SMTP(*catcher.address, timeout=PATIENCE) as client:
+    with smtplib.SMTP(*catcher.address, timeout=TIMEOUT) as client:
         client.helo()
         with pytest.raises(smtplib.SMTPDataError) as refused:
             client.sendmail("a@b.test", ["c@d.test"], ("y" * 78 + "\r\n") * 140_000)
@@ -237,7 +237,7 @@ def test_slow_replies_late_and_takes_the_mail(catcher: Catcher) -> None:
 
 
 def test_the_control_file_closes_and_opens_the_port(catcher: Catcher) -> None:
-    with socket.create_connection(catcher.address, timeout=PATIENCE) as open_before:
+    with socket.create_connection(catcher.address, timeout=TIMEOUT) as open_before:
         assert open_before.recv(100).startswith(b"220")
         catcher.control(connect="refuse")
 
@@ -322,9 +322,9 @@ def test_tls_with_a_certificate_of_its_own(make: Callable[..., Catcher], tls: st
     trust = ssl.create_default_context(cafile=str(catcher.directory / "tls" / "cert.pem"))
     host, port = catcher.address
     if tls == "implicit":
-        client: smtplib.SMTP = smtplib.SMTP_SSL(host, port, timeout=PATIENCE, context=trust)
+        client: smtplib.SMTP = smtplib.SMTP_SSL(host, port, timeout=TIMEOUT, context=trust)
     else:
-        client = smtplib.SMTP(host, port, timeout=PATIENCE)
+        client = smtplib.SMTP(host, port, timeout=TIMEOUT)
         client.starttls(context=trust)
     with client:
         client.sendmail("a@b.test", ["c@d.test"], MAIL)
@@ -334,7 +334,7 @@ def test_tls_with_a_certificate_of_its_own(make: Callable[..., Catcher], tls: st
 def test_commands_before_the_handshake_do_not_count_after_it(make: Callable[..., Catcher]) -> None:
     catcher = make("--tls", "starttls")
     trust = ssl.create_default_context(cafile=str(catcher.directory / "tls" / "cert.pem"))
-    with socket.create_connection(catcher.address, timeout=PATIENCE) as plain:
+    with socket.create_connection(catcher.address, timeout=TIMEOUT) as plain:
         plain.recv(100)
         plain.sendall(b"STARTTLS\r\nMAIL FROM:<smuggled@b.test>\r\n")
         assert plain.recv(100) == b"220 2.0.0 Go on\r\n"
@@ -344,7 +344,7 @@ def test_commands_before_the_handshake_do_not_count_after_it(make: Callable[...,
 
 
 def test_complete_messages_get_their_reply_after_sigterm(catcher: Catcher) -> None:
-    with socket.create_connection(catcher.address, timeout=PATIENCE) as connection:
+    with socket.create_connection(catcher.address, timeout=TIMEOUT) as connection:
         replies = connection.makefile("rb")
         replies.readline()
         connection.sendall(f"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{MAIL}.\r\n".encode())
@@ -353,7 +353,7 @@ def test_complete_messages_get_their_reply_after_sigterm(catcher: Catcher) -> No
         catcher.process.send_signal(signal.SIGTERM)
         assert replies.readline().startswith(b"250")
         replies.close()
-    assert catcher.process.wait(PATIENCE) == 0
+    assert catcher.process.wait(TIMEOUT) == 0
     assert len(catcher.journal()) == 1
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Engine
 
 from postroad.v1 import events_pb2 as pb
 from services.api import outbox
-from services.api.uuid7 import Clock
+from services.api.uuid7 import IdGenerator
 from services.common.config import Settings
 from services.common.database.bulk import execute_rows
 from services.common.database.transactions import transaction
@@ -39,7 +39,7 @@ from services.common.operations.rebuild.shadow_table import TASKS, create_tables
 from services.common.operations.rebuild.swap_tables import swap
 from services.common.stages import all_topics
 from services.common.taskstore import body_of, insert_bodies, insert_events, upsert
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 from services.sender.claims import Claims
 from services.status.topic_ids import note_topic_ids
 from tests import forked
@@ -65,12 +65,12 @@ class Pipeline:
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self.settings, self.engine = settings, engine
-        self.clock = Clock()
+        self.generator = IdGenerator()
         self._number = count()
         self._producer = Producer({"bootstrap.servers": settings.kafka_bootstrap, "linger.ms": 20})
 
     def task(self, number: int) -> pb.MailTask:
-        id_, at = self.clock.draw()
+        id_, at = self.generator.new()
         task = pb.MailTask(
             id=id_,
             tenant="default",
@@ -112,7 +112,7 @@ class Pipeline:
 
         def work(connection: Connection) -> None:
             upsert(connection, [delta(event) for event in events])
-            insert_events(connection, [timeline_entry(event) for event in events])
+            insert_events(connection, [timeline_row(event) for event in events])
 
         transaction(self.engine, work)
 
@@ -298,7 +298,7 @@ def test_unpublished_tasks_keep_their_rows(pipeline: Pipeline) -> None:
     with pipeline.engine.begin() as connection:
         upsert(connection, [delta(again), delta(scheduled)])
         outbox.put(connection, [outbox.created(later.id)])
-        insert_events(connection, [timeline_entry(again)])
+        insert_events(connection, [timeline_row(again)])
         outbox.put(connection, [outbox.created(reopened.id, again.epoch)])
     before = pipeline.dump()
     assert pipeline.rebuild(swap_in=False).equal

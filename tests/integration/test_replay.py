@@ -675,7 +675,7 @@ def test_a_stored_replay_is_loaded_whole(engine: Engine) -> None:
     insert_replay(engine, replay)
     kept = load_replay(engine, replay.id)
     assert kept == replay
-    replay.positions[0], replay.positions[11] = OffsetRange(5, 5), OffsetRange(7, 9)
+    replay.ranges[0], replay.ranges[11] = OffsetRange(5, 5), OffsetRange(7, 9)
     replay.counts["failed", "rejected", "settled"] += 3
     assert save_replay(engine, replay)
     assert load_replay(engine, replay.id) == replay

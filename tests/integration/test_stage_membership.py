@@ -72,7 +72,7 @@ async def test_partitions_of_a_lost_assignment_are_read_nevertheless(
     newest: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(membership, "_COMPARE_INTERVAL", 0.5)
-    monkeypatch.setattr(membership, "_MISMATCH_PATIENCE", 2.0)
+    monkeypatch.setattr(membership, "_MISMATCH_GRACE", 2.0)
     kit = newest
     made: list[_LosesAssignments] = []
 

@@ -234,7 +234,7 @@ def test_an_error_that_passes_is_known_by_its_number(
     engine: Engine, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server raises each error itself: a timeout, an unusable node, a conflict, a proxy's error."""
-    monkeypatch.setattr(transactions, "PATIENCE", 60.0)  # a new session may take more than a second
+    monkeypatch.setattr(transactions, "RETRY_TIMEOUT", 60.0)  # a new session may take more than a second
     tries = []
 
     def fail(connection: Connection) -> None:

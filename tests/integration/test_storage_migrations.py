@@ -147,7 +147,7 @@ def database_of(connection: Connection) -> str:
 def test_a_table_in_use_ends_the_migration_with_the_transactions_name(
     reader: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrations, "_PATIENCE", 0.0, raising=False)
+    monkeypatch.setattr(migrations, "_CONFLICT_TIMEOUT", 0.0, raising=False)
     [(session,)] = reader.exec_driver_sql("SELECT CONNECTION_ID()").all()
     with pytest.raises(
         TimeoutError, match=rf"ALTER TABLE outbox .* session {session}, .*KILL {session}\b"
@@ -187,7 +187,7 @@ def test_others_use_the_table_between_the_tries_of_a_migration(
 def test_a_user_who_may_not_see_transactions_reads_where_they_are(
     reader: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrations, "_PATIENCE", 0.0, raising=False)
+    monkeypatch.setattr(migrations, "_CONFLICT_TIMEOUT", 0.0, raising=False)
     database, user = reader.engine.url.database, f"u{secrets.token_hex(6)}"
     execute(
         database_of(reader),

@@ -20,7 +20,7 @@ from services.api.auth import Tenants
 from services.api.interceptor import RequestInterceptor
 from services.api.outbox_publisher import OutboxEvent
 from services.api.recorder import Recorder
-from services.api.task_service import TaskService
+from services.api.task_service import TaskServicer
 from services.common.database import statement_size
 from services.common.database.bulk import execute_rows
 from services.common.database.engine import make_engine
@@ -153,7 +153,7 @@ async def test_a_task_that_no_statement_can_hold_is_refused(
 ) -> None:
     recorder = Recorder(limited_engine(64 << 10), lambda recorded: None, 5000, 256 << 20)
     unused: Any = None
-    service = TaskService(recorder, unused, unused, unused, max_body=1 << 20)
+    service = TaskServicer(recorder, unused, unused, unused, max_body=1 << 20)
     handler = grpc.unary_unary_rpc_method_handler(
         service.Create, CreateRequest.FromString, Task.SerializeToString
     )

@@ -14,7 +14,7 @@ from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.events import Event
 from services.common.fold import delta, fold
-from services.common.timeline import timeline_entry
+from services.common.timeline import timeline_row
 from tests.event_strategies import mail_task
 
 AT = 1_763_976_543_123_456
@@ -25,7 +25,7 @@ def record(engine: Engine, *tasks: pb.MailTask) -> None:
         events = [pb.TaskCreated(task=task, at_us=task.created_at_us) for task in tasks]
         taskstore.upsert(connection, map(delta, events))
         taskstore.insert_bodies(connection, [taskstore.body_of(task) for task in tasks])
-        taskstore.insert_events(connection, map(timeline_entry, events))
+        taskstore.insert_events(connection, map(timeline_row, events))
 
     transaction(engine, write)
 
@@ -163,7 +163,7 @@ def test_two_who_fold_the_same_tasks_at_once_come_to_one_result(engine: Engine) 
 
                 def write(connection: Connection, part: list[Event] = part) -> None:
                     taskstore.upsert(connection, map(delta, part))
-                    taskstore.insert_events(connection, map(timeline_entry, part))
+                    taskstore.insert_events(connection, map(timeline_row, part))
 
                 transaction(engine, write)
         except BaseException as error:

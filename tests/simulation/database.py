@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import OperationalError
 
 from postroad.v1 import events_pb2 as pb
-from services.api.outbox import GRACE, LEASE, OutboxRow
+from services.api.outbox import GRACE, SWEEP_SECONDS, OutboxRow
 from services.common.database.times import to_micros
 from services.common.deliveries import decide as rules
 from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Settlement, Taken
@@ -22,7 +22,7 @@ from services.common.deliveries.mx_failures import failed_row, merge_failure
 from services.common.events import CREATED_KEY
 from services.common.fold import TaskRow, merge
 from services.common.taskstore import Body
-from services.common.timeline import TimelineEntry
+from services.common.timeline import TimelineRow
 from tests.simulation.threads import VirtualTime
 from tests.simulation.world import World
 
@@ -54,7 +54,7 @@ class Database:
         self.tasks: dict[bytes, TaskRow] = {}
         self.keys: dict[tuple[str, bytes], bytes] = {}
         self.bodies: dict[bytes, Body] = {}
-        self.entries: dict[tuple[bytes, str], TimelineEntry] = {}
+        self.entries: dict[tuple[bytes, str], TimelineRow] = {}
         self.outbox_changed: list[Callable[[], None]] = []
 
     def now(self) -> datetime:
@@ -103,7 +103,7 @@ class Database:
                 continue
             self.tasks[row.id] = row if known is None else merge(known, row)
 
-    def insert_events(self, entries: Iterable[TimelineEntry]) -> None:
+    def insert_events(self, entries: Iterable[TimelineRow]) -> None:
         """Insert timeline entries that do not exist yet."""
         for entry in entries:
             self.entries.setdefault((entry.task_id, entry.event_id), entry)
@@ -159,11 +159,11 @@ class Database:
         """Return the size of each task's body in bytes."""
         return {id_: len((self.bodies[id_].body or "").encode()) for id_ in ids if id_ in self.bodies}
 
-    def load_events(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], TimelineEntry]:
+    def load_events(self, keys: Sequence[tuple[bytes, str]]) -> dict[tuple[bytes, str], TimelineRow]:
         """Return the timeline entries with these keys."""
         return {key: self.entries[key] for key in keys if key in self.entries}
 
-    def load_epoch(self, task_id: bytes, topics: Sequence[str], epoch: int) -> list[TimelineEntry]:
+    def load_epoch(self, task_id: bytes, topics: Sequence[str], epoch: int) -> list[TimelineRow]:
         """Return the timeline entries of a task for these topics and this epoch."""
         begin = tuple(f"{topic}:{epoch}:" for topic in topics)
         return [
@@ -200,7 +200,7 @@ class Database:
             self.outbox.setdefault(item, self.world.now + seconds)
         self._notify()
 
-    def schedule(self, items: Sequence[tuple[OutboxRow, datetime]]) -> None:
+    def insert_scheduled(self, items: Sequence[tuple[OutboxRow, datetime]]) -> None:
         """Add items, each due at its time."""
         for item, due in items:
             self.outbox.setdefault(item, self.at(due))
@@ -212,19 +212,19 @@ class Database:
             self.outbox.pop(row, None)
 
     def take(self, limit: int) -> list[OutboxRow]:
-        """Return due items, which are due again after LEASE."""
+        """Return due items, which are due again after SWEEP_SECONDS."""
         due = [item for item, at in self.outbox.items() if at <= self.world.now][:limit]
-        self.defer(due, LEASE)
+        self.defer(due, SWEEP_SECONDS)
         return due
 
     def next_due(self, within: float) -> float:
         """Return the seconds until an item is due."""
         return min(within, *(at - self.world.now for at in self.outbox.values()), within)
 
-    def hasten(self, task_id: bytes) -> None:
+    def make_due(self, task_id: bytes) -> None:
         """Make the scheduled items of a task due."""
         for item, at in self.outbox.items():
-            if item.task_id == task_id and at > self.world.now + LEASE:
+            if item.task_id == task_id and at > self.world.now + SWEEP_SECONDS:
                 self.outbox[item] = self.world.now
         self._notify()
 

@@ -134,10 +134,10 @@ def _outbox_before_ack() -> Patches:
 def _scheduled_at_once() -> Patches:
     """Make scheduled events due at once."""
 
-    def schedule(connection: Database, rows: Sequence[tuple[OutboxRow, datetime]]) -> None:
+    def insert_scheduled(connection: Database, rows: Sequence[tuple[OutboxRow, datetime]]) -> None:
         connection.put([row for row, _ in rows], 0)
 
-    return [(outbox, "schedule", schedule)]
+    return [(outbox, "insert_scheduled", insert_scheduled)]
 
 
 def _cancel_without_claim() -> Patches:

@@ -129,7 +129,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     *((taskstore, name, getattr(Database, name)) for name in _STATEMENTS),
     *(
         (outbox, name, getattr(Database, name))
-        for name in ("put", "schedule", "delete", "take", "next_due", "defer", "hasten")
+        for name in ("put", "insert_scheduled", "delete", "take", "next_due", "defer", "make_due")
     ),
 ]
 _LOGGING = (

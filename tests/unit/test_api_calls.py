@@ -13,7 +13,7 @@ from postroad.v1.task_service_pb2 import BatchCreateRequest, CreateRequest, Task
 from services.api import errors
 from services.api.auth import Tenants
 from services.api.call import Call, Metadata, set_call
-from services.api.task_service import TaskService
+from services.api.task_service import TaskServicer
 
 
 def test_a_metadata_key_with_two_values_has_none() -> None:
@@ -79,7 +79,7 @@ async def test_a_long_batch_does_not_block_the_event_loop() -> None:
 
     recorder: Any = SimpleNamespace(record_batch=record_batch)
     unused: Any = None
-    service = TaskService(recorder, unused, unused, unused, max_body=1000)
+    service = TaskServicer(recorder, unused, unused, unused, max_body=1000)
     set_call(Call("default", Metadata(()), 0))
     # Each takes some milliseconds to parse.
     senders = [", ".join(f"Ann <a{number}.{n}@example.org>" for n in range(20)) for number in range(30)]

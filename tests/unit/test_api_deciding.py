@@ -13,10 +13,10 @@ from postroad.v1.task_service_pb2 import ResolveRequest
 from services.api.call import Call, Metadata, set_call
 from services.api.cancelling import attempts, may_still_be_sent
 from services.api.errors import InvalidArgument
-from services.api.locked_task import FINAL_STATUSES, LockedTask
-from services.api.task_service import TaskService
-from services.common.database.tables import STATUSES
+from services.api.locked_task import LockedTask
+from services.api.task_service import TaskServicer
 from services.common.deliveries.decide import Delivery, DeliveryState
+from services.common.statuses import FINAL_STATUSES, STATUSES
 
 NOW = datetime(2026, 3, 1)
 
@@ -68,7 +68,7 @@ def test_a_new_epoch_is_later_than_all_that_is_known(now_ms: int, epoch: int, cl
 
 @pytest.mark.parametrize("resolution", [0, 3])
 async def test_a_resolution_without_an_answer_is_refused(resolution: int) -> None:
-    service = object.__new__(TaskService)
+    service = object.__new__(TaskServicer)
     set_call(Call("default", Metadata(()), 0))
     unused: Any = None
     request = ResolveRequest(id="no id", resolution=resolution)  # type: ignore[arg-type]

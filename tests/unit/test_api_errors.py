@@ -23,19 +23,19 @@ def unpack(error: errors.StatusError) -> list[object]:
 
 def test_an_error_names_fifty_fields_at_most() -> None:
     many = errors.InvalidArgument(
-        [errors.FieldViolation(f"data.labels[{n}]", "has control characters") for n in range(80)]
+        [errors.Violation(f"data.labels[{n}]", "has control characters") for n in range(80)]
     )
     bad, info = unpack(many)
     assert len(bad.field_violations) == 50  # type: ignore[attr-defined]
     assert info.reason == "INVALID_REQUEST"  # type: ignore[attr-defined]
-    long = errors.InvalidArgument([errors.FieldViolation("é" * 500, "é" * 5000)] * 80)
+    long = errors.InvalidArgument([errors.Violation("é" * 500, "é" * 5000)] * 80)
     assert len(unpack(long)[0].field_violations) >= 3  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("character", ["a", "%", "é", "字", "👍", "\x7f", "\n"])
 @pytest.mark.parametrize(("field", "description"), [(1, 1), (40, 20), (120, 300), (500, 5000)])
 def test_any_error_fits_into_8_kib_of_trailers(character: str, field: int, description: int) -> None:
-    violation = errors.FieldViolation(character * field, character * description)
+    violation = errors.Violation(character * field, character * description)
     error = errors.InvalidArgument([violation] * 80)
     message, details = error.message.encode(), error.status().SerializeToString()
     # gRPC percent-encodes the message and encodes the details in base64. HTTP/2 counts 32 octets for an

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from postroad.v1.task_service_pb2 import CountRequest, ListRequest, WatchRequest
 from services.api.errors import InvalidArgument
 from services.api.filters import Filter, parse
-from services.common.database.tables import STATUSES
+from services.common.statuses import STATUSES
 
 
 def parsed(request: object) -> Filter:

@@ -14,11 +14,11 @@ from services.api import errors, page_tokens, uuid7
 
 def test_ids_are_uuid7_and_rise_strictly_whatever_the_clock_shows() -> None:
     times = iter([5_000_000, 5_000_999, 5_001_000, 3_000_000, 3_000_000, 9_000_000_000_000_000])
-    clock = uuid7.Clock(lambda: next(times))
-    drawn = [clock.draw() for _ in range(6)]
-    assert [us for _, us in drawn] == [5000, 5001, 5002, 5003, 5004, 9_000_000_000_000]
-    assert sorted(drawn) == drawn
-    for id_, us in drawn:
+    generator = uuid7.IdGenerator(lambda: next(times))
+    made = [generator.new() for _ in range(6)]
+    assert [us for _, us in made] == [5000, 5001, 5002, 5003, 5004, 9_000_000_000_000]
+    assert sorted(made) == made
+    for id_, us in made:
         parsed = uuid.UUID(bytes=id_)
         assert (parsed.version, parsed.variant) == (7, uuid.RFC_4122)
         assert int.from_bytes(id_[:6], "big") == us // 1000
@@ -28,12 +28,12 @@ def test_ids_are_uuid7_and_rise_strictly_whatever_the_clock_shows() -> None:
 
 @given(st.integers(0, 2**48 * 1000 - 1), st.integers(0, 2**48 * 1000 - 1))
 def test_a_range_of_times_is_a_range_of_ids(us: int, bound: int) -> None:
-    id_, at = uuid7.Clock(lambda: us * 1000).draw() if us else uuid7.Clock(lambda: 1000).draw()
+    id_, at = uuid7.IdGenerator(lambda: us * 1000).new() if us else uuid7.IdGenerator(lambda: 1000).new()
     assert (id_ >= uuid7.lowest(bound)) == (at >= bound)
 
 
 def test_times_outside_the_range_of_ids_are_bounds_too() -> None:
-    id_, _ = uuid7.Clock().draw()
+    id_, _ = uuid7.IdGenerator().new()
     assert uuid7.lowest(-(10**18)) < id_ < uuid7.lowest(10**18)
 
 

@@ -126,7 +126,7 @@ async def test_subscribers_catch_up_together_each_from_its_own_positions(
     for messages, start in zip(several, starts, strict=True):
         before = start
         for message in messages:
-            at = resume_tokens.decode(resume_tokens.encode_digest(b"") + message.positions, b"")
+            at = resume_tokens.decode(resume_tokens.encode_digest(b"") + message.positions_text, b"")
             # No token goes back, and none skips what its watcher has not received.
             assert all(at[partition] >= before[partition] for partition in start)
             before = at

@@ -27,7 +27,7 @@ def test_a_receivers_last_message_of_a_group_is_marked() -> None:
         ("ann", True),
         ("bob", True),
     ]
-    assert {message.positions for _, message, _ in found} == {"before"}
+    assert {message.positions_text for _, message, _ in found} == {"before"}
     (_, anns, _), _, (_, bobs, _) = found
     assert anns is bobs, "watchers share a message"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.api.errors import InvalidArgument
 from services.api.watch import resume_tokens
-from services.api.watch.catch_up import STRIDE, strides
+from services.api.watch.catch_up import TOKEN_INTERVAL, token_groups
 from services.api.watch.dispatcher import AppliedChange
 from services.api.watch.partition_merge import PartitionMerge
 from services.common.kafka.topic_partition import TopicPartition
@@ -106,7 +106,7 @@ def test_a_partition_whose_times_step_back_keeps_its_order() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 99)), max_size=150))
-def test_a_token_between_strides_skips_no_later_change(locations: list[tuple[int, int]]) -> None:
+def test_a_token_between_two_groups_skips_no_later_change(locations: list[tuple[int, int]]) -> None:
     blank = read(life(mail())[0])
     changes = [
         AppliedChange(
@@ -115,10 +115,10 @@ def test_a_token_between_strides_skips_no_later_change(locations: list[tuple[int
         for number, offset in locations
     ]
     sent = 0
-    for stride, left in strides(changes):
-        assert 0 < len(stride) <= STRIDE
-        assert stride == changes[sent : sent + len(stride)]
-        sent += len(stride)
+    for group, left in token_groups(changes):
+        assert 0 < len(group) <= TOKEN_INTERVAL
+        assert group == changes[sent : sent + len(group)]
+        sent += len(group)
         rest = [applied.change for applied in changes[sent:]]
         assert left == {c.partition: min(d.offset for d in rest if d.partition == c.partition) for c in rest}
     assert sent == len(changes)

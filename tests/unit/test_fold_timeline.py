@@ -9,7 +9,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.database.tables import task_events
 from services.common.database.times import from_micros
 from services.common.events import Event, event_key
-from services.common.timeline import TimelineEntry, timeline_entry
+from services.common.timeline import TimelineRow, timeline_row
 from tests.event_strategies import events_of, mail_task
 
 TASK = mail_task(0)
@@ -17,7 +17,7 @@ ID = TASK.id
 
 
 def test_an_entry_has_the_columns_of_its_table_in_their_order() -> None:
-    assert TimelineEntry._fields == tuple(task_events.columns.keys())
+    assert TimelineRow._fields == tuple(task_events.columns.keys())
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_an_entry_has_the_columns_of_its_table_in_their_order() -> None:
     ],
 )
 def test_every_event_has_its_entry(event: Event, stage: str, kind: str, attempt: int, detail: str) -> None:
-    entry = timeline_entry(event)
+    entry = timeline_row(event)
     assert (entry.stage, entry.kind, entry.attempt, entry.detail) == (stage, kind, attempt, detail)
     assert (entry.task_id, entry.event_id) == (ID, event_key(event))
 
 
 def test_an_entry_has_time_relay_and_reply() -> None:
-    entry = timeline_entry(
+    entry = timeline_row(
         pb.MailFailed(id=ID, relay="mx.test:25", reply="550 no", at_us=1_763_976_543_123_456)
     )
     assert (entry.relay, entry.reply) == ("mx.test:25", "550 no")
@@ -115,12 +115,12 @@ def test_an_entry_has_time_relay_and_reply() -> None:
     ],
 )
 def test_an_entry_has_the_time_of_the_next_attempt(event: Event, next_at_us: int) -> None:
-    assert timeline_entry(event).next_attempt_at == (from_micros(next_at_us) if next_at_us else None)
+    assert timeline_row(event).next_attempt_at == (from_micros(next_at_us) if next_at_us else None)
 
 
 @settings(deadline=None)
 @given(events_of(TASK))
 def test_texts_fit_their_columns(event: Event) -> None:
-    for column, value in zip(task_events.columns, timeline_entry(event), strict=True):
+    for column, value in zip(task_events.columns, timeline_row(event), strict=True):
         length = getattr(column.type, "length", None)
         assert value is None or length is None or len(value) <= length

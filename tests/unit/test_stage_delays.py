@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.stage.delays import FirstSeen, held_until, longest_wait, next_look_ms, schedule
+from services.common.stage.delays import FirstSeen, choose_delay, held_until, longest_wait, next_look_ms
 
 DELAYS = st.lists(st.integers(1, 20_000), min_size=1, max_size=6, unique=True).map(sorted)
 NOW = st.integers(0, 4_000_000_000_000)
@@ -16,7 +16,7 @@ NOW = st.integers(0, 4_000_000_000_000)
 def test_a_due_time_is_never_early_and_at_most_a_tenth_late(
     delays: list[int], after: float, now_ms: int, seed: int
 ) -> None:
-    delay, due = schedule(delays, after, now_ms, random.Random(seed))
+    delay, due = choose_delay(delays, after, now_ms, random.Random(seed))
     assert delay in delays
     assert now_ms + delay * 1000 <= due <= now_ms + delay * 1100
     if after <= delays[-1]:
@@ -28,19 +28,19 @@ def test_a_due_time_is_never_early_and_at_most_a_tenth_late(
 
 def test_jitter_spreads_the_due_times() -> None:
     rng = random.Random(1)
-    dues = {schedule([60], 1, 0, rng)[1] for _ in range(100)}
+    dues = {choose_delay([60], 1, 0, rng)[1] for _ in range(100)}
     assert len(dues) > 90
     assert max(dues) - min(dues) > 4000
 
 
 def test_no_delays_is_an_error() -> None:
     with pytest.raises(ValueError, match="no delays"):
-        schedule([], 1, 0, random.Random())
+        choose_delay([], 1, 0, random.Random())
 
 
 @given(DELAYS, NOW, st.integers())
 def test_a_partition_is_read_again_after_its_head_is_due(delays: list[int], now_ms: int, seed: int) -> None:
-    delay, due = schedule(delays, delays[0], now_ms, random.Random(seed))
+    delay, due = choose_delay(delays, delays[0], now_ms, random.Random(seed))
     assert due < next_look_ms(due, delay) <= due + 1000
     assert due <= now_ms + 1000 * longest_wait(delay) + 1
 
@@ -53,7 +53,7 @@ def test_no_record_waits_longer_than_its_delay_and_jitter_whatever_the_clocks_sa
     """A record a second, in seconds of true time; the writer's clock is `skew` ahead of the reader's."""
     rng, seen, step = random.Random(3), FirstSeen(), delay / 60
     written = [step * n for n in range(200)]
-    due = [schedule([delay], 0, round(1000 * (at + skew)), rng)[1] for at in written]
+    due = [choose_delay([delay], 0, round(1000 * (at + skew)), rng)[1] for at in written]
     now, head, looks = 0.0, 0, 0
     while head < len(written):
         now = max(now, written[head])

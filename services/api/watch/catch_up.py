@@ -24,12 +24,12 @@ from services.api.watch.subscribers import SafePositions, Subscriber, Subscriber
 from services.common.config import Settings
 from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 
-__all__ = ["STRIDE", "CatchUp", "strides"]
+__all__ = ["TOKEN_INTERVAL", "CatchUp", "token_groups"]
 
 R = TypeVar("R")
 
-STRIDE = 32
-"""Changes from one token to the next. A client that disconnects within a stride reads it again."""
+TOKEN_INTERVAL = 32
+"""Changes from one token to the next. A client that disconnects between two reads them again."""
 
 _MAX_RECORDS = 500
 _FETCH_TIMEOUT = 0.2
@@ -125,13 +125,13 @@ class CatchUp:
                 last_fetch = time.monotonic()
             elif time.monotonic() - last_fetch > _KAFKA_TIMEOUT:
                 raise kafka_unavailable()
-            for record in fetched:
-                if _is_deleted(record):
-                    partition = consumer.partition_of(record)
+            for message in fetched:
+                if _is_deleted(message):
+                    partition = consumer.partition_of(message)
                     for expired in await self._skip_deleted(consumer, partition, ends, open_, merge):
                         yield expired, None
                 else:
-                    self._add(consumer, record, ends, open_, merge)
+                    self._add(consumer, message, ends, open_, merge)
             if changes := merge.release():
                 async for sent in self._dispatch(changes, changes[-1].at_ms / 1000, merge):
                     yield sent
@@ -153,23 +153,23 @@ class CatchUp:
     def _add(
         self,
         consumer: EventConsumer,
-        record: Message,
+        message: Message,
         ends: Mapping[TopicPartition, int],
         open_: set[TopicPartition],
         merge: PartitionMerge,
     ) -> None:
         """Add a fetched record, or note a partition's end."""
-        error = record.error()
+        error = message.error()
         if error is not None and error.code() != KafkaError._PARTITION_EOF:
             return
-        partition, offset = consumer.partition_of(record), record.offset() or 0
+        partition, offset = consumer.partition_of(message), message.offset() or 0
         if error is None and partition in open_ and offset < ends[partition]:
             if partition not in self._begun:
                 # The start positions have different times. Only after the latest of them nothing is missing.
                 self._begun.add(partition)
-                self._began_ms = max(self._began_ms, record.timestamp()[1])
+                self._began_ms = max(self._began_ms, message.timestamp()[1])
             self._next[partition] = offset + 1
-            if self.subscribers.may_select(record.key()) and (change := consumer.change_of(record)):
+            if self.subscribers.may_select(message.key()) and (change := consumer.change_of(message)):
                 merge.add(change)
         # A partition's end counts only at its last offset or later. A new leader reports an earlier end while
         # it does not know yet which records are committed. More records follow.
@@ -213,12 +213,12 @@ class CatchUp:
             # This buffer's time is the records' time.
             self._dispatcher = Dispatcher(ReorderBuffer(self._began_ms), self._look_up)
         applied = await self._dispatcher.release(changes, now, live_held)
-        for stride, left in strides(applied):
+        for group, left in token_groups(applied):
             unsent = [*left.items(), *(merge.first_offsets().items() if merge else ())]
             for held in (*live_held, *self._dispatcher.buffer.held()):
                 unsent.append((TopicPartition(held.topic, held.partition), held.offset))
             safe = self._safe_positions(unsent)
-            for subscriber, message, is_last in watch_messages(stride, self.subscribers.find, ""):
+            for subscriber, message, is_last in watch_messages(group, self.subscribers.find, ""):
                 yield subscriber, subscriber.with_token(message, safe if is_last else self.safe)
             self.safe = safe
 
@@ -251,20 +251,23 @@ class CatchUp:
             self._consumer.close()
 
 
-def _is_deleted(record: Message) -> bool:
-    error = record.error()
+def _is_deleted(message: Message) -> bool:
+    error = message.error()
     return error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET
 
 
-def strides(
+def token_groups(
     changes: Sequence[AppliedChange],
 ) -> list[tuple[Sequence[AppliedChange], dict[TopicPartition, int]]]:
-    """Split changes into strides; return each with the lowest offset a partition of what follows it."""
+    """Split changes into groups that each end with a token.
+
+    Return each group with the lowest offset a partition of what follows it.
+    """
     left: dict[TopicPartition, int] = {}
     found: list[tuple[Sequence[AppliedChange], dict[TopicPartition, int]]] = []
-    for start in reversed(range(0, len(changes), STRIDE)):
-        stride = changes[start : start + STRIDE]
-        found.append((stride, dict(left)))
-        for change, _ in stride:
+    for start in reversed(range(0, len(changes), TOKEN_INTERVAL)):
+        group = changes[start : start + TOKEN_INTERVAL]
+        found.append((group, dict(left)))
+        for change, _ in group:
             left[change.partition] = min(change.offset, left.get(change.partition, change.offset))
     return found[::-1]

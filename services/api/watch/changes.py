@@ -13,7 +13,7 @@ from services.common.deliveries.decide import NOT_SENT
 from services.common.events import DECODERS, Event
 from services.common.fold import EPOCH_SHIFT, TaskRow, delta
 from services.common.kafka.topic_partition import TopicPartition
-from services.common.timeline import TimelineEntry, timeline_entry
+from services.common.timeline import TimelineRow, timeline_row
 
 __all__ = ["Change", "Step", "change_of", "order_in_task"]
 
@@ -30,7 +30,7 @@ class Change(NamedTuple):
     """
 
     row: TaskRow
-    entry: TimelineEntry
+    entry: TimelineRow
     step: Step
     predecessors: tuple[Step, ...]
     replayed: bool
@@ -50,7 +50,7 @@ def change_of(
     if row.request_hash is not None or row.idempotency_key is not None:
         row = row._replace(idempotency_key=None, request_hash=None)
     step, predecessors = _steps(event)
-    return Change(row, timeline_entry(event), step, predecessors, replayed, partition, offset, at_ms)
+    return Change(row, timeline_row(event), step, predecessors, replayed, partition, offset, at_ms)
 
 
 def order_in_task(change: Change) -> tuple[int, int]:
@@ -65,25 +65,25 @@ def order_in_task(change: Change) -> tuple[int, int]:
 def _steps(event: Event) -> tuple[Step, tuple[Step, ...]]:
     """Return the step that the event reaches, and its predecessors."""
     epoch = event.epoch
-    first, created, judged = ("created", 0, 0), ("created", epoch, 0), ("judged", epoch, 0)
+    first, created, verdict = ("created", 0, 0), ("created", epoch, 0), ("verdict", epoch, 0)
     match event:
         case pb.TaskCreated():
             return created, (first,) if epoch else ()
         case pb.TaskCancelled():
             return ("cancelled", epoch, 0), (first,)
         case pb.MxOk() | pb.MxFailed():
-            return judged, (created, *_attempt_before("lookup", epoch, event.attempt))
+            return verdict, (created, *_attempt_before("lookup", epoch, event.attempt))
         case pb.MailDeferred() if event.stage == "validator":
             lookup = ("lookup", epoch, event.attempt)
             return lookup, (created, *_attempt_before("lookup", epoch, event.attempt))
         case pb.MailDeferred():
             sending = ("sending", epoch, event.attempt)
-            return sending, (judged, *_attempt_before("sending", epoch, event.attempt))
+            return sending, (verdict, *_attempt_before("sending", epoch, event.attempt))
         case pb.MailSent() | pb.MailFailed() if _is_resolution(event):
             # A Resolve begins an epoch of its own, in which nothing else happens.
             return ("over", epoch, 0), (first,)
         case pb.MailSent() | pb.MailFailed():
-            return ("over", epoch, 0), (judged, *_attempt_before("sending", epoch, event.attempt))
+            return ("over", epoch, 0), (verdict, *_attempt_before("sending", epoch, event.attempt))
 
 
 def _is_resolution(event: pb.MailSent | pb.MailFailed) -> bool:

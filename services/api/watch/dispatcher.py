@@ -58,13 +58,13 @@ class Dispatcher:
 
 
 def watch_messages(
-    changes: Iterable[AppliedChange], find: Callable[[AppliedChange], Sequence[R]], positions: str
+    changes: Iterable[AppliedChange], find: Callable[[AppliedChange], Sequence[R]], positions_text: str
 ) -> Iterator[tuple[R, WatchMessage, bool]]:
     """Yield each receiver's messages for a group of changes, and whether it is the receiver's last one.
 
     `find` returns the receivers of a change. A client that resumes within the group must read the whole group
-    again, so each message carries `positions`, those before the group. For the last message of a receiver the
-    caller replaces them by those after the group.
+    again, so each message carries `positions_text`, that of the positions before the group. For the last
+    message of a receiver the caller replaces it by that of the positions after the group.
     """
     last: dict[R, WatchMessage] = {}
     for applied in changes:
@@ -72,7 +72,7 @@ def watch_messages(
         if not receivers:
             continue
         entry = applied.change.entry
-        message = WatchMessage(messages.change_body(applied.row, entry), positions, entry.event_id)
+        message = WatchMessage(messages.change_body(applied.row, entry), positions_text, entry.event_id)
         for receiver in receivers:
             if (previous := last.get(receiver)) is not None:
                 yield receiver, previous, False

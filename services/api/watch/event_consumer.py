@@ -95,16 +95,16 @@ class EventConsumer:
         first = self.consumer.poll(timeout)
         return [] if first is None else [first, *self.consumer.consume(max_records - 1, 0)]
 
-    def partition_of(self, record: Message) -> TopicPartition:
+    def partition_of(self, message: Message) -> TopicPartition:
         """Return the partition of a record."""
-        return TopicPartition(self._bare_names[record.topic() or ""], record.partition() or 0)
+        return TopicPartition(self._bare_names[message.topic() or ""], message.partition() or 0)
 
-    def change_of(self, record: Message) -> Change | None:
+    def change_of(self, message: Message) -> Change | None:
         """Return the change of a record; None for an undecodable one, which its stage dead-letters."""
-        from_replay = any(header[0] == REPLAY_ID for header in readable_headers(record))
-        partition, offset = self.partition_of(record), record.offset() or 0
+        from_replay = any(header[0] == REPLAY_ID for header in readable_headers(message))
+        partition, offset = self.partition_of(message), message.offset() or 0
         try:
-            return change_of(record.value(), from_replay, partition, offset, record.timestamp()[1])
+            return change_of(message.value(), from_replay, partition, offset, message.timestamp()[1])
         except Undecodable:
             return None
 

@@ -148,10 +148,10 @@ class LiveReader:
     async def _dispatch(self, batch: list[Message]) -> None:
         """Queue the messages of a batch for the watchers that select them."""
         changes = []
-        for record in batch:
-            partition = self._tail.consumer.partition_of(record)
-            self._positions[partition] = (record.offset() or 0) + 1
-            if (change := self._tail.consumer.change_of(record)) is not None:
+        for message in batch:
+            partition = self._tail.consumer.partition_of(message)
+            self._positions[partition] = (message.offset() or 0) + 1
+            if (change := self._tail.consumer.change_of(message)) is not None:
                 changes.append(change)
         applied = await self._dispatcher.release(changes, time.monotonic())
         before = self._join_point
@@ -161,13 +161,13 @@ class LiveReader:
         for change, _ in applied:
             WATCH_SECONDS.observe(max(0.0, now_ms - change.at_ms) / 1000)
         receivers = set()
-        for watcher, message, is_last in watch_messages(
+        for watcher, watch_message, is_last in watch_messages(
             applied, lambda one: self._index.find(one.row), before.text
         ):
             if is_last:
                 receivers.add(watcher)
-                message = message._replace(positions=after.text)  # noqa: PLW2901
-            watcher.put(message)
+                watch_message = watch_message._replace(positions_text=after.text)  # noqa: PLW2901
+            watcher.put(watch_message)
         self._recently_sent |= receivers
         self._send_tokens()
         await self._pause_for(receivers)

@@ -11,7 +11,7 @@ from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from services.api import views
 from services.common.fold import TaskRow
-from services.common.timeline import TimelineEntry
+from services.common.timeline import TimelineRow
 
 __all__ = ["WatchMessage", "change_body", "task_body", "token_part"]
 
@@ -19,16 +19,16 @@ __all__ = ["WatchMessage", "change_body", "task_body", "token_part"]
 class WatchMessage(NamedTuple):
     """A message for watchers.
 
-    `body` is serialized and has no token. `positions` is the second part of the token: where a client resumes
-    after this message. `event_id` names the change, and is empty for a message without one.
+    `body` is serialized and has no token. `positions_text` is the second part of the token: where a client
+    resumes after this message. `event_id` names the change, and is empty for a message without one.
     """
 
     body: bytes
-    positions: str
+    positions_text: str
     event_id: str
 
 
-def change_body(row: TaskRow, entry: TimelineEntry) -> bytes:
+def change_body(row: TaskRow, entry: TimelineRow) -> bytes:
     """Return the body of a message with a change and the task after it."""
     columns: tuple[Any, ...] = (
         row.id,

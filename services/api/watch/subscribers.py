@@ -50,7 +50,7 @@ class Subscriber:
                 self._ahead = later != safe.positions
                 text = resume_tokens.encode_positions(later)
             self._encoded = safe, text
-        return message._replace(positions=self._encoded[1])
+        return message._replace(positions_text=self._encoded[1])
 
     def has_expired(
         self,

@@ -120,11 +120,11 @@ class TopicTail:
 
 def _without_errors(fetched: list[Message]) -> list[Message]:
     """Return the records; raise KafkaException where unread records were deleted."""
-    records = []
-    for record in fetched:
-        error = record.error()
+    messages = []
+    for message in fetched:
+        error = message.error()
         if error is None:
-            records.append(record)
+            messages.append(message)
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise KafkaException(error)
-    return records
+    return messages

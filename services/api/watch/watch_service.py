@@ -13,7 +13,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from postroad.v1 import task_service_pb2 as pb
 from services.api import filters
 from services.api.database_threads import DatabaseThreads
-from services.api.errors import FieldViolation, InvalidArgument, StatusError, collect, draining, not_found
+from services.api.errors import InvalidArgument, StatusError, Violation, collect, draining, not_found
 from services.api.filters import Filter
 from services.api.metrics import WATCH_MESSAGES, WATCHERS
 from services.api.validation import task_id
@@ -194,16 +194,16 @@ class _WatchStream:
     async def send(self, message: WatchMessage) -> None:
         """Send a message, unless the client knows its change."""
         if message.event_id not in self.known_event_ids:
-            await self._write(message.body + messages.token_part(self._token_head + message.positions))
+            await self._write(message.body + messages.token_part(self._token_head + message.positions_text))
             WATCH_MESSAGES.inc()
 
 
 def _selection(tenant: str, request: pb.WatchRequest) -> WatchSelection:
-    violations: list[FieldViolation] = []
+    violations: list[Violation] = []
     filter_ = collect(violations, filters.parse, request)
     task = collect(violations, task_id, request.id) if request.id else None
     if request.id and filter_ not in (None, Filter()):
-        violations.append(FieldViolation("id", "cannot be combined with a filter"))
+        violations.append(Violation("id", "cannot be combined with a filter"))
     if violations or filter_ is None:
         raise InvalidArgument(violations)
     return WatchSelection(tenant, task, filter_)

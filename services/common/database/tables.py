@@ -12,10 +12,11 @@ from typing import Any
 from sqlalchemy import BINARY, JSON, VARBINARY, BigInteger, Column, Index, Integer, MetaData, String, Table
 from sqlalchemy.dialects.mysql import BIGINT, DATETIME, ENUM, LONGTEXT
 
+from services.common.statuses import STATUSES
+
 __all__ = [
     "DELIVERY_STATES",
     "INT_MAX",
-    "STATUSES",
     "deliveries",
     "metadata",
     "outbox",
@@ -29,7 +30,6 @@ __all__ = [
 
 metadata = MetaData()
 
-STATUSES = ("pending", "processing", "completed", "failed", "uncertain", "cancelled")
 DELIVERY_STATES = ("sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled")
 
 INT_MAX = (1 << 31) - 1

@@ -26,7 +26,7 @@ __all__ = ["retry_until_available", "transaction"]
 R = TypeVar("R")
 
 # An error that came later than this (a lock wait, a read timeout) is raised without a retry (seconds).
-PATIENCE = 1.0
+RETRY_TIMEOUT = 1.0
 
 
 def _at_once(error: BaseException) -> bool:
@@ -36,7 +36,7 @@ def _at_once(error: BaseException) -> bool:
 _again = Retrying(
     retry=retry_if_exception(_at_once),
     wait=wait_random_exponential(multiplier=0.005, max=0.2),
-    stop=stop_after_attempt(8) | stop_after_delay(PATIENCE),
+    stop=stop_after_attempt(8) | stop_after_delay(RETRY_TIMEOUT),
     reraise=True,
 )
 
@@ -57,7 +57,7 @@ def transaction(engine: Engine, work: Callable[[Connection], R]) -> R:
     try:
         return once()
     except DBAPIError as error:
-        if not _at_once(error) or time.monotonic() - started > PATIENCE:
+        if not _at_once(error) or time.monotonic() - started > RETRY_TIMEOUT:
             raise
     return _again(once)
 

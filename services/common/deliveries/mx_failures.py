@@ -21,17 +21,17 @@ from services.common.database.bulk import execute_rows
 from services.common.database.tables import deliveries, widths
 from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, Delivery
 from services.common.deliveries.rows import INSERT
+from services.common.statuses import ENDED_WITHOUT_MAIL
 
 __all__ = ["failed_row", "merge_failure", "store_failures"]
 
 _NEVER = datetime(1970, 1, 1)
 _REASON = widths(deliveries)["reason"]
 
-_OVER = ("failed", "uncertain", "cancelled")
 # MySQL evaluates the SET list from left to right. So the columns of the condition come last, and the new
 # attempt (0) satisfies it as the old one did.
 _FREE = (
-    f"(epoch < VALUES(epoch) AND state IN {_OVER}"
+    f"(epoch < VALUES(epoch) AND state IN {ENDED_WITHOUT_MAIL}"
     " OR epoch = VALUES(epoch) AND state = 'released' AND attempt <= 1 AND takeovers = 0)"
 )
 _TAIL = "ON DUPLICATE KEY UPDATE " + ", ".join(
@@ -83,7 +83,7 @@ def merge_failure(known: Delivery | None, row: Delivery) -> Delivery:
     """
     if known is None:
         return row
-    over = known.epoch < row.epoch and known.state in _OVER
+    over = known.epoch < row.epoch and known.state in ENDED_WITHOUT_MAIL
     if not over and not (known.epoch == row.epoch and _untried(known)):
         return known
     takeovers = known.takeovers + (known.reason == IN_DOUBT)

@@ -114,7 +114,7 @@ class Publisher:
         self._replacing = threading.Lock()
         self._deadline = 0.0
         self._failed: KafkaError | None = None
-        self._patience = self._config["delivery.timeout.ms"] / 1000
+        self._delivery_timeout = self._config["delivery.timeout.ms"] / 1000
         self._acked_at = time.monotonic()
 
     def start(self) -> None:
@@ -253,7 +253,7 @@ class Publisher:
             return
         _, error = batch.failures[0]
         timed_out = error.code() == KafkaError._MSG_TIMED_OUT
-        if timed_out and time.monotonic() - self._acked_at > self._patience:
+        if timed_out and time.monotonic() - self._acked_at > self._delivery_timeout:
             self._failed = error
 
     def _on_error(self, error: KafkaError) -> None:

@@ -24,7 +24,7 @@ VERSION_TABLE = "postroad_version"
 # pauses.
 _TABLE_WAIT, _PAUSE = 2, 1.0
 # After its first refusal a migration repeats for this long (seconds): less than others wait for its lock.
-_PATIENCE = 60.0
+_CONFLICT_TIMEOUT = 60.0
 # An index of a large table takes hours. A shorter read timeout would end the client alone (seconds).
 _READ_SECONDS = 24 * 3600
 # The oldest open transaction. Without PROCESS the user sees only its own.
@@ -83,7 +83,7 @@ def _upgraded(connection: Connection, config: Config, revision: str) -> bool:
                 raise
             connection.rollback()
             # Counted from the first refusal: an index may take an hour before its last step gets no lock.
-            deadline = deadline or monotonic() + _PATIENCE
+            deadline = deadline or monotonic() + _CONFLICT_TIMEOUT
             if monotonic() >= deadline:
                 raise TimeoutError(_in_use(connection, error)) from error
         sleep(_PAUSE)

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+import confluent_kafka
+from confluent_kafka import Consumer, KafkaException
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from sqlalchemy import URL
 
@@ -72,7 +73,9 @@ def group_observer(settings: Settings, group: str) -> Consumer:
     return Consumer(config, logger=SILENT_LOGGER)
 
 
-def committed_offsets(observer: Consumer, partitions: Sequence[TopicPartition]) -> list[TopicPartition]:
+def committed_offsets(
+    observer: Consumer, partitions: Sequence[confluent_kafka.TopicPartition]
+) -> list[confluent_kafka.TopicPartition]:
     """Return these partitions with their group's committed offsets, without those that have none.
 
     Blocks. Raises KafkaException.
@@ -85,11 +88,11 @@ def committed_offsets(observer: Consumer, partitions: Sequence[TopicPartition]) 
 
 
 def list_offsets(
-    client: AdminClient, asked: Mapping[TopicPartition, OffsetSpec]
-) -> list[tuple[TopicPartition, int]]:
+    client: AdminClient, asked: Mapping[confluent_kafka.TopicPartition, OffsetSpec]
+) -> list[tuple[confluent_kafka.TopicPartition, int]]:
     """Return each partition with the offset asked for. Blocks, also while a partition has no leader."""
 
-    def ask() -> list[tuple[TopicPartition, int]]:
+    def ask() -> list[tuple[confluent_kafka.TopicPartition, int]]:
         answers = client.list_offsets(dict(asked), request_timeout=TIMEOUT)
         return [(partition, answer.result().offset) for partition, answer in answers.items()]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from services.common.config import Settings
-from services.common.kafka import group_description
+from services.common.kafka import group_request
 from services.common.kafka.clients import plain_config
 from services.common.kafka.topics import EVENT_TOPICS, Names, delay_of
 from services.common.operations.clients import TIMEOUT, admin_client
@@ -68,7 +68,7 @@ def _delays(
     }
     if not any(present.values()):
         return dict.fromkeys(present, ())
-    groups = group_description.describe(
+    groups = group_request.describe(
         plain_config(settings, "postroad"), [names.group(stage) for stage in present], TIMEOUT
     )
     found = {}

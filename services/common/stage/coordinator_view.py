@@ -10,7 +10,7 @@ from confluent_kafka import KafkaException
 
 from services.common.config import Settings
 from services.common.kafka.clients import plain_config
-from services.common.kafka.group_description import GroupDescription
+from services.common.kafka.group_request import GroupRequest
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import Names
 
@@ -28,14 +28,14 @@ class CoordinatorView:
     def __init__(self, settings: Settings, stage: str) -> None:
         self._config = plain_config(settings, settings.replica_name)
         self._group = Names(settings.topic_prefix).group(stage)
-        self._request: GroupDescription | None = None
+        self._request: GroupRequest | None = None
 
     def request(self, member: str) -> None:
         """Ask for the partitions of this member id, unless a request is open. Does not block."""
         if self._request is not None:
             return
         try:
-            self._request = GroupDescription(self._config, [self._group], _TIMEOUT, member)
+            self._request = GroupRequest(self._config, [self._group], _TIMEOUT, member)
         except OSError as error:
             log.warning("no process can be started to ask the coordinator", error=str(error))
 

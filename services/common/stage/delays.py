@@ -15,12 +15,12 @@ import random
 from collections import deque
 from collections.abc import Sequence
 
-__all__ = ["FirstSeen", "held_until", "longest_wait", "next_look_ms", "schedule"]
+__all__ = ["FirstSeen", "choose_delay", "held_until", "longest_wait", "next_look_ms"]
 
 _JITTER = 0.1
 
 
-def schedule(delays: Sequence[int], after: float, now_ms: int, rng: random.Random) -> tuple[int, int]:
+def choose_delay(delays: Sequence[int], after: float, now_ms: int, rng: random.Random) -> tuple[int, int]:
     """Choose the delay topic for a record that is to come back in `after` seconds.
 
     Return the delay in seconds and the due time in Unix milliseconds. The delay is the shortest of the

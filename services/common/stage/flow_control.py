@@ -18,7 +18,7 @@ __all__ = ["FlowControl"]
 
 # How long the poller may go without fetching before it pauses. A pause discards what was prefetched, and a
 # resumed partition brings nothing for up to 200 ms. Mostly there is capacity again sooner.
-_PATIENCE_SECONDS = 0.25
+_PAUSE_GRACE = 0.25
 
 
 class _PausableConsumer(Protocol):
@@ -45,7 +45,7 @@ class FlowControl:
         """Pause every partition, once there was no capacity for a while (`now`: monotonic seconds)."""
         if self._saturated_since is None:
             self._saturated_since = now
-        if now - self._saturated_since > _PATIENCE_SECONDS:
+        if now - self._saturated_since > _PAUSE_GRACE:
             self.pause_all()
 
     def on_capacity(self) -> None:

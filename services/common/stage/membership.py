@@ -29,8 +29,8 @@ _MAX_SILENCE = 60.0
 # both agree after the last trouble. They may differ for so long: a rebalance takes a few heartbeats, and a
 # revocation that waits for records holds up the poller itself.
 _COMPARE_INTERVAL = 5.0
-_MISMATCH_PATIENCE = 10.0
-_MAX_MISMATCH_PATIENCE = 300.0
+_MISMATCH_GRACE = 10.0
+_MAX_MISMATCH_GRACE = 300.0
 
 
 class OwnershipView(Protocol):
@@ -46,23 +46,23 @@ class OwnershipView(Protocol):
 class OwnershipMismatch:
     """Tells a mismatch that lasts from those that come and go with rebalances. Pure."""
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
         self._difference: frozenset[TopicPartition] = frozenset()
         self._since = self._compared_at = 0.0
 
     def lasts(
         self, owned: Collection[TopicPartition], assigned: Collection[TopicPartition], now: float
     ) -> bool:
-        """Return whether these have differed in the same partitions for `patience` seconds by `now`.
+        """Return whether these have differed in the same partitions for `grace` seconds by `now`.
 
-        A comparison that comes `patience` seconds or more after the previous one starts anew.
+        A comparison that comes `grace` seconds or more after the previous one starts anew.
         """
         difference = frozenset(owned) ^ frozenset(assigned)
-        if difference != self._difference or now - self._compared_at >= self._patience:
+        if difference != self._difference or now - self._compared_at >= self._grace:
             self._difference, self._since = difference, now
         self._compared_at = now
-        return bool(difference) and now - self._since >= self._patience
+        return bool(difference) and now - self._since >= self._grace
 
 
 class Membership:
@@ -79,7 +79,7 @@ class Membership:
         self._topic, self._tracker, self._committer = topic, tracker, committer
         self._view, self._on_error = view, on_error
         self._trouble_at: float | None = None
-        self._patience = _MISMATCH_PATIENCE
+        self._grace = _MISMATCH_GRACE
         self.joined = False
         """Whether the coordinator counts this member in."""
 
@@ -88,7 +88,7 @@ class Membership:
         self._consumer = consumer
         self.joined = False
         self._heard_at = self._asked_at = self._requested_at = time.monotonic()
-        self._mismatch = OwnershipMismatch(self._patience)
+        self._mismatch = OwnershipMismatch(self._grace)
 
     def on_assign(self) -> None:
         """Note that the coordinator assigned partitions to this member, or none."""
@@ -110,8 +110,8 @@ class Membership:
 
         Blocks for up to a second where the coordinator has been silent for a while.
         """
-        patience = _ASK_WHEN_IDLE if self.joined else _ASK_BEFORE_JOIN
-        if self.silence() > patience and now - self._asked_at > _ASK_BEFORE_JOIN:
+        grace = _ASK_WHEN_IDLE if self.joined else _ASK_BEFORE_JOIN
+        if self.silence() > grace and now - self._asked_at > _ASK_BEFORE_JOIN:
             self._ask()
         if self.silence() > _MAX_SILENCE:
             return "the group's coordinator does not answer"
@@ -142,9 +142,9 @@ class Membership:
             return False
         owned = {TopicPartition(a.topic, a.partition) for a in self._tracker.owned()}
         if owned == set(assigned) and requested_at > self._trouble_at:
-            self._trouble_at, self._patience = None, _MISMATCH_PATIENCE
+            self._trouble_at, self._grace = None, _MISMATCH_GRACE
         if not self._mismatch.lasts(owned, assigned, now):
             return False
         # Where a new Consumer does not help, the next one comes ever later.
-        self._patience = min(2 * self._patience, _MAX_MISMATCH_PATIENCE)
+        self._grace = min(2 * self._grace, _MAX_MISMATCH_GRACE)
         return True

@@ -28,12 +28,12 @@ __all__ = [
 FROM, TO = "shop@example.org", "ann@example.net"
 MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
 QUICK = Timeouts(connect=5, tls=5, opening=5, command=5, data=5, block=5, after_dot=5, quit=1)
-PATIENCE = 10.0
+TIMEOUT = 10.0
 
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition for which there is no event."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -62,7 +62,7 @@ class Conversation:
 
     async def line(self) -> bytes:
         """Return the next line; empty at the end of the stream."""
-        data = await asyncio.wait_for(self._reader.readline(), PATIENCE)
+        data = await asyncio.wait_for(self._reader.readline(), TIMEOUT)
         line = data.removesuffix(b"\r\n")
         if data:
             assert data.endswith(b"\r\n"), data
@@ -89,9 +89,9 @@ class Conversation:
 
     async def message(self) -> bytes:
         """Return the message up to its dot, still dot-stuffed."""
-        data = bytearray(b"\r\n" + await asyncio.wait_for(self._reader.readuntil(b"\r\n"), PATIENCE))
+        data = bytearray(b"\r\n" + await asyncio.wait_for(self._reader.readuntil(b"\r\n"), TIMEOUT))
         while not data.endswith(b"\r\n.\r\n"):
-            more = await asyncio.wait_for(self._reader.read(1 << 20), PATIENCE)
+            more = await asyncio.wait_for(self._reader.read(1 << 20), TIMEOUT)
             assert more, "the stream ended inside the message"
             data += more
         return bytes(data[2:-3])
@@ -122,13 +122,13 @@ class Conversation:
 
     async def something(self) -> None:
         """Wait for any byte."""
-        assert await asyncio.wait_for(self._reader.read(1), PATIENCE)
+        assert await asyncio.wait_for(self._reader.read(1), TIMEOUT)
 
     async def drained(self) -> int:
         """Read until the client has closed; return the number of bytes."""
         count = 0
         with contextlib.suppress(ConnectionError):
-            while data := await asyncio.wait_for(self._reader.read(1 << 20), PATIENCE):
+            while data := await asyncio.wait_for(self._reader.read(1 << 20), TIMEOUT):
                 count += len(data)
         return count
 
@@ -181,7 +181,7 @@ class ScriptedServer:
     async def played(self) -> None:
         """Wait until every script has ended, and raise the error of any of them."""
         for task in self._tasks:
-            await asyncio.wait_for(task, PATIENCE)
+            await asyncio.wait_for(task, TIMEOUT)
 
 
 @asynccontextmanager

@@ -16,7 +16,8 @@ from functools import partial
 from hashlib import sha256
 from typing import NamedTuple
 
-from confluent_kafka import KafkaError, TopicPartition
+import confluent_kafka
+from confluent_kafka import KafkaError
 
 from services.common.config import Settings
 from services.common.kafka.headers import delayed_headers, original_headers
@@ -31,7 +32,11 @@ from services.common.operations.dead_letters.reader import (
     read_records,
     read_unresolved,
 )
-from services.common.operations.dead_letters.resolution import MAX_OFFSETS, Resolution, resolution_headers
+from services.common.operations.dead_letters.resolution import (
+    MAX_OFFSETS,
+    DeadLetterResolution,
+    resolution_headers,
+)
 from services.common.operations.record_producer import RecordProducer
 from services.common.stages import DELAYING, STAGES
 
@@ -165,7 +170,7 @@ def _resolve(
     producer: RecordProducer,
     names: Names,
     locations: Collection[DeadLetterLocation],
-    resolution: Resolution,
+    resolution: DeadLetterResolution,
 ) -> None:
     offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
     for location in locations:
@@ -189,7 +194,7 @@ def _delete_resolved(settings: Settings, dead_letters: Sequence[DeadLetter]) -> 
         if partition in until:
             until[partition] = min(until[partition], location.offset)
     asked = [
-        TopicPartition(names.dead(stage), number, offset)
+        confluent_kafka.TopicPartition(names.dead(stage), number, offset)
         for (stage, number), offset in until.items()
         if offset > unresolved.starts[stage, number]
     ]

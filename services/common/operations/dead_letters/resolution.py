@@ -18,16 +18,16 @@ from typing import Literal
 from services.common.kafka.headers import RESOLUTION, RESOLVES
 from services.common.kafka.records import Headers, parse_number
 
-__all__ = ["MAX_OFFSETS", "Resolution", "resolution_headers", "resolved_offsets"]
+__all__ = ["MAX_OFFSETS", "DeadLetterResolution", "resolution_headers", "resolved_offsets"]
 
-Resolution = Literal["replayed", "purged"]
+DeadLetterResolution = Literal["replayed", "purged"]
 """What became of dead letters: their records were redriven, or nothing more happens to them."""
 
 MAX_OFFSETS = 5000
 """The most offsets that one resolution names."""
 
 
-def resolution_headers(offsets: Iterable[int], resolution: Resolution) -> Headers:
+def resolution_headers(offsets: Iterable[int], resolution: DeadLetterResolution) -> Headers:
     """Return the headers of the record that resolves these dead letters of its partition."""
     return [(RESOLVES, _ranges(sorted(offsets)).encode()), (RESOLUTION, resolution.encode())]
 

@@ -13,7 +13,7 @@ from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.common.config import Settings
-from services.common.kafka import group_description
+from services.common.kafka import group_request
 from services.common.kafka.clients import plain_config
 from services.common.kafka.records import Headers, parse_number, readable_headers
 from services.common.kafka.topic_partition import TopicPartition
@@ -162,15 +162,15 @@ class LagSampler:
 
     def _groups(self) -> dict[str, StageGroup]:
         names = {stage: self._names.group(stage) for stage in self.reads}
-        found = group_description.describe(self._config, list(names.values()), clients.TIMEOUT)
+        found = group_request.describe(self._config, list(names.values()), clients.TIMEOUT)
         return {stage: self._group(name, found[name]) for stage, name in names.items()}
 
-    def _group(self, name: str, found: group_description.ConsumerGroup) -> StageGroup:
+    def _group(self, name: str, found: group_request.ConsumerGroup) -> StageGroup:
         # Kafka calls a group dead that never was.
         state = found.state.lower().replace("_", " ").replace("dead", "none")
         return StageGroup(name, state, [self._member(member) for member in found.members])
 
-    def _member(self, member: group_description.GroupMember) -> StageMember:
+    def _member(self, member: group_request.GroupMember) -> StageMember:
         prefix = len(self._names.prefix)
         owned = (
             TopicPartition(topic[prefix:], number)

@@ -19,7 +19,7 @@ from services.common.database.bulk import placeholders
 from services.common.fold import TaskRow
 from services.common.operations.rebuild.shadow_table import EVENTS, STEP, TASKS, ShadowTable, TaskRange
 from services.common.taskstore import insert_events, upsert
-from services.common.timeline import TimelineEntry
+from services.common.timeline import TimelineRow
 
 __all__ = [
     "copy_older",
@@ -171,8 +171,8 @@ def _merge(connection: Connection, where: str, parameters: Sequence[Any]) -> int
 
 
 def _add_entries(connection: Connection, where: str, parameters: tuple[Any, ...]) -> int:
-    chosen = ", ".join(f"{EVENTS.original}.`{column}`" for column in TimelineEntry._fields)
+    chosen = ", ".join(f"{EVENTS.original}.`{column}`" for column in TimelineRow._fields)
     found = connection.exec_driver_sql(f"SELECT {chosen} {_ABSENT[EVENTS]} AND {where}", parameters).all()
-    entries = [TimelineEntry._make((bytes(id_), *columns)) for id_, *columns in found]
+    entries = [TimelineRow._make((bytes(id_), *columns)) for id_, *columns in found]
     insert_events(connection, entries, EVENTS.name)
     return len(entries)

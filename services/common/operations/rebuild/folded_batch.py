@@ -19,7 +19,7 @@ from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, RESOLVED, Deli
 from services.common.deliveries.outcome import STAGE
 from services.common.events import Event
 from services.common.taskstore import Body, body_of
-from services.common.timeline import TimelineEntry, timeline_entry
+from services.common.timeline import TimelineRow, timeline_row
 
 __all__ = ["DeliveryFacts", "FoldedBatch", "delivery_facts", "merge_facts", "restored_delivery"]
 
@@ -52,7 +52,7 @@ class FoldedBatch:
 
     def __init__(self) -> None:
         self.rows: dict[bytes, fold.TaskRow] = {}
-        self.entries: dict[tuple[bytes, str], TimelineEntry] = {}
+        self.entries: dict[tuple[bytes, str], TimelineRow] = {}
         self.bodies: dict[bytes, Body] = {}
         self.facts: dict[bytes, DeliveryFacts] = {}
 
@@ -62,7 +62,7 @@ class FoldedBatch:
         id_ = row.id
         known = self.rows.get(id_)
         self.rows[id_] = row if known is None else fold.merge(known, row)
-        entry = timeline_entry(event)
+        entry = timeline_row(event)
         self.entries.setdefault((id_, entry.event_id), entry)
         if isinstance(event, pb.TaskCreated | pb.MxOk):
             if id_ not in self.bodies and (event.task.HasField("body") or event.task.HasField("html")):

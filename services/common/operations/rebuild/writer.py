@@ -18,8 +18,9 @@ from services.common.deliveries.rows import INSERT_NEW, lock_rows, store_rows
 from services.common.fold import TaskRow
 from services.common.operations.rebuild.folded_batch import DeliveryFacts, FoldedBatch, restored_delivery
 from services.common.operations.rebuild.shadow_table import BODIES, DELIVERIES, EVENTS, TASKS, TaskRange
+from services.common.statuses import FINAL_STATUSES
 from services.common.taskstore import Body, insert_bodies, insert_events, upsert
-from services.common.timeline import TimelineEntry
+from services.common.timeline import TimelineRow
 
 __all__ = [
     "add_sent_by_timelines",
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 _PART = 500
-_SETTLED = ("completed", "failed", "uncertain", "cancelled")
 
 _INSERT_FACTS = f"INSERT INTO {DELIVERIES} ({', '.join(DeliveryFacts._fields)}) VALUES"
 # The same merge as `merge_facts`. An assignment sees what earlier ones have written, so the version comes
@@ -81,7 +81,7 @@ def write_rows(connection: Connection, rows: Mapping[bytes, TaskRow]) -> None:
             upsert(connection, lost, TASKS.name)
 
 
-def write_entries(connection: Connection, entries: Iterable[TimelineEntry]) -> None:
+def write_entries(connection: Connection, entries: Iterable[TimelineRow]) -> None:
     """Add entries to the shadow table of `task_events`. Entries that it has stay as they are."""
     insert_events(connection, entries, EVENTS.name)
 
@@ -99,8 +99,8 @@ def restore_bodies(
 ) -> int:
     """Restore missing bodies. Returns how many.
 
-    A task that settled before `purged_before` (naive UTC) stays without its body. With `trust_tasks`, so does
-    a task that is settled in the original table: its retention has deleted the body.
+    A task that ended before `purged_before` (naive UTC) stays without its body. With `trust_tasks`, so does
+    a task that is final in the original table: its retention has deleted the body.
     """
     condition, parameters = _missing_bodies(range_, purged_before, trust_tasks)
     columns = ", ".join(Body._fields)
@@ -204,16 +204,21 @@ def _missing_bodies(
     range_: TaskRange, purged_before: datetime | None, trust_tasks: bool
 ) -> tuple[str, tuple[Any, ...]]:
     where, parameters = range_.where(f"{BODIES}.task_id")
-    settled = placeholders(len(_SETTLED))
+    final = placeholders(len(FINAL_STATUSES))
     purged = f"{TASKS.name}.updated_at < %s"
     if trust_tasks:
         purged += (
             f" OR EXISTS (SELECT 1 FROM {TASKS.original} WHERE {TASKS.original}.id = {BODIES}.task_id"
-            f" AND {TASKS.original}.status IN ({settled}))"
+            f" AND {TASKS.original}.status IN ({final}))"
         )
     return (
         f"FROM {BODIES} JOIN {TASKS.name} ON {TASKS.name}.id = {BODIES}.task_id"
         f" LEFT JOIN task_bodies ON task_bodies.task_id = {BODIES}.task_id WHERE {where}"
-        f" AND task_bodies.task_id IS NULL AND NOT ({TASKS.name}.status IN ({settled}) AND ({purged}))",
-        (*parameters, *_SETTLED, purged_before or from_micros(0), *(_SETTLED if trust_tasks else ())),
+        f" AND task_bodies.task_id IS NULL AND NOT ({TASKS.name}.status IN ({final}) AND ({purged}))",
+        (
+            *parameters,
+            *FINAL_STATUSES,
+            purged_before or from_micros(0),
+            *(FINAL_STATUSES if trust_tasks else ()),
+        ),
     )

@@ -129,7 +129,7 @@ def run(
     saved = time.monotonic()
     # A batch is at most a second's worth of records, so that none takes long.
     limit = max(1, min(BATCH, int(options.rate)))
-    for batch in read_batches(settings, replay.topic, dict(replay.positions), limit):
+    for batch in read_batches(settings, replay.topic, dict(replay.ranges), limit):
         done: list[DecidedRecord] = []
         refusals: dict[int, KafkaError] = {}
         for one in decide_batch(engine, options, replay.epoch, batch):
@@ -159,9 +159,7 @@ def run(
             _save(engine, replay)
             saved = time.monotonic()
     # The last offsets of a partition may be missing.
-    replay.positions = {
-        number: OffsetRange(range_.end, range_.end) for number, range_ in replay.positions.items()
-    }
+    replay.ranges = {number: OffsetRange(range_.end, range_.end) for number, range_ in replay.ranges.items()}
     replay.finished = True
     _save(engine, replay)
     on_progress(0)
@@ -187,7 +185,7 @@ def _wait_for_turn(rate: Rate, stop: threading.Event) -> bool:
 def _advance(replay: Replay, done: Sequence[DecidedRecord]) -> None:
     for one in done:
         number = one.record.partition
-        replay.positions[number] = replay.positions[number]._replace(next=one.record.offset + 1)
+        replay.ranges[number] = replay.ranges[number]._replace(next=one.record.offset + 1)
         replay.counts[one.kind] += 1
 
 

@@ -60,7 +60,7 @@ class Replay:
     topic: str
     options: Mapping[str, Any]
     epoch: int
-    positions: dict[int, OffsetRange]
+    ranges: dict[int, OffsetRange]
     counts: Counts = field(default_factory=Counter)
     finished: bool = False
     stamp: datetime = datetime.min
@@ -68,7 +68,7 @@ class Replay:
     @property
     def left(self) -> int:
         """How many offsets are still to be read."""
-        return sum(range_.left for range_ in self.positions.values())
+        return sum(range_.left for range_ in self.ranges.values())
 
 
 def new_replay_id(now: datetime) -> str:
@@ -159,7 +159,7 @@ def unfinished_replays(engine: Engine, limit: int = 5) -> list[str]:
 
 def _progress(replay: Replay) -> tuple[str, str]:
     counts = [[*key, number] for key, number in sorted(replay.counts.items())]
-    return json.dumps(replay.positions), json.dumps(counts)
+    return json.dumps(replay.ranges), json.dumps(counts)
 
 
 def _now() -> datetime:

@@ -13,7 +13,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 
-__all__ = ["ConsumerGroup", "GroupDescription", "GroupMember", "describe"]
+__all__ = ["ConsumerGroup", "GroupMember", "GroupRequest", "describe"]
 
 # How many timeouts of a request the process may take: it starts, connects, asks and ends.
 _TIMEOUTS = 3.0
@@ -37,7 +37,7 @@ class ConsumerGroup:
     members: Sequence[GroupMember]
 
 
-class GroupDescription:
+class GroupRequest:
     """One request to describe these groups; it starts at once. A context manager.
 
     `config` has the client's settings, without objects. A request may take `timeout` seconds. `member` is the
@@ -66,7 +66,7 @@ class GroupDescription:
             self.close()
             raise
 
-    def __enter__(self) -> GroupDescription:
+    def __enter__(self) -> GroupRequest:
         return self
 
     def __exit__(
@@ -110,5 +110,5 @@ class GroupDescription:
 
 def describe(config: Mapping[str, Any], groups: Sequence[str], timeout: float) -> Mapping[str, ConsumerGroup]:
     """Return these groups by name, with all members. Blocks; raises KafkaException and OSError."""
-    with GroupDescription(config, groups, timeout) as description:
-        return description.result()
+    with GroupRequest(config, groups, timeout) as request:
+        return request.result()
