@@ -75,7 +75,7 @@ def test_streams_cut_at_any_moment_show_every_timeline(pipeline: Pipeline, stack
 
     def watch() -> None:
         while not over.is_set():
-            seen.read(pipeline.stub, chance.randint(1, 100), over)
+            seen.read(pipeline.stub, chance.randint(1, 40), over)
             time.sleep(chance.random() / 20)
 
     def create(email: str) -> str:

@@ -31,7 +31,7 @@ from tests.stack import Infra
 Table = tuple[Engine, list[TaskRow]]
 
 ROWS = by_form(10_000, 100_000)
-ARRIVED = by_form(450, 3000)
+ARRIVED = by_form(750, 3000)
 FIRST_US = 1_790_000_000_000_000
 STEP_US = 1000
 CREATE, LIST = "postroad.v1.TaskService/Create", "postroad.v1.TaskService/List"
