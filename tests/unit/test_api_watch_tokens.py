@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from services.api.errors import InvalidArgument
 from services.api.watch import resume_tokens
+from services.api.watch.applied_changes import AppliedChange
 from services.api.watch.catch_up import TOKEN_INTERVAL, token_groups
-from services.api.watch.dispatcher import AppliedChange
 from services.api.watch.partition_merge import PartitionMerge
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import EVENT_TOPICS

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
+from services.api.watch.applied_changes import AppliedChange, ChangeApplier, LookUp, watch_messages
 from services.api.watch.changes import Change
-from services.api.watch.dispatcher import AppliedChange, Dispatcher, LookUp, watch_messages
 from services.api.watch.errors import kafka_unavailable
 from services.api.watch.event_consumer import EventConsumer
 from services.api.watch.folded_offsets import FoldedOffsets
@@ -54,7 +54,7 @@ class CatchUp:
         self._next = self.subscribers.earliest_positions()
         self.safe = SafePositions.of(self._next)
         self._consumer: EventConsumer | None = None
-        self._dispatcher: Dispatcher | None = None
+        self._applier: ChangeApplier | None = None
         self._begun: set[TopicPartition] = set()
         self._began_ms = 0
         # A cancelled call still runs on its thread, and the consumer serves one thread at a time.
@@ -146,7 +146,7 @@ class CatchUp:
         self, live_held: Collection[RecordLocation]
     ) -> AsyncIterator[tuple[Subscriber, WatchMessage]]:
         """Yield the messages of all held changes, except those that the live reader holds and will send."""
-        if self._dispatcher is not None:
+        if self._applier is not None:
             async for sent in self._dispatch([], float("inf"), None, live_held):
                 yield sent
 
@@ -209,13 +209,13 @@ class CatchUp:
         merge: PartitionMerge | None,
         live_held: Collection[RecordLocation] = (),
     ) -> AsyncIterator[tuple[Subscriber, WatchMessage]]:
-        if self._dispatcher is None:
+        if self._applier is None:
             # This buffer's time is the records' time.
-            self._dispatcher = Dispatcher(ReorderBuffer(self._began_ms), self._look_up)
-        applied = await self._dispatcher.release(changes, now, live_held)
+            self._applier = ChangeApplier(ReorderBuffer(self._began_ms), self._look_up)
+        applied = await self._applier.release(changes, now, live_held)
         for group, left in token_groups(applied):
             unsent = [*left.items(), *(merge.first_offsets().items() if merge else ())]
-            for held in (*live_held, *self._dispatcher.buffer.held()):
+            for held in (*live_held, *self._applier.buffer.held()):
                 unsent.append((TopicPartition(held.topic, held.partition), held.offset))
             safe = self._safe_positions(unsent)
             for subscriber, message, is_last in watch_messages(group, self.subscribers.find, ""):

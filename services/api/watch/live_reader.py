@@ -12,7 +12,7 @@ from confluent_kafka import Message
 
 from services.api.metrics import WATCH_HELD, WATCH_SECONDS
 from services.api.watch import resume_tokens
-from services.api.watch.dispatcher import Dispatcher, LookUp, watch_messages
+from services.api.watch.applied_changes import ChangeApplier, LookUp, watch_messages
 from services.api.watch.errors import kafka_unavailable
 from services.api.watch.messages import WatchMessage
 from services.api.watch.reorder_buffer import ReorderBuffer
@@ -101,7 +101,7 @@ class LiveReader:
         if self._stopping:
             return
         self._positions = positions
-        self._dispatcher = Dispatcher(ReorderBuffer(began_ms), self._look_up)
+        self._applier = ChangeApplier(ReorderBuffer(began_ms), self._look_up)
         self._update_join_point()
         self._dispatching = asyncio.create_task(self._dispatch_all())
         self._ready.set_result(None)
@@ -136,7 +136,7 @@ class LiveReader:
 
     async def _next_batch(self) -> list[Message]:
         """Return the next batch; an empty one when a held change must be released."""
-        timeout = self._dispatcher.buffer.next_timeout()
+        timeout = self._applier.buffer.next_timeout()
         if timeout is None:
             return await self._tail.batches.get()
         try:
@@ -153,7 +153,7 @@ class LiveReader:
             self._positions[partition] = (message.offset() or 0) + 1
             if (change := self._tail.consumer.change_of(message)) is not None:
                 changes.append(change)
-        applied = await self._dispatcher.release(changes, time.monotonic())
+        applied = await self._applier.release(changes, time.monotonic())
         before = self._join_point
         assert before is not None
         after = self._update_join_point()
@@ -182,7 +182,7 @@ class LiveReader:
             behind = {w: w.waiting for w, before in behind.items() if _MANY_WAITING < w.waiting < before}
 
     def _update_join_point(self) -> JoinPoint:
-        held = frozenset(self._dispatcher.buffer.held())
+        held = frozenset(self._applier.buffer.held())
         WATCH_HELD.set(len(held))
         positions = dict(self._positions)
         safe = dict(positions)

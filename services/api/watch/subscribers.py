@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from services.api.watch import resume_tokens
-from services.api.watch.dispatcher import AppliedChange
+from services.api.watch.applied_changes import AppliedChange
 from services.api.watch.messages import WatchMessage
 from services.api.watch.watchers import Watcher, WatcherIndex
 from services.common.kafka.topic_partition import TopicPartition

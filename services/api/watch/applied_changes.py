@@ -1,4 +1,7 @@
-"""Turns changes into messages for the watchers that select them. The live reader and catch-ups share it."""
+"""Applies changes in their order, and makes messages of them for the watchers that select them.
+
+The live reader and catch-ups share it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from services.api.watch.reorder_buffer import ReorderBuffer
 from services.common.fold import TaskRow
 from services.common.kafka.topic_partition import RecordLocation
 
-__all__ = ["AppliedChange", "Dispatcher", "LookUp", "watch_messages"]
+__all__ = ["AppliedChange", "ChangeApplier", "LookUp", "watch_messages"]
 
 R = TypeVar("R", bound=Hashable)
 
@@ -28,8 +31,8 @@ class AppliedChange(NamedTuple):
     row: TaskRow
 
 
-class Dispatcher:
-    """Orders changes in `buffer`, and asks the database for tasks whose first events were not read."""
+class ChangeApplier:
+    """Applies changes in the order of `buffer`; looks tasks up whose first events were not read."""
 
     def __init__(self, buffer: ReorderBuffer, look_up: LookUp) -> None:
         self.buffer, self._look_up = buffer, look_up

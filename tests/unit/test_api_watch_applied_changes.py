@@ -1,11 +1,11 @@
-"""The dispatcher of Watch, which the live reader and catch-ups share."""
+"""How Watch applies changes, for the live reader and catch-ups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from services.api.watch.applied_changes import AppliedChange, ChangeApplier, watch_messages
 from services.api.watch.changes import Change
-from services.api.watch.dispatcher import AppliedChange, Dispatcher, watch_messages
 from services.api.watch.lookup import KnownTasks
 from services.api.watch.reorder_buffer import ReorderBuffer
 from services.common.fold import delta
@@ -41,9 +41,9 @@ async def test_only_the_database_knows_a_task_that_began_before() -> None:
         mail_columns = delta(life(mail())[0])[1:9]
         return KnownTasks({mail().id: (mail_columns[0], None, None, *mail_columns[3:])}, set())  # type: ignore[dict-item]
 
-    dispatcher = Dispatcher(ReorderBuffer(RETRIED), look_up)
-    assert await dispatcher.release([sent], 0.0) == []
-    [(change, row)] = await dispatcher.release([], 1.0)
+    applier = ChangeApplier(ReorderBuffer(RETRIED), look_up)
+    assert await applier.release([sent], 0.0) == []
+    [(change, row)] = await applier.release([], 1.0)
     assert (asked, change, row.recipient) == ([sent], sent, "a0@x.test")
 
 
@@ -53,6 +53,6 @@ async def test_duplicates_and_skipped_changes_are_not_released() -> None:
     async def look_up(changes: Sequence[Change]) -> KnownTasks:
         return KnownTasks({}, {(first.row.id, first.entry.event_id)})
 
-    dispatcher = Dispatcher(ReorderBuffer(0), look_up)
+    applier = ChangeApplier(ReorderBuffer(0), look_up)
     skip = {RecordLocation(*second.partition, second.offset)}
-    assert [one.change for one in await dispatcher.release([first, second, third], 0.0, skip)] == [third]
+    assert [one.change for one in await applier.release([first, second, third], 0.0, skip)] == [third]
