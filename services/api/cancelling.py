@@ -43,7 +43,7 @@ def cancel(
     if task is None:
         return None
     # A repeated call, whose first commit went unnoticed, must not close the doubt that it itself recorded.
-    doubtful = resolving.in_doubt(task) and (task.delivery is None or task.delivery.owner != owner)
+    doubtful = resolving.waits_for_operator(task) and (task.delivery is None or task.delivery.owner != owner)
     if not doubtful and not may_still_be_sent(task):
         return Cancelled(locked_task.view(connection, id_), None)
     request = Cancel(id_, task.next_epoch(now_us // 1000), owner)
@@ -81,11 +81,11 @@ def attempts(task: LockedTask) -> int:
 def _claim(connection: Connection, task: LockedTask, request: Cancel) -> Delivery | Wait:
     """Store and return the cancelled delivery; return Wait while a sender has the task."""
     # The rule reads neither a lease nor the policy for mails in doubt when a Cancel asks.
-    verdict, new = decide(task.delivery, request, task.now, timedelta(0), hold=True)
-    if isinstance(verdict, Wait):
-        return verdict
+    answer, new = decide(task.delivery, request, task.now, timedelta(0), hold=True)
+    if isinstance(answer, Wait):
+        return answer
     # The caller has excluded mails that were sent, and a final delivery has an earlier epoch.
-    assert new is not None, verdict
+    assert new is not None, answer
     if task.delivery is not None:
         store_rows(connection, [new])
     elif not insert_row(connection, new):

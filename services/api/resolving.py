@@ -16,7 +16,7 @@ from services.common.deliveries.outcome import event_of
 from services.common.deliveries.resolving import resolved_row
 from services.common.deliveries.rows import insert_row, store_rows
 
-__all__ = ["NotResolvable", "Resolved", "close", "delivery_of", "in_doubt", "resolve"]
+__all__ = ["NotResolvable", "Resolved", "close", "delivery_of", "resolve", "waits_for_operator"]
 
 _NEVER = datetime(1970, 1, 1)
 
@@ -45,7 +45,7 @@ def resolve(
     task = locked_task.lock_task(connection, tenant, id_)
     if task is None:
         return None
-    if not in_doubt(task):
+    if not waits_for_operator(task):
         delivery = task.delivery
         not_sent = delivery is not None and delivery.reason == NOT_SENT and task.status == "failed"
         if task.status == "completed" if sent else not_sent:
@@ -61,7 +61,7 @@ def resolve(
     return Resolved(locked_task.view(connection, id_), event)
 
 
-def in_doubt(task: LockedTask) -> bool:
+def waits_for_operator(task: LockedTask) -> bool:
     """Return whether the task waits for an operator."""
     return task.status == "uncertain" and not task.held_by_sender
 

@@ -25,8 +25,8 @@ from services.common.deliveries.decide import (
     Claim,
     ClaimAnswer,
     Delivery,
+    Settled,
     Settlement,
-    Stored,
     Taken,
     decide,
     initial_row,
@@ -112,7 +112,7 @@ class Claims:
 
     def _won(self, request: Claim | Cancel, since: float) -> ClaimAnswer:
         row = initial_row(request, UNKNOWN)
-        return Taken(row, since=since) if row.state == "sending" else Stored(row)
+        return Taken(row, since=since) if row.state == "sending" else Settled(row)
 
     def _decide(
         self, connection: Connection, requests: Sequence[Claim | Cancel], since: float, take_over: bool

@@ -40,7 +40,7 @@ class Policy:
     def settled(
         self,
         claimed: Delivery,
-        ended: Sent | Rejected | NotSent | InDoubt,
+        result: Sent | Rejected | NotSent | InDoubt,
         age_start_us: int,
         now_us: int,
         rng: random.Random,
@@ -50,14 +50,14 @@ class Policy:
         `age_start_us` is when the task's age began. It and `now_us` are microseconds since the Unix epoch.
         The caller does not pass a NotSent with `spares_attempt`, which ends no attempt.
         """
-        reply = ended.reply if isinstance(ended, Sent | Rejected) else ended.unparsed
+        reply = result.reply if isinstance(result, Sent | Rejected) else result.unparsed
         row = claimed._replace(
             settled_at=now_us,
             reason="",
             reply=reply[:_MAX_REPLY],
-            relay=ended.relay[:_MAX_RELAY],
+            relay=result.relay[:_MAX_RELAY],
         )
-        match ended:
+        match result:
             case Sent():
                 return row._replace(state="sent")
             case Rejected(permanent=True):

@@ -162,7 +162,7 @@ class RelayAvailability:
                 # A send may have brought the relay up meanwhile.
                 if self.trouble is not None:
                     self._failures += 1
-                    self._set_trouble(error.outcome)
+                    self._set_trouble(error.result)
             except Exception:
                 # Nothing else would bring the relay up again.
                 self._failures += 1

@@ -79,7 +79,7 @@ class SenderService(StageService):
                 rate=settings.domain_rate,
                 saturated=self._saturated,
             ),
-            sessions=Slots(settings.sender_sessions, per_domain),
+            session_slots=Slots(settings.sender_sessions, per_domain),
             publish=self._publish,
             owner=owner_tokens(),
             handover=settings.handover_seconds,

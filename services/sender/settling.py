@@ -11,7 +11,7 @@ from services.sender.async_claims import AsyncClaims
 from services.sender.metrics import SENDER_FENCED, SENDER_IN_DOUBT, SENDER_OUTCOMES
 from services.sender.replies import InDoubt, SendResult
 
-__all__ = ["record_doubt", "store_outcome"]
+__all__ = ["log_doubt", "store_outcome"]
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +29,7 @@ async def store_outcome(
     if settlement is Settlement.STORED:
         SENDER_OUTCOMES.labels(settled.state).inc()
         if isinstance(result, InDoubt):
-            record_doubt(settled, "lost reply", cause=cause)
+            log_doubt(settled, "lost reply", cause=cause)
         elif settled.state != "sent":
             _log(settled, cause=cause)
         return settlement
@@ -45,7 +45,7 @@ async def store_outcome(
     return settlement
 
 
-def record_doubt(row: Delivery, how: str, **more: object) -> None:
+def log_doubt(row: Delivery, how: str, **more: object) -> None:
     """Count and log a mail that may have gone out; `how` is "takeover" or "lost reply"."""
     SENDER_IN_DOUBT.labels(how).inc()
     _log(row, how=how, **more)

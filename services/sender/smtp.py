@@ -1,7 +1,7 @@
 """The sender's SMTP client: a pool of sessions with one relay.
 
 >>> pool = SmtpPool(Relay("mail.example.org", 587, credentials=Credentials("user", "secret")))
->>> outcome = await pool.send("shop@example.org", "ann@example.net", message, lambda: lease.holds)
+>>> result = await pool.send("shop@example.org", "ann@example.net", message, lambda: lease.holds)
 
 The pool is *down* while the relay cannot be reached, or refuses all mails of the account. Every send then
 returns ``NotSent`` with ``spares_attempt`` at once.
@@ -114,10 +114,10 @@ class SmtpPool:
         probe = self._availability.take_probe()
         again = False
         while True:
-            outcome = await self._send(mail_from, rcpt, message, guard, probe=probe, fresh=again)
-            if again or not (isinstance(outcome, Rejected) and outcome.about_session):
-                return outcome
-            _log.debug("session_refused", relay=outcome.relay, phase=outcome.phase, reply=outcome.reply)
+            result = await self._send(mail_from, rcpt, message, guard, probe=probe, fresh=again)
+            if again or not (isinstance(result, Rejected) and result.about_session):
+                return result
+            _log.debug("session_refused", relay=result.relay, phase=result.phase, reply=result.reply)
             again = True
 
     async def _send(
@@ -137,14 +137,14 @@ class SmtpPool:
                 if session.fresh:
                     self._availability.session_opened()
                 try:
-                    outcome = await begin(session, mail_from, rcpt, message, guard)
+                    result = await begin(session, mail_from, rcpt, message, guard)
                 except StaleSessionError:
                     session = None
                     continue
                 break
         except UnavailableError as error:
-            self._availability.mark_down(error.outcome)
-            return error.outcome
+            self._availability.mark_down(error.result)
+            return error.result
         except asyncio.CancelledError:
             if session is not None:
                 session.connection.abort("cancelled")
@@ -153,8 +153,8 @@ class SmtpPool:
             if session is not None:
                 session.connection.abort("internal error")
             raise
-        if outcome is not None:
-            return self._finish_send(session, outcome, probe)
+        if result is not None:
+            return self._finish_send(session, result, probe)
         rest = asyncio.get_running_loop().create_task(
             self._hand_over(session, mail_from, message, guard, probe)
         )
@@ -200,15 +200,15 @@ class SmtpPool:
         self, session: Session, mail_from: str, message: bytes, guard: Callable[[], bool], probe: bool
     ) -> SendResult:
         try:
-            outcome = await hand_over(session, mail_from, message, guard)
+            result = await hand_over(session, mail_from, message, guard)
         except BaseException:
             session.connection.abort("internal error")
             raise
-        return self._finish_send(session, outcome, probe)
+        return self._finish_send(session, result, probe)
 
-    def _finish_send(self, session: Session, outcome: SendResult, probe: bool) -> SendResult:
-        outcome = self._availability.judge(session, outcome, probe)
-        if isinstance(outcome, Rejected) and outcome.about_session:
+    def _finish_send(self, session: Session, result: SendResult, probe: bool) -> SendResult:
+        result = self._availability.judge(session, result, probe)
+        if isinstance(result, Rejected) and result.about_session:
             self._sessions.end(session)
         self._sessions.release(session)
-        return outcome
+        return result

@@ -71,7 +71,7 @@ async def open_session(
         return await open_session(relay, context, timeouts, memory, refused=error.refused)
     except BaseException as error:
         connection.abort("session not opened")
-        if isinstance(error, UnavailableError) and error.outcome.phase in (Phase.CONNECT, Phase.TLS):
+        if isinstance(error, UnavailableError) and error.result.phase in (Phase.CONNECT, Phase.TLS):
             # Another address may work.
             memory.addresses.mark(address)
         raise
@@ -149,18 +149,18 @@ async def _greet(session: Session, relay: Relay) -> None:
 
 async def _hello(session: Session, relay: Relay) -> None:
     name = relay.client_name or _literal(session.connection)
-    answer = await session.connection.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.opening)
-    if answer and answer[0].ok:
-        session.learn(answer[0])
+    replies = await session.connection.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.opening)
+    if replies and replies[0].ok:
+        session.learn(replies[0])
         return
-    if answer and answer[0].permanent:
-        refused = answer
-        answer = await session.connection.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.opening)
-        if answer and answer[0].ok:
+    if replies and replies[0].permanent:
+        refused = replies
+        replies = await session.connection.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.opening)
+        if replies and replies[0].ok:
             session.learn(Reply(250, ("",)))
             return
-        answer = answer or refused
-    raise _refused(session, Phase.CONNECT, answer, "EHLO")
+        replies = replies or refused
+    raise _refused(session, Phase.CONNECT, replies, "EHLO")
 
 
 async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) -> bool:
@@ -170,10 +170,10 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
         if required:
             raise UnavailableError.during(Phase.TLS, "the relay does not offer STARTTLS", session.name)
         return False
-    answer = await session.connection.ask(b"STARTTLS\r\n", 1, session.timeouts.opening)
-    if session.connection.lost is not None or not answer[0].ok:
+    replies = await session.connection.ask(b"STARTTLS\r\n", 1, session.timeouts.opening)
+    if session.connection.lost is not None or not replies[0].ok:
         if required or session.connection.lost is not None:
-            raise _refused(session, Phase.TLS, answer, "STARTTLS")
+            raise _refused(session, Phase.TLS, replies, "STARTTLS")
         return False
     try:
         await session.connection.start_tls(context, relay.host, session.timeouts.tls)
@@ -205,15 +205,15 @@ async def _authenticate(
     connection.mask = secret_mask(credentials.user, secret)
     left = sorted((name for name in names if name not in refused), key=lambda name: name != memory.mechanism)
     for name in left:
-        answer, reasons = await _exchange(session, exchange(name, credentials.user, secret))
-        if connection.lost is None and answer[0].ok:
+        replies, reasons = await _exchange(session, exchange(name, credentials.user, secret))
+        if connection.lost is None and replies[0].ok:
             memory.mechanism = name
             return
-        if not answer and name != left[0]:
+        if not replies and name != left[0]:
             # The server refused the mechanism before and closed the connection.
             raise _ClosedAtAuthError(refused)
-        refused[name] = " ".join([_refused(session, Phase.AUTH, answer, "AUTH").outcome.cause, *reasons])
-        if not answer or not answer[0].permanent:
+        refused[name] = " ".join([_refused(session, Phase.AUTH, replies, "AUTH").result.cause, *reasons])
+        if not replies or not replies[0].permanent:
             break
         if credentials.tokens is not None:
             credentials.tokens.forget(secret)
@@ -229,19 +229,19 @@ async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], lis
     line = next(lines)
     reasons: list[str] = []
     while True:
-        answer = await session.connection.ask(line, 1, session.timeouts.opening)
-        if not answer or not answer[0].intermediate or line == _CANCEL:
-            return answer, [text for text in reasons if text.startswith("{")]
-        reasons.append(challenge_text(answer[0], session.connection.mask))
+        replies = await session.connection.ask(line, 1, session.timeouts.opening)
+        if not replies or not replies[0].intermediate or line == _CANCEL:
+            return replies, [text for text in reasons if text.startswith("{")]
+        reasons.append(challenge_text(replies[0], session.connection.mask))
         try:
-            line = lines.send(answer[0])
+            line = lines.send(replies[0])
         except StopIteration:
             line = _CANCEL
 
 
-def _refused(session: Session, phase: Phase, answer: list[Reply], to: str) -> UnavailableError:
-    reply = str(answer[0]) if answer else f"no answer to {to}"
-    cause = reply if answer and not answer[0].ok else f"{reply}: {session.connection.lost}"
+def _refused(session: Session, phase: Phase, replies: list[Reply], to: str) -> UnavailableError:
+    reply = str(replies[0]) if replies else f"no answer to {to}"
+    cause = reply if replies and not replies[0].ok else f"{reply}: {session.connection.lost}"
     return UnavailableError.during(phase, cause, session.name)
 
 

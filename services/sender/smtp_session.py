@@ -12,11 +12,11 @@ __all__ = ["RelayMemory", "Session", "UnavailableError"]
 
 
 class UnavailableError(Exception):
-    """No session came about. ``outcome`` says where it failed; it always spares the attempt."""
+    """No session came about. ``result`` says where it failed; it always spares the attempt."""
 
-    def __init__(self, outcome: NotSent) -> None:
-        super().__init__(f"{outcome.relay}: {outcome.phase}: {outcome.cause}")
-        self.outcome = outcome
+    def __init__(self, result: NotSent) -> None:
+        super().__init__(f"{result.relay}: {result.phase}: {result.cause}")
+        self.result = result
 
     @classmethod
     def during(cls, phase: Phase, cause: str, relay: str) -> "UnavailableError":

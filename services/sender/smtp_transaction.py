@@ -96,7 +96,7 @@ async def hand_over(
         connection.abort("lease lost")
         return LeaseLost(Phase.DATA)
     try:
-        answer = await connection.ask(
+        replies = await connection.ask(
             _stuffed(message),
             1,
             timeouts.after_dot,
@@ -104,8 +104,8 @@ async def hand_over(
             lenient=True,
         )
     except asyncio.CancelledError:
-        answer = connection.replies
-    return await _verdict(session, mail_from, answer)
+        replies = connection.replies
+    return await _message_result(session, mail_from, replies)
 
 
 def _parameters(session: Session, mail_from: str, rcpt: str, message: bytes) -> str | Rejected:
@@ -205,22 +205,22 @@ async def _closed(session: Session) -> bool:
     """Return whether the server closed the connection with its last reply; RSET shows it."""
     connection = session.connection
     if connection.lost is None:
-        answer = await connection.ask(b"RSET\r\n", 1, session.timeouts.quit)
-        session.needs_reset = not (answer and answer[0].ok)
+        replies = await connection.ask(b"RSET\r\n", 1, session.timeouts.quit)
+        session.needs_reset = not (replies and replies[0].ok)
     return connection.lost is not None and not connection.timed_out
 
 
-async def _verdict(session: Session, mail_from: str, answer: list[Reply]) -> SendResult:
+async def _message_result(session: Session, mail_from: str, replies: list[Reply]) -> SendResult:
     """Return how the send ended, given the reply to the message, if any."""
     connection = session.connection
-    if not answer:
+    if not replies:
         cause = connection.lost or "no answer"
         if connection.unsent:
             return NotSent(
                 Phase.DATA, cause, False, session.name, connection.unparsed, TransactionStep.MESSAGE
             )
         return InDoubt(cause, session.name, connection.unparsed)
-    reply = answer[0]
+    reply = replies[0]
     # Postfix keeps the transaction open when it refuses the message, and then accepts no MAIL.
     session.needs_reset = not reply.ok
     if connection.unsent:

@@ -20,9 +20,9 @@ from services.common.deliveries.decide import (
     Claim,
     ClaimAnswer,
     Delivery,
+    Settled,
     Settlement,
     Stale,
-    Stored,
     Taken,
     Wait,
     released_row,
@@ -33,14 +33,14 @@ from services.common.stage.delays import choose_delay
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
 from services.common.stages import STAGES
 from services.sender import replies
-from services.sender.answers import answer, takeover_event
 from services.sender.async_claims import AsyncClaims
 from services.sender.cleanup import Cleanups, within
 from services.sender.composer import Composer
 from services.sender.leases import Leases
 from services.sender.metrics import SENDER_SECONDS, SENDER_SHED, SENDER_SKIPPED
 from services.sender.policy import Policy
-from services.sender.settling import record_doubt, store_outcome
+from services.sender.record_outcome import record_outcome, takeover_event
+from services.sender.settling import log_doubt, store_outcome
 from services.sender.slots import DomainSaturated, Slots
 from services.sender.smtp import SendCancelled
 
@@ -85,8 +85,8 @@ class Pool(Protocol):
 class Sender:
     """Handles the records of `mx.ok` and `task.cancelled`. Belongs to one event loop.
 
-    `claim_slots` bounds the mails that are claimed and not settled, `sessions` the mails that the pool sends.
-    `owner` returns a new owner token at each call. `now_us` returns microseconds since the Unix epoch.
+    `claim_slots` bounds the mails that are claimed and not settled, `session_slots` the mails that the pool
+    sends. `owner` returns a new owner token at each call. `now_us` returns microseconds since the Unix epoch.
     `handover` is how long (seconds) a handed-over mail may go on after its handler was cancelled.
     """
 
@@ -99,7 +99,7 @@ class Sender:
         composer: Composer,
         policy: Policy,
         claim_slots: Slots,
-        sessions: Slots,
+        session_slots: Slots,
         publish: Publish,
         owner: Callable[[], bytes],
         handover: float = 620.0,
@@ -108,7 +108,7 @@ class Sender:
     ) -> None:
         self._claims, self._leases, self._pool = claims, leases, pool
         self._composer, self._policy = composer, policy
-        self._claim_slots, self._sessions = claim_slots, sessions
+        self._claim_slots, self._session_slots = claim_slots, session_slots
         self._publish, self._owner, self._now_us = publish, owner, now_us
         self._handover = handover
         self._rng = rng or random.Random()
@@ -138,7 +138,7 @@ class Sender:
 
     def domains(self) -> list[DomainUse]:
         """Return the domains that use or wait for sessions or claims, worst first. Safe on any thread."""
-        sessions = {use.domain: use for use in self._sessions.usage()}
+        sessions = {use.domain: use for use in self._session_slots.usage()}
         found = []
         for use in self._claim_slots.usage():
             session = sessions.get(use.domain)
@@ -148,13 +148,13 @@ class Sender:
 
     async def _cancel(self, event: pb.TaskCancelled) -> Outcome:
         while True:
-            answered = await self._claims.claim(Cancel(event.id, event.epoch, self._owner()))
-            if isinstance(answered, Wait):
-                await _wait_for_claim(answered)
+            answer = await self._claims.claim(Cancel(event.id, event.epoch, self._owner()))
+            if isinstance(answer, Wait):
+                await _wait_for_claim(answer)
                 continue
-            if isinstance(answered, Stale):
+            if isinstance(answer, Stale):
                 return Done()
-            return self._answer(answered.row)
+            return self._record_outcome(answer.row)
 
     async def _deliver(self, record: Record, event: pb.MxOk) -> Outcome:
         task = event.task
@@ -165,7 +165,7 @@ class Sender:
             if not self._pool.available:
                 await self._pool.wait_available()
                 probe = not self._pool.available
-            if self._sessions.is_stalled(task.domain):
+            if self._session_slots.is_stalled(task.domain):
                 return self._defer_untried(task.domain)
             try:
                 await self._claim_slots.acquire(task.domain)
@@ -179,24 +179,24 @@ class Sender:
                 if not (self._pool.available or probe):
                     continue
                 claim = Claim(task.id, event.epoch, record.attempt, self._owner(), message_id)
-                answered = await self._claim(claim)
-                if isinstance(answered, Taken):
+                answer = await self._claim(claim)
+                if isinstance(answer, Taken):
                     try:
-                        settled = await self._attempt(answered, record, event, held, rate_refund)
+                        settled = await self._attempt(answer, record, event, held, rate_refund)
                     except DomainSaturated:
                         return self._defer_untried(task.domain)
                     if settled is None:
                         continue
-                    return self._answer(settled)
-            if isinstance(answered, Wait):
-                await _wait_for_claim(answered)
+                    return self._record_outcome(settled)
+            if isinstance(answer, Wait):
+                await _wait_for_claim(answer)
                 continue
-            SENDER_SKIPPED.labels("stale" if isinstance(answered, Stale) else "stored").inc()
-            if isinstance(answered, Stale):
+            SENDER_SKIPPED.labels("stale" if isinstance(answer, Stale) else "stored").inc()
+            if isinstance(answer, Stale):
                 return Done()
-            if answered.row.owner == claim.owner:
-                record_doubt(answered.row, "takeover")
-            return self._answer(answered.row)
+            if answer.row.owner == claim.owner:
+                log_doubt(answer.row, "takeover")
+            return self._record_outcome(answer.row)
 
     async def _claim(self, claim: Claim) -> ClaimAnswer:
         # The call goes on when the handler is cancelled: only its answer says what to release.
@@ -230,13 +230,13 @@ class Sender:
                 settled = self._policy.unsendable(row, self._now_us())
                 return await self._settle(settled, held, cause=str(error))
             try:
-                await self._sessions.acquire(event.task.domain)
+                await self._session_slots.acquire(event.task.domain)
             except DomainSaturated:
                 await self._claims.settle(released)
                 undo = None
                 raise
             with ExitStack() as session:
-                session.callback(self._sessions.release, event.task.domain)
+                session.callback(self._session_slots.release, event.task.domain)
                 # The mail may have expired while it waited for the session.
                 expired = self._policy.expired(row, _age_start_us(event), self._now_us())
                 if expired is not None:
@@ -281,7 +281,7 @@ class Sender:
             await self._publish([event_of(taken.earlier)], record.traceparent)
         if taken.doubtful:
             await self._publish([takeover_event(taken.row, self._now_us())], record.traceparent)
-            record_doubt(taken.row, "takeover")
+            log_doubt(taken.row, "takeover")
 
     async def _settle(
         self, settled: Delivery, held: ExitStack, result: replies.SendResult | None = None, cause: str = ""
@@ -306,8 +306,8 @@ class Sender:
         delay, due_at_ms = choose_delay(delays, delays[0], self._now_us() // 1000, self._rng)
         return Retry(delay, due_at_ms, f"too many wait for {domain}", counts=False)
 
-    def _answer(self, row: Delivery) -> Outcome:
-        return answer(row, self._policy.delays, self._now_us() // 1000)
+    def _record_outcome(self, row: Delivery) -> Outcome:
+        return record_outcome(row, self._policy.delays, self._now_us() // 1000)
 
     # --- cleanups ---
 
@@ -331,15 +331,15 @@ class Sender:
         if await storing is not Settlement.LATE:
             return
         claim = Claim(settled.task_id, settled.epoch, settled.attempt, self._owner(), settled.message_id)
-        answered = await within(self._claims.claim(claim), _CLEANUP_TIMEOUT)
-        if isinstance(answered, Stored):
-            await within(self._publish([event_of(answered.row)], None), _CLEANUP_TIMEOUT)
+        answer = await within(self._claims.claim(claim), _CLEANUP_TIMEOUT)
+        if isinstance(answer, Settled):
+            await within(self._publish([event_of(answer.row)], None), _CLEANUP_TIMEOUT)
 
     async def _release_claim(self, call: Awaitable[ClaimAnswer]) -> None:
         """Release a claim whose handler was cancelled before it had the answer."""
-        answered = await call
-        if isinstance(answered, Taken):
-            await self._claims.settle(released_row(answered))
+        answer = await call
+        if isinstance(answer, Taken):
+            await self._claims.settle(released_row(answer))
 
 
 def stage(sender: Sender, delays: Sequence[int]) -> Stage:

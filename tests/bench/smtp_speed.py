@@ -32,8 +32,8 @@ async def _measure(port: int, mails: int, sessions: int, size: int) -> None:
 
     async def send(count: int) -> None:
         for _ in range(count):
-            outcome = await pool.send("shop@example.org", "ann@example.net", message, lambda: True)
-            assert isinstance(outcome, Sent), outcome
+            result = await pool.send("shop@example.org", "ann@example.net", message, lambda: True)
+            assert isinstance(result, Sent), result
 
     workers = sessions * 2
     await asyncio.gather(*(send(10) for _ in range(workers)))

@@ -30,8 +30,8 @@ from services.common.deliveries.decide import (
     Cancel,
     Claim,
     Delivery,
+    Settled,
     Stale,
-    Stored,
     Taken,
     Wait,
 )
@@ -42,8 +42,8 @@ from services.common.events import Event, encode
 from services.common.fold import TaskRow, delta, fold
 from services.common.stage.types import Done
 from services.common.timeline import timeline_row
-from services.sender.answers import answer
 from services.sender.claims import Claims
+from services.sender.record_outcome import record_outcome
 from tests.api_process import free_port
 from tests.claimers import everyone
 
@@ -110,9 +110,9 @@ class TaskTables:
         return self.claims.claim([Claim(id_, epoch, attempt, token(), "<m@x>")])[0]
 
     def claimed(self, id_: bytes, epoch: int = 0, attempt: int = 1) -> Delivery:
-        verdict = self.claim(id_, epoch, attempt)
-        assert isinstance(verdict, Taken), verdict
-        return verdict.row
+        answer = self.claim(id_, epoch, attempt)
+        assert isinstance(answer, Taken), answer
+        return answer.row
 
     def settle(
         self, row: Delivery, state: str, reason: str = "", reply: str = "", folded: bool = True
@@ -158,11 +158,11 @@ class TaskTables:
 
     def sender_handles(self, event: pb.TaskCancelled) -> list[Event]:
         """Return the events that the sender publishes when it reads a cancellation."""
-        [verdict] = self.claims.claim([Cancel(event.id, event.epoch, token())])
-        if isinstance(verdict, Stale):
+        [answer] = self.claims.claim([Cancel(event.id, event.epoch, token())])
+        if isinstance(answer, Stale):
             return []
-        assert isinstance(verdict, Stored), verdict
-        outcome = answer(verdict.row, (60,), 0)
+        assert isinstance(answer, Settled), answer
+        outcome = record_outcome(answer.row, (60,), 0)
         assert isinstance(outcome, Done)
         return list(outcome.events)
 
@@ -366,9 +366,9 @@ def test_a_cancel_waits_while_a_sender_has_the_mail(tables: TaskTables) -> None:
     tables.ok(id_)
     row = tables.claimed(id_)
     before = tables.row(id_)
-    verdict = tables.cancel(id_)
-    assert isinstance(verdict, Wait)
-    assert 0 < verdict.seconds <= 60
+    answer = tables.cancel(id_)
+    assert isinstance(answer, Wait)
+    assert 0 < answer.seconds <= 60
     assert tables.row(id_) == before
     assert tables.outbox(id_) == [outbox.created(id_)]
     # The next Cancel answers with the sender's outcome, even before it is folded.
@@ -475,7 +475,7 @@ def test_a_task_that_ended_without_its_mail_is_retried_and_sent_once(tables: Tas
     tables.settle(tables.claimed(id_, epoch), "sent", reply="250 ok")
     assert tables.row(id_).status == "completed"
     assert tables.retry(id_) == NotRetryable("completed")
-    assert isinstance(tables.claim(id_, epoch + 1), Stored)
+    assert isinstance(tables.claim(id_, epoch + 1), Settled)
     tables.assert_folded(id_)
 
 
@@ -566,8 +566,8 @@ def test_concurrent_cancels_and_claims_agree(tables: TaskTables) -> None:
         left = rng.sample(ids, len(ids))
         while left:
             batch, left = left[: rng.randrange(1, 20)], left[20:]
-            verdicts = tables.claims.claim([Claim(id_, 0, 1, token(), "<m@x>") for id_ in batch])
-            mine = [verdict.row for verdict in verdicts if isinstance(verdict, Taken)]
+            found = tables.claims.claim([Claim(id_, 0, 1, token(), "<m@x>") for id_ in batch])
+            mine = [answer.row for answer in found if isinstance(answer, Taken)]
             with lock:
                 assert claimed.isdisjoint(row.task_id for row in mine)
                 claimed.update(row.task_id for row in mine)
@@ -713,7 +713,7 @@ def test_a_mail_resolved_as_sent_is_never_sent_again(tables: TaskTables, folded:
     assert (tables.kinds(id_)[-1], timeline_row(decision.event).stage) == ("sent", "api")  # type: ignore[arg-type]
     for epoch in (0, decision.event.epoch + 1):  # type: ignore[union-attr]
         stored = tables.claim(id_, epoch, attempt=2)
-        assert isinstance(stored, Stored)
+        assert isinstance(stored, Settled)
         assert encode(event_of(stored.row), "x").value == encode(decision.event, "x").value  # type: ignore[arg-type]
     assert tables.retry(id_) == NotRetryable("completed")
     assert tables.cancelled(id_).task.status == "completed"
@@ -754,4 +754,4 @@ def test_an_uncertain_task_whose_delivery_was_lost_is_resolved(tables: TaskTable
     decision = tables.resolve(id_, sent=True)
     assert isinstance(decision, Resolved)
     assert decision.task.status == "completed"
-    assert isinstance(tables.claim(id_), Stored)
+    assert isinstance(tables.claim(id_), Settled)

@@ -23,9 +23,9 @@ from services.common.deliveries.decide import (
     Claim,
     Delivery,
     DeliveryState,
+    Settled,
     Settlement,
     Stale,
-    Stored,
     Taken,
     Wait,
     decide,
@@ -68,9 +68,9 @@ def clock(engine: Engine) -> datetime:
     return now
 
 
-def taken(verdict: object) -> Taken:
-    assert isinstance(verdict, Taken), verdict
-    return verdict
+def taken(answer: object) -> Taken:
+    assert isinstance(answer, Taken), answer
+    return answer
 
 
 def sent(row: Delivery, reply: str = "250 2.0.0 ok") -> Delivery:
@@ -93,17 +93,17 @@ def test_a_task_without_a_delivery_is_taken_under_a_lease_of_the_databases_clock
 ) -> None:
     requests = [claim(new_id(), epoch=3, attempt=2) for _ in range(7)]
     before, since = clock(engine), time.monotonic()
-    verdicts = claims.claim(requests)
+    answers = claims.claim(requests)
     after = clock(engine)
     rows = rows_of(engine)
     assert len(rows) == 7
-    for request, verdict in zip(requests, verdicts, strict=True):
+    for request, answer in zip(requests, answers, strict=True):
         row = rows[request.task_id]
-        assert taken(verdict).row == row._replace(lease_until=taken(verdict).row.lease_until)
+        assert taken(answer).row == row._replace(lease_until=taken(answer).row.lease_until)
         assert (row.state, row.epoch, row.attempt, row.owner) == ("sending", 3, 2, request.owner)
         assert row.message_id == "<id@a.test>"
         assert before <= row.lease_until - timedelta(seconds=LEASE) <= after
-        assert since <= taken(verdict).since <= time.monotonic()
+        assert since <= taken(answer).since <= time.monotonic()
 
 
 # One call with every state, every lease, and every relation of record to row.
@@ -152,20 +152,20 @@ def test_the_rows_obey_the_rules_whatever_they_contain(engine: Engine, hold: boo
     random.Random(3).shuffle(cases)
     put(engine, [row for row, _ in cases])
     before = clock(engine)
-    verdicts = Claims(engine, LEASE, hold).claim([request for _, request in cases])
+    answers = Claims(engine, LEASE, hold).claim([request for _, request in cases])
     after = clock(engine)
     rows = rows_of(engine)
-    for (row, request), verdict in zip(cases, verdicts, strict=True):
+    for (row, request), answer in zip(cases, answers, strict=True):
         expected, write = decide(row, request, before, timedelta(seconds=LEASE), hold)
         found = rows[row.task_id]
         slack = after - before
-        if isinstance(verdict, Wait):
+        if isinstance(answer, Wait):
             assert isinstance(expected, Wait)
-            assert 0 <= expected.seconds - verdict.seconds <= slack.total_seconds()
+            assert 0 <= expected.seconds - answer.seconds <= slack.total_seconds()
             assert found == row
             continue
-        assert type(verdict) is type(expected)
-        if isinstance(verdict, Stale):
+        assert type(answer) is type(expected)
+        if isinstance(answer, Stale):
             assert found == row
             continue
         # The times are the database's; everything else follows the rule.
@@ -173,19 +173,19 @@ def test_the_rows_obey_the_rules_whatever_they_contain(engine: Engine, hold: boo
         assert wanted.lease_until <= found.lease_until <= wanted.lease_until + slack
         assert 0 <= found.settled_at - wanted.settled_at <= slack / timedelta(microseconds=1)
         assert found == wanted._replace(lease_until=found.lease_until, settled_at=found.settled_at)
-        assert not isinstance(verdict, Taken | Stored) or verdict.row == found
-        if isinstance(verdict, Taken) and isinstance(expected, Taken):
-            assert (verdict.doubtful, verdict.earlier) == (expected.doubtful, expected.earlier)
+        assert not isinstance(answer, Taken | Settled) or answer.row == found
+        if isinstance(answer, Taken) and isinstance(expected, Taken):
+            assert (answer.doubtful, answer.earlier) == (expected.doubtful, expected.earlier)
 
 
 def test_one_call_may_claim_a_task_more_than_once(engine: Engine, claims: Claims) -> None:
     one, two = new_id(), new_id()
-    verdicts = claims.claim([claim(one), claim(two), claim(one), Cancel(two, 0, token()), claim(one, 1)])
-    assert [type(verdict) for verdict in verdicts] == [Taken, Taken, Wait, Wait, Wait]
+    answers = claims.claim([claim(one), claim(two), claim(one), Cancel(two, 0, token()), claim(one, 1)])
+    assert [type(answer) for answer in answers] == [Taken, Taken, Wait, Wait, Wait]
     three = new_id()
     cancelled, late = claims.claim([Cancel(three, 0, token()), claim(three)])
-    assert isinstance(cancelled, Stored)
-    assert isinstance(late, Stored)
+    assert isinstance(cancelled, Settled)
+    assert isinstance(late, Settled)
     assert late.row.state == rows_of(engine)[three].state == "cancelled"
 
 
@@ -193,11 +193,11 @@ def test_a_claim_that_is_repeated_after_a_lost_answer_is_still_taken(engine: Eng
     requests = [claim(new_id()) for _ in range(3)]
     claims.claim(requests)
     expire(engine)
-    verdicts = [taken(verdict) for verdict in claims.claim(requests)]
-    assert not any(verdict.doubtful for verdict in verdicts)
+    answers = [taken(answer) for answer in claims.claim(requests)]
+    assert not any(answer.doubtful for answer in answers)
     assert all(row.lease_until > clock(engine) for row in rows_of(engine).values())
     doubtful = claims.claim([claim(request.task_id) for request in requests])
-    assert all(isinstance(verdict, Wait) for verdict in doubtful)
+    assert all(isinstance(answer, Wait) for answer in doubtful)
 
 
 def test_a_claim_released_before_its_doubt_is_published_is_taken_as_before(
@@ -211,13 +211,13 @@ def test_a_claim_released_before_its_doubt_is_published_is_taken_as_before(
     ]
     ended[1] = ended[1]._replace(reason="")
     put(engine, ended)
-    first = [taken(verdict) for verdict in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
-    wishes = [released_row(verdict) for verdict in first]
+    first = [taken(answer) for answer in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
+    wishes = [released_row(answer) for answer in first]
     for _ in range(2):
         assert claims.settle(wishes) == [Settlement.STORED] * 3
         rows = rows_of(engine)
         assert [rows[row.task_id]._replace(lease_until=row.lease_until) for row in wishes] == wishes
-    again = [taken(verdict) for verdict in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
+    again = [taken(answer) for answer in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
     for before, after in zip(first, again, strict=True):
         assert after.doubtful == before.doubtful
         for row in (before.row, after.row):
@@ -231,7 +231,7 @@ def test_a_claim_released_before_its_doubt_is_published_is_taken_as_before(
 
 
 def test_a_whole_batch_is_settled(engine: Engine, claims: Claims) -> None:
-    held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(1200)])]
+    held = [taken(answer).row for answer in claims.claim([claim(new_id()) for _ in range(1200)])]
     states: tuple[DeliveryState, ...] = ("sent", "deferred", "failed", "uncertain", "released")
     wishes = [
         row._replace(
@@ -255,11 +255,11 @@ def test_a_whole_batch_is_settled(engine: Engine, claims: Claims) -> None:
 
 def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: Engine, claims: Claims) -> None:
     ids = [new_id() for _ in range(6)]
-    first = [taken(verdict).row for verdict in claims.claim([claim(i) for i in ids])]
+    first = [taken(answer).row for answer in claims.claim([claim(i) for i in ids])]
     # A second owner takes over four; two are still the first owner's.
     expire(engine)
-    second = [taken(verdict) for verdict in claims.claim([claim(i) for i in ids[:4]])]
-    assert all(verdict.doubtful and verdict.row.takeovers == 1 for verdict in second)
+    second = [taken(answer) for answer in claims.claim([claim(i) for i in ids[:4]])]
+    assert all(answer.doubtful and answer.row.takeovers == 1 for answer in second)
     wishes = [
         first[0]._replace(state="deferred", settled_at=5, next_attempt_at=6, reason="deferred"),
         first[1]._replace(state="released"),
@@ -273,17 +273,17 @@ def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: En
     rows = rows_of(engine)
     states = [rows[i].state for i in ids]
     assert states == ["sending", "sending", "sending", "sent", "sent", "deferred"]
-    assert [rows[i].owner for i in ids[:3]] == [verdict.row.owner for verdict in second[:3]]
+    assert [rows[i].owner for i in ids[:3]] == [answer.row.owner for answer in second[:3]]
     # The second owner finds its lease lost, and the first owner's outcome stored.
-    assert claims.renew([verdict.row for verdict in second]) == [True, True, True, False]
+    assert claims.renew([answer.row for answer in second]) == [True, True, True, False]
     assert claims.settle([sent(second[3].row, "250 another")]) == [fenced]
     assert rows_of(engine)[ids[3]].reply == "250 2.0.0 ok"
     again = claims.claim([claim(ids[3])])
-    assert isinstance(again[0], Stored)
+    assert isinstance(again[0], Settled)
 
 
 def test_a_renewal_begins_the_lease_anew_and_shows_lost_claims(engine: Engine, claims: Claims) -> None:
-    held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(600)])]
+    held = [taken(answer).row for answer in claims.claim([claim(new_id()) for _ in range(600)])]
     expire(engine)
     assert claims.renew(held) == [True] * 600
     now = clock(engine)
@@ -298,7 +298,7 @@ def test_a_renewal_begins_the_lease_anew_and_shows_lost_claims(engine: Engine, c
 
 
 def test_a_locked_row_delays_no_other_rows_renewal(engine: Engine, claims: Claims) -> None:
-    held = [taken(verdict).row for verdict in claims.claim([claim(new_id()) for _ in range(3)])]
+    held = [taken(answer).row for answer in claims.claim([claim(new_id()) for _ in range(3)])]
     expire(engine)
     with engine.begin() as other:
         other.exec_driver_sql("SELECT 1 FROM deliveries WHERE task_id = %s FOR UPDATE", (held[1].task_id,))
@@ -311,8 +311,8 @@ def test_a_locked_row_delays_no_other_rows_renewal(engine: Engine, claims: Claim
 def test_nothing_is_taken_over_while_that_is_forbidden(engine: Engine, claims: Claims) -> None:
     row = taken(claims.claim([claim(new_id())])[0]).row
     expire(engine)
-    [verdict] = claims.claim([claim(row.task_id)], take_over=False)
-    assert verdict == Wait(0.0)
+    [answer] = claims.claim([claim(row.task_id)], take_over=False)
+    assert answer == Wait(0.0)
     assert claims.settle([sent(row)]) == [Settlement.STORED]
 
 
@@ -324,14 +324,14 @@ def test_an_owner_that_slept_past_its_lease_is_fenced(engine: Engine) -> None:
     assert isinstance(waited, Wait)
     assert 0 < waited.seconds <= 0.3
     deadline = time.monotonic() + 10
-    while not isinstance(verdict := claims.claim([claim(task_id)])[0], Taken):
+    while not isinstance(answer := claims.claim([claim(task_id)])[0], Taken):
         assert time.monotonic() < deadline
-        time.sleep(verdict.seconds if isinstance(verdict, Wait) else 0)
-    assert verdict.doubtful
-    assert verdict.since >= sleeper.since + 0.3, "nobody takes over before the owner's own clock says so"
+        time.sleep(answer.seconds if isinstance(answer, Wait) else 0)
+    assert answer.doubtful
+    assert answer.since >= sleeper.since + 0.3, "nobody takes over before the owner's own clock says so"
     assert claims.renew([sleeper.row]) == [False]
     assert claims.settle([sleeper.row._replace(state="released")]) == [Settlement.FENCED]
-    assert claims.settle([sent(verdict.row)]) == [Settlement.STORED]
+    assert claims.settle([sent(answer.row)]) == [Settlement.STORED]
 
 
 def test_under_hold_a_takeover_is_stored_as_uncertain(engine: Engine) -> None:
@@ -342,7 +342,7 @@ def test_under_hold_a_takeover_is_stored_as_uncertain(engine: Engine) -> None:
     before = clock(engine)
     held, again = claims.claim([claim(task_id), claim(task_id)])
     assert held == again
-    assert isinstance(held, Stored)
+    assert isinstance(held, Settled)
     assert held.row == rows_of(engine)[task_id]
     assert (held.row.state, held.row.reason) == ("uncertain", IN_DOUBT)
     at = datetime(1970, 1, 1) + timedelta(microseconds=held.row.settled_at)
@@ -375,9 +375,9 @@ def test_claims_settles_and_renewals_of_the_same_rows_all_come_through(database_
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             batch = rng.sample(ids, 25)
-            verdicts = claims.claim([claim(i) for i in batch])
-            held = [verdict.row for verdict in verdicts if isinstance(verdict, Taken)]
-            if all(isinstance(verdict, Stored) for verdict in claims.claim([claim(i) for i in ids])):
+            answers = claims.claim([claim(i) for i in batch])
+            held = [answer.row for answer in answers if isinstance(answer, Taken)]
+            if all(isinstance(answer, Settled) for answer in claims.claim([claim(i) for i in ids])):
                 return
             if held:
                 claims.renew(held)

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine
 
 from postroad.v1 import events_pb2 as pb
-from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, DeliveryState, Stored, Taken, decide
+from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, DeliveryState, Settled, Taken, decide
 from services.common.deliveries.mx_failures import failed_row, merge_failure, store_failures
 from services.common.deliveries.outcome import event_of, failed_before_sender
 from services.common.deliveries.rows import lock_rows, store_rows
@@ -19,8 +19,8 @@ from services.common.events import Event
 from services.common.fold import delta
 from services.common.stage.types import Done
 from services.common.taskstore import upsert
-from services.sender.answers import answer
 from services.sender.claims import Claims
+from services.sender.record_outcome import record_outcome
 from tests.event_strategies import mail_task
 
 NOW = datetime(2026, 3, 1, 12)
@@ -105,8 +105,8 @@ def test_the_first_to_write_decides_and_the_status_agrees(engine: Engine, first:
             store_failures(connection, late)
     [answered] = claims.claim([claim])
     if first == "verdict":
-        assert isinstance(answered, Stored)
-        assert answer(answered.row, [60], 0) == Done()
+        assert isinstance(answered, Settled)
+        assert record_outcome(answered.row, [60], 0) == Done()
         ends = "failed"
     else:
         assert isinstance(answered, Taken)
@@ -142,7 +142,7 @@ def test_a_claim_of_its_epoch_is_answered_and_one_of_a_later_epoch_may_send(hold
     def ask(epoch: int) -> object:
         return decide(row, Claim(row.task_id, epoch, 1, b"c" * 16, "<m@x>"), NOW, timedelta(20), hold)[0]
 
-    assert ask(EPOCH) == Stored(row)
+    assert ask(EPOCH) == Settled(row)
     later = ask(EPOCH + 1)
     assert isinstance(later, Taken)
     assert later.row.message_id == "<m@x>"
@@ -159,10 +159,10 @@ def test_the_sender_publishes_nothing_of_a_task_that_it_never_claimed(engine: En
     event = failed(b"x" * 16)
     with engine.begin() as connection:
         store_failures(connection, [event])
-    [verdict] = Claims(engine, 20, hold=False).claim([Claim(event.id, EPOCH, 1, b"c" * 16, "<m@x>")])
-    assert isinstance(verdict, Stored)
-    assert answer(verdict.row, [60], 0) == Done()
+    [answer] = Claims(engine, 20, hold=False).claim([Claim(event.id, EPOCH, 1, b"c" * 16, "<m@x>")])
+    assert isinstance(answer, Settled)
+    assert record_outcome(answer.row, [60], 0) == Done()
     # A failure of the sender's own is published again.
-    settled = verdict.row._replace(attempt=1, reason="rejected")
+    settled = answer.row._replace(attempt=1, reason="rejected")
     assert not failed_before_sender(settled)
-    assert answer(settled, [60], 0) == Done([event_of(settled)])
+    assert record_outcome(settled, [60], 0) == Done([event_of(settled)])

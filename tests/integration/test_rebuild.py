@@ -595,7 +595,7 @@ def test_after_a_total_loss_no_mail_is_sent_again(pipeline: Pipeline) -> None:
     claims = Claims(pipeline.engine, 20, hold=False)
     sent = [first(events).id for number, events in enumerate(histories) if number % 8 in (2, 3)]
     requests = [Claim(id_, NOW_US // 1000, 9, os.urandom(16), "<again@x>") for id_ in sent]
-    assert {type(verdict).__name__ for verdict in claims.claim(requests)} == {"Stored"}
+    assert {type(answer).__name__ for answer in claims.claim(requests)} == {"Settled"}
 
 
 def test_a_present_delivery_stays_unless_the_mail_was_sent(pipeline: Pipeline) -> None:

@@ -267,13 +267,13 @@ class MemoryClaims:
         self, database: Database, request: Claim | Cancel, since: float, take_over: bool
     ) -> ClaimAnswer:
         found = database.deliveries.get(request.task_id)
-        verdict, row = rules.decide(
+        answer, row = rules.decide(
             found, request, database.now(), self._lease, self._hold, self._max_resends, take_over
         )
         if row is not None:
             self._write(database, found, row)
-        _trace(database, request.task_id, f"{type(request).__name__} -> {_summary(verdict)}")
-        return verdict._replace(since=since) if isinstance(verdict, Taken) else verdict
+        _trace(database, request.task_id, f"{type(request).__name__} -> {_summary(answer)}")
+        return answer._replace(since=since) if isinstance(answer, Taken) else answer
 
     def _settle(self, database: Database, wish: Delivery) -> Settlement:
         found = database.deliveries.get(wish.task_id)
@@ -296,11 +296,11 @@ class MemoryClaims:
         database.deliveries[row.task_id] = row
 
 
-def _summary(verdict: ClaimAnswer) -> str:
-    match verdict:
+def _summary(answer: ClaimAnswer) -> str:
+    match answer:
         case Taken(row=row, doubtful=doubtful):
             return f"taken for attempt {row.attempt}{', in doubt' if doubtful else ''}"
-        case rules.Stored(row=row):
+        case rules.Settled(row=row):
             return f"stored as {row.state} {row.reason}"
         case rules.Wait(seconds=seconds):
             return f"wait {seconds:.1f} s"

@@ -131,7 +131,7 @@ class SenderService(Service):
             composer=Composer("shop@postroad.test"),
             policy=Policy(settings.sender_delays, settings.sender_max_age, hold, settings.max_resends),
             claim_slots=Slots(4, 0),
-            sessions=Slots(2, 1),
+            session_slots=Slots(2, 1),
             publish=self._publish,
             owner=lambda: next(_tokens).to_bytes(16, "big"),
             handover=settings.handover_seconds,

@@ -22,9 +22,9 @@ from services.common.deliveries.decide import (
     Claim,
     ClaimAnswer,
     Delivery,
+    Settled,
     Settlement,
     Stale,
-    Stored,
     Taken,
     Wait,
     released_row,
@@ -158,9 +158,9 @@ def claim(id_: bytes, epoch: int = 0, attempt: int = 1, owner: bytes | None = No
 
 
 def taken(side: Side, request: Claim) -> Delivery:
-    [verdict] = side.claims.claim([request])
-    assert isinstance(verdict, Taken)
-    return verdict.row
+    [answer] = side.claims.claim([request])
+    assert isinstance(answer, Taken)
+    return answer.row
 
 
 # --- claims ---------------------------------------------------------------------------------------
@@ -173,13 +173,13 @@ def test_a_claim_holds_until_its_lease_is_over_and_the_task_is_in_doubt_then(sid
     assert isinstance(waiting, Wait)
     assert 0 < waiting.seconds <= _LEASE
     side.expire()
-    [verdict] = side.claims.claim([claim(id_)])
+    [answer] = side.claims.claim([claim(id_)])
     if hold:
-        assert isinstance(verdict, Stored)
-        assert verdict.row.state == "uncertain"
+        assert isinstance(answer, Settled)
+        assert answer.row.state == "uncertain"
     else:
-        assert isinstance(verdict, Taken)
-        assert (verdict.doubtful, verdict.row.takeovers) == (True, 1)
+        assert isinstance(answer, Taken)
+        assert (answer.doubtful, answer.row.takeovers) == (True, 1)
     assert side.claims.renew([first]) == [False]
     failed = first._replace(state="failed", settled_at=1)
     assert side.claims.settle([failed]) == [Settlement.FENCED]
@@ -195,8 +195,8 @@ def test_a_renewed_lease_holds_its_claim(one: Side) -> None:
     row = taken(one, claim(id_))
     one.expire()
     assert one.claims.renew([row]) == [True]
-    [verdict] = one.claims.claim([claim(id_)])
-    assert isinstance(verdict, Wait)
+    [answer] = one.claims.claim([claim(id_)])
+    assert isinstance(answer, Wait)
 
 
 @both
@@ -208,8 +208,8 @@ def test_a_repeated_claim_of_an_owner_gets_the_same_answer(one: Side) -> None:
 @both
 def test_a_request_sees_the_effects_of_earlier_requests_in_its_call(one: Side) -> None:
     id_ = new_id()
-    verdicts = one.claims.claim([claim(id_), claim(id_), Cancel(id_, 0, new_id())])
-    assert [type(verdict) for verdict in verdicts] == [Taken, Wait, Wait]
+    answers = one.claims.claim([claim(id_), claim(id_), Cancel(id_, 0, new_id())])
+    assert [type(answer) for answer in answers] == [Taken, Wait, Wait]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -234,7 +234,7 @@ def test_any_history_ends_with_the_same_rows_on_both(seed: int, hold: bool, mysq
             assert [_plain(a) for a, _ in answers] == [_plain(b) for _, b in answers]
             taken_ += [(a, b) for a, b in answers if isinstance(a, Taken) and isinstance(b, Taken)]
         elif step == "back" and taken_:
-            mine, theirs = (released_row(verdict) for verdict in rng.choice(taken_[-3:]))
+            mine, theirs = (released_row(answer) for answer in rng.choice(taken_[-3:]))
             assert memory.claims.settle([mine]) == real.claims.settle([theirs])
         elif step == "settle" and taken_:
             outcome: dict[str, Any] = {
@@ -242,10 +242,10 @@ def test_any_history_ends_with_the_same_rows_on_both(seed: int, hold: bool, mysq
                 "reason": rng.choice(("", "in_doubt", "deferred")),
                 "settled_at": rng.randrange(1, 1000),
             }
-            mine, theirs = (verdict.row._replace(**outcome) for verdict in rng.choice(taken_))
+            mine, theirs = (answer.row._replace(**outcome) for answer in rng.choice(taken_))
             assert memory.claims.settle([mine]) == real.claims.settle([theirs])
         elif step == "renew" and taken_:
-            rows_ = [[verdict.row for verdict in side] for side in zip(*taken_[-3:], strict=True)]
+            rows_ = [[answer.row for answer in side] for side in zip(*taken_[-3:], strict=True)]
             assert memory.claims.renew(rows_[0]) == real.claims.renew(rows_[1])
         elif step == "expire":
             memory.expire()
@@ -254,11 +254,11 @@ def test_any_history_ends_with_the_same_rows_on_both(seed: int, hold: bool, mysq
         assert _plain_row(memory.row(id_)) == _plain_row(real.row(id_))
 
 
-def _plain(verdict: ClaimAnswer) -> object:
-    match verdict:
+def _plain(answer: ClaimAnswer) -> object:
+    match answer:
         case Taken(row=row, doubtful=doubtful, earlier=earlier):
             return "taken", _plain_row(row), doubtful, _plain_row(earlier)
-        case Stored(row=row):
+        case Settled(row=row):
             return "stored", _plain_row(row)
         case Wait():
             return "wait"

@@ -141,14 +141,14 @@ def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
 def send(side: Memory | Real, ending: str, guard: Callable[[], bool] = lambda: True) -> tuple[Any, int]:
     """Send one mail whose delivery ends in this way. Return the result and how often the server took it."""
     id_ = str(uuid4())
-    outcome = side.run(lambda pool: pool.send("a@post.test", side.names[ending], message(id_), guard))
-    return outcome, side.copies(id_)
+    result = side.run(lambda pool: pool.send("a@post.test", side.names[ending], message(id_), guard))
+    return result, side.copies(id_)
 
 
 def test_a_mail_that_is_taken_is_sent(side: Memory | Real) -> None:
-    outcome, copies = send(side, "ok")
-    assert isinstance(outcome, Sent)
-    assert outcome.reply.startswith("250")
+    result, copies = send(side, "ok")
+    assert isinstance(result, Sent)
+    assert result.reply.startswith("250")
     assert copies == 1
 
 
@@ -163,25 +163,25 @@ def test_a_mail_that_is_taken_is_sent(side: Memory | Real) -> None:
 def test_a_refusal_has_its_phase_and_no_mail_is_taken(
     side: Memory | Real, ending: str, phase: Phase, permanent: bool
 ) -> None:
-    outcome, copies = send(side, ending)
-    assert isinstance(outcome, Rejected)
-    assert (outcome.phase, outcome.permanent, copies) == (phase, permanent, 0)
+    result, copies = send(side, ending)
+    assert isinstance(result, Rejected)
+    assert (result.phase, result.permanent, copies) == (phase, permanent, 0)
 
 
 def test_no_mail_is_taken_when_the_connection_is_lost_before_the_end_of_the_message(
     side: Memory | Real,
 ) -> None:
-    outcome, copies = send(side, "drop_before")
-    assert isinstance(outcome, NotSent)
-    assert (outcome.spares_attempt, copies) == (False, 0)
+    result, copies = send(side, "drop_before")
+    assert isinstance(result, NotSent)
+    assert (result.spares_attempt, copies) == (False, 0)
 
 
 @pytest.mark.parametrize(("ending", "kept"), [("kept_unheard", 1), ("lost_unheard", 0)])
 def test_a_lost_reply_is_a_doubt_whether_or_not_the_mail_was_taken(
     side: Memory | Real, ending: str, kept: int
 ) -> None:
-    outcome, copies = send(side, ending)
-    assert isinstance(outcome, InDoubt)
+    result, copies = send(side, ending)
+    assert isinstance(result, InDoubt)
     assert copies == kept
 
 
@@ -190,9 +190,9 @@ def test_the_guard_stops_a_send_before_the_envelope_and_before_the_message(
     side: Memory | Real, answers: list[bool], phase: Phase
 ) -> None:
     left = iter(answers)
-    outcome, copies = send(side, "ok", lambda: next(left))
-    assert isinstance(outcome, LeaseLost)
-    assert (outcome.phase, copies) == (phase, 0)
+    result, copies = send(side, "ok", lambda: next(left))
+    assert isinstance(result, LeaseLost)
+    assert (result.phase, copies) == (phase, 0)
     assert next(left, None) is None, "the guard is not called again"
 
 
@@ -249,12 +249,12 @@ def test_a_relay_that_is_away_costs_no_attempt_and_the_pool_waits_for_it(side: M
     id_ = str(uuid4())
 
     async def away(pool: Any) -> Any:
-        outcome = await pool.send("a@post.test", side.names["ok"], message(id_), lambda: True)
-        return outcome, pool.available
+        result = await pool.send("a@post.test", side.names["ok"], message(id_), lambda: True)
+        return result, pool.available
 
     side.relay(False)
-    outcome, available = side.run(away)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.spares_attempt, available, side.copies(id_)) == (True, False, 0)
+    result, available = side.run(away)
+    assert isinstance(result, NotSent)
+    assert (result.spares_attempt, available, side.copies(id_)) == (True, False, 0)
     side.relay(True)
     assert isinstance(send(side, "ok")[0], Sent)

@@ -16,9 +16,9 @@ from services.common.deliveries.decide import (
     ClaimAnswer,
     Delivery,
     DeliveryState,
+    Settled,
     Settlement,
     Stale,
-    Stored,
     Taken,
     Wait,
     decide,
@@ -63,15 +63,15 @@ COLUMNS = (OLDER_EPOCH, OLDER_ATTEMPT, SAME, LATER_ATTEMPT, LATER_EPOCH)
 
 # A line for each row of decide.py's first table; the first two columns are its "older".
 MATRIX = {
-    "sent": "Stored Stored Stored Stored Stored",
+    "sent": "Settled Settled Settled Settled Settled",
     "sending, runs": "Stale Stale Wait Wait Wait",
     "sending, over": "Stale Stale doubt doubt doubt",
     "released": "Stale Stale Taken Taken Taken",
     "released, doubtful": "Stale Stale doubt doubt doubt",
-    "deferred": "Stale Stale Stored Taken Taken",
-    "failed": "Stale Stale Stored Stored Taken",
-    "uncertain": "Stale Stale Stored Stored Taken",
-    "cancelled": "Stale Stale Stored Stored Taken",
+    "deferred": "Stale Stale Settled Taken Taken",
+    "failed": "Stale Stale Settled Settled Taken",
+    "uncertain": "Stale Stale Settled Settled Taken",
+    "cancelled": "Stale Stale Settled Settled Taken",
 }
 CELLS = [
     (state, key, expected)
@@ -88,16 +88,16 @@ def found(state: str) -> Delivery:
     return row("sending", lease=0) if state == "sending, over" else row(state)  # type: ignore[arg-type]
 
 
-def kind(verdict: ClaimAnswer) -> str:
-    return "doubt" if isinstance(verdict, Taken) and verdict.doubtful else type(verdict).__name__
+def kind(answer: ClaimAnswer) -> str:
+    return "doubt" if isinstance(answer, Taken) and answer.doubtful else type(answer).__name__
 
 
 @pytest.mark.parametrize(("state", "key", "expected"), CELLS)
 def test_every_cell_of_the_claims_table(state: str, key: tuple[int, int], expected: str) -> None:
     before = found(state)
-    verdict, write = decide(before, claim(*key), NOW, LEASE, hold=False)
-    assert kind(verdict) == expected
-    match verdict:
+    answer, write = decide(before, claim(*key), NOW, LEASE, hold=False)
+    assert kind(answer) == expected
+    match answer:
         case Taken(taken):
             assert write == taken
             assert (taken.state, taken.epoch, taken.attempt, taken.owner) == ("sending", *key, MINE)
@@ -106,7 +106,7 @@ def test_every_cell_of_the_claims_table(state: str, key: tuple[int, int], expect
             assert (taken.settled_at, taken.next_attempt_at, taken.reason, taken.reply) == (0, 0, reason, "")
             assert taken.message_id == "<first@a.test>", "all attempts carry the first one's Message-ID"
             assert taken.takeovers == (expected == "doubt")
-        case Stored(stored):
+        case Settled(stored):
             assert (stored, write) == (before, None)
         case Wait(seconds):
             assert (seconds, write) == (7.5, None)
@@ -115,56 +115,56 @@ def test_every_cell_of_the_claims_table(state: str, key: tuple[int, int], expect
 
 
 def test_a_task_without_a_delivery_is_taken() -> None:
-    verdict, write = decide(None, claim(), NOW, LEASE, hold=False)
-    assert isinstance(verdict, Taken)
-    assert not verdict.doubtful
-    assert write == verdict.row
-    assert verdict.row.message_id == "<id@a.test>"
-    assert verdict.row.lease_until == NOW + LEASE
+    answer, write = decide(None, claim(), NOW, LEASE, hold=False)
+    assert isinstance(answer, Taken)
+    assert not answer.doubtful
+    assert write == answer.row
+    assert answer.row.message_id == "<id@a.test>"
+    assert answer.row.lease_until == NOW + LEASE
 
 
 @pytest.mark.parametrize("key", [SAME, LATER_ATTEMPT, LATER_EPOCH])
 def test_under_hold_what_is_in_doubt_is_stored_as_uncertain(key: tuple[int, int]) -> None:
-    verdict, write = decide(row("sending"), claim(*key), NOW, LEASE, hold=True)
-    assert isinstance(verdict, Stored)
-    held = verdict.row
+    answer, write = decide(row("sending"), claim(*key), NOW, LEASE, hold=True)
+    assert isinstance(answer, Settled)
+    held = answer.row
     assert write == held
     assert (held.state, held.reason, held.epoch, held.attempt) == ("uncertain", IN_DOUBT, *key)
     assert held.settled_at == NOW_US
     assert held.message_id == "<first@a.test>"
     again, write = decide(held, claim(*key), NOW + LEASE, LEASE, hold=True)
-    assert (again, write) == (Stored(held), None)
+    assert (again, write) == (Settled(held), None)
 
 
 @pytest.mark.parametrize("key", [SAME, LATER_ATTEMPT, LATER_EPOCH])
 def test_a_takeover_counts_with_those_of_earlier_attempts(key: tuple[int, int]) -> None:
-    verdict, _ = decide(row("sending", takeovers=3), claim(*key), NOW, LEASE, hold=False)
-    assert isinstance(verdict, Taken)
-    assert verdict.row.takeovers == 4
+    answer, _ = decide(row("sending", takeovers=3), claim(*key), NOW, LEASE, hold=False)
+    assert isinstance(answer, Taken)
+    assert answer.row.takeovers == 4
 
 
 def test_an_attempt_that_left_a_doubt_counts_as_well() -> None:
-    verdict, _ = decide(row("deferred", reason=IN_DOUBT), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
-    assert isinstance(verdict, Taken)
-    assert (verdict.doubtful, verdict.row.takeovers) == (False, 1)
+    answer, _ = decide(row("deferred", reason=IN_DOUBT), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
+    assert isinstance(answer, Taken)
+    assert (answer.doubtful, answer.row.takeovers) == (False, 1)
 
 
 def test_a_release_keeps_the_count_of_takeovers() -> None:
-    verdict, _ = decide(row("released", takeovers=2), claim(), NOW, LEASE, hold=False)
-    assert isinstance(verdict, Taken)
-    assert not verdict.doubtful
-    assert verdict.row.takeovers == 2
+    answer, _ = decide(row("released", takeovers=2), claim(), NOW, LEASE, hold=False)
+    assert isinstance(answer, Taken)
+    assert not answer.doubtful
+    assert answer.row.takeovers == 2
 
 
 @pytest.mark.parametrize("state", ["deferred", "uncertain"])
 def test_an_earlier_attempt_in_doubt_comes_with_the_claim(state: DeliveryState) -> None:
     before = row(state, reason=IN_DOUBT)
-    verdict, _ = decide(before, claim(*LATER_EPOCH), NOW, LEASE, hold=False)
-    assert isinstance(verdict, Taken)
-    assert verdict.earlier == before
-    verdict, _ = decide(row(state, reason="rejected"), claim(*LATER_EPOCH), NOW, LEASE, hold=False)
-    assert isinstance(verdict, Taken)
-    assert verdict.earlier is None
+    answer, _ = decide(before, claim(*LATER_EPOCH), NOW, LEASE, hold=False)
+    assert isinstance(answer, Taken)
+    assert answer.earlier == before
+    answer, _ = decide(row(state, reason="rejected"), claim(*LATER_EPOCH), NOW, LEASE, hold=False)
+    assert isinstance(answer, Taken)
+    assert answer.earlier is None
 
 
 DOUBTFUL = [
@@ -203,13 +203,13 @@ def test_a_claim_released_before_its_doubt_is_published_counts_nothing(
 @pytest.mark.parametrize("hold", [False, True])
 def test_an_unpublished_doubt_becomes_uncertain_without_a_resend_left(hold: bool, max_resends: int) -> None:
     before = row("released", reason=IN_DOUBT, takeovers=1, doubts=1)
-    verdict, write = decide(before, claim(), NOW, LEASE, hold, max_resends)
+    answer, write = decide(before, claim(), NOW, LEASE, hold, max_resends)
     if hold or not max_resends:
-        assert verdict == Stored(before._replace(state="uncertain", owner=MINE, settled_at=NOW_US))
-        assert write == verdict.row
+        assert answer == Settled(before._replace(state="uncertain", owner=MINE, settled_at=NOW_US))
+        assert write == answer.row
     else:
-        assert isinstance(verdict, Taken)
-        assert (verdict.doubtful, verdict.row.doubts) == (True, 1)
+        assert isinstance(answer, Taken)
+        assert (answer.doubtful, answer.row.doubts) == (True, 1)
 
 
 @pytest.mark.parametrize("before", DOUBTFUL)
@@ -241,14 +241,14 @@ def test_a_repeated_claim_gets_the_same_answer(before: Delivery | None, hold: bo
 # --- cancels --------------------------------------------------------------------------------------
 
 CANCELS = {
-    "sent": "Stored Stored Stored",
+    "sent": "Settled Settled Settled",
     "sending, runs": "Stale Wait Wait",
     "sending, over": "Stale uncertain uncertain",
     "released": "Stale cancelled cancelled",
     "deferred": "Stale cancelled cancelled",
-    "failed": "Stale Stored cancelled",
-    "uncertain": "Stale Stored cancelled",
-    "cancelled": "Stale Stored cancelled",
+    "failed": "Stale Settled cancelled",
+    "uncertain": "Stale Settled cancelled",
+    "cancelled": "Stale Settled cancelled",
 }
 CANCEL_CELLS = [
     (state, epoch, expected)
@@ -261,16 +261,16 @@ CANCEL_CELLS = [
 @pytest.mark.parametrize(("state", "epoch", "expected"), CANCEL_CELLS)
 def test_every_cell_of_the_cancels_table(state: str, epoch: int, expected: str, hold: bool) -> None:
     before = found(state)
-    verdict, write = decide(before, Cancel(ID, epoch, MINE), NOW, LEASE, hold)
+    answer, write = decide(before, Cancel(ID, epoch, MINE), NOW, LEASE, hold)
     if expected in ("cancelled", "uncertain"):
-        assert isinstance(verdict, Stored)
-        assert write == verdict.row
-        assert (verdict.row.state, verdict.row.epoch) == (expected, epoch)
-        assert verdict.row.message_id == "<first@a.test>"
+        assert isinstance(answer, Settled)
+        assert write == answer.row
+        assert (answer.row.state, answer.row.epoch) == (expected, epoch)
+        assert answer.row.message_id == "<first@a.test>"
     else:
-        assert (kind(verdict), write) == (expected, None)
-        if isinstance(verdict, Stored):
-            assert verdict.row == before
+        assert (kind(answer), write) == (expected, None)
+        if isinstance(answer, Settled):
+            assert answer.row == before
 
 
 @pytest.mark.parametrize("doubt", [{"reason": IN_DOUBT}, {"takeovers": 1}])
@@ -279,19 +279,19 @@ def test_every_cell_of_the_cancels_table(state: str, epoch: int, expected: str, 
 def test_a_mail_that_was_ever_in_doubt_is_uncertain_when_cancelled(
     state: DeliveryState, doubt: dict[str, Any], hold: bool
 ) -> None:
-    verdict, write = decide(row(state, **doubt), Cancel(ID, 6, MINE), NOW, LEASE, hold)
-    assert isinstance(verdict, Stored)
-    assert write == verdict.row
+    answer, write = decide(row(state, **doubt), Cancel(ID, 6, MINE), NOW, LEASE, hold)
+    assert isinstance(answer, Settled)
+    assert write == answer.row
     assert (write.state, write.epoch, write.reason, write.owner) == ("uncertain", 6, IN_DOUBT, MINE)
 
 
 def test_a_cancelled_task_without_a_delivery_is_not_sent() -> None:
-    verdict, write = decide(None, Cancel(ID, 5, MINE), NOW, LEASE, hold=False)
-    assert isinstance(verdict, Stored)
+    answer, write = decide(None, Cancel(ID, 5, MINE), NOW, LEASE, hold=False)
+    assert isinstance(answer, Settled)
     assert write is not None
     assert (write.state, write.epoch) == ("cancelled", 5)
     after, _ = decide(write, claim(5, 1, THEIRS), NOW, LEASE, hold=False)
-    assert after == Stored(write)
+    assert after == Settled(write)
 
 
 # --- settlements ----------------------------------------------------------------------------------
@@ -333,20 +333,20 @@ def test_a_sent_row_stays_as_it_was_stored_first() -> None:
 def test_a_mail_in_doubt_is_resent_a_limited_number_of_times(max_resends: int) -> None:
     known, taken, now = None, -1, NOW
     for _ in range(max_resends + 3):
-        verdict, known = decide(known, claim(), now, LEASE, False, max_resends)
+        answer, known = decide(known, claim(), now, LEASE, False, max_resends)
         now += 2 * LEASE
-        if not isinstance(verdict, Taken):
+        if not isinstance(answer, Taken):
             break
         taken += 1
-        _, known = settlement(known, verdict.row._replace(state="released"))
-        verdict, known = decide(known, claim(), now, LEASE, False, max_resends)
-        assert isinstance(verdict, Taken), "given back, it costs no resend"
-        assert verdict.row.doubts == taken
-        known = verdict.row._replace(owner=THEIRS)
+        _, known = settlement(known, answer.row._replace(state="released"))
+        answer, known = decide(known, claim(), now, LEASE, False, max_resends)
+        assert isinstance(answer, Taken), "given back, it costs no resend"
+        assert answer.row.doubts == taken
+        known = answer.row._replace(owner=THEIRS)
         now += 2 * LEASE
     assert taken == max_resends
-    assert isinstance(verdict, Stored)
-    assert (verdict.row.state, verdict.row.reason) == ("uncertain", IN_DOUBT)
+    assert isinstance(answer, Settled)
+    assert (answer.row.state, answer.row.reason) == ("uncertain", IN_DOUBT)
 
 
 # --- histories ------------------------------------------------------------------------------------
@@ -383,24 +383,24 @@ class World:
     def claim(self, epoch: int, attempt: int) -> None:
         held = [until for _, until in self.live.values() if until > self.now]
         before = self.row
-        verdict, write = decide(self.row, claim(epoch, attempt, self.token()), self.now, LEASE, self.hold)
+        answer, write = decide(self.row, claim(epoch, attempt, self.token()), self.now, LEASE, self.hold)
         self.write(write)
-        if not isinstance(verdict, Taken):
+        if not isinstance(answer, Taken):
             return
         assert not held, "two claims at once without a lease that ran out between"
         assert not self.known_sent
-        assert not (self.hold and verdict.doubtful)
+        assert not (self.hold and answer.doubtful)
         if before is not None:
             assert (epoch, attempt) >= (before.epoch, before.attempt), (
                 "a record that was overtaken never sends"
             )
         assert epoch > self.cancelled_before_any_claim
-        self.live[verdict.row.owner] = (verdict, self.now + LEASE)
+        self.live[answer.row.owner] = (answer, self.now + LEASE)
 
     def cancel(self, epoch: int) -> None:
-        verdict, write = decide(self.row, Cancel(ID, epoch, self.token()), self.now, LEASE, self.hold)
+        answer, write = decide(self.row, Cancel(ID, epoch, self.token()), self.now, LEASE, self.hold)
         self.write(write)
-        if isinstance(verdict, Stored) and verdict.row.state == "cancelled":
+        if isinstance(answer, Settled) and answer.row.state == "cancelled":
             self.cancelled_before_any_claim = max(self.cancelled_before_any_claim, epoch)
 
     def renew(self, owner: bytes) -> None:

@@ -14,7 +14,7 @@ from postroad.v1 import events_pb2 as pb
 from services.cli.command import CommandContext
 from services.cli.dead_commands import _ask, _show_details
 from services.cli.errors import Failure
-from services.common.deliveries.decide import Claim, Delivery, DeliveryState, Stale, Stored, Taken, decide
+from services.common.deliveries.decide import Claim, Delivery, DeliveryState, Settled, Stale, Taken, decide
 from services.common.events import encode
 from services.common.kafka import headers
 from services.common.kafka.headers import LeftOut, parse_delayed_headers
@@ -248,7 +248,7 @@ def test_a_record_that_failed_at_a_retry_goes_to_a_delay_topic_as_that_attempt(
         # The attempt before it was deferred. This one failed before its claim.
         ("deferred", 1, Taken),
         # It was deferred again, and failed before it published that.
-        ("deferred", 0, Stored),
+        ("deferred", 0, Settled),
     ],
 )
 def test_the_sender_claims_a_redriven_retry(

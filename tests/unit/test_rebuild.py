@@ -17,8 +17,8 @@ from services.common.deliveries.decide import (
     Cancel,
     Claim,
     Delivery,
+    Settled,
     Settlement,
-    Stored,
     Taken,
     decide,
     settlement,
@@ -34,7 +34,7 @@ from services.common.operations.rebuild.folded_batch import (
     merge_facts,
     restored_delivery,
 )
-from services.sender.answers import takeover_event
+from services.sender.record_outcome import takeover_event
 from tests.event_strategies import events_of, mail_task
 from tests.forms import by_form
 
@@ -78,17 +78,17 @@ class Deliveries:
             self.take(Claim(ID, self.epoch, self.attempt, self.owner(), "<id@a.test>"))
 
     def take(self, request: Claim | Cancel) -> None:
-        verdict, new = decide(self.row, request, self.now, LEASE, self.hold)
+        answer, new = decide(self.row, request, self.now, LEASE, self.hold)
         self.row = new or self.row
-        if isinstance(verdict, Stored) and verdict.row.state != "cancelled":
-            self.events.append(event_of(verdict.row))
-        if not isinstance(verdict, Taken):
+        if isinstance(answer, Settled) and answer.row.state != "cancelled":
+            self.events.append(event_of(answer.row))
+        if not isinstance(answer, Taken):
             return
-        if verdict.earlier is not None:
-            self.events.append(event_of(verdict.earlier))
-        if verdict.doubtful:
-            self.events.append(takeover_event(verdict.row, self.now_us()))
-        self.send(verdict.row._replace(reason=""))
+        if answer.earlier is not None:
+            self.events.append(event_of(answer.earlier))
+        if answer.doubtful:
+            self.events.append(takeover_event(answer.row, self.now_us()))
+        self.send(answer.row._replace(reason=""))
 
     def send(self, row: Delivery) -> None:
         how = self.rng.choice(["sent", "failed", "deferred", "deferred", "doubt", "died"])
@@ -151,12 +151,12 @@ def test_a_takeover_without_an_outcome_is_in_doubt_again() -> None:
     assert facts is not None
     row = restored_delivery(facts, START)
     assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NO_OWNER, 2, START)
-    verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False, max_resends=3)
-    assert isinstance(verdict, Taken)
-    assert verdict.doubtful
-    verdict, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=True)
-    assert isinstance(verdict, Stored)
-    assert verdict.row.state == "uncertain"
+    answer, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False, max_resends=3)
+    assert isinstance(answer, Taken)
+    assert answer.doubtful
+    answer, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=True)
+    assert isinstance(answer, Settled)
+    assert answer.row.state == "uncertain"
 
 
 def test_a_failed_domain_restores_the_row_of_the_status_stage() -> None:

@@ -27,7 +27,7 @@ from services.common.deliveries.decide import (
     Cancel,
     Claim,
     Delivery,
-    Stored,
+    Settled,
     Taken,
     Wait,
     decide,
@@ -252,11 +252,11 @@ class Task:
     def handle(self, record: tuple[int, int]) -> None:
         self.number += 1
         before = self.delivery
-        verdict, row = decide(before, claim(*record, self.number), self.clock, LEASE, True)
-        if isinstance(verdict, Taken):
+        answer, row = decide(before, claim(*record, self.number), self.clock, LEASE, True)
+        if isinstance(answer, Taken):
             over = before is not None and before.state in ("failed", "uncertain", "cancelled", "sent")
             self.taken_unasked += over and not self.wanted
-        elif isinstance(verdict, Stored) and row is not None:
+        elif isinstance(answer, Settled) and row is not None:
             self._over()
         self.delivery = row or self.delivery
 
@@ -292,8 +292,8 @@ class Task:
     def cancel(self) -> None:
         self.number += 1
         request = Cancel(ID, self.row.epoch, self.number.to_bytes(16, "big"))
-        verdict, row = decide(self.delivery, request, self.clock, LEASE, True)
-        if isinstance(verdict, Wait):
+        answer, row = decide(self.delivery, request, self.clock, LEASE, True)
+        if isinstance(answer, Wait):
             return
         self.delivery = row or self.delivery
         if row is not None:
@@ -417,8 +417,8 @@ def test_a_stuck_task_is_claimed_again(state: Any, attempt: int) -> None:
         row = Delivery(ID, state, 5, attempt, 0, b"x" * 16, NOW, 0, due, "", "", "", "<m@x>")
     delivery = row and StoredDelivery(row.state, row.epoch, row.attempt, row.next_attempt_at, row.reason)
     decision = ask(combine(TaskState("processing", "", 5), delivery), epoch=0)
-    verdict, _ = decide(row, claim(decision.epoch, decision.attempt or 1, 1), NOW + LEASE, LEASE, False)
-    assert isinstance(verdict, Taken)
+    answer, _ = decide(row, claim(decision.epoch, decision.attempt or 1, 1), NOW + LEASE, LEASE, False)
+    assert isinstance(answer, Taken)
 
 
 # --- the records ---

@@ -11,8 +11,8 @@ from services.common.deliveries.decide import IN_DOUBT, Delivery
 from services.common.deliveries.outcome import event_of
 from services.common.events import event_key
 from services.common.stage.types import Done, Retry
-from services.sender.answers import answer, takeover_event
 from services.sender.policy import Policy
+from services.sender.record_outcome import record_outcome, takeover_event
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
 
 ID = bytes(range(16))
@@ -137,7 +137,7 @@ def test_replies_and_relays_fit_their_columns() -> None:
 
 def test_the_events_of_sent_and_failed_rows_have_all_their_columns() -> None:
     row = settled(Sent("250 ok", "r:25"), attempt=3)
-    assert answer(row, DELAYS, NOW_MS) == Done(
+    assert record_outcome(row, DELAYS, NOW_MS) == Done(
         [
             pb.MailSent(
                 id=ID,
@@ -150,8 +150,8 @@ def test_the_events_of_sent_and_failed_rows_have_all_their_columns() -> None:
             )
         ]
     )
-    failed = answer(settled(REFUSED), DELAYS, NOW_MS)
-    uncertain = answer(settled(SILENT, policy=HOLD), DELAYS, NOW_MS)
+    failed = record_outcome(settled(REFUSED), DELAYS, NOW_MS)
+    uncertain = record_outcome(settled(SILENT, policy=HOLD), DELAYS, NOW_MS)
     assert isinstance(failed, Done)
     assert isinstance(uncertain, Done)
     [event], [doubt] = failed.events, uncertain.events
@@ -164,7 +164,7 @@ def test_the_events_of_sent_and_failed_rows_have_all_their_columns() -> None:
 
 def test_a_deferred_record_comes_back_at_its_rows_time() -> None:
     row = settled(GREYLISTED, attempt=2)
-    retry = answer(row, DELAYS, NOW_MS)
+    retry = record_outcome(row, DELAYS, NOW_MS)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms * 1000) == (300, row.next_attempt_at)
     assert retry.cause == "deferred 451 4.7.1 later"
@@ -176,22 +176,22 @@ def test_a_deferred_record_comes_back_at_its_rows_time() -> None:
 
 def test_an_overdue_record_comes_back_at_once() -> None:
     row = settled(GREYLISTED, attempt=3)
-    retry = answer(row, DELAYS, NOW_MS + 10**9)
+    retry = record_outcome(row, DELAYS, NOW_MS + 10**9)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms) == (60, row.next_attempt_at // 1000)
 
 
 def test_shorter_delays_bring_forward_records_of_longer_ones() -> None:
-    retry = answer(settled(GREYLISTED, attempt=3), (2, 5), NOW_MS)
+    retry = record_outcome(settled(GREYLISTED, attempt=3), (2, 5), NOW_MS)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms) == (5, NOW_MS + 5500)
 
 
 def test_a_cancelled_row_has_no_event_and_a_claimed_one_no_outcome() -> None:
-    assert answer(CLAIMED._replace(state="cancelled"), DELAYS, NOW_MS) == Done()
+    assert record_outcome(CLAIMED._replace(state="cancelled"), DELAYS, NOW_MS) == Done()
     for state in ("sending", "released"):
         with pytest.raises(ValueError, match=state):
-            answer(CLAIMED._replace(state=state), DELAYS, NOW_MS)
+            record_outcome(CLAIMED._replace(state=state), DELAYS, NOW_MS)
 
 
 def test_the_doubts_of_one_attempt_are_events_of_their_own() -> None:

@@ -104,7 +104,7 @@ class World:
             composer=Composer("shop@a.test"),
             policy=Policy(DELAYS, 86400, self.claims.hold, self.claims.max_resends),
             claim_slots=Slots(claim_slots, 0),
-            sessions=Slots(sessions or claim_slots, 0),
+            session_slots=Slots(sessions or claim_slots, 0),
             publish=self.publish,
             owner=owner_tokens(),
             handover=self.handover,
@@ -125,9 +125,9 @@ class World:
 
     def someone_claims(self, epoch: int = 0, attempt: int = 1) -> Delivery:
         """Have another process claim the task."""
-        [verdict] = self.claims.claim([Claim(ID, epoch, attempt, random.randbytes(16), MESSAGE_ID)])
-        assert isinstance(verdict, Taken)
-        return verdict.row
+        [answer] = self.claims.claim([Claim(ID, epoch, attempt, random.randbytes(16), MESSAGE_ID)])
+        assert isinstance(answer, Taken)
+        return answer.row
 
 
 def mx_ok(attempt: int = 1, epoch: int = 0, **task: Any) -> Record:
@@ -1095,7 +1095,10 @@ async def test_most_of_72_mails_to_a_silent_domain_are_shed_without_saturation(
         return SENT
 
     world = build(*[hang] * 15, *[SENT] * 16)
-    world.sender._claim_slots, world.sender._sessions = Slots(80, 60, saturated=lambda: False), Slots(20, 15)
+    world.sender._claim_slots, world.sender._session_slots = (
+        Slots(80, 60, saturated=lambda: False),
+        Slots(20, 15),
+    )
     ids = [number.to_bytes(16, "big") for number in range(1, 74)]
     records = [mx_ok(id=id_, domain="hangs.test") for id_ in ids[:72]]
     tasks = [asyncio.ensure_future(world.sender.handle(record)) for record in records]
@@ -1121,7 +1124,7 @@ async def test_a_claimed_mail_does_not_wait_for_a_stalled_domains_sessions(
     monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.05)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     world = build()
-    world.sender._sessions = sessions = Slots(2, 1)
+    world.sender._session_slots = sessions = Slots(2, 1)
     await sessions.acquire("b.test")
     first = asyncio.ensure_future(sessions.acquire("b.test"))
     claimed = asyncio.ensure_future(world.handle(mx_ok(attempt=2)))

@@ -5,25 +5,25 @@ A claim is compared with a row by (epoch, attempt). The answers to a Claim:
 | row's state            | claim is older | same            | later attempt   | later epoch     |
 | ---------------------- | -------------- | --------------- | --------------- | --------------- |
 | none                   | Taken          | Taken           | Taken           | Taken           |
-| `sent`                 | Stored         | Stored          | Stored          | Stored          |
+| `sent`                 | Settled        | Settled         | Settled         | Settled         |
 | `sending`, lease runs  | Stale          | Wait            | Wait            | Wait            |
 | `sending`, lease over  | Stale          | in doubt        | in doubt        | in doubt        |
 | `released`             | Stale          | Taken           | Taken           | Taken           |
 | `released`, doubtful   | Stale          | in doubt        | in doubt        | in doubt        |
-| `deferred`             | Stale          | Stored          | Taken           | Taken           |
-| `failed`               | Stale          | Stored          | Stored          | Taken           |
-| `uncertain`            | Stale          | Stored          | Stored          | Taken           |
-| `cancelled`            | Stale          | Stored          | Stored          | Taken           |
+| `deferred`             | Stale          | Settled         | Taken           | Taken           |
+| `failed`               | Stale          | Settled         | Settled         | Taken           |
+| `uncertain`            | Stale          | Settled         | Settled         | Taken           |
+| `cancelled`            | Stale          | Settled         | Settled         | Taken           |
 
 In doubt: the last owner is gone and may have handed the mail over. While the epoch has a resend left, the
 claim takes the row (`Taken` with `doubtful`). Otherwise the row becomes `uncertain`, and the answer is
-Stored. The policy `hold` allows no resends.
+Settled. The policy `hold` allows no resends.
 
 Doubtful: the row's reason is `in_doubt`. A claim counts the doubt that it finds, and its row keeps that
 reason until the doubt is published. If the claim is released before, the next claim finds the same doubt
 and does not count it again.
 
-Stored: the handler publishes the row's outcome once more, since its sender may have died before it did.
+Settled: the handler publishes the row's outcome once more, since its sender may have died before it did.
 Stale: a later record has overtaken this one and will publish the outcome, so there is nothing to do. `sent`
 is the answer to every claim, since it is true in every epoch.
 
@@ -32,11 +32,11 @@ The answers to a Cancel of epoch e, which compares only epochs:
 | row's state                             | row's epoch > e | = e             | < e                |
 | --------------------------------------- | --------------- | --------------- | ------------------ |
 | none                                    | -               | now cancelled   | now cancelled      |
-| `sent`                                  | Stored          | Stored          | Stored             |
+| `sent`                                  | Settled         | Settled         | Settled            |
 | `sending`, lease runs                   | Stale           | Wait            | Wait               |
 | `sending`, lease over                   | Stale           | now uncertain   | now uncertain      |
 | `released`, `deferred`                  | Stale           | now cancelled*  | now cancelled*     |
-| `failed`, `uncertain`, `cancelled`      | Stale           | Stored          | now cancelled*     |
+| `failed`, `uncertain`, `cancelled`      | Stale           | Settled         | now cancelled*     |
 
 A Cancel waits for a running claim, since that may end as `deferred`, and then the next attempt must not send.
 
@@ -51,6 +51,7 @@ from enum import Enum
 from typing import Literal, NamedTuple
 
 from services.common.database.times import to_micros
+from services.common.statuses import ENDED_WITHOUT_MAIL
 
 __all__ = [
     "IN_DOUBT",
@@ -62,9 +63,9 @@ __all__ = [
     "ClaimAnswer",
     "Delivery",
     "DeliveryState",
+    "Settled",
     "Settlement",
     "Stale",
-    "Stored",
     "Taken",
     "Wait",
     "decide",
@@ -147,8 +148,8 @@ class Wait(NamedTuple):
     seconds: float
 
 
-class Stored(NamedTuple):
-    """The row has its outcome: publish that."""
+class Settled(NamedTuple):
+    """The row is settled: publish its outcome."""
 
     row: Delivery
 
@@ -157,7 +158,7 @@ class Stale(NamedTuple):
     """A later record of the task has overtaken this one."""
 
 
-ClaimAnswer = Taken | Wait | Stored | Stale
+ClaimAnswer = Taken | Wait | Settled | Stale
 
 
 def initial_row(request: Claim | Cancel, lease_until: datetime) -> Delivery:
@@ -215,7 +216,7 @@ def decide(  # noqa: PLR0917
         new = initial_row(request, until)
         return Taken(new), new
     if row.state == "sent":
-        return Stored(row), None
+        return Settled(row), None
     if row.state == "sending" and row.owner == request.owner:
         new = row._replace(lease_until=until)
         return Taken(new, doubtful=row.reason == IN_DOUBT), new
@@ -227,7 +228,7 @@ def decide(  # noqa: PLR0917
         new = _taken(row, request, until)
         if not may_resend(new.doubts, hold, max_resends):
             new = _uncertain(row, request.epoch, request.attempt, request.owner, now)
-            return Stored(new), new
+            return Settled(new), new
         return Taken(new, doubtful=True), new
     free = (
         row.state == "released"
@@ -235,7 +236,7 @@ def decide(  # noqa: PLR0917
         or (row.state == "deferred" and request.attempt > row.attempt)
     )
     if not free:
-        return Stored(row), None
+        return Settled(row), None
     new = _taken(row, request, until)
     return Taken(new, earlier=row if row.reason == IN_DOUBT else None), new
 
@@ -264,23 +265,23 @@ def _cancel(
 ) -> tuple[ClaimAnswer, Delivery | None]:
     if row is None:
         new = initial_row(request, now)
-        return Stored(new), new
+        return Settled(new), new
     if row.state == "sent":
-        return Stored(row), None
+        return Settled(row), None
     if row.epoch > request.epoch:
         return Stale(), None
     if row.state == "sending":
         if row.lease_until > now or not take_over:
             return _wait(row, now), None
         new = _uncertain(row, request.epoch, row.attempt, request.owner, now)
-        return Stored(new), new
-    if row.epoch == request.epoch and row.state in ("failed", "uncertain", "cancelled"):
-        return Stored(row), None
+        return Settled(new), new
+    if row.epoch == request.epoch and row.state in ENDED_WITHOUT_MAIL:
+        return Settled(row), None
     if row.takeovers or row.reason == IN_DOUBT:
         new = _uncertain(row, request.epoch, row.attempt, request.owner, now)
     else:
         new = row._replace(state="cancelled", epoch=request.epoch, owner=request.owner)
-    return Stored(new), new
+    return Settled(new), new
 
 
 def _taken(row: Delivery, claim: Claim, until: datetime) -> Delivery:

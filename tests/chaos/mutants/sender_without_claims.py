@@ -12,8 +12,8 @@ from services.common.deliveries.decide import (
     Claim,
     ClaimAnswer,
     Delivery,
+    Settled,
     Settlement,
-    Stored,
     Taken,
     initial_row,
 )
@@ -25,7 +25,7 @@ __all__: list[str] = []
 def _claim(_: Claims, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]:
     rows = [initial_row(request, datetime.max) for request in requests]
     since = time.monotonic()
-    return [Taken(row, since=since) if row.state == "sending" else Stored(row) for row in rows]
+    return [Taken(row, since=since) if row.state == "sending" else Settled(row) for row in rows]
 
 
 def _settle(_: Claims, settled: Sequence[Delivery]) -> list[Settlement]:

@@ -18,8 +18,8 @@ __all__ = [
     "Conversation",
     "Script",
     "ScriptedServer",
-    "outcome_of",
     "pool_for",
+    "result_of",
     "scripted",
     "send",
     "until",
@@ -219,6 +219,6 @@ async def send(
     return await pool.send(FROM, TO, message, guard)
 
 
-async def outcome_of(script: Script, message: bytes = MESSAGE, **settings: Any) -> SendResult:
+async def result_of(script: Script, message: bytes = MESSAGE, **settings: Any) -> SendResult:
     async with scripted(script) as server, pool_for(server, **settings) as pool:
         return await send(pool, message)

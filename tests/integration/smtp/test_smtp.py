@@ -9,8 +9,8 @@ from tests.integration.smtp.script import (
     MESSAGE,
     TO,
     Conversation,
-    outcome_of,
     pool_for,
+    result_of,
     scripted,
     send,
 )
@@ -31,10 +31,10 @@ async def test_one_command_at_a_time_without_pipelining() -> None:
         await c.say("250 2.0.0 queued as 1")
         await c.ended()
 
-    outcome = await outcome_of(script)
-    assert isinstance(outcome, Sent)
-    assert outcome.reply == "250 2.0.0 queued as 1"
-    assert outcome.relay.startswith("127.0.0.1:")
+    result = await result_of(script)
+    assert isinstance(result, Sent)
+    assert result.reply == "250 2.0.0 queued as 1"
+    assert result.relay.startswith("127.0.0.1:")
 
 
 async def test_the_envelope_goes_in_one_with_pipelining() -> None:
@@ -45,7 +45,7 @@ async def test_the_envelope_goes_in_one_with_pipelining() -> None:
         assert c.heard[1:4] == [f"MAIL FROM:<{FROM}>".encode(), f"RCPT TO:<{TO}>".encode(), b"DATA"]
         await c.ended()
 
-    assert isinstance(await outcome_of(script), Sent)
+    assert isinstance(await result_of(script), Sent)
 
 
 async def test_replies_in_single_bytes_and_many_lines() -> None:
@@ -59,9 +59,9 @@ async def test_replies_in_single_bytes_and_many_lines() -> None:
         await c.slowly("250-2.0.0 queued", "250 2.0.0 as 1")
         await c.ended()
 
-    outcome = await outcome_of(script)
-    assert isinstance(outcome, Sent)
-    assert outcome.reply == "250 2.0.0 queued 2.0.0 as 1"
+    result = await result_of(script)
+    assert isinstance(result, Sent)
+    assert result.reply == "250 2.0.0 queued 2.0.0 as 1"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ async def test_dots_are_doubled(message: bytes, sent: bytes) -> None:
         assert await c.mail() == sent
         await c.ended()
 
-    assert isinstance(await outcome_of(script, message), Sent)
+    assert isinstance(await result_of(script, message), Sent)
 
 
 async def test_a_large_message_arrives_whole() -> None:
@@ -90,7 +90,7 @@ async def test_a_large_message_arrives_whole() -> None:
         assert (await c.mail()).replace(b"\r\n..", b"\r\n.") == message
         await c.ended()
 
-    assert isinstance(await outcome_of(script, message), Sent)
+    assert isinstance(await result_of(script, message), Sent)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,10 @@ async def test_a_refused_envelope_leaves_the_session_usable(
         await c.ended()
 
     async with scripted(script) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, Rejected)
-        assert outcome.reply.startswith(expected.reply)
-        assert (outcome.phase, outcome.permanent, outcome.retry_after) == (
+        result = await send(pool)
+        assert isinstance(result, Rejected)
+        assert result.reply.startswith(expected.reply)
+        assert (result.phase, result.permanent, result.retry_after) == (
             expected.phase,
             expected.permanent,
             expected.retry_after,

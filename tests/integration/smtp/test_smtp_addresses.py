@@ -61,14 +61,14 @@ async def test_a_silent_address_costs_a_moment_once_and_is_remembered(
             resolved(pool, DEAD, GOOD)
             made = tries(monkeypatch)
             begun = asyncio.get_running_loop().time()
-            outcomes = await asyncio.gather(*(send(pool) for _ in range(20)))
-            assert {type(outcome) for outcome in outcomes} == {Sent}
+            results = await asyncio.gather(*(send(pool) for _ in range(20)))
+            assert {type(result) for result in results} == {Sent}
             assert asyncio.get_running_loop().time() - begun < 4
             assert DEAD in made
             await until(lambda: pool.state.idle == 0)
             made.clear()
-            outcomes = await asyncio.gather(*(send(pool) for _ in range(5)))
-            assert {type(outcome) for outcome in outcomes} == {Sent}
+            results = await asyncio.gather(*(send(pool) for _ in range(5)))
+            assert {type(result) for result in results} == {Sent}
             assert made
             assert DEAD not in made
 
@@ -95,9 +95,9 @@ async def test_an_address_whose_server_gives_no_session_comes_last_from_then_on(
         other = ScriptedServer((closed,))
         listener = await asyncio.start_server(other.serve, OTHER, server.port)
         resolved(pool, OTHER, GOOD)
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.cause) == (Phase.CONNECT, "554 closed for today")
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert (result.phase, result.cause) == (Phase.CONNECT, "554 closed for today")
         await asyncio.wait_for(pool.wait_available(), 5)
         assert isinstance(await send(pool), Sent)
         assert other.connections == 1

@@ -84,9 +84,9 @@ async def send(pool: SmtpPool, to: str = "ann@example.net", message: bytes = MES
 async def test_mail_with_starttls_and_auth(certificates: Certificates, mechanism: str | None) -> None:
     async with serving(certificates, auth_required=True) as (catcher, port):
         pool = pool_to(port, certificates, "correct horse", mechanism=mechanism)
-        outcomes = await asyncio.gather(*(send(pool) for _ in range(20)))
+        results = await asyncio.gather(*(send(pool) for _ in range(20)))
         await pool.close()
-    assert {type(outcome) for outcome in outcomes} == {Sent}
+    assert {type(result) for result in results} == {Sent}
     assert pool.state.opened == 2
     assert [envelope.original_content for envelope in catcher.envelopes] == [MESSAGE] * 20
     assert {envelope.mail_from for envelope in catcher.envelopes} == {FROM}
@@ -95,19 +95,19 @@ async def test_mail_with_starttls_and_auth(certificates: Certificates, mechanism
 async def test_a_wrong_password(certificates: Certificates) -> None:
     async with serving(certificates, auth_required=True) as (_, port):
         pool = pool_to(port, certificates, "wrong")
-        outcome = await send(pool)
+        result = await send(pool)
         await pool.close()
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.AUTH, True)
 
 
 async def test_auth_is_required_and_there_are_no_credentials(certificates: Certificates) -> None:
     async with serving(certificates, auth_required=True) as (_, port):
         pool = pool_to(port, certificates)
-        outcome = await send(pool)
+        result = await send(pool)
         await pool.close()
-    assert isinstance(outcome, NotSent)
-    assert outcome.spares_attempt
+    assert isinstance(result, NotSent)
+    assert result.spares_attempt
 
 
 async def test_refusals_leave_the_session_usable(certificates: Certificates) -> None:

@@ -12,8 +12,8 @@ from tests.integration.smtp.script import (
     QUICK,
     Conversation,
     Script,
-    outcome_of,
     pool_for,
+    result_of,
     scripted,
     send,
 )
@@ -27,7 +27,7 @@ HASTY_BLOCK = Timeouts(connect=5, command=5, data=5, block=0.3 - len(HUGE) / 10_
 
 
 async def reused(script: Script) -> tuple[SendResult, int]:
-    """Return the outcome of a session's second mail, with ``script`` as its server, and the number of
+    """Return the result of a session's second mail, with ``script`` as its server, and the number of
     connections."""
 
     async def first(c: Conversation) -> None:
@@ -42,8 +42,8 @@ async def reused(script: Script) -> tuple[SendResult, int]:
 
     async with scripted(first, second) as server, pool_for(server) as pool:
         assert isinstance(await send(pool), Sent)
-        outcome = await send(pool)
-        return outcome, server.connections
+        result = await send(pool)
+        return result, server.connections
 
 
 def answering(*replies: str, then: Callable[[Conversation], None] | None = None) -> Script:
@@ -69,16 +69,16 @@ def answering(*replies: str, then: Callable[[Conversation], None] | None = None)
 async def test_lost_in_the_envelope(
     end: Callable[[Conversation], None], replies: list[str], phase: Phase
 ) -> None:
-    outcome = await outcome_of(answering(*replies, then=end))
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (phase, False)
+    result = await result_of(answering(*replies, then=end))
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (phase, False)
 
 
 @pytest.mark.parametrize("end", [Conversation.close, Conversation.reset])
 async def test_lost_waiting_for_the_354(end: Callable[[Conversation], None]) -> None:
-    outcome = await outcome_of(answering("250 ok", "250 ok", then=end))
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.DATA, False)
+    result = await result_of(answering("250 ok", "250 ok", then=end))
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.DATA, False)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ async def test_lost_waiting_for_the_354(end: Callable[[Conversation], None]) -> 
 async def test_a_refusal_counts_though_the_session_is_lost_after_it(
     replies: list[str], reply: str, permanent: bool
 ) -> None:
-    outcome = await outcome_of(answering(*replies, then=Conversation.close))
-    assert isinstance(outcome, Rejected)
-    assert (outcome.reply, outcome.permanent) == (reply, permanent)
+    result = await result_of(answering(*replies, then=Conversation.close))
+    assert isinstance(result, Rejected)
+    assert (result.reply, result.permanent) == (reply, permanent)
 
 
 @pytest.mark.parametrize(
@@ -105,19 +105,19 @@ async def test_a_refusal_counts_though_the_session_is_lost_after_it(
 )
 async def test_421_is_transient_and_ends_the_session(replies: list[str], phase: Phase) -> None:
     async with scripted(answering(*replies)) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, Rejected)
-        assert (outcome.phase, outcome.permanent) == (phase, False)
-        assert outcome.reply == "421 4.3.2 shutting down"
+        result = await send(pool)
+        assert isinstance(result, Rejected)
+        assert (result.phase, result.permanent) == (phase, False)
+        assert result.reply == "421 4.3.2 shutting down"
         assert pool.state.idle == 0
         # The pool tried it again on a new session.
         assert server.connections == 2
 
 
 async def test_a_demand_for_auth_spares_the_attempt() -> None:
-    outcome = await outcome_of(answering("530 5.7.0 Authentication required", "503 no", "503 no"))
-    assert isinstance(outcome, NotSent)
-    assert outcome.spares_attempt
+    result = await result_of(answering("530 5.7.0 Authentication required", "503 no", "503 no"))
+    assert isinstance(result, NotSent)
+    assert result.spares_attempt
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ async def test_a_demand_for_auth_spares_the_attempt() -> None:
 )
 async def test_answers_out_of_step_end_the_session(replies: list[str]) -> None:
     async with scripted(answering(*replies)) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert not outcome.spares_attempt
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert not result.spares_attempt
         assert pool.state.idle == pool.state.busy == 0
 
 
@@ -144,9 +144,9 @@ async def test_answers_out_of_step_end_the_session(replies: list[str]) -> None:
     [([], Phase.ENVELOPE), (["250 ok"], Phase.ENVELOPE), (["250 ok", "250 ok"], Phase.DATA)],
 )
 async def test_a_hang_in_the_envelope(replies: list[str], phase: Phase) -> None:
-    outcome = await outcome_of(answering(*replies), timeouts=HASTY)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.cause, outcome.spares_attempt) == (phase, "timed out", False)
+    result = await result_of(answering(*replies), timeouts=HASTY)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.cause, result.spares_attempt) == (phase, "timed out", False)
 
 
 # --- A session that was idle
@@ -156,8 +156,8 @@ async def test_an_idle_session_that_the_server_closed_is_not_used() -> None:
     async def close(c: Conversation) -> None:
         c.close()
 
-    outcome, connections = await reused(close)
-    assert isinstance(outcome, Sent)
+    result, connections = await reused(close)
+    assert isinstance(result, Sent)
     assert connections == 2
 
 
@@ -166,8 +166,8 @@ async def test_an_idle_session_that_got_421_is_not_used() -> None:
         await c.say("421 4.4.2 timeout")
         await c.ended()
 
-    outcome, connections = await reused(timeout)
-    assert isinstance(outcome, Sent)
+    result, connections = await reused(timeout)
+    assert isinstance(result, Sent)
     assert connections == 2
 
 
@@ -177,8 +177,8 @@ async def test_421_to_mail_on_a_used_session_is_tried_again_at_once() -> None:
         await c.say("421 4.7.0 too many messages in this session")
         await c.ended()
 
-    outcome, connections = await reused(too_many)
-    assert isinstance(outcome, Sent)
+    result, connections = await reused(too_many)
+    assert isinstance(result, Sent)
     assert connections == 2
 
 
@@ -190,8 +190,8 @@ async def test_the_end_at_mail_on_a_used_session_is_tried_again_at_once(
         await c.expect("MAIL FROM:")
         end(c)
 
-    outcome, connections = await reused(drop)
-    assert isinstance(outcome, Sent)
+    result, connections = await reused(drop)
+    assert isinstance(result, Sent)
     assert connections == 2
 
 
@@ -221,11 +221,11 @@ async def test_a_refusal_as_out_of_sequence_never_concerns_the_mail() -> None:
         await c.say("503 5.5.1 nested MAIL command", "250 ok", "503 no")
         await c.ended()
 
-    outcome, connections = await reused(nested)
-    assert isinstance(outcome, Sent)
+    result, connections = await reused(nested)
+    assert isinstance(result, Sent)
     assert connections == 2
 
-    fresh = await outcome_of(answering("503 authenticate first", "503 no", "503 no"))
+    fresh = await result_of(answering("503 authenticate first", "503 no", "503 no"))
     assert isinstance(fresh, NotSent)
     assert fresh.spares_attempt
 
@@ -236,8 +236,8 @@ async def test_a_loss_after_mail_on_a_used_session_is_not_retried() -> None:
         await c.say("250 ok")
         c.close()
 
-    outcome, connections = await reused(drop)
-    assert isinstance(outcome, NotSent)
+    result, connections = await reused(drop)
+    assert isinstance(result, NotSent)
     assert connections == 1
 
 
@@ -251,9 +251,9 @@ async def test_a_loss_while_the_message_is_still_buffered_is_not_sent() -> None:
         assert await c.line()
         c.reset()
 
-    outcome = await outcome_of(script, HUGE)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.DATA, False)
+    result = await result_of(script, HUGE)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.DATA, False)
 
 
 async def test_no_byte_leaves_once_the_mail_counts_as_not_sent() -> None:
@@ -266,8 +266,8 @@ async def test_no_byte_leaves_once_the_mail_counts_as_not_sent() -> None:
         c.half_close()
         received.append(await c.drained())
 
-    outcome = await outcome_of(script, HUGE)
-    assert isinstance(outcome, NotSent)
+    result = await result_of(script, HUGE)
+    assert isinstance(result, NotSent)
     assert received[0] < len(HUGE) - 200
 
 
@@ -280,9 +280,9 @@ async def test_a_server_that_stops_reading_is_not_sent() -> None:
         await reading.wait()
 
     async with scripted(script) as server, pool_for(server, timeouts=HASTY_BLOCK) as pool:
-        outcome = await send(pool, HUGE)
-        assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.cause) == (Phase.DATA, "timed out")
+        result = await send(pool, HUGE)
+        assert isinstance(result, NotSent)
+        assert (result.phase, result.cause) == (Phase.DATA, "timed out")
         reading.set()
 
 
@@ -298,9 +298,9 @@ async def test_a_refusal_in_the_middle_of_the_message(reply: str, permanent: boo
         await c.say(reply)
         await c.drained()
 
-    outcome = await outcome_of(script, HUGE)
-    assert isinstance(outcome, Rejected)
-    assert (outcome.phase, outcome.reply, outcome.permanent) == (Phase.DATA, reply, permanent)
+    result = await result_of(script, HUGE)
+    assert isinstance(result, Rejected)
+    assert (result.phase, result.reply, result.permanent) == (Phase.DATA, reply, permanent)
 
 
 async def test_a_250_in_the_middle_of_the_message_is_no_acceptance() -> None:
@@ -311,9 +311,9 @@ async def test_a_250_in_the_middle_of_the_message_is_no_acceptance() -> None:
         await c.say("250 got it, honestly")
         await c.drained()
 
-    outcome = await outcome_of(script, HUGE)
-    assert isinstance(outcome, NotSent)
-    assert outcome.phase is Phase.DATA
+    result = await result_of(script, HUGE)
+    assert isinstance(result, NotSent)
+    assert result.phase is Phase.DATA
 
 
 @pytest.mark.parametrize("end", [Conversation.close, Conversation.reset])
@@ -324,7 +324,7 @@ async def test_lost_after_the_dot_is_in_doubt(end: Callable[[Conversation], None
         await c.message()
         end(c)
 
-    assert isinstance(await outcome_of(script), InDoubt)
+    assert isinstance(await result_of(script), InDoubt)
 
 
 async def test_a_hang_after_the_dot_is_in_doubt() -> None:
@@ -334,10 +334,10 @@ async def test_a_hang_after_the_dot_is_in_doubt() -> None:
         await c.message()
         await c.ended()
 
-    outcome = await outcome_of(script, timeouts=HASTY)
-    assert isinstance(outcome, InDoubt)
-    assert outcome.cause == "timed out"
-    assert outcome.relay.startswith("127.0.0.1:")
+    result = await result_of(script, timeouts=HASTY)
+    assert isinstance(result, InDoubt)
+    assert result.cause == "timed out"
+    assert result.relay.startswith("127.0.0.1:")
 
 
 @pytest.mark.parametrize("answer", ["hello", "354 go on", "2500 ok"])
@@ -349,7 +349,7 @@ async def test_no_clear_answer_after_the_dot_is_in_doubt(answer: str) -> None:
         await c.say(answer)
         c.close()
 
-    assert isinstance(await outcome_of(script), InDoubt)
+    assert isinstance(await result_of(script), InDoubt)
 
 
 @pytest.mark.parametrize(
@@ -378,12 +378,12 @@ async def test_refused_after_the_dot(answer: str, permanent: bool, retry_after: 
         await c.ended()
 
     async with scripted(script) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, Rejected)
+        result = await send(pool)
+        assert isinstance(result, Rejected)
         if not answer.startswith("421"):
             assert isinstance(await send(pool), Sent)
-    assert outcome.phase is Phase.AFTER_DOT
-    assert (outcome.reply, outcome.permanent, outcome.retry_after) == (answer, permanent, retry_after)
+    assert result.phase is Phase.AFTER_DOT
+    assert (result.reply, result.permanent, result.retry_after) == (answer, permanent, retry_after)
 
 
 @pytest.mark.parametrize("more", ["421 4.3.2 shutting down", "garbage"])
@@ -396,9 +396,9 @@ async def test_a_250_counts_whatever_comes_with_it(more: str) -> None:
         await c.ended()
 
     async with scripted(script) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, Sent)
-        assert outcome.reply == "250 queued"
+        result = await send(pool)
+        assert isinstance(result, Sent)
+        assert result.reply == "250 queued"
         assert pool.state.idle == 0
 
 
@@ -528,9 +528,9 @@ async def cut_off(script: Script, ready: asyncio.Event, message: bytes = MESSAGE
             await sending
         assert caught.value.rest is not None
         caught.value.rest.cancel()
-        outcome = await caught.value.rest
+        result = await caught.value.rest
         assert pool.state.idle == pool.state.busy == 0
-        return outcome
+        return result
 
 
 async def test_aborted_while_the_message_is_still_buffered() -> None:
@@ -543,9 +543,9 @@ async def test_aborted_while_the_message_is_still_buffered() -> None:
         ready.set()
         await c.drained()
 
-    outcome = await cut_off(script, ready, HUGE)
-    assert isinstance(outcome, NotSent)
-    assert outcome.phase is Phase.DATA
+    result = await cut_off(script, ready, HUGE)
+    assert isinstance(result, NotSent)
+    assert result.phase is Phase.DATA
 
 
 async def test_aborted_after_the_dot_is_in_doubt() -> None:

@@ -18,8 +18,8 @@ from tests.integration.smtp.script import (
     TO,
     Conversation,
     Script,
-    outcome_of,
     pool_for,
+    result_of,
     scripted,
     send,
 )
@@ -39,15 +39,15 @@ def other_name(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 async def refusal_of(script: Script, **settings: Any) -> NotSent:
-    """Return the outcome, a NotSent that spares the attempt. The pool must be down, and no secret shown."""
+    """Return the result, a NotSent that spares the attempt. The pool must be down, and no secret shown."""
     async with scripted(script) as server, pool_for(server, **settings) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent), outcome
-        assert outcome.spares_attempt
+        result = await send(pool)
+        assert isinstance(result, NotSent), result
+        assert result.spares_attempt
         assert not pool.available
-        assert pool.state.trouble == outcome
-        assert "s3cret" not in f"{outcome} {pool.relay} {pool.state}"
-        return outcome
+        assert pool.state.trouble == result
+        assert "s3cret" not in f"{result} {pool.relay} {pool.state}"
+        return result
 
 
 # --- Banner and EHLO
@@ -59,9 +59,9 @@ async def test_an_unfriendly_banner(banner: str) -> None:
         await c.say(banner)
         await c.drained()
 
-    outcome = await refusal_of(script)
-    assert outcome.phase is Phase.CONNECT
-    assert banner in outcome.cause
+    result = await refusal_of(script)
+    assert result.phase is Phase.CONNECT
+    assert banner in result.cause
 
 
 async def test_nobody_listens() -> None:
@@ -69,16 +69,16 @@ async def test_nobody_listens() -> None:
     port = listener.sockets[0].getsockname()[1]
     listener.close()
     await listener.wait_closed()
-    outcome = await SmtpPool(Relay("127.0.0.1", port, tls=Tls.NONE)).send(FROM, TO, MESSAGE, lambda: True)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
+    result = await SmtpPool(Relay("127.0.0.1", port, tls=Tls.NONE)).send(FROM, TO, MESSAGE, lambda: True)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
 
 
 async def test_a_name_that_does_not_resolve() -> None:
     pool = SmtpPool(Relay("relay.invalid", 25, tls=Tls.NONE))
-    outcome = await pool.send(FROM, TO, MESSAGE, lambda: True)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
+    result = await pool.send(FROM, TO, MESSAGE, lambda: True)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
     await pool.close()
 
 
@@ -88,9 +88,9 @@ async def test_a_server_that_hangs(reply: list[str]) -> None:
         await c.say(*reply)
         await c.drained()
 
-    outcome = await refusal_of(script, timeouts=HASTY)
-    assert outcome.phase is Phase.CONNECT
-    assert "timed out" in outcome.cause
+    result = await refusal_of(script, timeouts=HASTY)
+    assert result.phase is Phase.CONNECT
+    assert "timed out" in result.cause
 
 
 async def test_helo_for_a_server_without_ehlo() -> None:
@@ -107,7 +107,7 @@ async def test_helo_for_a_server_without_ehlo() -> None:
         await c.say("250 ok")
         await c.ended()
 
-    assert isinstance(await outcome_of(script), Sent)
+    assert isinstance(await result_of(script), Sent)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ async def test_a_relay_that_refuses_address_literals(refusal: str) -> None:
             await c.say("250-hi", "250 PIPELINING")
             await c.mail()
 
-    assert isinstance(await outcome_of(script, client_name="mail.example.org"), Sent)
-    outcome = await refusal_of(script)
-    assert (outcome.phase, outcome.cause) == (Phase.CONNECT, refusal)
+    assert isinstance(await result_of(script, client_name="mail.example.org"), Sent)
+    result = await refusal_of(script)
+    assert (result.phase, result.cause) == (Phase.CONNECT, refusal)
 
 
 async def test_keywords_are_read_whatever_their_case(certificates: Certificates) -> None:
@@ -150,10 +150,10 @@ async def test_keywords_are_read_whatever_their_case(certificates: Certificates)
         await c.ended()
 
     message = "Subject: hi\r\n\r\nGrüße\r\n".encode()
-    outcome = await outcome_of(
+    result = await result_of(
         script, message, tls=Tls.STARTTLS, context=certificates.client(), credentials=USER
     )
-    assert isinstance(outcome, Sent)
+    assert isinstance(result, Sent)
 
 
 async def test_the_client_name_can_be_given() -> None:
@@ -170,16 +170,16 @@ async def test_the_client_name_can_be_given() -> None:
 
 
 async def parameters(*extensions: str, mail: tuple[str, str, bytes]) -> tuple[SendResult, bytes]:
-    """Return the outcome of ``mail``, and the parameters of MAIL FROM."""
+    """Return the result of ``mail``, and the parameters of MAIL FROM."""
 
     async def script(c: Conversation) -> None:
         await c.greet("PIPELINING", *extensions)
         await c.perhaps()
 
     async with scripted(script) as server, pool_for(server) as pool:
-        outcome = await pool.send(*mail, lambda: True)
+        result = await pool.send(*mail, lambda: True)
     heard = [line for line in server.conversations[0].heard if line.startswith(b"MAIL")]
-    return outcome, heard[0].partition(b">")[2] if heard else b""
+    return result, heard[0].partition(b">")[2] if heard else b""
 
 
 UTF8_MAIL = (FROM, "büro@xn--bcher-kva.example", "To: büro@xn--bcher-kva.example\r\n\r\nhi\r\n".encode())
@@ -201,8 +201,8 @@ EIGHT_BIT = (FROM, TO, "Subject: hi\r\n\r\nGrüße\r\n".encode())
 async def test_parameters_of_mail(
     extensions: list[str], mail: tuple[str, str, bytes], expected: bytes
 ) -> None:
-    outcome, reply = await parameters(*extensions, mail=mail)
-    assert isinstance(outcome, Sent)
+    result, reply = await parameters(*extensions, mail=mail)
+    assert isinstance(result, Sent)
     assert reply == expected
 
 
@@ -218,10 +218,10 @@ async def test_parameters_of_mail(
 async def test_a_mail_that_the_server_cannot_take_is_not_sent(
     extensions: list[str], mail: tuple[str, str, bytes], code: str
 ) -> None:
-    outcome, reply = await parameters(*extensions, mail=mail)
-    assert isinstance(outcome, Rejected)
-    assert outcome.permanent
-    assert outcome.reply.startswith(code)
+    result, reply = await parameters(*extensions, mail=mail)
+    assert isinstance(result, Rejected)
+    assert result.permanent
+    assert result.reply.startswith(code)
     assert reply == b""
 
 
@@ -240,7 +240,7 @@ async def test_auth_plain() -> None:
         await c.mail()
         await c.ended()
 
-    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+    assert isinstance(await result_of(script, credentials=USER), Sent)
 
 
 @pytest.mark.parametrize("offer", ["AUTH LOGIN", "AUTH=LOGIN", "auth login CRAM-MD5"])
@@ -256,7 +256,7 @@ async def test_auth_login(offer: str) -> None:
         await c.mail()
         await c.ended()
 
-    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+    assert isinstance(await result_of(script, credentials=USER), Sent)
 
 
 async def test_auth_xoauth2() -> None:
@@ -269,7 +269,7 @@ async def test_auth_xoauth2() -> None:
         await c.ended()
 
     credentials = Credentials("ann", "s3cret-token", "XOAUTH2")
-    assert isinstance(await outcome_of(script, credentials=credentials), Sent)
+    assert isinstance(await result_of(script, credentials=credentials), Sent)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,8 @@ async def test_a_refusal_of_xoauth2_is_shown_with_its_reason_without_the_token(
         await c.say("535 5.7.8 token expired")
         await c.ended()
 
-    outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-token", "XOAUTH2"))
-    assert (outcome.phase, outcome.cause) == (Phase.AUTH, f"535 5.7.8 token expired {shown}")
+    result = await refusal_of(script, credentials=Credentials("ann", "s3cret-token", "XOAUTH2"))
+    assert (result.phase, result.cause) == (Phase.AUTH, f"535 5.7.8 token expired {shown}")
 
 
 @pytest.mark.parametrize("reply", ["535 5.7.8 no", "534 5.7.9 too weak", "454 4.7.0 later", "421 no", "250-"])
@@ -299,8 +299,8 @@ async def test_auth_refused(reply: str, capsys: pytest.CaptureFixture[str]) -> N
         await c.say(reply)
         c.close()
 
-    outcome = await refusal_of(script, credentials=USER)
-    assert outcome.phase is Phase.AUTH
+    result = await refusal_of(script, credentials=USER)
+    assert result.phase is Phase.AUTH
     reply = capsys.readouterr()
     assert "relay_down" in reply.out + reply.err
     for secret in ("s3cret", encoded("\0ann\0s3cret-of-ann")):
@@ -324,12 +324,12 @@ async def test_no_secret_is_shown_of_a_relay_that_repeats_its_input(
         await c.raw(f"500-{heard}\r\n{last.format(heard)}\r\n".encode())
         c.close()
 
-    outcome = await refusal_of(script, credentials=Credentials("ann", "s3cret-of-ann", mechanism))
+    result = await refusal_of(script, credentials=Credentials("ann", "s3cret-of-ann", mechanism))
     shown = capsys.readouterr()
-    assert "***" in outcome.cause
+    assert "***" in result.cause
     for secret in ("s3cret-of-ann", "\0ann\0s3cret-of-ann", "user=ann\1auth=Bearer s3cret-of-ann\1\1"):
         for form in (secret, encoded(secret)):
-            assert form not in f"{outcome} {shown.out} {shown.err}"
+            assert form not in f"{result} {shown.out} {shown.err}"
 
 
 @pytest.mark.parametrize(
@@ -341,9 +341,9 @@ async def test_auth_that_is_not_offered(extensions: list[str], says: str) -> Non
         await c.greet("PIPELINING", *extensions)
         await c.ended()
 
-    outcome = await refusal_of(script, credentials=USER)
-    assert outcome.phase is Phase.AUTH
-    assert says in outcome.cause
+    result = await refusal_of(script, credentials=USER)
+    assert result.phase is Phase.AUTH
+    assert says in result.cause
 
 
 PLAIN = encoded("\0ann\0s3cret-of-ann")
@@ -428,8 +428,8 @@ async def test_every_mechanisms_refusal_is_shown() -> None:
         await c.say("535 5.7.8 wrong password")
         await c.ended()
 
-    outcome = await refusal_of(script, credentials=USER)
-    assert outcome.cause == "AUTH PLAIN: 504 5.5.4 mechanism; AUTH LOGIN: 535 5.7.8 wrong password"
+    result = await refusal_of(script, credentials=USER)
+    assert result.cause == "AUTH PLAIN: 504 5.5.4 mechanism; AUTH LOGIN: 535 5.7.8 wrong password"
 
 
 async def test_no_other_mechanism_is_tried_if_one_is_set_or_the_refusal_is_transient() -> None:
@@ -456,7 +456,7 @@ async def test_plains_response_is_sent_again_if_the_server_asks_for_it() -> None
         await c.mail()
         await c.ended()
 
-    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+    assert isinstance(await result_of(script, credentials=USER), Sent)
 
 
 async def test_an_unfinished_exchange_is_cancelled_before_login_is_tried() -> None:
@@ -472,7 +472,7 @@ async def test_an_unfinished_exchange_is_cancelled_before_login_is_tried() -> No
         await c.mail()
         await c.ended()
 
-    assert isinstance(await outcome_of(script, credentials=USER), Sent)
+    assert isinstance(await result_of(script, credentials=USER), Sent)
 
 
 class OneToken:
@@ -521,10 +521,10 @@ async def test_a_refused_token_is_fetched_anew_and_its_trouble_is_the_relays() -
         assert isinstance(await send(pool), Sent)
         assert tokens.forgotten == ["old"]
         tokens.left.clear()
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
-        assert outcome.cause == "OAuth token: 401 invalid_client"
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert (result.phase, result.spares_attempt) == (Phase.AUTH, True)
+        assert result.cause == "OAuth token: 401 invalid_client"
 
 
 # --- TLS
@@ -543,8 +543,8 @@ async def test_starttls_then_greets_again_and_forgets(certificates: Certificates
         await c.mail()
         await c.ended()
 
-    outcome = await outcome_of(script, tls=Tls.STARTTLS, context=certificates.client(), credentials=USER)
-    assert isinstance(outcome, Sent)
+    result = await result_of(script, tls=Tls.STARTTLS, context=certificates.client(), credentials=USER)
+    assert isinstance(result, Sent)
 
 
 async def test_implicit_tls(certificates: Certificates) -> None:
@@ -588,9 +588,9 @@ async def test_lost_inside_the_message_over_tls_is_in_doubt(certificates: Certif
         scripted(script, tls=certificates.server()) as server,
         pool_for(server, tls=Tls.IMPLICIT, context=certificates.client()) as pool,
     ):
-        outcome = await send(pool, b"Subject: huge\r\n\r\n" + (b"y" * 98 + b"\r\n") * 400_000)
+        result = await send(pool, b"Subject: huge\r\n\r\n" + (b"y" * 98 + b"\r\n") * 400_000)
         # The TLS layer takes all at once and does not report what has left.
-        assert isinstance(outcome, InDoubt)
+        assert isinstance(result, InDoubt)
 
 
 async def test_lost_after_the_dot_over_tls_is_in_doubt(certificates: Certificates) -> None:
@@ -627,10 +627,10 @@ async def test_a_certificate_that_is_not_valid(
         scripted(script, tls=shown.server() if tls is Tls.IMPLICIT else None) as server,
         pool_for(server, tls=tls, context=trusted) as pool,
     ):
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.spares_attempt) == (Phase.TLS, True)
-        assert "certificate" in outcome.cause.lower()
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert (result.phase, result.spares_attempt) == (Phase.TLS, True)
+        assert "certificate" in result.cause.lower()
 
 
 async def test_required_tls_that_is_not_offered() -> None:
@@ -648,8 +648,8 @@ async def test_required_tls_that_is_refused() -> None:
         await c.say("454 4.7.0 TLS not available")
         await c.ended()
 
-    outcome = await refusal_of(script, tls=Tls.STARTTLS)
-    assert (outcome.phase, outcome.cause) == (Phase.TLS, "454 4.7.0 TLS not available")
+    result = await refusal_of(script, tls=Tls.STARTTLS)
+    assert (result.phase, result.cause) == (Phase.TLS, "454 4.7.0 TLS not available")
 
 
 async def test_opportunistic_gives_no_credentials_to_an_unverified_peer(
@@ -662,9 +662,9 @@ async def test_opportunistic_gives_no_credentials_to_an_unverified_peer(
         with pytest.raises((ssl.SSLError, ConnectionError)):
             await c.start_tls(other_name.server())
 
-    outcome = await refusal_of(script, tls=Tls.OPPORTUNISTIC, credentials=USER)
-    assert outcome.phase is Phase.TLS
-    assert "certificate" in outcome.cause.lower()
+    result = await refusal_of(script, tls=Tls.OPPORTUNISTIC, credentials=USER)
+    assert result.phase is Phase.TLS
+    assert "certificate" in result.cause.lower()
 
 
 async def test_opportunistic_gives_no_credentials_in_clear() -> None:
@@ -672,8 +672,8 @@ async def test_opportunistic_gives_no_credentials_in_clear() -> None:
         await c.greet("AUTH PLAIN")
         await c.ended()
 
-    outcome = await refusal_of(script, tls=Tls.OPPORTUNISTIC, credentials=USER)
-    assert outcome.phase is Phase.AUTH
+    result = await refusal_of(script, tls=Tls.OPPORTUNISTIC, credentials=USER)
+    assert result.phase is Phase.AUTH
 
 
 @pytest.mark.parametrize("tls", [Tls.STARTTLS, Tls.OPPORTUNISTIC])
@@ -695,8 +695,8 @@ async def test_a_server_that_hangs_in_the_handshake() -> None:
         await c.say("220 go on")
         await c.drained()
 
-    outcome = await refusal_of(script, tls=Tls.STARTTLS, timeouts=HASTY)
-    assert outcome.phase is Phase.TLS
+    result = await refusal_of(script, tls=Tls.STARTTLS, timeouts=HASTY)
+    assert result.phase is Phase.TLS
 
 
 async def test_opportunistic_takes_any_certificate(other_name: Certificates) -> None:
@@ -710,7 +710,7 @@ async def test_opportunistic_takes_any_certificate(other_name: Certificates) -> 
         await c.mail()
         await c.ended()
 
-    assert isinstance(await outcome_of(script, tls=Tls.OPPORTUNISTIC), Sent)
+    assert isinstance(await result_of(script, tls=Tls.OPPORTUNISTIC), Sent)
 
 
 @pytest.mark.parametrize("offered", [True, False])
@@ -723,7 +723,7 @@ async def test_opportunistic_goes_on_in_clear(offered: bool) -> None:
         await c.mail()
         await c.ended()
 
-    assert isinstance(await outcome_of(script, tls=Tls.OPPORTUNISTIC), Sent)
+    assert isinstance(await result_of(script, tls=Tls.OPPORTUNISTIC), Sent)
 
 
 async def test_opportunistic_reconnects_in_clear_after_a_failed_handshake() -> None:

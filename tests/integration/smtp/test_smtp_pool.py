@@ -64,8 +64,8 @@ async def free_port() -> int:
 
 async def test_many_sends_share_few_sessions() -> None:
     async with scripted(serving) as server, pool_for(server, limits=Limits(sessions=3)) as pool:
-        outcomes = await asyncio.gather(*(send(pool) for _ in range(200)))
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.gather(*(send(pool) for _ in range(200)))
+        assert {type(result) for result in results} == {Sent}
         assert server.connections == 3
         assert pool.state.opened == pool.state.idle == 3
         assert pool.state.busy == pool.state.waiting == 0
@@ -81,8 +81,8 @@ async def test_one_after_another_uses_one_session() -> None:
 async def test_a_session_carries_a_limited_number_of_mails() -> None:
     limits = Limits(sessions=1, mails_per_session=4)
     async with scripted(serving) as server, pool_for(server, limits=limits) as pool:
-        outcomes = await asyncio.gather(*(send(pool) for _ in range(10)))
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.gather(*(send(pool) for _ in range(10)))
+        assert {type(result) for result in results} == {Sent}
         assert server.connections == 3
         await server.heard(0, b"QUIT")
         assert sum(line.startswith(b"MAIL") for line in server.conversations[0].heard) == 4
@@ -106,8 +106,8 @@ async def test_another_session_may_replace_a_lost_one() -> None:
         await c.mail()
 
     async with scripted(one_mail) as server, pool_for(server, limits=Limits(sessions=2)) as pool:
-        outcomes = await asyncio.gather(*(send(pool) for _ in range(20)))
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.gather(*(send(pool) for _ in range(20)))
+        assert {type(result) for result in results} == {Sent}
         assert server.connections == 20
 
 
@@ -122,8 +122,8 @@ async def test_the_pool_respects_a_relay_that_takes_fewer_sessions() -> None:
     ):
         first, second = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
         await asyncio.gather(first, second)
-        outcomes = await asyncio.gather(*(send(pool) for _ in range(100)))
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.gather(*(send(pool) for _ in range(100)))
+        assert {type(result) for result in results} == {Sent}
         assert pool.available
         assert pool.state.idle == 2
         # One try for each session that was free to open, not one for each mail.
@@ -150,8 +150,8 @@ async def test_a_refused_session_is_tried_again_though_the_others_stay_busy() ->
         first = asyncio.create_task(send(pool))
         await until(lambda: pool.state.busy == 1)
         waiting = [asyncio.create_task(send(pool)) for _ in range(5)]
-        outcomes = await asyncio.wait_for(asyncio.gather(*waiting), 5)
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+        assert {type(result) for result in results} == {Sent}
         assert server.connections == 3
         held.set()
         assert isinstance(await first, Sent)
@@ -221,19 +221,19 @@ async def test_the_relay_goes_away_and_comes_back() -> None:
     pool = SmtpPool(
         Relay("127.0.0.1", port, tls=Tls.NONE), limits=Limits(sessions=4, backoff=0.02), timeouts=QUICK
     )
-    outcome = await send(pool)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
+    result = await send(pool)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
     assert not pool.available
     again = await asyncio.wait_for(send(pool), 0.5)
-    assert again == outcome or (isinstance(again, NotSent) and again.spares_attempt)
+    assert again == result or (isinstance(again, NotSent) and again.spares_attempt)
     waiting = [asyncio.create_task(pool.wait_available()) for _ in range(50)]
     async with on_port(port, serving):
         await asyncio.wait_for(asyncio.gather(*waiting), 10)
         assert pool.available
         assert pool.state.trouble is None
-        outcomes = await asyncio.gather(*(send(pool) for _ in range(50)))
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.gather(*(send(pool) for _ in range(50)))
+        assert {type(result) for result in results} == {Sent}
         await pool.close()
 
 
@@ -353,11 +353,11 @@ async def test_waiting_sends_end_when_the_relay_goes_away() -> None:
         sends = [asyncio.create_task(send(pool)) for _ in range(10)]
         await until(lambda: pool.state.waiting == 9)
         held.set()
-        outcomes = await asyncio.wait_for(asyncio.gather(*sends), 5)
-        assert isinstance(outcomes[0], InDoubt)
-        for outcome in outcomes[1:]:
-            assert isinstance(outcome, NotSent)
-            assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
+        results = await asyncio.wait_for(asyncio.gather(*sends), 5)
+        assert isinstance(results[0], InDoubt)
+        for result in results[1:]:
+            assert isinstance(result, NotSent)
+            assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
 
 
 async def test_the_time_between_tries_grows() -> None:
@@ -400,9 +400,9 @@ async def test_a_relay_that_requires_auth_at_mail_is_tried_at_growing_intervals(
     limits = Limits(sessions=1, backoff=0.05, backoff_max=0.4)
     async with scripted(wants_auth) as server, pool_for(server, limits=limits) as pool:
         for _ in range(5):
-            outcome = await send(pool)
-            assert isinstance(outcome, NotSent)
-            assert outcome.spares_attempt
+            result = await send(pool)
+            assert isinstance(result, NotSent)
+            assert result.spares_attempt
             assert not pool.available
             await asyncio.wait_for(pool.wait_available(), 5)
         waits = [b - a for a, b in pairwise(asked)]
@@ -419,9 +419,9 @@ async def test_closing_says_quit_and_refuses_what_comes_later() -> None:
         await pool.close()
         assert pool.state.idle == pool.state.busy == 0
         assert [c.heard[-1] for c in server.conversations] == [b"QUIT"] * 3
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert outcome.spares_attempt
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert result.spares_attempt
         with pytest.raises(PoolClosedError):
             await pool.wait_available()
 
@@ -442,9 +442,9 @@ async def test_closing_lets_a_mail_under_way_end() -> None:
         under_way, queued = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
         await waiting.wait()
         closing = asyncio.create_task(pool.close(grace=5))
-        outcome = await queued
-        assert isinstance(outcome, NotSent)
-        assert outcome.spares_attempt
+        result = await queued
+        assert isinstance(result, NotSent)
+        assert result.spares_attempt
         assert not closing.done()
         release.set()
         assert isinstance(await under_way, Sent)

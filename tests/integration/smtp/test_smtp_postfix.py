@@ -110,9 +110,9 @@ async def test_mail_arrives_every_way(server: Postfix, way: str) -> None:
     }[way]
     message_id, message = mail(subject="Grüße", text="Bestätigt.\n.\n..\nEnde\n")
     async with pool_to(server, port, tls, credentials=credentials) as pool:
-        outcome = await pool.send(FROM, "ann@local.test", message, lambda: True)
-        assert isinstance(outcome, Sent), outcome
-        assert outcome.reply.startswith("250 2.0.0 Ok: queued as ")
+        result = await pool.send(FROM, "ann@local.test", message, lambda: True)
+        assert isinstance(result, Sent), result
+        assert result.reply.startswith("250 2.0.0 Ok: queued as ")
         (parsed,) = (await asyncio.to_thread(server.wait_for, message_id))[message_id]
     assert isinstance(parsed, EmailMessage)
     assert parsed["subject"] == "Grüße"
@@ -123,10 +123,10 @@ async def test_mail_arrives_every_way(server: Postfix, way: str) -> None:
 async def test_many_mails_over_few_sessions_arrive_once_each(server: Postfix) -> None:
     mails = [mail() for _ in range(200)]
     async with pool_to(server, server.mx_port) as pool:
-        outcomes = await asyncio.gather(
+        results = await asyncio.gather(
             *(pool.send(FROM, "ann@local.test", message, lambda: True) for _, message in mails)
         )
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        assert {type(result) for result in results} == {Sent}
         assert pool.state.opened <= 4
     arrived = await asyncio.to_thread(server.wait_for, *(message_id for message_id, _ in mails))
     assert [len(arrived[message_id]) for message_id, _ in mails] == [1] * 200
@@ -187,10 +187,10 @@ async def test_a_mail_near_the_size_limit(server: Postfix) -> None:
 )
 async def test_refusals(server: Postfix, to: str, more: dict[str, str], expected: Rejected) -> None:
     async with pool_to(server, server.mx_port, limits=Limits(sessions=1)) as pool:
-        outcome = await send(pool, to, **more)
-        assert isinstance(outcome, Rejected), outcome
-        assert outcome.reply.startswith(expected.reply)
-        assert replace(outcome, reply=expected.reply, relay="") == expected
+        result = await send(pool, to, **more)
+        assert isinstance(result, Rejected), result
+        assert result.reply.startswith(expected.reply)
+        assert replace(result, reply=expected.reply, relay="") == expected
         # The next mail finds a session that works. It is the same one unless the server announced its end,
         # both to the mail and to its second try.
         assert isinstance(await send(pool), Sent)
@@ -199,11 +199,11 @@ async def test_refusals(server: Postfix, to: str, more: dict[str, str], expected
 
 async def test_a_refused_sender(server: Postfix) -> None:
     async with pool_to(server, server.mx_port) as pool:
-        outcome = await pool.send("banned@example.org", "ann@local.test", mail()[1], lambda: True)
+        result = await pool.send("banned@example.org", "ann@local.test", mail()[1], lambda: True)
         # The relay would accept no mail from this address.
-        assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.spares_attempt) == (Phase.ENVELOPE, True)
-        assert "Sender address rejected" in outcome.cause
+        assert isinstance(result, NotSent)
+        assert (result.phase, result.spares_attempt) == (Phase.ENVELOPE, True)
+        assert "Sender address rejected" in result.cause
 
 
 async def test_greylisting(server: Postfix, request: pytest.FixtureRequest) -> None:
@@ -225,27 +225,27 @@ async def test_a_wrong_password_spares_the_attempt(
 ) -> None:
     credentials = Credentials(USER, "wrong s3cret")
     async with pool_to(server, server.submission_port, credentials=credentials) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
-        assert outcome.cause.startswith("535 5.7.8")
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert (result.phase, result.spares_attempt) == (Phase.AUTH, True)
+        assert result.cause.startswith("535 5.7.8")
         assert not pool.available
     assert "s3cret" not in capsys.readouterr().out
 
 
 async def test_a_demand_for_tls_spares_the_attempt(server: Postfix) -> None:
     async with pool_to(server, server.submission_port, Tls.NONE) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert outcome.spares_attempt
-        assert outcome.cause.startswith("530 5.7.0")
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert result.spares_attempt
+        assert result.cause.startswith("530 5.7.0")
 
 
 async def test_missing_auth_in_clear_spares_the_attempt(server: Postfix) -> None:
     async with pool_to(server, server.mx_port, Tls.NONE, credentials=Credentials(USER, PASSWORD)) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert (outcome.phase, outcome.spares_attempt) == (Phase.AUTH, True)
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert (result.phase, result.spares_attempt) == (Phase.AUTH, True)
 
 
 # --- Sessions
@@ -264,8 +264,8 @@ async def test_a_session_that_postfix_timed_out_is_not_used(server: Postfix) -> 
 async def test_postfix_takes_fewer_sessions_than_the_limit(server: Postfix) -> None:
     async with pool_to(server, server.narrow_port, limits=Limits(sessions=8, backoff=0.05)) as pool:
         first = [await send(pool)]
-        outcomes = first + await asyncio.gather(*(send(pool) for _ in range(60)))
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = first + await asyncio.gather(*(send(pool) for _ in range(60)))
+        assert {type(result) for result in results} == {Sent}
         assert pool.available
         assert pool.state.busy + pool.state.idle <= 2
 
@@ -327,8 +327,8 @@ async def test_a_lost_reply_is_in_doubt_and_the_mail_has_arrived(server: Postfix
         return b"2.0.0 Ok: queued" in reply
 
     async with cutting(server.mx_port, replied) as port, pool_to(server, port, Tls.NONE) as pool:
-        outcome = await pool.send(FROM, "ann@local.test", message, lambda: True)
-        assert isinstance(outcome, InDoubt)
+        result = await pool.send(FROM, "ann@local.test", message, lambda: True)
+        assert isinstance(result, InDoubt)
     assert len((await asyncio.to_thread(server.wait_for, message_id))[message_id]) == 1
 
 
@@ -337,6 +337,6 @@ async def test_a_connection_cut_before_the_354_is_not_sent(server: Postfix) -> N
         return b"354 " in reply
 
     async with cutting(server.mx_port, envelope) as port, pool_to(server, port, Tls.NONE) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert not outcome.spares_attempt
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert not result.spares_attempt

@@ -79,9 +79,9 @@ async def until_taken(pool: SmtpPool) -> SendResult:
     """Send a mail as the stage does: wait for the relay, and retry while the refusal concerns the account."""
     while True:
         await pool.wait_available()
-        outcome = await send(pool)
-        if not (isinstance(outcome, NotSent) and outcome.spares_attempt):
-            return outcome
+        result = await send(pool)
+        if not (isinstance(result, NotSent) and result.spares_attempt):
+            return result
 
 
 # --- Of the session
@@ -102,8 +102,8 @@ async def test_a_relay_that_takes_few_mails_a_session_gets_each_at_once(command:
         scripted(playing(**{command: from_the(6, reply)})) as server,
         pool_for(server, limits=Limits(sessions=4)) as pool,
     ):
-        outcomes = await asyncio.wait_for(asyncio.gather(*(send(pool) for _ in range(100))), 30)
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.wait_for(asyncio.gather(*(send(pool) for _ in range(100))), 30)
+        assert {type(result) for result in results} == {Sent}
         assert pool.available
         # A session that has refused a mail gets no other one.
         for c in server.conversations:
@@ -138,10 +138,10 @@ async def test_a_refusal_that_ends_the_session_is_no_attempt(
 async def test_the_mail_goes_on_one_new_session_only_and_then_counts() -> None:
     script = playing(RCPT=lambda n: "!421 4.7.0 try again in 5 minutes")
     async with scripted(script) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, Rejected)
-        assert (outcome.permanent, outcome.retry_after) == (False, 300)
-        assert outcome.reply == "421 4.7.0 try again in 5 minutes"
+        result = await send(pool)
+        assert isinstance(result, Rejected)
+        assert (result.permanent, result.retry_after) == (False, 300)
+        assert result.reply == "421 4.7.0 try again in 5 minutes"
         assert server.connections == 2
         assert pool.available
         assert pool.state.idle == pool.state.busy == 0
@@ -182,9 +182,9 @@ async def test_a_new_session_that_does_not_open_costs_no_attempt() -> None:
         await c.drained()
 
     async with scripted(playing(MAIL=lambda n: "!421 bye"), full) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert outcome.spares_attempt
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert result.spares_attempt
         assert server.connections >= 2
 
 
@@ -208,9 +208,9 @@ async def test_a_cancelled_send_refused_after_the_dot_is_not_sent_again() -> Non
             await sending
         release.set()
         assert caught.value.rest is not None
-        outcome = await asyncio.wait_for(caught.value.rest, 5)
-        assert isinstance(outcome, Rejected)
-        assert not outcome.permanent
+        result = await asyncio.wait_for(caught.value.rest, 5)
+        assert isinstance(result, Rejected)
+        assert not result.permanent
         assert server.connections == 1
 
 
@@ -225,8 +225,8 @@ async def test_a_new_session_is_within_the_limit_though_others_are_busy_or_idle(
         now -= 1
 
     async with scripted(counting) as server, pool_for(server, limits=Limits(sessions=3)) as pool:
-        outcomes = await asyncio.wait_for(asyncio.gather(*(send(pool) for _ in range(60))), 20)
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.wait_for(asyncio.gather(*(send(pool) for _ in range(60))), 20)
+        assert {type(result) for result in results} == {Sent}
     assert most <= 3
 
 
@@ -257,7 +257,7 @@ async def test_all_mails_wait_after_a_refusal_of_the_account(command: str, reply
     limits = Limits(sessions=4, backoff=0.01, backoff_max=0.05)
     async with scripted(playing(**{command: answer})) as server, pool_for(server, limits=limits) as pool:
         pool._availability._on_trouble = lambda trouble: changes.append(trouble and trouble.cause)
-        outcomes = [await send(pool) for _ in range(10)]
+        results = [await send(pool) for _ in range(10)]
         refusing = True
         waiting = [asyncio.create_task(until_taken(pool)) for _ in range(40)]
         await until(lambda: not pool.available and sum(changes == [] or t == reply for t in changes) >= 5)
@@ -265,8 +265,8 @@ async def test_all_mails_wait_after_a_refusal_of_the_account(command: str, reply
         assert (pool.state.trouble.cause, pool.state.trouble.spares_attempt) == (reply, True)
         assert not any(task.done() for task in waiting)
         refusing = False
-        outcomes += await asyncio.wait_for(asyncio.gather(*waiting), 20)
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results += await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        assert {type(result) for result in results} == {Sent}
         assert pool.state.trouble is None
         assert changes[-1] is None
 
@@ -296,15 +296,15 @@ async def test_only_one_mail_at_a_time_is_tried_while_the_account_is_refused() -
         # The mails under way when it began, one a session, and each later probe.
         assert refused <= limits.sessions + woken
         refusing = False
-        outcomes = await asyncio.wait_for(asyncio.gather(*waiting), 20)
-        assert {type(outcome) for outcome in outcomes} == {Sent}
+        results = await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        assert {type(result) for result in results} == {Sent}
 
 
 async def test_a_mail_that_arrives_while_none_waits_is_the_next_probe() -> None:
     script = playing(MAIL=lambda n: "550 5.4.5 quota" if n == 1 else None)
     async with scripted(script) as server, pool_for(server) as pool:
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
+        result = await send(pool)
+        assert isinstance(result, NotSent)
         await until(lambda: pool._availability._probe_pending)
         assert not pool.available
         assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
@@ -414,18 +414,18 @@ async def test_a_relay_that_answers_no_mail_command_soon_counts_as_down(
 
     timeouts = replace(QUICK, command=0.1)
     async with scripted(script) as server, pool_for(server, timeouts=timeouts) as pool:
-        outcomes = [await send(pool) for _ in range(3)]
-        assert [outcome.spares_attempt for outcome in outcomes if isinstance(outcome, NotSent)] == [
+        results = [await send(pool) for _ in range(3)]
+        assert [result.spares_attempt for result in results if isinstance(result, NotSent)] == [
             False,
             False,
             True,
         ]
         assert not pool.available
         await pool.wait_available()
-        outcome = await send(pool)
-        assert isinstance(outcome, NotSent)
-        assert outcome.spares_attempt
-        assert outcome.phase is Phase.ENVELOPE
+        result = await send(pool)
+        assert isinstance(result, NotSent)
+        assert result.spares_attempt
+        assert result.phase is Phase.ENVELOPE
         well = True
         assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
         assert pool.available
@@ -442,8 +442,8 @@ async def test_a_reply_to_another_mail_shows_that_the_relay_works(reply: str) ->
 
     async with scripted(script) as server, pool_for(server) as pool:
         for _ in range(9):
-            outcome = await send(pool)
-            assert not (isinstance(outcome, NotSent) and outcome.spares_attempt)
+            result = await send(pool)
+            assert not (isinstance(result, NotSent) and result.spares_attempt)
         assert pool.available
 
 
@@ -455,15 +455,15 @@ async def test_silence_after_a_whole_envelope_may_concern_the_recipient() -> Non
     timeouts = replace(QUICK, command=0.05)
     async with scripted(script) as server, pool_for(server, timeouts=timeouts) as pool:
         for _ in range(5):
-            outcome = await send(pool)
-            assert isinstance(outcome, NotSent)
-            assert not outcome.spares_attempt
+            result = await send(pool)
+            assert isinstance(result, NotSent)
+            assert not result.spares_attempt
 
 
 async def test_a_refused_message_size_concerns_the_mail() -> None:
     script = playing(MAIL=lambda n: "552 5.3.4 message too big")
     async with scripted(script) as server, pool_for(server) as pool:
-        outcome = await send(pool, MESSAGE * 10)
-        assert isinstance(outcome, Rejected)
-        assert outcome.permanent
+        result = await send(pool, MESSAGE * 10)
+        assert isinstance(result, Rejected)
+        assert result.permanent
         assert pool.available

@@ -6,7 +6,7 @@ import pytest
 
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
 from services.sender.smtp import SendCancelled, Timeouts
-from tests.integration.smtp.script import Conversation, Script, outcome_of, pool_for, scripted, send
+from tests.integration.smtp.script import Conversation, Script, pool_for, result_of, scripted, send
 
 HASTY = Timeouts(connect=5, tls=5, opening=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
 
@@ -43,27 +43,27 @@ def after_the_dot(answer: bytes, *, close: bool = True) -> Script:
 async def test_an_acceptance_after_the_dot_with_a_readable_code_is_no_doubt(
     answer: bytes, reply: str
 ) -> None:
-    outcome = await outcome_of(after_the_dot(answer))
-    assert isinstance(outcome, Sent)
-    assert outcome.reply == reply
+    result = await result_of(after_the_dot(answer))
+    assert isinstance(result, Sent)
+    assert result.reply == reply
 
 
 @pytest.mark.parametrize(
     "answer", [b"554 5.7.1 spam\n", b"554-5.7.1 spam\r\n", b"250-hm\r\n554 5.7.1 spam\r\n"]
 )
 async def test_a_refusal_after_the_dot_with_a_readable_code_is_no_doubt(answer: bytes) -> None:
-    outcome = await outcome_of(after_the_dot(answer))
-    assert isinstance(outcome, Rejected)
-    assert (outcome.phase, outcome.permanent) == (Phase.AFTER_DOT, True)
-    assert outcome.reply.startswith("554 5.7.1 spam")
+    result = await result_of(after_the_dot(answer))
+    assert isinstance(result, Rejected)
+    assert (result.phase, result.permanent) == (Phase.AFTER_DOT, True)
+    assert result.reply.startswith("554 5.7.1 spam")
 
 
 @pytest.mark.parametrize("answer", [b"25", b"hello\r\n", b"2500 ok\r\n", b"\r\n", b"queued, 250\r\n"])
 async def test_a_reply_without_a_code_is_a_doubt_and_its_text_is_shown(answer: bytes) -> None:
-    outcome = await outcome_of(after_the_dot(answer))
-    assert isinstance(outcome, InDoubt)
-    assert answer.decode().strip() in outcome.cause
-    assert outcome.unparsed == answer.decode().strip()
+    result = await result_of(after_the_dot(answer))
+    assert isinstance(result, InDoubt)
+    assert answer.decode().strip() in result.cause
+    assert result.unparsed == answer.decode().strip()
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ async def test_a_text_before_the_message_is_shown_though_it_is_no_reply(
         await c.say(*replies)
         await c.ended()
 
-    outcome = await outcome_of(script)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.unparsed, outcome.spares_attempt) == (expected, False)
+    result = await result_of(script)
+    assert isinstance(result, NotSent)
+    assert (result.unparsed, result.spares_attempt) == (expected, False)
 
 
 async def test_an_unfinished_reply_after_the_dot_counts_at_the_timeout() -> None:
-    outcome = await outcome_of(after_the_dot(b"250-queued\r\n", close=False), timeouts=HASTY)
-    assert isinstance(outcome, Sent)
+    result = await result_of(after_the_dot(b"250-queued\r\n", close=False), timeouts=HASTY)
+    assert isinstance(result, Sent)
 
 
 async def test_an_aborted_send_still_has_its_reply() -> None:
@@ -154,10 +154,10 @@ async def test_a_refusing_banner_is_shown_and_nothing_is_sent(banner: bytes, exp
         c.half_close()
         assert await c.drained() == 0
 
-    outcome = await outcome_of(script)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
-    assert expected in outcome.cause
+    result = await result_of(script)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
+    assert expected in result.cause
 
 
 async def test_the_reply_to_ehlo_is_shown_though_helo_gets_none() -> None:
@@ -168,9 +168,9 @@ async def test_the_reply_to_ehlo_is_shown_though_helo_gets_none() -> None:
         await c.expect("HELO ")
         c.close()
 
-    outcome = await outcome_of(script)
-    assert isinstance(outcome, NotSent)
-    assert outcome.cause == "550 5.7.1 literal not allowed"
+    result = await result_of(script)
+    assert isinstance(result, NotSent)
+    assert result.cause == "550 5.7.1 literal not allowed"
 
 
 async def test_a_session_that_ends_while_it_opens_takes_no_mail() -> None:
@@ -180,7 +180,7 @@ async def test_a_session_that_ends_while_it_opens_takes_no_mail() -> None:
         await c.raw(b"250-scripted\r\n")
         c.close()
 
-    outcome = await outcome_of(script)
-    assert isinstance(outcome, NotSent)
-    assert (outcome.phase, outcome.spares_attempt) == (Phase.CONNECT, True)
-    assert "250-scripted" in outcome.cause
+    result = await result_of(script)
+    assert isinstance(result, NotSent)
+    assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
+    assert "250-scripted" in result.cause

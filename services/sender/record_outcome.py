@@ -9,10 +9,10 @@ from services.common.deliveries.decide import IN_DOUBT, Delivery
 from services.common.deliveries.outcome import STAGE, event_of, failed_before_sender
 from services.common.stage.types import Done, Outcome, Retry
 
-__all__ = ["answer", "takeover_event"]
+__all__ = ["record_outcome", "takeover_event"]
 
 
-def answer(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
+def record_outcome(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
     """Return the outcome of the record whose delivery is settled as `row`.
 
     A deferred record comes back at the row's time. Where the settings have changed since and that time is
