@@ -213,15 +213,15 @@ def load_events(
     by_event: dict[str, list[bytes]] = {}
     for id_, event_id in sorted(keys):
         by_event.setdefault(event_id, []).append(id_)
-    lines = {}
+    entries = {}
     for event_id, ids in by_event.items():
         found = connection.exec_driver_sql(
             f"SELECT {', '.join(TimelineRow._fields)} FROM task_events"
             f" WHERE task_id IN ({placeholders(len(ids))}) AND event_id = %s",
             (*ids, event_id),
         )
-        lines.update({(bytes(id_), event_id): TimelineRow(bytes(id_), *line) for id_, *line in found})
-    return lines
+        entries.update({(bytes(id_), event_id): TimelineRow(bytes(id_), *columns) for id_, *columns in found})
+    return entries
 
 
 def load_epoch(
@@ -234,7 +234,7 @@ def load_epoch(
         f" WHERE task_id = %s AND ({like}) ORDER BY event_id",
         (task_id, *(f"{topic}:{epoch}:%" for topic in topics)),
     )
-    return [TimelineRow(bytes(id_), *line) for id_, *line in found]
+    return [TimelineRow(bytes(id_), *columns) for id_, *columns in found]
 
 
 def _object(column: str | bytes | None) -> Mapping[str, str]:

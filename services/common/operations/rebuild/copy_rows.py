@@ -25,7 +25,7 @@ __all__ = [
     "copy_older",
     "copy_unknown",
     "copy_unpublished",
-    "count_lost_entries",
+    "count_gap_entries",
     "keep_key_owners",
     "merge_incomplete_rows",
 ]
@@ -48,7 +48,7 @@ _AHEAD = (
     f" AND {TASKS.name}.attempts < {TASKS.original}.attempts))"
 )
 # The differing timeline entries that no topic holds.
-_LOST = (
+_IN_GAPS = (
     f"FROM {EVENTS.differences}"
     f" JOIN {EVENTS.original} ON {EVENTS.keys_equal(EVENTS.differences, EVENTS.original)}"
     f" LEFT JOIN {EVENTS.name} ON {EVENTS.keys_equal(EVENTS.differences, EVENTS.name)}"
@@ -61,7 +61,7 @@ _DIFFERING = (
 # The rows of tasks whose records are not all on the topics. A row has the time of the event that made it.
 _INCOMPLETE = (
     f"(({TASKS.name}.created_at IS NULL AND {TASKS.original}.created_at IS NOT NULL)"
-    f" OR EXISTS (SELECT 1 {_LOST} AND {EVENTS.differences}.task_id = {TASKS.differences}.id)"
+    f" OR EXISTS (SELECT 1 {_IN_GAPS} AND {EVENTS.differences}.task_id = {TASKS.differences}.id)"
     f" OR ({TASKS.original}.version > {TASKS.name}.version AND NOT EXISTS (SELECT 1 FROM {EVENTS.name}"
     f" WHERE {EVENTS.name}.task_id = {TASKS.original}.id"
     f" AND {EVENTS.name}.at = {TASKS.original}.updated_at)))"
@@ -112,11 +112,11 @@ def copy_unknown(connection: Connection, table: ShadowTable, range_: TaskRange) 
     )
 
 
-def count_lost_entries(connection: Connection, range_: TaskRange) -> Counter[str]:
+def count_gap_entries(connection: Connection, range_: TaskRange) -> Counter[str]:
     """Return how many differing timeline entries each topic (bare name) once held and holds no more."""
     where, parameters = range_.where(f"{EVENTS.differences}.task_id")
     found = connection.exec_driver_sql(
-        f"SELECT SUBSTRING_INDEX({EVENTS.differences}.event_id, ':', 1), COUNT(*) {_LOST} AND {where}"
+        f"SELECT SUBSTRING_INDEX({EVENTS.differences}.event_id, ':', 1), COUNT(*) {_IN_GAPS} AND {where}"
         " GROUP BY 1",
         parameters,
     )

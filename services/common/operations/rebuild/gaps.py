@@ -1,4 +1,4 @@
-"""What the event topics no longer hold: whole topics that were recreated, and records that are gone."""
+"""The gaps of the event topics: whole topics that were recreated, and records that are gone."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ def find_gaps(
     names: Names,
     recreated: Mapping[str, datetime],
     truncated: Mapping[str, int],
-    lost_entries: Mapping[str, int],
+    gap_entries: Mapping[str, int],
 ) -> list[TopicGap]:
     """Return the topics that do not hold all that they once held.
 
     `recreated` and `truncated` say since when by a topic's full name, the latter in Unix milliseconds.
-    `lost_entries` counts by a topic's bare name the timeline entries whose records it lacks.
+    `gap_entries` counts by a topic's bare name the timeline entries whose records it lacks.
     """
     gaps = []
     for topic in EVENT_TOPICS:
-        name, records = names.topic(topic), lost_entries.get(topic, 0)
+        name, records = names.topic(topic), gap_entries.get(topic, 0)
         if name in recreated:
             gaps.append(TopicGap(topic, "recreated", records, recreated[name]))
         elif name in truncated:

@@ -34,7 +34,7 @@ class RebuildReport:
     - `extra`: the topics know nothing of the task, though they hold its time; its row is copied
     - `recorded`: not published yet, such as a scheduled task, `older`: than what the topics hold; both are
       copied
-    - `kept`: the row knows more than the topics, which lack records (`gone`); it stays as it is
+    - `kept`: the row knows more than the topics, which have a gap (`gone`); it stays as it is
     - `partial`: neither the topics nor the table hold the task's `task.created`
     - `lines_missing`, `lines_differing`, `lines_extra`: the same for timeline entries
     - `bodies`, `deliveries`: how many were missing

@@ -117,7 +117,7 @@ class _Rebuild:
         self._names = Names(settings.topic_prefix)
         self._admin = admin_client(settings)
         self._reader = EventReader(settings, engine, progress.advance)
-        self._lost_entries: Counter[str] = Counter()
+        self._gap_entries: Counter[str] = Counter()
         self.report = RebuildReport()
 
     def __enter__(self) -> _Rebuild:
@@ -165,14 +165,14 @@ class _Rebuild:
                 for range_ in self._ranges(name, table.task_id):
                     self._transact(partial(diff.record_differences, table=table, range_=range_))
         self._await_settled()
-        self._keep_what_topics_lost()
-        tasks, lines = (
+        self._keep_gap_rows()
+        tasks, entries = (
             self._transact(partial(diff.count_differences, table=table)) for table in SHADOW_TABLES
         )
         report = self.report
         report.missing, report.differing, report.extra = tasks["missing"], tasks["differs"], tasks["extra"]
-        report.lines_missing, report.lines_differing = lines["missing"], lines["differs"]
-        report.lines_extra = lines["extra"]
+        report.lines_missing, report.lines_differing = entries["missing"], entries["differs"]
+        report.lines_extra = entries["extra"]
         for table in SHADOW_TABLES:
             report.samples += self._transact(partial(diff.sample_differences, table=table, most=_SAMPLES))
         for table in SHADOW_TABLES:
@@ -182,10 +182,10 @@ class _Rebuild:
         all_, created = self._transact(lambda connection: connection.exec_driver_sql(count).one())
         report.tasks, report.partial = int(all_), int(all_ - created)
 
-    def _keep_what_topics_lost(self) -> None:
-        """Keep what the originals know and the topics do not hold."""
+    def _keep_gap_rows(self) -> None:
+        """Keep the rows of the originals that fall into gaps of the topics."""
         for range_ in self._ranges(EVENTS.differences, EVENTS.task_id):
-            self._lost_entries += self._transact(partial(copy_rows.count_lost_entries, range_=range_))
+            self._gap_entries += self._transact(partial(copy_rows.count_gap_entries, range_=range_))
         for range_ in self._ranges(TASKS.differences, TASKS.task_id):
             self._transact(partial(copy_rows.keep_key_owners, range_=range_))
         differing = self._transact(partial(diff.remove_equal, table=TASKS))
@@ -214,7 +214,7 @@ class _Rebuild:
         recreated = self._transact(partial(topic_ids.recreated, ids=ids, days=KEEP_DAYS))
         # Without older tasks in the table, the topics lost nothing of it.
         truncated = truncated_topics(self._reader.topics) if self.report.older else {}
-        self.report.gone = find_gaps(self._names, recreated, truncated, self._lost_entries)
+        self.report.gone = find_gaps(self._names, recreated, truncated, self._gap_entries)
 
     def count_events(self) -> None:
         """Report how many events were read."""
