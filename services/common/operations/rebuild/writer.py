@@ -36,8 +36,7 @@ __all__ = [
 _PART = 500
 
 _INSERT_FACTS = f"INSERT INTO {DELIVERIES} ({', '.join(DeliveryFacts._fields)}) VALUES"
-# The same merge as `merge_facts`. An assignment sees what earlier ones have written, so the version comes
-# last.
+# The same merge as `merge_facts`. MySQL evaluates the SET list from left to right, so the version comes last.
 _MERGE_FACTS = "ON DUPLICATE KEY UPDATE " + ", ".join(
     [
         "doubts = GREATEST(doubts, VALUES(doubts))",
