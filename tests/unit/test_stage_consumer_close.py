@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +31,10 @@ class FakeConsumer:
     never gets a response. A revocation also names the partitions of `more`, which are not assigned.
     """
 
-    def __init__(self, *, hangs: bool = False, more: Sequence[TopicPartition] = ()) -> None:
-        self.hangs, self.more = hangs, more
+    def __init__(
+        self, *, hangs: bool = False, more: Sequence[TopicPartition] = (), revoke_seconds: float = 0
+    ) -> None:
+        self.hangs, self.more, self.revoke_seconds = hangs, more, revoke_seconds
         self.owned = [TopicPartition(TOPIC, 0)]
         self.calls: list[tuple[str, str]] = []
         self.events: list[Callable[[], None]] = []
@@ -67,6 +70,7 @@ class FakeConsumer:
 
     def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
         self._note("unassign")
+        time.sleep(self.revoke_seconds)
         if any(partition not in self.owned for partition in partitions):
             raise KafkaException(KafkaError(KafkaError._INVALID_ARG))
         self.owned = []
@@ -169,6 +173,14 @@ def test_a_consumer_that_is_replaced_and_does_not_close_ends_the_stage(
     error = rig.run(rig.ended.is_set)
     assert isinstance(error, TimeoutError)
     assert "did not close" in str(error)
+
+
+def test_a_revocation_that_takes_long_ends_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the coordinator is away: librdkafka keeps the commit for a session timeout."""
+    monkeypatch.setattr(membership, "_MAX_SILENCE", 0.0)
+    consumer = FakeConsumer(revoke_seconds=0.3)
+    rig = Rig(consumer)
+    assert rig.run(lambda: ("close", "poller") in consumer.calls) is None
 
 
 class _Refused(Consumer):

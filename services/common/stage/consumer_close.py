@@ -2,7 +2,7 @@
 
 The close of librdkafka can hang. A rebalance callback inside it may send an operation to a group that has
 just terminated. No response ever comes, and the callback waits for it (librdkafka issues 4527 and 4884). So
-the last revocation comes before the close, and a thread limits both.
+the last revocation comes before the close, and a thread limits the close.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def close_consumer(
     """Unsubscribe, poll until no partition is owned, and close the Consumer. Messages polled here are
     dropped.
 
-    Blocks. If all of it takes longer than `seconds`, another thread calls `on_hang`; this one stays behind.
+    Blocks. A revocation may take long and ends all the same: while the coordinator is away, librdkafka keeps
+    a commit for a whole session timeout. If the close takes longer than `seconds`, another thread calls
+    `on_hang`; this one stays behind.
     """
     closed = threading.Event()
 
@@ -38,7 +40,6 @@ def close_consumer(
             log.error("the consumer does not close; its session has to end by itself", seconds=seconds)
             on_hang()
 
-    threading.Thread(target=watch, name="close watch", daemon=True).start()
     deadline = time.monotonic() + _REVOKE_SECONDS
     try:
         consumer.unsubscribe()
@@ -47,5 +48,6 @@ def close_consumer(
     except KafkaException as error:
         log.warning("the consumer could not leave its group before its close", error=str(error))
     finally:
+        threading.Thread(target=watch, name="close watch", daemon=True).start()
         consumer.close()
         closed.set()

@@ -267,8 +267,7 @@ class Poller:
             self._stopping = True
             self._ended(end_with)
 
-        seconds = _CLOSE_SECONDS + (0 if self._stopping else self._revoke_seconds)
-        close_consumer(self._consumer, self._tracker.owned, seconds, on_hang)
+        close_consumer(self._consumer, self._tracker.owned, _CLOSE_SECONDS, on_hang)
 
     # --- trouble -----------------------------------------------------------------------------
 
