@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from services.cli.errors import USAGE, Failure
 from services.cli.terminal import say
-from services.common.environment import unknown
+from services.common.environment import misspelt, unknown
 
 if TYPE_CHECKING:
     from services.common.config import Settings
@@ -159,12 +159,9 @@ def _warn_if_readable(path: Path) -> None:
 
 
 def _refuse_misspelt(names: Iterable[str]) -> None:
-    # Importing the settings takes longer than most commands, and often no variable needs them.
-    if unknown(names, VARIABLES.values()):
-        from services.common.config import misspelt  # noqa: PLC0415
-
-        if lines := misspelt(names):
-            raise Failure("; ".join(lines), USAGE)
+    # Often these variables suffice; misspelt imports the settings, which takes longer than most commands.
+    if unknown(names, VARIABLES.values()) and (lines := misspelt(names)):
+        raise Failure("; ".join(lines), USAGE)
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Annotated, Literal
@@ -25,9 +25,8 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.common import forms
-from services.common.environment import unknown
 
-__all__ = ["SETTLE_SECONDS", "Settings", "misspelt", "refusals", "refused", "settings", "variable"]
+__all__ = ["SETTLE_SECONDS", "Settings", "refusals", "refused", "settings", "variable"]
 
 SETTLE_SECONDS = 20.0
 """The part of `handover_seconds` that the sender has to store the outcome, after the relay's reply."""
@@ -254,11 +253,6 @@ class Settings(BaseSettings):
 def variable(field: str) -> str:
     """Return the environment variable of a field of Settings."""
     return str(Settings.model_fields[field].validation_alias)
-
-
-def misspelt(names: Iterable[str]) -> list[str]:
-    """Return a line for each of these variables that looks like a setting but is none."""
-    return unknown(names, [variable(field) for field in Settings.model_fields])
 
 
 def refusals(error: ValidationError) -> list[str]:

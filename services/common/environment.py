@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Final
 
-__all__ = ["OTHERS", "unknown"]
+from services.common.stages import STAGES
+
+__all__ = ["OTHERS", "misspelt", "unknown"]
 
 OTHERS: Final = frozenset(
     {
@@ -38,7 +40,16 @@ OTHERS: Final = frozenset(
 """Postroad's variables that are no settings."""
 
 # The local stack's variable for the HTTP address of each replica of a service.
-_REPLICA = re.compile(r"POSTROAD_HTTP_[A-Z_]+_[1-9][0-9]*")
+_SERVICES = "|".join(name.upper().replace("-", "_") for name in ("api", *STAGES))
+_REPLICA = re.compile(rf"POSTROAD_HTTP_(?:{_SERVICES})_[1-9][0-9]*")
+
+
+def misspelt(names: Iterable[str]) -> list[str]:
+    """Return a line for each of these variables that looks like a setting but is none."""
+    # Importing the settings takes longer than most of the CLI's commands, which seldom get here.
+    from services.common.config import Settings, variable  # noqa: PLC0415
+
+    return unknown(names, [variable(field) for field in Settings.model_fields])
 
 
 def unknown(names: Iterable[str], settings: Iterable[str]) -> list[str]:

@@ -14,7 +14,8 @@ import structlog
 import uvloop
 from pydantic import ValidationError
 
-from services.common.config import Settings, misspelt, refusals, settings
+from services.common.config import Settings, refusals, settings
+from services.common.environment import misspelt
 from services.common.health import HealthServer, Heartbeat
 from services.common.logs import configure_logs
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from services.common.config import Settings, misspelt, refusals, variable
-from services.common.environment import OTHERS
+from services.common.config import Settings, refusals, variable
+from services.common.environment import OTHERS, misspelt
 from services.common.stages import all_topics
 
 DAY = 86400
@@ -272,6 +272,7 @@ def test_an_unknown_variable_is_named_with_the_nearest_one() -> None:
     ]
     # The variables of the relay have another prefix.
     assert len(misspelt(["POSTROAD_EMAIL_HOST", "POSTROAD_HTTP_SENDER", "POSTROAD_LOCAL_PATH"])) == 3
+    assert len(misspelt(["POSTROAD_HTTP_SENDR_1", "POSTROAD_HTTP_LISTEN_1", "POSTROAD_HTTP_SENDER_0"])) == 3
 
 
 def test_variables_that_are_no_settings_are_known() -> None:
