@@ -252,7 +252,7 @@ def purge_bodies(connection: Connection, before: datetime, limit: int = 500) -> 
     query = (
         select(body_id)
         # The bodies come first: they are in the order of their tasks' age, and most tasks have none any more.
-        .prefix_with("STRAIGHT_JOIN", dialect="mysql")
+        .prefix_with("STRAIGHT_JOIN")
         .join(tables.tasks, tables.tasks.c.id == body_id)
         .where(body_id < first_since.to_bytes(16), tables.tasks.c.updated_at < before)
         .where(tables.tasks.c.status.in_(FINAL_STATUSES))
