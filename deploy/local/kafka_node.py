@@ -72,7 +72,7 @@ def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
     """Return the component of the node `name` (`kafka-1` ...). Its first start formats the data directory."""
     node = int(name.rpartition("-")[2])
     address = f"{HOST}:{state.port(name, 'client')}"
-    heap = "1g" if state.kafka_nodes == 1 else "384m"
+    heap = "512m" if state.kafka_nodes == 1 else "384m"
     configuration = layout.root / "data" / f"{name}.properties"
 
     def prepare() -> None:
