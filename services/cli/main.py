@@ -1,7 +1,7 @@
 """The `postroad` command. Results go to stdout, the rest to stderr.
 
 Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 denied, 5 unavailable; 130 after Ctrl-C.
-A command's module has a `register(app)`; it is called here. services/cli/context.py says how one is made.
+A command's module has a `register(app)`; it is called here. services/cli/command.py says how one is made.
 """
 
 from __future__ import annotations
