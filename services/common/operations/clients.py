@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import confluent_kafka
-from confluent_kafka import Consumer, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from sqlalchemy import URL
 
@@ -88,13 +88,25 @@ def committed_offsets(
 
 
 def list_offsets(
-    client: AdminClient, asked: Mapping[confluent_kafka.TopicPartition, OffsetSpec]
+    settings: Settings, asked: Mapping[confluent_kafka.TopicPartition, OffsetSpec]
 ) -> list[tuple[confluent_kafka.TopicPartition, int]]:
-    """Return each partition with the offset asked for. Blocks, also while a partition has no leader."""
+    """Return each partition with the offset asked for.
+
+    Blocks, up to `TIMEOUT` also while a partition has no leader. Raises KafkaException.
+    """
 
     def ask() -> list[tuple[confluent_kafka.TopicPartition, int]]:
+        # An AdminClient keeps the leaders and leader epochs that it knows. After an election it answers
+        # FENCED_LEADER_EPOCH (KIP-320), or that there is no leader, until its metadata expire.
+        client = admin_client(settings)
         answers = client.list_offsets(dict(asked), request_timeout=TIMEOUT)
-        return [(partition, answer.result().offset) for partition, answer in answers.items()]
+        try:
+            return [(partition, answer.result().offset) for partition, answer in answers.items()]
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError._NOENT:
+                raise
+            # The client says so where it finds no leader of any partition.
+            raise KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE, error.args[0].str())) from error
 
     return retry_while_leaderless(TIMEOUT)(ask)
 

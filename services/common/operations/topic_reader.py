@@ -14,7 +14,6 @@ from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import MAX_RECORD_BYTES
 from services.common.operations.clients import (
     TIMEOUT,
-    admin_client,
     list_offsets,
     missing_topic,
     ungrouped_consumer,
@@ -33,7 +32,7 @@ class TopicReader:
     """
 
     def __init__(self, settings: Settings, topics: Sequence[str]) -> None:
-        self._admin = admin_client(settings)
+        self._settings = settings
         self._consumer: Consumer = ungrouped_consumer(
             settings,
             enable_partition_eof=True,
@@ -114,5 +113,5 @@ class TopicReader:
         asked = {confluent_kafka.TopicPartition(*partition): which for partition in self._partitions}
         return {
             TopicPartition(found.topic, found.partition): offset
-            for found, offset in list_offsets(self._admin, asked)
+            for found, offset in list_offsets(self._settings, asked)
         }

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 import confluent_kafka
-from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException
+from confluent_kafka import OFFSET_INVALID, KafkaError
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.common.config import Settings
@@ -89,14 +89,13 @@ class LagSampler:
         self._names = Names(settings.topic_prefix)
         self._config = plain_config(settings, "postroad")
         self._settings = settings
-        self._admin = clients.admin_client(settings)
         self._observers = {
             stage: clients.group_observer(settings, self._names.group(stage)) for stage in stages
         }
         self._consumer = clients.ungrouped_consumer(
             settings, enable_partition_eof=True, fetch_wait_max_ms=100, max_partition_fetch_bytes=1024
         )
-        known = self._admin.list_topics(timeout=clients.TIMEOUT).topics
+        known = clients.admin_client(settings).list_topics(timeout=clients.TIMEOUT).topics
         prefix = settings.topic_prefix
         sizes = {
             name[len(prefix) :]: len(topic.partitions)
@@ -151,14 +150,8 @@ class LagSampler:
 
     def _offsets(self, spec: OffsetSpec) -> dict[TopicPartition, int]:
         asked = {self._full(partition): spec for partition in self._partitions}
-        try:
-            found = clients.list_offsets(self._admin, asked)
-            return {self._bare(partition): offset for partition, offset in found}
-        except KafkaException:
-            # An AdminClient keeps the leader epochs that it knows. After an election every answer is
-            # FENCED_LEADER_EPOCH (KIP-320). A new client learns the new epochs.
-            self._admin = clients.admin_client(self._settings)
-            raise
+        found = clients.list_offsets(self._settings, asked)
+        return {self._bare(partition): offset for partition, offset in found}
 
     def _groups(self) -> dict[str, StageGroup]:
         names = {stage: self._names.group(stage) for stage in self.reads}

@@ -1,0 +1,54 @@
+"""The Kafka clients of operations while a cluster changes its leaders, on librdkafka's mock cluster."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import confluent_kafka
+import pytest
+from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
+
+from services.common.config import Settings
+from services.common.operations import clients
+from tests.librdkafka import handle, library
+
+ASKED = {confluent_kafka.TopicPartition("t", 0): OffsetSpec.latest()}
+
+
+class Cluster:
+    """One broker with one topic of one partition, `t`."""
+
+    def __init__(self) -> None:
+        self._owner = Consumer({"group.id": "g", "test.mock.num.brokers": 1})
+        self._api = library()
+        self._api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
+        self._api.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
+        self._cluster = ctypes.c_void_p(self._api.rd_kafka_handle_mock_cluster(handle(self._owner)))
+        assert self._api.rd_kafka_mock_topic_create(self._cluster, b"t", 1, 1) == 0
+        bootstrap = self._api.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
+        self.settings = Settings(POSTROAD_KAFKA_BOOTSTRAP=bootstrap)  # type: ignore[call-arg]
+
+    def set_leader(self, broker: int) -> None:
+        """Make this broker the partition's leader, or none: -1."""
+        change = self._api.rd_kafka_mock_partition_set_leader
+        assert change(self._cluster, b"t", ctypes.c_int32(0), ctypes.c_int32(broker)) == 0
+
+
+def test_offsets_are_listed_once_a_partition_has_a_leader_again() -> None:
+    cluster = Cluster()
+    cluster.set_leader(-1)
+    election = threading.Timer(0.3, cluster.set_leader, [1])
+    election.start()
+    assert [offset for _, offset in clients.list_offsets(cluster.settings, ASKED)] == [0]
+    election.join()
+
+
+def test_a_cluster_without_leaders_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "TIMEOUT", 0.3)
+    cluster = Cluster()
+    cluster.set_leader(-1)
+    with pytest.raises(KafkaException) as caught:
+        clients.list_offsets(cluster.settings, ASKED)
+    assert caught.value.args[0].code() == KafkaError.LEADER_NOT_AVAILABLE
