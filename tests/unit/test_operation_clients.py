@@ -7,9 +7,10 @@ import threading
 
 import confluent_kafka
 import pytest
-from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka import Consumer, KafkaException
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
+from services.cli.errors import UNAVAILABLE, explain
 from services.common.config import Settings
 from services.common.operations import clients
 from tests.librdkafka import handle, library
@@ -46,9 +47,12 @@ def test_offsets_are_listed_once_a_partition_has_a_leader_again() -> None:
 
 
 def test_a_cluster_without_leaders_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "TIMEOUT", 0.3)
+    monkeypatch.setattr(clients, "TIMEOUT", 0.5)
     cluster = Cluster()
     cluster.set_leader(-1)
     with pytest.raises(KafkaException) as caught:
         clients.list_offsets(cluster.settings, ASKED)
-    assert caught.value.args[0].code() == KafkaError.LEADER_NOT_AVAILABLE
+    # On a busy machine the last request may also time out.
+    failure = explain(caught.value)
+    assert failure is not None
+    assert failure.code == UNAVAILABLE
