@@ -22,7 +22,7 @@ from services.common.kafka.clients import consumer_config
 from services.common.kafka.headers import REPLAY_ID
 from services.common.kafka.leaders import retry_while_leaderless
 from services.common.kafka.records import readable_headers
-from services.common.kafka.topic_partition import TopicPartition
+from services.common.kafka.topic_partition import TopicPartition, first_error
 from services.common.kafka.topics import EVENT_TOPICS, Names
 
 __all__ = ["TIMEOUT", "EventConsumer"]
@@ -118,9 +118,8 @@ class EventConsumer:
         # Kafka answers for the first and the last offset as for a time. A new AdminClient needs up to three
         # seconds for the same.
         answers = self.consumer.offsets_for_times(asked, timeout=TIMEOUT)
-        for answer in answers:
-            if answer.error is not None:
-                raise KafkaException(answer.error)
+        if error := first_error(answers):
+            raise KafkaException(error)
         return {
             TopicPartition(self._bare_names[answer.topic], answer.partition): answer.offset
             for answer in answers

@@ -11,7 +11,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException
 from services.api.watch.event_consumer import TIMEOUT
 from services.common.config import Settings
 from services.common.kafka.clients import client_config
-from services.common.kafka.topic_partition import TopicPartition
+from services.common.kafka.topic_partition import TopicPartition, first_error
 from services.common.kafka.topics import EVENT_TOPICS, Names
 
 __all__ = ["FoldedOffsets"]
@@ -47,9 +47,8 @@ class FoldedOffsets:
         ]
         with self._lock:
             answers = self._open().committed(asked, timeout=TIMEOUT)
-        for answer in answers:
-            if answer.error is not None:
-                raise KafkaException(answer.error)
+        if error := first_error(answers):
+            raise KafkaException(error)
         return {
             TopicPartition(self._bare_names[answer.topic], answer.partition): answer.offset
             for answer in answers

@@ -6,9 +6,13 @@ carries an offset and an error. The topic is a full name or a bare one; each use
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["RecordLocation", "TopicPartition"]
+if TYPE_CHECKING:
+    import confluent_kafka
+
+__all__ = ["RecordLocation", "TopicPartition", "first_error"]
 
 
 class TopicPartition(NamedTuple):
@@ -27,3 +31,8 @@ class RecordLocation(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.topic}/{self.partition}/{self.offset}"
+
+
+def first_error(partitions: Iterable[confluent_kafka.TopicPartition]) -> confluent_kafka.KafkaError | None:
+    """Return the first error that Kafka's answer names for one of its partitions, None if there is none."""
+    return next((partition.error for partition in partitions if partition.error is not None), None)

@@ -14,6 +14,7 @@ from sqlalchemy import URL
 from services.common.config import Settings
 from services.common.database import engine
 from services.common.kafka.leaders import retry_while_leaderless
+from services.common.kafka.topic_partition import first_error
 from services.common.kafka.topics import Names
 from services.common.operations.errors import InvalidDatabaseUrl, NotFound
 
@@ -81,9 +82,8 @@ def committed_offsets(
     Blocks. Raises KafkaException.
     """
     found = observer.committed(list(partitions), timeout=TIMEOUT)
-    for partition in found:
-        if partition.error is not None:
-            raise KafkaException(partition.error)
+    if error := first_error(found):
+        raise KafkaException(error)
     return [partition for partition in found if partition.offset >= 0]
 
 

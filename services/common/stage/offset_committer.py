@@ -9,6 +9,7 @@ import confluent_kafka
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException
 
+from services.common.kafka.topic_partition import first_error
 from services.common.stage import metrics
 from services.common.stage.partition_tracker import Assignment, PartitionTracker
 
@@ -59,7 +60,7 @@ class OffsetCommitter:
     def on_commit(self, error: KafkaError | None, partitions: list[confluent_kafka.TopicPartition]) -> None:
         """Take the result of the asynchronous commit; librdkafka calls this inside poll."""
         offsets, self._under_way = self._under_way or {}, None
-        error = error or next((p.error for p in partitions if p.error is not None), None)
+        error = error or first_error(partitions)
         if error is None:
             self._on_ack(offsets)
         else:
@@ -77,7 +78,7 @@ class OffsetCommitter:
                 return
             try:
                 results = self._consumer.commit(offsets=_partitions(offsets), asynchronous=False)
-                failure = next((p.error for p in results if p.error is not None), None)
+                failure = first_error(results)
             except KafkaException as error:
                 failure = error.args[0]
             if failure is None:
