@@ -8,7 +8,7 @@ from pathlib import Path
 import confluent_kafka
 from confluent_kafka import Consumer, Producer
 
-__all__ = ["handle", "library", "produce_with_header"]
+__all__ = ["handle", "library", "mock_cluster", "produce_with_header"]
 
 # rd_kafka_vtype_t, and the flag that makes the library copy the value.
 _END, _TOPIC, _PARTITION, _VALUE, _KEY, _FLAGS, _HEADER = 0, 1, 3, 4, 5, 7, 9
@@ -25,6 +25,13 @@ def handle(client: Producer | Consumer) -> ctypes.c_void_p:
     """Return librdkafka's handle of a client."""
     # It is the first field after the head of a Python object, which is a count and a type.
     return ctypes.c_void_p.from_address(id(client) + 2 * ctypes.sizeof(ctypes.c_void_p))
+
+
+def mock_cluster(client: Producer | Consumer) -> ctypes.c_void_p:
+    """Return the handle of a client's mock cluster (`test.mock.num.brokers`)."""
+    api = library()
+    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
+    return ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(client)))
 
 
 def produce_with_header(

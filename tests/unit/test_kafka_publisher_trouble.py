@@ -15,7 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from services.common.config import Settings
 from services.common.kafka.publisher import Publisher, is_permanent
 from services.common.kafka.records import OutgoingRecord
-from tests.librdkafka import handle, library
+from tests.librdkafka import handle, library, mock_cluster
 
 INCONSISTENT = -149
 PRODUCE, NO_ERROR, NOT_ENOUGH_REPLICAS = 0, 0, 19
@@ -33,8 +33,7 @@ def break_down(producer: Producer) -> None:
 def answer_next(producer: Producer, *errors: int) -> None:
     """Have librdkafka's mock broker answer the next Produce requests with these errors."""
     api = library()
-    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
-    cluster = ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(producer)))
+    cluster = mock_cluster(producer)
     assert api.rd_kafka_mock_topic_create(cluster, b"task.created", 1, 1) == 0
     # So slow that the second request is under way before the first one is answered.
     assert api.rd_kafka_mock_broker_set_rtt(cluster, ctypes.c_int32(1), 300) == 0
@@ -47,8 +46,7 @@ def answer_next(producer: Producer, *errors: int) -> None:
 def silence(producer: Producer) -> None:
     """Have librdkafka's mock broker answer nothing for a long time."""
     api = library()
-    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
-    cluster = ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(producer)))
+    cluster = mock_cluster(producer)
     assert api.rd_kafka_mock_broker_set_rtt(cluster, ctypes.c_int32(1), 100_000) == 0
 
 

@@ -13,7 +13,7 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 from services.cli.errors import UNAVAILABLE, explain
 from services.common.config import Settings
 from services.common.operations import clients
-from tests.librdkafka import handle, library
+from tests.librdkafka import library, mock_cluster
 
 ASKED = {confluent_kafka.TopicPartition("t", 0): OffsetSpec.latest()}
 
@@ -24,9 +24,8 @@ class Cluster:
     def __init__(self) -> None:
         self._owner = Consumer({"group.id": "g", "test.mock.num.brokers": 1})
         self._api = library()
-        self._api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
         self._api.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
-        self._cluster = ctypes.c_void_p(self._api.rd_kafka_handle_mock_cluster(handle(self._owner)))
+        self._cluster = mock_cluster(self._owner)
         assert self._api.rd_kafka_mock_topic_create(self._cluster, b"t", 1, 1) == 0
         bootstrap = self._api.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
         self.settings = Settings(POSTROAD_KAFKA_BOOTSTRAP=bootstrap)  # type: ignore[call-arg]

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException
 
 from services.common.config import Settings
 from services.common.kafka.clients import producer_config
 from services.common.operations import record_producer
 from services.common.operations.record_producer import RecordProducer
-from tests.librdkafka import handle, library
+from tests.librdkafka import library, mock_cluster
 
 PRODUCE = 0
 TOO_LARGE, NO_ERROR, UNKNOWN_SERVER_ERROR = 10, 0, -1
@@ -31,22 +31,16 @@ def producer(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordProducer]:
     monkeypatch.setattr(record_producer, "producer_config", config)
     monkeypatch.setattr(record_producer, "MAX_RECORD_SIZE", 1 << 20)
     made = RecordProducer(Settings(kafka_bootstrap="127.0.0.1:1"))
-    assert library().rd_kafka_mock_topic_create(cluster(made._producer), TOPIC.encode(), 1, 1) == 0
+    assert library().rd_kafka_mock_topic_create(mock_cluster(made._producer), TOPIC.encode(), 1, 1) == 0
     yield made
     made._producer.purge()
-
-
-def cluster(producer: Producer) -> ctypes.c_void_p:
-    api = library()
-    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
-    return ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(producer)))
 
 
 def answer_next(producer: RecordProducer, *errors: int) -> None:
     """Have the broker answer the next Produce requests with these errors."""
     codes = [ctypes.c_int(error) for error in errors]
     library().rd_kafka_mock_push_request_errors(
-        cluster(producer._producer), ctypes.c_int16(PRODUCE), ctypes.c_size_t(len(codes)), *codes
+        mock_cluster(producer._producer), ctypes.c_int16(PRODUCE), ctypes.c_size_t(len(codes)), *codes
     )
 
 

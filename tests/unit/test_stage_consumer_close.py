@@ -19,7 +19,7 @@ from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.poller import Poller
 from services.common.stage.record_reader import RecordReader
 from services.common.stage.types import Done, Stage
-from tests.librdkafka import handle, library
+from tests.librdkafka import library, mock_cluster
 
 TOPIC = "task.created"
 
@@ -203,8 +203,7 @@ def test_a_bare_kafka_error_from_a_callback_ends_the_stage() -> None:
     }
     consumer = _Refused(config)
     api = library()
-    api.rd_kafka_handle_mock_cluster.restype = ctypes.c_void_p
-    cluster = ctypes.c_void_p(api.rd_kafka_handle_mock_cluster(handle(consumer)))
+    cluster = mock_cluster(consumer)
     assert api.rd_kafka_mock_topic_create(cluster, TOPIC.encode(), 1, 1) == 0
     api.rd_kafka_mock_group_initial_rebalance_delay_ms(cluster, ctypes.c_int32(0))
     rig = Rig(consumer)
