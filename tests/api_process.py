@@ -24,6 +24,7 @@ from services.api import uuid7
 from services.common.config import Settings
 from services.common.kafka.topics import EVENT_TOPICS, TASK_CREATED
 from tests import forked
+from tests.groups import bounds
 from tests.stack import Infra
 
 __all__ = ["ApiProcess", "Installation", "eventually", "request"]
@@ -102,7 +103,7 @@ class Installation:
         found = []
         for partition in range(3):
             place = TopicPartition(self.prefix + TASK_CREATED, partition, 0)
-            _, end = consumer.get_watermark_offsets(place, timeout=20)
+            _, end = bounds(consumer, place)
             consumer.assign([place])
             while [consumer.position([place])[0].offset] < [end] and end:
                 message = consumer.poll(20)

@@ -12,8 +12,9 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from services.common.kafka import group_request
 from services.common.kafka.group_request import ConsumerGroup
+from services.common.kafka.leaders import retry_while_leaderless
 
-__all__ = ["Offsets", "describe"]
+__all__ = ["Offsets", "bounds", "describe"]
 
 _NO_COORDINATOR = frozenset(
     {
@@ -31,6 +32,13 @@ def _moves(error: BaseException) -> bool:
 _patiently = Retrying(
     retry=retry_if_exception(_moves), stop=stop_after_delay(20), wait=wait_fixed(0.1), reraise=True
 )
+
+
+def bounds(consumer: Consumer, partition: TopicPartition) -> tuple[int, int]:
+    """Return the first and the next offset of a partition; waits for a leader. Raises KafkaException."""
+    ask = retry_while_leaderless(20)
+    found: tuple[int, int] = ask(consumer.get_watermark_offsets, partition, timeout=20)
+    return found
 
 
 class Offsets:
@@ -69,10 +77,7 @@ class Offsets:
 
     def bounds(self, partitions: Iterable[TopicPartition]) -> dict[tuple[str, int], tuple[int, int]]:
         """Return the first and the next offset of each of these partitions. Raises KafkaException."""
-        return {
-            (at.topic, at.partition): self._consumer.get_watermark_offsets(at, timeout=20)
-            for at in partitions
-        }
+        return {(at.topic, at.partition): bounds(self._consumer, at) for at in partitions}
 
     def committed(self, partitions: Iterable[TopicPartition]) -> dict[tuple[str, int], int]:
         """Return the committed offset of each of these partitions that has one.

@@ -18,7 +18,7 @@ from services.common.kafka.topics import EVENT_TOPICS
 from services.common.operations.dead_letters.resolution import resolved_offsets
 from services.common.stages import STAGES
 from tests.chaos.load import SUBJECT
-from tests.groups import Offsets
+from tests.groups import Offsets, bounds
 
 __all__ = ["Api", "Log", "row_of"]
 
@@ -84,7 +84,7 @@ class Log:
         """Return the first and the next offset of every partition of these topics."""
         known = self._consumer.list_topics(timeout=20).topics
         return {
-            (topic, number): self._consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=20)
+            (topic, number): bounds(self._consumer, TopicPartition(topic, number))
             for topic in topics
             if topic in known
             for number in known[topic].partitions

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from services.common.stages import STAGES
-from tests.groups import Offsets
+from tests.groups import Offsets, bounds
 from tests.stack import Stack
 
 __all__ = ["SETTLED", "Pipeline", "until"]
@@ -36,16 +36,6 @@ def until(met: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
         time.sleep(pause)
         # Frequent questions slow down those that are asked.
         pause = min(1.3 * pause, 0.3)
-
-
-def _watermarks(consumer: Consumer, topic: str, number: int) -> tuple[int, int] | None:
-    """Return the first and the next offset of a partition; None while a starting broker has no answer."""
-    try:
-        return consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)  # type: ignore[no-any-return]
-    except KafkaException as error:
-        if not error.args[0].retriable():
-            raise
-        return None
 
 
 class Pipeline:
@@ -154,7 +144,7 @@ class Pipeline:
             partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
             left, found, starts = {}, [], []
             for number in partitions:
-                low, high = until(lambda n=number: _watermarks(consumer, topic, n), f"offsets of {topic}", 20)  # type: ignore[misc]
+                low, high = bounds(consumer, TopicPartition(topic, number))
                 if high > low:
                     left[number] = high
                     starts.append(TopicPartition(topic, number, low))

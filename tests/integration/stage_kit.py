@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from confluent_kafka import Consumer, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
@@ -182,5 +182,4 @@ class Kit:
     def end(self, bare: str = TASK_CREATED) -> dict[int, int]:
         """Return the end offset of each partition of a topic."""
         partitions = [TopicPartition(self.prefix + bare, n) for n in range(PARTITIONS)]
-        asked = self.admin.list_offsets({partition: OffsetSpec.latest() for partition in partitions})
-        return {partition.partition: answer.result().offset for partition, answer in asked.items()}
+        return {number: end for (_, number), (_, end) in self._offsets.bounds(partitions).items()}

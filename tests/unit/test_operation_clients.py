@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 
 import confluent_kafka
 import pytest
-from confluent_kafka import Consumer, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.cli.errors import UNAVAILABLE, explain
 from services.common.config import Settings
 from services.common.operations import clients
+from tests.groups import bounds
 from tests.librdkafka import library, mock_cluster
 
+# The request's key in Kafka's protocol.
+_LIST_OFFSETS = 2
 ASKED = {confluent_kafka.TopicPartition("t", 0): OffsetSpec.latest()}
 
 
@@ -34,6 +38,13 @@ class Cluster:
         """Make this broker the partition's leader, or none: -1."""
         change = self._api.rd_kafka_mock_partition_set_leader
         assert change(self._cluster, b"t", ctypes.c_int32(0), ctypes.c_int32(broker)) == 0
+
+    def refuse_offsets(self, times: int) -> None:
+        """Answer the next requests for offsets as a broker that is not the partition's leader."""
+        errors = (ctypes.c_int(KafkaError.NOT_LEADER_FOR_PARTITION) for _ in range(times))
+        self._api.rd_kafka_mock_push_request_errors(
+            self._cluster, ctypes.c_int16(_LIST_OFFSETS), ctypes.c_size_t(times), *errors
+        )
 
 
 def test_offsets_are_listed_once_a_partition_has_a_leader_again() -> None:
@@ -55,3 +66,11 @@ def test_a_cluster_without_leaders_is_unavailable(monkeypatch: pytest.MonkeyPatc
     failure = explain(caught.value)
     assert failure is not None
     assert failure.code == UNAVAILABLE
+
+
+def test_the_tests_themselves_wait_for_a_leader() -> None:
+    cluster = Cluster()
+    cluster.refuse_offsets(5)
+    config = {"bootstrap.servers": cluster.settings.kafka_bootstrap, "group.id": "reader"}
+    with contextlib.closing(Consumer(config)) as consumer:
+        assert bounds(consumer, confluent_kafka.TopicPartition("t", 0)) == (0, 0)
