@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import random
 import re
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -57,6 +55,8 @@ from services.common.operations.replay.task_state import read_task_states
 from services.common.stages import all_topics
 from services.common.taskstore import upsert
 from tests import forked
+from tests.api_process import eventually
+from tests.cli import Command
 from tests.stack import Infra
 
 pytestmark = pytest.mark.timeout(120)
@@ -82,6 +82,20 @@ def delivery(id_: bytes, state: Any, epoch: int = 0, attempt: int = 1, next_at: 
     )
 
 
+class Underway(forked.Process):
+    """A command that runs."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="postroad-replay-")
+        self._out, self._err = (Path(self._directory.name, name) for name in ("stdout", "stderr"))
+        streams = (os.devnull, str(self._out), str(self._err))
+        super().__init__("services.cli", command, environment, streams)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end. Return its exit code and what it wrote."""
+        return self.wait(60), self._out.read_text(), self._err.read_text()
+
+
 class Site:
     """One installation: topics under a prefix, a database, and the command."""
 
@@ -93,7 +107,7 @@ class Site:
             kafka_bootstrap=infra.bootstrap,
             topic_prefix=self.prefix,
             database_url=self.url,
-            partitions=3,
+            partitions=2,
             sender_delays=(60,),
             validator_delays=(5,),
         )
@@ -126,16 +140,9 @@ class Site:
         with self.engine.begin() as connection:
             store_rows(connection, rows)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str) -> Underway:
         """Start `postroad replay ... -o json`."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "services.cli", "replay", *arguments, "-o", "json"],
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return Underway(("replay", *arguments, "-o", "json"), self.environment)
 
     def replay(self, *arguments: str, code: int = 0) -> dict[str, Any]:
         """Run `postroad replay` to its end. Returns its result."""
@@ -164,9 +171,15 @@ class Site:
             consumer.close()
         return found
 
-    def replayed(self, topic: str) -> list[Any]:
-        """Return the records of a topic that a replay has produced."""
-        return [r for r in self.records(topic) if any(name == "replay-id" for name, _ in r.headers() or ())]
+    def replayed(self, topic: str, id_: str = "") -> list[Any]:
+        """Return the records of a topic that a replay has produced: this one, or any."""
+        found = ((r, dict(r.headers() or ()).get("replay-id")) for r in self.records(topic))
+        return [r for r, by in found if (by == id_.encode() if id_ else by is not None)]
+
+    def until_now(self) -> tuple[str, str]:
+        """Return the options by which a replay reads what there is now, and nothing later."""
+        time.sleep(0.05)  # Kafka's timestamps are milliseconds
+        return "--to", datetime.now(UTC).isoformat()
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +204,26 @@ def counts(result: dict[str, Any]) -> dict[tuple[str, str, str], int]:
     return {(row["status"], row["reason"], row["what"]): row["records"] for row in result["counts"]}
 
 
+class Situations(NamedTuple):
+    """An installation with a task in every situation that matters, each with its `mx.ok`.
+
+    `who` are their ids by name. A replay of `mx.ok` with the options `original` reads none that a replay
+    produced.
+    """
+
+    here: Site
+    who: dict[str, bytes]
+    original: tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def situations(site: Callable[[], Site]) -> Situations:
+    """One installation for all tests: a replay changes neither a task nor an original record."""
+    here = site()
+    return Situations(here, one_of_each(here), here.until_now())
+
+
 def one_of_each(site: Site) -> dict[str, bytes]:
-    """Make a task in every situation that matters, with its `mx.ok`. Returns their ids by name."""
     names = ["no row", "pending", "processing", "sent", "sent, row lags", "failed", "failed, row lags"]
     names += ["cancelled", "uncertain", "waits", "overdue", "retried"]
     tasks = {name: task(number) for number, name in enumerate(names)}
@@ -236,41 +267,31 @@ FOUND = {
 }
 
 
-def test_a_dry_run_shows_the_action_for_each_record_and_changes_nothing(
-    site: Callable[[], Site],
-) -> None:
-    here = site()
-    one_of_each(here)
+def test_a_dry_run_shows_the_action_for_each_record_and_changes_nothing(situations: Situations) -> None:
+    here, _, original = situations
     before = {topic: ids(here.records(topic)) for topic in (MX_OK, "sender.delay.60")}
     with here.engine.connect() as connection:
         rows = connection.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all()
-    result = here.replay(MX_OK, "--dry-run")
+    result = here.replay(MX_OK, *original, "--dry-run")
     assert counts(result) == FOUND
     assert (result["records"], result["produced"], result["id"]) == (14, 5, None)
-    asked = counts(here.replay(MX_OK, "--dry-run", "--reopen", "failed", "--reopen", "deferred"))
+    asked = counts(here.replay(MX_OK, *original, "--dry-run", "--reopen", "failed", "--reopen", "deferred"))
     assert asked[("failed", "rejected", "reopened")] == 2
     assert asked[("processing", "", "next attempt")] == 2
+    # Without a terminal and --yes it shows the same.
+    printed = here.replay(MX_OK, *original, code=2)["stderr"]
+    assert "already sent" in printed
+    assert printed.splitlines()[-1].startswith("postroad: ")
     assert {topic: ids(here.records(topic)) for topic in before} == before
     assert unfinished_replays(here.engine) == []
     with here.engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT * FROM tasks ORDER BY id").all() == rows
 
 
-def test_without_a_terminal_and_yes_it_changes_nothing(
-    site: Callable[[], Site],
-) -> None:
-    here = site()
-    one_of_each(here)
-    printed = here.replay(MX_OK, code=2)["stderr"]
-    assert "already sent" in printed
-    assert printed.splitlines()[-1].startswith("postroad: ")
-    assert here.replayed(MX_OK) == []
-    assert unfinished_replays(here.engine) == []
-
-
 @pytest.mark.parametrize("arguments", [["--yes"], []])
-def test_a_replay_with_nothing_to_produce_has_a_result(filtered: Site, arguments: list[str]) -> None:
-    result = filtered.replay(TASK_CREATED, "--status", "completed", *arguments)
+def test_a_replay_with_nothing_to_produce_has_a_result(filtered: Filtered, arguments: list[str]) -> None:
+    here, original = filtered
+    result = here.replay(TASK_CREATED, *original, "--status", "completed", *arguments)
     assert (result["records"], result["produced"]) == (5, 0)
     assert result["state"] == ("finished" if arguments else "nothing to do")
     assert (result["id"] is None) == (not arguments)
@@ -278,57 +299,40 @@ def test_a_replay_with_nothing_to_produce_has_a_result(filtered: Site, arguments
 
 @pytest.mark.parametrize(("answer", "code", "produced"), [("n", 1, 0), ("y", 0, 4)])
 def test_at_a_terminal_it_shows_and_asks(
-    site: Callable[[], Site], answer: str, code: int, produced: int
+    situations: Situations, answer: str, code: int, produced: int
 ) -> None:
-    here = site()
-    one_of_each(here)
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "replay", MX_OK],
-        env=here.environment | {"TERM": "dumb", "COLUMNS": "80"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    printed = b""
-    while b"[y/N]" not in printed:
-        printed += os.read(ours, 4096)
-    assert b"already sent" in printed
-    assert b"Produce 5 records of 5 tasks to mx.ok at 500/s?" in printed
-    os.write(ours, f"{answer}\n".encode())
-    with contextlib.suppress(OSError):  # Linux: the other end is closed
-        while more := os.read(ours, 4096):
-            printed += more
-    os.close(ours)
-    assert process.wait(30) == code
-    assert len(here.replayed(MX_OK)) == produced
-    print(printed.decode())
+    here, _, original = situations
+    before = len(here.replayed(MX_OK))
+    postroad = Command(here.environment)
+    done = postroad.on_terminal("replay", MX_OK, *original, typed=f"{answer}\n", TERM="dumb")
+    printed = done.out + done.err
+    assert "already sent" in printed
+    assert "Produce 5 records of 5 tasks to mx.ok at 500/s?" in printed
+    assert done.code == code
+    assert len(here.replayed(MX_OK)) == before + produced
 
 
-def test_only_working_tasks_are_republished_in_their_epochs(site: Callable[[], Site]) -> None:
-    here = site()
-    who = one_of_each(here)
-    result = here.replay(MX_OK, "--yes")
+def test_only_working_tasks_are_republished_in_their_epochs(situations: Situations) -> None:
+    here, who, original = situations
+    result = here.replay(MX_OK, *original, "--yes")
     assert counts(result) == FOUND
     assert (result["state"], result["produced"]) == ("finished", 5)
-    again = {r.key(): DECODERS[MX_OK](r.value()) for r in here.replayed(MX_OK)}
+    again = {r.key(): DECODERS[MX_OK](r.value()) for r in here.replayed(MX_OK, result["id"])}
     assert set(again) == {who[name] for name in ("no row", "pending", "processing", "retried")}
     assert {event.epoch for id_, event in again.items() if id_ != who["retried"]} == {0}
     assert again[who["retried"]].epoch == NOW_US // 1000
-    [next_one] = here.records("sender.delay.60")
+    [next_one] = here.replayed("sender.delay.60", result["id"])
     back = parse_delayed_headers(next_one.headers())
     assert (next_one.key(), back.attempt, back.origin.topic) == (who["overdue"], 3, MX_OK)
-    assert {dict(r.headers())["replay-id"] for r in here.replayed(MX_OK)} == {result["id"].encode()}
 
 
-def test_only_the_named_status_is_reopened_in_one_epoch(site: Callable[[], Site]) -> None:
-    here = site()
-    who = one_of_each(here)
+def test_only_the_named_status_is_reopened_in_one_epoch(situations: Situations) -> None:
+    here, who, original = situations
     began = time.time_ns() // 1_000_000
-    result = here.replay(MX_OK, "--yes", "--reopen", "failed", "--reopen", "cancelled", "--status", "failed")
+    reopen = ("--reopen", "failed", "--reopen", "cancelled", "--status", "failed")
+    result = here.replay(MX_OK, *original, "--yes", *reopen)
     assert counts(result)[("failed", "rejected", "reopened")] == 2
-    events = {r.key(): DECODERS[MX_OK](r.value()) for r in here.replayed(MX_OK)}
+    events = {r.key(): DECODERS[MX_OK](r.value()) for r in here.replayed(MX_OK, result["id"])}
     assert set(events) == {who["failed"], who["failed, row lags"]}
     [epoch] = {event.epoch for event in events.values()}
     assert began <= epoch <= time.time_ns() // 1_000_000
@@ -386,9 +390,8 @@ def test_a_refused_record_is_named_and_counted_and_the_replay_continues(
     [large] = [r for r in here.records(TASK_CREATED) if r.key() == tasks[2].id]
     place = f"task.created/{large.partition()}/{large.offset()}"
 
-    replay = here.start(TASK_CREATED, "--yes")
-    out, err = replay.communicate(timeout=60)
-    assert replay.returncode == 1
+    code, out, err = here.start(TASK_CREATED, "--yes").end()
+    assert code == 1
     result = json.loads(out)
     assert (result["state"], result["records"], result["produced"]) == ("finished", 5, 4)
     assert counts(result) == {("pending", "", "again"): 4, ("pending", "", "refused"): 1}
@@ -459,20 +462,26 @@ def test_delayed_records_of_working_tasks_are_republished_unchanged(site: Callab
         (["--label", "team=red"], set()),
     ],
 )
-def test_filters(filtered: Site, arguments: list[str], wanted: set[int]) -> None:
-    result = filtered.replay(TASK_CREATED, "--dry-run", "--reopen", "failed", *arguments)
+def test_filters(filtered: Filtered, arguments: list[str], wanted: set[int]) -> None:
+    here, original = filtered
+    result = here.replay(TASK_CREATED, *original, "--yes", "--reopen", "failed", *arguments)
     assert result["produced"] == len(wanted)
-    before = len(filtered.replayed(TASK_CREATED))
-    filtered.replay(TASK_CREATED, "--to", "5", "--yes", "--reopen", "failed", *arguments)
-    found = filtered.replayed(TASK_CREATED)
-    latest = max((dict(r.headers())["replay-id"] for r in found), default=b"")
-    newest = [r for r in found if dict(r.headers())["replay-id"] == latest] if len(found) > before else []
-    assert set(ids(newest)) == {task(n).id for n in wanted}
+    assert set(ids(here.replayed(TASK_CREATED, result["id"]))) == {task(n).id for n in wanted}
 
 
-@pytest.fixture
-def filtered(site: Callable[[], Site]) -> Site:
-    """Five tasks: three pending, one failed for its domain, one rejected. One of them has no row."""
+class Filtered(NamedTuple):
+    """Five tasks: three pending, one failed for its domain, one rejected. One of them has no row.
+
+    A replay with the options `original` reads their records and none that a replay produced.
+    """
+
+    here: Site
+    original: tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def filtered(site: Callable[[], Site]) -> Filtered:
+    """One installation for all tests, with a stored replay that is not finished."""
     here = site()
     tasks = [
         task(0),
@@ -487,7 +496,8 @@ def filtered(site: Callable[[], Site]) -> Site:
         pb.MxFailed(id=tasks[3].id, attempt=1, reason="null_mx", at_us=NOW_US),
         pb.MailFailed(id=tasks[4].id, attempt=1, reason="rejected", at_us=NOW_US),
     )
-    return here
+    insert_replay(here.engine, Replay("open", TASK_CREATED, ReplayOptions(TASK_CREATED).as_json(), 1, {}))
+    return Filtered(here, here.until_now())
 
 
 def test_it_begins_and_ends_at_its_points(site: Callable[[], Site]) -> None:
@@ -525,59 +535,59 @@ def many(here: Site, count: int) -> list[bytes]:
     return [t.id for t in tasks]
 
 
-def underway(here: Site, *arguments: str, seconds: float = 30) -> subprocess.Popen[str]:
-    """Start a replay. Returns once it has stored a position before its end."""
+def underway(here: Site, *arguments: str) -> Underway:
+    """Start a replay. Return once it has stored a position before its end."""
     process = here.start(*arguments)
-    deadline = time.monotonic() + seconds
-    while True:
-        assert time.monotonic() < deadline, "it stored no position"
-        assert process.poll() is None, process.communicate()[1]
-        for id_ in unfinished_replays(here.engine):
-            replay = load_replay(here.engine, id_)
-            if replay is not None and replay.counts.total():
-                return process
-        time.sleep(0.02)
+
+    def stored() -> bool:
+        assert process.poll() is None, process.end()
+        replays = (load_replay(here.engine, id_) for id_ in unfinished_replays(here.engine))
+        return any(replay is not None and replay.counts.total() for replay in replays)
+
+    eventually(stored, 60)
+    return process
 
 
 def test_an_interrupted_replay_says_how_to_resume_and_repeats_nothing(site: Callable[[], Site]) -> None:
     here = site()
-    everyone = many(here, 600)
-    process = underway(here, TASK_CREATED, "--yes", "--rate", "150", "--reopen", "failed")
+    everyone = many(here, 200)
+    process = underway(here, TASK_CREATED, "--yes", "--rate", "50", "--reopen", "failed")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 130
+    code, out, err = process.end()
+    assert code == 130
     result = json.loads(out)
     assert result["state"] == "stopped"
-    assert 0 < result["produced"] < 600
+    assert 0 < result["produced"] < 200
     [id_] = re.findall(r"postroad replay --resume (\S+)", err)
     assert id_ == result["id"]
     first = here.replayed(TASK_CREATED)
     assert len(first) == result["produced"], "what is counted is on the topic, and nothing else"
     done = here.replay("--resume", id_, "--rate", "5000")
-    assert (done["state"], done["produced"]) == ("finished", 600)
+    assert (done["state"], done["produced"]) == ("finished", 200)
     records = here.replayed(TASK_CREATED)
     assert Counter(ids(records)) == dict.fromkeys(everyone, 1)
     assert len({DECODERS[TASK_CREATED](r.value()).epoch for r in records}) == 1
-    assert here.replay("--resume", id_)["produced"] == 600, "one that is at its end says so"
-    assert len(here.replayed(TASK_CREATED)) == 600
+    assert here.replay("--resume", id_)["produced"] == 200, "one that is at its end says so"
+    assert len(here.replayed(TASK_CREATED)) == 200
 
 
-def test_a_killed_replay_resumes_from_its_stored_position(
-    site: Callable[[], Site],
-) -> None:
+def test_a_killed_replay_resumes_from_its_stored_position(site: Callable[[], Site]) -> None:
     here = site()
-    everyone = many(here, 600)
-    process = underway(here, TASK_CREATED, "--yes", "--rate", "150", "--reopen", "failed")
+    everyone = many(here, 200)
+    process = underway(here, TASK_CREATED, "--yes", "--rate", "50", "--reopen", "failed")
     process.kill()
     process.wait(10)
     [id_] = unfinished_replays(here.engine)
-    assert len(here.replayed(TASK_CREATED)) < 600
+    killed = load_replay(here.engine, id_)
+    assert killed is not None
+    since = len(here.replayed(TASK_CREATED)) - killed.counts.total()
+    assert killed.counts.total() >= 20
     assert here.replay("--resume", id_, "--rate", "5000")["state"] == "finished"
     records = here.replayed(TASK_CREATED)
     assert set(ids(records)) == set(everyone)
-    # At most two seconds of records: a batch, and those produced since the position was stored.
-    assert len(records) - 600 <= 2 * 150 + 10
-    assert len({r.value() for r in records}) == 600, "a repeated record is the same record"
+    # Only what it produced since the position was stored; some was on its way to Kafka.
+    assert len(records) - 200 <= since + 10
+    assert len({r.value() for r in records}) == 200, "a repeated record is the same record"
     assert unfinished_replays(here.engine) == []
 
 
@@ -589,8 +599,8 @@ def test_it_keeps_to_its_rate(site: Callable[[], Site]) -> None:
     times = sorted(
         r.timestamp()[1] for r in here.records(TASK_CREATED) if r.offset() >= before[r.partition()]
     )
-    # 200 at 100/s with five at once.
-    assert 1.85 <= (times[-1] - times[0]) / 1000 <= 4
+    # 200 at 100/s with five at once; a busy machine may be slower.
+    assert 1.85 <= (times[-1] - times[0]) / 1000 <= 20
     for at in times:
         assert sum(at <= other < at + 1000 for other in times) <= 112, "in one second"
 
@@ -601,19 +611,15 @@ def test_a_replay_reads_no_record_that_arrives_meanwhile(
     here = site()
     many(here, 50)
     process = here.start(TASK_CREATED, "--yes", "--rate", "50", "--reopen", "failed")
-    deadline = time.monotonic() + 20
-    while not unfinished_replays(here.engine):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: unfinished_replays(here.engine))
     here.publish(*(pb.TaskCreated(task=task(n), at_us=NOW_US) for n in range(100, 150)))
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 0, err
+    code, out, err = process.end()
+    assert code == 0, err
     assert json.loads(out)["records"] == 50
 
 
-def test_two_processes_cannot_resume_one_replay(site: Callable[[], Site]) -> None:
-    here = site()
-    many(here, 20)
+def test_two_processes_cannot_resume_one_replay(filtered: Filtered) -> None:
+    here = filtered.here
     todo = offset_ranges(here.settings, TASK_CREATED, "start", "end")
     insert_replay(here.engine, Replay("r", TASK_CREATED, {"topic": TASK_CREATED, "rate": 100.0}, 1, todo))
     mine, theirs = load_replay(here.engine, "r"), load_replay(here.engine, "r")
@@ -640,29 +646,25 @@ def test_two_processes_cannot_resume_one_replay(site: Callable[[], Site]) -> Non
     ],
 )
 def test_an_impossible_request_gets_one_line_and_its_exit_code(
-    filtered: Site, arguments: list[str], code: int, line: str
+    filtered: Filtered, arguments: list[str], code: int, line: str
 ) -> None:
-    if "open" in arguments:
-        insert_replay(
-            filtered.engine, Replay("open", TASK_CREATED, ReplayOptions(TASK_CREATED).as_json(), 1, {})
-        )
-    printed = filtered.replay(*arguments, code=code)["stderr"].splitlines()
+    printed = filtered.here.replay(*arguments, code=code)["stderr"].splitlines()
     assert len(printed) == 1
     assert line in printed[0]
 
 
-def test_unreachable_servers_have_their_own_exit_code(filtered: Site) -> None:
-    filtered.environment["POSTROAD_KAFKA_BOOTSTRAP"] = "127.0.0.1:1"
-    printed = filtered.replay(MX_OK, "--dry-run", code=5)["stderr"]
+def test_unreachable_servers_have_their_own_exit_code(
+    filtered: Filtered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(filtered.here.environment, "POSTROAD_KAFKA_BOOTSTRAP", "127.0.0.1:1")
+    printed = filtered.here.replay(MX_OK, "--dry-run", code=5)["stderr"]
     assert printed.startswith("postroad: Kafka at 127.0.0.1:1 does not answer: ")
 
 
-def test_a_missing_topic_is_named(filtered: Site) -> None:
-    printed = filtered.replay("sender.delay.61", "--dry-run", code=3)["stderr"]
-    assert (
-        printed
-        == f"postroad: no topic {filtered.prefix}sender.delay.61: 'postroad topics apply' creates it\n"
-    )
+def test_a_missing_topic_is_named(filtered: Filtered) -> None:
+    here = filtered.here
+    printed = here.replay("sender.delay.61", "--dry-run", code=3)["stderr"]
+    assert printed == f"postroad: no topic {here.prefix}sender.delay.61: 'postroad topics apply' creates it\n"
 
 
 # --- on both databases ---
