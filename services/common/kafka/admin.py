@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AdminClient,
     AlterConfigOpType,
@@ -27,6 +27,8 @@ from services.common.kafka.topics import Topic
 __all__ = ["Applied", "Plan", "apply", "client", "grow", "plan"]
 
 TIMEOUT = 15.0
+# A busy broker makes the files of hundreds of new partitions before it shows them.
+SHOWN_SECONDS = 60.0
 _RETENTION = "retention.ms"
 # Errors are raised. librdkafka would also log every refused connection, which helps nobody.
 _silent = logging.getLogger("postroad.kafka_admin")
@@ -148,18 +150,34 @@ def _create(admin: AdminClient, topics: Sequence[Topic]) -> list[str]:
 def _wait_until_shown(admin: AdminClient, partitions: Mapping[str, int]) -> None:
     """Wait until the brokers show the topics with so many partitions: they learn of them from the controller.
 
-    Raises `confluent_kafka.KafkaException` after TIMEOUT.
+    Raises `confluent_kafka.KafkaException` after SHOWN_SECONDS.
     """
-    deadline = time.monotonic() + TIMEOUT
-    while True:
-        known = admin.list_topics(timeout=TIMEOUT).topics
-        if all(name in known and len(known[name].partitions) >= n for name, n in partitions.items()):
-            return
+    deadline, pause = time.monotonic() + SHOWN_SECONDS, 0.05
+    while partitions := _not_shown(admin, partitions):
         if time.monotonic() > deadline:
             raise KafkaException(
                 KafkaError(KafkaError._TIMED_OUT, "the brokers do not show the new partitions")
             )
-        time.sleep(0.05)
+        # A broker that is behind gets no further by answering.
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+def _not_shown(admin: AdminClient, partitions: Mapping[str, int]) -> dict[str, int]:
+    """Return the topics that a broker shows with fewer partitions than these, or not at all."""
+    # Only these topics: a cluster may have thousands of others.
+    asked = admin.describe_topics(TopicCollection(list(partitions)), request_timeout=TIMEOUT)
+    behind = {}
+    for name, answer in asked.items():
+        try:
+            shown = len(answer.result().partitions)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise
+            shown = 0
+        if shown < partitions[name]:
+            behind[name] = partitions[name]
+    return behind
 
 
 def _other_settings(admin: AdminClient, topics: Sequence[Topic]) -> tuple[dict[str, int], list[str]]:
