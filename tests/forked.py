@@ -23,6 +23,7 @@ _context.set_forkserver_preload(
     [
         "confluent_kafka.admin",
         "deploy.local.command_line",
+        "deploy.local.preparation",
         "grpc",
         "services.cli.channel",
         "services.common.operations.dead_letters.redrive",

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from deploy.local.cache import cache_root, entry_path, make_entry
 from deploy.local.commands import SetupError, run
+from deploy.local.files import write_whole
 from deploy.local.jars import POM, jars_path, make_jars
 from deploy.local.ports import HOST, free_port
 
-__all__ = ["archive_path", "java", "make_archive", "storage_format"]
+__all__ = ["META", "archive_path", "java", "make_archive", "storage_format"]
 
 LOGGING = POM.parent / "log4j2.xml"
+META, BOOTSTRAP = "meta.properties", "bootstrap.checkpoint"
 STARTS_WITHIN = 60.0
 ENDS_WITHIN = 60.0
 
@@ -44,10 +46,40 @@ def java(heap: str, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def storage_format(configuration: Path, cluster: str) -> None:
-    """Format the data directory that `configuration` names; blocks for a second. Raises SetupError."""
-    tool = "kafka.tools.StorageTool"
-    run([*java("128m", "-XX:TieredStopAtLevel=1"), tool, "format", "-t", cluster, "-c", configuration])
+def storage_format(data: Path, node: int, cluster: str) -> None:
+    """Make the data directory of a node, which does not exist or is empty. Raises SetupError.
+
+    Kafka's own program makes one once, and this copies it: a start of Java costs a second of CPU. The node
+    gives its directory an id when it first starts.
+    """
+    template = make_entry("kafka-storage", _recipe(), _format)
+    data.mkdir(parents=True, exist_ok=True)
+    shutil.copy(template / BOOTSTRAP, data)
+    # The last file: a directory that has it counts as formatted.
+    write_whole(data / META, f"version=1\ncluster.id={cluster}\nnode.id={node}\n")
+
+
+def _format(target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".format-", dir=cache_root()) as scratch:
+        # The ports are in the configuration only.
+        configuration = _configuration(Path(scratch), target, client=1, controller=2)
+        tool = "kafka.tools.StorageTool"
+        run([*java("128m", "-XX:TieredStopAtLevel=1"), tool, "format", "-t", "A" * 22, "-c", configuration])
+
+
+def _configuration(scratch: Path, data: Path, *, client: int, controller: int) -> Path:
+    """Write the least server.properties that a single node needs. Return its path."""
+    path = scratch / "server.properties"
+    path.write_text(
+        "process.roles=broker,controller\n"
+        "node.id=1\n"
+        f"controller.quorum.voters=1@{HOST}:{controller}\n"
+        "controller.listener.names=CONTROLLER\n"
+        f"listeners=PLAINTEXT://{HOST}:{client},CONTROLLER://{HOST}:{controller}\n"
+        "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT\n"
+        f"log.dirs={data}\n"
+    )
+    return path
 
 
 def make_archive() -> Path:
@@ -60,18 +92,9 @@ def make_archive() -> Path:
 
     def build(target: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".broker-", dir=cache_root()) as scratch:
-            client, controller = free_port(()), free_port(())
-            configuration = Path(scratch) / "server.properties"
-            configuration.write_text(
-                "process.roles=broker,controller\n"
-                "node.id=1\n"
-                f"controller.quorum.voters=1@{HOST}:{controller}\n"
-                "controller.listener.names=CONTROLLER\n"
-                f"listeners=PLAINTEXT://{HOST}:{client},CONTROLLER://{HOST}:{controller}\n"
-                "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT\n"
-                f"log.dirs={scratch}/data\n"
-            )
-            storage_format(configuration, "A" * 22)
+            data, client = Path(scratch) / "data", free_port(())
+            configuration = _configuration(Path(scratch), data, client=client, controller=free_port(()))
+            storage_format(data, 1, "A" * 22)
             archive = f"-XX:ArchiveClassesAtExit={target}/kafka.jsa"
             _run_broker([*java("512m", archive), "kafka.Kafka", str(configuration)], client)
 

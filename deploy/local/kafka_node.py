@@ -8,7 +8,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from deploy.local.component import Component
 from deploy.local.files import write_whole
-from deploy.local.kafka_java import java, storage_format
+from deploy.local.kafka_java import META, java, storage_format
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
 from deploy.local.state import StackState
@@ -78,9 +78,8 @@ def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
     def prepare() -> None:
         text = "".join(f"{key}={value}\n" for key, value in _properties(layout, state, name).items())
         write_whole(configuration, text)
-        if not (layout.data(name) / "meta.properties").exists():
-            layout.data(name).mkdir(parents=True, exist_ok=True)
-            storage_format(configuration, _cluster_id(f"{layout.root}#{state.password}"))
+        if not (layout.data(name) / META).exists():
+            storage_format(layout.data(name), node, _cluster_id(f"{layout.root}#{state.password}"))
 
     def is_ready() -> bool:
         try:

@@ -1,10 +1,8 @@
 """Starts and ends the processes of a stack, several at a time."""
 
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NoReturn
 
@@ -59,15 +57,6 @@ class Launcher:
         """End all of these at once, each by SIGTERM, and by SIGKILL after its grace."""
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda name: process.end(self._layout, name, self._grace(name)), names))
-
-    def run_command(self, command: str, settings: Mapping[str, str], after: Collection[Future[None]]) -> None:
-        """Run `postroad command` once the processes that it needs are ready. Raises StackError."""
-        self.results(after)
-        argv = [sys.executable, "-m", "services.cli", *command.split()]
-        env = {**without_settings(os.environ), **settings, "POSTROAD_CONFIG": os.devnull}
-        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise StackError(f"`postroad {command}` failed:\n{done.stdout}{done.stderr}")
 
     def results(self, futures: Collection[Future[None]]) -> None:
         """Wait for all of them, and raise what a failed one raised. An interruption ends the other waits."""

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -148,11 +148,7 @@ class Stack:
         with ThreadPoolExecutor() as pool:
             starts = {name: pool.submit(self._launcher.start, name) for name in self.infrastructure()}
             if wanted and (missing or changed):
-                kafka = [start for name, start in starts.items() if name.startswith("kafka-")]
-                database = [start for name, start in starts.items() if name == "mysql"]
-                run, variables = self._launcher.run_command, stack_environment(self.state)
-                starts["migrate"] = pool.submit(run, "migrate", variables, database)
-                starts["topics"] = pool.submit(run, "topics apply --yes", variables, kafka)
+                starts["preparation"] = pool.submit(self._prepare, dict(starts))
             self._launcher.results(starts.values())
         for name, settings in stale.items():
             print(f"{name}: starting anew with {', '.join(settings)}", file=sys.stderr, flush=True)
@@ -161,6 +157,18 @@ class Stack:
         self._launcher.start_all(wanted)
         for service in SERVICES:
             self._end_surplus(service)
+
+    def _prepare(self, starts: Mapping[str, Future[None]]) -> None:
+        """Make the tables and the topics, each once the servers for them are ready."""
+        variables = stack_environment(self.state)
+        self._launcher.results([start for name, start in starts.items() if name == "mysql"])
+        # The import takes a second. It also initialises MySQL's C library, which the wait for MySQL uses: two
+        # threads must not do that at once.
+        from deploy.local import preparation  # noqa: PLC0415
+
+        preparation.migrate(variables)
+        self._launcher.results([start for name, start in starts.items() if name.startswith("kafka-")])
+        preparation.apply_topics(variables)
 
     def _plan(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool) -> None:
         state, running = self.state, process.find_all(self.layout)
