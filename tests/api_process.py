@@ -51,15 +51,24 @@ def free_port() -> int:
 
 
 class Installation:
-    """A migrated database and event topics that nobody else uses."""
+    """A migrated database and event topics that nobody else uses.
 
-    def __init__(self, infra: Infra) -> None:
+    task.created has three partitions, each other topic has `partitions`.
+    """
+
+    def __init__(self, infra: Infra, partitions: int = 1) -> None:
         self.infra = infra
         self.database_url = infra.migrated_database()
         self.prefix = infra.topic_prefix()
+        self._reader = Consumer({"bootstrap.servers": infra.bootstrap, "group.id": "reader"})
+        self._places = {n: TopicPartition(self.prefix + TASK_CREATED, n, 0) for n in range(3)}
+        self._records: list[Message] = []
         admin = AdminClient({"bootstrap.servers": infra.bootstrap})
         config = {"max.message.bytes": str(5 << 20)}
-        topics = [NewTopic(self.prefix + name, 3, 1, config=config) for name in EVENT_TOPICS]
+        topics = [
+            NewTopic(self.prefix + name, 3 if name == TASK_CREATED else partitions, 1, config=config)
+            for name in EVENT_TOPICS
+        ]
         for created in admin.create_topics(topics).values():
             created.result(30)
         # A broker may answer before its own view of the cluster names a new topic.
@@ -85,7 +94,7 @@ class Installation:
         )
 
     def published(self) -> list[tuple[events_pb2.TaskCreated, dict[str, bytes]]]:
-        """Return the events on task.created so far, with their headers, partition by partition."""
+        """Return the events on task.created so far, with their headers."""
         found = []
         for message in self.records():
             event = events_pb2.TaskCreated.FromString(message.value() or b"")
@@ -98,20 +107,22 @@ class Installation:
         return Counter(uuid7.text(event.task.id) for event, _ in self.published())
 
     def records(self) -> list[Message]:
-        """Return the records of task.created so far, partition by partition."""
-        consumer = Consumer({"bootstrap.servers": self.infra.bootstrap, "group.id": "reader"})
-        found = []
-        for partition in range(3):
-            place = TopicPartition(self.prefix + TASK_CREATED, partition, 0)
-            _, end = bounds(consumer, place)
-            consumer.assign([place])
-            while [consumer.position([place])[0].offset] < [end] and end:
-                message = consumer.poll(20)
+        """Return the records of task.created so far, each partition's in its order.
+
+        A call reads only the records since the last one.
+        """
+        places = self._places.values()
+        ends = {place.partition: bounds(self._reader, place)[1] for place in places}
+        if any(place.offset < ends[place.partition] for place in places):
+            self._reader.assign(list(places))
+            while any(place.offset < ends[place.partition] for place in places):
+                message = self._reader.poll(20)
                 assert message is not None
                 assert not message.error(), message.error()
-                found.append(message)
-        consumer.close()
-        return found
+                self._records.append(message)
+                self._places[message.partition()].offset = message.offset() + 1  # type: ignore[index, operator]
+            self._reader.unassign()
+        return list(self._records)
 
 
 def request(number: int = 0, key: str = "", **data: Any) -> CreateRequest:

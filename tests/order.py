@@ -30,8 +30,12 @@ _TOGETHER = (
     "tests/e2e/test_replay",
     "tests/e2e/test_sender.py",
     "tests/e2e/test_senders.py",
+    "tests/integration/test_api_batch",
+    "tests/integration/test_api_decisions",
     "tests/integration/test_api_list",
+    "tests/integration/test_api_outbox",
     "tests/integration/test_api_requests",
+    "tests/integration/test_api_watch",
     "tests/integration/test_fold_sql",
     "tests/integration/smtp/test_smtp_postfix",
 )

@@ -31,6 +31,7 @@ class ReflectionClient:
         )
         self._pool = descriptor_pool.DescriptorPool()
         self._known: set[str] = set()
+        self._methods: dict[str, Any] = {}
 
     def __enter__(self) -> ReflectionClient:
         return self
@@ -45,10 +46,12 @@ class ReflectionClient:
 
     def method(self, name: str) -> Any:
         """Return the descriptor of a method, `package.Service/Method`."""
-        service, _, method = name.partition("/")
-        request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=service)
-        self._learn(self._ask(request))
-        return self._pool.FindServiceByName(service).methods_by_name[method]
+        if name not in self._methods:
+            service, _, method = name.partition("/")
+            request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=service)
+            self._learn(self._ask(request))
+            self._methods[name] = self._pool.FindServiceByName(service).methods_by_name[method]
+        return self._methods[name]
 
     def request(self, name: str, data: object) -> Any:
         """Return a method's request made of JSON data; raise json_format.ParseError where it is none."""

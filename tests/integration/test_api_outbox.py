@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -19,6 +20,7 @@ from services.api.outbox_publisher import NewTask, OutboxEvent
 from services.api.recorder import Recorder
 from services.api.validation import task_created
 from services.common import taskstore
+from services.common.database.engine import make_engine
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
 from services.common.events import encode
@@ -26,9 +28,28 @@ from services.common.fold import delta
 from services.common.health import Degraded
 from services.common.timeline import timeline_row
 from services.common.unpublished import Unpublished, unpublished
+from tests.forms import by_form
 from tests.integration.stage_kit import until
+from tests.stack import Infra
 
 ID_GENERATOR = uuid7.IdGenerator()
+
+
+@pytest.fixture(scope="module", params=["mysql", "mariadb"])
+def database(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    server: Infra = request.getfixturevalue("infra" if request.param == "mysql" else "mariadb")
+    engine = make_engine(server.migrated_database())
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def engine(database: Engine) -> Iterator[Engine]:
+    """An engine on empty tables. Emptying them is much cheaper than another database."""
+    yield database
+    with database.begin() as connection:
+        for table in ("outbox", "tasks", "task_bodies", "task_events"):
+            connection.exec_driver_sql(f"DELETE FROM {table}")
 
 
 def make_new_task(key: str = "", send_at_us: int = 0, **data: object) -> NewTask:
@@ -181,13 +202,21 @@ async def test_a_batch_is_one_transaction_with_one_result_a_task(engine: Engine)
     assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == kept
 
 
+@contextmanager
+def ascii_tenants(engine: Engine) -> Iterator[None]:
+    """Within the block, the database refuses a tenant's name that is not ASCII."""
+    change = "ALTER TABLE tasks MODIFY tenant VARCHAR(64)"
+    transaction(engine, lambda c: c.exec_driver_sql(f"{change} CHARACTER SET ascii"))
+    try:
+        yield
+    finally:
+        transaction(engine, lambda c: c.exec_driver_sql(change))
+
+
 async def test_a_failed_batch_leaves_nothing_behind(engine: Engine) -> None:
     poison = make_new_task()
     poison.event.task.tenant = "é" * 3
-    transaction(
-        engine, lambda c: c.exec_driver_sql("ALTER TABLE tasks MODIFY tenant VARCHAR(64) CHARACTER SET ascii")
-    )
-    with pytest.raises(DBAPIError):
+    with ascii_tenants(engine), pytest.raises(DBAPIError):
         await batch_of(engine, *(make_new_task() for _ in range(600)), poison)
     assert ids_in(engine, "tasks", "id") == ids_in(engine, "task_bodies") == ids_in(engine, "outbox") == []
 
@@ -211,14 +240,22 @@ async def test_a_key_used_twice_in_one_transaction_is_one_task(engine: Engine) -
 
 async def test_recorders_that_race_for_keys_record_one_task_a_key(engine: Engine) -> None:
     # Each uses the keys in another order, so that their transactions also deadlock.
-    keys = [f"key {n}" for n in range(30)]
-    rounds = [keys, keys[::-1], keys[15:] + keys[:15], keys[::2] + keys[1::2]]
-    results = await asyncio.gather(*(record(engine, *map(make_new_task, order)) for order in rounds))
-    recorded = [r.event.task.id for _, committed in results for r in committed]
+    keys = [f"key {n}" for n in range(12)]
+    recorded: list[bytes] = []
+
+    async def record_all(order: list[str]) -> None:
+        left = list(map(make_new_task, order))
+        while left:
+            answers, committed = await record(engine, *left)
+            recorded.extend(r.event.task.id for r in committed)
+            assert all(isinstance(a, StatusError | task_pb2.Task | None) for a in answers), answers
+            # After many deadlocks a Create is UNAVAILABLE, and its client calls again.
+            left = [r for r, answer in zip(left, answers, strict=True) if isinstance(answer, StatusError)]
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*map(record_all, [keys, keys[::-1], keys[6:] + keys[:6]]))
     assert len(recorded) == len(keys)
     assert sorted(recorded) == ids_in(engine, "tasks", "id") == ids_in(engine, "outbox")
-    for answers, _ in results:
-        assert all(answer is None or isinstance(answer, task_pb2.Task) for answer in answers), answers
 
 
 async def test_repeating_a_commit_of_unknown_outcome_changes_nothing(
@@ -240,11 +277,9 @@ async def test_repeating_a_commit_of_unknown_outcome_changes_nothing(
 async def test_a_task_that_the_database_refuses_fails_alone(engine: Engine) -> None:
     poison = make_new_task()
     poison.event.task.tenant = "é" * 3
-    transaction(
-        engine, lambda c: c.exec_driver_sql("ALTER TABLE tasks MODIFY tenant VARCHAR(64) CHARACTER SET ascii")
-    )
     batch = [make_new_task(), poison, *(make_new_task() for _ in range(20))]
-    answers, committed = await record(engine, *batch)
+    with ascii_tenants(engine):
+        answers, committed = await record(engine, *batch)
     assert isinstance(answers[1], DBAPIError)
     assert "shop.test" not in str(answers[1])
     assert committed == [batch[0], *batch[2:]]
@@ -349,7 +384,7 @@ def test_sweeping_does_not_block_recording(engine: Engine) -> None:
     assert len(ids_in(engine, "outbox")) == 100
 
 
-@pytest.mark.parametrize("size", [1, 499, 500, 501, 1200])
+@pytest.mark.parametrize("size", [1, 500, 501, 1200])
 def test_any_number_of_rows_can_be_put(engine: Engine, size: int) -> None:
     rows = [outbox.created(ID_GENERATOR.new()[0]) for _ in range(size)]
     transaction(engine, lambda c: outbox.put(c, rows))
@@ -359,7 +394,7 @@ def test_any_number_of_rows_can_be_put(engine: Engine, size: int) -> None:
 
 
 def test_a_sweep_reads_only_due_rows(engine: Engine) -> None:
-    rows = [outbox.created(ID_GENERATOR.new()[0]) for _ in range(50_000)]
+    rows = [outbox.created(ID_GENERATOR.new()[0]) for _ in range(by_form(5_000, 50_000))]
     [now] = transaction(engine, lambda c: c.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").one())
     times = [now + timedelta(seconds=3600 + n / 10) for n in range(len(rows))]
     transaction(engine, lambda c: outbox.insert_scheduled(c, list(zip(rows, times, strict=True))))
