@@ -23,7 +23,8 @@ API_REQUESTS = Counter("postroad_api_requests_total", "RPCs answered, by gRPC st
 API_SECONDS = Histogram("postroad_api_seconds", "Time to answer an RPC", ["rpc"], buckets=LATENCY_BUCKETS)
 API_PUBLISHED = Counter(
     "postroad_api_published_total",
-    "Events published, by way: relay (at once) or sweeper (scheduled, or after a crash or an outage)",
+    "Events published, by way: relay (the outbox publisher, at once) or sweeper (scheduled, or after a"
+    " crash or an outage)",
     ["way"],
 )
 OUTBOX_HELD = Gauge(

@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     replica: str = Field(
         "",
         max_length=200,
-        description="This replica's name in logs and events; empty: host name and process id",
+        description="This replica's name in logs and at Kafka; empty: host name and process id",
     )
     log_format: Literal["json", "console"] = Field("json", description="How logs are written")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -119,8 +119,8 @@ class Settings(BaseSettings):
         620.0,
         gt=SETTLE_SECONDS,
         le=_HOUR,
-        description="Seconds for a handed-over mail: 20 to store the outcome,"
-        " the rest to wait for the reply; a drain waits as long",
+        description="Seconds for a handed-over mail, of which the last 20 are to store the outcome after the"
+        " reply; a drain waits as long",
     )
 
     max_body: int = Field(512 << 10, ge=1, le=2 << 20, description="Bytes of text and HTML a task may have")

@@ -1,4 +1,4 @@
-"""The events on the topics, to records and back.
+"""Turns events into records and back.
 
 Headers follow CloudEvents' Kafka binding in binary mode (CloudEvents 1.0, Kafka Protocol Binding
 section 3.2). `ce_id` is made from what the event says, not random: the same event published twice

@@ -1,4 +1,4 @@
-"""The events of the outbox that are due and not published. Blocks."""
+"""Counts the events of the outbox that are due and not published, for the api and `postroad lag`. Blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from services.common.database.tables import outbox
 __all__ = ["SWEEP_SECONDS", "Unpublished", "unpublished"]
 
 SWEEP_SECONDS = 45
-"""Seconds for which a sweeper leases rows, longer than its producer tries (`delivery.timeout.ms`)."""
+"""Seconds for which the api's sweeper leases rows, longer than its producer tries (`delivery.timeout.ms`).
+
+It is here, not in the api, because the query below relies on it."""
 
 _NOW = func.utc_timestamp(6)
 # A version before the column `due_at` leaves it out.

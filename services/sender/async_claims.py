@@ -23,8 +23,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LIMIT = 500
-# After an outage no claim is taken over for this long (seconds): its owner may still have an outcome to store
-# or a lease to renew. Owners try every second; a connection attempt without an answer takes four more.
+# After the database's first answer no claim is taken over for this long (seconds): its owner may still have
+# an outcome to store or a lease to renew. Owners try every second; a connection attempt without an answer
+# takes four more.
 OWNERS_FIRST = 6.0
 _RETRY_SECONDS = 1.0
 # Waiting callers ask the database about every second. Trouble that is older than this (seconds) may be over.
@@ -45,8 +46,8 @@ class AsyncClaims:
     """`Claims` for the handlers. Belongs to one event loop.
 
     `claim` and `settle` wait while the database is away; a caller may cancel them. A cancelled call may still
-    reach the database. When the database answers for the first time, after trouble, or after a silence, no
-    claim is taken over for `owners_first` seconds.
+    reach the database. For `owners_first` seconds after the database's first answer no claim is taken over.
+    The same holds after its first answer since trouble, or since so long a silence (ADR 20).
     """
 
     def __init__(self, claims: BlockingClaims, owners_first: float = OWNERS_FIRST) -> None:

@@ -47,8 +47,9 @@ SENDER_SKIPPED = Counter(
     ["why"],
 )
 SENDER_SHED = Counter(
+    # The name is older than the glossary; dashboards have it.
     "postroad_sender_crowded_total",
-    "Tasks put off untried, since their domain is slow and held more than its share of the queue",
+    "Tasks deferred untried, since their domain is slow and held more than its share of the queue",
 )
 SENDER_CLAIMS = Gauge("postroad_sender_claims", "Claims that the sender holds")
 SENDER_LEASES_LOST = Counter("postroad_sender_leases_lost_total", "Claims found to be another's on renewal")
@@ -79,7 +80,7 @@ class WorstDomains(Collector):
         ),
         (
             "postroad_sender_domain_still_seconds",
-            "Time since a session of the domain was taken or given back; the ten worst domains",
+            "Time since the domain last acquired or released a session; the ten worst domains",
         ),
     )
 

@@ -107,7 +107,7 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The server refused this mail; it certainly does not have it."""
+    """The server refused this mail or (`about_session`) the session; it certainly does not have the mail."""
 
     phase: Phase
     reply: str
@@ -141,7 +141,7 @@ class NotSent:
 
 @dataclass(frozen=True, slots=True)
 class InDoubt:
-    """The mail was handed over, or may have been, and no reply came (RFC 1047)."""
+    """The mail was handed over, or may have been, and no final reply came (RFC 1047)."""
 
     cause: str
     relay: str
@@ -151,7 +151,7 @@ class InDoubt:
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost:
-    """The caller's guard returned False; nothing was sent."""
+    """The caller's guard returned False; nothing of the message was sent."""
 
     phase: Phase
 

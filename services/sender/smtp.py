@@ -1,7 +1,7 @@
 """The sender's SMTP client: a pool of sessions with one relay.
 
 >>> pool = SmtpPool(Relay("mail.example.org", 587, credentials=Credentials("user", "secret")))
->>> result = await pool.send("shop@example.org", "ann@example.net", message, lambda: lease.holds)
+>>> result = await pool.send("shop@example.org", "ann@example.net", message, lease.holds)
 
 The pool is *down* while the relay cannot be reached, or refuses all mails of the account. Every send then
 returns ``NotSent`` with ``spares_attempt`` at once.
@@ -99,8 +99,8 @@ class SmtpPool:
             guard: called before the envelope and again before the message is written; False ends the send.
 
         Returns:
-            ``Sent``: the server took the mail. ``Rejected``: it refused this mail. ``NotSent``: it
-            certainly does not have the mail. ``InDoubt``: the mail was handed over, and no reply came.
+            ``Sent``: the server took the mail. ``Rejected``: it refused this mail. ``NotSent``: it certainly
+            does not have the mail. ``InDoubt``: the mail may have been handed over, and no final reply came.
             ``LeaseLost``: the guard returned False.
 
         Raises:

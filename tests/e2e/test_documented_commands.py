@@ -214,18 +214,13 @@ def test_a_documented_command_succeeds(field: Field, text: str) -> None:
         restore(field)
 
 
-def _start_sender(field: Field) -> None:
-    assert "sender-1" in field.shell.run("python3 -m deploy.local status").output
-    field.stack.start("sender-1")
-
-
 def _one_sender(field: Field) -> None:
     field.stack.scale("sender", 1)
 
 
 # These restore what a command took away and others need.
 RESTORES: dict[str, Callable[[Field], None]] = {
-    "python3 -m deploy.local stop sender-1": _start_sender,
+    "python3 -m deploy.local scale sender 0": _one_sender,
     "python3 -m deploy.local scale sender 3": _one_sender,
 }
 

@@ -23,7 +23,9 @@ Doubtful: the row's reason is `in_doubt`. A claim counts the doubt that it finds
 reason until the doubt is published. If the claim is released before, the next claim finds the same doubt
 and does not count it again.
 
-Settled: the handler publishes the row's outcome once more, since its sender may have died before it did.
+Settled: the handler publishes the row's outcome once more, since its sender may have died before it did. A
+row that is `cancelled`, or that the validator failed, has no event of the sender's: the api or the validator
+publishes it.
 Stale: a later record has overtaken this one and will publish the outcome, so there is nothing to do. `sent`
 is the answer to every claim, since it is true in every epoch.
 
@@ -149,7 +151,7 @@ class Wait(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The row is settled: publish its outcome."""
+    """The row is settled: publish its outcome, if the sender has an event for it."""
 
     row: Delivery
 

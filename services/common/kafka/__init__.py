@@ -1,4 +1,4 @@
 """Kafka for all services: client settings, publishing, headers, topics and administration.
 
-It knows no stage. The stage runtime (services/common/stage) is built on it.
+It imports no stage. The stage runtime (services/common/stage) is built on it.
 """

@@ -1,16 +1,18 @@
-"""The headers that Postroad adds to delayed records and dead letters.
+"""The headers that Postroad adds to delayed records, dead letters, their resolutions and replayed records.
 
-Both keep the original record's key, value and headers (CloudEvents' `ce_*`, `traceparent`) and add:
+A delayed record and a dead letter keep the original record's key, value and headers (`traceparent`, and the
+`ce_*` of services/common/events.py) and add:
 
 - `origin`   topic/partition/offset of the event record that it was at first (bare topic name)
 - `attempt`  the attempt that comes next (delayed record) or that failed (dead letter), from 1
 - `cause`    why, text
-- `due-at`   delayed records only: the stage handles it no earlier, Unix milliseconds
+- `due-at`   delayed records only: Unix milliseconds from which the stage handles it. If the reader's clock
+             differs, the stage handles it once it has known it for the delay and a tenth.
 
 A dead letter that is too large goes without its value, or without its key and headers too. It then has
 `value-size` (bytes) and `value-sha256` (hexadecimal), and `key-size` and `key-sha256`.
 
-A resolution on a dead-letter topic says in RESOLVES which dead letters before it in its partition are done.
+A dead-letter resolution says in RESOLVES which dead letters before it in its partition are done.
 RESOLUTION says what became of them. A record that a replay produced names that replay in REPLAY_ID.
 
 Any producer may write headers of these names. The runtime drops them unless Postroad itself wrote them.

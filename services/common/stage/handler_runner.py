@@ -58,7 +58,7 @@ class HandlerRunner:
         self._flushing = False
         self._draining = False
         self._counts = {kind: metrics.STAGE_RECORDS.labels(stage.name, name) for kind, name in _NAMES.items()}
-        self._observe = metrics.STAGE_HANDLER_SECONDS.labels(stage.name).observe
+        self._observe = metrics.STAGE_BATCH_SECONDS.labels(stage.name).observe
         self._batches = (
             BatchRunner(stage.handle_batch, self._on_outcomes, self._abandon, self._observe)
             if stage.handle_batch

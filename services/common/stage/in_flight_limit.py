@@ -1,4 +1,4 @@
-"""Bounds what a stage holds in memory: the number and the bytes of its records in flight."""
+"""Counts the records in flight and their bytes, and says when the poller must stop fetching."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ __all__ = ["InFlightLimit"]
 
 
 class InFlightLimit:
-    """Counts the records in flight and says when the poller must stop fetching.
+    """The limit of what a stage holds in memory.
 
-    The limit is reached at `records` or `bytes_`, and stays reached until both are down to half. A pause
+    It is reached at `records` or `bytes_`, and stays reached until both are down to half. A pause
     discards what the client has prefetched, so pauses must be rare. Pure.
     """
 

@@ -1,4 +1,4 @@
-"""Says when to replace the Consumer: the coordinator is silent, or disagrees on the partitions it owns.
+"""Says when to replace the Consumer: the coordinator is silent, or says that it owns other partitions.
 
 The poller's thread alone uses it; any thread may read `joined`.
 """
@@ -66,7 +66,7 @@ class OwnershipMismatch:
 
 
 class Membership:
-    """One member of a consumer group. `on_error` takes what the coordinator answers instead of offsets."""
+    """One member of a consumer group. It calls `on_error` with an error that the coordinator answers."""
 
     def __init__(
         self,

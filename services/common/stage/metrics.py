@@ -1,6 +1,7 @@
 """The metrics of the stage runtime, labelled by stage, for Prometheus.
 
-Names follow Prometheus' conventions: base units, and `_total` on counters.
+The api counts its failed publishes here too, as the stage `api`, and shares the buckets. Names follow
+Prometheus' conventions: base units, and `_total` on counters.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from prometheus_client import Counter, Gauge, Histogram
 
 __all__ = [
     "LATENCY_BUCKETS",
+    "STAGE_BATCH_SECONDS",
     "STAGE_COMMIT_FAILURES",
-    "STAGE_HANDLER_SECONDS",
     "STAGE_HELD",
     "STAGE_IN_FLIGHT",
     "STAGE_IN_FLIGHT_BYTES",
@@ -39,10 +40,10 @@ STAGE_REBALANCES = Counter(
 STAGE_COMMIT_FAILURES = Counter("postroad_stage_commit_failures_total", "Commits that failed", ["stage"])
 STAGE_PUBLISH_FAILURES = Counter(
     "postroad_stage_publish_failures_total",
-    "Publishes that failed and are tried again; while it rises, commits wait: alert on it",
+    "Publishes of a stage or the api that failed and are tried again; while it rises, a stage's commits wait",
     ["stage"],
 )
-STAGE_HANDLER_SECONDS = Histogram(
+STAGE_BATCH_SECONDS = Histogram(
     "postroad_stage_batch_seconds",
     "Time of the handler over one batch; of handlers that wait, only until they first do",
     ["stage"],

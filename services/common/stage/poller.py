@@ -1,6 +1,7 @@
 """Polls Kafka: fetches records, hands them to the event loop, and commits what comes back finished.
 
-Only the poller's thread touches the Consumer (invariant I5). handler_runner.py is the half on the loop.
+Only the poller's thread touches the Consumer (I5 in docs/guarantees.md). handler_runner.py is the half on the
+loop.
 """
 
 from __future__ import annotations

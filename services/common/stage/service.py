@@ -1,4 +1,4 @@
-"""The service of a stage: one entry point for every stage of the list."""
+"""StageService and run_stage: what each service of `services/common/stages.py` runs."""
 
 from __future__ import annotations
 

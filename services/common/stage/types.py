@@ -35,12 +35,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Handle the record again as attempt + 1, once `due_at_ms` (Unix milliseconds) has come and never
-    earlier.
+    """Handle the record again as attempt + 1, once `due_at_ms` (Unix milliseconds) has come.
 
-    `delay` selects the delay topic, one of the stage's `delays` (seconds). `events` are published too. The
-    record waits at most the delay and a tenth of it: a later due time comes from another clock. Without
-    `counts` the record comes back as the same attempt, since nothing was tried.
+    `delay` selects the delay topic, one of the stage's `delays` (seconds). The record also comes back once
+    its reader has known it for the delay and a tenth: a later due time comes from another clock. `events` are
+    published too. Without `counts` the record comes back as the same attempt, since nothing was tried.
     """
 
     delay: int

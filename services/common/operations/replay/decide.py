@@ -19,7 +19,8 @@ between this decision and the sender's claim. Then both are of one epoch, and th
 decided. With a new epoch, the claim would send the mail anyway. With an earlier attempt, it would answer
 Stale, and nothing would happen.
 
-Records of the other topics are only folded: all are REPUBLISHed unchanged. Records of delay topics are
+Records of the other topics send no mail: all are REPUBLISHed unchanged. The fold and Watch read them, and the
+sender reads `task.cancelled`, whose claim answers what is already so. Records of delay topics are
 REPUBLISHed unchanged once they are due, while their task still works in their epoch.
 """
 
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 REOPENABLE = ("failed", "cancelled", "uncertain", "deferred")
-"""The statuses that `--reopen` takes. `deferred`: the sender put an attempt off."""
+"""The statuses that `--reopen` takes. `deferred`: the sender deferred the task."""
 # An attempt that is due waits for its turn in the stage. If it is later than this, it is probably lost.
 OVERDUE_US = 60_000_000
 
