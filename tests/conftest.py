@@ -1,6 +1,7 @@
 """Registers the fixtures for all tests, orders the tests, and ends all that a run started."""
 
 import pytest
+import structlog
 
 import tests.forms  # noqa: F401  (loads the profile of this run's form)
 from tests import forked, reaper
@@ -32,6 +33,14 @@ __all__ = [
     "servers",
     "stack",
 ]
+
+# structlog would render each traceback by rich, with all local variables. That takes longer than most tests.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
