@@ -274,7 +274,9 @@ class _Shared(Infra):
 def infra() -> Infra:
     """Kafka, MySQL, DNS and the catcher for all tests of this run, whichever worker they are on."""
     given = os.environ.get("POSTROAD_TEST_INFRA")
-    servers = _Shared(Path(given) if given else Path(os.environ[RUN]) / "infra", lasting=True)
+    directory = Path(given) if given else Path(os.environ[RUN]) / "infra"
+    # Nobody kills this broker, and a busy machine may silence it for seconds.
+    servers = _Shared(directory, {"POSTROAD_LOCAL_BROKER_SESSION": "60"}, lasting=True)
     # The first worker starts them; each further one waits for the stack's lock and finds them running.
     servers.up("--infra-only")
     return servers

@@ -23,6 +23,7 @@ OTHERS: Final = frozenset(
         "POSTROAD_TRACEBACK",
         # Of the local stack.
         "POSTROAD_LOCAL_API_PORT",
+        "POSTROAD_LOCAL_BROKER_SESSION",
         "POSTROAD_LOCAL_DB",
         "POSTROAD_LOCAL_DIR",
         "POSTROAD_LOCAL_NAME",
