@@ -38,6 +38,7 @@ _TOGETHER = (
     "tests/integration/test_api_watch",
     "tests/integration/test_fold_sql",
     "tests/integration/smtp/test_smtp_postfix",
+    "tests/simulation/test_contract_mail",
 )
 # The longest chains. A whole system keeps a core busy, so run only a few more at once than there are cores.
 _CHAINS = ("own_stack_1", "own_stack_2", "stack", "breaks_servers")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -17,7 +19,7 @@ from tests.simulation.mail import MailServer, Pool
 from tests.simulation.process import Process
 from tests.simulation.scheduler import Scheduler
 from tests.simulation.world import World
-from tests.stack import Infra
+from tests.stack import Infra, running
 
 Send = Callable[..., Awaitable[Any]]
 
@@ -131,9 +133,20 @@ async def _until_relay(pool: Any, up: bool) -> None:
         await asyncio.sleep(0.05)
 
 
-@pytest.fixture(params=["memory", pytest.param("catcher", marks=pytest.mark.breaks_servers)])
+@pytest.fixture(scope="module")
+def catcher() -> Iterator[Infra]:
+    """A mail catcher of this module alone, because a test makes it refuse connections."""
+    away = "127.0.0.1:1"
+    # The stack starts nothing that a variable gives.
+    given = {"POSTROAD_KAFKA_BOOTSTRAP": away, "POSTROAD_DNS_SERVERS": away}
+    given["POSTROAD_DATABASE_URL"] = f"mysql://nobody@{away}/none"
+    with running(Infra(Path(tempfile.mkdtemp(prefix="postroad-")), given), "--infra-only") as servers:
+        yield servers
+
+
+@pytest.fixture(params=["memory", "catcher"])
 def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
-    made = Memory() if request.param == "memory" else Real(request.getfixturevalue("servers"))
+    made = Memory() if request.param == "memory" else Real(request.getfixturevalue("catcher"))
     yield made
     made.finish()
 
