@@ -73,12 +73,11 @@ class Stack:
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one command of deploy.local; blocks until it is done. Raises AssertionError if it fails."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("POSTROAD_", "EMAIL_"))}
+        # A broker of the tests ends before the JVM's second compiler pays off.
+        clean["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
         if self._lasting:
             # It has thousands of partitions in the end.
             clean["_JAVA_OPTIONS"] = "-Xmx1g"
-        else:
-            # The broker of a single test ends before the JVM's second compiler pays off.
-            clean["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"
         # The port of the documents' examples belongs to the stack whose tests run them.
         clean["POSTROAD_LOCAL_API_PORT"] = "0"
         environment = {**clean, **self._given, "POSTROAD_LOCAL_DIR": str(self.directory)}
