@@ -1,5 +1,7 @@
 """Registers the fixtures for all tests, orders the tests, and ends all that a run started."""
 
+import os
+
 import pytest
 import structlog
 
@@ -41,6 +43,9 @@ structlog.configure(
         structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
     ]
 )
+# The database's driver reads the public certificates anew for each connection, which takes longer than most
+# of what a test then asks. No test needs them, and no process that it starts.
+os.environ.update(SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
