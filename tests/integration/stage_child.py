@@ -1,6 +1,7 @@
 """A stage in a process of its own, for the tests that kill or freeze it.
 
-It publishes mx.ok for each task after `CHILD_SECONDS`, and appends a line for it to `CHILD_JOURNAL`.
+It publishes mx.ok for each task after `CHILD_SECONDS`. It notes in `CHILD_JOURNAL` which tasks it has begun
+and which it has handled.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ SECONDS = float(os.environ.get("CHILD_SECONDS", "0"))
 
 async def build(settings: Settings) -> StageService:
     async def handle(record: Record) -> Outcome:
+        journal.write(f"begun {record.event.epoch}\n")
         await asyncio.sleep(SECONDS)
-        journal.write(f"{record.event.epoch}\n")
+        journal.write(f"handled {record.event.epoch}\n")
         return passed_on(record)
 
     return StageService(Stage.of(VALIDATOR, handle=handle, delays=(1, 2)), settings)

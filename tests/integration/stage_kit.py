@@ -173,6 +173,10 @@ class Kit:
             consumer.close()
         return messages
 
+    def count(self, bare: str) -> int:
+        """Return how many records were published to a topic: much cheaper than to read them."""
+        return sum(self.end(bare).values())
+
     def committed(self, bare: str = TASK_CREATED) -> dict[int, int]:
         """Return the group's committed offset of each partition of a topic, 0 where there is none."""
         topic = self.prefix + bare

@@ -77,7 +77,8 @@ async def test_partitions_of_a_lost_assignment_are_read_nevertheless(
     made: list[_LosesAssignments] = []
 
     def make(config: dict[str, Any]) -> Consumer:
-        made.append(_LosesAssignments(config))
+        # It soon notices that the broker is in trouble.
+        made.append(_LosesAssignments(config | {"socket.timeout.ms": 3000}))
         return made[-1]
 
     async with contextlib.AsyncExitStack() as others:
