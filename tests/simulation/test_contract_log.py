@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 from services.common.config import Settings
 from services.common.kafka.clients import consumer_config, producer_config
 from services.common.kafka.topic_partition import TopicPartition
+from services.common.kafka.topics import Names
 from tests.simulation import broker as memory
 from tests.simulation.consumer import Consumer as MemoryConsumer
 from tests.simulation.process import Process
@@ -190,9 +193,7 @@ class Real(Side):
     def member(self) -> Member:
         answers: list[Any] = []
         config = consumer_config(self.settings, "contract", "contract", gather=False) | {
-            "on_commit": lambda error, _: answers.append(error),
-            # The shortest interval that Kafka allows: after it, a member that does not poll is fenced.
-            "max.poll.interval.ms": 6000,
+            "on_commit": lambda error, _: answers.append(error)
         }
         made = Member(Consumer(config), self.topics)
         made.answers = answers
@@ -211,7 +212,9 @@ class Real(Side):
                 member.turn()
 
     def fence(self, member: Member) -> None:
-        # The member does not poll, so librdkafka leaves the group for it.
+        # To be silent until its session is over would take the member ten seconds.
+        group = Names(self.settings.topic_prefix).group("contract")
+        _leave(self.settings.kafka_bootstrap, group, member.consumer.memberid())
         others = [other for other in self._members if other is not member and not other.closed]
         deadline = time.monotonic() + 40
         while any(len(other.owned) < len(self.topics) * _PARTITIONS for other in others):
@@ -229,6 +232,23 @@ class Real(Side):
                 closing.join(20)
         for done in self.admin.delete_topics(self.topics).values():
             done.result()
+
+
+def _leave(bootstrap: str, group: str, member: str) -> None:
+    """Leave a group in a member's name: a ConsumerGroupHeartbeat with the epoch -1 (KIP-848)."""
+
+    def text(value: str) -> bytes:
+        # A compact string of less than 127 bytes.
+        return bytes([len(value) + 1]) + value.encode()
+
+    key, version, correlation, epoch, unchanged = 68, 0, 1, -1, -1
+    header = struct.pack(">hhihx", key, version, correlation, -1)
+    leave = text(group) + text(member) + struct.pack(">ixxixxxx", epoch, unchanged)
+    host, _, port = bootstrap.rpartition(":")
+    with socket.create_connection((host, int(port)), 20) as connection, connection.makefile("rb") as answers:
+        connection.sendall(struct.pack(">i", len(header + leave)) + header + leave)
+        answer = answers.read(*struct.unpack(">i", answers.read(4)))
+    assert struct.unpack(">ixih", answer[:11])[::2] == (correlation, 0)
 
 
 @pytest.fixture(params=["memory", "kafka"])
