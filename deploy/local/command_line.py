@@ -41,8 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     scale = commands.add_parser("scale", help="have N replicas of a service")
     scale.add_argument("service", choices=SERVICES)
     scale.add_argument("count", type=_count, metavar="N")
+    start = commands.add_parser("start", help="start processes; returns when they are ready")
+    start.add_argument("names", metavar="NAME", nargs="+")
     for name, text in (
-        ("start", "start one process; returns when it is ready"),
         ("stop", "end one process by SIGTERM"),
         ("kill", "end one process by SIGKILL"),
     ):
@@ -100,8 +101,9 @@ def _run(arguments: argparse.Namespace, stack: Stack) -> int:
         names = stack.state.replica_names(arguments.service)
         _say(f"{arguments.service}: {', '.join(names) or 'no replica'}")
     elif command == "start":
-        stack.start(arguments.name)
-        _say(f"{arguments.name} is ready")
+        stack.start(*arguments.names)
+        for name in arguments.names:
+            _say(f"{name} is ready")
     elif command == "stop":
         if not stack.stop(arguments.name):
             raise StackError(f"{arguments.name} did not end in time and was killed")

@@ -236,13 +236,14 @@ class Stack:
             self._launcher.start_all([name for name in self.services() if name.startswith(f"{service}-")])
             self._end_surplus(service)
 
-    def start(self, name: str) -> None:
-        """Start `name` unless it runs. Returns when it is ready."""
+    def start(self, *names: str) -> None:
+        """Start all of these at once, unless they run. Returns when they are ready."""
         with self.changing():
             self._refuse_settings()
-            self.component(name)
+            for name in names:
+                self.component(name)
             self._save()
-            self._launcher.start_all([name])
+            self._launcher.start_all(names)
 
     def stop(self, name: str, *, kill: bool = False) -> bool:
         """End `name` by SIGTERM, or by SIGKILL with `kill`. Return whether it ended by itself in time."""

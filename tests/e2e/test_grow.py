@@ -4,72 +4,84 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
 
+from services.common.kafka.topics import MX_OK
 from services.common.stages import STAGES
 from tests.cli import Command
 from tests.e2e.pipeline import Pipeline, until
+from tests.forms import by_form
+from tests.groups import Offsets
 from tests.stack import Stack
 
+# The stages' producers use the new partitions within five minutes; a restart is faster.
+RESTARTED = by_form(("validator",), (*STAGES, "api"))
+TASKS = by_form(15, 60)
 
-def test_growing_under_load_loses_and_repeats_nothing(new_stack: Callable[..., Stack]) -> None:
+
+def test_growing_under_load_loses_and_repeats_nothing(stack: Stack) -> None:
     """Keys move to other partitions while tasks are in every state, also deferred."""
-    stack = new_stack(POSTROAD_SENDER_DELAYS="1,3", POSTROAD_VALIDATOR_DELAYS="1,3")
-    stack.up()
-    postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": "6"})
+    prefix, env = stack.names.prefix, stack.env()
+    now = int(env["POSTROAD_PARTITIONS"])
+    grown = now + 3
+    postroad = Command(
+        {"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": str(grown)}
+    )
     refused = postroad("topics", "apply")
     assert (refused.code, refused.out) == (1, "")
-    prefix = stack.names.prefix
-    assert f"differs {prefix}mx.ok: 3 partitions, wanted 6" in refused.err.splitlines()
+    assert f"differs {prefix}mx.ok: {now} partitions, wanted {grown}" in refused.err.splitlines()
     no = postroad.on_terminal("topics", "apply", "--grow", typed="n\n")
     assert (no.code, no.out) == (1, "")
     *listed, last = no.err.splitlines()
-    assert len(listed) == 14
-    assert f"grow {prefix}mx.ok from 3 to 6 partitions, for good" in listed
-    assert last == "Change 14 topics? [y/N] postroad: nothing was done"
+    assert f"grow {prefix}mx.ok from {now} to {grown} partitions, for good" in listed
+    assert last == f"Change {len(listed)} topics? [y/N] postroad: nothing was done"
 
-    with Pipeline(stack) as pipeline:
+    with Pipeline(stack) as pipeline, Offsets(env["POSTROAD_KAFKA_BOOTSTRAP"], "e2e-reader") as reader:
 
-        def lag() -> dict[str, list[dict[str, Any]]]:
-            done = postroad("lag", "--partitions", "--interval", "0", "-o", "json")
-            assert done.code == 0, done.err
-            found: dict[str, list[dict[str, Any]]] = done.json
-            return found
+        def used() -> set[int]:
+            bounds = reader.bounds(reader.partitions([prefix + MX_OK]))
+            return {partition for (_, partition), (_, end) in bounds.items() if end}
 
         ids: list[str] = []
         enough = threading.Event()
 
         def load() -> None:
             number = 0
-            while not enough.is_set() or number % 20:
+            while not enough.is_set():
                 kind = "greylist" if number % 3 == 0 else "x"
-                ids.append(pipeline.create_surely(f"{kind}+{number}@good.test", f"grow-{number}"))
+                ids.append(pipeline.create_surely(f"{kind}+grow{number}@good.test", f"grow-{number}"))
                 number += 1
-                time.sleep(0.08)
+                time.sleep(0.12)
+
+        def deferred() -> bool:
+            under_way = pipeline.list_all(status=["processing"])
+            return any(task.attempts for task in under_way if task.id in ids)
 
         thread = threading.Thread(target=load)
         thread.start()
-        until(lambda: len(ids) > 30, "under load")
-        grown = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
-        assert grown.code == 0, grown.err
-        assert {row["state"] for row in grown.json} == {"grown"}
-        topics = ("task.created", "mx.ok", "sender.delay.1", "sender.dead")
-        assert {row["topic"] for row in grown.json} >= {prefix + topic for topic in topics}
-        waiting = [row for row in lag()["delays"] if row["waiting"]]
-        assert waiting, "tasks were deferred when the topics grew"
-        before = len(ids)
-        # The stages' producers use the new partitions within five minutes; a restart is faster.
-        for service in (*STAGES, "api"):
-            stack.stop(f"{service}-1")
-        Stack(stack.directory, {"POSTROAD_PARTITIONS": "6"}).up()
-        until(lambda: len(ids) > before + 30, "more tasks")
-        enough.set()
-        thread.join(60)
+        try:
+            until(lambda: len(ids) > TASKS and deferred(), "under load")
+            asked = time.time()
+            done = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
+            assert done.code == 0, done.err
+            assert {row["state"] for row in done.json} == {"grown"}
+            topics = ("task.created", "mx.ok", "sender.delay.2", "sender.dead")
+            assert {row["topic"] for row in done.json} >= {prefix + topic for topic in topics}
+            for service in RESTARTED:
+                stack.stop(f"{service}-1")
+                stack.start(f"{service}-1")
+            until(lambda: used() == set(range(grown)), "all partitions are used")
+        finally:
+            enough.set()
+            thread.join(60)
         pipeline.settled(ids, 120)
         pipeline.sent_once(ids)
-
-        until(lambda: all(row["lag"] + row["delayed"] == 0 for row in lag()["stages"]), "no lag", 30)
-        used = {row["partition"] for row in lag()["partitions"] if row["topic"] == "mx.ok" and row["end"]}
-        assert used == set(range(6))
+        until(lambda: not any(pipeline.lag().values()), "no lag")
+        assert any(_waited(pipeline, id_, asked) for id_ in ids), "no task was deferred when the topics grew"
     assert postroad("topics", "apply").code == 0
+
+
+def _waited(pipeline: Pipeline, id_: str, at: float) -> bool:
+    """Return whether the task was deferred before this time (Unix seconds) and went on after it."""
+    steps = [(step.kind, step.at.ToNanoseconds() / 1e9) for step in pipeline.get(id_).timeline]
+    return any(kind == "deferred" and before < at < after for (kind, before), (_, after) in pairwise(steps))

@@ -1,21 +1,17 @@
-"""The pipeline as a user sees it: every way a task can end, the payloads of existing clients, pages."""
+"""The pipeline as a user sees it: every way a task can end, the payloads of existing clients."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from email import message_from_bytes, policy
 from pathlib import Path
 
 import pytest
 
-from postroad.v1 import task_service_pb2 as pb
 from tests.e2e.pipeline import Pipeline, until
-from tests.forms import by_form
 from tests.reflection_client import ReflectionClient
 from tests.stack import Stack
 
-PAGED = by_form(600, 3000)
 ENDS = [
     # recipient, status, reason, start of the reply, mails that the server took
     ("ada@good.test", "completed", "", "250", 1),
@@ -126,41 +122,3 @@ def test_a_repeated_create_makes_one_task(pipeline: Pipeline) -> None:
     assert pipeline.create("ada@good.test", key="once") == first
     pipeline.settled([*ids, first])
     pipeline.sent_once([*ids, first])
-
-
-def test_pages_to_the_end_while_tasks_arrive(pipeline: Pipeline) -> None:
-    ids = set(pipeline.create_many([f"u{n}@paged.test" for n in range(PAGED)], "paged", 32))
-    assert len(ids) == PAGED
-    stop = threading.Event()
-    failed: list[BaseException] = []
-
-    def arrive() -> None:
-        number = 0
-        try:
-            while not stop.is_set():
-                pipeline.create(f"late{number}@paged.test")
-                number += 1
-        except BaseException as error:
-            failed.append(error)
-
-    arriving = threading.Thread(target=arrive)
-    arriving.start()
-    try:
-        seen: list[str] = []
-        token = ""
-        while True:
-            request = pb.ListRequest(domain="paged.test", page_size=PAGED // 40, page_token=token)
-            page = pipeline.stub.List(request, timeout=20)
-            assert len(page.results) <= PAGED // 40
-            seen += [row.id for row in page.results]
-            token = page.next_page_token
-            if not token:
-                break
-    finally:
-        stop.set()
-        arriving.join()
-    assert not failed
-    assert len(seen) == len(set(seen)), "a row came twice"
-    assert seen == sorted(seen, reverse=True), "not newest first"
-    assert ids <= set(seen), "a row was missed"
-    pipeline.settled(ids)

@@ -13,8 +13,8 @@ import pytest
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
-from tests.e2e.pipeline import SETTLED, Pipeline
-from tests.forms import by_form
+from tests.e2e.pipeline import SETTLED, Pipeline, until
+from tests.forms import LONG, by_form
 from tests.stack import Stack
 
 # Every way to an end that needs no long wait. The mail server refuses a recipient's first try, so no other
@@ -24,7 +24,7 @@ RECIPIENTS = [
     "drop-lost+watch@good.test", "reject5@good.test", "ada@nowhere.test", "ada@bücher.test",
 ]  # fmt: skip
 LABELS = {"watched": "yes"}
-ROUNDS = by_form(10, 25)
+ROUNDS = by_form(4, 25)
 
 Story = list[task_pb2.TimelineEntry]
 
@@ -89,34 +89,14 @@ def test_streams_cut_at_any_moment_show_every_timeline(pipeline: Pipeline, stack
         ids = []
         for number in range(ROUNDS):
             ids += [create(email) for email in RECIPIENTS]
-            if number == ROUNDS // 2:
+            if LONG and number == ROUNDS // 2:
                 stack.stop("api-1")
                 stack.start("api-1")
         tasks = pipeline.settled(ids, 120)
         stories = {id_: list(pipeline.get(id_).timeline) for id_ in ids}
-        end = time.monotonic() + 60
-        while seen.stories != stories and time.monotonic() < end:
-            time.sleep(0.1)
+        until(lambda: seen.stories == stories, "every timeline is seen")
     finally:
         over.set()
         watcher.join()
     assert {task.status for task in tasks.values()} <= SETTLED
-    assert seen.streams > 10
-    missing = {id_: story for id_, story in stories.items() if seen.stories.get(id_) != story}
-    assert not {(str(story), str(seen.stories.get(id_))) for id_, story in missing.items()}
-    assert seen.stories.keys() == stories.keys()
-
-
-def test_watchers_do_not_delay_a_restart(pipeline: Pipeline, stack: Stack) -> None:
-    calls = [pipeline.stub.Watch(pb.WatchRequest(), wait_for_ready=True) for _ in range(20)]
-    for call in calls:
-        next(call)
-    started = time.monotonic()
-    stack.stop("api-1")
-    took = time.monotonic() - started
-    for call in calls:
-        with pytest.raises(grpc.RpcError) as error:
-            list(call)
-        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-    stack.start("api-1")
-    assert took < 5
+    assert seen.streams > 3, "few streams were cut"
