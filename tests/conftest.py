@@ -13,6 +13,7 @@ from tests.stack import (
     breakable,
     breakable_mariadb,
     end_shared_servers,
+    hold_stack,
     infra,
     mariadb,
     new_servers,
@@ -24,6 +25,7 @@ from tests.stack import (
 __all__ = [
     "breakable",
     "breakable_mariadb",
+    "hold_stack",
     "infra",
     "mariadb",
     "new_servers",

@@ -26,10 +26,6 @@ _FIRST = (
 # The fixtures of these modules cost more than several of their tests.
 _TOGETHER = (
     "tests/e2e/test_documented_commands",
-    "tests/e2e/test_hold",
-    "tests/e2e/test_replay",
-    "tests/e2e/test_sender.py",
-    "tests/e2e/test_senders.py",
     "tests/integration/test_api_batch",
     "tests/integration/test_api_decisions",
     "tests/integration/test_api_list",
@@ -41,10 +37,10 @@ _TOGETHER = (
     "tests/simulation/test_contract_mail",
 )
 # The longest chains. A whole system keeps a core busy, so run only a few more at once than there are cores.
-_CHAINS = ("own_stack_1", "own_stack_2", "stack", "breaks_servers")
+_CHAINS = ("own_stack_1", "own_stack_2", "stack", "hold_stack", "breaks_servers")
 
 # The fixtures of a session that the tests of one group alone use.
-_GROUPS_SERVERS = ("stack", "breakable", "breakable_mariadb")
+_GROUPS_SERVERS = ("stack", "hold_stack", "breakable", "breakable_mariadb")
 
 # The short form runs these under the first variant only: the default protocol, MySQL. Other modules run both.
 _FIRST_VARIANT = (
@@ -104,7 +100,7 @@ def _group(item: pytest.Item) -> str:
         return f"own_stack_{1 + zlib.crc32(item.nodeid.encode()) % 2}"
     if together := next((start for start in _TOGETHER if item.nodeid.startswith(start)), ""):
         return together
-    return "stack" if "stack" in fixtures else ""
+    return next((system for system in ("stack", "hold_stack") if system in fixtures), "")
 
 
 def _rank(item: pytest.Item) -> int:

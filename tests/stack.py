@@ -8,6 +8,7 @@ conftest.py registers these fixtures:
 - `servers`: the same as `infra`, except for tests marked `breaks_servers`. These run one after another on
   servers that they may stop, freeze and misconfigure (`breakable`, and `breakable_mariadb`).
 - `stack`: one whole system, with one replica of each service. Its tests run one after another.
+- `hold_stack`: a second one, which holds mails in doubt. Its times are short.
 - `new_stack`: makes further systems on the shared Kafka and MySQL. They have their own settings, mail server
   and name server, and end with the test.
 - `new_servers`: makes stacks with all servers of their own, which end with the test.
@@ -36,6 +37,7 @@ from deploy.local.database_tree import find_server, make_template
 from services.common.kafka.topics import Names
 from services.common.migrations import VERSION_TABLE, migrate
 from tests import forked
+from tests.forms import by_form
 from tests.reaper import RUN
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "breakable_mariadb",
     "end_shared_servers",
     "further",
+    "hold_stack",
     "infra",
     "mariadb",
     "new_servers",
@@ -352,6 +355,29 @@ def stack() -> Iterator[Stack]:
     It is up: test_grow.py gives its topics more partitions than `up` would accept.
     """
     with running(Stack(_directory(), {"POSTROAD_PARTITIONS": "3"})) as system:
+        yield system
+
+
+@pytest.fixture(scope="session")
+def hold_stack(infra: Infra) -> Iterator[Stack]:
+    """A whole system that sends no mail in doubt again, for all tests that ask for it.
+
+    It uses the shared Kafka and MySQL. Each of its tests leaves one replica of each service, a mail server
+    without faults, and no task that works.
+    """
+    given = {
+        "POSTROAD_ON_UNCERTAIN": "hold",
+        "POSTROAD_LEASE_SECONDS": "3",
+        # One domain gets 6 of these sessions.
+        "POSTROAD_SENDER_SESSIONS": "8",
+        "POSTROAD_MAX_IN_FLIGHT": "60",
+        # The validator soon runs out of attempts, and the sender's second deferral lasts.
+        "POSTROAD_VALIDATOR_DELAYS": "1",
+        "POSTROAD_SENDER_DELAYS": "4,3600",
+        # The long form uses the settings' own times.
+        **by_form({"POSTROAD_REVOKE_SECONDS": "1", "POSTROAD_DRAIN_SECONDS": "1"}, {}),
+    }
+    with running(further(infra, **given)) as system:
         yield system
 
 

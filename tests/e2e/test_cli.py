@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -84,18 +85,18 @@ def test_several_recipients_succeed_and_fail_by_themselves(postroad: Command) ->
 
 def test_a_batch_file_of_more_than_one_batch(postroad: Command, tmp_path: Path) -> None:
     path = tmp_path / "mails.jsonl"
-    mails = (
-        {"email": f"batch-{n}@good.test", "subject": "s", "body": "b", "labels": {"batch": "1"}}
-        for n in range(1203)
-    )
+    # Mails that wait for their time occupy no stage.
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    mail = {"subject": "s", "body": "b", "labels": {"batch": "1"}, "send_at": later}
+    mails = ({"email": f"batch-{n}@good.test", **mail} for n in range(1003))
     path.write_text("\n".join(map(json.dumps, mails)))
     done = postroad("create", "--batch", str(path), "-o", "jsonl")
-    assert (done.code, len({row["id"] for row in done.objects})) == (0, 1203), done.err
-    assert [row["number"] for row in done.objects] == list(range(1, 1204))
+    assert (done.code, len({row["id"] for row in done.objects})) == (0, 1003), done.err
+    assert [row["number"] for row in done.objects] == list(range(1, 1004))
     listed = postroad("list", "--label", "batch=1", "--all", "-o", "json").json
     assert {row["id"] for row in listed} == {row["id"] for row in done.objects}
     counted = postroad("list", "--label", "batch=1", "--count", "-o", "json").json
-    assert counted["total"] == sum(counted["counts"].values()) == 1203
+    assert counted["total"] == sum(counted["counts"].values()) == 1003
     assert list(counted["counts"]) == [
         "pending",
         "processing",
@@ -199,15 +200,13 @@ def test_watch_continues_after_a_restart_of_the_api(
             ]
 
         until(stands, "a first watch message", 30)
-        stack.stop("sender-1")
         try:
-            waiting = pipeline.create("a@good.test", labels={"t": "outlive"})
-            until(lambda: pipeline.get(waiting).status == "processing", "validated")
-            stack.stop("api-1")
-            stack.start("sender-1")
+            with stack.frozen("sender-1"):
+                waiting = pipeline.create("a@good.test", labels={"t": "outlive"})
+                until(lambda: pipeline.get(waiting).status == "processing", "validated")
+                stack.stop("api-1")
             until(lambda: any(waiting in mail["message_id"] for mail in stack.journal()), "sent")
         finally:
-            stack.start("sender-1")
             stack.start("api-1")
         until(lambda: kinds(waiting) == ["created", "mx_ok", "sent"], "every change, each once", 30)
     assert watch.code == 130
@@ -219,23 +218,16 @@ def test_tables_fit_80_and_160_columns(postroad: Command, pipeline: Pipeline) ->
     subject = "A subject that is far too long for any terminal, again and again, " * 3
     id_ = pipeline.create("somebody-with-a-long-name@refused-for-this-very-long-name.ok.test", subject)
     pipeline.settled([id_])
-    commands = (
-        ["list", "-n", "5"],
-        ["get", id_],
-        ["watch", id_],
-        ["lag", "--interval", "0"],
-        ["list", "--count"],
-    )
-    for columns in (80, 160):
+    list_, get, watch = ["list", "-n", "5"], ["get", id_], ["watch", id_]
+    counts = (["lag", "--interval", "0"], ["list", "--count"])
+    for columns, commands in {80: (list_, get, watch, *counts), 160: (list_,)}.items():
         for arguments in commands:
             done = postroad.on_terminal(*arguments, columns=columns)
             assert done.code == 0, done.err
-            plain = _uncoloured(done.out)
-            wide = [line for line in plain.splitlines() if len(line) > columns]
-            assert wide == [] or arguments[0] == "get", wide
-            if arguments[0] in ("list", "get", "watch") and "--count" not in arguments:
-                assert id_ in plain
-    listed = _uncoloured(postroad.on_terminal("list", columns=160).out)
+            listed = _uncoloured(done.out)
+            wide = [line for line in listed.splitlines() if len(line) > columns]
+            assert wide == [] or arguments == get, wide
+            assert arguments in counts or id_ in listed
     assert "SUBJECT" in listed.splitlines()[0]
     assert "…" in listed
 
@@ -285,7 +277,7 @@ def test_lag_shows_which_stage_is_behind(postroad: Command, pipeline: Pipeline, 
     until(lambda: postroad("lag", "--interval", "0", "-o", "json").json["stages"][1]["lag"] == 0, "no lag")
     stack.stop("sender-1")
     try:
-        ids = [pipeline.create(f"lag-{n}@good.test") for n in range(30)]
+        ids = [pipeline.create(f"lag-{n}@good.test") for n in range(10)]
         until(lambda: all(pipeline.get(id_).status == "processing" for id_ in ids), "all validated")
         time.sleep(1.1)  # what waits has an age
         found = postroad("lag", "--partitions", "--interval", "0.2", "-o", "json").json
@@ -294,11 +286,11 @@ def test_lag_shows_which_stage_is_behind(postroad: Command, pipeline: Pipeline, 
             *(("validator", 1), ("sender", 0), ("status", 1))
         ]
         assert [m["client"] for m in stages["validator"]["members"]] == ["validator-1"]
-        assert (stages["sender"]["lag"], stages["sender"]["unowned"]) == (30, stages["sender"]["partitions"])
+        assert (stages["sender"]["lag"], stages["sender"]["unowned"]) == (10, stages["sender"]["partitions"])
         assert stages["sender"]["oldest_waiting_seconds"] > 1
         assert stages["validator"]["oldest_waiting_seconds"] is None
         rows = [row for row in found["partitions"] if row["stage"] == "sender" and row["lag"]]
-        assert sum(row["lag"] for row in rows) == 30
+        assert sum(row["lag"] for row in rows) == 10
         assert {row["topic"] for row in rows} == {"mx.ok"}
         assert max(r["oldest_waiting_seconds"] for r in rows) == stages["sender"]["oldest_waiting_seconds"]
         only = postroad("lag", "--stage", "sender", "--interval", "0", "-o", "json").json
@@ -306,15 +298,10 @@ def test_lag_shows_which_stage_is_behind(postroad: Command, pipeline: Pipeline, 
     finally:
         stack.start("sender-1")
     pipeline.settled(ids)
-    with postroad.following("lag", "--watch", "--interval", "0.5", "-o", "jsonl") as watch:
-        until(lambda: watch.objects and watch.objects[-1]["stages"][1]["lag"] == 0, "lag is gone")
-        count = len(watch.objects)
-        until(lambda: len(watch.objects) > count, "it goes on")
-    assert (watch.code, watch.errors) == (130, ["postroad: interrupted"])
 
 
 def test_delayed_records_are_no_lag(postroad: Command, pipeline: Pipeline) -> None:
-    id_ = pipeline.create("x@servfail.test")
+    pipeline.create("x@servfail.test")
 
     def waits() -> list[dict[str, object]]:
         found = postroad("lag", "--stage", "validator", "--interval", "0", "-o", "json").json
@@ -322,7 +309,6 @@ def test_delayed_records_are_no_lag(postroad: Command, pipeline: Pipeline) -> No
         return rows if found["stages"][0]["lag"] == 0 else []
 
     assert until(waits, "on a delay topic, and no lag")[0]["next_due_at"]
-    pipeline.settled([id_])
 
 
 def test_watched_tables_are_drawn_again(postroad: Command) -> None:

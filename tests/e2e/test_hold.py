@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
-from tests.e2e.pipeline import Pipeline, until
+from tests.e2e.pipeline import Pipeline
 from tests.e2e.test_cancel_races import cancel, quiet, reason, retry
-from tests.e2e.test_sender import LEASE, metric
-from tests.stack import Infra, Stack, further, running
-
-
-@pytest.fixture(scope="module")
-def stack(infra: Infra) -> Iterator[Stack]:
-    """One system for the tests of this module."""
-    with running(further(infra, POSTROAD_LEASE_SECONDS=LEASE, POSTROAD_ON_UNCERTAIN="hold")) as stack:
-        yield stack
+from tests.stack import Stack
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_senders_mails_are_never_sent_again(stack: Stack) -> None:
-    with Pipeline(stack) as pipeline:
-        ids = pipeline.create_many([f"slow-1500@h{n}.ok.test" for n in range(60)], "hold")
-        until(lambda: metric(stack, "sender-1", "postroad_sender_claims ") > 0, "claims in hand")
-        stack.kill("sender-1")
-        stack.start("sender-1")
-        tasks = pipeline.settled(ids, 60)
-        copies = pipeline.copies(ids)
-        assert max(copies.values()) == 1
-        statuses = {task.status for task in tasks.values()}
-        assert statuses == {"completed", "uncertain"}
-        for task in tasks.values():
-            if task.status == "completed":
-                assert copies[task.id] == 1
-            else:
-                assert (task.reason, pipeline.doubts(task.id)) == ("in_doubt", 1)
-
-
-@pytest.mark.timeout(300)
-def test_retry_sends_failed_and_uncertain_tasks_and_never_sent_ones(
-    stack: Stack,
-) -> None:
+def test_retry_sends_failed_and_uncertain_tasks_and_never_sent_ones(hold_stack: Stack) -> None:
+    stack = hold_stack
     with Pipeline(stack) as pipeline:
         stack.control_mail(
             rules=[
@@ -52,14 +23,14 @@ def test_retry_sends_failed_and_uncertain_tasks_and_never_sent_ones(
                 {"rcpt": "lost*@*", "fault": "drop-lost-always"},
             ]
         )
-        refused = [pipeline.create(f"no{n}@d{n}.ok.test") for n in range(8)]
-        lost = [pipeline.create(f"lost{n}@d{n}.ok.test") for n in range(8)]
-        sent = [pipeline.create(f"yes{n}@d{n}.ok.test") for n in range(8)]
+        refused = [pipeline.create(f"no{n}@d{n}.ok.test") for n in range(4)]
+        lost = [pipeline.create(f"lost{n}@d{n}.ok.test") for n in range(4)]
+        sent = [pipeline.create(f"yes{n}@d{n}.ok.test") for n in range(4)]
         tasks = pipeline.settled([*refused, *lost, *sent])
         for ids, status in ((refused, "failed"), (lost, "uncertain"), (sent, "completed")):
             assert {tasks[id_].status for id_ in ids} == {status}
         # Cancel answers what has really happened. It closes a task whose mail may be out.
-        for ids, status in ((refused, "failed"), (lost[:4], "cancelled"), (sent, "completed")):
+        for ids, status in ((refused, "failed"), (lost[:2], "cancelled"), (sent, "completed")):
             assert {cancel(pipeline, id_).status for id_ in ids} == {status}
         assert {_refused(pipeline, id_) for id_ in sent} == {
             (grpc.StatusCode.FAILED_PRECONDITION, "ALREADY_SENT")

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Iterable, Iterator
 
 import pytest
 
 from tests.cli import Command
 from tests.e2e.pipeline import Pipeline, until
+from tests.e2e.test_kills import Load
 from tests.forms import by_form
-from tests.stack import Infra, Stack, further, running
-
-LEASE = "3"
-# The long form uses the settings' own times.
-HASTY = by_form({"POSTROAD_REVOKE_SECONDS": "1", "POSTROAD_DRAIN_SECONDS": "1"}, {})
-
-
-@pytest.fixture(scope="module")
-def stack(infra: Infra) -> Iterator[Stack]:
-    """One system for the tests of this module."""
-    with running(
-        further(infra, POSTROAD_MAX_IN_FLIGHT="200", POSTROAD_SENDER_DELAYS="2,5", **HASTY)
-    ) as system:
-        yield system
+from tests.stack import Stack
 
 
 def metric(stack: Stack, name: str, line: str) -> float:
@@ -38,9 +23,9 @@ def metric(stack: Stack, name: str, line: str) -> float:
     return sum(float(row.rpartition(" ")[2]) for row in found)
 
 
-def _statuses(pipeline: Pipeline, ids: Iterable[str]) -> set[str]:
-    wanted = set(ids)
-    return {task.status for task in pipeline.list_all() if task.id in wanted}
+def busy(stack: Stack, name: str) -> float:
+    """Return how many mails a sender is sending."""
+    return metric(stack, name, 'postroad_sender_sessions{state="busy"}')
 
 
 def problems(stack: Stack, name: str) -> list[str]:
@@ -55,59 +40,57 @@ def problems(stack: Stack, name: str) -> list[str]:
 
 
 @pytest.mark.timeout(900)
-def test_scaling_and_restarts_cut_off_no_mail_that_was_handed_over(stack: Stack) -> None:
-    mails, seconds = by_form((24, 3), (200, 25))
-    ids: list[str] = []
-
-    def hand_over(mark: str) -> None:
-        """Start mails whose replies come later than a revocation or a drain would wait."""
-        taken = len(stack.journal())
-        emails = [f"slow-{seconds * 1000}@{mark}{n}.ok.test" for n in range(mails // 4)]
-        ids.extend(pipeline.create_many(emails, mark))
-        until(lambda: len(stack.journal()) >= taken + 6, f"mails are handed over: {mark}", 120)
-
+def test_scaling_and_restarts_cut_off_no_mail_that_was_handed_over(hold_stack: Stack) -> None:
+    stack = hold_stack
     with Pipeline(stack) as pipeline:
-        hand_over("one")
-        stack.scale("sender", 3)
-        hand_over("three")
+        # Each reply comes later than a revocation or a drain would wait.
+        stack.control_mail(rules=[{"rcpt": "*", "fault": by_form("slow-2000", "slow-25000")}])
+        with Load(pipeline, "handed-over", rate=by_form(3, 0.3)) as load:
+            until(lambda: busy(stack, "sender-1") > 2, "mails are handed over", 120)
+            stack.scale("sender", 2)
+            until(lambda: busy(stack, "sender-2") > 0, "the second sender works too", 120)
+            stack.stop("sender-2")
+        stack.control_mail()
+        tasks = pipeline.settled(load.ids, by_form(60, 300))
         stack.scale("sender", 1)
-        hand_over("again")
-        stack.stop("sender-1")
-        stack.start("sender-1")
-        hand_over("restarted")
-        tasks = pipeline.settled(ids, by_form(60, 600))
-        assert Counter(task.status for task in tasks.values()) == {"completed": mails}
-        assert Counter(pipeline.copies(ids).values()) == {1: mails}
-        assert sum(pipeline.doubts(id_) for id_ in ids) == 0
+        # A mail that was cut off would be in doubt, and its task uncertain.
+        assert {task.status for task in tasks.values()} == {"completed"}
+        assert set(pipeline.copies(load.ids).values()) == {1}
         until(lambda: not any(pipeline.lag().values()), "all committed", 30)
 
 
 @pytest.mark.timeout(300)
-def test_a_domain_that_hangs_blocks_neither_partitions_nor_the_sender(stack: Stack) -> None:
+def test_a_domain_that_hangs_blocks_neither_partitions_nor_the_sender(hold_stack: Stack) -> None:
+    stack = hold_stack
     with Pipeline(stack) as pipeline:
         # Three times what the sender holds in memory, in every partition, ahead of all others.
-        stuck = pipeline.create_many(["hang@stuck.ok.test" for _ in range(600)], "stuck")
-        until(
-            lambda: metric(stack, "sender-1", 'postroad_sender_sessions{state="busy"}') == 15,
-            "a domain hangs",
-        )
-        start = time.monotonic()
-        others = pipeline.create_many([f"o{n}@o{n}.ok.test" for n in range(100)], "others")
-        tasks = pipeline.settled(others, 60)
-        took = time.monotonic() - start
-        assert {task.status for task in tasks.values()} == {"completed"}
-        assert took < 30
-        assert metric(stack, "sender-1", "postroad_sender_crowded_total") > 0
-        held = 'postroad_sender_domain_sessions{domain="stuck.ok.test"}'
-        assert metric(stack, "sender-1", held) == 15
-        postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env")})
-        found = postroad("lag", "--stage", "sender", "--domains", "--interval", "0", "-o", "json").json
-        assert found["domains"][0]["domain"] == "stuck.ok.test"
-        assert found["domains"][0]["sending"] >= 15
-        # Some of their events are still being folded.
-        until(lambda: _statuses(pipeline, stuck) == {"processing"}, "what is stuck is being processed", 30)
-        again = {task.id: task for task in pipeline.list_all()}
-        assert {again[id_].attempts for id_ in stuck} == {0}, "to wait for others is no attempt"
-        pipeline.sent_once(others)
-        # A drain would wait for the mails that hang.
-        stack.kill("sender-1")
+        stuck = pipeline.create_many(["hang@stuck.ok.test" for _ in range(180)], "stuck")
+        try:
+            until(lambda: busy(stack, "sender-1") == 6, "a domain hangs")
+            others = pipeline.create_many([f"o{n}@o{n}.ok.test" for n in range(40)], "others")
+            tasks = pipeline.settled(others, 60)
+            assert {task.status for task in tasks.values()} == {"completed"}
+            assert set(pipeline.copies(others).values()) == {1}
+            assert metric(stack, "sender-1", "postroad_sender_crowded_total") > 0
+            held = 'postroad_sender_domain_sessions{domain="stuck.ok.test"}'
+            assert metric(stack, "sender-1", held) == 6
+            postroad = Command({"POSTROAD_ENV_FILE": str(stack.directory / "stack.env")})
+            found = postroad("lag", "--stage", "sender", "--domains", "--interval", "0", "-o", "json").json
+            assert found["domains"][0]["domain"] == "stuck.ok.test"
+            assert found["domains"][0]["sending"] >= 6
+            # Some of their events are still being folded. To wait for others is no attempt.
+            until(lambda: _progress(pipeline, stuck) == {("processing", 0)}, "what is stuck is processed")
+        finally:
+            # A drain would wait for the mails that hang.
+            stack.kill("sender-1")
+            stack.control_mail(rules=[{"rcpt": "*@stuck.ok.test", "fault": "slow-1"}])
+            stack.start("sender-1")
+        tasks = pipeline.settled(stuck)
+        stack.control_mail()
+        assert {task.status for task in tasks.values()} == {"completed", "uncertain"}
+
+
+def _progress(pipeline: Pipeline, ids: list[str]) -> set[tuple[str, int]]:
+    """Return the statuses of these tasks and their numbers of attempts."""
+    wanted = set(ids)
+    return {(task.status, task.attempts) for task in pipeline.list_all() if task.id in wanted}

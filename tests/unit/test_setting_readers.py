@@ -102,6 +102,10 @@ def _fields(symbol: Symbol) -> Iterator[str]:
             yield "replica" if node.attr == "replica_name" else node.attr
 
 
+# Most definitions serve several services.
+uses, fields_read = cache(lambda symbol: [*_uses(symbol)]), cache(lambda symbol: [*_fields(symbol)])
+
+
 def read_from(*roots: Symbol) -> set[str]:
     """Return the variables of the settings that these definitions read, and all that they use."""
     seen, todo = set[Symbol](), list(roots)
@@ -111,8 +115,8 @@ def read_from(*roots: Symbol) -> set[str]:
         if not known or symbol in seen or symbol[1] == "Settings":
             continue
         seen.add(symbol)
-        todo += _uses(symbol)
-    fields = {field for symbol in seen for field in _fields(symbol)}
+        todo += uses(symbol)
+    fields = {field for symbol in seen for field in fields_read(symbol)}
     return {variable(field) for field in fields & set(Settings.model_fields)}
 
 

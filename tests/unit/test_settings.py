@@ -4,8 +4,6 @@ import asyncio
 import importlib
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from pydantic import ValidationError
 from services.common.config import Settings, refusals, variable
 from services.common.environment import OTHERS, misspelt
 from services.common.stages import all_topics
+from tests import forked
 
 DAY = 86400
 
@@ -242,17 +241,9 @@ def test_every_setting_refuses_some_values() -> None:
 def test_a_process_with_an_invalid_setting_exits_with_2(
     service: str, given: dict[str, str], says: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"services.{service}"],
-        env=dict(os.environ) | given,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    code, _, err = forked.run(f"services.{service}", (), dict(os.environ) | given, seconds=60)
+    assert code == 2, err
+    (line,) = err.splitlines()
     assert line.startswith(says)
 
 
