@@ -78,10 +78,12 @@ class Field:
         self.doubtful = [self.pipeline.create("drop-lost-always@good.test") for _ in range(4)]
         self.replay = ""
         self._lags: dict[str, Future[Done]] = {}
+        self._lagging = ThreadPoolExecutor(3)
         self._engine = make_engine(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
 
     def close(self) -> None:
         """Close its connections."""
+        self._lagging.shutdown()
         self._engine.dispose()
 
     def sql(self, statement: str) -> None:
@@ -90,10 +92,9 @@ class Field:
             connection.exec_driver_sql(statement).all()
 
     def lag(self, text: str) -> Done:
-        """Run a command that shows lag. All run at once, because each one watches for two seconds."""
+        """Run a command that shows lag. Each watches for two seconds, so some run ahead of their tests."""
         if not self._lags:
-            with ThreadPoolExecutor(len(LAGS)) as pool:
-                self._lags = {each: pool.submit(self.shell.run, each) for each in LAGS}
+            self._lags = {each: self._lagging.submit(self.shell.run, each) for each in LAGS}
         return self._lags[text].result()
 
     def scheduled(self, **more: Any) -> str:

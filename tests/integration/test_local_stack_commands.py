@@ -148,18 +148,19 @@ def test_up_restarts_what_a_changed_setting_concerns(stack: Stack) -> None:
         refused = Stack(stack.directory, {**given, "POSTROAD_PARTITIONS": "2"}).command("up", check=False)
         assert refused.returncode == 1
         assert "12 partitions, wanted 2" in refused.stderr
+        assert "POSTROAD_PARTITIONS" not in stack.env()
         # A second replica must not have other settings than the first one.
         for arguments in (("scale", "sender", "2"), ("start", "sender-1")):
             alone = Stack(stack.directory, {**given, "EMAIL_FROM": "b@good.test"})
             refused = alone.command(*arguments, check=False)
             assert refused.returncode == 1
             assert "EMAIL_FROM" in refused.stderr
-        Stack(stack.directory, given).up()
         assert {name: stack.pid(name) for name in pids} == pids
     finally:
         # A setting that has the stack's own value is not given any more.
         Stack(stack.directory, dict.fromkeys(given, "")).up()
     assert "POSTROAD_API_TOKENS" not in stack.env()
+    assert {name for name, pid in pids.items() if stack.pid(name) != pid} == {"api-1"}
 
 
 def test_a_running_server_is_not_replaced(new_servers: NewStack, infra: Infra) -> None:
@@ -206,7 +207,12 @@ def test_pid_files_that_are_wrong_or_missing_do_no_harm(
 
 
 def test_down_keeps_the_data_even_after_kills(new_servers: NewStack, infra: Infra) -> None:
-    stack = new_servers(POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap)
+    stack = new_servers(
+        POSTROAD_KAFKA_BOOTSTRAP=infra.bootstrap,
+        POSTROAD_DNS_SERVERS=infra.dns,
+        EMAIL_HOST="127.0.0.2",
+        EMAIL_PORT="2525",
+    )
     stack.up("--infra-only")
     ports = stack.env()
     _query(stack, "CREATE TABLE kept (id INT PRIMARY KEY)")
