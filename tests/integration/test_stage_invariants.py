@@ -501,15 +501,17 @@ async def test_i10_sigterm_under_load_drains_commits_and_exits_0(kit: Kit, child
 
 
 async def test_a_killed_replicas_records_are_handled_by_the_next(kit: Kit, child: Any) -> None:
-    first = child(0.05, POSTROAD_MAX_IN_FLIGHT="20")
+    first = child(1.5, POSTROAD_MAX_IN_FLIGHT="50")
     await until(lambda: "partitions assigned" in first.log(), 30)
-    publishing = asyncio.create_task(kit.publish(created(n) for n in range(300)))
-    await until(lambda: len(first.handled()) > 50, 30)
+    publishing = asyncio.create_task(kit.publish(created(n) for n in range(200)))
+    await until(lambda: len(first.handled()) > 20, 30)
+    # It commits twice a second, so also while the next records are in flight.
+    await asyncio.sleep(1)
     first.process.kill()
     await publishing
     second = child(0)
-    await until(lambda: set(first.handled()) | set(second.handled()) == set(range(300)), 60)
-    await until(lambda: len({m.key() for m in kit.read(MX_OK)}) == 300)
+    await until(lambda: set(first.handled()) | set(second.handled()) == set(range(200)), 60)
+    await until(lambda: len({m.key() for m in kit.read(MX_OK)}) == 200)
 
 
 def _rebalances() -> float:
