@@ -17,9 +17,10 @@ from services.common.fold import TaskRow, delta, fold
 from services.common.taskstore import insert_events, upsert
 from services.common.timeline import TimelineRow, timeline_row
 from tests.event_strategies import histories
+from tests.forms import by_form
 
 on_a_server = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=by_form(50, 300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -109,7 +110,7 @@ def test_any_order_with_duplicates_stores_the_same(
     }
 
 
-@settings(on_a_server, max_examples=50)
+@settings(on_a_server, max_examples=by_form(20, 50))
 @given(histories(3, 10))
 def test_the_timeline_holds_each_event_once(engine: Engine, events: list[Event]) -> None:
     transaction(engine, clear)

@@ -58,8 +58,9 @@ class Pipeline:
         self.settings = Settings(
             kafka_bootstrap=infra.bootstrap,
             topic_prefix=infra.topic_prefix(),
-            partitions=3,
+            partitions=2,
             validator_delays=DELAYS,
+            sender_delays=(1,),
         )
         apply(self.settings, all_topics(self.settings))
         names = topics.Names(self.settings.topic_prefix)
@@ -108,15 +109,16 @@ class Pipeline:
         self._consumer.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipeline(infra: Infra) -> Iterator[Pipeline]:
     made = Pipeline(infra)
     yield made
     made.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def validator(infra: Infra, pipeline: Pipeline) -> Iterator[subprocess.Popen[bytes]]:
+    """One process for all tests; the last one ends it."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")},
         "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
@@ -130,6 +132,24 @@ def validator(infra: Infra, pipeline: Pipeline) -> Iterator[subprocess.Popen[byt
     yield process
     process.kill()
     process.wait()
+
+
+def test_an_undecodable_record_becomes_a_dead_letter_and_the_stage_goes_on(
+    pipeline: Pipeline, validator: subprocess.Popen[bytes]
+) -> None:
+    no_id = pb.TaskCreated(task=pb.MailTask(email="a@good.test")).SerializeToString()
+    garbage = (b"\xff\xff garbage", b"", None, no_id, b"\x00" * 100_000)
+    for partition in range(pipeline.settings.partitions):
+        for value in garbage:
+            pipeline.producer.produce(pipeline.created, value, b"key", partition=partition)
+    pipeline.producer.flush(10)
+    tasks = [pipeline.create("good.test") for _ in range(20)]
+    bad = len(garbage) * pipeline.settings.partitions
+    pipeline.read_until(lambda: len(pipeline.dead) >= bad and all(pipeline.events[task.id] for task in tasks))
+    assert len(pipeline.dead) == bad
+    assert all(pipeline.dead)
+    assert all(isinstance(pipeline.events[task.id][0], pb.MxOk) for task in tasks)
+    assert validator.poll() is None
 
 
 def test_each_verdict_becomes_its_event_and_sigterm_drains(
@@ -165,21 +185,3 @@ def test_each_verdict_becomes_its_event_and_sigterm_drains(
 
     validator.send_signal(signal.SIGTERM)
     assert validator.wait(30) == 0
-
-
-def test_an_undecodable_record_becomes_a_dead_letter_and_the_stage_goes_on(
-    pipeline: Pipeline, validator: subprocess.Popen[bytes]
-) -> None:
-    no_id = pb.TaskCreated(task=pb.MailTask(email="a@good.test")).SerializeToString()
-    garbage = (b"\xff\xff garbage", b"", None, no_id, b"\x00" * 100_000)
-    for partition in range(pipeline.settings.partitions):
-        for value in garbage:
-            pipeline.producer.produce(pipeline.created, value, b"key", partition=partition)
-    pipeline.producer.flush(10)
-    tasks = [pipeline.create("good.test") for _ in range(20)]
-    bad = len(garbage) * pipeline.settings.partitions
-    pipeline.read_until(lambda: len(pipeline.dead) >= bad and all(pipeline.events[task.id] for task in tasks))
-    assert len(pipeline.dead) == bad
-    assert all(pipeline.dead)
-    assert all(isinstance(pipeline.events[task.id][0], pb.MxOk) for task in tasks)
-    assert validator.poll() is None
