@@ -5,6 +5,8 @@ services/common/kafka/describe_group.py says which requests can.
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Iterable
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -14,7 +16,7 @@ from services.common.kafka import group_request
 from services.common.kafka.group_request import ConsumerGroup
 from services.common.kafka.leaders import retry_while_leaderless
 
-__all__ = ["Offsets", "bounds", "describe"]
+__all__ = ["Offsets", "bounds", "describe", "leave"]
 
 _NO_COORDINATOR = frozenset(
     {
@@ -105,3 +107,20 @@ class Offsets:
 def describe(bootstrap: str, group: str) -> ConsumerGroup:
     """Return the group as its coordinator describes it. Raises KafkaException."""
     return group_request.describe({"bootstrap.servers": bootstrap}, [group], 10)[group]
+
+
+def leave(bootstrap: str, group: str, member: str) -> None:
+    """Leave a group in a member's name: a ConsumerGroupHeartbeat with the epoch -1 (KIP-848)."""
+
+    def text(value: str) -> bytes:
+        # A compact string of less than 127 bytes.
+        return bytes([len(value) + 1]) + value.encode()
+
+    key, version, correlation, epoch, unchanged = 68, 0, 1, -1, -1
+    header = struct.pack(">hhihx", key, version, correlation, -1)
+    leave = text(group) + text(member) + struct.pack(">ixxixxxx", epoch, unchanged)
+    host, _, port = bootstrap.rpartition(":")
+    with socket.create_connection((host, int(port)), 20) as connection, connection.makefile("rb") as answers:
+        connection.sendall(struct.pack(">i", len(header + leave)) + header + leave)
+        answer = answers.read(*struct.unpack(">i", answers.read(4)))
+    assert struct.unpack(">ixih", answer[:11])[::2] == (correlation, 0)

@@ -319,7 +319,8 @@ async def test_a_stage_that_fails_closes_after_its_handlers_have_ended(newest: K
     async def close() -> None:
         calls.append("close")
 
-    runtime = newest.runtime(newest.with_(drain_seconds=0.1), handle=handle, close=close, consumer=Breaking)
+    settings = newest.with_(drain_seconds=0.1, revoke_seconds=0.1)
+    runtime = newest.runtime(settings, handle=handle, close=close, consumer=Breaking)
     running = asyncio.create_task(runtime.run())
     await newest.publish([created()])
     with pytest.raises(RuntimeError, match="broken"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from services.common.config import Settings
 from services.common.kafka.clients import consumer_config, producer_config
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import Names
+from tests.groups import leave
 from tests.simulation import broker as memory
 from tests.simulation.consumer import Consumer as MemoryConsumer
 from tests.simulation.process import Process
@@ -214,7 +213,7 @@ class Real(Side):
     def fence(self, member: Member) -> None:
         # To be silent until its session is over would take the member ten seconds.
         group = Names(self.settings.topic_prefix).group("contract")
-        _leave(self.settings.kafka_bootstrap, group, member.consumer.memberid())
+        leave(self.settings.kafka_bootstrap, group, member.consumer.memberid())
         others = [other for other in self._members if other is not member and not other.closed]
         deadline = time.monotonic() + 40
         while any(len(other.owned) < len(self.topics) * _PARTITIONS for other in others):
@@ -232,23 +231,6 @@ class Real(Side):
                 closing.join(20)
         for done in self.admin.delete_topics(self.topics).values():
             done.result()
-
-
-def _leave(bootstrap: str, group: str, member: str) -> None:
-    """Leave a group in a member's name: a ConsumerGroupHeartbeat with the epoch -1 (KIP-848)."""
-
-    def text(value: str) -> bytes:
-        # A compact string of less than 127 bytes.
-        return bytes([len(value) + 1]) + value.encode()
-
-    key, version, correlation, epoch, unchanged = 68, 0, 1, -1, -1
-    header = struct.pack(">hhihx", key, version, correlation, -1)
-    leave = text(group) + text(member) + struct.pack(">ixxixxxx", epoch, unchanged)
-    host, _, port = bootstrap.rpartition(":")
-    with socket.create_connection((host, int(port)), 20) as connection, connection.makefile("rb") as answers:
-        connection.sendall(struct.pack(">i", len(header + leave)) + header + leave)
-        answer = answers.read(*struct.unpack(">i", answers.read(4)))
-    assert struct.unpack(">ixih", answer[:11])[::2] == (correlation, 0)
 
 
 @pytest.fixture(params=["memory", "kafka"])
