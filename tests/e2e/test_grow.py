@@ -7,7 +7,6 @@ import time
 from itertools import pairwise
 
 from services.common.kafka.topics import MX_OK
-from services.common.stages import STAGES
 from tests.cli import Command
 from tests.e2e.pipeline import Pipeline, until
 from tests.forms import by_form
@@ -15,7 +14,7 @@ from tests.groups import Offsets
 from tests.stack import Stack
 
 # The stages' producers use the new partitions within five minutes; a restart is faster.
-RESTARTED = by_form(("validator",), (*STAGES, "api"))
+RESTARTED = by_form(("validator",), ("api", "validator", "status"))
 TASKS = by_form(15, 60)
 
 
@@ -61,16 +60,18 @@ def test_growing_under_load_loses_and_repeats_nothing(stack: Stack) -> None:
         thread.start()
         try:
             until(lambda: len(ids) > TASKS and deferred(), "under load")
-            asked = time.time()
-            done = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
-            assert done.code == 0, done.err
-            assert {row["state"] for row in done.json} == {"grown"}
-            topics = ("task.created", "mx.ok", "sender.delay.2", "sender.dead")
-            assert {row["topic"] for row in done.json} >= {prefix + topic for topic in topics}
-            for service in RESTARTED:
-                stack.stop(f"{service}-1")
-                stack.start(f"{service}-1")
-            until(lambda: used() == set(range(grown)), "all partitions are used")
+            # New partitions have records before their reader knows them.
+            with stack.frozen("sender-1"):
+                asked = time.time()
+                done = postroad("topics", "apply", "--grow", "--yes", "-o", "json")
+                assert done.code == 0, done.err
+                assert {row["state"] for row in done.json} == {"grown"}
+                topics = ("task.created", "mx.ok", "sender.delay.2", "sender.dead")
+                assert {row["topic"] for row in done.json} >= {prefix + topic for topic in topics}
+                for service in RESTARTED:
+                    stack.stop(f"{service}-1")
+                    stack.start(f"{service}-1")
+                until(lambda: used() == set(range(grown)), "all partitions are used")
         finally:
             enough.set()
             thread.join(60)
