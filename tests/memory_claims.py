@@ -8,16 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
-from services.common.deliveries.decide import (
-    Cancel,
-    Claim,
-    ClaimAnswer,
-    Delivery,
-    Settlement,
-    Taken,
-    decide,
-    settlement,
-)
+from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Taken, decide
+from services.common.deliveries.settlement import Settlement, settlement
 
 __all__ = ["MemoryClaims"]
 
@@ -62,10 +54,10 @@ class MemoryClaims:
                     self.rows[row.task_id] = row
         return verdicts
 
-    def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
+    def store(self, new_rows: Sequence[Delivery]) -> list[Settlement]:
         results = []
         with self._begun():
-            for wish in settled:
+            for wish in new_rows:
                 became, row = settlement(self.rows.get(wish.task_id), wish)
                 results.append(became)
                 if row is not None:

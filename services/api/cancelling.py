@@ -16,8 +16,8 @@ from postroad.v1 import task_pb2
 from services.api import locked_task, outbox, resolving
 from services.api.locked_task import LockedTask
 from services.common.deliveries.decide import Cancel, Delivery, Wait, decide
-from services.common.deliveries.outcome import event_of
-from services.common.deliveries.resolving import cancelled_row
+from services.common.deliveries.operator_rows import cancelled_row
+from services.common.deliveries.row_events import event_of
 from services.common.deliveries.rows import insert_row, store_rows
 from services.common.statuses import FINAL_STATUSES
 

@@ -13,8 +13,7 @@ from postroad.v1 import task_pb2
 from services.api import cancelling, resolving, retrying
 from services.api.database_threads import DatabaseThreads
 from services.api.errors import being_sent, body_purged, not_found, not_retryable, not_uncertain
-from services.api.outbox import ApiEvent
-from services.api.outbox_publisher import OutboxEvent
+from services.api.outbox import ApiEvent, OutboxEvent
 from services.api.uuid7 import text
 from services.common.deliveries.decide import Wait
 from services.common.deliveries.rows import owner_tokens

@@ -18,7 +18,7 @@ from postroad.v1 import task_pb2
 from services.api import views
 from services.common import taskstore
 from services.common.deliveries.decide import Delivery
-from services.common.deliveries.outcome import event_of, failed_before_sender
+from services.common.deliveries.row_events import event_of, failed_before_sender
 from services.common.deliveries.rows import lock_rows
 from services.common.events import Event
 from services.common.fold import delta

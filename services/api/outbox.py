@@ -7,8 +7,9 @@ different clocks agree on what is due.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple, TypeAlias
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Connection
 
@@ -23,6 +24,8 @@ __all__ = [
     "OUTCOME",
     "SWEEP_SECONDS",
     "ApiEvent",
+    "NewTask",
+    "OutboxEvent",
     "OutboxRow",
     "cancelled",
     "created",
@@ -50,6 +53,24 @@ OUTCOME = "outcome"
 
 ApiEvent: TypeAlias = pb.TaskCreated | pb.TaskCancelled | pb.MailSent | pb.MailFailed
 """An event that the api publishes."""
+
+E_co = TypeVar("E_co", bound=ApiEvent, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEvent(Generic[E_co]):
+    """An event for the outbox, with the trace context of its request.
+
+    `size` is the number of bytes that it occupies while it waits.
+    """
+
+    event: E_co
+    traceparent: bytes
+    size: int = 0
+
+
+NewTask: TypeAlias = OutboxEvent[pb.TaskCreated]
+"""A task that a Create asks for, with its id, on its way into the database."""
 
 _PUT = "INSERT IGNORE INTO outbox (task_id, kind, epoch, available_at, due_at) VALUES"
 _DUE = (

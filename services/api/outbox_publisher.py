@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeAlias, TypeVar
 
 import structlog
 
-from postroad.v1 import events_pb2 as pb
 from services.api.metrics import API_PUBLISHED, OUTBOX_HELD
-from services.api.outbox import ApiEvent, OutboxRow, row_of
+from services.api.outbox import ApiEvent, OutboxEvent, OutboxRow, row_of
 from services.common.batching import Batcher
 from services.common.database.errors import error_text
 from services.common.events import encode
@@ -24,31 +21,12 @@ from services.common.kafka.publisher import Publisher, PublishFailure
 from services.common.kafka.records import OutgoingRecord
 from services.common.stage.metrics import STAGE_PUBLISH_FAILURES
 
-__all__ = ["NewTask", "OutboxEvent", "OutboxPublisher"]
+__all__ = ["OutboxPublisher"]
 
 log = structlog.get_logger(__name__)
 
 _DELETE_INTERVAL = 0.1
 """Seconds between two deletions from the outbox. Nobody waits for them, and larger ones cost little more."""
-
-
-E_co = TypeVar("E_co", bound=ApiEvent, covariant=True)
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxEvent(Generic[E_co]):
-    """An event for the outbox, with the trace context of its request.
-
-    `size` is the number of bytes that it occupies while it waits.
-    """
-
-    event: E_co
-    traceparent: bytes
-    size: int = 0
-
-
-NewTask: TypeAlias = OutboxEvent[pb.TaskCreated]
-"""A task that a Create asks for, with its id, on its way into the database."""
 
 
 class OutboxPublisher:
@@ -72,7 +50,7 @@ class OutboxPublisher:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def holds(self, row: OutboxRow) -> bool:
+    def is_publishing(self, row: OutboxRow) -> bool:
         """Return whether this row's event is being published, or its row deleted, right now."""
         return row in self._held
 

@@ -75,7 +75,7 @@ class Sweeper:
         """Sweep once; return the seconds until the next sweep."""
         taken, pause = await self._transact(self._take)
         next_sweep = self._now() + pause
-        rows = [row for row in taken if not self._outbox_publisher.holds(row)]
+        rows = [row for row in taken if not self._outbox_publisher.is_publishing(row)]
         if rows:
             left = await self._publish_and_delete(rows)
             log.info("swept", published=len(rows) - len(left), left=len(left))
@@ -184,7 +184,7 @@ def events_of_rows(connection: Connection, rows: Sequence[OutboxRow]) -> Mapping
 
 
 def _load_outcome(connection: Connection, row: OutboxRow) -> pb.MailSent | pb.MailFailed | None:
-    """Return the event that ended the row's epoch, as `outcome.event_of` built it."""
+    """Return the event that ended the row's epoch, as `row_events.event_of` built it."""
     entries = taskstore.load_epoch(connection, row.task_id, (MAIL_SENT, MAIL_FAILED), row.epoch)
     if not entries:
         return None

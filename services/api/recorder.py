@@ -19,7 +19,7 @@ from postroad.v1 import task_pb2
 from services.api import outbox
 from services.api.admission import AdmissionControl
 from services.api.errors import DATABASE_TIMEOUT, StatusError, database_unavailable, idempotency_conflict
-from services.api.outbox_publisher import NewTask
+from services.api.outbox import NewTask
 from services.api.queries import tasks_of
 from services.api.uuid7 import text
 from services.common import taskstore
@@ -83,7 +83,7 @@ class Recorder:
         be recorded or not. A client that sent an idempotency key can safely repeat its call.
         """
         with self._admission.admit(1, new_task.size):
-            result = await _with_timeout(self._singles(new_task), DATABASE_TIMEOUT)
+            result = await _with_timeout(self._singles.one(new_task), DATABASE_TIMEOUT)
         if isinstance(result, StatusError):
             raise result
         return result
@@ -102,7 +102,7 @@ class Recorder:
         results. After UNAVAILABLE all of the batch may be recorded or nothing of it.
         """
         with self._batch_admission.admit_count(len(batch)):
-            return await _with_timeout(self._batches(batch), _BATCH_TIMEOUT)
+            return await _with_timeout(self._batches.one(batch), _BATCH_TIMEOUT)
 
     async def close(self) -> None:
         """Refuse new tasks; return once all waiting ones are recorded or have failed."""

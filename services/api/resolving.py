@@ -12,8 +12,8 @@ from postroad.v1 import task_pb2
 from services.api import locked_task, outbox
 from services.api.locked_task import LockedTask
 from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, NOT_SENT, Delivery
-from services.common.deliveries.outcome import event_of
-from services.common.deliveries.resolving import resolved_row
+from services.common.deliveries.operator_rows import resolved_row
+from services.common.deliveries.row_events import event_of
 from services.common.deliveries.rows import insert_row, store_rows
 
 __all__ = ["NotResolvable", "Resolved", "close", "delivery_of", "resolve", "waits_for_operator"]

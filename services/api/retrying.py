@@ -15,7 +15,7 @@ from postroad.v1 import task_pb2
 from services.api import locked_task, outbox
 from services.common import taskstore
 from services.common.database.times import from_micros
-from services.common.statuses import ENDED_WITHOUT_MAIL
+from services.common.statuses import NOT_COMPLETED
 
 __all__ = ["NotRetryable", "Retried", "retry"]
 
@@ -51,7 +51,7 @@ def retry(
         # The validator's late verdict may hide this in the row until the attempt ends.
         return NotRetryable("processing")
     again = task.status == "pending" and task.epoch == tried_epoch > 0
-    if task.status not in ENDED_WITHOUT_MAIL and not again:
+    if task.status not in NOT_COMPLETED and not again:
         return NotRetryable(task.status)
     # The lock on the row keeps the purge away from the body.
     mail = taskstore.load_tasks(connection, [id_])[id_]

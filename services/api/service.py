@@ -14,9 +14,9 @@ from services.api.auth import Tenants
 from services.api.database_threads import THREADS, DatabaseThreads
 from services.api.decider import Decider
 from services.api.interceptor import SERVICE, RequestInterceptor
-from services.api.outbox import OutboxRow
+from services.api.outbox import NewTask, OutboxRow
 from services.api.outbox_backlog import OutboxBacklog
-from services.api.outbox_publisher import NewTask, OutboxPublisher
+from services.api.outbox_publisher import OutboxPublisher
 from services.api.outbox_sweeper import Sweeper
 from services.api.readiness import Readiness
 from services.api.recorder import Recorder

@@ -15,7 +15,7 @@ from services.api.call import Call, current_call, idempotency_key
 from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
 from services.api.errors import InvalidArgument, StatusError, Violation, collect, not_found
-from services.api.outbox_publisher import NewTask, OutboxEvent
+from services.api.outbox import NewTask, OutboxEvent
 from services.api.recorder import Recorder
 from services.api.trace import request_traceparent
 from services.api.validation import task_created, task_id
@@ -112,7 +112,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values()))
 
     async def Retry(self, request: task_service_pb2.RetryRequest, context: Context) -> task_pb2.Task:
-        """Open a task again that ended without its mail."""
+        """Open a failed, uncertain or cancelled task again."""
         return await self._decide(self._decider.retry, request.id)
 
     async def Cancel(self, request: task_service_pb2.CancelRequest, context: Context) -> task_pb2.Task:

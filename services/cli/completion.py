@@ -29,7 +29,7 @@ def statuses() -> Iterable[str]:
 
 def reopenable() -> Iterable[str]:
     """Return the statuses that a replay can reopen."""
-    from services.common.operations.replay.decide import REOPENABLE  # noqa: PLC0415
+    from services.common.operations.replay.replay_decision import REOPENABLE  # noqa: PLC0415
 
     return REOPENABLE
 

@@ -14,7 +14,7 @@ from services.cli.terminal import confirm, say
 
 if TYPE_CHECKING:
     from services.common.config import Settings
-    from services.common.kafka.admin import Plan
+    from services.common.kafka.admin import TopicDifferences
 
 __all__ = ["register"]
 
@@ -56,7 +56,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         from services.common.stages import all_topics  # noqa: PLC0415
 
         settings = _settings(context)
-        rows = _rows(kafka_admin.plan(settings, all_topics(settings)), settings)
+        rows = _rows(kafka_admin.compare(settings, all_topics(settings)), settings)
         context.out.rows(rows, _COLUMNS, _AS_THEY_MUST_BE)
         if rows:
             raise typer.Exit(FAILED)
@@ -93,11 +93,11 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         from services.common.stages import all_topics  # noqa: PLC0415
 
         settings = _settings(context)
-        plan = kafka_admin.plan(settings, all_topics(settings))
-        small = plan.small if grow else {}
+        found = kafka_admin.compare(settings, all_topics(settings))
+        small = found.small if grow else {}
         todo = [
-            *(f"create {topic.name}, {topic.partitions} partitions" for topic in plan.missing),
-            *(f"keep longer {name}" for name in plan.short),
+            *(f"create {topic.name}, {topic.partitions} partitions" for topic in found.missing),
+            *(f"keep longer {name}" for name in found.short),
             *(
                 f"grow {name} from {n} to {settings.partitions} partitions, for good"
                 for name, n in small.items()
@@ -109,7 +109,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
             confirm(f"Change {len(todo)} topics?", yes)
         kafka_admin.grow(settings, small)
         applied = kafka_admin.apply(
-            settings, all_topics(settings), replace(plan, small={} if grow else plan.small)
+            settings, all_topics(settings), replace(found, small={} if grow else found.small)
         )
         rows = [{"topic": name, "state": "grown"} for name in small]
         rows += [{"topic": name, "state": "created"} for name in applied.created]
@@ -134,16 +134,16 @@ def _settings(context: CommandContext) -> Settings:
     return with_cluster_settings(context.settings())
 
 
-def _rows(plan: Plan, settings: Settings) -> list[dict[str, str]]:
+def _rows(found: TopicDifferences, settings: Settings) -> list[dict[str, str]]:
     """Return a row for each way in which a topic is not as it must be."""
-    rows = [{"topic": topic.name, "state": "missing", "detail": ""} for topic in plan.missing]
-    for name, has in plan.short.items():
-        detail = f"retention.ms is {has}, wanted {plan.retention[name]}"
+    rows = [{"topic": topic.name, "state": "missing", "detail": ""} for topic in found.missing]
+    for name, has in found.short.items():
+        detail = f"retention.ms is {has}, wanted {found.retention[name]}"
         rows.append({"topic": name, "state": "kept too short", "detail": detail})
-    for name, number in plan.small.items():
+    for name, number in found.small.items():
         detail = f"{number} partitions, wanted {settings.partitions}"
         rows.append({"topic": name, "state": "too small", "detail": detail})
-    rows += map(_differs, plan.differences)
+    rows += map(_differs, found.differences)
     return rows
 
 

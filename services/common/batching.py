@@ -77,7 +77,7 @@ class Batcher(Generic[T, R]):
         """Items that wait or are in a call."""
         return self._pending
 
-    async def __call__(self, item: T) -> R:
+    async def one(self, item: T) -> R:
         """Return the item's result, or raise its error. An item that is cancelled while it waits is not
         called."""
         result = (await self._enqueue((item,)))[0]

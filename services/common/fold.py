@@ -11,7 +11,7 @@ A version is one unsigned 64-bit number:
     bits 21-62   epoch: milliseconds since the Unix epoch, 42 bits, until the year 2109
     bits 18-20   tier, see below
     bits  4-17   attempt, up to 16,383; of a verdict on the domain up to 8,191, bit 17 says that it failed
-    bits  0-3    within an attempt: found in doubt for the nth time (0-14), or over (15)
+    bits  0-3    within an attempt: in doubt, after n earlier doubts (0-14), or over (15)
 
 Within an epoch every event of the sender outranks the validator's verdicts. The validator may handle
 `task.created` a second time (a crash, a group reset) and find another verdict. By then the sender

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -13,7 +13,8 @@ import structlog
 from services.common.batching import Batcher
 from services.common.database.errors import error_text, is_database_fault
 from services.common.database.transactions import retry_until_available
-from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Settlement
+from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery
+from services.common.deliveries.settlement import Settlement
 
 __all__ = ["AsyncClaims", "BlockingClaims"]
 
@@ -37,7 +38,7 @@ class BlockingClaims(Protocol):
 
     def claim(self, requests: Sequence[Claim | Cancel], take_over: bool = True) -> list[ClaimAnswer]: ...
 
-    def settle(self, settled: Sequence[Delivery]) -> list[Settlement]: ...
+    def store(self, new_rows: Sequence[Delivery]) -> list[Settlement]: ...
 
     def renew(self, rows: Sequence[Delivery]) -> Sequence[bool | None]: ...
 
@@ -45,7 +46,7 @@ class BlockingClaims(Protocol):
 class AsyncClaims:
     """`Claims` for the handlers. Belongs to one event loop.
 
-    `claim` and `settle` wait while the database is away; a caller may cancel them. A cancelled call may still
+    `claim` and `store` wait while the database is away; a caller may cancel them. A cancelled call may still
     reach the database. For `owners_first` seconds after the database's first answer no claim is taken over.
     The same holds after its first answer since trouble, or since so long a silence (ADR 20).
     """
@@ -62,8 +63,8 @@ class AsyncClaims:
             shared=is_database_fault,
             name="claims",
         )
-        self._settle: Batcher[Delivery, Settlement] = Batcher(
-            claims.settle, _LIMIT, shared=is_database_fault, name="settles"
+        self._store: Batcher[Delivery, Settlement] = Batcher(
+            claims.store, _LIMIT, shared=is_database_fault, name="stores"
         )
         self._renewals = ThreadPoolExecutor(1, thread_name_prefix="renewals")
         self._trouble: str | None = None
@@ -79,11 +80,11 @@ class AsyncClaims:
         # After a silence the sender does not know whether the database was away.
         if asyncio.get_running_loop().time() - self._answered_at > self._owners_first:
             self._forbid_take_over()
-        return await self._retried(self._claim, request)
+        return await self._retried(self._claim.one, request)
 
-    async def settle(self, settled: Delivery) -> Settlement:
-        """Store one outcome; return what became of it."""
-        return await self._retried(self._settle, settled)
+    async def store(self, new_row: Delivery) -> Settlement:
+        """Store what became of one claim, an outcome or its release; return whether that was stored."""
+        return await self._retried(self._store.one, new_row)
 
     async def renew(self, rows: Sequence[Delivery]) -> Sequence[bool | None]:
         """Renew the leases of `rows` in one call, without a retry. Raises `sqlalchemy.exc.DBAPIError`."""
@@ -101,10 +102,10 @@ class AsyncClaims:
         if self._until_take_over is not None:
             self._until_take_over.cancel()
         await self._claim.close()
-        await self._settle.close()
+        await self._store.close()
         self._renewals.shutdown(wait=False)
 
-    async def _retried(self, call: Batcher[T, R], item: T) -> R:
+    async def _retried(self, call: Callable[[T], Awaitable[R]], item: T) -> R:
         try:
             result = await call(item)
         except Exception as error:

@@ -26,18 +26,17 @@ from services.common.deliveries.decide import (
     ClaimAnswer,
     Delivery,
     Settled,
-    Settlement,
     Taken,
     decide,
     initial_row,
-    settlement,
 )
 from services.common.deliveries.rows import INSERT, INSERT_NEW, UNKNOWN, lock_rows, store_rows
+from services.common.deliveries.settlement import Settlement, settlement
 
 __all__ = ["Claims"]
 
 # MySQL evaluates the SET list from left to right, so the state, which all conditions read, comes last.
-_SETTLE = "ON DUPLICATE KEY UPDATE " + ", ".join(
+_STORE = "ON DUPLICATE KEY UPDATE " + ", ".join(
     f"{name} = IF(owner = VALUES(owner) AND state = 'sending', VALUES({name}), {name})"
     for name in (
         # A released claim restores these.
@@ -61,7 +60,7 @@ _by_id = attrgetter("task_id")
 
 
 class Claims:
-    """Claims, settles and renews. All methods raise `sqlalchemy.exc.DBAPIError`.
+    """Claims, renews, and stores what became of claims. All methods raise `sqlalchemy.exc.DBAPIError`.
 
     With `hold` a mail found in doubt becomes uncertain. Otherwise it is sent again, at most `max_resends`
     times an epoch.
@@ -95,9 +94,12 @@ class Claims:
             return [self._won(request, since) for request in requests]
         return transaction(self._engine, lambda c: self._decide(c, requests, since, take_over))
 
-    def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
-        """Store the outcome of each claimed row unless its claim was lost; return what became of each."""
-        return transaction(self._engine, lambda c: self._settle(c, settled))
+    def store(self, new_rows: Sequence[Delivery]) -> list[Settlement]:
+        """Store each claimed row with its outcome, or released, unless its claim was lost.
+
+        Return what became of each.
+        """
+        return transaction(self._engine, lambda c: self._store(c, new_rows))
 
     def renew(self, rows: Sequence[Delivery]) -> list[bool | None]:
         """Renew the lease of each claim; return in order whether each is still held.
@@ -130,14 +132,14 @@ class Claims:
             store_rows(connection, changed.values())
         return answers
 
-    def _settle(self, connection: Connection, settled: Sequence[Delivery]) -> list[Settlement]:
+    def _store(self, connection: Connection, new_rows: Sequence[Delivery]) -> list[Settlement]:
         # The server counts 2 for a row that changed, and 1 for one that stayed as it was.
-        if execute_rows(connection, INSERT, sorted(settled, key=_by_id), _SETTLE) == 2 * len(settled):
-            return [Settlement.STORED] * len(settled)
-        rows, _ = lock_rows(connection, {row.task_id for row in settled})
+        if execute_rows(connection, INSERT, sorted(new_rows, key=_by_id), _STORE) == 2 * len(new_rows):
+            return [Settlement.STORED] * len(new_rows)
+        rows, _ = lock_rows(connection, {row.task_id for row in new_rows})
         changed: dict[bytes, Delivery] = {}
         found: list[Settlement] = []
-        for row in settled:
+        for row in new_rows:
             result, new = settlement(rows.get(row.task_id), row)
             found.append(result)
             if new is not None:

@@ -37,7 +37,7 @@ class Policy:
     hold: bool
     max_resends: int = 1
 
-    def settled(
+    def outcome_row(
         self,
         claimed: Delivery,
         result: Sent | Rejected | NotSent | InDoubt,
@@ -67,7 +67,7 @@ class Policy:
             case NotSent():
                 return self._defer(row, CONNECTION_LOST, age_start_us, rng)
             case InDoubt():
-                if not may_resend(claimed.doubts + 1, self.hold, self.max_resends):
+                if not may_resend(claimed.doubts_in_epoch + 1, self.hold, self.max_resends):
                     return row._replace(state="uncertain", reason=IN_DOUBT)
                 return self._defer(row, IN_DOUBT, age_start_us, rng)
 
@@ -83,7 +83,7 @@ class Policy:
         if now_us - age_start_us <= self.max_age * 1_000_000:
             return None
         row = claimed._replace(settled_at=now_us)
-        if row.takeovers or row.reason == IN_DOUBT:
+        if row.doubts_in_all or row.reason == IN_DOUBT:
             return row._replace(state="uncertain", reason=IN_DOUBT)
         return row._replace(state="failed", reason=EXPIRED)
 

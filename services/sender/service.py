@@ -30,7 +30,7 @@ from services.sender.oauth import OAuthTokens
 from services.sender.policy import Policy
 from services.sender.replies import NotSent
 from services.sender.slots import Slots, domain_share
-from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
+from services.sender.smtp_pool import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from services.sender.stage import Sender, stage
 
 __all__ = ["SenderService", "build", "make_relay", "make_tokens"]
@@ -77,7 +77,7 @@ class SenderService(StageService):
                 per_session * settings.sender_sessions,
                 per_session * per_domain,
                 rate=settings.domain_rate,
-                saturated=self._saturated,
+                is_loaded=self._is_loaded,
             ),
             session_slots=Slots(settings.sender_sessions, per_domain),
             publish=self._publish,
@@ -93,8 +93,8 @@ class SenderService(StageService):
         SENDER_SESSIONS.labels("busy").set_function(lambda: self._pool.state.busy)
         SENDER_SESSIONS.labels("idle").set_function(lambda: self._pool.state.idle)
 
-    def _saturated(self) -> bool:
-        return self._runtime.saturated()
+    def _is_loaded(self) -> bool:
+        return self._runtime.over_half()
 
     async def _publish(self, events: Sequence[Event], traceparent: bytes | None) -> None:
         await self._runtime.publish(events, traceparent)

@@ -58,7 +58,7 @@ class Slots:
     domain delay another domain's only mail by one turn. `rate` bounds the slots that a domain gets a second,
     with bursts of one second's worth (0: no such bound).
 
-    Once a second, while `saturated()` is true, load is shed: a domain's later half of callers get
+    Once a second, while `is_loaded()` is true, load is shed: a domain's later half of callers get
     DomainSaturated. That concerns a domain with more than an equal share of the queue, whose first caller has
     waited for SHED_AFTER. A stalled domain (`is_stalled`) is shed at any time, down to one caller a slot.
 
@@ -71,7 +71,7 @@ class Slots:
         per_domain: int,
         *,
         rate: float = 0.0,
-        saturated: Callable[[], bool] | None = None,
+        is_loaded: Callable[[], bool] | None = None,
     ) -> None:
         self._free = total
         self._per_domain = per_domain or total
@@ -81,7 +81,7 @@ class Slots:
         self._clock: Callable[[], float] = time.monotonic
         # The domains with waiting callers, in the order of their turns.
         self._waiting: dict[str, deque[_SlotWaiter]] = {}
-        self._saturated = saturated
+        self._is_loaded = is_loaded
         self._rate = rate
         self._rates: dict[str, Rate] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -219,12 +219,12 @@ class Slots:
         self._shed_timer = loop.call_later(_SHED_INTERVAL, self._shed_load) if self._waiting else None
         if not self._waiting:
             return
-        saturated = self._saturated is not None and self._saturated()
+        is_loaded = self._is_loaded is not None and self._is_loaded()
         long_ago = loop.time() - SHED_AFTER
         domain_share = sum(map(len, self._waiting.values())) / len(self._waiting)
         for domain, queue in self._waiting.items():
             leave = 0
-            if saturated and len(queue) >= max(2, domain_share) and queue[0].since < long_ago:
+            if is_loaded and len(queue) >= max(2, domain_share) and queue[0].since < long_ago:
                 leave = len(queue) // 2
             elif self.is_stalled(domain):
                 leave = min(len(queue) // 2, len(queue) - self._used[domain])

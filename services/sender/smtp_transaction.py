@@ -19,7 +19,7 @@ from services.sender.replies import (
 from services.sender.retry_hints import retry_hint
 from services.sender.smtp_session import Session
 
-__all__ = ["StaleSessionError", "begin", "check_mail", "hand_over"]
+__all__ = ["StaleSessionError", "begin", "check_mail", "send_message"]
 
 _COMMANDS = (TransactionStep.MAIL, TransactionStep.RCPT, TransactionStep.DATA)
 _ADDRESS = re.compile(r"[^\x00-\x20\x7f-\xa0<>\u2028\u2029]*")
@@ -53,7 +53,7 @@ async def begin(
         guard: called before the envelope is written; on False nothing is sent.
 
     Returns:
-        None if the server wants the message, which ``hand_over`` sends; otherwise how the send ended.
+        None if the server wants the message, which ``send_message`` sends; otherwise how the send ended.
 
     Raises:
         StaleSessionError: nothing was sent, and the session is over.
@@ -75,7 +75,7 @@ async def begin(
     return await _envelope(session, commands, mail_from)
 
 
-async def hand_over(
+async def send_message(
     session: Session, mail_from: str, message: bytes, guard: Callable[[], bool]
 ) -> SendResult:
     """Send the message after ``begin`` returned None; return how the send ended.

@@ -21,13 +21,13 @@ from services.common.deliveries.decide import (
     ClaimAnswer,
     Delivery,
     Settled,
-    Settlement,
     Stale,
     Taken,
     Wait,
     released_row,
 )
-from services.common.deliveries.outcome import event_of
+from services.common.deliveries.row_events import event_of
+from services.common.deliveries.settlement import Settlement
 from services.common.events import Event
 from services.common.stage.delays import choose_delay
 from services.common.stage.types import Done, Outcome, Record, Retry, Stage
@@ -38,11 +38,11 @@ from services.sender.cleanup import Cleanups, within
 from services.sender.composer import Composer
 from services.sender.leases import Leases
 from services.sender.metrics import SENDER_SECONDS, SENDER_SHED, SENDER_SKIPPED
+from services.sender.outcome_of_record import outcome_of_record, takeover_event
 from services.sender.policy import Policy
-from services.sender.record_outcome import record_outcome, takeover_event
-from services.sender.settling import log_doubt, store_outcome
 from services.sender.slots import DomainSaturated, Slots
-from services.sender.smtp import SendCancelled
+from services.sender.smtp_pool import SendCancelled
+from services.sender.store_outcome import log_doubt, store_outcome
 
 __all__ = ["DomainUse", "Pool", "Publish", "Sender", "stage"]
 
@@ -154,7 +154,7 @@ class Sender:
                 continue
             if isinstance(answer, Stale):
                 return Done()
-            return self._record_outcome(answer.row)
+            return self._outcome_of_record(answer.row)
 
     async def _deliver(self, record: Record, event: pb.MxOk) -> Outcome:
         task = event.task
@@ -172,8 +172,8 @@ class Sender:
             except DomainSaturated:
                 return self._defer_untried(task.domain)
             # The slot does not count for the domain's rate where the relay was not tried.
-            with ExitStack() as held, ExitStack() as rate_refund:
-                held.callback(self._claim_slots.release, task.domain)
+            with ExitStack() as to_release, ExitStack() as rate_refund:
+                to_release.callback(self._claim_slots.release, task.domain)
                 rate_refund.callback(self._claim_slots.refund_rate, task.domain)
                 # The relay may have gone down during the wait; one mail may still be tried.
                 if not (self._pool.available or probe):
@@ -182,12 +182,12 @@ class Sender:
                 answer = await self._claim(claim)
                 if isinstance(answer, Taken):
                     try:
-                        settled = await self._attempt(answer, record, event, held, rate_refund)
+                        new_row = await self._attempt(answer, record, event, to_release, rate_refund)
                     except DomainSaturated:
                         return self._defer_untried(task.domain)
-                    if settled is None:
+                    if new_row is None:
                         continue
-                    return self._record_outcome(settled)
+                    return self._outcome_of_record(new_row)
             if isinstance(answer, Wait):
                 await _wait_for_claim(answer)
                 continue
@@ -196,7 +196,7 @@ class Sender:
                 return Done()
             if answer.row.owner == claim.owner:
                 log_doubt(answer.row, "takeover")
-            return self._record_outcome(answer.row)
+            return self._outcome_of_record(answer.row)
 
     async def _claim(self, claim: Claim) -> ClaimAnswer:
         # The call goes on when the handler is cancelled: only its answer says what to release.
@@ -208,17 +208,17 @@ class Sender:
             raise
 
     async def _attempt(
-        self, taken: Taken, record: Record, event: pb.MxOk, held: ExitStack, rate_refund: ExitStack
+        self, taken: Taken, record: Record, event: pb.MxOk, to_release: ExitStack, rate_refund: ExitStack
     ) -> Delivery | None:
         """Send the claimed mail; return its settled row, or None where the claim must be asked for anew.
 
-        The callbacks of `held` run when the attempt is over, those of `rate_refund` if the relay was not
-        tried. Raises DomainSaturated where the domain's sessions are stalled; the claim is then released.
+        The callbacks of `to_release` run when the attempt is over, those of `rate_refund` if the relay was
+        not tried. Raises DomainSaturated where the domain's sessions are stalled; the claim is then released.
         """
         row = taken.row._replace(reason="")
         released = row._replace(state="released")
         lease = self._leases.hold(row, taken.since)
-        held.callback(self._leases.drop, lease)
+        to_release.callback(self._leases.drop, lease)
         # The row to store if this handler ends early, so that the next claim starts as this one did.
         undo: Delivery | None = released_row(taken)
         try:
@@ -227,12 +227,12 @@ class Sender:
             try:
                 mail = self._composer.compose(event, row.message_id)
             except ValueError as error:
-                settled = self._policy.unsendable(row, self._now_us())
-                return await self._settle(settled, held, cause=str(error))
+                new_row = self._policy.unsendable(row, self._now_us())
+                return await self._settle(new_row, to_release, cause=str(error))
             try:
                 await self._session_slots.acquire(event.task.domain)
             except DomainSaturated:
-                await self._claims.settle(released)
+                await self._claims.store(released)
                 undo = None
                 raise
             with ExitStack() as session:
@@ -240,7 +240,7 @@ class Sender:
                 # The mail may have expired while it waited for the session.
                 expired = self._policy.expired(row, _age_start_us(event), self._now_us())
                 if expired is not None:
-                    return await self._settle(expired, held)
+                    return await self._settle(expired, to_release)
                 undo = None
                 started = time.perf_counter()
                 try:
@@ -250,30 +250,30 @@ class Sender:
                         undo = released
                     else:
                         rate_refund.pop_all()
-                        held.push(session.pop_all())
+                        to_release.push(session.pop_all())
                         rest = self._finish_handover(cancelled.rest, row, event, started)
-                        self._cleanups.run(rest, held, handed_over=True)
+                        self._cleanups.run(rest, to_release, handed_over=True)
                     raise
                 SENDER_SECONDS.observe(time.perf_counter() - started)
-            settled = self._settled_row(row, result, event)
-            if settled.state == "released":
-                undo = settled
-                await self._claims.settle(settled)
+            new_row = self._row_after_send(row, result, event)
+            if new_row.state == "released":
+                undo = new_row
+                await self._claims.store(new_row)
                 return None
             rate_refund.pop_all()
-            return await self._settle(settled, held, result)
+            return await self._settle(new_row, to_release, result)
         except BaseException:
             if undo is not None:
-                self._cleanups.run(within(self._claims.settle(undo), _CLEANUP_TIMEOUT))
+                self._cleanups.run(within(self._claims.store(undo), _CLEANUP_TIMEOUT))
             raise
 
-    def _settled_row(self, row: Delivery, result: replies.SendResult, event: pb.MxOk) -> Delivery:
+    def _row_after_send(self, row: Delivery, result: replies.SendResult, event: pb.MxOk) -> Delivery:
         """Return the row to store after a send; a released one where the send was no attempt."""
         if isinstance(result, replies.LeaseLost) or (
             isinstance(result, replies.NotSent) and result.spares_attempt
         ):
             return row._replace(state="released")
-        return self._policy.settled(row, result, _age_start_us(event), self._now_us(), self._rng)
+        return self._policy.outcome_row(row, result, _age_start_us(event), self._now_us(), self._rng)
 
     async def _publish_doubt(self, taken: Taken, record: Record) -> None:
         """Publish that the mail may have gone out, before it goes out again."""
@@ -284,21 +284,25 @@ class Sender:
             log_doubt(taken.row, "takeover")
 
     async def _settle(
-        self, settled: Delivery, held: ExitStack, result: replies.SendResult | None = None, cause: str = ""
+        self,
+        new_row: Delivery,
+        to_release: ExitStack,
+        result: replies.SendResult | None = None,
+        cause: str = "",
     ) -> Delivery | None:
         """Store an attempt's outcome; a cancelled handler leaves that to a cleanup.
 
         Returns the row, or None where the claim was lost.
         """
         try:
-            settlement = await store_outcome(self._claims, settled, result, cause)
+            settlement = await store_outcome(self._claims, new_row, result, cause)
         except asyncio.CancelledError:
             handed_over = _handed_over(result)
             limit = self._handover if handed_over else _CLEANUP_TIMEOUT
-            storing = within(store_outcome(self._claims, settled, result, cause), limit)
-            self._cleanups.run(self._publish_if_late(storing, settled), held, handed_over=handed_over)
+            storing = within(store_outcome(self._claims, new_row, result, cause), limit)
+            self._cleanups.run(self._publish_if_late(storing, new_row), to_release, handed_over=handed_over)
             raise
-        return settled if settlement is Settlement.STORED else None
+        return new_row if settlement is Settlement.STORED else None
 
     def _defer_untried(self, domain: str) -> Outcome:
         SENDER_SHED.inc()
@@ -306,8 +310,8 @@ class Sender:
         delay, due_at_ms = choose_delay(delays, delays[0], self._now_us() // 1000, self._rng)
         return Retry(delay, due_at_ms, f"too many wait for {domain}", counts=False)
 
-    def _record_outcome(self, row: Delivery) -> Outcome:
-        return record_outcome(row, self._policy.delays, self._now_us() // 1000)
+    def _outcome_of_record(self, row: Delivery) -> Outcome:
+        return outcome_of_record(row, self._policy.delays, self._now_us() // 1000)
 
     # --- cleanups ---
 
@@ -321,16 +325,16 @@ class Sender:
         rest.cancel()
         result = await rest
         SENDER_SECONDS.observe(time.perf_counter() - started)
-        settled = self._settled_row(row, result, event)
-        released = settled.state == "released"
-        storing = self._claims.settle(settled) if released else store_outcome(self._claims, settled, result)
-        await self._publish_if_late(within(storing, max(until - now(), _CLEANUP_TIMEOUT)), settled)
+        new_row = self._row_after_send(row, result, event)
+        released = new_row.state == "released"
+        storing = self._claims.store(new_row) if released else store_outcome(self._claims, new_row, result)
+        await self._publish_if_late(within(storing, max(until - now(), _CLEANUP_TIMEOUT)), new_row)
 
-    async def _publish_if_late(self, storing: Awaitable[Settlement | None], settled: Delivery) -> None:
+    async def _publish_if_late(self, storing: Awaitable[Settlement | None], new_row: Delivery) -> None:
         """Store an outcome; publish it if that was late: the next owner may have published another one."""
         if await storing is not Settlement.LATE:
             return
-        claim = Claim(settled.task_id, settled.epoch, settled.attempt, self._owner(), settled.message_id)
+        claim = Claim(new_row.task_id, new_row.epoch, new_row.attempt, self._owner(), new_row.message_id)
         answer = await within(self._claims.claim(claim), _CLEANUP_TIMEOUT)
         if isinstance(answer, Settled):
             await within(self._publish([event_of(answer.row)], None), _CLEANUP_TIMEOUT)
@@ -339,7 +343,7 @@ class Sender:
         """Release a claim whose handler was cancelled before it had the answer."""
         answer = await call
         if isinstance(answer, Taken):
-            await self._claims.settle(released_row(answer))
+            await self._claims.store(released_row(answer))
 
 
 def stage(sender: Sender, delays: Sequence[int]) -> Stage:

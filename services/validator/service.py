@@ -5,7 +5,7 @@ import time
 from services.common.config import Settings, refused
 from services.common.stage.service import StageService
 from services.validator.cache import VerdictCache
-from services.validator.lookup import Lookup
+from services.validator.dns_lookup import Lookup
 from services.validator.resolver import make_resolver
 from services.validator.stage import stage
 

@@ -32,7 +32,7 @@ from services.common.deliveries.decide import Delivery
 from services.common.deliveries.rows import COLUMNS, INSERT_NEW
 from services.sender.message import build
 from services.sender.replies import Sent
-from services.sender.smtp import Limits, Relay, SmtpPool, Tls
+from services.sender.smtp_pool import Limits, Relay, SmtpPool, Tls
 
 __all__: list[str] = []
 

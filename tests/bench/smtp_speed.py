@@ -12,7 +12,7 @@ import uvloop
 
 from services.sender.message import build
 from services.sender.replies import Sent
-from services.sender.smtp import Limits, Relay, SmtpPool, Tls
+from services.sender.smtp_pool import Limits, Relay, SmtpPool, Tls
 
 __all__: list[str] = []
 

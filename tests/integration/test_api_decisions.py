@@ -37,14 +37,14 @@ from services.common.deliveries.decide import (
     Wait,
 )
 from services.common.deliveries.mx_failures import store_failures
-from services.common.deliveries.outcome import event_of
+from services.common.deliveries.row_events import event_of
 from services.common.deliveries.rows import COLUMNS, owner_tokens
 from services.common.events import Event, encode
 from services.common.fold import TaskRow, delta, fold
 from services.common.stage.types import Done
 from services.common.timeline import timeline_row
 from services.sender.claims import Claims
-from services.sender.record_outcome import record_outcome
+from services.sender.outcome_of_record import outcome_of_record
 from tests.api_process import free_port
 from tests.claimers import everyone
 from tests.stack import Infra
@@ -129,7 +129,7 @@ class TaskTables:
             reply=reply,
             relay="mx.test:25",
         )
-        self.claims.settle([settled])
+        self.claims.store([settled])
         if folded and state != "released":
             self.publish(row.task_id, event_of(settled))
         return settled
@@ -164,7 +164,7 @@ class TaskTables:
         if isinstance(answer, Stale):
             return []
         assert isinstance(answer, Settled), answer
-        outcome = record_outcome(answer.row, (60,), 0)
+        outcome = outcome_of_record(answer.row, (60,), 0)
         assert isinstance(outcome, Done)
         return list(outcome.events)
 
@@ -584,7 +584,7 @@ def test_concurrent_cancels_and_claims_agree(tables: TaskTables) -> None:
                 claimed.update(row.task_id for row in mine)
             if mine:
                 begun.set()
-                tables.claims.settle([row._replace(state="sent", settled_at=1) for row in mine])
+                tables.claims.store([row._replace(state="sent", settled_at=1) for row in mine])
 
     def cancel_all(rng: random.Random) -> None:
         assert begun.wait(20)
@@ -701,7 +701,7 @@ def test_an_uncertain_task_is_cancelled_and_its_timeline_keeps_the_doubt(
     # After a Retry the mail may be sent, so the next Cancel finds it in doubt again.
     epoch = tables.reopened(id_)
     again = tables.claimed(id_, epoch)
-    assert again.takeovers == 1
+    assert again.doubts_in_all == 1
     tables.settle(again, "deferred", "deferred", "451 later")
     assert tables.cancelled(id_).task.status == "uncertain"
 
@@ -745,7 +745,7 @@ def test_a_mail_resolved_as_not_sent_has_failed_and_can_be_retried(tables: TaskT
     assert tables.resolve(id_, sent=False) == Resolved(decision.task, None)
     assert tables.resolve(id_, sent=True) == NotResolvable("failed")
     again = tables.claimed(id_, tables.reopened(id_))
-    assert (again.message_id, again.takeovers) == (row.message_id, 0)
+    assert (again.message_id, again.doubts_in_all) == (row.message_id, 0)
     tables.settle(again, "sent", reply="250 ok")
     tables.assert_folded(id_)
 

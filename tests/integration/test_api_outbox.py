@@ -16,7 +16,7 @@ from postroad.v1 import events_pb2, task_pb2
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api import metrics, outbox, outbox_backlog, outbox_sweeper, queries, uuid7, views
 from services.api.errors import StatusError
-from services.api.outbox_publisher import NewTask, OutboxEvent
+from services.api.outbox import NewTask, OutboxEvent
 from services.api.recorder import Recorder
 from services.api.validation import task_created
 from services.common import taskstore

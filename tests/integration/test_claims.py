@@ -24,21 +24,20 @@ from services.common.deliveries.decide import (
     Delivery,
     DeliveryState,
     Settled,
-    Settlement,
     Stale,
     Taken,
     Wait,
     decide,
     released_row,
 )
-from services.common.deliveries.rows import owner_tokens
+from services.common.deliveries.rows import COLUMNS, owner_tokens
+from services.common.deliveries.settlement import Settlement
 from services.sender.claims import Claims
 from tests import forked  # noqa: F401  (what the fork server has imported already)
 from tests.claimers import claim_all, everyone
 from tests.forms import by_form
 
 LEASE = 20.0
-COLUMNS = ", ".join(Delivery._fields)
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 7)
 FAR_AWAY = datetime(2099, 1, 1)
 
@@ -216,14 +215,14 @@ def test_a_claim_released_before_its_doubt_is_published_is_taken_as_before(
     first = [taken(answer) for answer in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
     wishes = [released_row(answer) for answer in first]
     for _ in range(2):
-        assert claims.settle(wishes) == [Settlement.STORED] * 3
+        assert claims.store(wishes) == [Settlement.STORED] * 3
         rows = rows_of(engine)
         assert [rows[row.task_id]._replace(lease_until=row.lease_until) for row in wishes] == wishes
     again = [taken(answer) for answer in claims.claim([claim(row.task_id, 5, 3) for row in ended])]
     for before, after in zip(first, again, strict=True):
         assert after.doubtful == before.doubtful
         for row in (before.row, after.row):
-            assert (row.attempt, row.takeovers, row.doubts) == (
+            assert (row.attempt, row.doubts_in_all, row.doubts_in_epoch) == (
                 3,
                 1 + (before is not first[2]),
                 1 - (before is first[2]),
@@ -246,12 +245,12 @@ def test_a_whole_batch_is_settled(engine: Engine, claims: Claims) -> None:
         )
         for i, row in enumerate(held)
     ]
-    assert claims.settle(wishes) == [Settlement.STORED] * 1200
+    assert claims.store(wishes) == [Settlement.STORED] * 1200
     rows = rows_of(engine)
     assert [rows[wish.task_id]._replace(lease_until=wish.lease_until) for wish in wishes] == wishes
-    assert claims.settle(wishes) == [Settlement.STORED] * 1200, "told twice, stored once"
+    assert claims.store(wishes) == [Settlement.STORED] * 1200, "told twice, stored once"
     second_thoughts = [row._replace(state="failed", reply="no") for row in held[:2]]
-    assert claims.settle(second_thoughts) == [Settlement.FENCED] * 2, "settled is settled, also for its owner"
+    assert claims.store(second_thoughts) == [Settlement.FENCED] * 2, "settled is settled, also for its owner"
     assert rows_of(engine) == rows
 
 
@@ -261,7 +260,7 @@ def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: En
     # A second owner takes over four; two are still the first owner's.
     expire(engine)
     second = [taken(answer) for answer in claims.claim([claim(i) for i in ids[:4]])]
-    assert all(answer.doubtful and answer.row.takeovers == 1 for answer in second)
+    assert all(answer.doubtful and answer.row.doubts_in_all == 1 for answer in second)
     wishes = [
         first[0]._replace(state="deferred", settled_at=5, next_attempt_at=6, reason="deferred"),
         first[1]._replace(state="released"),
@@ -271,14 +270,14 @@ def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: En
         first[5]._replace(state="deferred", settled_at=5, next_attempt_at=6, reason="deferred"),
     ]
     fenced, late, stored = Settlement.FENCED, Settlement.LATE, Settlement.STORED
-    assert claims.settle(wishes) == [fenced, fenced, fenced, late, stored, stored]
+    assert claims.store(wishes) == [fenced, fenced, fenced, late, stored, stored]
     rows = rows_of(engine)
     states = [rows[i].state for i in ids]
     assert states == ["sending", "sending", "sending", "sent", "sent", "deferred"]
     assert [rows[i].owner for i in ids[:3]] == [answer.row.owner for answer in second[:3]]
     # The second owner finds its lease lost, and the first owner's outcome stored.
     assert claims.renew([answer.row for answer in second]) == [True, True, True, False]
-    assert claims.settle([sent(second[3].row, "250 another")]) == [fenced]
+    assert claims.store([sent(second[3].row, "250 another")]) == [fenced]
     assert rows_of(engine)[ids[3]].reply == "250 2.0.0 ok"
     again = claims.claim([claim(ids[3])])
     assert isinstance(again[0], Settled)
@@ -295,7 +294,7 @@ def test_a_renewal_begins_the_lease_anew_and_shows_lost_claims(engine: Engine, c
     lost = held[::3]
     claims.claim([claim(row.task_id) for row in lost])
     settled = held[1::3]
-    claims.settle([sent(row) for row in settled])
+    claims.store([sent(row) for row in settled])
     assert claims.renew(held) == [i % 3 == 2 for i in range(600)]
 
 
@@ -314,7 +313,7 @@ def test_nothing_is_taken_over_while_that_is_forbidden(engine: Engine, claims: C
     expire(engine)
     [answer] = claims.claim([claim(row.task_id)], take_over=False)
     assert answer == Wait(0.0)
-    assert claims.settle([sent(row)]) == [Settlement.STORED]
+    assert claims.store([sent(row)]) == [Settlement.STORED]
 
 
 def test_an_owner_that_slept_past_its_lease_is_fenced(engine: Engine) -> None:
@@ -331,8 +330,8 @@ def test_an_owner_that_slept_past_its_lease_is_fenced(engine: Engine) -> None:
     assert answer.doubtful
     assert answer.since >= sleeper.since + 2, "nobody takes over before the owner's own clock says so"
     assert claims.renew([sleeper.row]) == [False]
-    assert claims.settle([sleeper.row._replace(state="released")]) == [Settlement.FENCED]
-    assert claims.settle([sent(answer.row)]) == [Settlement.STORED]
+    assert claims.store([sleeper.row._replace(state="released")]) == [Settlement.FENCED]
+    assert claims.store([sent(answer.row)]) == [Settlement.STORED]
 
 
 def test_under_hold_a_takeover_is_stored_as_uncertain(engine: Engine) -> None:
@@ -386,7 +385,7 @@ def test_claims_settles_and_renewals_of_the_same_rows_all_come_through(database_
                 with lock:
                     stored.update(
                         wish.task_id
-                        for wish, became in zip(wishes, claims.settle(wishes), strict=True)
+                        for wish, became in zip(wishes, claims.store(wishes), strict=True)
                         if became is not Settlement.FENCED
                     )
         raise AssertionError("some were never settled")

@@ -13,14 +13,14 @@ from sqlalchemy import Engine
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, DeliveryState, Settled, Taken, decide
 from services.common.deliveries.mx_failures import failed_row, merge_failure, store_failures
-from services.common.deliveries.outcome import event_of, failed_before_sender
+from services.common.deliveries.row_events import event_of, failed_before_sender
 from services.common.deliveries.rows import lock_rows, store_rows
 from services.common.events import Event
 from services.common.fold import delta
 from services.common.stage.types import Done
 from services.common.taskstore import upsert
 from services.sender.claims import Claims
-from services.sender.record_outcome import record_outcome
+from services.sender.outcome_of_record import outcome_of_record
 from tests.event_strategies import mail_task
 
 NOW = datetime(2026, 3, 1, 12)
@@ -67,7 +67,7 @@ def test_the_sql_is_the_rule(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("takeovers", "attempt", "state", "epoch", "becomes_failed"),
+    ("doubts_in_all", "attempt", "state", "epoch", "becomes_failed"),
     [
         (0, 1, "released", EPOCH, True),
         (0, 2, "released", EPOCH, False),
@@ -79,11 +79,17 @@ def test_the_sql_is_the_rule(engine: Engine) -> None:
     ],
 )
 def test_a_claim_released_without_an_attempt_does_not_count(
-    engine: Engine, *, attempt: int, takeovers: int, state: DeliveryState, epoch: int, becomes_failed: bool
+    engine: Engine,
+    *,
+    attempt: int,
+    doubts_in_all: int,
+    state: DeliveryState,
+    epoch: int,
+    becomes_failed: bool,
 ) -> None:
     id_ = b"y" * 16
     row = next(known())._replace(
-        task_id=id_, state=state, epoch=epoch, attempt=attempt, takeovers=takeovers, reason=""
+        task_id=id_, state=state, epoch=epoch, attempt=attempt, doubts_in_all=doubts_in_all, reason=""
     )
     with engine.begin() as connection:
         store_rows(connection, [row])
@@ -106,12 +112,12 @@ def test_the_first_to_write_decides_and_the_status_agrees(engine: Engine, first:
     [answered] = claims.claim([claim])
     if first == "verdict":
         assert isinstance(answered, Settled)
-        assert record_outcome(answered.row, [60], 0) == Done()
+        assert outcome_of_record(answered.row, [60], 0) == Done()
         ends = "failed"
     else:
         assert isinstance(answered, Taken)
         deferred = answered.row._replace(state="deferred", reason="greylisted", next_attempt_at=1)
-        claims.settle([deferred])
+        claims.store([deferred])
         with engine.begin() as connection:
             store_failures(connection, late)
         events.append(event_of(deferred))
@@ -146,13 +152,13 @@ def test_a_claim_of_its_epoch_is_answered_and_one_of_a_later_epoch_may_send(hold
     later = ask(EPOCH + 1)
     assert isinstance(later, Taken)
     assert later.row.message_id == "<m@x>"
-    assert later.row.takeovers == 0
+    assert later.row.doubts_in_all == 0
 
 
 def test_the_row_keeps_that_a_mail_was_ever_in_doubt() -> None:
     row = next(row for row in known() if (row.state, row.epoch, row.reason) == ("uncertain", 4, IN_DOUBT))
     over = merge_failure(row, failed_row(failed(row.task_id)))
-    assert (over.state, over.takeovers, over.message_id) == ("failed", 2, "<m@x>")
+    assert (over.state, over.doubts_in_all, over.message_id) == ("failed", 2, "<m@x>")
 
 
 def test_the_sender_publishes_nothing_of_a_task_that_it_never_claimed(engine: Engine) -> None:
@@ -161,8 +167,8 @@ def test_the_sender_publishes_nothing_of_a_task_that_it_never_claimed(engine: En
         store_failures(connection, [event])
     [answer] = Claims(engine, 20, hold=False).claim([Claim(event.id, EPOCH, 1, b"c" * 16, "<m@x>")])
     assert isinstance(answer, Settled)
-    assert record_outcome(answer.row, [60], 0) == Done()
+    assert outcome_of_record(answer.row, [60], 0) == Done()
     # A failure of the sender's own is published again.
     settled = answer.row._replace(attempt=1, reason="rejected")
     assert not failed_before_sender(settled)
-    assert record_outcome(settled, [60], 0) == Done([event_of(settled)])
+    assert outcome_of_record(settled, [60], 0) == Done([event_of(settled)])

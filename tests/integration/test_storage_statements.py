@@ -18,7 +18,7 @@ from postroad.v1.task_pb2 import Task
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api.auth import Tenants
 from services.api.interceptor import RequestInterceptor
-from services.api.outbox_publisher import OutboxEvent
+from services.api.outbox import OutboxEvent
 from services.api.recorder import Recorder
 from services.api.task_service import TaskServicer
 from services.common.database import statement_size

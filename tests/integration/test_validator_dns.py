@@ -14,7 +14,7 @@ import dns.rrset
 import pytest
 
 from services.validator.cache import VerdictCache
-from services.validator.lookup import Lookup
+from services.validator.dns_lookup import Lookup
 from services.validator.mx import Reason, Verdict, VerdictKind
 from services.validator.resolver import make_resolver, parse_servers
 

@@ -15,9 +15,9 @@ import dns.rdatatype
 import dns.rrset
 import pytest
 
-from services.validator import lookup as lookups
+from services.validator import dns_lookup as lookups
 from services.validator import servers
-from services.validator.lookup import Lookup
+from services.validator.dns_lookup import Lookup
 from services.validator.mx import Reason, Verdict, VerdictKind
 from services.validator.resolver import make_resolver
 

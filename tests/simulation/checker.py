@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from postroad.v1 import events_pb2 as pb
-from services.common.deliveries.decide import Settlement
+from services.common.deliveries.settlement import Settlement
 from services.common.events import DECODERS, task_id
 from services.common.fold import fold
 from services.common.kafka.topics import EVENT_TOPICS, Names

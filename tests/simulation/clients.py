@@ -10,7 +10,7 @@ import grpc
 
 from postroad.v1 import events_pb2 as pb
 from services.api.errors import StatusError
-from services.api.outbox_publisher import OutboxEvent
+from services.api.outbox import OutboxEvent
 from services.api.uuid7 import parse
 from services.common.events import DECODERS, encode, task_id
 from tests.simulation.plan import Act, TaskPlan

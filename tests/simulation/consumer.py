@@ -10,7 +10,7 @@ import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException
 
 from services.common.kafka.topic_partition import TopicPartition
-from services.common.stage.partition_tracker import InFlightRecord
+from services.common.stage.in_flight_record import InFlightRecord
 from tests.simulation.broker import Broker, Message
 from tests.simulation.process import Process
 

@@ -17,8 +17,10 @@ from postroad.v1 import events_pb2 as pb
 from services.api.outbox import GRACE, SWEEP_SECONDS, OutboxRow
 from services.common.database.times import to_micros
 from services.common.deliveries import decide as rules
-from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Settlement, Taken
+from services.common.deliveries import settlement as fence
+from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery, Taken
 from services.common.deliveries.mx_failures import failed_row, merge_failure
+from services.common.deliveries.settlement import Settlement
 from services.common.events import CREATED_KEY
 from services.common.fold import TaskRow, merge
 from services.common.taskstore import Body
@@ -255,9 +257,9 @@ class MemoryClaims:
             lambda db: [self._claim(db, r, since, take_over) for r in requests], "claim"
         )
 
-    def settle(self, settled: Sequence[Delivery]) -> list[Settlement]:
+    def store(self, new_rows: Sequence[Delivery]) -> list[Settlement]:
         """Store each outcome unless its claim was lost."""
-        return self._database.transact(lambda db: [self._settle(db, wish) for wish in settled], "settle")
+        return self._database.transact(lambda db: [self._store(db, row) for row in new_rows], "settle")
 
     def renew(self, rows: Sequence[Delivery]) -> list[bool]:
         """Renew each lease. Return which claims are still held."""
@@ -275,9 +277,9 @@ class MemoryClaims:
         _trace(database, request.task_id, f"{type(request).__name__} -> {_summary(answer)}")
         return answer._replace(since=since) if isinstance(answer, Taken) else answer
 
-    def _settle(self, database: Database, wish: Delivery) -> Settlement:
+    def _store(self, database: Database, wish: Delivery) -> Settlement:
         found = database.deliveries.get(wish.task_id)
-        became, row = rules.settlement(found, wish)
+        became, row = fence.settlement(found, wish)
         if row is not None:
             self._write(database, found, row)
         if wish.state == "sent" and database.sent_by.get(wish.owner) is not Settlement.STORED:

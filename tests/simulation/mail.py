@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from services.sender import replies
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
-from services.sender.smtp import SendCancelled
+from services.sender.smtp_pool import SendCancelled
 from services.validator.mx import Reason, Verdict, VerdictKind
 from tests.simulation.loop import Loop
 from tests.simulation.world import World

@@ -10,14 +10,16 @@ from functools import partial
 from typing import Any
 
 from services.api import cancelling, outbox
-from services.api.outbox import OutboxRow, created
-from services.api.outbox_publisher import NewTask, OutboxPublisher
+from services.api.outbox import NewTask, OutboxRow, created
+from services.api.outbox_publisher import OutboxPublisher
 from services.common import fold
-from services.common.deliveries import decide
-from services.common.deliveries.decide import Claim, Delivery, Settlement, Taken, initial_row
+from services.common.deliveries import settlement as fence
+from services.common.deliveries.decide import Claim, Delivery, Taken, initial_row
+from services.common.deliveries.settlement import Settlement
 from services.common.stage.handler_runner import HandlerRunner
+from services.common.stage.in_flight_record import InFlightRecord
 from services.common.stage.offset_tracker import OffsetTracker
-from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.types import Dead
 from services.sender.async_claims import AsyncClaims
 from services.sender.stage import Sender
@@ -51,11 +53,11 @@ def _no_claim() -> Patches:
         since = VirtualTime.monotonic()
         return Taken(initial_row(request, datetime.min), since=since)
 
-    async def settle(self: AsyncClaims, settled: Delivery) -> Settlement:
+    async def store(self: AsyncClaims, new_row: Delivery) -> Settlement:
         await asyncio.sleep(0)
         return Settlement.STORED
 
-    return [(AsyncClaims, "claim", claim), (AsyncClaims, "settle", settle)]
+    return [(AsyncClaims, "claim", claim), (AsyncClaims, "store", store)]
 
 
 def _no_fencing_on_settle() -> Patches:
@@ -64,7 +66,7 @@ def _no_fencing_on_settle() -> Patches:
     def settlement(row: Delivery | None, settled: Delivery) -> tuple[Settlement, Delivery | None]:
         return Settlement.STORED, settled
 
-    return [(decide, "settlement", settlement)]
+    return [(fence, "settlement", settlement)]
 
 
 def _stale_completion_counts() -> Patches:

@@ -36,8 +36,9 @@ from services.common.stage import (
     release_queue,
     runtime,
 )
-from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
-from services.sender import async_claims, cleanup, settling
+from services.common.stage.in_flight_record import InFlightRecord
+from services.common.stage.partition_tracker import PartitionTracker
+from services.sender import async_claims, cleanup, store_outcome
 from services.status import stage as status_stage
 from tests.simulation.cluster_check import ClusterCheck
 from tests.simulation.database import Database
@@ -150,7 +151,7 @@ _LOGGING = (
         module.__name__
         for module in (
             *(database_threads, recorder, outbox_publisher, outbox_sweeper),
-            *(status_stage, async_claims, cleanup, settling),
+            *(status_stage, async_claims, cleanup, store_outcome),
         )
     ),
     "services.sender.leases",

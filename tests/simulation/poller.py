@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from services.common.stage import poller
+from services.common.stage.in_flight_record import InFlightRecord
 from services.common.stage.membership import Membership
-from services.common.stage.partition_tracker import InFlightRecord
 from tests.simulation.consumer import Consumer
 from tests.simulation.scheduler import here
 from tests.simulation.threads import VirtualTime

@@ -11,8 +11,8 @@ from typing import Any
 from services.api import outbox
 from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
-from services.api.outbox import OutboxRow
-from services.api.outbox_publisher import NewTask, OutboxPublisher
+from services.api.outbox import NewTask, OutboxRow
+from services.api.outbox_publisher import OutboxPublisher
 from services.api.outbox_sweeper import Sweeper
 from services.api.recorder import Recorder
 from services.common.batching import Batcher

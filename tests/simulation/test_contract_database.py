@@ -23,12 +23,12 @@ from services.common.deliveries.decide import (
     ClaimAnswer,
     Delivery,
     Settled,
-    Settlement,
     Stale,
     Taken,
     Wait,
     released_row,
 )
+from services.common.deliveries.settlement import Settlement
 from services.common.fold import TaskRow, delta
 from services.sender.claims import Claims
 from tests.simulation.database import Database, MemoryClaims
@@ -101,7 +101,7 @@ class Real:
             connection.execute(text("UPDATE deliveries SET lease_until = lease_until - INTERVAL 2 MINUTE"))
 
     def row(self, id_: bytes) -> Delivery | None:
-        columns = ", ".join(Delivery._fields)
+        columns = rows.COLUMNS
         query = f"SELECT {columns} FROM deliveries WHERE task_id = %s"
         with self.engine.begin() as connection:
             found = connection.exec_driver_sql(query, (id_,)).one_or_none()
@@ -179,11 +179,11 @@ def test_a_claim_holds_until_its_lease_is_over_and_the_task_is_in_doubt_then(sid
         assert answer.row.state == "uncertain"
     else:
         assert isinstance(answer, Taken)
-        assert (answer.doubtful, answer.row.takeovers) == (True, 1)
+        assert (answer.doubtful, answer.row.doubts_in_all) == (True, 1)
     assert side.claims.renew([first]) == [False]
     failed = first._replace(state="failed", settled_at=1)
-    assert side.claims.settle([failed]) == [Settlement.FENCED]
-    assert side.claims.settle([first._replace(state="sent", settled_at=2)]) == [Settlement.LATE]
+    assert side.claims.store([failed]) == [Settlement.FENCED]
+    assert side.claims.store([first._replace(state="sent", settled_at=2)]) == [Settlement.LATE]
     row = side.row(id_)
     assert row is not None
     assert row.state == "sent"
@@ -235,7 +235,7 @@ def test_any_history_ends_with_the_same_rows_on_both(seed: int, hold: bool, mysq
             taken_ += [(a, b) for a, b in answers if isinstance(a, Taken) and isinstance(b, Taken)]
         elif step == "back" and taken_:
             mine, theirs = (released_row(answer) for answer in rng.choice(taken_[-3:]))
-            assert memory.claims.settle([mine]) == real.claims.settle([theirs])
+            assert memory.claims.store([mine]) == real.claims.store([theirs])
         elif step == "settle" and taken_:
             outcome: dict[str, Any] = {
                 "state": rng.choice(("sent", "deferred", "failed", "uncertain", "released")),
@@ -243,7 +243,7 @@ def test_any_history_ends_with_the_same_rows_on_both(seed: int, hold: bool, mysq
                 "settled_at": rng.randrange(1, 1000),
             }
             mine, theirs = (answer.row._replace(**outcome) for answer in rng.choice(taken_))
-            assert memory.claims.settle([mine]) == real.claims.settle([theirs])
+            assert memory.claims.store([mine]) == real.claims.store([theirs])
         elif step == "renew" and taken_:
             rows_ = [[answer.row for answer in side] for side in zip(*taken_[-3:], strict=True)]
             assert memory.claims.renew(rows_[0]) == real.claims.renew(rows_[1])

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
-from services.sender.smtp import Relay, SendCancelled, SmtpPool, Tls
+from services.sender.smtp_pool import Relay, SendCancelled, SmtpPool, Tls
 from tests.simulation.loop import Loop
 from tests.simulation.mail import MailServer, Pool
 from tests.simulation.process import Process

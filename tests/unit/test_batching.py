@@ -37,7 +37,7 @@ class Gate:
 
 def start(batcher: Batcher[int, int], *items: int) -> list[asyncio.Task[int]]:
     async def one(item: int) -> int:
-        return await batcher(item)
+        return await batcher.one(item)
 
     return [asyncio.ensure_future(one(item)) for item in items]
 
@@ -155,7 +155,7 @@ async def test_close_waits_for_what_is_pending_and_refuses_more() -> None:
     await asyncio.sleep(0)
     assert not closing.done()
     with pytest.raises(RuntimeError, match="closed"):
-        await batcher(3)
+        await batcher.one(3)
     gate.let(2)
     await closing
     assert [task.result() for task in tasks] == [10, 20]
@@ -187,5 +187,5 @@ async def test_an_executor_that_was_shut_down_fails_the_items() -> None:
     pool.shutdown()
     batcher = Batcher(list, executor=pool)
     with pytest.raises(RuntimeError, match="shutdown"):
-        await batcher(1)
+        await batcher.one(1)
     assert batcher.pending == 0

@@ -17,14 +17,13 @@ from services.common.deliveries.decide import (
     Delivery,
     DeliveryState,
     Settled,
-    Settlement,
     Stale,
     Taken,
     Wait,
     decide,
     released_row,
-    settlement,
 )
+from services.common.deliveries.settlement import Settlement, settlement
 
 ID = bytes(range(16))
 NOW = datetime(2026, 3, 1, 12, 0, 0, 250_000)
@@ -84,7 +83,7 @@ def found(state: str) -> Delivery:
     if state == "sending, runs":
         return row("sending", lease=7.5)
     if state == "released, doubtful":
-        return row("released", reason=IN_DOUBT, takeovers=1, doubts=1)
+        return row("released", reason=IN_DOUBT, doubts_in_all=1, doubts_in_epoch=1)
     return row("sending", lease=0) if state == "sending, over" else row(state)  # type: ignore[arg-type]
 
 
@@ -105,7 +104,7 @@ def test_every_cell_of_the_claims_table(state: str, key: tuple[int, int], expect
             reason = IN_DOUBT if expected == "doubt" else ""
             assert (taken.settled_at, taken.next_attempt_at, taken.reason, taken.reply) == (0, 0, reason, "")
             assert taken.message_id == "<first@a.test>", "all attempts carry the first one's Message-ID"
-            assert taken.takeovers == (expected == "doubt")
+            assert taken.doubts_in_all == (expected == "doubt")
         case Settled(stored):
             assert (stored, write) == (before, None)
         case Wait(seconds):
@@ -138,22 +137,22 @@ def test_under_hold_what_is_in_doubt_is_stored_as_uncertain(key: tuple[int, int]
 
 @pytest.mark.parametrize("key", [SAME, LATER_ATTEMPT, LATER_EPOCH])
 def test_a_takeover_counts_with_those_of_earlier_attempts(key: tuple[int, int]) -> None:
-    answer, _ = decide(row("sending", takeovers=3), claim(*key), NOW, LEASE, hold=False)
+    answer, _ = decide(row("sending", doubts_in_all=3), claim(*key), NOW, LEASE, hold=False)
     assert isinstance(answer, Taken)
-    assert answer.row.takeovers == 4
+    assert answer.row.doubts_in_all == 4
 
 
 def test_an_attempt_that_left_a_doubt_counts_as_well() -> None:
     answer, _ = decide(row("deferred", reason=IN_DOUBT), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
     assert isinstance(answer, Taken)
-    assert (answer.doubtful, answer.row.takeovers) == (False, 1)
+    assert (answer.doubtful, answer.row.doubts_in_all) == (False, 1)
 
 
-def test_a_release_keeps_the_count_of_takeovers() -> None:
-    answer, _ = decide(row("released", takeovers=2), claim(), NOW, LEASE, hold=False)
+def test_a_release_keeps_the_count_of_doubts() -> None:
+    answer, _ = decide(row("released", doubts_in_all=2), claim(), NOW, LEASE, hold=False)
     assert isinstance(answer, Taken)
     assert not answer.doubtful
-    assert answer.row.takeovers == 2
+    assert answer.row.doubts_in_all == 2
 
 
 @pytest.mark.parametrize("state", ["deferred", "uncertain"])
@@ -168,10 +167,10 @@ def test_an_earlier_attempt_in_doubt_comes_with_the_claim(state: DeliveryState) 
 
 
 DOUBTFUL = [
-    row("sending", takeovers=2, doubts=1),
-    row("released", reason=IN_DOUBT, takeovers=3, doubts=2),
-    row("deferred", reason=IN_DOUBT, takeovers=2, doubts=1, reply="x", relay="r"),
-    row("uncertain", reason=IN_DOUBT, takeovers=2, doubts=1),
+    row("sending", doubts_in_all=2, doubts_in_epoch=1),
+    row("released", reason=IN_DOUBT, doubts_in_all=3, doubts_in_epoch=2),
+    row("deferred", reason=IN_DOUBT, doubts_in_all=2, doubts_in_epoch=1, reply="x", relay="r"),
+    row("uncertain", reason=IN_DOUBT, doubts_in_all=2, doubts_in_epoch=1),
 ]
 
 
@@ -184,7 +183,7 @@ def test_a_claim_released_before_its_doubt_is_published_counts_nothing(
         key = LATER_EPOCH
     first, known = decide(before, claim(*key), NOW, LEASE, False, 9)
     assert isinstance(first, Taken)
-    assert first.row.takeovers == 3, "the doubt is counted once"
+    assert first.row.doubts_in_all == 3, "the doubt is counted once"
     for _ in range(3):
         _, known = settlement(known, released_row(first))
         again, known = decide(known, claim(*key), NOW, LEASE, False, 9)
@@ -196,20 +195,20 @@ def test_a_claim_released_before_its_doubt_is_published_counts_nothing(
     published = again.row._replace(state="released", reason="")
     after, _ = decide(published, claim(*key), NOW, LEASE, hold=True)
     assert isinstance(after, Taken)
-    assert (after.doubtful, after.earlier, after.row.takeovers) == (False, None, 3)
+    assert (after.doubtful, after.earlier, after.row.doubts_in_all) == (False, None, 3)
 
 
 @pytest.mark.parametrize("max_resends", [0, 1])
 @pytest.mark.parametrize("hold", [False, True])
 def test_an_unpublished_doubt_becomes_uncertain_without_a_resend_left(hold: bool, max_resends: int) -> None:
-    before = row("released", reason=IN_DOUBT, takeovers=1, doubts=1)
+    before = row("released", reason=IN_DOUBT, doubts_in_all=1, doubts_in_epoch=1)
     answer, write = decide(before, claim(), NOW, LEASE, hold, max_resends)
     if hold or not max_resends:
         assert answer == Settled(before._replace(state="uncertain", owner=MINE, settled_at=NOW_US))
         assert write == answer.row
     else:
         assert isinstance(answer, Taken)
-        assert (answer.doubtful, answer.row.doubts) == (True, 1)
+        assert (answer.doubtful, answer.row.doubts_in_epoch) == (True, 1)
 
 
 @pytest.mark.parametrize("before", DOUBTFUL)
@@ -217,11 +216,13 @@ def test_a_repeated_claim_still_shows_an_unpublished_doubt(before: Delivery) -> 
     _, write = decide(before, claim(*LATER_EPOCH), NOW, LEASE, False, 9)
     again, _ = decide(write, claim(*LATER_EPOCH), NOW + 2 * LEASE, LEASE, False, 9)
     assert isinstance(again, Taken)
-    assert (again.doubtful, again.row.takeovers) == (True, 3)
+    assert (again.doubtful, again.row.doubts_in_all) == (True, 3)
 
 
 def test_a_repeated_claim_shows_no_published_doubt() -> None:
-    _, write = decide(row("deferred", takeovers=2, doubts=1), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False)
+    _, write = decide(
+        row("deferred", doubts_in_all=2, doubts_in_epoch=1), claim(*LATER_ATTEMPT), NOW, LEASE, hold=False
+    )
     again, _ = decide(write, claim(*LATER_ATTEMPT), NOW + 2 * LEASE, LEASE, hold=False)
     assert isinstance(again, Taken)
     assert not again.doubtful
@@ -273,7 +274,7 @@ def test_every_cell_of_the_cancels_table(state: str, epoch: int, expected: str, 
             assert answer.row == before
 
 
-@pytest.mark.parametrize("doubt", [{"reason": IN_DOUBT}, {"takeovers": 1}])
+@pytest.mark.parametrize("doubt", [{"reason": IN_DOUBT}, {"doubts_in_all": 1}])
 @pytest.mark.parametrize("state", ["released", "deferred", "failed", "uncertain"])
 @pytest.mark.parametrize("hold", [False, True])
 def test_a_mail_that_was_ever_in_doubt_is_uncertain_when_cancelled(
@@ -317,7 +318,7 @@ def test_a_settle_without_a_claim_changes_nothing(state: DeliveryState, found_st
 
 @pytest.mark.parametrize("found_state", ["sending", "released", "deferred", "failed", "uncertain"])
 def test_an_accepted_mail_is_stored_whoever_holds_the_claim(found_state: DeliveryState) -> None:
-    became, write = settlement(row(found_state, epoch=6, attempt=4, takeovers=1), settled("sent"))
+    became, write = settlement(row(found_state, epoch=6, attempt=4, doubts_in_all=1), settled("sent"))
     assert became is Settlement.LATE
     assert write is not None
     assert (write.state, write.epoch, write.attempt, write.reply) == ("sent", 6, 4, "250 ok")
@@ -341,7 +342,7 @@ def test_a_mail_in_doubt_is_resent_a_limited_number_of_times(max_resends: int) -
         _, known = settlement(known, answer.row._replace(state="released"))
         answer, known = decide(known, claim(), now, LEASE, False, max_resends)
         assert isinstance(answer, Taken), "given back, it costs no resend"
-        assert answer.row.doubts == taken
+        assert answer.row.doubts_in_epoch == taken
         known = answer.row._replace(owner=THEIRS)
         now += 2 * LEASE
     assert taken == max_resends

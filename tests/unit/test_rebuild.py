@@ -18,13 +18,12 @@ from services.common.deliveries.decide import (
     Claim,
     Delivery,
     Settled,
-    Settlement,
     Taken,
     decide,
-    settlement,
 )
 from services.common.deliveries.mx_failures import failed_row
-from services.common.deliveries.outcome import event_of
+from services.common.deliveries.row_events import event_of
+from services.common.deliveries.settlement import Settlement, settlement
 from services.common.events import Event, event_key
 from services.common.fold import delta, fold
 from services.common.operations.rebuild.folded_batch import (
@@ -34,7 +33,7 @@ from services.common.operations.rebuild.folded_batch import (
     merge_facts,
     restored_delivery,
 )
-from services.sender.record_outcome import takeover_event
+from services.sender.outcome_of_record import takeover_event
 from tests.event_strategies import events_of, mail_task
 from tests.forms import by_form
 
@@ -128,12 +127,14 @@ def test_the_events_restore_a_settled_delivery(seed: int) -> None:
         return
     assert (made.state, made.epoch) == (row.state, row.epoch)
     # A mail that may have gone out never counts as one that did not.
-    assert bool(made.takeovers or made.reason == IN_DOUBT) == bool(row.takeovers or row.reason == IN_DOUBT)
+    assert bool(made.doubts_in_all or made.reason == IN_DOUBT) == bool(
+        row.doubts_in_all or row.reason == IN_DOUBT
+    )
     if row.state not in ("cancelled", "uncertain"):
         assert made[7:13] == row[7:13]
-        assert made.doubts >= row.doubts, "no more resends than there were"
+        assert made.doubts_in_epoch >= row.doubts_in_epoch, "no more resends than there were"
         if not any(isinstance(event, pb.MailFailed) and event.uncertain for event in events):
-            assert made.takeovers == row.takeovers
+            assert made.doubts_in_all == row.doubts_in_all
 
 
 def test_a_takeover_without_an_outcome_is_in_doubt_again() -> None:
@@ -150,7 +151,7 @@ def test_a_takeover_without_an_outcome_is_in_doubt_again() -> None:
     facts = known_facts([event])
     assert facts is not None
     row = restored_delivery(facts, START)
-    assert (row.state, row.owner, row.takeovers, row.lease_until) == ("sending", NO_OWNER, 2, START)
+    assert (row.state, row.owner, row.doubts_in_all, row.lease_until) == ("sending", NO_OWNER, 2, START)
     answer, _ = decide(row, Claim(ID, 3, 2, b"x" * 16, "<m>"), START, LEASE, hold=False, max_resends=3)
     assert isinstance(answer, Taken)
     assert answer.doubtful
@@ -174,7 +175,13 @@ def test_a_resolved_delivery_is_restored_so_that_nothing_is_sent() -> None:
     facts = known_facts([doubt, closed])
     assert facts is not None
     row = restored_delivery(facts, START)
-    assert (row.state, row.epoch, row.reason, row.takeovers, row.message_id) == ("cancelled", 9, "", 1, "<m>")
+    assert (row.state, row.epoch, row.reason, row.doubts_in_all, row.message_id) == (
+        "cancelled",
+        9,
+        "",
+        1,
+        "<m>",
+    )
     sent = pb.MailSent(id=ID, epoch=9, attempt=2, message_id="<m>", resolved=True, at_us=9)
     not_sent = pb.MailFailed(id=ID, epoch=9, attempt=2, reason=NOT_SENT, message_id="<m>", at_us=9)
     for event in (sent, not_sent):

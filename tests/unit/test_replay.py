@@ -36,14 +36,6 @@ from services.common.events import DECODERS, Undecodable, encode
 from services.common.kafka.headers import delayed_headers, parse_delayed_headers
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.operations.errors import InvalidOption
-from services.common.operations.replay.decide import (
-    OVERDUE_US,
-    ReplayAction,
-    ReplayDecision,
-    decide_delayed,
-    decide_work,
-    wait_for_send_at,
-)
 from services.common.operations.replay.options import (
     ReplayOptions,
     TaskFilter,
@@ -52,6 +44,14 @@ from services.common.operations.replay.options import (
 )
 from services.common.operations.replay.preview import DistinctTasks
 from services.common.operations.replay.records import ReplayedRecord, decode, replayed
+from services.common.operations.replay.replay_decision import (
+    OVERDUE_US,
+    ReplayAction,
+    ReplayDecision,
+    decide_delayed,
+    decide_work,
+    wait_for_send_at,
+)
 from services.common.operations.replay.store import Counts, Replay
 from services.common.operations.replay.task_state import StoredDelivery, TaskState, combine, new_task_state
 from services.common.rate import Rate

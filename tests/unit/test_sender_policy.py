@@ -8,11 +8,11 @@ import pytest
 
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, Delivery
-from services.common.deliveries.outcome import event_of
+from services.common.deliveries.row_events import event_of
 from services.common.events import event_key
 from services.common.stage.types import Done, Retry
+from services.sender.outcome_of_record import outcome_of_record, takeover_event
 from services.sender.policy import Policy
-from services.sender.record_outcome import record_outcome, takeover_event
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
 
 ID = bytes(range(16))
@@ -36,12 +36,12 @@ def settled(
     age_s: float = 10,
     seed: int = 1,
     *,
-    takeovers: int = 0,
+    doubts_in_all: int = 0,
 ) -> Delivery:
     born_us = NOW_US - round(age_s * 1e6)
-    claimed = CLAIMED._replace(attempt=attempt, takeovers=takeovers)
-    row = policy.settled(claimed, ended, born_us, NOW_US, random.Random(seed))
-    kept = ("task_id", "epoch", "attempt", "takeovers", "owner", "message_id")
+    claimed = CLAIMED._replace(attempt=attempt, doubts_in_all=doubts_in_all)
+    row = policy.outcome_row(claimed, ended, born_us, NOW_US, random.Random(seed))
+    kept = ("task_id", "epoch", "attempt", "doubts_in_all", "owner", "message_id")
     assert all(getattr(row, name) == getattr(claimed, name) for name in kept)
     assert row.settled_at == NOW_US
     assert row.relay == "r:25"
@@ -103,12 +103,12 @@ def test_a_task_that_is_too_old_fails_as_expired_with_the_last_reply(ended: Reje
 
 
 @pytest.mark.parametrize(
-    ("takeovers", "state", "reason"), [(0, "failed", "expired"), (1, "uncertain", IN_DOUBT)]
+    ("doubts_in_all", "state", "reason"), [(0, "failed", "expired"), (1, "uncertain", IN_DOUBT)]
 )
 def test_a_claimed_task_that_is_too_old_ends_before_its_attempt(
-    takeovers: int, state: str, reason: str
+    doubts_in_all: int, state: str, reason: str
 ) -> None:
-    claimed = CLAIMED._replace(takeovers=takeovers)
+    claimed = CLAIMED._replace(doubts_in_all=doubts_in_all)
     assert POLICY.expired(claimed, NOW_US - 86_400_000_000, NOW_US) is None
     row = POLICY.expired(claimed, NOW_US - 86_400_000_001, NOW_US)
     assert row == claimed._replace(state=state, reason=reason, settled_at=NOW_US)
@@ -116,7 +116,7 @@ def test_a_claimed_task_that_is_too_old_ends_before_its_attempt(
 
 @pytest.mark.parametrize("ended", [GREYLISTED, DROPPED])
 def test_an_expired_task_with_an_earlier_doubt_is_uncertain(ended: Rejected | NotSent) -> None:
-    row = settled(ended, age_s=86401, takeovers=1)
+    row = settled(ended, age_s=86401, doubts_in_all=1)
     assert (row.state, row.reason, row.next_attempt_at) == ("uncertain", IN_DOUBT, 0)
 
 
@@ -127,7 +127,7 @@ def test_a_mail_in_doubt_never_ends_as_failed() -> None:
 
 
 def test_replies_and_relays_fit_their_columns() -> None:
-    row = POLICY.settled(CLAIMED, Sent("250 " + "x" * 2000, "y" * 300), NOW_US, NOW_US, random.Random(1))
+    row = POLICY.outcome_row(CLAIMED, Sent("250 " + "x" * 2000, "y" * 300), NOW_US, NOW_US, random.Random(1))
     assert row.reply == "250 " + "x" * 1020
     assert row.relay == "y" * 255
 
@@ -137,7 +137,7 @@ def test_replies_and_relays_fit_their_columns() -> None:
 
 def test_the_events_of_sent_and_failed_rows_have_all_their_columns() -> None:
     row = settled(Sent("250 ok", "r:25"), attempt=3)
-    assert record_outcome(row, DELAYS, NOW_MS) == Done(
+    assert outcome_of_record(row, DELAYS, NOW_MS) == Done(
         [
             pb.MailSent(
                 id=ID,
@@ -150,8 +150,8 @@ def test_the_events_of_sent_and_failed_rows_have_all_their_columns() -> None:
             )
         ]
     )
-    failed = record_outcome(settled(REFUSED), DELAYS, NOW_MS)
-    uncertain = record_outcome(settled(SILENT, policy=HOLD), DELAYS, NOW_MS)
+    failed = outcome_of_record(settled(REFUSED), DELAYS, NOW_MS)
+    uncertain = outcome_of_record(settled(SILENT, policy=HOLD), DELAYS, NOW_MS)
     assert isinstance(failed, Done)
     assert isinstance(uncertain, Done)
     [event], [doubt] = failed.events, uncertain.events
@@ -164,7 +164,7 @@ def test_the_events_of_sent_and_failed_rows_have_all_their_columns() -> None:
 
 def test_a_deferred_record_comes_back_at_its_rows_time() -> None:
     row = settled(GREYLISTED, attempt=2)
-    retry = record_outcome(row, DELAYS, NOW_MS)
+    retry = outcome_of_record(row, DELAYS, NOW_MS)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms * 1000) == (300, row.next_attempt_at)
     assert retry.cause == "deferred 451 4.7.1 later"
@@ -176,27 +176,27 @@ def test_a_deferred_record_comes_back_at_its_rows_time() -> None:
 
 def test_an_overdue_record_comes_back_at_once() -> None:
     row = settled(GREYLISTED, attempt=3)
-    retry = record_outcome(row, DELAYS, NOW_MS + 10**9)
+    retry = outcome_of_record(row, DELAYS, NOW_MS + 10**9)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms) == (60, row.next_attempt_at // 1000)
 
 
 def test_shorter_delays_bring_forward_records_of_longer_ones() -> None:
-    retry = record_outcome(settled(GREYLISTED, attempt=3), (2, 5), NOW_MS)
+    retry = outcome_of_record(settled(GREYLISTED, attempt=3), (2, 5), NOW_MS)
     assert isinstance(retry, Retry)
     assert (retry.delay, retry.due_at_ms) == (5, NOW_MS + 5500)
 
 
 def test_a_cancelled_row_has_no_event_and_a_claimed_one_no_outcome() -> None:
-    assert record_outcome(CLAIMED._replace(state="cancelled"), DELAYS, NOW_MS) == Done()
+    assert outcome_of_record(CLAIMED._replace(state="cancelled"), DELAYS, NOW_MS) == Done()
     for state in ("sending", "released"):
         with pytest.raises(ValueError, match=state):
-            record_outcome(CLAIMED._replace(state=state), DELAYS, NOW_MS)
+            outcome_of_record(CLAIMED._replace(state=state), DELAYS, NOW_MS)
 
 
 def test_the_doubts_of_one_attempt_are_events_of_their_own() -> None:
-    first, second = (takeover_event(CLAIMED._replace(takeovers=n), NOW_US) for n in (1, 2))
-    lost_reply = event_of(settled(SILENT, takeovers=2))
+    first, second = (takeover_event(CLAIMED._replace(doubts_in_all=n), NOW_US) for n in (1, 2))
+    lost_reply = event_of(settled(SILENT, doubts_in_all=2))
     plain = event_of(settled(DROPPED))
     assert len({event_key(event) for event in (first, second, lost_reply, plain)}) == 4
     for doubt in (first, second, lost_reply):

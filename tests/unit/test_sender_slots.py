@@ -147,7 +147,7 @@ async def test_a_slow_domains_callers_are_shed_while_the_stage_is_saturated(
     monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.1)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.05)
     full = True
-    slots = Slots(2, 1, saturated=lambda: full)
+    slots = Slots(2, 1, is_loaded=lambda: full)
     await slots.acquire("hangs")
     waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(50)]
     await asyncio.wait_for(slots.acquire("quick"), 1)
@@ -205,7 +205,7 @@ async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() ->
 async def test_a_long_queue_that_moves_is_not_shed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.5)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.02)
-    slots = Slots(4, 0, saturated=lambda: True)
+    slots = Slots(4, 0, is_loaded=lambda: True)
 
     async def one() -> None:
         await slots.acquire("busy")

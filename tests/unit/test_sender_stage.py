@@ -13,7 +13,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, Claim, Delivery, Taken
-from services.common.deliveries.outcome import event_of
+from services.common.deliveries.row_events import event_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
 from services.common.kafka.topics import MX_OK, TASK_CANCELLED
@@ -25,7 +25,7 @@ from services.sender.leases import Leases
 from services.sender.policy import Policy
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
 from services.sender.slots import Slots
-from services.sender.smtp import SendCancelled
+from services.sender.smtp_pool import SendCancelled
 from services.sender.stage import Sender, stage
 from tests.memory_claims import MemoryClaims
 
@@ -361,7 +361,7 @@ async def test_a_handler_waits_for_anothers_claim_and_publishes_its_outcome(
     task = asyncio.ensure_future(world.handle(mx_ok()))
     await until(lambda: world.claims.calls > 1)
     assert not task.done()
-    world.claims.settle([theirs._replace(state="sent", settled_at=7, reply="250 theirs", relay="x")])
+    world.claims.store([theirs._replace(state="sent", settled_at=7, reply="250 theirs", relay="x")])
     event = only_event(await task)
     assert (event.reply, event.at_us) == ("250 theirs", 7)
     assert world.pool.mails == []
@@ -384,7 +384,7 @@ async def test_a_takeover_is_published_before_the_mail_goes_out_again(build: Cal
     world.claims.expire()
     world.broker.clear()
     task = asyncio.ensure_future(world.handle(mx_ok()))
-    await until(lambda: world.row.takeovers == 1)
+    await until(lambda: world.row.doubts_in_all == 1)
     assert world.pool.mails == []
     world.broker.set()
     assert isinstance(only_event(await task), pb.MailSent)
@@ -434,7 +434,7 @@ async def test_after_a_lost_claim_the_new_owners_outcome_is_published(
     before = world.claims.calls
     await until(lambda: world.claims.calls > before + 1)
     assert world.row == theirs
-    world.claims.settle([theirs._replace(state="sent", settled_at=7, reply="250 theirs")])
+    world.claims.store([theirs._replace(state="sent", settled_at=7, reply="250 theirs")])
     assert only_event(await task).reply == "250 theirs"
     assert len(world.pool.mails) == 1
 
@@ -460,7 +460,7 @@ async def test_a_claim_whose_lease_ended_before_the_mail_is_released_and_claimed
         return LeaseLost(Phase.DATA)
 
     async def in_time(guard: Callable[[], bool]) -> replies.SendResult:
-        states.append((guard(), world.row.takeovers))
+        states.append((guard(), world.row.doubts_in_all))
         return SENT
 
     world = build(too_late, in_time, lease=0.05)
@@ -487,7 +487,7 @@ async def test_relay_trouble_costs_no_attempt_and_leaves_no_claim(
     event = only_event(await task)
     assert isinstance(event, pb.MailSent)
     assert event.attempt == 1
-    assert world.row.takeovers == 0
+    assert world.row.doubts_in_all == 0
 
 
 async def test_nothing_is_claimed_while_the_relay_is_down(build: Callable[..., World]) -> None:
@@ -718,7 +718,7 @@ async def test_a_handed_over_mail_goes_on_and_the_next_owner_publishes_its_outco
     assert not closing.done(), "a drain waits"
     exchange.answer.set_result(answer)
     await asyncio.wait_for(closing, 10)
-    assert (world.row.state, world.row.takeovers) == (state, 0)
+    assert (world.row.state, world.row.doubts_in_all) == (state, 0)
     assert only_event(await again).at_us == NOW_US
     assert len(world.pool.mails) == 1
 
@@ -905,7 +905,7 @@ async def test_a_cancellation_before_the_doubt_is_published_costs_no_resend(
         assert (event.in_doubt, event.attempt, event.takeover) == (True, 1, 0)
     else:
         assert event == event_of(before)
-    assert world.row.takeovers == 1
+    assert world.row.doubts_in_all == 1
 
 
 @DOUBTS
@@ -1067,7 +1067,7 @@ async def test_a_shed_record_comes_back_as_the_same_attempt(
     monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.01)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     world = build()
-    world.sender._claim_slots = Slots(1, 1, saturated=lambda: True)
+    world.sender._claim_slots = Slots(1, 1, is_loaded=lambda: True)
     await world.sender._claim_slots.acquire("b.test")
     waiting = [asyncio.ensure_future(world.handle(mx_ok(attempt=2))) for _ in range(3)]
     async with asyncio.timeout(5):
@@ -1096,7 +1096,7 @@ async def test_most_of_72_mails_to_a_silent_domain_are_shed_without_saturation(
 
     world = build(*[hang] * 15, *[SENT] * 16)
     world.sender._claim_slots, world.sender._session_slots = (
-        Slots(80, 60, saturated=lambda: False),
+        Slots(80, 60, is_loaded=lambda: False),
         Slots(20, 15),
     )
     ids = [number.to_bytes(16, "big") for number in range(1, 74)]

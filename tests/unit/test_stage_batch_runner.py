@@ -10,7 +10,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from services.common.stage.batch_runner import BatchRunner
 from services.common.stage.handler_runner import _dead_by_error
-from services.common.stage.partition_tracker import Assignment, InFlightRecord
+from services.common.stage.in_flight_record import Assignment, InFlightRecord
 from services.common.stage.types import BatchHandler, Done, Outcome, Record
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.stage.delays import FirstSeen, choose_delay, held_until, longest_wait, next_look_ms
+from services.common.stage.delays import choose_delay, longest_wait
+from services.common.stage.head_holds import FirstSeen, held_until, next_look_ms
 
 DELAYS = st.lists(st.integers(1, 20_000), min_size=1, max_size=6, unique=True).map(sorted)
 NOW = st.integers(0, 4_000_000_000_000)

@@ -6,7 +6,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage.in_flight_limit import InFlightLimit
-from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
+from services.common.stage.in_flight_record import Assignment, InFlightRecord
+from services.common.stage.partition_tracker import PartitionTracker
 
 PARTITION = TopicPartition("task.created", 0)
 

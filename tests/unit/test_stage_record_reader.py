@@ -16,7 +16,8 @@ from services.common.kafka.headers import delayed_headers
 from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 from services.common.stage.in_flight_limit import InFlightLimit
-from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
+from services.common.stage.in_flight_record import InFlightRecord
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.record_reader import RecordReader
 from services.common.stage.types import Done, Stage
 
@@ -69,7 +70,7 @@ def test_an_event_record_is_read_with_its_bare_topic_and_trace() -> None:
     reader, _ = build(Clock())
     record = reader.read(message(7))
     assert isinstance(record, InFlightRecord)
-    assert (record.topic, record.offset, record.attempt, record.fault) == ("task.created", 7, 1, None)
+    assert (record.topic, record.offset, record.attempt, record.undecodable) == ("task.created", 7, 1, None)
     assert record.traceparent == b"00-1-2-01"
     assert isinstance(record.event, pb.TaskCreated)
     assert record.event.task.email == "a@b.test"
@@ -80,7 +81,7 @@ def test_any_value_is_an_event_or_a_fault(value: bytes | None) -> None:
     reader, _ = build(Clock())
     record = reader.read(message(0, value=value))
     assert record is not None
-    assert (record.event is None) == (record.fault is not None)
+    assert (record.event is None) == (record.undecodable is not None)
 
 
 def test_a_partition_that_is_not_owned_is_not_read() -> None:
@@ -93,7 +94,7 @@ def test_a_due_record_is_read_as_its_origin_and_attempt() -> None:
     reader, _ = build(Clock())
     record = reader.read(message(3, "p.sender.delay.5", headers=delayed(NOW)))
     assert record is not None
-    assert (record.topic, record.attempt, record.fault) == ("task.created", 3, None)
+    assert (record.topic, record.attempt, record.undecodable) == ("task.created", 3, None)
     assert str(record.origin) == "task.created/4/17"
     assert isinstance(record.event, pb.TaskCreated)
 
@@ -142,8 +143,8 @@ def test_a_foreign_record_on_a_delay_topic_is_faulty_and_holds_nothing(headers: 
     reader, _ = build(Clock())
     record = reader.read(message(3, "p.sender.delay.5", headers=headers))
     assert record is not None
-    assert record.fault is not None
-    assert cause in record.fault
+    assert record.undecodable is not None
+    assert cause in record.undecodable
     assert reader.held == 0
 
 
@@ -161,7 +162,7 @@ def test_a_record_from_a_clock_that_is_ahead_waits_its_delay_and_is_not_faulty(a
             assert assignment.held_until is not None
             clock.now = round(1000 * assignment.held_until)
             assert reader.end_due_holds() == [assignment]
-        assert (record.fault, record.attempt) == (None, 3)
+        assert (record.undecodable, record.attempt) == (None, 3)
         assert clock.now == NOW + 5500
 
 
@@ -171,7 +172,7 @@ def test_a_faulty_delayed_record_keeps_the_origin_and_attempt_that_can_be_read(l
     headers = [header for header in delayed(NOW) if header[0] != lost]
     record = reader.read(message(3, "p.sender.delay.5", headers=headers))
     assert record is not None
-    assert record.fault is not None
+    assert record.undecodable is not None
     assert record.attempt == (1 if lost == "attempt" else 3)
     assert record.origin == (None if lost == "origin" else RecordLocation("task.created", 4, 17))
 
@@ -197,7 +198,7 @@ def test_unreadable_headers_make_only_their_record_faulty(topic: str) -> None:
     record = reader.read(bad)
     assert record is not None
     assert (record.offset, record.topic, record.value, record.headers) == (7, topic, TASK.value, None)
-    assert record.fault == "headers that cannot be read: SystemError"
+    assert record.undecodable == "headers that cannot be read: SystemError"
     assert bad.calls == 1
     tracker.add(record)
     assert isinstance(reader.read(message(8)), InFlightRecord)

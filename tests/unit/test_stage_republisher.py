@@ -19,8 +19,9 @@ from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 from services.common.stage import republisher
 from services.common.stage.handler_runner import HandlerRunner
 from services.common.stage.in_flight_limit import InFlightLimit
+from services.common.stage.in_flight_record import InFlightRecord
 from services.common.stage.outcome_encoder import OutcomeEncoder
-from services.common.stage.partition_tracker import InFlightRecord, PartitionTracker
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 
 Event = pb.TaskCreated(task=pb.MailTask(id=bytes(16)))

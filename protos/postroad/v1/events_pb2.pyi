@@ -336,7 +336,7 @@ class MailDeferred(_message.Message):
     in_doubt: _builtins.bool
     """The server may have taken the mail: the last byte went out and no reply came."""
     takeover: _builtins.int
-    """How often this very attempt was found in doubt before; tells such events apart."""
+    """How many doubts of this delivery came before, in all epochs; tells such events apart."""
     at_us: _builtins.int
     def __init__(
         self,
@@ -364,7 +364,7 @@ Global___MailDeferred: _TypeAlias = MailDeferred  # noqa: Y015
 
 @_typing.final
 class MailFailed(_message.Message):
-    """mail.failed: the task ends without its mail."""
+    """mail.failed: the task ends as failed or, with `uncertain`, undecided."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,4 +1,4 @@
-"""A catch-up: reads what resuming watchers missed, from their tokens' positions to the live reader's."""
+"""A catch-up: reads what watchers missed, from their positions to the live reader's."""
 
 from __future__ import annotations
 

@@ -19,9 +19,8 @@ from services.api.watch.changes import Change, change_of
 from services.common.config import Settings
 from services.common.events import Undecodable
 from services.common.kafka.clients import consumer_config
-from services.common.kafka.headers import REPLAY_ID
+from services.common.kafka.headers import REPLAY_ID, readable_headers
 from services.common.kafka.leaders import retry_while_leaderless
-from services.common.kafka.records import readable_headers
 from services.common.kafka.topic_partition import TopicPartition, first_error
 from services.common.kafka.topics import EVENT_TOPICS, Names
 

@@ -19,6 +19,8 @@ from services.api.metrics import WATCH_MESSAGES, WATCHERS
 from services.api.validation import task_id
 from services.api.watch import lookup, messages, resume_tokens
 from services.api.watch.catch_up import CatchUp
+from services.api.watch.catch_up_groups import CatchUpGroups
+from services.api.watch.catching_up_watcher import WRITE_TIMEOUT
 from services.api.watch.changes import Change
 from services.api.watch.errors import too_many_watchers, watcher_lags
 from services.api.watch.event_consumer import TIMEOUT
@@ -26,8 +28,6 @@ from services.api.watch.folded_offsets import FoldedOffsets
 from services.api.watch.live_reader import JoinPoint, LiveReader
 from services.api.watch.lookup import KnownTasks
 from services.api.watch.messages import WatchMessage
-from services.api.watch.resume_groups import ResumeGroups
-from services.api.watch.resuming_watcher import WRITE_TIMEOUT
 from services.api.watch.subscribers import Subscriber
 from services.api.watch.watchers import Watcher, WatchSelection
 from services.common.config import Settings
@@ -55,7 +55,7 @@ class WatchService:
         self._ending_threads: set[Thread] = set()
         self._folded_offsets = FoldedOffsets(settings)
         self._watchers: set[Watcher] = set()
-        self._resume_groups = ResumeGroups(asyncio.Semaphore(_MAX_CATCH_UPS), self._make_catch_up)
+        self._catch_up_groups = CatchUpGroups(asyncio.Semaphore(_MAX_CATCH_UPS), self._make_catch_up)
         # Twice as many, because a consumer that closes occupies a thread too.
         self._executor = ThreadPoolExecutor(2 * _MAX_CATCH_UPS, thread_name_prefix="catchup")
 
@@ -121,7 +121,7 @@ class WatchService:
             view, stream.known_event_ids = found
             return WatchMessage(messages.task_body(view), catch_up.safe.text, "")
 
-        await self._resume_groups.show(live_reader, watcher, begin, stream.send_in_time)
+        await self._catch_up_groups.show(live_reader, watcher, begin, stream.send_in_time)
 
     async def _resume(
         self,
@@ -132,7 +132,7 @@ class WatchService:
     ) -> None:
         """Send what the watcher missed since these positions."""
         await stream.send_token(
-            await self._resume_groups.resume(live_reader, watcher, positions, stream.send_in_time)
+            await self._catch_up_groups.resume(live_reader, watcher, positions, stream.send_in_time)
         )
 
     def _make_catch_up(self, subscribers: Sequence[Subscriber]) -> CatchUp:

@@ -49,11 +49,10 @@ The mail must not be sent again, and nobody can promise that it was never sent.
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from enum import Enum
 from typing import Literal, NamedTuple
 
 from services.common.database.times import to_micros
-from services.common.statuses import ENDED_WITHOUT_MAIL
+from services.common.statuses import NOT_COMPLETED
 
 __all__ = [
     "IN_DOUBT",
@@ -66,7 +65,6 @@ __all__ = [
     "Delivery",
     "DeliveryState",
     "Settled",
-    "Settlement",
     "Stale",
     "Taken",
     "Wait",
@@ -74,7 +72,6 @@ __all__ = [
     "initial_row",
     "may_resend",
     "released_row",
-    "settlement",
 ]
 
 DeliveryState = Literal["sending", "released", "deferred", "failed", "sent", "uncertain", "cancelled"]
@@ -89,14 +86,18 @@ NO_OWNER = bytes(16)
 
 
 class Delivery(NamedTuple):
-    """A row of `deliveries`, in the order of its columns. Every claim has an `owner` token of its own."""
+    """A row of `deliveries`, in the order of its columns, which rows.py names.
+
+    Every claim has an `owner` token of its own.
+    """
 
     task_id: bytes
     state: DeliveryState
     epoch: int
     attempt: int
-    # How often a claim found the mail in doubt: at a takeover, or after an attempt that ended so.
-    takeovers: int
+    # How often a claim found the mail in doubt, or an operator closed it so, in all epochs. The column is
+    # `takeovers`.
+    doubts_in_all: int
     owner: bytes
     # By the database's clock, UTC.
     lease_until: datetime
@@ -107,8 +108,9 @@ class Delivery(NamedTuple):
     reply: str
     relay: str
     message_id: str
-    # How often the epoch's mail was in doubt before this claim: it was resent as often.
-    doubts: int = 0
+    # How often the epoch's mail was in doubt before this claim: it was resent as often. The column is
+    # `doubts`.
+    doubts_in_epoch: int = 0
 
 
 class Claim(NamedTuple):
@@ -228,7 +230,7 @@ def decide(  # noqa: PLR0917
         return _wait(row, now), None
     if row.state == "sending" or _has_unpublished_doubt(row):
         new = _taken(row, request, until)
-        if not may_resend(new.doubts, hold, max_resends):
+        if not may_resend(new.doubts_in_epoch, hold, max_resends):
             new = _uncertain(row, request.epoch, request.attempt, request.owner, now)
             return Settled(new), new
         return Taken(new, doubtful=True), new
@@ -277,9 +279,9 @@ def _cancel(
             return _wait(row, now), None
         new = _uncertain(row, request.epoch, row.attempt, request.owner, now)
         return Settled(new), new
-    if row.epoch == request.epoch and row.state in ENDED_WITHOUT_MAIL:
+    if row.epoch == request.epoch and row.state in NOT_COMPLETED:
         return Settled(row), None
-    if row.takeovers or row.reason == IN_DOUBT:
+    if row.doubts_in_all or row.reason == IN_DOUBT:
         new = _uncertain(row, request.epoch, row.attempt, request.owner, now)
     else:
         new = row._replace(state="cancelled", epoch=request.epoch, owner=request.owner)
@@ -289,11 +291,12 @@ def _cancel(
 def _taken(row: Delivery, claim: Claim, until: datetime) -> Delivery:
     in_doubt = row.state == "sending" or row.reason == IN_DOUBT
     found = in_doubt and not _has_unpublished_doubt(row)
+    in_epoch = row.doubts_in_epoch + found if row.epoch == claim.epoch else int(row.state == "sending")
     return initial_row(claim, until)._replace(
-        takeovers=row.takeovers + found,
+        doubts_in_all=row.doubts_in_all + found,
         message_id=row.message_id or claim.message_id,
         reason=IN_DOUBT if in_doubt else "",
-        doubts=row.doubts + found if row.epoch == claim.epoch else int(row.state == "sending"),
+        doubts_in_epoch=in_epoch,
     )
 
 
@@ -308,35 +311,3 @@ def _uncertain(row: Delivery, epoch: int, attempt: int, owner: bytes, now: datet
         reason=IN_DOUBT,
         reply="",
     )
-
-
-class Settlement(Enum):
-    """What became of a settled row."""
-
-    STORED = "stored"
-    """The caller still held the claim."""
-    LATE = "late"
-    """The claim was lost, but the relay took the mail, which is true whoever holds the claim: stored all
-    the same."""
-    FENCED = "fenced"
-    """The claim was lost: the row is another owner's and stays as it is."""
-
-
-def settlement(row: Delivery | None, settled: Delivery) -> tuple[Settlement, Delivery | None]:
-    """Return what becomes of `settled`, the claimed row with its outcome, and the row to write, if any.
-
-    A repeated call stores nothing twice.
-    """
-    if row is not None and row.owner == settled.owner:
-        if row.state == "sending":
-            return Settlement.STORED, settled
-        if row.state == settled.state:
-            # A repeated call. If the first one was late, the row stands for another event than the caller's.
-            same = (row.epoch, row.attempt) == (settled.epoch, settled.attempt)
-            return Settlement.STORED if same else Settlement.LATE, None
-    if settled.state != "sent" or (row is not None and row.state == "sent"):
-        return Settlement.FENCED, None
-    if row is None or (row.epoch, row.attempt) < (settled.epoch, settled.attempt):
-        return Settlement.LATE, settled
-    late = settled._replace(epoch=row.epoch, attempt=row.attempt, takeovers=row.takeovers)
-    return Settlement.LATE, late

@@ -21,7 +21,7 @@ from services.common.database.bulk import execute_rows
 from services.common.database.tables import deliveries, widths
 from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, Delivery
 from services.common.deliveries.rows import INSERT
-from services.common.statuses import ENDED_WITHOUT_MAIL
+from services.common.statuses import NOT_COMPLETED
 
 __all__ = ["failed_row", "merge_failure", "store_failures"]
 
@@ -31,7 +31,7 @@ _REASON = widths(deliveries)["reason"]
 # MySQL evaluates the SET list from left to right. So the columns of the condition come last, and the new
 # attempt (0) satisfies it as the old one did.
 _FREE = (
-    f"(epoch < VALUES(epoch) AND state IN {ENDED_WITHOUT_MAIL}"
+    f"(epoch < VALUES(epoch) AND state IN {NOT_COMPLETED}"
     " OR epoch = VALUES(epoch) AND state = 'released' AND attempt <= 1 AND takeovers = 0)"
 )
 _TAIL = "ON DUPLICATE KEY UPDATE " + ", ".join(
@@ -83,15 +83,15 @@ def merge_failure(known: Delivery | None, row: Delivery) -> Delivery:
     """
     if known is None:
         return row
-    over = known.epoch < row.epoch and known.state in ENDED_WITHOUT_MAIL
+    over = known.epoch < row.epoch and known.state in NOT_COMPLETED
     if not over and not (known.epoch == row.epoch and _untried(known)):
         return known
-    takeovers = known.takeovers + (known.reason == IN_DOUBT)
-    return row._replace(takeovers=takeovers, lease_until=known.lease_until, message_id=known.message_id)
+    doubts = known.doubts_in_all + (known.reason == IN_DOUBT)
+    return row._replace(doubts_in_all=doubts, lease_until=known.lease_until, message_id=known.message_id)
 
 
 def _untried(known: Delivery) -> bool:
-    return known.state == "released" and known.attempt <= 1 and not known.takeovers
+    return known.state == "released" and known.attempt <= 1 and not known.doubts_in_all
 
 
 def store_failures(connection: Connection, events: Iterable[pb.MxFailed]) -> None:

@@ -24,11 +24,14 @@ __all__ = [
     "store_rows",
 ]
 
-COLUMNS = ", ".join(Delivery._fields)
+_COLUMN_OF = {"doubts_in_all": "takeovers", "doubts_in_epoch": "doubts"}
+_NAMES = tuple(_COLUMN_OF.get(field, field) for field in Delivery._fields)
+COLUMNS = ", ".join(_NAMES)
+"""The columns of `deliveries` in the order of the fields of Delivery."""
 INSERT = f"INSERT INTO deliveries ({COLUMNS}) VALUES"
 INSERT_NEW = f"INSERT IGNORE INTO deliveries ({COLUMNS}) VALUES"
 _REPLACE = "ON DUPLICATE KEY UPDATE " + ", ".join(
-    f"{name} = VALUES({name})" for name in Delivery._fields if name != "task_id"
+    f"{name} = VALUES({name})" for name in _NAMES if name != "task_id"
 )
 
 UNKNOWN = datetime.min

@@ -24,7 +24,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from services.common.config import Settings
 from services.common.kafka.topics import Topic
 
-__all__ = ["Applied", "Plan", "apply", "client", "grow", "plan"]
+__all__ = ["Applied", "TopicDifferences", "apply", "client", "compare", "grow"]
 
 TIMEOUT = 15.0
 # A busy broker makes the files of hundreds of new partitions before it shows them.
@@ -37,7 +37,7 @@ _silent.propagate = False
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TopicDifferences:
     """How an installation's topics differ from the wanted ones.
 
     `missing` do not exist. `short` have too short a retention (name to milliseconds), `small` too few
@@ -69,7 +69,7 @@ def client(settings: Settings) -> AdminClient:
     return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
 
 
-def plan(settings: Settings, topics: Sequence[Topic]) -> Plan:
+def compare(settings: Settings, topics: Sequence[Topic]) -> TopicDifferences:
     """Compare the cluster's topics with these. Changes nothing.
 
     Raises `confluent_kafka.KafkaException` where the cluster does not answer.
@@ -79,7 +79,7 @@ def plan(settings: Settings, topics: Sequence[Topic]) -> Plan:
     there = [topic for topic in topics if topic.name in known]
     has = {topic.name: len(known[topic.name].partitions) for topic in there}
     short, others = _other_settings(admin, there)
-    return Plan(
+    return TopicDifferences(
         [topic for topic in topics if topic.name not in known],
         short,
         {topic.name: has[topic.name] for topic in there if has[topic.name] < topic.partitions},
@@ -95,18 +95,18 @@ def plan(settings: Settings, topics: Sequence[Topic]) -> Plan:
     )
 
 
-def apply(settings: Settings, topics: Sequence[Topic], planned: Plan | None = None) -> Applied:
-    """Create the missing of these topics and raise too short retentions: as `planned`, or by a new plan.
+def apply(settings: Settings, topics: Sequence[Topic], found: TopicDifferences | None = None) -> Applied:
+    """Create the missing of these topics and raise too short retentions: as `found`, or by a new comparison.
 
     It changes nothing else of a topic that exists. Raises `confluent_kafka.KafkaException` where the cluster
     does not answer or refuses.
     """
-    planned = planned or plan(settings, topics)
+    found = found or compare(settings, topics)
     admin = client(settings)
-    created = _create(admin, planned.missing) if planned.missing else []
-    _raise_retention(admin, {name: planned.retention[name] for name in planned.short})
-    small = [f"{name}: {n} partitions, wanted {settings.partitions}" for name, n in planned.small.items()]
-    return Applied(created, list(planned.short), [*small, *planned.differences])
+    created = _create(admin, found.missing) if found.missing else []
+    _raise_retention(admin, {name: found.retention[name] for name in found.short})
+    small = [f"{name}: {n} partitions, wanted {settings.partitions}" for name, n in found.small.items()]
+    return Applied(created, list(found.short), [*small, *found.differences])
 
 
 def grow(settings: Settings, small: Collection[str]) -> None:

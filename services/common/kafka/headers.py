@@ -1,4 +1,4 @@
-"""The headers that Postroad adds to delayed records, dead letters, their resolutions and replayed records.
+"""Reads headers, and writes those of delayed records, dead letters, their resolutions and replayed records.
 
 A delayed record and a dead letter keep the original record's key, value and headers (`traceparent`, and the
 `ce_*` of services/common/events.py) and add:
@@ -23,6 +23,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import methodcaller
+from typing import Any, Protocol
 
 from services.common.kafka.records import Headers, MalformedHeaders, parse_number
 from services.common.kafka.topic_partition import RecordLocation
@@ -40,6 +42,8 @@ __all__ = [
     "parse_attempt",
     "parse_delayed_headers",
     "parse_origin",
+    "read_headers",
+    "readable_headers",
 ]
 
 RESOLVES = "resolves"
@@ -52,6 +56,7 @@ _OWN = frozenset({"due-at", "attempt", "origin", "cause", RESOLVES, RESOLUTION})
 _MAX_CAUSE = 2000
 # The longest topic name that Kafka takes.
 _MAX_TOPIC = 249
+_call_headers = methodcaller("headers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,32 @@ class LeftOut:
     def of(cls, part: str, content: bytes) -> LeftOut:
         """Return what stands in the place of this content."""
         return cls(part, len(content), hashlib.sha256(content).hexdigest())
+
+
+class _Message(Protocol):
+    def headers(self) -> Any: ...
+
+
+def read_headers(message: _Message) -> Headers:
+    """Return the headers of a fetched message. Raises MalformedHeaders where the client cannot read them.
+
+    Any producer may write a header name that is not UTF-8. confluent_kafka then returns half a list and
+    leaves an exception set. Python raises it at once only where it checks the call's result. A
+    specialized call does not, and the exception appears at the next call. A `methodcaller` is never
+    specialized.
+    """
+    try:
+        return _call_headers(message) or []
+    except Exception as error:
+        raise MalformedHeaders(f"headers that cannot be read: {type(error).__name__}") from error
+
+
+def readable_headers(message: _Message) -> Headers:
+    """Return the headers of a fetched message, an empty list where the client cannot read them."""
+    try:
+        return read_headers(message)
+    except MalformedHeaders:
+        return []
 
 
 def delayed_headers(

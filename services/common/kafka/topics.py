@@ -1,4 +1,7 @@
-"""Names every topic and consumer group, with partitions and retention. No other module does."""
+"""Names every topic and consumer group, with partitions and retention.
+
+Other modules only put the prefix before a bare name, or take it away.
+"""
 
 from __future__ import annotations
 
@@ -94,9 +97,9 @@ def wanted(settings: Settings, delays: Mapping[str, Sequence[int]]) -> Sequence[
     """Return every topic that an installation with these settings needs.
 
     `delays` has every stage by name, with the seconds of its delay topics (stages.py). Event
-    topics keep their records for 30 days: rebuilds and replays read them. Delay topics keep theirs for a
-    task's age limit and 30 days more: a stage finds all that it deferred after 30 days. Dead letters stay for
-    a year.
+    topics keep their records for 30 days, for rebuilds and replays. Delay topics keep theirs for a task's age
+    limit and 30 days more. So a stage that was down for 30 days still finds all that it had deferred. Dead
+    letters stay for a year.
     """
     names = Names(settings.topic_prefix)
     base = {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from services.common.database.errors import error_text
-from services.common.stage.partition_tracker import InFlightRecord
+from services.common.stage.in_flight_record import InFlightRecord
 from services.common.stage.types import BatchHandler, Outcome
 
 __all__ = ["BatchRunner"]

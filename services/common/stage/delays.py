@@ -1,23 +1,20 @@
-"""Decides how long a deferred record waits on its delay topic, and when its partition is read again.
+"""Chooses a deferred record's delay topic and its due time. Pure.
 
-Each delay has a topic of its own, so its records are roughly in the order of their due times. The stage
-compares only the head of each partition with the clock. By its jitter, a record behind the head may be due
-before it, by up to a tenth of the delay. That record waits for the head and comes late.
+Each delay has a topic of its own, so its records are roughly in the order of their due times. By its jitter,
+a record behind another one may be due before it, by up to a tenth of the delay.
 
-The writer's clock sets the due time, and the reader's clock may be another one. So the reader also measures,
-by its monotonic clock, how long it has known a record. It handles the record once it is due, or once the
-delay and a tenth are over. Pure.
+head_holds.py has the reader's half: until when a partition's head holds it.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Sequence
 
-__all__ = ["FirstSeen", "choose_delay", "held_until", "longest_wait", "next_look_ms"]
+__all__ = ["JITTER", "choose_delay", "longest_wait"]
 
-_JITTER = 0.1
+JITTER = 0.1
+"""The part of a delay that jitter adds at most."""
 
 
 def choose_delay(delays: Sequence[int], after: float, now_ms: int, rng: random.Random) -> tuple[int, int]:
@@ -31,63 +28,9 @@ def choose_delay(delays: Sequence[int], after: float, now_ms: int, rng: random.R
     if not delays:
         raise ValueError("no delays to choose from")
     delay = next((d for d in delays if d >= after), delays[-1])
-    return delay, now_ms + round(delay * 1000 * (1 + rng.random() * _JITTER))
-
-
-def next_look_ms(due_at_ms: int, delay: int) -> int:
-    """Return when (Unix ms) to read a held partition again, whose head is due at `due_at_ms`.
-
-    That is a fiftieth of the delay late, at most a second. Each look costs a fetch, and one look then finds
-    all records that became due close together.
-    """
-    return due_at_ms + min(1000, delay * 20)
+    return delay, now_ms + round(delay * 1000 * (1 + rng.random() * JITTER))
 
 
 def longest_wait(delay: int) -> float:
     """Return the longest that a record of this delay waits. Both are seconds."""
-    return delay * (1 + _JITTER)
-
-
-def held_until(due_at_ms: int, delay: int, now_ms: int, now: float, since: float) -> float | None:
-    """Return until when (monotonic seconds) a partition's head holds it; None where the head is due.
-
-    `now_ms` is the Unix time in milliseconds, `now` the monotonic time. The head is known since `since`.
-    """
-    end = since + longest_wait(delay)
-    if due_at_ms <= now_ms or now >= end:
-        return None
-    if now + (due_at_ms - now_ms) / 1000 > end:
-        # The clocks differ. Records written meanwhile must be seen early: their wait counts from then.
-        return min(end, now + delay * _JITTER)
-    return min(end, now + (next_look_ms(due_at_ms, delay) - now_ms) / 1000)
-
-
-class FirstSeen:
-    """Remembers since when the records of one partition are known, by the reader's monotonic clock.
-
-    It keeps the partition's end offset at several times. A record's time is up to `grain` seconds late.
-    """
-
-    __slots__ = ("_ends",)
-
-    def __init__(self) -> None:
-        # End offsets, each with the latest and the earliest time that it stands for.
-        self._ends: deque[tuple[int, float, float]] = deque()
-
-    def note(self, end: int, now: float, grain: float) -> None:
-        """Note that at `now` (monotonic seconds) the partition had all records below the offset `end`."""
-        if self._ends and end <= self._ends[-1][0]:
-            return
-        earliest = now
-        if self._ends and now - self._ends[-1][2] < grain:
-            earliest = self._ends.pop()[2]
-        self._ends.append((end, now, earliest))
-
-    def since(self, offset: int, now: float) -> float:
-        """Return since when the record at `offset` is known, `now` for an unknown one.
-
-        A call drops what lies below `offset`, so the offsets of successive calls must not fall.
-        """
-        while self._ends and self._ends[0][0] <= offset:
-            self._ends.popleft()
-        return self._ends[0][1] if self._ends else now
+    return delay * (1 + JITTER)

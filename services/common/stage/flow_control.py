@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import confluent_kafka
 
 from services.common.stage import metrics
-from services.common.stage.partition_tracker import Assignment, PartitionTracker
+from services.common.stage.in_flight_record import Assignment
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.record_reader import RecordReader
 
 __all__ = ["FlowControl"]

@@ -18,8 +18,8 @@ from services.common.kafka.publisher import Publisher, PublishFailure
 from services.common.kafka.records import OutgoingRecord
 from services.common.stage import metrics
 from services.common.stage.batch_runner import BatchRunner
+from services.common.stage.in_flight_record import Assignment, InFlightRecord
 from services.common.stage.outcome_encoder import OutcomeEncoder
-from services.common.stage.partition_tracker import Assignment, InFlightRecord
 from services.common.stage.republisher import PendingOutcome, Republisher
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 
@@ -73,19 +73,19 @@ class HandlerRunner:
         )
 
     def start(self, records: Sequence[InFlightRecord]) -> None:
-        """Start to handle records that the poller fetched. One with a `fault` becomes a dead letter."""
+        """Start to handle records that the poller fetched. An undecodable one becomes a dead letter."""
         if self._batches is not None:
-            sound = [record for record in records if record.fault is None]
+            sound = [record for record in records if record.undecodable is None]
             self._batches.put(sound)
         else:
             sound = []
             started = time.perf_counter()
             for record in records:
-                if record.fault is None:
+                if record.undecodable is None:
                     self._start_handler(record)
             self._observe(time.perf_counter() - started)
         if len(sound) != len(records):
-            self._on_outcomes([(r, Dead(r.fault)) for r in records if r.fault is not None])
+            self._on_outcomes([(r, Dead(r.undecodable)) for r in records if r.undecodable is not None])
         self._flush()
 
     def cancel(self, assignments: Collection[Assignment] | None = None) -> None:

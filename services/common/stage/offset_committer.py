@@ -11,7 +11,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException
 
 from services.common.kafka.topic_partition import first_error
 from services.common.stage import metrics
-from services.common.stage.partition_tracker import Assignment, PartitionTracker
+from services.common.stage.in_flight_record import Assignment
+from services.common.stage.partition_tracker import PartitionTracker
 
 __all__ = ["OffsetCommitter"]
 

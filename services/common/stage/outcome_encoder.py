@@ -7,7 +7,7 @@ from services.common.kafka.headers import LeftOut, dead_letter_headers, delayed_
 from services.common.kafka.records import OutgoingRecord
 from services.common.kafka.topic_partition import RecordLocation
 from services.common.kafka.topics import Names
-from services.common.stage.partition_tracker import InFlightRecord
+from services.common.stage.in_flight_record import InFlightRecord
 from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
 
 __all__ = ["ALL", "OutcomeEncoder"]

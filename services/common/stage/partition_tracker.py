@@ -1,4 +1,4 @@
-"""Tracks a replica's partitions (Assignment), their records in flight (InFlightRecord) and what to commit.
+"""Tracks a replica's partitions, their records in flight, and what to commit.
 
 A record is in flight from its fetch until the handler runner releases it: finished, or unfinished for its
 partition's next owner. Pure: no Kafka client, no clock.
@@ -7,72 +7,12 @@ partition's next owner. Pure: no Kafka client, no clock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
 
-from services.common.events import Event
-from services.common.kafka.records import Headers
-from services.common.kafka.topic_partition import RecordLocation, TopicPartition
-from services.common.stage.delays import FirstSeen
+from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage.in_flight_limit import InFlightLimit
-from services.common.stage.offset_tracker import OffsetTracker
-from services.common.stage.types import Record
+from services.common.stage.in_flight_record import Assignment, InFlightRecord
 
-__all__ = ["Assignment", "InFlightRecord", "PartitionTracker"]
-
-# What a record takes in memory beside its value's two forms (bytes and message): headers, key, objects.
-_OVERHEAD_BYTES = 1024
-
-
-class Assignment:
-    """One assignment of one partition (full topic name). Assigned again, a partition is another Assignment.
-
-    `live` until the partition is revoked or lost; `committed` is the offset last committed, if any; `paused`
-    while the consumer fetches nothing from it. For a delay topic, `first_seen` knows when its records came.
-    `held_until` is until when its head is not due (monotonic seconds), None while it is read.
-    """
-
-    __slots__ = ("committed", "first_seen", "held_until", "live", "offsets", "partition", "paused", "topic")
-
-    def __init__(self, topic: str, partition: int) -> None:
-        self.topic, self.partition = topic, partition
-        self.live = True
-        self.offsets = OffsetTracker()
-        self.committed: int | None = None
-        self.paused = False
-        self.first_seen = FirstSeen()
-        self.held_until: float | None = None
-
-
-class InFlightRecord(Record):
-    """A Record with what the runtime must know of it.
-
-    `fault` says why no handler can have it; then there is no `event`. `origin` is where a delayed record was
-    at first. `finished` is set once all records that it led to are acked. `size` is what it takes, in bytes.
-    """
-
-    __slots__ = ("assignment", "fault", "finished", "headers", "offset", "origin", "size", "value")
-
-    def __init__(
-        self,
-        *,
-        assignment: Assignment,
-        offset: int,
-        topic: str,
-        key: bytes | None,
-        value: bytes | None,
-        headers: Headers | None,
-        event: Event | None = None,
-        origin: RecordLocation | None = None,
-        attempt: int = 1,
-        traceparent: bytes | None = None,
-        fault: str | None = None,
-    ) -> None:
-        self.assignment, self.offset, self.origin = assignment, offset, origin
-        self.topic, self.key, self.value, self.headers = topic, key, value, headers
-        self.event = cast(Event, event)
-        self.attempt, self.traceparent, self.fault = attempt, traceparent, fault
-        self.finished = False
-        self.size = 2 * len(value or b"") + _OVERHEAD_BYTES
+__all__ = ["PartitionTracker"]
 
 
 class PartitionTracker:

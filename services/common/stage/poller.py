@@ -19,9 +19,10 @@ from services.common.kafka.pace import LONGEST_FETCH_WAIT, Pace
 from services.common.stage import metrics
 from services.common.stage.consumer_close import close_consumer
 from services.common.stage.flow_control import FlowControl
+from services.common.stage.in_flight_record import Assignment, InFlightRecord
 from services.common.stage.membership import Membership, OwnershipView
 from services.common.stage.offset_committer import OffsetCommitter
-from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.rebalance_handler import RebalanceHandler
 from services.common.stage.record_reader import RecordReader
 from services.common.stage.release_queue import ReleaseQueue

@@ -15,9 +15,10 @@ from confluent_kafka import Consumer, KafkaException
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.stage import metrics
 from services.common.stage.flow_control import FlowControl
+from services.common.stage.in_flight_record import Assignment
 from services.common.stage.membership import Membership
 from services.common.stage.offset_committer import OffsetCommitter
-from services.common.stage.partition_tracker import Assignment, PartitionTracker
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.record_reader import RecordReader
 
 __all__ = ["RebalanceHandler"]

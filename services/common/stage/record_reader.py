@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 from services.common.config import Settings
 from services.common.events import Event, Undecodable
-from services.common.kafka.headers import parse_attempt, parse_delayed_headers, parse_origin
-from services.common.kafka.records import Headers, MalformedHeaders, read_headers, traceparent
+from services.common.kafka.headers import parse_attempt, parse_delayed_headers, parse_origin, read_headers
+from services.common.kafka.records import Headers, MalformedHeaders, traceparent
 from services.common.kafka.topics import Names
-from services.common.stage.delays import held_until
-from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
+from services.common.stage.head_holds import held_until
+from services.common.stage.in_flight_record import Assignment, InFlightRecord
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.types import Stage
 
 __all__ = ["KafkaMessage", "RecordReader"]
@@ -73,7 +74,7 @@ class RecordReader:
         return len(self._held)
 
     def read(self, message: KafkaMessage) -> InFlightRecord | None:
-        """Return the message as a record; one that cannot be decoded has a `fault`.
+        """Return the message as a record; one that cannot be decoded has a reason in `undecodable`.
 
         Return None where nobody is to handle it now: its partition is no longer owned, or is held.
         """
@@ -91,7 +92,7 @@ class RecordReader:
             return self._read_delayed(message, assignment, headers, *self._delays[topic])
         name, decode = found
         value = message.value()
-        event, fault = _decode(decode, value)
+        event, undecodable = _decode(decode, value)
         return InFlightRecord(
             assignment=assignment,
             offset=message.offset(),
@@ -101,7 +102,7 @@ class RecordReader:
             headers=headers,
             event=event,
             traceparent=traceparent(headers),
-            fault=fault,
+            undecodable=undecodable,
         )
 
     def pop_new_holds(self) -> list[tuple[Assignment, int]]:
@@ -164,7 +165,7 @@ class RecordReader:
             if delayed.origin.topic not in self._decoders:
                 raise MalformedHeaders(f"its origin {delayed.origin.topic} is not read here")
         except MalformedHeaders as error:
-            record.fault = f"delayed record: {error}"
+            record.undecodable = f"delayed record: {error}"
             # The dead letter keeps what can be read, so that it can be redriven.
             with suppress(MalformedHeaders):
                 record.origin = parse_origin(headers)
@@ -172,7 +173,7 @@ class RecordReader:
                 record.attempt = parse_attempt(headers)
             return record
         record.topic, record.origin, record.attempt = delayed.origin.topic, delayed.origin, delayed.attempt
-        event, record.fault = _decode(self._decoders[record.topic], record.value)
+        event, record.undecodable = _decode(self._decoders[record.topic], record.value)
         if event is not None:
             record.event = event
         return record
@@ -183,7 +184,7 @@ class RecordReader:
         self._new_holds.append((assignment, offset))
 
 
-def _unreadable(message: KafkaMessage, assignment: Assignment, name: str, fault: str) -> InFlightRecord:
+def _unreadable(message: KafkaMessage, assignment: Assignment, name: str, undecodable: str) -> InFlightRecord:
     return InFlightRecord(
         assignment=assignment,
         offset=message.offset(),
@@ -191,7 +192,7 @@ def _unreadable(message: KafkaMessage, assignment: Assignment, name: str, fault:
         key=message.key(),
         value=message.value(),
         headers=None,
-        fault=fault,
+        undecodable=undecodable,
     )
 
 

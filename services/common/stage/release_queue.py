@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from services.common.stage.partition_tracker import InFlightRecord
+from services.common.stage.in_flight_record import InFlightRecord
 
 __all__ = ["ReleaseQueue"]
 

@@ -15,8 +15,8 @@ from prometheus_client import Counter
 
 from services.common.kafka.publisher import Publisher, is_permanent
 from services.common.kafka.records import OutgoingRecord
+from services.common.stage.in_flight_record import InFlightRecord
 from services.common.stage.outcome_encoder import ALL
-from services.common.stage.partition_tracker import InFlightRecord
 from services.common.stage.types import Dead, Outcome
 
 __all__ = ["PendingOutcome", "Republisher"]

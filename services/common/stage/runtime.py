@@ -19,9 +19,10 @@ from services.common.stage import metrics
 from services.common.stage.coordinator_view import CoordinatorView
 from services.common.stage.handler_runner import HandlerRunner
 from services.common.stage.in_flight_limit import InFlightLimit
+from services.common.stage.in_flight_record import Assignment, InFlightRecord
 from services.common.stage.membership import OwnershipView
 from services.common.stage.outcome_encoder import OutcomeEncoder
-from services.common.stage.partition_tracker import Assignment, InFlightRecord, PartitionTracker
+from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.poller import Poller
 from services.common.stage.record_reader import RecordReader
 from services.common.stage.types import Stage
@@ -165,7 +166,7 @@ class StageRuntime:
                     raise ValueError(f"an event cannot be published: {error}")
             await asyncio.sleep(1)
 
-    def saturated(self) -> bool:
+    def over_half(self) -> bool:
         """Return whether more than half of what may be in flight is: slow records then hold up the others."""
         return self._in_flight.over_half()
 

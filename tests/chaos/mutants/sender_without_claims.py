@@ -13,10 +13,10 @@ from services.common.deliveries.decide import (
     ClaimAnswer,
     Delivery,
     Settled,
-    Settlement,
     Taken,
     initial_row,
 )
+from services.common.deliveries.settlement import Settlement
 from services.sender.claims import Claims
 
 __all__: list[str] = []
@@ -37,5 +37,5 @@ def _renew(_: Claims, rows: Sequence[Delivery]) -> list[bool]:
 
 
 if __name__ == "__main__":
-    Claims.claim, Claims.settle, Claims.renew = _claim, _settle, _renew  # type: ignore[method-assign]
+    Claims.claim, Claims.store, Claims.renew = _claim, _settle, _renew  # type: ignore[method-assign]
     runpy.run_module("services.sender", run_name="__main__")

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.sender.replies import SendResult
-from services.sender.smtp import Limits, Relay, SmtpPool, Timeouts, Tls
+from services.sender.smtp_pool import Limits, Relay, SmtpPool, Timeouts, Tls
 
 __all__ = [
     "FROM",

@@ -3,7 +3,7 @@
 import pytest
 
 from services.sender.replies import Phase, Rejected, Sent
-from services.sender.smtp import Relay, SmtpPool, Tls
+from services.sender.smtp_pool import Relay, SmtpPool, Tls
 from tests.integration.smtp.script import (
     FROM,
     MESSAGE,

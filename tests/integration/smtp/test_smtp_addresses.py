@@ -9,8 +9,8 @@ import pytest
 
 from services.sender import smtp_addresses
 from services.sender.replies import NotSent, Phase, Sent
-from services.sender.smtp import Limits, SmtpPool
 from services.sender.smtp_addresses import Addresses, ConnectError, RelayAddress, interleave_families
+from services.sender.smtp_pool import Limits, SmtpPool
 from tests.integration.smtp.script import Conversation, ScriptedServer, pool_for, scripted, send, until
 from tests.integration.smtp.test_smtp_pool import serving
 

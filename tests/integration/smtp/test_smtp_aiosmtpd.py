@@ -10,7 +10,7 @@ import pytest
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 from services.sender.replies import NotSent, Phase, Rejected, SendResult, Sent
-from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Tls
+from services.sender.smtp_pool import Credentials, Limits, Relay, SmtpPool, Tls
 from tests.certificates import Certificates, make_certificates
 from tests.integration.smtp.script import FROM, QUICK
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, SendResult, Sent
-from services.sender.smtp import SendCancelled, Timeouts
+from services.sender.smtp_pool import SendCancelled, Timeouts
 from tests.integration.smtp.script import (
     MESSAGE,
     QUICK,

@@ -10,7 +10,7 @@ import pytest
 
 from services.sender.oauth import TokenError
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, SendResult, Sent
-from services.sender.smtp import Credentials, Relay, SmtpPool, Timeouts, Tls
+from services.sender.smtp_pool import Credentials, Relay, SmtpPool, Timeouts, Tls
 from tests.certificates import Certificates, make_certificates
 from tests.integration.smtp.script import (
     FROM,

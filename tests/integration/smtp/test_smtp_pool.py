@@ -11,8 +11,8 @@ from structlog.testing import capture_logs
 
 from services.sender import smtp_sessions
 from services.sender.replies import InDoubt, NotSent, Phase, Sent
-from services.sender.smtp import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Timeouts, Tls
 from services.sender.smtp_opening import open_session
+from services.sender.smtp_pool import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Timeouts, Tls
 from services.sender.smtp_session import RelayMemory, Session, UnavailableError
 from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for, scripted, send, until
 

@@ -15,7 +15,7 @@ import pytest
 
 from services.sender.message import build
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, SendResult, Sent, TransactionStep
-from services.sender.smtp import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
+from services.sender.smtp_pool import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
 from tests.postfix import PASSWORD, USER, Postfix, missing, postfix
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")

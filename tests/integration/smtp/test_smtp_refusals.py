@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from services.sender.replies import LeaseLost, NotSent, Phase, Rejected, SendResult, Sent
-from services.sender.smtp import Limits, SendCancelled, SmtpPool
+from services.sender.smtp_pool import Limits, SendCancelled, SmtpPool
 from tests.integration.smtp.script import (
     FROM,
     MESSAGE,

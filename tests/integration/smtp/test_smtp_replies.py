@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
-from services.sender.smtp import SendCancelled, Timeouts
+from services.sender.smtp_pool import SendCancelled, Timeouts
 from tests.integration.smtp.script import Conversation, Script, pool_for, result_of, scripted, send
 
 HASTY = Timeouts(connect=5, tls=5, opening=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)

@@ -8,7 +8,7 @@ import pytest
 
 from postroad.v1 import events_pb2 as pb
 from services.common.stage.types import Done, Outcome
-from services.sender.smtp import Limits
+from services.sender.smtp_pool import Limits
 from tests.integration.smtp.script import Conversation, pool_for, scripted, until
 from tests.unit.test_sender_stage import World, mx_ok
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from confluent_kafka import Message
 
 from services.common.config import Settings
-from services.common.kafka.headers import LeftOut
-from services.common.kafka.records import Headers, readable_headers
+from services.common.kafka.headers import LeftOut, readable_headers
+from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import Names
 from services.common.operations.dead_letters.dead_letter import (

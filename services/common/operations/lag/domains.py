@@ -17,8 +17,8 @@ from services.common.config import Settings
 from services.common.database.bulk import placeholders
 from services.common.database.transactions import transaction
 from services.common.events import DECODERS, Undecodable
-from services.common.kafka.headers import parse_delayed_headers
-from services.common.kafka.records import MalformedHeaders, readable_headers
+from services.common.kafka.headers import parse_delayed_headers, readable_headers
+from services.common.kafka.records import MalformedHeaders
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import MX_OK, Names, delay_of
 from services.common.operations.lag.sampler import LagSample
@@ -132,7 +132,8 @@ def _read_mails(settings: Settings, now: LagSample) -> Iterator[UncommittedMail]
 def _has_due_mails(partition: TopicPartition, now: LagSample) -> bool:
     if partition.topic == MX_OK:
         return True
-    delayed = partition.topic.startswith("sender.") and delay_of(partition.topic) is not None
+    delay = delay_of(partition.topic)
+    delayed = delay is not None and partition.topic == Names().delay("sender", delay)
     # The oldest record is the first that becomes due.
     oldest = now.oldest.get(("sender", partition))
     return delayed and oldest is not None and oldest.due is not None and oldest.due <= now.at

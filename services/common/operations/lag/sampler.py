@@ -15,7 +15,8 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 from services.common.config import Settings
 from services.common.kafka import group_request
 from services.common.kafka.clients import plain_config
-from services.common.kafka.records import Headers, parse_number, readable_headers
+from services.common.kafka.headers import readable_headers
+from services.common.kafka.records import Headers, parse_number
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import Names, delay_of
 from services.common.operations import clients

@@ -16,7 +16,7 @@ from services.common import fold
 from services.common.database.tables import INT_MAX, deliveries, widths
 from services.common.database.times import to_micros
 from services.common.deliveries.decide import IN_DOUBT, NO_OWNER, RESOLVED, Delivery, DeliveryState
-from services.common.deliveries.outcome import STAGE
+from services.common.deliveries.row_events import STAGE
 from services.common.events import Event
 from services.common.taskstore import Body, body_of
 from services.common.timeline import TimelineRow, timeline_row

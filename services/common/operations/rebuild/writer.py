@@ -13,8 +13,9 @@ from sqlalchemy import Connection
 
 from services.common.database.bulk import execute_rows, placeholders
 from services.common.database.times import from_micros, to_micros
-from services.common.deliveries.decide import RESOLVED, settlement
+from services.common.deliveries.decide import RESOLVED
 from services.common.deliveries.rows import INSERT_NEW, lock_rows, store_rows
+from services.common.deliveries.settlement import settlement
 from services.common.fold import TaskRow
 from services.common.operations.rebuild.folded_batch import DeliveryFacts, FoldedBatch, restored_delivery
 from services.common.operations.rebuild.shadow_table import BODIES, DELIVERIES, EVENTS, TASKS, TaskRange

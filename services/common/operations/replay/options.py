@@ -10,8 +10,8 @@ from uuid import UUID
 from services.common.addresses import ascii_domain, normalise
 from services.common.kafka.topics import EVENT_TOPICS
 from services.common.operations.errors import InvalidOption
-from services.common.operations.replay.decide import REOPENABLE
 from services.common.operations.replay.records import WORK_TOPICS, can_replay
+from services.common.operations.replay.replay_decision import REOPENABLE
 from services.common.operations.replay.task_state import TaskState
 from services.common.stages import DELAYING
 from services.common.statuses import STATUSES

@@ -15,17 +15,17 @@ from typing import Any, Literal, NamedTuple
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
 from services.common.events import DECODERS, Event, Undecodable, encode
-from services.common.kafka.headers import REPLAY_ID, DelayedHeaders, delayed_headers, parse_delayed_headers
-from services.common.kafka.records import (
-    Headers,
-    MalformedHeaders,
-    OutgoingRecord,
+from services.common.kafka.headers import (
+    REPLAY_ID,
+    DelayedHeaders,
+    delayed_headers,
+    parse_delayed_headers,
     readable_headers,
-    traceparent,
 )
+from services.common.kafka.records import Headers, MalformedHeaders, OutgoingRecord, traceparent
 from services.common.kafka.topic_partition import RecordLocation, TopicPartition
 from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CREATED, Names, delay_of
-from services.common.operations.replay.decide import ReplayDecision
+from services.common.operations.replay.replay_decision import ReplayDecision
 from services.common.operations.topic_reader import TopicReader
 from services.common.stages import DELAYING, STAGES
 

@@ -19,13 +19,6 @@ from services.common.operations import installation
 from services.common.operations.errors import NotFound, OperationError
 from services.common.operations.record_producer import RecordProducer
 from services.common.operations.replay import store
-from services.common.operations.replay.decide import (
-    ReplayAction,
-    ReplayDecision,
-    decide_delayed,
-    decide_work,
-    wait_for_send_at,
-)
 from services.common.operations.replay.options import ReplayOptions, parse_options
 from services.common.operations.replay.records import (
     DecodedRecord,
@@ -34,6 +27,13 @@ from services.common.operations.replay.records import (
     decode,
     read_batches,
     replayed,
+)
+from services.common.operations.replay.replay_decision import (
+    ReplayAction,
+    ReplayDecision,
+    decide_delayed,
+    decide_work,
+    wait_for_send_at,
 )
 from services.common.operations.replay.store import Replay
 from services.common.operations.replay.task_state import new_task_state, read_task_states

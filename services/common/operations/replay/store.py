@@ -15,9 +15,9 @@ from sqlalchemy import Connection, Engine
 
 from services.common.database.transactions import transaction
 from services.common.operations.errors import NotFound
-from services.common.operations.replay.decide import ReplayAction
 from services.common.operations.replay.options import ReplayOptions
 from services.common.operations.replay.records import OffsetRange
+from services.common.operations.replay.replay_decision import ReplayAction
 
 __all__ = [
     "Counts",

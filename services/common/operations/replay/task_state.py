@@ -12,7 +12,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.database.bulk import placeholders
 from services.common.database.transactions import transaction
 from services.common.events import Event
-from services.common.statuses import ENDED_WITHOUT_MAIL
+from services.common.statuses import NOT_COMPLETED
 
 __all__ = ["StoredDelivery", "TaskState", "combine", "new_task_state", "read_task_states"]
 
@@ -62,7 +62,7 @@ def combine(row: TaskState, delivery: StoredDelivery | None) -> TaskState:
         return row._replace(status="completed", reason="")
     if delivery.epoch < row.epoch:
         return row
-    if delivery.state in ENDED_WITHOUT_MAIL:
+    if delivery.state in NOT_COMPLETED:
         if (row.status, row.epoch) == (delivery.state, delivery.epoch):
             return row
         # The delivery of a cancelled task keeps the reason from before the cancellation.

@@ -1,4 +1,4 @@
-"""The event of a settled row. Pure.
+"""Makes the event of a settled row. Pure.
 
 The same row always makes the same bytes, so after a crash another sender publishes what the first would have.
 """
@@ -73,7 +73,7 @@ def _deferred(row: Delivery) -> pb.MailDeferred:
         message_id=row.message_id,
         next_attempt_at_us=row.next_attempt_at,
         in_doubt=in_doubt,
-        # The takeovers before it stand for earlier doubts.
-        takeover=row.takeovers if in_doubt else 0,
+        # As many doubts came before.
+        takeover=row.doubts_in_all if in_doubt else 0,
         at_us=row.settled_at,
     )

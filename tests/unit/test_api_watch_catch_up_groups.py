@@ -15,7 +15,7 @@ from postroad.v1.task_pb2 import Task
 from postroad.v1.task_service_pb2 import WatchRequest
 from services.api.errors import StatusError
 from services.api.filters import Filter
-from services.api.watch import resume_groups, resuming_watcher, watch_service
+from services.api.watch import catch_up_groups, catching_up_watcher, watch_service
 from services.api.watch.live_reader import JoinPoint
 from services.api.watch.messages import WatchMessage
 from services.api.watch.subscribers import SafePositions, Subscriber
@@ -79,7 +79,7 @@ async def test_an_expired_token_ends_nobody_else_though_its_client_leaves(leaves
     def make_catch_up(subscribers: Sequence[Subscriber]) -> Any:
         return ExpiringCatchUp([s for s in subscribers if s.watcher is watchers["stale"]], asked, answer)
 
-    groups = resume_groups.ResumeGroups(asyncio.Semaphore(1), make_catch_up)
+    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(1), make_catch_up)
     live_reader: Any = FakeLiveReader()
 
     async def watch(name: str) -> JoinPoint | StatusError | None:
@@ -166,7 +166,7 @@ LIVE: Any = FakeLiveReader()
 
 
 async def resumed(
-    groups: resume_groups.ResumeGroups, watchers: set[Watcher], send: Send
+    groups: catch_up_groups.CatchUpGroups, watchers: set[Watcher], send: Send
 ) -> JoinPoint | StatusError:
     """Return where a watcher joined the live reader, or the error that ended it."""
     try:
@@ -182,15 +182,15 @@ async def resumed(
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the times in which a client must read."""
-    monkeypatch.setattr(resuming_watcher, "BLOCKING_TIMEOUT", 0.1)
-    monkeypatch.setattr(resuming_watcher, "_CHECK_INTERVAL", 0.02)
+    monkeypatch.setattr(catching_up_watcher, "BLOCKING_TIMEOUT", 0.1)
+    monkeypatch.setattr(catching_up_watcher, "_CHECK_INTERVAL", 0.02)
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("slowly", [read_nothing, read_few])
 async def test_slow_clients_do_not_keep_others_from_resuming(slowly: Send) -> None:
     slow, quick = set[Watcher](), set[Watcher]()
-    groups = resume_groups.ResumeGroups(asyncio.Semaphore(8), lambda m: FakeCatchUp(m, quick))  # type: ignore[arg-type,return-value]
+    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(8), lambda m: FakeCatchUp(m, quick))  # type: ignore[arg-type,return-value]
     async with asyncio.timeout(5):
         streams = []
         for _ in range(8):
@@ -215,7 +215,7 @@ async def test_slow_clients_do_not_keep_others_from_resuming(slowly: Send) -> No
 @pytest.mark.parametrize("slowly", [read_nothing, read_few])
 async def test_a_slow_client_does_not_hold_up_its_peers(slowly: Send) -> None:
     watchers = set[Watcher]()
-    groups = resume_groups.ResumeGroups(asyncio.Semaphore(1), FakeCatchUp)  # type: ignore[arg-type]
+    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(1), FakeCatchUp)  # type: ignore[arg-type]
     async with asyncio.timeout(5):
         together = [resumed(groups, watchers, send) for send in (slowly, read_all, read_all)]
         slow, *others = await asyncio.gather(*together)
@@ -226,7 +226,7 @@ async def test_a_slow_client_does_not_hold_up_its_peers(slowly: Send) -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_equally_slow_peers_continue_together() -> None:
-    groups = resume_groups.ResumeGroups(asyncio.Semaphore(1), partial(FakeCatchUp, count=200))  # type: ignore[arg-type]
+    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(1), partial(FakeCatchUp, count=200))  # type: ignore[arg-type]
     async with asyncio.timeout(10):
         ends = await asyncio.gather(*(resumed(groups, set(), read_few) for _ in range(3)))
     assert ends == [JoinPoint({}, frozenset(), "")] * 3
@@ -242,7 +242,7 @@ async def test_a_slow_client_that_blocks_nobody_may_take_its_time() -> None:
         return False
 
     watcher = Watcher(WatchSelection("default", None, Filter()), asyncio.timeout(None))
-    slow = resuming_watcher.ResumingWatcher(live_reader, watcher, {}, slot_wanted)
+    slow = catching_up_watcher.CatchingUpWatcher(live_reader, watcher, {}, slot_wanted)
     for _ in range(100):
         await slow.put(WatchMessage(b"", "", ""))
     putting = asyncio.create_task(slow.put(WatchMessage(b"", "", "")))
@@ -292,11 +292,11 @@ async def test_a_client_that_reads_nothing_holds_no_catch_up_slot(
 async def test_a_client_that_reads_nothing_is_ended_after_the_write_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(resuming_watcher, "WRITE_TIMEOUT", 0.05)
+    monkeypatch.setattr(catching_up_watcher, "WRITE_TIMEOUT", 0.05)
     live_reader: Any = None
     watcher = Watcher(WatchSelection("default", None, Filter()), asyncio.timeout(None))
     monkeypatch.setattr(watcher, "end", lambda error: setattr(watcher, "error", error))
-    slow = resuming_watcher.ResumingWatcher(live_reader, watcher, {}, lambda: False)
+    slow = catching_up_watcher.CatchingUpWatcher(live_reader, watcher, {}, lambda: False)
     queued = 0
     while watcher.error is None:
         await slow.put(WatchMessage(b"", "", ""))
@@ -304,7 +304,7 @@ async def test_a_client_that_reads_nothing_is_ended_after_the_write_timeout(
     assert "too many messages" in watcher.error.message
     assert 10 < queued < 1000
     # A client that reads continues.
-    quick = resuming_watcher.ResumingWatcher(live_reader, watcher, {}, lambda: False)
+    quick = catching_up_watcher.CatchingUpWatcher(live_reader, watcher, {}, lambda: False)
     read = asyncio.create_task(anext(quick.missed()))
     await quick.put(WatchMessage(b"1", "", ""))
     assert (await read).body == b"1"

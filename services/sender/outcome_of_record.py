@@ -1,4 +1,4 @@
-"""The outcome of a record whose delivery is settled, and the event of a takeover. Pure."""
+"""Makes the outcome of a record whose delivery is settled, and the event of a takeover. Pure."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from postroad.v1 import events_pb2 as pb
 from services.common.deliveries.decide import IN_DOUBT, Delivery
-from services.common.deliveries.outcome import STAGE, event_of, failed_before_sender
+from services.common.deliveries.row_events import STAGE, event_of, failed_before_sender
 from services.common.stage.types import Done, Outcome, Retry
 
-__all__ = ["record_outcome", "takeover_event"]
+__all__ = ["outcome_of_record", "takeover_event"]
 
 
-def record_outcome(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
+def outcome_of_record(row: Delivery, delays: Sequence[int], now_ms: int) -> Outcome:
     """Return the outcome of the record whose delivery is settled as `row`.
 
     A deferred record comes back at the row's time. Where the settings have changed since and that time is
@@ -38,7 +38,7 @@ def takeover_event(taken: Delivery, now_us: int) -> pb.MailDeferred:
         reason=IN_DOUBT,
         message_id=taken.message_id,
         in_doubt=True,
-        takeover=taken.takeovers - 1,
+        takeover=taken.doubts_in_all - 1,
         at_us=now_us,
     )
 

@@ -31,7 +31,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from services.common.operations.replay.task_state import TaskState
-from services.common.statuses import ENDED_WITHOUT_MAIL
+from services.common.statuses import NOT_COMPLETED
 
 __all__ = [
     "REOPENABLE",
@@ -98,7 +98,7 @@ def decide_work(
     if epoch > task.epoch:
         # Somebody reopened the task, and the fold has not seen it yet.
         return ReplayDecision(ReplayAction.REPUBLISH, epoch)
-    if task.status in ENDED_WITHOUT_MAIL:
+    if task.status in NOT_COMPLETED:
         if task.status not in reopen:
             return ReplayDecision(ReplayAction.SETTLED, epoch)
         if task.epoch >= new_epoch:
@@ -129,6 +129,6 @@ def decide_delayed(epoch: int, task: TaskState, *, due_ms: int, now_ms: int) -> 
         return ReplayDecision(ReplayAction.ALREADY_SENT, epoch)
     if epoch < task.epoch:
         return ReplayDecision(ReplayAction.REOPENED_SINCE, epoch)
-    if task.status in ENDED_WITHOUT_MAIL and epoch == task.epoch:
+    if task.status in NOT_COMPLETED and epoch == task.epoch:
         return ReplayDecision(ReplayAction.SETTLED, epoch)
     return ReplayDecision(ReplayAction.WAITS if due_ms > now_ms else ReplayAction.REPUBLISH, epoch)

@@ -1,5 +1,7 @@
 """Watchers that resume at about the same time catch up as one group, which reads the topics once.
 
+A watcher that has just been shown its task catches up alone.
+
 When 200 watchers reconnect at once and each re-reads the topics alone, they slow each other down and fall
 further behind.
 """
@@ -14,15 +16,15 @@ import structlog
 
 from services.api.errors import StatusError, internal_error
 from services.api.watch.catch_up import CatchUp
+from services.api.watch.catching_up_watcher import CatchingUpWatcher
 from services.api.watch.errors import kafka_unavailable
 from services.api.watch.live_reader import JoinPoint, LiveReader
 from services.api.watch.messages import WatchMessage
-from services.api.watch.resuming_watcher import ResumingWatcher
 from services.api.watch.subscribers import Subscriber
 from services.api.watch.watchers import Watcher
 from services.common.kafka.topic_partition import TopicPartition
 
-__all__ = ["ResumeGroups"]
+__all__ = ["CatchUpGroups"]
 
 log = structlog.get_logger(__name__)
 
@@ -35,14 +37,14 @@ Send: TypeAlias = Callable[[WatchMessage], Awaitable[None]]
 Begin: TypeAlias = Callable[[CatchUp], Awaitable[WatchMessage]]
 
 
-class ResumeGroups:
-    """Forms groups of resuming watchers and runs their catch-ups, `slots` of them at a time."""
+class CatchUpGroups:
+    """Forms groups of watchers and runs their catch-ups, `slots` of them at a time."""
 
     def __init__(
         self, slots: asyncio.Semaphore, make_catch_up: Callable[[Sequence[Subscriber]], CatchUp]
     ) -> None:
         self._slots, self._make_catch_up = slots, make_catch_up
-        self._waiting: list[ResumingWatcher] = []
+        self._waiting: list[CatchingUpWatcher] = []
         self._waiting_alone = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -57,32 +59,32 @@ class ResumeGroups:
 
         An error ends the watcher.
         """
-        resuming = ResumingWatcher(live_reader, watcher, positions, self._slot_wanted)
-        self._waiting.append(resuming)
+        catching_up = CatchingUpWatcher(live_reader, watcher, positions, self._slot_wanted)
+        self._waiting.append(catching_up)
         self._start(self._run_group())
-        return await self._send_missed(resuming, send)
+        return await self._send_missed(catching_up, send)
 
     async def show(self, live_reader: LiveReader, watcher: Watcher, begin: Begin, send: Send) -> JoinPoint:
         """Send the message that `begin` returns, and what follows; return where the watcher joined.
 
         `begin` also sets where the catch-up begins. An error, also one of `begin`, ends the watcher.
         """
-        resuming = ResumingWatcher(live_reader, watcher, {}, self._slot_wanted)
-        resuming.peers = {resuming}
-        resuming.task = self._start(self._run_alone(resuming, begin))
-        return await self._send_missed(resuming, send)
+        catching_up = CatchingUpWatcher(live_reader, watcher, {}, self._slot_wanted)
+        catching_up.peers = {catching_up}
+        catching_up.task = self._start(self._run_alone(catching_up, begin))
+        return await self._send_missed(catching_up, send)
 
-    async def _send_missed(self, resuming: ResumingWatcher, send: Send) -> JoinPoint:
+    async def _send_missed(self, catching_up: CatchingUpWatcher, send: Send) -> JoinPoint:
         """Send what it missed. This holds no slot, so that its client may take its time."""
         try:
-            async for message in resuming.missed():
+            async for message in catching_up.missed():
                 await send(message)
         finally:
-            if resuming in self._waiting:
-                self._waiting.remove(resuming)
-            resuming.leave()
-        assert resuming.join_point is not None
-        return resuming.join_point
+            if catching_up in self._waiting:
+                self._waiting.remove(catching_up)
+            catching_up.leave()
+        assert catching_up.join_point is not None
+        return catching_up.join_point
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -103,55 +105,55 @@ class ResumeGroups:
             if not (group := self._take_group()):
                 return
             task = asyncio.current_task()
-            for resuming in group:
-                resuming.task, resuming.peers = task, group
+            for catching_up in group:
+                catching_up.task, catching_up.peers = task, group
             await self._catch_up(group)
 
-    async def _run_alone(self, resuming: ResumingWatcher, begin: Begin) -> None:
+    async def _run_alone(self, catching_up: CatchingUpWatcher, begin: Begin) -> None:
         self._waiting_alone += 1
         try:
             await self._slots.acquire()
         finally:
             self._waiting_alone -= 1
         try:
-            await self._catch_up(resuming.peers, begin)
+            await self._catch_up(catching_up.peers, begin)
         finally:
             self._slots.release()
 
-    def _take_group(self) -> set[ResumingWatcher]:
+    def _take_group(self) -> set[CatchingUpWatcher]:
         """Take the waiting watchers of one live reader, except those that are twice as far as the nearest."""
         if not self._waiting:
             return set()
         live_reader = self._waiting[0].live_reader
         live = live_reader.positions()
         distances = {
-            resuming: sum(max(0, end - resuming.position(partition)) for partition, end in live.items())
-            for resuming in self._waiting
-            if resuming.live_reader is live_reader
+            catching_up: sum(max(0, end - catching_up.position(partition)) for partition, end in live.items())
+            for catching_up in self._waiting
+            if catching_up.live_reader is live_reader
         }
         limit = 2 * min(distances.values()) + _NEAR
-        group = {resuming for resuming, distance in distances.items() if distance <= limit}
-        self._waiting = [resuming for resuming in self._waiting if resuming not in group]
+        group = {catching_up for catching_up, distance in distances.items() if distance <= limit}
+        self._waiting = [catching_up for catching_up in self._waiting if catching_up not in group]
         return group
 
-    async def _catch_up(self, group: set[ResumingWatcher], begin: Begin | None = None) -> None:
+    async def _catch_up(self, group: set[CatchingUpWatcher], begin: Begin | None = None) -> None:
         """Run the group's catch-up; end its watchers where that fails."""
         try:
             await self._read_and_join(group, begin)
         except Exception as error:
             if not isinstance(error, StatusError):
                 log.exception("unexpected")
-            for resuming in list(group):
-                resuming.watcher.end(error if isinstance(error, StatusError) else internal_error())
+            for catching_up in list(group):
+                catching_up.watcher.end(error if isinstance(error, StatusError) else internal_error())
 
-    async def _read_and_join(self, group: set[ResumingWatcher], begin: Begin | None) -> None:
+    async def _read_and_join(self, group: set[CatchingUpWatcher], begin: Begin | None) -> None:
         live_reader = next(iter(group)).live_reader
-        by_watcher = {resuming.watcher: resuming for resuming in group}
+        by_watcher = {catching_up.watcher: catching_up for catching_up in group}
         async with self._make_catch_up(list(group)) as catch_up:
             if begin is not None:
                 first = await begin(catch_up)
-                for resuming in list(group):
-                    resuming.put_nowait(first)
+                for catching_up in list(group):
+                    catching_up.put_nowait(first)
             else:
                 for subscriber in await catch_up.remove_expired(live_reader.positions()):
                     by_watcher[subscriber.watcher].expire()
@@ -159,23 +161,23 @@ class ResumeGroups:
             joining = False
 
             async def send(subscriber: Subscriber, message: WatchMessage | None) -> None:
-                resuming = by_watcher[subscriber.watcher]
+                catching_up = by_watcher[subscriber.watcher]
                 if message is None:
-                    resuming.expire()
+                    catching_up.expire()
                 elif joining:
                     # The live reader fills their queues now, so nobody may wait for another's client.
-                    resuming.put_nowait(message)
+                    catching_up.put_nowait(message)
                 else:
-                    await resuming.put(message)
+                    await catching_up.put(message)
 
             def joining_watchers() -> list[Watcher]:
                 nonlocal joining
                 joining = True
-                return [resuming.watcher for resuming in group]
+                return [catching_up.watcher for catching_up in group]
 
             join_point = await _join(live_reader, catch_up, joining_watchers, send)
-            for resuming in list(group):
-                resuming.joined(join_point)
+            for catching_up in list(group):
+                catching_up.joined(join_point)
             # A watcher that leaves from now on must not cancel this task.
             group.clear()
 

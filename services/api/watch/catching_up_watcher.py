@@ -14,7 +14,7 @@ from services.api.watch.subscribers import Subscriber
 from services.api.watch.watchers import Watcher
 from services.common.kafka.topic_partition import TopicPartition
 
-__all__ = ["BLOCKING_TIMEOUT", "WRITE_TIMEOUT", "ResumingWatcher"]
+__all__ = ["BLOCKING_TIMEOUT", "WRITE_TIMEOUT", "CatchingUpWatcher"]
 
 WRITE_TIMEOUT = 20.0
 """Seconds in which a client must read some of the messages that it missed, where it makes nobody wait."""
@@ -27,7 +27,7 @@ _MAX_QUEUED = 100
 _CHECK_INTERVAL, _FEW = 0.25, 5
 
 
-class ResumingWatcher(Subscriber):
+class CatchingUpWatcher(Subscriber):
     """A subscriber of a catch-up. What it missed waits in its queue until its stream writes it.
 
     `slot_wanted` returns whether anyone waits for a catch-up slot. The group sets `peers` and `task`.
@@ -44,7 +44,7 @@ class ResumingWatcher(Subscriber):
         self.live_reader, self._slot_wanted = live_reader, slot_wanted
         self.join_point: JoinPoint | None = None
         self.has_left = False
-        self.peers: set[ResumingWatcher] = set()
+        self.peers: set[CatchingUpWatcher] = set()
         self.task: asyncio.Task[None] | None = None
         self._blocked_seconds = 0.0
         self._queue: deque[WatchMessage] = deque()

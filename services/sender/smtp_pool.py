@@ -23,7 +23,7 @@ from services.sender.replies import NotSent, Rejected, SendResult
 from services.sender.smtp_relay import Credentials, Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError
 from services.sender.smtp_sessions import Sessions
-from services.sender.smtp_transaction import StaleSessionError, begin, check_mail, hand_over
+from services.sender.smtp_transaction import StaleSessionError, begin, check_mail, send_message
 
 __all__ = [
     "Credentials",
@@ -41,7 +41,7 @@ _log = structlog.get_logger()
 
 
 class SendCancelled(asyncio.CancelledError):
-    """A cancelled ``send`` raises this CancelledError, which says whether the mail was being handed over.
+    """A cancelled ``send`` raises this CancelledError, which says whether the message was being sent.
 
     ``rest`` is None if nothing of the message was sent. Otherwise the send goes on in the task ``rest``,
     whose result is the send's; cancelling the task cuts the send off. A caller that catches this must raise
@@ -156,7 +156,7 @@ class SmtpPool:
         if result is not None:
             return self._finish_send(session, result, probe)
         rest = asyncio.get_running_loop().create_task(
-            self._hand_over(session, mail_from, message, guard, probe)
+            self._send_message(session, mail_from, message, guard, probe)
         )
         try:
             return await asyncio.shield(rest)
@@ -196,11 +196,11 @@ class SmtpPool:
         await self._availability.close()
         await self._sessions.close(grace)
 
-    async def _hand_over(
+    async def _send_message(
         self, session: Session, mail_from: str, message: bytes, guard: Callable[[], bool], probe: bool
     ) -> SendResult:
         try:
-            result = await hand_over(session, mail_from, message, guard)
+            result = await send_message(session, mail_from, message, guard)
         except BaseException:
             session.connection.abort("internal error")
             raise

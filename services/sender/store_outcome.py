@@ -6,7 +6,8 @@ from uuid import UUID
 
 import structlog
 
-from services.common.deliveries.decide import IN_DOUBT, Delivery, Settlement
+from services.common.deliveries.decide import IN_DOUBT, Delivery
+from services.common.deliveries.settlement import Settlement
 from services.sender.async_claims import AsyncClaims
 from services.sender.metrics import SENDER_FENCED, SENDER_IN_DOUBT, SENDER_OUTCOMES
 from services.sender.replies import InDoubt, SendResult
@@ -17,30 +18,30 @@ log = structlog.get_logger(__name__)
 
 
 async def store_outcome(
-    claims: AsyncClaims, settled: Delivery, result: SendResult | None = None, cause: str = ""
+    claims: AsyncClaims, new_row: Delivery, result: SendResult | None = None, cause: str = ""
 ) -> Settlement:
-    """Store the row `settled` in the delivery; return what became of it.
+    """Store `new_row` in the delivery; return what became of it.
 
     Waits while the database is away. `result` is how the attempt ended, None where nothing was sent.
     `cause` is for the log; the result's own cause is taken where it is empty.
     """
     cause = cause or getattr(result, "cause", "")
-    settlement = await claims.settle(settled)
+    settlement = await claims.store(new_row)
     if settlement is Settlement.STORED:
-        SENDER_OUTCOMES.labels(settled.state).inc()
+        SENDER_OUTCOMES.labels(new_row.state).inc()
         if isinstance(result, InDoubt):
-            log_doubt(settled, "lost reply", cause=cause)
-        elif settled.state != "sent":
-            _log(settled, cause=cause)
+            log_doubt(new_row, "lost reply", cause=cause)
+        elif new_row.state != "sent":
+            _log(new_row, cause=cause)
         return settlement
     SENDER_FENCED.labels(settlement.value).inc()
     log.warning(
         "the claim was lost before its outcome was stored",
-        task=str(UUID(bytes=settled.task_id)),
-        outcome=settled.state,
+        task=str(UUID(bytes=new_row.task_id)),
+        outcome=new_row.state,
         became=settlement.value,
-        message_id=settled.message_id,
-        reply=settled.reply,
+        message_id=new_row.message_id,
+        reply=new_row.reply,
     )
     return settlement
 
