@@ -13,7 +13,7 @@ from services.cli.settings import effective_variables, make_settings
 from services.common import migrations
 from services.common.config import Settings
 from services.common.kafka import admin
-from services.common.operations.clients import database_url
+from services.common.operations.database_url import database_url
 from services.common.operations.installation import with_cluster_settings
 from services.common.stages import all_topics
 

@@ -47,8 +47,8 @@ def topics() -> Iterable[str]:
     Delay topics are missing if Kafka does not answer within 1 s.
     """
     from services.cli.settings import effective_variables, make_settings  # noqa: PLC0415
+    from services.common.kafka.admin import admin_client  # noqa: PLC0415
     from services.common.kafka.topics import EVENT_TOPICS  # noqa: PLC0415
-    from services.common.operations.clients import admin_client  # noqa: PLC0415
     from services.common.operations.replay.records import can_replay  # noqa: PLC0415
 
     found = list(EVENT_TOPICS)

@@ -254,7 +254,7 @@ def _say_refused(record: ReplayedRecord, why: str) -> None:
 @contextmanager
 def _engine(settings: Settings) -> Iterator[Engine]:
     from services.common.database.engine import make_engine  # noqa: PLC0415
-    from services.common.operations.clients import database_url  # noqa: PLC0415
+    from services.common.operations.database_url import database_url  # noqa: PLC0415
 
     engine = make_engine(database_url(settings), pool_size=1)
     try:

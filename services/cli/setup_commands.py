@@ -32,7 +32,7 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         A database that a later version has migrated serves this one too: nothing is done then.
         """
         from services.common.migrations import migrate as run  # noqa: PLC0415
-        from services.common.operations.clients import database_url  # noqa: PLC0415
+        from services.common.operations.database_url import database_url  # noqa: PLC0415
 
         migrated = run(database_url(context.settings()))
         line = "up to date" if migrated else "newer than this version, which goes on with it as it is"

@@ -40,5 +40,7 @@ async def note_topic_ids(engine: Engine, settings: Settings) -> None:
 def _note(engine: Engine, settings: Settings) -> None:
     names = Names(settings.topic_prefix)
     # The stage itself reports a broker that is away.
-    ids = topic_ids.topic_ids(kafka_admin.client(settings), [names.topic(topic) for topic in EVENT_TOPICS])
+    ids = topic_ids.topic_ids(
+        kafka_admin.admin_client(settings), [names.topic(topic) for topic in EVENT_TOPICS]
+    )
     transaction(engine, lambda connection: topic_ids.note(connection, ids))

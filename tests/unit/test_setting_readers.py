@@ -128,7 +128,8 @@ def read_by(service: str) -> set[str]:
     """Return the variables that the process of a service, or a command of compose.yaml, reads."""
     if service == "migrate":
         return read_from(
-            ("services.common.operations.clients", "database_url"), ("services.common.migrations", "migrate")
+            ("services.common.operations.database_url", "database_url"),
+            ("services.common.migrations", "migrate"),
         )
     if service == "postroad":
         folders = (ROOT / "services/cli", ROOT / "services/common/operations")

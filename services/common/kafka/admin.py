@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
@@ -24,16 +25,16 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from services.common.config import Settings
 from services.common.kafka.topics import Topic
 
-__all__ = ["Applied", "TopicDifferences", "apply", "client", "compare", "grow"]
+__all__ = ["SILENT_LOGGER", "Applied", "TopicDifferences", "admin_client", "apply", "compare", "grow"]
 
 TIMEOUT = 15.0
 # A busy broker makes the files of hundreds of new partitions before it shows them.
 SHOWN_SECONDS = 60.0
 _RETENTION = "retention.ms"
-# Errors are raised. librdkafka would also log every refused connection, which helps nobody.
-_silent = logging.getLogger("postroad.kafka_admin")
-_silent.addHandler(logging.NullHandler())
-_silent.propagate = False
+SILENT_LOGGER = logging.getLogger("postroad.kafka_silent")
+"""The logger of clients whose errors are raised: librdkafka would also log every refused connection."""
+SILENT_LOGGER.addHandler(logging.NullHandler())
+SILENT_LOGGER.propagate = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,11 @@ class Applied:
     differences: Sequence[str]
 
 
-def client(settings: Settings) -> AdminClient:
-    """Return a client that logs nothing. It connects with its first request."""
-    return AdminClient({"bootstrap.servers": settings.kafka_bootstrap}, logger=_silent)
+def admin_client(settings: Settings) -> AdminClient:
+    """Return an AdminClient that logs nothing. It connects with its first request."""
+    # It notices within a second that a broker is back.
+    config: dict[str, Any] = {"bootstrap.servers": settings.kafka_bootstrap, "reconnect.backoff.max.ms": 1000}
+    return AdminClient(config, logger=SILENT_LOGGER)
 
 
 def compare(settings: Settings, topics: Sequence[Topic]) -> TopicDifferences:
@@ -74,7 +77,7 @@ def compare(settings: Settings, topics: Sequence[Topic]) -> TopicDifferences:
 
     Raises `confluent_kafka.KafkaException` where the cluster does not answer.
     """
-    admin = client(settings)
+    admin = admin_client(settings)
     known = admin.list_topics(timeout=5).topics
     there = [topic for topic in topics if topic.name in known]
     has = {topic.name: len(known[topic.name].partitions) for topic in there}
@@ -102,7 +105,7 @@ def apply(settings: Settings, topics: Sequence[Topic], found: TopicDifferences |
     does not answer or refuses.
     """
     found = found or compare(settings, topics)
-    admin = client(settings)
+    admin = admin_client(settings)
     created = _create(admin, found.missing) if found.missing else []
     _raise_retention(admin, {name: found.retention[name] for name in found.short})
     small = [f"{name}: {n} partitions, wanted {settings.partitions}" for name, n in found.small.items()]
@@ -116,7 +119,7 @@ def grow(settings: Settings, small: Collection[str]) -> None:
     removes a partition. Raises `confluent_kafka.KafkaException`.
     """
     if small:
-        admin = client(settings)
+        admin = admin_client(settings)
         new = [NewPartitions(name, settings.partitions) for name in small]
         for done in admin.create_partitions(new, operation_timeout=TIMEOUT, request_timeout=TIMEOUT).values():
             done.result()

@@ -1,29 +1,24 @@
-"""Kafka clients of an operation: they log nothing and raise what goes wrong. And the database's URL."""
+"""Kafka consumers and offsets for operations: they log nothing and raise what goes wrong."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import confluent_kafka
 from confluent_kafka import Consumer, KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
-from sqlalchemy import URL
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.common.config import Settings
-from services.common.database import engine
+from services.common.kafka.admin import SILENT_LOGGER, admin_client
 from services.common.kafka.leaders import retry_while_leaderless
 from services.common.kafka.topic_partition import first_error
 from services.common.kafka.topics import Names
-from services.common.operations.errors import InvalidDatabaseUrl, NotFound
+from services.common.operations.errors import NotFound
 
 __all__ = [
-    "SILENT_LOGGER",
     "TIMEOUT",
-    "admin_client",
     "committed_offsets",
-    "database_url",
     "group_observer",
     "list_offsets",
     "missing_topic",
@@ -32,20 +27,11 @@ __all__ = [
 
 TIMEOUT = 5.0
 """Seconds that one request to the cluster may take."""
-# librdkafka would write a line for every refused connection.
-SILENT_LOGGER = logging.getLogger("postroad.operations.kafka")
-SILENT_LOGGER.addHandler(logging.NullHandler())
-SILENT_LOGGER.propagate = False
 
 
 def _config(settings: Settings) -> dict[str, Any]:
     # The client notices within a second that a broker is back.
     return {"bootstrap.servers": settings.kafka_bootstrap, "reconnect.backoff.max.ms": 1000}
-
-
-def admin_client(settings: Settings) -> AdminClient:
-    """Return an AdminClient of the cluster. It connects with its first request."""
-    return AdminClient(_config(settings), logger=SILENT_LOGGER)
 
 
 def ungrouped_consumer(settings: Settings, **more: Any) -> Consumer:
@@ -114,11 +100,3 @@ def list_offsets(
 def missing_topic(topic: str) -> NotFound:
     """Return the error that says that a topic (full name) does not exist."""
     return NotFound(f"no topic {topic}: 'postroad topics apply' creates it")
-
-
-def database_url(settings: Settings) -> URL:
-    """Return the database's URL. Raises InvalidDatabaseUrl, whose text holds no password."""
-    try:
-        return engine.url_of(settings.database_url.get_secret_value())
-    except ValueError as error:
-        raise InvalidDatabaseUrl(str(error)) from None

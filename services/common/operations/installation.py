@@ -10,9 +10,10 @@ from typing import Any
 
 from services.common.config import Settings
 from services.common.kafka import group_request
+from services.common.kafka.admin import admin_client
 from services.common.kafka.clients import plain_config
 from services.common.kafka.topics import EVENT_TOPICS, Names, delay_of
-from services.common.operations.clients import TIMEOUT, admin_client
+from services.common.operations.clients import TIMEOUT
 from services.common.stages import DELAYING, STAGES
 
 __all__ = ["current_delays", "with_cluster_settings"]

@@ -9,10 +9,11 @@ from functools import partial
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.common.config import Settings
+from services.common.kafka.admin import SILENT_LOGGER
 from services.common.kafka.clients import producer_config
 from services.common.kafka.publisher import is_permanent, produce_error
 from services.common.kafka.records import Headers
-from services.common.operations.clients import SILENT_LOGGER, TIMEOUT, missing_topic
+from services.common.operations.clients import TIMEOUT, missing_topic
 
 __all__ = ["MAX_RECORD_SIZE", "OnRefusal", "RecordProducer"]
 

@@ -12,12 +12,7 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 from services.common.config import Settings
 from services.common.kafka.topic_partition import TopicPartition
 from services.common.kafka.topics import MAX_RECORD_BYTES
-from services.common.operations.clients import (
-    TIMEOUT,
-    list_offsets,
-    missing_topic,
-    ungrouped_consumer,
-)
+from services.common.operations.clients import TIMEOUT, list_offsets, missing_topic, ungrouped_consumer
 
 __all__ = ["TopicReader"]
 

@@ -20,11 +20,12 @@ import confluent_kafka
 from confluent_kafka import KafkaError
 
 from services.common.config import Settings
+from services.common.kafka.admin import admin_client
 from services.common.kafka.headers import delayed_headers, original_headers
 from services.common.kafka.records import Headers
 from services.common.kafka.topics import EVENT_TOPICS, Names
 from services.common.operations import installation
-from services.common.operations.clients import TIMEOUT, admin_client
+from services.common.operations.clients import TIMEOUT
 from services.common.operations.dead_letters.dead_letter import DeadLetter, DeadLetterLocation
 from services.common.operations.dead_letters.reader import (
     OriginLost,

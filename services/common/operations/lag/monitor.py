@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.common.config import Settings
 from services.common.database.engine import make_engine
 from services.common.database.transactions import transaction
-from services.common.operations.clients import database_url
+from services.common.operations.database_url import database_url
 from services.common.operations.lag.domains import read_domains
 from services.common.operations.lag.report import report
 from services.common.operations.lag.sampler import LagSample, LagSampler

@@ -14,6 +14,7 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.common.config import Settings
 from services.common.kafka import group_request
+from services.common.kafka.admin import admin_client
 from services.common.kafka.clients import plain_config
 from services.common.kafka.headers import readable_headers
 from services.common.kafka.records import Headers, parse_number
@@ -96,7 +97,7 @@ class LagSampler:
         self._consumer = clients.ungrouped_consumer(
             settings, enable_partition_eof=True, fetch_wait_max_ms=100, max_partition_fetch_bytes=1024
         )
-        known = clients.admin_client(settings).list_topics(timeout=clients.TIMEOUT).topics
+        known = admin_client(settings).list_topics(timeout=clients.TIMEOUT).topics
         prefix = settings.topic_prefix
         sizes = {
             name[len(prefix) :]: len(topic.partitions)

@@ -17,8 +17,9 @@ from services.common.config import Settings
 from services.common.database.engine import make_engine
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
+from services.common.kafka.admin import admin_client
 from services.common.kafka.topics import EVENT_TOPICS, KEEP_DAYS, Names
-from services.common.operations.clients import admin_client, database_url
+from services.common.operations.database_url import database_url
 from services.common.operations.errors import OperationError
 from services.common.operations.rebuild import copy_rows, diff, writer
 from services.common.operations.rebuild.event_reader import EventReader
