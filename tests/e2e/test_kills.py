@@ -22,7 +22,7 @@ IN_FLIGHT = 'postroad_stage_in_flight_records{stage="validator"}'
 @pytest.mark.timeout(600)
 def test_killed_services_lose_and_repeat_nothing(stack: Stack) -> None:
     # test_sender.py imports this module.
-    from tests.e2e.test_sender import metric  # noqa: PLC0415
+    from tests.e2e.test_sender import metric
 
     with Pipeline(stack) as pipeline, Load(pipeline, "kill") as load:
 
