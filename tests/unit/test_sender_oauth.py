@@ -254,8 +254,8 @@ def test_a_process_ends_though_the_token_server_does_not_answer() -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
 
         async def main() -> None:
-            asking = asyncio.create_task(OAuthTokens(url, "client-1", lambda: SECRET, timeout=4).get())
-            silent.settimeout(4)
+            asking = asyncio.create_task(OAuthTokens(url, "client-1", lambda: SECRET, timeout=60).get())
+            silent.settimeout(20)
             connection, _ = await asyncio.to_thread(silent.accept)
             asking.cancel()
             await asyncio.wait([asking])
@@ -264,7 +264,7 @@ def test_a_process_ends_though_the_token_server_does_not_answer() -> None:
         connections: list[socket.socket] = []
         started = time.monotonic()
         asyncio.run(main())
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         connections[0].close()
 
 

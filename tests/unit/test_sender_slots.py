@@ -47,14 +47,14 @@ async def test_a_domain_at_its_bound_leaves_the_other_slots_to_others() -> None:
         await slots.acquire("slow")
     waiting = asyncio.ensure_future(slots.acquire("slow"))
     await settle()
-    await asyncio.wait_for(slots.acquire("quick"), 1)
-    await asyncio.wait_for(slots.acquire("quick"), 1)
+    await asyncio.wait_for(slots.acquire("quick"), 10)
+    await asyncio.wait_for(slots.acquire("quick"), 10)
     assert not waiting.done()
     slots.release("quick")
     await settle()
     assert not waiting.done(), "a free slot is no reason to exceed the domain's bound"
     slots.release("slow")
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 10)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ async def test_a_domain_that_hangs_takes_no_more_than_three_quarters_of_few_sess
     slots = Slots(sessions, domain_share(sessions, per_domain))
     hanging = [asyncio.ensure_future(slots.acquire("slow")) for _ in range(3 * sessions)]
     await settle()
-    await asyncio.wait_for(slots.acquire("quick"), 1)
+    await asyncio.wait_for(slots.acquire("quick"), 10)
     for one in hanging:
         one.cancel()
     await asyncio.wait(hanging)
@@ -111,7 +111,7 @@ def test_cancelled_callers_neither_lose_nor_add_a_slot(total: int, bound: int, s
         assert max(most.values(), default=0) <= (bound or total)
         # All slots are released: exactly as many as before can be acquired at once.
         for number in range(total):
-            await asyncio.wait_for(slots.acquire(f"domain {number}"), 1)
+            await asyncio.wait_for(slots.acquire(f"domain {number}"), 10)
         one_more = asyncio.ensure_future(slots.acquire("one more"))
         await settle()
         assert not one_more.done()
@@ -150,7 +150,7 @@ async def test_a_slow_domains_callers_are_shed_while_the_stage_is_saturated(
     slots = Slots(2, 1, is_loaded=lambda: full)
     await slots.acquire("hangs")
     waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(50)]
-    await asyncio.wait_for(slots.acquire("quick"), 1)
+    await asyncio.wait_for(slots.acquire("quick"), 10)
     quick = asyncio.ensure_future(slots.acquire("quick"))
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[13:])
@@ -163,10 +163,10 @@ async def test_a_slow_domains_callers_are_shed_while_the_stage_is_saturated(
     await asyncio.sleep(0.3)
     assert not any(task.done() for task in left), "where there is room nobody leaves"
     slots.release("quick")
-    await asyncio.wait_for(quick, 1)
+    await asyncio.wait_for(quick, 10)
     for task in left:
         slots.release("hangs")
-        await asyncio.wait_for(task, 1)
+        await asyncio.wait_for(task, 10)
 
 
 async def test_a_domain_waits_for_its_own_rate_whatever_another_waits_for() -> None:
@@ -194,7 +194,7 @@ async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() ->
     waiting = asyncio.ensure_future(slots.acquire("slow"))
     await asyncio.sleep(0)
     slots.refund_rate("slow")
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 10)
     slots.release("slow")
     more = asyncio.ensure_future(slots.acquire("slow"))
     await asyncio.sleep(0)
@@ -224,7 +224,7 @@ async def test_a_stalled_domain_is_shed_before_the_stage_is_saturated(
     for _ in range(3):
         await slots.acquire("hangs")
     waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(12)]
-    await asyncio.wait_for(slots.acquire("quick"), 1)
+    await asyncio.wait_for(slots.acquire("quick"), 10)
     assert not slots.is_stalled("hangs"), "it has moved just now"
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[3:])
@@ -237,7 +237,7 @@ async def test_a_stalled_domain_is_shed_before_the_stage_is_saturated(
     assert hangs.unchanged_seconds > 0.2
     for task in waiting[:3]:
         slots.release("hangs")
-        await asyncio.wait_for(task, 1)
+        await asyncio.wait_for(task, 10)
     assert not slots.is_stalled("hangs")
 
 

@@ -27,8 +27,8 @@ __all__ = [
 
 FROM, TO = "shop@example.org", "ann@example.net"
 MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
-QUICK = Timeouts(connect=5, tls=5, opening=5, command=5, data=5, block=5, after_dot=5, quit=1)
-TIMEOUT = 10.0
+QUICK = Timeouts(connect=20, tls=20, opening=20, command=20, data=20, block=20, after_dot=20, quit=1)
+TIMEOUT = 30.0
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -18,12 +19,11 @@ from tests.integration.smtp.script import (
     send,
 )
 
-HASTY = Timeouts(connect=5, tls=5, opening=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
 # Larger than the kernel's buffers of both sides, so that its last bytes leave only if the server reads.
 HUGE = b"Subject: huge\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 98 + b"\r\n") * 400_000
 
 # Without the allowance for a message's size: 0.3 s for all of it.
-HASTY_BLOCK = Timeouts(connect=5, command=5, data=5, block=0.3 - len(HUGE) / 10_000, after_dot=60)
+HASTY_BLOCK = Timeouts(connect=20, command=20, data=20, block=0.3 - len(HUGE) / 10_000, after_dot=60)
 
 
 async def reused(script: Script) -> tuple[SendResult, int]:
@@ -144,7 +144,7 @@ async def test_answers_out_of_step_end_the_session(replies: list[str]) -> None:
     [([], Phase.ENVELOPE), (["250 ok"], Phase.ENVELOPE), (["250 ok", "250 ok"], Phase.DATA)],
 )
 async def test_a_hang_in_the_envelope(replies: list[str], phase: Phase) -> None:
-    result = await result_of(answering(*replies), timeouts=HASTY)
+    result = await result_of(answering(*replies), timeouts=replace(QUICK, command=0.3, data=0.3))
     assert isinstance(result, NotSent)
     assert (result.phase, result.cause, result.spares_attempt) == (phase, "timed out", False)
 
@@ -334,7 +334,7 @@ async def test_a_hang_after_the_dot_is_in_doubt() -> None:
         await c.message()
         await c.ended()
 
-    result = await result_of(script, timeouts=HASTY)
+    result = await result_of(script, timeouts=replace(QUICK, after_dot=0.3))
     assert isinstance(result, InDoubt)
     assert result.cause == "timed out"
     assert result.relay.startswith("127.0.0.1:")
@@ -460,7 +460,7 @@ async def test_the_lease_is_checked_again_on_a_second_session() -> None:
 async def cancelled(script: Script, ready: asyncio.Event) -> None:
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
         sending = asyncio.create_task(send(pool))
-        await asyncio.wait_for(ready.wait(), 5)
+        await asyncio.wait_for(ready.wait(), 20)
         sending.cancel()
         with pytest.raises(SendCancelled) as caught:
             await sending
@@ -506,7 +506,7 @@ async def test_a_send_cancelled_after_the_message_goes_on_and_its_session_is_reu
 
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
         sending = asyncio.create_task(send(pool))
-        await asyncio.wait_for(begun.wait(), 5)
+        await asyncio.wait_for(begun.wait(), 20)
         sending.cancel()
         with pytest.raises(SendCancelled) as caught:
             await sending
@@ -514,7 +514,7 @@ async def test_a_send_cancelled_after_the_message_goes_on_and_its_session_is_reu
         assert caught.value.rest is not None
         assert pool.state.busy == 1
         release.set()
-        assert isinstance(await asyncio.wait_for(caught.value.rest, 5), Sent)
+        assert isinstance(await asyncio.wait_for(caught.value.rest, 20), Sent)
         assert isinstance(await send(pool), Sent)
         assert server.connections == 1
 
@@ -522,7 +522,7 @@ async def test_a_send_cancelled_after_the_message_goes_on_and_its_session_is_reu
 async def cut_off(script: Script, ready: asyncio.Event, message: bytes = MESSAGE) -> SendResult:
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
         sending = asyncio.create_task(send(pool, message))
-        await asyncio.wait_for(ready.wait(), 5)
+        await asyncio.wait_for(ready.wait(), 20)
         sending.cancel()
         with pytest.raises(SendCancelled) as caught:
             await sending

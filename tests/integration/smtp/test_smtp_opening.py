@@ -24,7 +24,6 @@ from tests.integration.smtp.script import (
     send,
 )
 
-HASTY = Timeouts(connect=5, tls=0.3, opening=0.3, quit=1)
 USER = Credentials("ann", "s3cret-of-ann")
 
 
@@ -88,7 +87,7 @@ async def test_a_server_that_hangs(reply: list[str]) -> None:
         await c.say(*reply)
         await c.drained()
 
-    result = await refusal_of(script, timeouts=HASTY)
+    result = await refusal_of(script, timeouts=Timeouts(opening=0.3, quit=1))
     assert result.phase is Phase.CONNECT
     assert "timed out" in result.cause
 
@@ -517,7 +516,7 @@ async def test_a_refused_token_is_fetched_anew_and_its_trouble_is_the_relays() -
     credentials = Credentials("ann", "", "xoauth2", tokens)
     async with scripted(refuses, takes, unused) as server, pool_for(server, credentials=credentials) as pool:
         assert isinstance(await send(pool), NotSent)
-        await asyncio.wait_for(pool.wait_available(), 5)
+        await asyncio.wait_for(pool.wait_available(), 20)
         assert isinstance(await send(pool), Sent)
         assert tokens.forgotten == ["old"]
         tokens.left.clear()
@@ -695,7 +694,7 @@ async def test_a_server_that_hangs_in_the_handshake() -> None:
         await c.say("220 go on")
         await c.drained()
 
-    result = await refusal_of(script, tls=Tls.STARTTLS, timeouts=HASTY)
+    result = await refusal_of(script, tls=Tls.STARTTLS, timeouts=Timeouts(tls=0.3, quit=1))
     assert result.phase is Phase.TLS
 
 

@@ -254,7 +254,7 @@ async def test_missing_auth_in_clear_spares_the_attempt(server: Postfix) -> None
 async def test_a_session_that_postfix_timed_out_is_not_used(server: Postfix) -> None:
     async with pool_to(server, server.narrow_port, limits=Limits(sessions=1)) as pool:
         assert isinstance(await send(pool), Sent)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while pool.state.idle:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         assert isinstance(await send(pool), Sent)

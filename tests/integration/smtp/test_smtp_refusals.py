@@ -202,13 +202,13 @@ async def test_a_cancelled_send_refused_after_the_dot_is_not_sent_again() -> Non
 
     async with scripted(script) as server, pool_for(server) as pool:
         sending = asyncio.create_task(send(pool))
-        await asyncio.wait_for(ready.wait(), 5)
+        await asyncio.wait_for(ready.wait(), 20)
         sending.cancel()
         with pytest.raises(SendCancelled) as caught:
             await sending
         release.set()
         assert caught.value.rest is not None
-        result = await asyncio.wait_for(caught.value.rest, 5)
+        result = await asyncio.wait_for(caught.value.rest, 20)
         assert isinstance(result, Rejected)
         assert not result.permanent
         assert server.connections == 1
@@ -307,7 +307,7 @@ async def test_a_mail_that_arrives_while_none_waits_is_the_next_probe() -> None:
         assert isinstance(result, NotSent)
         await until(lambda: pool._availability._probe_pending)
         assert not pool.available
-        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 20), Sent)
         assert pool.available
 
 
@@ -337,7 +337,7 @@ async def test_a_probe_that_never_reached_the_relay_shows_nothing() -> None:
         assert not pool.available
         assert None not in changes
         refusing = False
-        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 20), Sent)
         assert pool.available
 
 
@@ -380,7 +380,7 @@ async def test_only_a_refusal_at_the_same_or_a_later_step_ends_the_trouble(
         assert isinstance(await send(pool), Rejected)
         assert pool.available is up
         mails = 3
-        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 20), Sent)
 
 
 # --- A relay that answers MAIL of no mail
@@ -427,7 +427,7 @@ async def test_a_relay_that_answers_no_mail_command_soon_counts_as_down(
         assert result.spares_attempt
         assert result.phase is Phase.ENVELOPE
         well = True
-        assert isinstance(await asyncio.wait_for(until_taken(pool), 5), Sent)
+        assert isinstance(await asyncio.wait_for(until_taken(pool), 20), Sent)
         assert pool.available
 
 

@@ -1,14 +1,13 @@
 """Replies as servers in use write them: readable parts count, and the text is shown."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, Sent
-from services.sender.smtp_pool import SendCancelled, Timeouts
-from tests.integration.smtp.script import Conversation, Script, pool_for, result_of, scripted, send
-
-HASTY = Timeouts(connect=5, tls=5, opening=0.3, command=0.3, data=0.3, block=0.3, after_dot=0.3, quit=1)
+from services.sender.smtp_pool import SendCancelled
+from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for, result_of, scripted, send
 
 
 def after_the_dot(answer: bytes, *, close: bool = True) -> Script:
@@ -85,7 +84,9 @@ async def test_a_text_before_the_message_is_shown_though_it_is_no_reply(
 
 
 async def test_an_unfinished_reply_after_the_dot_counts_at_the_timeout() -> None:
-    result = await result_of(after_the_dot(b"250-queued\r\n", close=False), timeouts=HASTY)
+    result = await result_of(
+        after_the_dot(b"250-queued\r\n", close=False), timeouts=replace(QUICK, after_dot=0.3)
+    )
     assert isinstance(result, Sent)
 
 
@@ -102,9 +103,9 @@ async def test_an_aborted_send_still_has_its_reply() -> None:
 
     async with scripted(script) as server, pool_for(server) as pool:
         sending = asyncio.create_task(send(pool))
-        await asyncio.wait_for(answered.wait(), 5)
+        await asyncio.wait_for(answered.wait(), 20)
         connection = next(iter(pool._sessions._ready)).connection
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while connection._parser.unfinished is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         sending.cancel()

@@ -115,7 +115,7 @@ async def test_a_session_that_the_relay_ends_costs_its_mail_no_attempt() -> None
     server = MailServer(refuse)
     async with scripted(server) as relay, pool_for(relay) as pool:
         world = World(pool)  # type: ignore[arg-type]
-        outcomes = [await asyncio.wait_for(world.sender.handle(mx_ok(id=id_)), 10) for id_ in task_ids(6)]
+        outcomes = [await asyncio.wait_for(world.sender.handle(mx_ok(id=id_)), 20) for id_ in task_ids(6)]
         assert_sent_at_the_first_attempt(outcomes)
         assert set(server.copies.values()) == {1}
         await world.shared.close()
