@@ -93,7 +93,7 @@ async def test_partitions_of_a_lost_assignment_are_read_nevertheless(
             with kit.infra.frozen("kafka-1"):
                 await until(lambda: remaining._poller._membership._trouble_at is not None, 30)
             await kit.publish(created(n) for n in range(100))
-            await until(lambda: sum(kit.committed().values()) == 200, 30)
+            await until(lambda: sum(kit.committed().values()) == 200, 60)
             await until(lambda: not remaining.problems(), 30)
     assert len(made) == 2
     assert len({message.key() for message in kit.read(MX_OK)}) == 200

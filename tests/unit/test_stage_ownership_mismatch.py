@@ -37,9 +37,21 @@ def test_one_agreement_ends_a_mismatch() -> None:
     assert mismatch.lasts([A], [A, B], 22)
 
 
-def test_comparisons_far_apart_start_anew() -> None:
+def test_responses_may_come_further_apart_than_the_grace() -> None:
     mismatch = OwnershipMismatch(10)
     assert not mismatch.lasts([A], [A, B], 0)
+    for now in range(26):
+        mismatch.check(now)
+    assert mismatch.lasts([A], [A, B], 25)
+
+
+def test_a_poller_that_was_held_up_starts_anew() -> None:
+    mismatch = OwnershipMismatch(10)
+    mismatch.check(0)
+    assert not mismatch.lasts([A], [A, B], 0)
+    mismatch.check(60)
     assert not mismatch.lasts([A], [A, B], 60)
+    mismatch.check(65)
     assert not mismatch.lasts([A], [A, B], 65)
+    mismatch.check(70)
     assert mismatch.lasts([A], [A, B], 70)

@@ -49,19 +49,25 @@ class OwnershipMismatch:
     def __init__(self, grace: float) -> None:
         self._grace = grace
         self._difference: frozenset[TopicPartition] = frozenset()
-        self._since = self._compared_at = 0.0
+        self._since = self._checked_at = 0.0
+
+    def check(self, now: float) -> None:
+        """Note that the poller runs. One held up for `grace` seconds has not seen its changes yet."""
+        if now - self._checked_at >= self._grace:
+            self.forget()
+        self._checked_at = now
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._difference = frozenset()
 
     def lasts(
         self, owned: Collection[TopicPartition], assigned: Collection[TopicPartition], now: float
     ) -> bool:
-        """Return whether these have differed in the same partitions for `grace` seconds by `now`.
-
-        A comparison that comes `grace` seconds or more after the previous one starts anew.
-        """
+        """Return whether these have differed in the same partitions for `grace` seconds by `now`."""
         difference = frozenset(owned) ^ frozenset(assigned)
-        if difference != self._difference or now - self._compared_at >= self._grace:
+        if difference != self._difference:
             self._difference, self._since = difference, now
-        self._compared_at = now
         return bool(difference) and now - self._since >= self._grace
 
 
@@ -132,8 +138,10 @@ class Membership:
             self._on_error(error.args[0])
 
     def _mismatch_lasts(self, view: OwnershipView, now: float) -> bool:
+        self._mismatch.check(now)
         assigned, requested_at = view.response(), self._requested_at
         if self._trouble_at is None or not self.joined:
+            self._mismatch.forget()
             return False
         if now - self._requested_at > _COMPARE_INTERVAL:
             self._requested_at = now
