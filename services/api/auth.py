@@ -20,14 +20,18 @@ class Tenants:
     """Finds the tenant of a call by its bearer token.
 
     `tokens` holds comma-separated `TENANT:TOKEN` pairs. A tenant may have several tokens, so an operator can
-    replace one without an interruption. Without any pair every call belongs to the tenant `default`.
+    replace one without an interruption. With None every call belongs to the tenant `default`.
 
-    Raises ValueError for a malformed pair, and for a token of two tenants. The text never contains a token.
+    Raises ValueError for an empty list, a malformed pair, and a token of two tenants. The text never contains
+    a token.
     """
 
-    def __init__(self, tokens: str) -> None:
+    def __init__(self, tokens: str | None) -> None:
         # The keys are digests, so the time of a lookup reveals nothing about a token.
         self._tenants: dict[bytes, str] = {}
+        if tokens is not None and not tokens.strip():
+            # A file or a secret that is missing leaves an empty variable, and must not open the api.
+            raise ValueError("has no pair; where it is unset, a client needs no token")
         for number, pair in enumerate(map(str.strip, tokens.split(",") if tokens else ()), start=1):
             tenant, colon, token = pair.partition(":")
             if not colon:
@@ -41,6 +45,11 @@ class Tenants:
                 raise ValueError(f"the token of pair {number} is not 8 or more visible ASCII characters")
             if self._tenants.setdefault(_digest(token), tenant) != tenant:
                 raise ValueError(f"the token of pair {number} belongs to another tenant too")
+
+    @property
+    def need_tokens(self) -> bool:
+        """Whether a call needs a token."""
+        return bool(self._tenants)
 
     def tenant(self, metadata: Mapping[str, str | bytes]) -> str:
         """Return the tenant of a call with this metadata; raise StatusError UNAUTHENTICATED without one."""

@@ -13,6 +13,7 @@ from services.api import outbox
 from services.api.auth import Tenants
 from services.api.database_threads import THREADS, DatabaseThreads
 from services.api.decider import Decider
+from services.api.exposure import check_listener, log_exposure
 from services.api.interceptor import SERVICE, RequestInterceptor
 from services.api.outbox import NewTask, OutboxRow
 from services.api.outbox_backlog import OutboxBacklog
@@ -48,15 +49,19 @@ _CONNECTIONS = 6 + 2 * THREADS
 class ApiService:
     """The api in its process. Made on the event loop.
 
-    Raises OSError where its port is taken, and ValueError for tokens or a database URL that are not valid.
+    Raises OSError where its port is taken. Raises ValueError for tokens, a listener or a database URL that it
+    cannot accept.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._drain_seconds = settings.drain_seconds
+        self._drain_seconds, self._listen = settings.drain_seconds, settings.listen
         self._stopping = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         with refused("api_tokens"):
-            tenants = Tenants(settings.api_tokens.get_secret_value())
+            given = "api_tokens" in settings.model_fields_set
+            tenants = Tenants(settings.api_tokens.get_secret_value() if given else None)
+        with refused("listen"):
+            check_listener(settings.listen, settings.insecure)
         with refused("database_url"):
             url = url_of(settings.database_url.get_secret_value())
         self._engine = make_engine(url, _CONNECTIONS)
@@ -79,6 +84,7 @@ class ApiService:
         task_service = TaskServicer(
             self._recorder, self._query_threads, decider, self._watch_service, settings.max_body
         )
+        self._need_tokens = tenants.need_tokens
         self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)
         self._server, self.port = make_server(settings.listen, task_service, self._interceptor, self._health)
 
@@ -90,6 +96,7 @@ class ApiService:
         self._publisher.start()
         await self._server.start()
         log.info("serving", port=self.port)
+        log_exposure(self._listen, self._need_tokens)
         sweeping = asyncio.create_task(self._sweeper.run())
         readiness = asyncio.create_task(self._readiness.run())
         backlog = asyncio.create_task(self._backlog.run())

@@ -138,7 +138,10 @@ class Settings(BaseSettings):
     )
     api_tokens: SecretStr = Field(
         SecretStr(""),
-        description="Bearer tokens as TENANT:TOKEN pairs, comma separated; empty: a client needs no token",
+        description="Bearer tokens as TENANT:TOKEN pairs, comma separated; unset: a client needs no token",
+    )
+    insecure: bool = Field(
+        False, description="1: the api may listen wider than loopback, although gRPC is plain text"
     )
 
     validator_delays: Delays = Field(

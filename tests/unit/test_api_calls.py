@@ -29,8 +29,13 @@ def test_two_bearer_tokens_are_refused() -> None:
     assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
 
 
+def test_an_empty_list_of_tokens_opens_nothing() -> None:
+    with pytest.raises(ValueError, match="has no pair"):
+        Tenants("")
+
+
 def test_without_tokens_everyone_is_the_default_tenant() -> None:
-    assert Tenants("").tenant({"authorization": "Bearer whatever"}) == "default"
+    assert Tenants(None).tenant({"authorization": "Bearer whatever"}) == "default"
 
 
 def test_a_token_identifies_its_tenant() -> None:

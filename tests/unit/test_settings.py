@@ -86,6 +86,7 @@ BAD = [
     ("POSTROAD_LOG_FORMAT", "text", "'json' or 'console'"),
     ("POSTROAD_LOG_LEVEL", "INFO", "'info'"),
     *(("EMAIL_HOST", value, "without a port") for value in ("", " ", "relay:25", "[::1]", "a b", "https://relay")),
+    *(("POSTROAD_INSECURE", value, "boolean") for value in ("", "perhaps", "2")),
     *(("EMAIL_PORT", value, "") for value in ("", "0", "-1", "65536", "smtp")),
     ("EMAIL_TLS", "yes", "'starttls'"),
     *(
@@ -111,7 +112,8 @@ BAD = [
 
 # Values that only the part that reads the setting can check, when it is built.
 BAD_FOR_ITS_READER = [
-    *(("api", "POSTROAD_API_TOKENS", value) for value in (",", " ", "shop", "shop:short", "a:12345678,")),
+    *(("api", "POSTROAD_API_TOKENS", value) for value in ("", ",", " ", "shop", "shop:short", "a:12345678,")),
+    *(("api", "POSTROAD_LISTEN", value) for value in ("0.0.0.0:0", "[::]:0", "192.0.2.1:0", "api.example:0")),
     *(
         (service, "POSTROAD_DATABASE_URL", value)
         for service in ("api", "sender", "status")
