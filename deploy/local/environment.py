@@ -46,6 +46,7 @@ OWN_SETTINGS = {
         "POSTROAD_LISTEN",
         "POSTROAD_MAX_BODY",
         "POSTROAD_MAX_PENDING_CREATES",
+        "POSTROAD_TOKEN_KEYS",
     ),
     **{name: stage.settings for name, stage in STAGES.items()},
 }

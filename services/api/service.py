@@ -23,6 +23,7 @@ from services.api.readiness import Readiness
 from services.api.recorder import Recorder
 from services.api.server import make_server
 from services.api.task_service import TaskServicer
+from services.api.token_keys import token_keys
 from services.api.watch.watch_service import WatchService
 from services.common.batching import Batcher
 from services.common.config import Settings, refused
@@ -64,6 +65,8 @@ class ApiService:
             check_listener(settings.listen, settings.insecure)
         with refused("database_url"):
             url = url_of(settings.database_url.get_secret_value())
+        with refused("token_keys"):
+            keys = token_keys(settings.token_keys.get_secret_value(), url)
         self._engine = make_engine(url, _CONNECTIONS)
         self._publisher = Publisher(settings, "postroad.api")
         self._deleter: Batcher[OutboxRow, None] = Batcher(self._delete, shared=is_transient, name="outbox")
@@ -80,9 +83,14 @@ class ApiService:
         # The api publishes to some of these topics, and Watch reads all.
         names = Names(settings.topic_prefix)
         self._cluster = ClusterCheck(settings, [names.topic(name) for name in EVENT_TOPICS])
-        self._watch_service = WatchService(settings, self._query_threads)
+        self._watch_service = WatchService(settings, self._query_threads, keys)
         task_service = TaskServicer(
-            self._recorder, self._query_threads, decider, self._watch_service, settings.max_body
+            self._recorder,
+            self._query_threads,
+            decider,
+            self._watch_service,
+            max_body=settings.max_body,
+            keys=keys,
         )
         self._need_tokens = tenants.need_tokens
         self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)

@@ -17,6 +17,7 @@ from services.api.decider import Decider
 from services.api.errors import InvalidArgument, StatusError, Violation, collect, not_found
 from services.api.outbox import NewTask, OutboxEvent
 from services.api.recorder import Recorder
+from services.api.token_keys import TokenKeys
 from services.api.trace import request_traceparent
 from services.api.validation import task_created, task_id
 from services.api.watch.watch_service import WatchService
@@ -39,11 +40,13 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         threads: DatabaseThreads,
         decider: Decider,
         watch_service: WatchService,
+        *,
         max_body: int,
+        keys: TokenKeys,
     ) -> None:
         self._recorder, self._threads, self._decider = recorder, threads, decider
         self._watch_service = watch_service
-        self._max_body = max_body
+        self._max_body, self._keys = max_body, keys
         self._ids = uuid7.IdGenerator()
 
     async def Create(self, request: task_service_pb2.CreateRequest, context: Context) -> task_pb2.Task:
@@ -96,11 +99,11 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         if size is None or filter_ is None:
             raise InvalidArgument(violations)
         digest = filter_.digest(tenant)
-        after = page_tokens.decode(request.page_token, digest)
+        after = page_tokens.decode(self._keys, request.page_token, digest)
         tasks, last_id = await self._threads.run(
             lambda connection: queries.page(connection, tenant, filter_, after, size)
         )
-        next_page_token = "" if last_id is None else page_tokens.encode(last_id, digest)
+        next_page_token = "" if last_id is None else page_tokens.encode(self._keys, last_id, digest)
         return task_service_pb2.ListResponse(results=tasks, next_page_token=next_page_token)
 
     async def Count(

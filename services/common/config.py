@@ -140,6 +140,11 @@ class Settings(BaseSettings):
         SecretStr(""),
         description="Bearer tokens as TENANT:TOKEN pairs, comma separated; unset: a client needs no token",
     )
+    token_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Keys of page and resume tokens, comma separated, of 32 or more visible ASCII characters;"
+        " the first signs, all are valid; empty: one made of the database's password",
+    )
     insecure: bool = Field(
         False, description="1: the api may listen wider than loopback, although gRPC is plain text"
     )
@@ -235,7 +240,9 @@ class Settings(BaseSettings):
     def _is_text(cls, value: object) -> object:
         return forms.text(value) if isinstance(value, str) else value
 
-    @field_validator("email_pass", "email_oauth_client_secret", "api_tokens", "database_url", mode="before")
+    @field_validator(
+        "email_pass", "email_oauth_client_secret", "api_tokens", "token_keys", "database_url", mode="before"
+    )
     @classmethod
     def _is_secret(cls, value: object) -> object:
         return forms.without_line_end(value) if isinstance(value, str) else value

@@ -26,6 +26,7 @@ from postroad.v1.task_service_pb2 import CancelRequest, CreateRequest, TaskData,
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import uuid7
 from services.api.database_threads import DatabaseThreads
+from services.api.token_keys import TokenKeys
 from services.api.watch import topic_tail
 from services.api.watch.event_consumer import EventConsumer
 from services.api.watch.folded_offsets import FoldedOffsets
@@ -640,7 +641,8 @@ def test_a_drain_ends_all_streams_at_once(installation: Installation, stages: Fa
 
 
 async def test_the_live_readers_memory_is_freed_after_the_last_watcher(installation: Installation) -> None:
-    watches = WatchService(installation.settings(), DatabaseThreads(make_engine(installation.database_url)))
+    threads = DatabaseThreads(make_engine(installation.database_url))
+    watches = WatchService(installation.settings(), threads, TokenKeys([bytes(32)]))
     written = asyncio.Event()
 
     async def write(message: bytes) -> None:

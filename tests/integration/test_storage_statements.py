@@ -153,11 +153,11 @@ async def test_a_task_that_no_statement_can_hold_is_refused(
 ) -> None:
     recorder = Recorder(limited_engine(64 << 10), lambda recorded: None, 5000, 256 << 20)
     unused: Any = None
-    service = TaskServicer(recorder, unused, unused, unused, max_body=1 << 20)
+    service = TaskServicer(recorder, unused, unused, unused, max_body=1 << 20, keys=unused)
     handler = grpc.unary_unary_rpc_method_handler(
         service.Create, CreateRequest.FromString, Task.SerializeToString
     )
-    create = RequestInterceptor(Tenants(""), unused).wrap("Create", handler)
+    create = RequestInterceptor(Tenants(None), unused).wrap("Create", handler)
     data = TaskData(email="ada@shop.test", subject="s", body="x" * (64 << 10))
     call = Call()
     with pytest.raises(Aborted):

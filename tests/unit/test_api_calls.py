@@ -84,7 +84,7 @@ async def test_a_long_batch_does_not_block_the_event_loop() -> None:
 
     recorder: Any = SimpleNamespace(record_batch=record_batch)
     unused: Any = None
-    service = TaskServicer(recorder, unused, unused, unused, max_body=1000)
+    service = TaskServicer(recorder, unused, unused, unused, max_body=1000, keys=unused)
     set_call(Call("default", Metadata(()), 0))
     # Each takes some milliseconds to parse.
     senders = [", ".join(f"Ann <a{number}.{n}@example.org>" for n in range(20)) for number in range(30)]

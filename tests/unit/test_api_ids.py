@@ -10,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.api import errors, page_tokens, uuid7
+from services.api.token_keys import TokenKeys
+
+KEYS = TokenKeys([b"k" * 32])
 
 
 def test_ids_are_uuid7_and_rise_strictly_whatever_the_clock_shows() -> None:
@@ -57,27 +60,27 @@ def test_a_malformed_id_is_refused(value: str) -> None:
 
 @given(st.binary(min_size=16, max_size=16), st.binary(min_size=16, max_size=16))
 def test_a_page_token_decodes_to_its_id(last: bytes, digest: bytes) -> None:
-    token = page_tokens.encode(last, digest)
-    assert page_tokens.decode(token, digest) == last
+    token = page_tokens.encode(KEYS, last, digest)
+    assert page_tokens.decode(KEYS, token, digest) == last
     with pytest.raises(errors.InvalidArgument):
-        page_tokens.decode(token, bytes(16) if digest != bytes(16) else b"x" * 16)
+        page_tokens.decode(KEYS, token, bytes(16) if digest != bytes(16) else b"x" * 16)
 
 
 def test_the_empty_token_is_the_first_page() -> None:
-    assert page_tokens.decode("", b"d") is None
+    assert page_tokens.decode(KEYS, "", b"d") is None
 
 
 @given(st.text(max_size=60))
 def test_any_other_text_is_refused(text: str) -> None:
     if text:
         with pytest.raises(errors.InvalidArgument) as caught:
-            page_tokens.decode(text, b"d" * 16)
+            page_tokens.decode(KEYS, text, b"d" * 16)
         assert caught.value.violations[0].field == "page_token"
 
 
 def test_a_changed_token_is_refused() -> None:
     digest = b"d" * 16
-    token = page_tokens.encode(bytes(range(16)), digest)
+    token = page_tokens.encode(KEYS, bytes(range(16)), digest)
     raw = base64.urlsafe_b64decode(token + "==="[: -len(token) % 4])
     others = [token + "=", token + " ", token[:-1], token.lower(), token + token]
     others += [
@@ -86,7 +89,7 @@ def test_a_changed_token_is_refused() -> None:
     ]
     for other in others:
         with pytest.raises(errors.InvalidArgument):
-            page_tokens.decode(other, digest)
+            page_tokens.decode(KEYS, other, digest)
 
 
 def test_a_page_has_50_tasks_by_default_and_1000_at_most() -> None:

@@ -15,6 +15,7 @@ from postroad.v1.task_pb2 import Task
 from postroad.v1.task_service_pb2 import WatchRequest
 from services.api.errors import StatusError
 from services.api.filters import Filter
+from services.api.token_keys import TokenKeys
 from services.api.watch import catch_up_groups, catching_up_watcher, watch_service
 from services.api.watch.live_reader import JoinPoint
 from services.api.watch.messages import WatchMessage
@@ -260,7 +261,7 @@ async def test_a_client_that_reads_nothing_holds_no_catch_up_slot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads: Any = FakeLiveReader()
-    watches = watch_service.WatchService(Settings(), threads)
+    watches = watch_service.WatchService(Settings(), threads, TokenKeys([b"k" * 32]))
     monkeypatch.setattr(watches, "_acquire_live_reader", FakeLiveReader)
     monkeypatch.setattr(watches, "_release_live_reader", lambda _: None)
     monkeypatch.setattr(watch_service, "CatchUp", lambda *_: FakeCatchUp(()))

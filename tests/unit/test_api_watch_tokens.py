@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.api.errors import InvalidArgument
+from services.api.token_keys import MAC_LENGTH, TokenKeys
 from services.api.watch import resume_tokens
 from services.api.watch.applied_changes import AppliedChange
 from services.api.watch.catch_up import TOKEN_INTERVAL, token_groups
@@ -19,6 +20,7 @@ from tests.watch_changes import life, mail, read
 
 # --- tokens ------------------------------------------------------------------------------------
 
+KEYS = TokenKeys([b"k" * 32])
 POSITIONS = st.dictionaries(
     st.tuples(st.sampled_from(EVENT_TOPICS), st.integers(0, 40)), st.integers(0, (1 << 63) - 1), max_size=40
 )
@@ -26,9 +28,8 @@ POSITIONS = st.dictionaries(
 
 @given(POSITIONS, st.binary(min_size=16, max_size=16))
 def test_a_token_decodes_to_its_positions(positions: dict[TopicPartition, int], digest: bytes) -> None:
-    found = resume_tokens.decode(
-        resume_tokens.encode_digest(digest) + resume_tokens.encode_positions(positions), digest
-    )
+    token = resume_tokens.token(KEYS, digest, resume_tokens.encode_positions(positions))
+    found = resume_tokens.decode(KEYS, token, digest)
     assert {partition: offset for partition, offset in found.items() if offset} == {
         partition: offset for partition, offset in positions.items() if offset
     }
@@ -37,22 +38,22 @@ def test_a_token_decodes_to_its_positions(positions: dict[TopicPartition, int], 
 
 @given(POSITIONS, st.data())
 def test_a_changed_token_is_refused(positions: dict[TopicPartition, int], data: st.DataObject) -> None:
-    good = resume_tokens.encode_digest(b"me") + resume_tokens.encode_positions(positions)
-    assert resume_tokens.decode(good, b"me") is not None
+    good = resume_tokens.token(KEYS, b"me", resume_tokens.encode_positions(positions))
+    assert resume_tokens.decode(KEYS, good, b"me") is not None
     at = data.draw(st.integers(0, len(good) - 1))
     character = data.draw(st.sampled_from([c for c in "AZaz09-_~é\0" if c != good[at]]))
     for bad in (good[:at], good[:at] + character + good[at + 1 :], good + character):
         with pytest.raises(InvalidArgument):
-            resume_tokens.decode(bad, b"me")
+            resume_tokens.decode(KEYS, bad, b"me")
     with pytest.raises(InvalidArgument):
-        resume_tokens.decode(good, b"you")
+        resume_tokens.decode(KEYS, good, b"you")
 
 
 @given(st.text(max_size=200))
 def test_any_other_text_is_refused(text: str) -> None:
-    for bad in (text, resume_tokens.encode_digest(b"me") + text):
+    for bad in (text, "A" * MAC_LENGTH + text):
         with pytest.raises(InvalidArgument):
-            resume_tokens.decode(bad, b"me")
+            resume_tokens.decode(KEYS, bad, b"me")
 
 
 # --- merging partitions ------------------------------------------------------------------------

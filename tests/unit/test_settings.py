@@ -113,6 +113,10 @@ BAD = [
 # Values that only the part that reads the setting can check, when it is built.
 BAD_FOR_ITS_READER = [
     *(("api", "POSTROAD_API_TOKENS", value) for value in ("", ",", " ", "shop", "shop:short", "a:12345678,")),
+    *(
+        ("api", "POSTROAD_TOKEN_KEYS", value)
+        for value in (",", "short", "s3cret" * 6 + ",short", "k" * 32 + ",")
+    ),
     *(("api", "POSTROAD_LISTEN", value) for value in ("0.0.0.0:0", "[::]:0", "192.0.2.1:0", "api.example:0")),
     *(
         (service, "POSTROAD_DATABASE_URL", value)
@@ -297,5 +301,6 @@ def test_the_text_of_the_settings_shows_no_secret() -> None:
         "email_pass": "s3cret",
         "email_oauth_client_secret": "s3cret",
         "api_tokens": "shop:s3cret-one",
+        "token_keys": "s3cret" * 6,
     }
     assert "s3cret" not in repr(Settings(**given))  # type: ignore[arg-type]
