@@ -18,10 +18,14 @@ __all__ = ["ReflectionClient"]
 class ReflectionClient:
     """Calls the unary methods of the services that a server reflects. A context manager.
 
-    `version` is that of reflection, v1 or v1alpha: their messages are the same on the wire.
+    `version` is that of reflection, v1 or v1alpha: their messages are the same on the wire. Reflection needs
+    `token` where the api has tokens.
     """
 
-    def __init__(self, target: str, version: str = "v1", options: Sequence[tuple[str, int]] = ()) -> None:
+    def __init__(
+        self, target: str, version: str = "v1", options: Sequence[tuple[str, int]] = (), token: str = ""
+    ) -> None:
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
         most = ("grpc.max_receive_message_length", 64 << 20)
         self.channel = grpc.insecure_channel(target, [most, *options])
         self._reflect = self.channel.stream_stream(
@@ -73,7 +77,7 @@ class ReflectionClient:
         return call(payload, timeout=options.pop("timeout", 20), **options)  # type: ignore[no-any-return]
 
     def _ask(self, request: Any) -> Any:
-        [answer] = self._reflect(iter([request]), timeout=20)
+        [answer] = self._reflect(iter([request]), timeout=20, metadata=self._metadata)
         return answer
 
     def _learn(self, answer: Any) -> None:

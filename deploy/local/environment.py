@@ -41,6 +41,8 @@ PREFIXES = ("POSTROAD_", "EMAIL_")
 # The prefixes of the settings that only one service reads. Any other setting concerns all services.
 OWN_SETTINGS = {
     "api": (
+        "POSTROAD_ACCEPT_COMPRESSION",
+        "POSTROAD_ALLOWED_HEADERS",
         "POSTROAD_API_TOKENS",
         "POSTROAD_INSECURE",
         "POSTROAD_LISTEN",

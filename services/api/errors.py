@@ -6,6 +6,7 @@ The details are a google.rpc.Status in the trailing metadata key `grpc-status-de
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -32,11 +33,13 @@ __all__ = [
     "idempotency_conflict",
     "internal_error",
     "invalid_field",
+    "no_request",
     "not_found",
     "not_retryable",
     "not_uncertain",
     "overloaded",
     "retry_info",
+    "slow_request",
     "unauthenticated",
 ]
 
@@ -82,7 +85,11 @@ class StatusError(Exception):
     async def abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
         """End the RPC with this error."""
         status = rpc_status.to_status(self.status())
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        try:
+            await context.abort(status.code, status.details, status.trailing_metadata)
+        except grpc.aio.InternalError:
+            # The call ended first, so there is nobody to tell.
+            raise asyncio.CancelledError from None
 
 
 class InvalidArgument(StatusError):
@@ -205,6 +212,18 @@ def draining() -> StatusError:
     return StatusError(
         grpc.StatusCode.UNAVAILABLE, "shutting down", (error_info("DRAINING"), retry_info(1.0))
     )
+
+
+def slow_request() -> StatusError:
+    """Return DEADLINE_EXCEEDED: the client did not finish its request in time."""
+    return StatusError(
+        grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time", (error_info("SLOW_REQUEST"),)
+    )
+
+
+def no_request() -> StatusError:
+    """Return INVALID_ARGUMENT: the client ended its side of the call without a request."""
+    return invalid_field("request", "is missing")
 
 
 def unauthenticated() -> StatusError:

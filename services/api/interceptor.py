@@ -1,4 +1,7 @@
-"""Runs around every RPC of the task service: authenticates, admits, decodes, counts, and reports errors.
+"""Runs around every RPC of the task service: authenticates, reads, admits, decodes, counts, reports errors.
+
+gRPC reads the request of a unary RPC before it calls a handler. The interceptor therefore registers each RPC
+as one that takes a stream, and reads nothing of a call that its headers do not authenticate (docs/adr/0031).
 
 gRPC answers UNKNOWN without details where it cannot decode a request itself. The interceptor therefore takes
 requests as bytes, and refuses such a request like any other invalid one (docs/adr/0025).
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeAlias
 
@@ -18,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from postroad.v1 import task_service_pb2
 from services.api.auth import Tenants
+from services.api.bounded_io import Context, StreamWriter, read
 from services.api.call import Call, Metadata, set_call
 from services.api.errors import (
     StatusError,
@@ -25,11 +29,13 @@ from services.api.errors import (
     exceeds_max_allowed_packet,
     internal_error,
     invalid_field,
+    no_request,
 )
+from services.api.health import SERVICE_NAME as HEALTH
 from services.api.metrics import API_REQUESTS, API_SECONDS
 from services.common.database.errors import error_text, is_too_long
 
-__all__ = ["MAX_QUERY", "SERVICE", "RequestInterceptor"]
+__all__ = ["MAX_BATCH", "MAX_CREATE", "MAX_QUERY", "SERVICE", "RequestInterceptor"]
 
 log = structlog.get_logger(__name__)
 
@@ -38,24 +44,27 @@ SERVICE: str = _DESCRIPTOR.full_name
 """The full name of the task service."""
 MAX_QUERY = 256 << 10
 """Bytes of a request without a mail: four times the longest resume token."""
+MAX_CREATE = 4 << 20
+"""Bytes of a request with one mail: twice the largest POSTROAD_MAX_BODY."""
+MAX_BATCH = 32 << 20
+"""Bytes of a request with many mails: a batch of 1,000 tasks may have 32 KiB a task."""
 
 Admit: TypeAlias = Callable[[int], AbstractContextManager[None]]
 """Admits a request of so many bytes while it is decoded and answered; raises StatusError to refuse it."""
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 RpcHandler: TypeAlias = Any
 """A grpc.RpcMethodHandler. types-grpcio knows only those of synchronous servers."""
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of the task service. Leaves other services alone. Belongs to one event loop.
+    """Wraps the handlers of all services but health, which needs no token. Belongs to one event loop.
 
     `admit_batch` admits the requests of BatchCreate before they are decoded.
     """
 
     def __init__(self, tenants: Tenants, admit_batch: Admit) -> None:
         self._tenants = tenants
-        # Create is admitted after decoding, together with other Creates. Its size is limited by gRPC.
-        self._admit: Mapping[str, Admit] = {"Create": lambda _: nullcontext(), "BatchCreate": admit_batch}
+        # Create is admitted after decoding, together with other Creates. A batch's size is limited by gRPC.
+        self._admit: Mapping[str, Admit] = {"Create": _admit_create, "BatchCreate": admit_batch}
         self._handlers: dict[str, RpcHandler] = {}
         self._draining = False
         self._in_flight, self._idle = 0, asyncio.Event()
@@ -77,53 +86,60 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> RpcHandler | None:
         """Return the wrapped handler of a call; None where the service has no such RPC."""
-        service, _, rpc = handler_call_details.method.lstrip("/").rpartition("/")
-        if service != SERVICE:
+        method = handler_call_details.method.lstrip("/")
+        service, _, rpc = method.rpartition("/")
+        if service == HEALTH:
             return await continuation(handler_call_details)
-        if rpc not in self._handlers:
+        if method not in self._handlers:
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            self._handlers[rpc] = self.wrap(rpc, handler)
-        return self._handlers[rpc]
+            self._handlers[method] = self.wrap(rpc, handler) if service == SERVICE else self._guard(handler)
+        return self._handlers[method]
 
     def wrap(self, rpc: str, handler: RpcHandler) -> RpcHandler:
-        """Return a handler that takes bytes and calls `handler`, the one of this RPC."""
+        """Return a handler that reads bytes and calls `handler`, the one of this RPC."""
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._wrap_stream(rpc, handler))
-        return grpc.unary_unary_rpc_method_handler(self._wrap_unary(rpc, handler))
+            return grpc.stream_stream_rpc_method_handler(self._wrap_stream(rpc, handler))
+        return grpc.stream_unary_rpc_method_handler(self._wrap_unary(rpc, handler))
 
-    def _wrap_unary(self, rpc: str, handler: RpcHandler) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    def _wrap_unary(self, rpc: str, handler: RpcHandler) -> Callable[[object, Context], Awaitable[bytes]]:
         succeeded = API_REQUESTS.labels(rpc, "OK")
         seconds = API_SECONDS.labels(rpc)
         answer, serialize = handler.unary_unary, handler.response_serializer
 
-        async def handle(raw: bytes, context: Context) -> bytes:
+        async def respond(context: Context) -> bytes:
+            call = await self._read(rpc, context)
             start = time.perf_counter()
             self._in_flight += 1
             try:
-                with self._begin(rpc, raw, context, handler.request_deserializer) as request:
+                with self._begin(rpc, *call, handler.request_deserializer) as request:
                     response: bytes = serialize(await answer(request, context))
                 succeeded.inc()
                 return response
-            except BaseException as error:
-                status = _status_of(rpc, error)
             finally:
                 seconds.observe(time.perf_counter() - start)
                 self._in_flight -= 1
                 if not self._in_flight:
                     self._idle.set()
+
+        async def handle(_: object, context: Context) -> bytes:
+            try:
+                return await respond(context)
+            except BaseException as error:
+                status = _status_of(rpc, error)
             API_REQUESTS.labels(rpc, status.code.name).inc()
             return await status.abort(context)
 
         return handle
 
-    def _wrap_stream(self, rpc: str, handler: RpcHandler) -> Callable[[bytes, Context], Awaitable[None]]:
+    def _wrap_stream(self, rpc: str, handler: RpcHandler) -> Callable[[object, Context], Awaitable[None]]:
         """Wrap a stream, which writes serialized messages. It counts when it ends, and its time does not."""
 
-        async def handle(raw: bytes, context: Context) -> None:
+        async def handle(_: object, context: Context) -> None:
             try:
-                with self._begin(rpc, raw, context, handler.request_deserializer) as request:
+                call = await self._read(rpc, context)
+                with self._begin(rpc, *call, handler.request_deserializer) as request:
                     await handler.unary_stream(request, context)
                 return
             except BaseException as error:
@@ -133,13 +149,43 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    @contextmanager
-    def _begin(self, rpc: str, raw: bytes, context: Context, decode: Callable[[bytes], Any]) -> Iterator[Any]:
-        """Make this the current call, admitted inside the `with` block, and yield its request."""
+    def _guard(self, handler: RpcHandler) -> RpcHandler:
+        """Return a handler that demands a token for `handler`, which takes a stream and answers with one."""
+
+        async def requests(context: Context) -> AsyncIterator[Any]:
+            while (raw := await read(context)) is not None:
+                yield handler.request_deserializer(raw)
+
+        async def handle(_: object, context: Context) -> None:
+            writer = StreamWriter(context)
+            try:
+                self._tenants.tenant(Metadata(context.invocation_metadata() or ()))
+                async for response in handler.stream_stream(requests(context), context):
+                    await writer.write_in_time(handler.response_serializer(response))
+            except StatusError as error:
+                await error.abort(context)
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+    async def _read(self, rpc: str, context: Context) -> tuple[Call, bytes]:
+        """Return an authenticated call and its request; raise StatusError, before it reads if possible."""
         if self._draining:
             raise draining()
         metadata = Metadata(context.invocation_metadata() or ())
-        call = Call(self._tenants.tenant(metadata), metadata, len(raw))
+        tenant = self._tenants.tenant(metadata)
+        admit = self._admit.get(rpc, _admit_query)
+        with admit(0):
+            # A replica that takes no more batches now does not read one.
+            pass
+        if (raw := await read(context)) is None:
+            raise no_request()
+        return Call(tenant, metadata, len(raw)), raw
+
+    @contextmanager
+    def _begin(self, rpc: str, call: Call, raw: bytes, decode: Callable[[bytes], Any]) -> Iterator[Any]:
+        """Make this the current call, admitted inside the `with` block, and yield its request."""
+        if self._draining:
+            raise draining()
         with self._admit.get(rpc, _admit_query)(call.size):
             try:
                 request = decode(raw)
@@ -150,9 +196,17 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             yield request
 
 
+def _admit_create(size: int) -> AbstractContextManager[None]:
+    return _admit_up_to(MAX_CREATE, size)
+
+
 def _admit_query(size: int) -> AbstractContextManager[None]:
-    if size > MAX_QUERY:
-        raise invalid_field("request", f"has {MAX_QUERY} bytes at most, not {size}")
+    return _admit_up_to(MAX_QUERY, size)
+
+
+def _admit_up_to(limit: int, size: int) -> AbstractContextManager[None]:
+    if size > limit:
+        raise invalid_field("request", f"has {limit} bytes at most, not {size}")
     return nullcontext()
 
 

@@ -6,10 +6,10 @@ import asyncio
 import time
 
 import structlog
-from grpc_health.v1 import health, health_pb2
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from services.api.health import HealthServicer
 from services.common.database.errors import error_text
 from services.common.database.transactions import transaction
 
@@ -22,12 +22,10 @@ _MAX_SILENCE = 3.0
 
 
 class Readiness:
-    """Reports `services` as serving at grpc.health.v1 while the database answers."""
+    """Reports the api as serving at grpc.health.v1 while the database answers."""
 
-    def __init__(
-        self, engine: Engine, servicer: health.aio.HealthServicer, services: tuple[str, ...]
-    ) -> None:
-        self._engine, self._servicer, self._services = engine, servicer, services
+    def __init__(self, engine: Engine, servicer: HealthServicer) -> None:
+        self._engine, self._servicer = engine, servicer
         self._answered_at = -_MAX_SILENCE
 
     def problems(self) -> list[str]:
@@ -40,15 +38,13 @@ class Readiness:
         asking = asyncio.create_task(self._ask())
         try:
             while True:
-                await self._update()
+                self._update()
                 await asyncio.sleep(_INTERVAL)
         finally:
             asking.cancel()
 
-    async def _update(self) -> None:
-        status = health_pb2.HealthCheckResponse.ServingStatus
-        for name in self._services:
-            await self._servicer.set(name, status.NOT_SERVING if self.problems() else status.SERVING)
+    def _update(self) -> None:
+        self._servicer.set(not self.problems())
 
     async def _ask(self) -> None:
         # Separate from the updates: a database that hangs blocks this task until the driver's timeout.
@@ -63,7 +59,7 @@ class Readiness:
                 recovered = bool(self.problems())
                 self._answered_at = time.monotonic()
                 if recovered:
-                    await self._update()
+                    self._update()
             await asyncio.sleep(_INTERVAL)
 
 

@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 
 import structlog
-from grpc_health.v1 import health
 
 from services.api import outbox
 from services.api.auth import Tenants
 from services.api.database_threads import THREADS, DatabaseThreads
 from services.api.decider import Decider
 from services.api.exposure import check_listener, log_exposure
-from services.api.interceptor import SERVICE, RequestInterceptor
+from services.api.health import HealthServicer
+from services.api.interceptor import RequestInterceptor
 from services.api.outbox import NewTask, OutboxRow
 from services.api.outbox_backlog import OutboxBacklog
 from services.api.outbox_publisher import OutboxPublisher
@@ -77,8 +77,8 @@ class ApiService:
         self._query_threads = DatabaseThreads(self._engine)
         self._decider_threads = DatabaseThreads(self._engine)
         decider = Decider(self._decider_threads, self._outbox_publisher.publish)
-        self._health = health.aio.HealthServicer()
-        self._readiness = Readiness(self._engine, self._health, ("", SERVICE))
+        self._health = HealthServicer()
+        self._readiness = Readiness(self._engine, self._health)
         self._backlog = OutboxBacklog(self._engine)
         # The api publishes to some of these topics, and Watch reads all.
         names = Names(settings.topic_prefix)
@@ -94,7 +94,13 @@ class ApiService:
         )
         self._need_tokens = tenants.need_tokens
         self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)
-        self._server, self.port = make_server(settings.listen, task_service, self._interceptor, self._health)
+        self._server, self.port = make_server(
+            settings.listen,
+            task_service,
+            self._interceptor,
+            self._health,
+            accept_compression=settings.accept_compression,
+        )
 
     async def run(self) -> None:
         """Serve until stopped. Then answer the calls in flight and publish what they recorded.
@@ -134,7 +140,7 @@ class ApiService:
 
     async def _drain(self, sweeping: asyncio.Task[None]) -> None:
         deadline = time.monotonic() + self._drain_seconds
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         self._interceptor.drain()
         self._watch_service.drain()
         # `stop` cancels calls that gRPC has not dispatched yet. They get UNAVAILABLE before that.

@@ -11,6 +11,7 @@ import grpc
 
 from postroad.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
 from services.api import batch, filters, page_tokens, queries, uuid7, views
+from services.api.bounded_io import StreamWriter
 from services.api.call import Call, current_call, idempotency_key
 from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
@@ -139,7 +140,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         self, request: task_service_pb2.WatchRequest, context: Context
     ) -> None:
         """Write serialized WatchResponses until the stream ends (docs/adr/0025 says why serialized)."""
-        await self._watch_service.watch(current_call().tenant, request, context.write)
+        await self._watch_service.watch(current_call().tenant, request, StreamWriter(context).write)
 
     async def _decide(
         self, decide: Callable[[str, bytes, bytes], Awaitable[task_pb2.Task]], id_text: str

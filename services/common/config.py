@@ -36,6 +36,10 @@ def _split(value: object) -> object:
     return forms.delays(value) if isinstance(value, str) else value
 
 
+def _names(value: object) -> object:
+    return forms.header_names(value) if isinstance(value, str) else value
+
+
 def _rising(value: tuple[int, ...]) -> tuple[int, ...]:
     forms.rising(value)
     return value
@@ -142,8 +146,16 @@ class Settings(BaseSettings):
     )
     token_keys: SecretStr = Field(
         SecretStr(""),
-        description="Keys of page and resume tokens, comma separated, of 32 or more visible ASCII characters;"
-        " the first signs, all are valid; empty: one made of the database's password",
+        description="Keys of page and resume tokens, comma separated, 32 ASCII characters or more;"
+        " the first signs; empty: one made of the database's password",
+    )
+    allowed_headers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        (),
+        description="Header fields that may steer a relay and that clients may set, comma separated,"
+        " such as X-PM-Tag",
+    )
+    accept_compression: bool = Field(
+        False, description="1: the api accepts compressed requests, of which a small one may become 32 MiB"
     )
     insecure: bool = Field(
         False, description="1: the api may listen wider than loopback, although gRPC is plain text"

@@ -10,10 +10,13 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from services.common.relay_headers import steers_a_relay
+
 __all__ = [
     "MAX_DELAY",
     "addresses",
     "delays",
+    "header_names",
     "helo",
     "host",
     "is_fqdn",
@@ -118,6 +121,15 @@ def delays(value: str) -> tuple[int, ...]:
     if not all(map(_SECONDS.fullmatch, parts)):
         raise ValueError("must be whole seconds, comma separated, such as 60,300")
     return tuple(map(int, parts))
+
+
+def header_names(value: str) -> tuple[str, ...]:
+    """Return the header names of a comma-separated list, in lower case. The list may be empty."""
+    names = tuple(name.strip().lower() for name in value.split(",")) if value.strip() else ()
+    for name in names:
+        if not steers_a_relay(name):
+            raise ValueError("must be names of fields that steer a relay, comma separated, such as X-PM-Tag")
+    return names
 
 
 def rising(value: Sequence[int]) -> None:

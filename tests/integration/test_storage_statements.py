@@ -50,8 +50,12 @@ class Call:
 
     invocation_metadata = staticmethod(tuple)
 
-    def __init__(self) -> None:
+    def __init__(self, request: bytes) -> None:
+        self._request = request
         self.aborted: tuple[grpc.StatusCode, str] | None = None
+
+    async def read(self) -> bytes:
+        return self._request
 
     async def abort(self, code: grpc.StatusCode, message: str, trailers: object) -> NoReturn:
         self.aborted = code, message
@@ -159,15 +163,15 @@ async def test_a_task_that_no_statement_can_hold_is_refused(
     )
     create = RequestInterceptor(Tenants(None), unused).wrap("Create", handler)
     data = TaskData(email="ada@shop.test", subject="s", body="x" * (64 << 10))
-    call = Call()
+    call = Call(CreateRequest(data=data).SerializeToString())
     with pytest.raises(Aborted):
-        await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)
+        await create.stream_unary(unused, call)
     assert call.aborted is not None
     code, message = call.aborted
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert "max_allowed_packet" in message
     data.body = "short"
-    assert await create.unary_unary(CreateRequest(data=data).SerializeToString(), call)
+    assert await create.stream_unary(unused, Call(CreateRequest(data=data).SerializeToString()))
     await recorder.close()
 
 

@@ -9,6 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from services.api import readiness
+from services.api.health import HealthServicer
 from services.api.readiness import Readiness
 from services.status import purge
 
@@ -46,7 +47,7 @@ async def test_the_api_asks_the_database_after_an_error_too(monkeypatch: pytest.
     third, nothing = Third(), Any
     monkeypatch.setattr(readiness, "_INTERVAL", 0.001)
     monkeypatch.setattr(readiness, "transaction", third)
-    ready = Readiness(nothing, nothing, [])  # type: ignore[arg-type]
+    ready = Readiness(nothing, HealthServicer())  # type: ignore[arg-type]
     with capture_logs() as logs:
         running = asyncio.create_task(ready.run())
         await asyncio.wait_for(third.came.wait(), 5)

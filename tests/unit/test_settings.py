@@ -86,7 +86,12 @@ BAD = [
     ("POSTROAD_LOG_FORMAT", "text", "'json' or 'console'"),
     ("POSTROAD_LOG_LEVEL", "INFO", "'info'"),
     *(("EMAIL_HOST", value, "without a port") for value in ("", " ", "relay:25", "[::1]", "a b", "https://relay")),
-    *(("POSTROAD_INSECURE", value, "boolean") for value in ("", "perhaps", "2")),
+    *(
+        (name, value, "boolean")
+        for name in ("POSTROAD_INSECURE", "POSTROAD_ACCEPT_COMPRESSION")
+        for value in ("", "perhaps", "2")
+    ),
+    *(("POSTROAD_ALLOWED_HEADERS", value, "X-PM-Tag") for value in (",", "Bcc", "X-PM-Tag,", "X-Mine")),
     *(("EMAIL_PORT", value, "") for value in ("", "0", "-1", "65536", "smtp")),
     ("EMAIL_TLS", "yes", "'starttls'"),
     *(
@@ -191,6 +196,8 @@ def test_its_reader_refuses_a_value_before_it_runs(
         ("POSTROAD_LISTEN", "[::]:50051"),
         ("POSTROAD_HTTP_LISTEN", "localhost:0"),
         ("POSTROAD_KAFKA_BOOTSTRAP", "kafka, kafka_2:9092,[::1]:9092,10.0.0.1:9092"),
+        ("POSTROAD_ALLOWED_HEADERS", ""),
+        ("POSTROAD_ALLOWED_HEADERS", "X-PM-Tag, x-mc-tags"),
         ("EMAIL_HOST", "::1"),
         ("EMAIL_HOST", "relay.example."),
         ("POSTROAD_SENDER_DELAYS", " 60, 300 "),

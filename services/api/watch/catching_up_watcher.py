@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 
+from services.api.bounded_io import WRITE_TIMEOUT
 from services.api.watch.errors import resume_token_expired, watcher_lags
 from services.api.watch.live_reader import JoinPoint, LiveReader
 from services.api.watch.messages import WatchMessage
@@ -14,10 +15,8 @@ from services.api.watch.subscribers import Subscriber
 from services.api.watch.watchers import Watcher
 from services.common.kafka.topic_partition import TopicPartition
 
-__all__ = ["BLOCKING_TIMEOUT", "WRITE_TIMEOUT", "CatchingUpWatcher"]
+__all__ = ["BLOCKING_TIMEOUT", "CatchingUpWatcher"]
 
-WRITE_TIMEOUT = 20.0
-"""Seconds in which a client must read some of the messages that it missed, where it makes nobody wait."""
 BLOCKING_TIMEOUT = 5.0
 """Seconds in all that a client may make others wait by reading few messages or none."""
 

@@ -12,6 +12,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from postroad.v1 import task_service_pb2 as pb
 from services.api import filters
+from services.api.bounded_io import WRITE_TIMEOUT
 from services.api.database_threads import DatabaseThreads
 from services.api.errors import InvalidArgument, StatusError, Violation, collect, draining, not_found
 from services.api.filters import Filter
@@ -122,7 +123,7 @@ class WatchService:
             view, stream.known_event_ids = found
             return WatchMessage(messages.task_body(view), catch_up.safe.text, "")
 
-        await self._catch_up_groups.show(live_reader, watcher, begin, stream.send_in_time)
+        await self._catch_up_groups.show(live_reader, watcher, begin, stream.send)
 
     async def _resume(
         self,
@@ -133,7 +134,7 @@ class WatchService:
     ) -> None:
         """Send what the watcher missed since these positions."""
         await stream.send_token(
-            await self._catch_up_groups.resume(live_reader, watcher, positions, stream.send_in_time)
+            await self._catch_up_groups.resume(live_reader, watcher, positions, stream.send)
         )
 
     def _make_catch_up(self, subscribers: Sequence[Subscriber]) -> CatchUp:
@@ -186,23 +187,23 @@ class _WatchStream:
         """Send a message that has only a token."""
         await self.send(WatchMessage(b"", join_point.text, ""))
 
-    async def send_in_time(self, message: WatchMessage) -> None:
-        """Send a message; raise StatusError RESOURCE_EXHAUSTED where the client does not read it in 20 s."""
+    async def send(self, message: WatchMessage) -> None:
+        """Send a message, unless the client knows its change.
+
+        Raises StatusError RESOURCE_EXHAUSTED where the client does not read it in 20 s.
+        """
+        if message.event_id in self.known_event_ids:
+            return
+        if message.positions_text != self._positions_text:
+            # Consecutive messages often have the same positions, and a MAC takes 2 us.
+            token = resume_tokens.token(self._keys, self._digest, message.positions_text)
+            self._positions_text, self._token_part = message.positions_text, messages.token_part(token)
         try:
             async with asyncio.timeout(WRITE_TIMEOUT):
-                await self.send(message)
+                await self._write(message.body + self._token_part)
         except TimeoutError:
             raise watcher_lags() from None
-
-    async def send(self, message: WatchMessage) -> None:
-        """Send a message, unless the client knows its change."""
-        if message.event_id not in self.known_event_ids:
-            if message.positions_text != self._positions_text:
-                # Consecutive messages often have the same positions, and a MAC takes 2 us.
-                token = resume_tokens.token(self._keys, self._digest, message.positions_text)
-                self._positions_text, self._token_part = message.positions_text, messages.token_part(token)
-            await self._write(message.body + self._token_part)
-            WATCH_MESSAGES.inc()
+        WATCH_MESSAGES.inc()
 
 
 def _selection(tenant: str, request: pb.WatchRequest) -> WatchSelection:
