@@ -91,6 +91,7 @@ class ApiService:
             self._watch_service,
             max_body=settings.max_body,
             keys=keys,
+            allowed_headers=settings.allowed_headers,
         )
         self._need_tokens = tenants.need_tokens
         self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)

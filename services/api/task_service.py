@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import Any, TypeAlias
 
 import grpc
@@ -44,10 +44,11 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         *,
         max_body: int,
         keys: TokenKeys,
+        allowed_headers: Container[str] = (),
     ) -> None:
         self._recorder, self._threads, self._decider = recorder, threads, decider
         self._watch_service = watch_service
-        self._max_body, self._keys = max_body, keys
+        self._max_body, self._keys, self._allowed_headers = max_body, keys, allowed_headers
         self._ids = uuid7.IdGenerator()
 
     async def Create(self, request: task_service_pb2.CreateRequest, context: Context) -> task_pb2.Task:
@@ -152,7 +153,14 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         self, request: task_service_pb2.CreateRequest, call: Call, key_in_metadata: str, size: int
     ) -> NewTask:
         """Return the requested task with a new id; raise InvalidArgument."""
-        event = task_created(request, call.tenant, key_in_metadata, self._max_body, time.time_ns() // 1000)
+        event = task_created(
+            request,
+            call.tenant,
+            key_in_metadata,
+            self._max_body,
+            time.time_ns() // 1000,
+            allowed_headers=self._allowed_headers,
+        )
         event.task.id, event.task.created_at_us = self._ids.new()
         event.at_us = event.task.created_at_us
         return OutboxEvent(event, request_traceparent(call.metadata.get("traceparent"), event.task.id), size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from hashlib import sha256
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -13,6 +13,7 @@ from services.api import uuid7
 from services.api.errors import InvalidArgument, Violation, invalid_field
 from services.common.addresses import normalise
 from services.common.header_fields import canonical
+from services.common.relay_headers import steers_a_relay
 
 __all__ = [
     "MAX_AHEAD",
@@ -55,12 +56,19 @@ _RESERVED_FAMILIES = ("content-", "resent-")
 
 
 def task_created(
-    request: task_service_pb2.CreateRequest, tenant: str, key_in_metadata: str, max_body: int, now_us: int
+    request: task_service_pb2.CreateRequest,
+    tenant: str,
+    key_in_metadata: str,
+    max_body: int,
+    now_us: int,
+    *,
+    allowed_headers: Container[str] = (),
 ) -> events_pb2.TaskCreated:
     """Return the event of the requested task. The caller sets its id and its times.
 
     The client may send its idempotency key in the request, in the metadata, or in both. `max_body` limits the
-    bytes of text and HTML together. `now_us` is in microseconds since the Unix epoch.
+    bytes of text and HTML together. `now_us` is in microseconds since the Unix epoch. `allowed_headers` holds
+    the names, in lower case, of fields that may steer a relay.
 
     Raises InvalidArgument naming every invalid field.
     """
@@ -69,7 +77,7 @@ def task_created(
     email, domain = _address(data.email, violations)
     _subject(data.subject, violations)
     _bodies(data, max_body, violations)
-    headers = _headers(data.headers, violations) if data.headers else {}
+    headers = _headers(data.headers, allowed_headers, violations) if data.headers else {}
     if data.labels:
         violations += label_violations("data.labels", data.labels)
     key = request.idempotency_key or key_in_metadata
@@ -201,7 +209,9 @@ def _byte_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _headers(headers: Mapping[str, str], violations: list[Violation]) -> dict[str, str]:
+def _headers(
+    headers: Mapping[str, str], allowed: Container[str], violations: list[Violation]
+) -> dict[str, str]:
     """Return the fields as the mail will contain them."""
     if len(headers) > MAX_HEADERS:
         violations.append(Violation("data.headers", f"{MAX_HEADERS} at most"))
@@ -214,6 +224,8 @@ def _headers(headers: Mapping[str, str], violations: list[Violation]) -> dict[st
             description = "is not a header name (1 to 76 printable ASCII characters, no colon)"
         elif lower in _RESERVED or lower.startswith(_RESERVED_FAMILIES):
             description = "is written by Postroad or by mail servers, not by clients"
+        elif steers_a_relay(lower) and lower not in allowed:
+            description = "can steer a relay; an operator can allow it (POSTROAD_ALLOWED_HEADERS)"
         elif lower in seen:
             description = "is given twice"
         elif not value.strip():
