@@ -17,6 +17,7 @@ from services.api.errors import StatusError
 from services.api.filters import Filter
 from services.api.token_keys import TokenKeys
 from services.api.watch import catch_up_groups, catching_up_watcher, watch_service
+from services.api.watch.catch_up_slots import CatchUpSlots
 from services.api.watch.live_reader import JoinPoint
 from services.api.watch.messages import WatchMessage
 from services.api.watch.subscribers import SafePositions, Subscriber
@@ -80,7 +81,7 @@ async def test_an_expired_token_ends_nobody_else_though_its_client_leaves(leaves
     def make_catch_up(subscribers: Sequence[Subscriber]) -> Any:
         return ExpiringCatchUp([s for s in subscribers if s.watcher is watchers["stale"]], asked, answer)
 
-    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(1), make_catch_up)
+    groups = catch_up_groups.CatchUpGroups(CatchUpSlots(1, 1), make_catch_up)
     live_reader: Any = FakeLiveReader()
 
     async def watch(name: str) -> JoinPoint | StatusError | None:
@@ -191,7 +192,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("slowly", [read_nothing, read_few])
 async def test_slow_clients_do_not_keep_others_from_resuming(slowly: Send) -> None:
     slow, quick = set[Watcher](), set[Watcher]()
-    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(8), lambda m: FakeCatchUp(m, quick))  # type: ignore[arg-type,return-value]
+    groups = catch_up_groups.CatchUpGroups(CatchUpSlots(8, 8), lambda m: FakeCatchUp(m, quick))  # type: ignore[arg-type,return-value]
     async with asyncio.timeout(5):
         streams = []
         for _ in range(8):
@@ -216,7 +217,7 @@ async def test_slow_clients_do_not_keep_others_from_resuming(slowly: Send) -> No
 @pytest.mark.parametrize("slowly", [read_nothing, read_few])
 async def test_a_slow_client_does_not_hold_up_its_peers(slowly: Send) -> None:
     watchers = set[Watcher]()
-    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(1), FakeCatchUp)  # type: ignore[arg-type]
+    groups = catch_up_groups.CatchUpGroups(CatchUpSlots(1, 1), FakeCatchUp)  # type: ignore[arg-type]
     async with asyncio.timeout(5):
         together = [resumed(groups, watchers, send) for send in (slowly, read_all, read_all)]
         slow, *others = await asyncio.gather(*together)
@@ -227,7 +228,7 @@ async def test_a_slow_client_does_not_hold_up_its_peers(slowly: Send) -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_equally_slow_peers_continue_together() -> None:
-    groups = catch_up_groups.CatchUpGroups(asyncio.Semaphore(1), partial(FakeCatchUp, count=200))  # type: ignore[arg-type]
+    groups = catch_up_groups.CatchUpGroups(CatchUpSlots(1, 1), partial(FakeCatchUp, count=200))  # type: ignore[arg-type]
     async with asyncio.timeout(10):
         ends = await asyncio.gather(*(resumed(groups, set(), read_few) for _ in range(3)))
     assert ends == [JoinPoint({}, frozenset(), "")] * 3

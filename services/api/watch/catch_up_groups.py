@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import TypeAlias
 
 import structlog
 
 from services.api.errors import StatusError, internal_error
 from services.api.watch.catch_up import CatchUp
+from services.api.watch.catch_up_slots import CatchUpSlots
 from services.api.watch.catching_up_watcher import CatchingUpWatcher
 from services.api.watch.errors import kafka_unavailable
 from services.api.watch.live_reader import JoinPoint, LiveReader
@@ -38,11 +41,9 @@ Begin: TypeAlias = Callable[[CatchUp], Awaitable[WatchMessage]]
 
 
 class CatchUpGroups:
-    """Forms groups of watchers and runs their catch-ups, `slots` of them at a time."""
+    """Forms groups of watchers of one tenant, and runs a catch-up of each in one of the `slots`."""
 
-    def __init__(
-        self, slots: asyncio.Semaphore, make_catch_up: Callable[[Sequence[Subscriber]], CatchUp]
-    ) -> None:
+    def __init__(self, slots: CatchUpSlots, make_catch_up: Callable[[Sequence[Subscriber]], CatchUp]) -> None:
         self._slots, self._make_catch_up = slots, make_catch_up
         self._waiting: list[CatchingUpWatcher] = []
         self._waiting_alone = 0
@@ -59,9 +60,10 @@ class CatchUpGroups:
 
         An error ends the watcher.
         """
-        catching_up = CatchingUpWatcher(live_reader, watcher, positions, self._slot_wanted)
+        tenant = watcher.selection.tenant
+        catching_up = CatchingUpWatcher(live_reader, watcher, positions, partial(self._slot_wanted, tenant))
         self._waiting.append(catching_up)
-        self._start(self._run_group())
+        self._start(self._run_group(tenant))
         return await self._send_missed(catching_up, send)
 
     async def show(self, live_reader: LiveReader, watcher: Watcher, begin: Begin, send: Send) -> JoinPoint:
@@ -69,7 +71,8 @@ class CatchUpGroups:
 
         `begin` also sets where the catch-up begins. An error, also one of `begin`, ends the watcher.
         """
-        catching_up = CatchingUpWatcher(live_reader, watcher, {}, self._slot_wanted)
+        slot_wanted = partial(self._slot_wanted, watcher.selection.tenant)
+        catching_up = CatchingUpWatcher(live_reader, watcher, {}, slot_wanted)
         catching_up.peers = {catching_up}
         catching_up.task = self._start(self._run_alone(catching_up, begin))
         return await self._send_missed(catching_up, send)
@@ -92,17 +95,17 @@ class CatchUpGroups:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _slot_wanted(self) -> bool:
-        """Return whether anyone waits for a slot."""
-        return self._slots.locked() and bool(self._waiting or self._waiting_alone)
+    def _slot_wanted(self, tenant: str) -> bool:
+        """Return whether a watcher waits for a slot that this tenant could release."""
+        return bool(self._waiting or self._waiting_alone) and self._slots.wanted(tenant)
 
-    async def _run_group(self) -> None:
+    async def _run_group(self, tenant: str) -> None:
         """Catch up with a group of those who wait. Each of them starts this once, so nobody is left out."""
-        async with self._slots:
+        async with self._slots.hold(tenant):
             if not self._waiting:
                 return
             await asyncio.sleep(_GATHER_TIME)
-            if not (group := self._take_group()):
+            if not (group := self._take_group(tenant)):
                 return
             task = asyncio.current_task()
             for catching_up in group:
@@ -110,25 +113,26 @@ class CatchUpGroups:
             await self._catch_up(group)
 
     async def _run_alone(self, catching_up: CatchingUpWatcher, begin: Begin) -> None:
-        self._waiting_alone += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._waiting_alone -= 1
-        try:
+        async with AsyncExitStack() as stack:
+            self._waiting_alone += 1
+            try:
+                await stack.enter_async_context(self._slots.hold(catching_up.watcher.selection.tenant))
+            finally:
+                self._waiting_alone -= 1
             await self._catch_up(catching_up.peers, begin)
-        finally:
-            self._slots.release()
 
-    def _take_group(self) -> set[CatchingUpWatcher]:
-        """Take the waiting watchers of one live reader, except those that are twice as far as the nearest."""
-        if not self._waiting:
+    def _take_group(self, tenant: str) -> set[CatchingUpWatcher]:
+        """Take a tenant's watchers of one live reader, except those that are twice as far as the nearest."""
+        waiting = [
+            catching_up for catching_up in self._waiting if catching_up.watcher.selection.tenant == tenant
+        ]
+        if not waiting:
             return set()
-        live_reader = self._waiting[0].live_reader
+        live_reader = waiting[0].live_reader
         live = live_reader.positions()
         distances = {
             catching_up: sum(max(0, end - catching_up.position(partition)) for partition, end in live.items())
-            for catching_up in self._waiting
+            for catching_up in waiting
             if catching_up.live_reader is live_reader
         }
         limit = 2 * min(distances.values()) + _NEAR

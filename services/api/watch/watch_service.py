@@ -22,7 +22,7 @@ from services.api.validation import task_id
 from services.api.watch import lookup, messages, resume_tokens
 from services.api.watch.catch_up import CatchUp
 from services.api.watch.catch_up_groups import CatchUpGroups
-from services.api.watch.catching_up_watcher import WRITE_TIMEOUT
+from services.api.watch.catch_up_slots import CatchUpSlots
 from services.api.watch.changes import Change
 from services.api.watch.errors import too_many_watchers, watcher_lags
 from services.api.watch.event_consumer import TIMEOUT
@@ -57,7 +57,9 @@ class WatchService:
         self._ending_threads: set[Thread] = set()
         self._folded_offsets = FoldedOffsets(settings)
         self._watchers: set[Watcher] = set()
-        self._catch_up_groups = CatchUpGroups(asyncio.Semaphore(_MAX_CATCH_UPS), self._make_catch_up)
+        self._catch_up_groups = CatchUpGroups(
+            CatchUpSlots(_MAX_CATCH_UPS, _MAX_CATCH_UPS // 2), self._make_catch_up
+        )
         # Twice as many, because a consumer that closes occupies a thread too.
         self._executor = ThreadPoolExecutor(2 * _MAX_CATCH_UPS, thread_name_prefix="catchup")
 
