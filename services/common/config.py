@@ -36,6 +36,11 @@ def _split(value: object) -> object:
     return forms.delays(value) if isinstance(value, str) else value
 
 
+def _operator_token(value: SecretStr) -> SecretStr:
+    forms.operator_token(value.get_secret_value())
+    return value
+
+
 def _names(value: object) -> object:
     return forms.header_names(value) if isinstance(value, str) else value
 
@@ -87,6 +92,10 @@ class Settings(BaseSettings):
     listen: Listen = Field("127.0.0.1:50051", description="Where the api serves gRPC, host:port")
     http_listen: Listen = Field(
         "127.0.0.1:0", description="Where a service answers /healthz, /readyz and /metrics"
+    )
+    operator_token: Annotated[SecretStr, AfterValidator(_operator_token)] = Field(
+        SecretStr(""),
+        description="Bearer token for problems and metrics at the HTTP port; empty: only this host sees them",
     )
     replica: str = Field(
         "",
@@ -253,7 +262,9 @@ class Settings(BaseSettings):
         return forms.text(value) if isinstance(value, str) else value
 
     @field_validator(
-        "email_pass", "email_oauth_client_secret", "api_tokens", "token_keys", "database_url", mode="before"
+        *("email_pass", "email_oauth_client_secret", "api_tokens", "operator_token", "token_keys"),
+        "database_url",
+        mode="before",
     )
     @classmethod
     def _is_secret(cls, value: object) -> object:

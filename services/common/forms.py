@@ -22,6 +22,7 @@ __all__ = [
     "is_fqdn",
     "is_loopback",
     "listen",
+    "operator_token",
     "rising",
     "text",
     "token_url",
@@ -130,6 +131,13 @@ def header_names(value: str) -> tuple[str, ...]:
         if not steers_a_relay(name):
             raise ValueError("must be names of fields that steer a relay, comma separated, such as X-PM-Tag")
     return names
+
+
+def operator_token(value: str) -> str:
+    """Check the operators' token, which may be empty."""
+    if value and (_VISIBLE.fullmatch(value) is None or len(value) < 16):
+        raise ValueError("must be 16 or more visible ASCII characters")
+    return value
 
 
 def rising(value: Sequence[int]) -> None:

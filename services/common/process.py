@@ -92,7 +92,9 @@ async def _serve(name: str, build: Callable[[Settings], Awaitable[Service]], con
         loop.add_signal_handler(number, on_signal)
     with (
         Heartbeat(loop) as heartbeat,
-        HealthServer(config.http_listen, heartbeat, service.problems) as health,
+        HealthServer(
+            config.http_listen, config.operator_token.get_secret_value(), heartbeat, service.problems
+        ) as health,
     ):
         # The objects of now stay. Collecting the youngest generation every 700 allocations cost 60 us a task.
         gc.collect()

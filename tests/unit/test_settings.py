@@ -92,6 +92,7 @@ BAD = [
         for value in ("", "perhaps", "2")
     ),
     *(("POSTROAD_ALLOWED_HEADERS", value, "X-PM-Tag") for value in (",", "Bcc", "X-PM-Tag,", "X-Mine")),
+    *(("POSTROAD_OPERATOR_TOKEN", value, "16 or more") for value in ("short", "é" * 16, "a b" * 6)),
     *(("EMAIL_PORT", value, "") for value in ("", "0", "-1", "65536", "smtp")),
     ("EMAIL_TLS", "yes", "'starttls'"),
     *(
@@ -309,5 +310,6 @@ def test_the_text_of_the_settings_shows_no_secret() -> None:
         "email_oauth_client_secret": "s3cret",
         "api_tokens": "shop:s3cret-one",
         "token_keys": "s3cret" * 6,
+        "operator_token": "s3cret" * 6,
     }
     assert "s3cret" not in repr(Settings(**given))  # type: ignore[arg-type]
