@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
-from tests.api_process import ApiProcess, Installation, eventually
+from postroad.v1.task_service_pb2 import WatchRequest
+from postroad.v1.task_service_pb2_grpc import TaskServiceStub
+from tests.api_process import ApiProcess, Installation, eventually, request
 from tests.forms import by_form
 from tests.http2 import Connection, message
 from tests.reflection_client import ReflectionClient
@@ -20,7 +23,7 @@ from tests.stack import Infra
 TASKS = "postroad.v1.TaskService"
 HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
-TOKEN = "of-the-shop"
+TOKEN, OTHERS_TOKEN = "of-the-shop", "of-the-bank"
 DRAIN_SECONDS = 2
 MAX_GROWTH = 64
 """Megabytes."""
@@ -34,7 +37,7 @@ def installation(infra: Infra) -> Installation:
 def started(installation: Installation) -> ApiProcess:
     return ApiProcess(
         installation,
-        POSTROAD_API_TOKENS=f"shop:{TOKEN}",
+        POSTROAD_API_TOKENS=f"shop:{TOKEN},bank:{OTHERS_TOKEN}",
         POSTROAD_DRAIN_SECONDS=str(DRAIN_SECONDS),
     )
 
@@ -69,6 +72,22 @@ def test_the_drain_waits_for_no_client_that_reads_nothing(
         begin = time.monotonic()
         assert api.stop() == 0, api.log()
         assert time.monotonic() - begin < DRAIN_SECONDS + 5
+
+
+def test_a_tenant_that_reads_nothing_keeps_no_other_from_watching(api: ApiProcess) -> None:
+    ours, theirs = ({"authorization": f"Bearer {token}"} for token in (TOKEN, OTHERS_TOKEN))
+    with (
+        Connection(api.target, window=0) as connection,
+        grpc.insecure_channel(api.target) as channel,
+    ):
+        stub = TaskServiceStub(channel)
+        noisy = stub.Create(request(1), metadata=[*ours.items()])
+        quiet = stub.Create(request(2), metadata=[*theirs.items()])
+        for _ in range(by_form(20, 100)):
+            connection.call(f"{TASKS}/Watch", message(WatchRequest(id=noisy.id).SerializeToString()), ours)
+        stream = stub.Watch(WatchRequest(id=quiet.id), metadata=[*theirs.items()], timeout=15)
+        assert next(stream).task.id == quiet.id
+        stream.cancel()
 
 
 @pytest.mark.parametrize("method", [f"{TASKS}/Create", f"{TASKS}/Watch", f"{HEALTH}/Check", REFLECTION])
