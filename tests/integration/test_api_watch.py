@@ -543,7 +543,7 @@ async def test_added_partitions_are_read_from_their_beginning(
     monkeypatch.setattr(topic_tail, "_DISCOVERY_INTERVAL", 0.5)
     installation = Installation(infra)
     database = make_engine(installation.database_url)
-    watches = WatchService(installation.settings(), DatabaseThreads(database))
+    watches = WatchService(installation.settings(), DatabaseThreads(database), TokenKeys([bytes(32)]))
     messages: list[WatchResponse] = []
 
     async def write(message: bytes) -> None:
