@@ -26,8 +26,10 @@ def main() -> int:
     parser.add_argument("address")
     parser.add_argument("method")
     given = parser.parse_args()
-    metadata = [tuple(part.strip() for part in header.split(":", 1)) for header in given.H]
-    with ReflectionClient(given.address) as client:
+    split = (header.partition(":") for header in given.H)
+    metadata = [(name.strip(), value.strip()) for name, _, value in split]
+    # grpcurl sends them with its questions to reflection too.
+    with ReflectionClient(given.address, metadata=metadata) as client:
         try:
             print(json.dumps(client.call(given.method, json.loads(given.d), metadata=metadata), indent=2))
         except grpc.RpcError as error:

@@ -18,14 +18,18 @@ __all__ = ["ReflectionClient"]
 class ReflectionClient:
     """Calls the unary methods of the services that a server reflects. A context manager.
 
-    `version` is that of reflection, v1 or v1alpha: their messages are the same on the wire. Reflection needs
-    `token` where the api has tokens.
+    `version` is that of reflection, v1 or v1alpha: their messages are the same on the wire. `metadata` is
+    what the questions to reflection carry.
     """
 
     def __init__(
-        self, target: str, version: str = "v1", options: Sequence[tuple[str, int]] = (), token: str = ""
+        self,
+        target: str,
+        version: str = "v1",
+        options: Sequence[tuple[str, int]] = (),
+        metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._metadata = tuple(metadata)
         most = ("grpc.max_receive_message_length", 64 << 20)
         self.channel = grpc.insecure_channel(target, [most, *options])
         self._reflect = self.channel.stream_stream(

@@ -122,7 +122,7 @@ def test_an_unfinished_message_without_a_token_is_not_read(api: ApiProcess, meth
 def test_idle_connections_take_little_memory(api: ApiProcess) -> None:
     before = memory(api)
     host, _, port = api.target.rpartition(":")
-    with ReflectionClient(api.target, token=TOKEN) as client:
+    with ReflectionClient(api.target, metadata=[("authorization", f"Bearer {TOKEN}")]) as client:
         client.call(f"{TASKS}/Count", {}, metadata=[("authorization", f"Bearer {TOKEN}")])
         idle = [socket.create_connection((host, int(port))) for _ in range(by_form(500, 5000))]
         # A client that is connected already is served meanwhile.
@@ -134,7 +134,7 @@ def test_idle_connections_take_little_memory(api: ApiProcess) -> None:
 
 def answers(api: ApiProcess) -> bool:
     """Return whether the api answers a client with a token."""
-    with ReflectionClient(api.target, token=TOKEN) as client:
+    with ReflectionClient(api.target, metadata=[("authorization", f"Bearer {TOKEN}")]) as client:
         client.call(f"{TASKS}/Count", {}, metadata=[("authorization", f"Bearer {TOKEN}")])
         return client.call(f"{HEALTH}/Check", {}) == {"status": "SERVING"}
 

@@ -359,7 +359,7 @@ def test_tenants_see_their_own_tasks_only(installation: Installation) -> None:
     given = ",".join(f"{tenant}:{token}" for tenant, token in tokens.items())
     with (
         ApiProcess(installation, POSTROAD_API_TOKENS=given) as api,
-        ReflectionClient(api.target, token="bank-secret") as client,
+        ReflectionClient(api.target, metadata=[("authorization", "Bearer bank-secret")]) as client,
     ):
 
         def call(tenant: str, rpc: str, data: Any) -> dict[str, Any]:
