@@ -16,11 +16,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from postroad.v1 import task_pb2
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
+from services.common.kafka.group_request import GroupMember
 from services.common.stages import STAGES
-from tests.groups import Offsets, bounds
+from tests.groups import Offsets, bounds, describe, leave
 from tests.stack import Stack
 
-__all__ = ["SETTLED", "Pipeline", "until"]
+__all__ = ["SETTLED", "Pipeline", "end_sessions", "members", "until"]
 
 # On a busy machine the database may be silent for seconds. Whoever reads may simply ask again.
 _READS = {
@@ -48,6 +49,19 @@ def until(met: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
         time.sleep(pause)
         # Frequent questions slow down those that are asked.
         pause = min(1.3 * pause, 0.3)
+
+
+def members(stack: Stack, stage: str) -> Sequence[GroupMember]:
+    """Return the members of a stage's group, as its coordinator describes them."""
+    return describe(stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names.group(stage)).members
+
+
+def end_sessions(stack: Stack, *replicas: str) -> None:
+    """Have frozen or killed replicas of one stage leave their group: their sessions would last 10 s more."""
+    stage = replicas[0].rpartition("-")[0]
+    for member in members(stack, stage):
+        if member.client in replicas:
+            leave(stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names.group(stage), member.id)
 
 
 class Pipeline:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from services.common.kafka.group_request import GroupMember
-from tests.e2e.pipeline import Pipeline, until
+from tests.e2e.pipeline import Pipeline, end_sessions, members, until
 from tests.e2e.test_kills import Load
 from tests.e2e.test_sender import busy, metric
-from tests.groups import describe, leave
 from tests.stack import Stack
 
 
@@ -29,10 +25,7 @@ def test_senders_come_and_go(hold_stack: Stack) -> None:
                 stack.kill("sender-2")
                 load.end()
                 stack.control_mail()
-                # Otherwise their sessions would be over in ten seconds.
-                for member in _members(stack):
-                    if member.client != "sender-3":
-                        leave(*_group(stack), member.id)
+                end_sessions(stack, "sender-1", "sender-2")
                 # The third one takes the claims over when their leases end.
                 tasks = pipeline.settled(load.ids)
                 until(lambda: _spread(stack) == [3], "the third one owns all partitions")
@@ -52,15 +45,7 @@ def test_senders_come_and_go(hold_stack: Stack) -> None:
 
 def _spread(stack: Stack) -> list[int]:
     """Return how many partitions of mx.ok each sender owns, if it owns any."""
-    owned = [member.owned.get(stack.names.topic("mx.ok"), ()) for member in _members(stack)]
+    owned = [member.owned.get(stack.names.topic("mx.ok"), ()) for member in members(stack, "sender")]
     together = [partition for mine in owned for partition in mine]
     assert len(together) == len(set(together)), "a partition has two owners"
     return [len(mine) for mine in owned if mine]
-
-
-def _members(stack: Stack) -> Sequence[GroupMember]:
-    return describe(*_group(stack)).members
-
-
-def _group(stack: Stack) -> tuple[str, str]:
-    return stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names.group("sender")

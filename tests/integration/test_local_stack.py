@@ -62,11 +62,11 @@ def test_mysql_is_durable_and_reads_committed(infra: Infra) -> None:
 @pytest.mark.breaks_servers
 def test_killed_servers_restart_on_their_ports(servers: Infra) -> None:
     env = servers.env()
-    for name in SERVERS:
-        pid = servers.pid(name)
+    pids = {name: servers.pid(name) for name in SERVERS}
+    for pid in pids.values():
         os.kill(pid, signal.SIGKILL)
-        servers.start(name)
-        assert servers.pid(name) != pid
+    servers.start(*SERVERS)
+    assert all(servers.pid(name) != pid for name, pid in pids.items())
     assert servers.env() == env
     status = servers.command("status").stdout
     assert status.count(" running ") == status.count(" yes ") == len(SERVERS)
