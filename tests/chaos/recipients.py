@@ -8,13 +8,14 @@ __all__ = ["end_of", "recipient"]
 
 # How many of a hundred mails each gets.
 _MIX: dict[str, int] = {
-    "u{n}@d{d}.ok.test": 86,
+    "u{n}@d{d}.ok.test": 85,
     "greylist+{n}@d{d}.ok.test": 2,
     "greylist-2+{n}@d{d}.ok.test": 1,
     "drop-before+{n}@d{d}.ok.test": 1,
     "drop-after+{n}@d{d}.ok.test": 1,
     "drop-lost+{n}@d{d}.ok.test": 1,
     "slow-400+{n}@d{d}.ok.test": 2,
+    "slow-25000+{n}@d{d}.ok.test": 1,
     "u{n}@x{n}.flaky-1.test": 2,
     "reject5+{n}@d{d}.ok.test": 1,
     "data5+{n}@d{d}.ok.test": 1,
