@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, select
 
 from postroad.v1 import events_pb2 as pb
 from services.common.config import Settings
-from services.common.database.bulk import placeholders
+from services.common.database.tables import deliveries
 from services.common.database.transactions import transaction
 from services.common.events import DECODERS, Undecodable
 from services.common.kafka.headers import parse_delayed_headers, readable_headers
@@ -30,6 +30,7 @@ MAX_RECORDS = 1000
 """The most records of each partition that are read, from its first uncommitted one on."""
 
 _UNDER_WAY = ("sending", "released")
+_PROGRESS = select(deliveries.c.task_id, deliveries.c.state, deliveries.c.epoch, deliveries.c.attempt)
 
 
 class UncommittedMail(NamedTuple):
@@ -156,11 +157,7 @@ def _mail(topic: str, message: Any, at: float) -> UncommittedMail | None:
 def _progress(connection: Connection, ids: Iterable[bytes]) -> dict[bytes, DeliveryProgress]:
     found: dict[bytes, DeliveryProgress] = {}
     for part in _parts(sorted(ids)):
-        query = (
-            "SELECT task_id, state, epoch, attempt FROM deliveries"
-            f" WHERE task_id IN ({placeholders(len(part))})"
-        )
-        for row in connection.exec_driver_sql(query, tuple(part)):
+        for row in connection.execute(_PROGRESS.where(deliveries.c.task_id.in_(part))):
             found[bytes(row.task_id)] = DeliveryProgress(row.state, row.epoch, row.attempt)
     return found
 

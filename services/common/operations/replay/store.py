@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections import Counter
@@ -11,8 +10,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine, select, update
+from sqlalchemy.dialects import mysql
 
+from services.common.database.tables import replays
 from services.common.database.transactions import transaction
 from services.common.operations.errors import NotFound
 from services.common.operations.replay.options import ReplayOptions
@@ -90,35 +91,36 @@ def insert_replay(engine: Engine, replay: Replay) -> None:
     """Insert a replay that begins."""
     now = _now()
 
-    def insert(connection: Connection) -> None:
-        connection.exec_driver_sql(
-            "INSERT INTO replays (id, topic, arguments, epoch, positions, counts, started_at, updated_at,"
-            " finished_at) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, NULL)"
-            " ON DUPLICATE KEY UPDATE updated_at = VALUES(updated_at)",
-            (replay.id, replay.topic, json.dumps(replay.options), replay.epoch, *_progress(replay), now, now),
-        )
-
-    transaction(engine, insert)
+    row = mysql.insert(replays).values(
+        id=replay.id,
+        topic=replay.topic,
+        arguments=replay.options,
+        epoch=replay.epoch,
+        **_progress(replay),
+        started_at=now,
+        updated_at=now,
+    )
+    # If the connection dies during the commit, the insert is repeated.
+    insert = row.on_duplicate_key_update(updated_at=now)
+    transaction(engine, lambda connection: connection.execute(insert))
     replay.stamp = now
 
 
 def load_replay(engine: Engine, id_: str) -> Replay | None:
     """Return the replay with this id, None where there is none."""
-    columns = "topic, arguments, epoch, positions, counts, finished_at, updated_at"
-    query = f"SELECT {columns} FROM replays WHERE id = %s"
-    row = transaction(engine, lambda c: c.exec_driver_sql(query, (id_,)).one_or_none())
+    query = select(replays).where(replays.c.id == id_)
+    row = transaction(engine, lambda connection: connection.execute(query).one_or_none())
     if row is None:
         return None
-    topic, options, epoch, positions, counts, finished_at, stamp = row
     return Replay(
         id_,
-        topic,
-        json.loads(options),
-        epoch,
-        {int(number): OffsetRange(*range_) for number, range_ in json.loads(positions).items()},
-        Counter({(status, reason, action): n for status, reason, action, n in json.loads(counts)}),
-        finished_at is not None,
-        stamp,
+        row.topic,
+        row.arguments,
+        row.epoch,
+        {int(number): OffsetRange(*range_) for number, range_ in row.positions.items()},
+        Counter({(status, reason, action): n for status, reason, action, n in row.counts}),
+        row.finished_at is not None,
+        row.updated_at,
     )
 
 
@@ -133,19 +135,14 @@ def find_replay(engine: Engine, id_: str) -> Replay:
 
 def save_replay(engine: Engine, replay: Replay) -> bool:
     """Write how far a replay is. Returns False where another process has continued it meanwhile."""
-    now, known = _now(), replay.stamp
-
-    def update(connection: Connection) -> int:
-        # If the connection dies during the commit, the update is repeated, and the row may have its own
-        # stamp.
-        updated: int = connection.exec_driver_sql(
-            "UPDATE replays SET positions = %s, counts = %s, updated_at = %s, finished_at = %s"
-            " WHERE id = %s AND updated_at IN (%s, %s)",
-            (*_progress(replay), now, now if replay.finished else None, replay.id, known, now),
-        ).rowcount
-        return updated
-
-    if not transaction(engine, update):
+    now = _now()
+    # If the connection dies during the commit, the update is repeated, and the row may have its own stamp.
+    saved = (
+        update(replays)
+        .where(replays.c.id == replay.id, replays.c.updated_at.in_((replay.stamp, now)))
+        .values(**_progress(replay), updated_at=now, finished_at=now if replay.finished else None)
+    )
+    if not transaction(engine, lambda connection: connection.execute(saved).rowcount):
         return False
     replay.stamp = now
     return True
@@ -153,13 +150,14 @@ def save_replay(engine: Engine, replay: Replay) -> bool:
 
 def unfinished_replays(engine: Engine, limit: int = 5) -> list[str]:
     """Return the ids of unfinished replays, the latest first."""
-    query = f"SELECT id FROM replays WHERE finished_at IS NULL ORDER BY id DESC LIMIT {limit:d}"
-    return [id_ for (id_,) in transaction(engine, lambda c: c.exec_driver_sql(query).all())]
+    unfinished = select(replays.c.id).where(replays.c.finished_at.is_(None))
+    query = unfinished.order_by(replays.c.id.desc()).limit(limit)
+    return list(transaction(engine, lambda connection: connection.scalars(query).all()))
 
 
-def _progress(replay: Replay) -> tuple[str, str]:
+def _progress(replay: Replay) -> dict[str, Any]:
     counts = [[*key, number] for key, number in sorted(replay.counts.items())]
-    return json.dumps(replay.ranges), json.dumps(counts)
+    return {"positions": replay.ranges, "counts": counts}
 
 
 def _now() -> datetime:
