@@ -96,6 +96,8 @@ def _run(arguments: argparse.Namespace, stack: Stack) -> int:
         replicas = {s: getattr(arguments, s) for s in SERVICES if getattr(arguments, s) is not None}
         stack.up(replicas, arguments.kafka_nodes, services=not arguments.infra_only)
         print(f"up in {time.monotonic() - began:.1f} s; settings: {stack.layout.env}", file=sys.stderr)
+        if not arguments.infra_only and (line := stack.api_elsewhere()):
+            _say(line)
     elif command == "scale":
         stack.scale(arguments.service, arguments.count)
         names = stack.state.replica_names(arguments.service)

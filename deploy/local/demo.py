@@ -131,10 +131,8 @@ def _table(demo: Demo, tasks: Tasks) -> Table:
         for task_id, sent in demo.sent.items():
             task = tasks.get(task_id, task_pb2.Task())
             style = STYLES.get(task.status, "dim")
-            recipient = sent.address.replace(demo.run, "")
-            table.add_row(
-                sent.case.text, recipient, f"[{style}]{task.status}[/]", task.reason, escape(task.reply)
-            )
+            status = f"[{style}]{task.status}[/]"
+            table.add_row(sent.case.text, sent.address, status, task.reason, escape(task.reply))
         return table
     for column in ("case", "must end", "sent", "settled"):
         table.add_column(column)
@@ -205,6 +203,8 @@ def main() -> int:
     except (StackError, SetupError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+    if line := stack.api_elsewhere():
+        console.print(line)
     demo = Demo(stack, count)
     console.print(f"Up after {time.monotonic() - began:.1f} s. Sending {count} mails:\n")
     began = time.monotonic()

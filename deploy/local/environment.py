@@ -18,6 +18,7 @@ __all__ = [
     "given_variables",
     "is_replaced",
     "merge_given",
+    "refuse_private",
     "service_environment",
     "services_reading",
     "stack_environment",
@@ -126,6 +127,18 @@ def given_variables(state: StackState, environ: Mapping[str, str]) -> dict[str, 
         and value
         and own.get(name) != value
     }
+
+
+def refuse_private(environ: Mapping[str, str]) -> None:
+    """Raise ValueError for a setting of the user's that the stack chooses itself for each process.
+
+    `stack.env` has addresses `POSTROAD_HTTP_SENDER_1` and so on, and the user's shell may have read it.
+    """
+    if names := [name for name in ("POSTROAD_HTTP_LISTEN", *sorted(PRIVATE)) if environ.get(name)]:
+        raise ValueError(
+            f"{names[0]} is set, but the local stack chooses the addresses and names of its processes itself;"
+            " POSTROAD_LOCAL_API_PORT chooses the api's port"
+        )
 
 
 def merge_given(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from deploy.local.cache import cache_root, entry_path, make_entry
-from deploy.local.commands import SetupError, run
+from deploy.local.commands import SetupError, run, say
 from deploy.local.files import write_whole
 from deploy.local.jars import POM, jars_path, make_jars
 from deploy.local.ports import HOST, free_port
@@ -20,7 +20,8 @@ __all__ = ["META", "archive_path", "java", "make_archive", "storage_format"]
 
 LOGGING = POM.parent / "log4j2.xml"
 META, BOOTSTRAP = "meta.properties", "bootstrap.checkpoint"
-STARTS_WITHIN = 60.0
+# A busy machine starts a broker slowly, and several installers run beside it.
+STARTS_WITHIN = 180.0
 ENDS_WITHIN = 60.0
 
 
@@ -82,10 +83,12 @@ def _configuration(scratch: Path, data: Path, *, client: int, controller: int) -
     return path
 
 
-def make_archive() -> Path:
-    """Make the class archive (AppCDS): fetch the jars and run a broker once. Raises SetupError.
+def make_archive() -> None:
+    """Fetch the jars, and make the class archive (AppCDS) by a trial start of a broker.
 
-    A broker's start took 3.1 s of CPU without and 1.8 s with it. Java ignores an archive that does not fit.
+    A broker's start took 3.1 s of CPU without the archive and 1.8 s with it. So a failed trial start is only
+    a warning, and the next setup tries again. Raises SetupError when the jars cannot be fetched. Java ignores
+    an archive that does not fit.
     """
 
     make_jars()
@@ -98,7 +101,10 @@ def make_archive() -> Path:
             archive = f"-XX:ArchiveClassesAtExit={target}/kafka.jsa"
             _run_broker([*java("512m", archive), "kafka.Kafka", str(configuration)], client)
 
-    return make_entry("kafka-classes", _recipe(), build)
+    try:
+        make_entry("kafka-classes", _recipe(), build)
+    except SetupError as error:
+        say(f"made no class archive for Kafka ({error}); each start takes a second longer")
 
 
 def _run_broker(argv: list[str], port: int) -> None:

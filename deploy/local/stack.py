@@ -18,6 +18,7 @@ from deploy.local.environment import (
     given_variables,
     is_replaced,
     merge_given,
+    refuse_private,
     services_reading,
     stack_environment,
 )
@@ -25,6 +26,7 @@ from deploy.local.files import write_whole
 from deploy.local.kafka_node import kafka_component
 from deploy.local.launcher import Launcher, StackError
 from deploy.local.layout import Layout
+from deploy.local.ports import HOST, is_free
 from deploy.local.services import catcher_component, dns_component, service_component
 from deploy.local.state import DEFAULT_REPLICAS, SERVICES, StackState
 
@@ -33,6 +35,8 @@ __all__ = ["ProcessStatus", "Stack", "StackError"]
 
 API_PORT = 50051
 """The port of the README's examples. The first api listens there when it is free."""
+
+TOKENS = "POSTROAD_API_TOKENS"
 
 
 def _api_port() -> int:
@@ -88,6 +92,13 @@ class Stack:
             return catcher_component(self.layout, self.state)
         return service_component(self.layout, self.state, name)
 
+    def api_elsewhere(self) -> str:
+        """Return a line that says where the first api is when another program has its port; else nothing."""
+        wanted, port = _api_port(), self.state.port("api-1", "grpc")
+        if "api-1" not in self.services() or wanted in (0, port) or is_free(wanted):
+            return ""
+        return f"{wanted} is taken; api-1 is at {HOST}:{port}"
+
     def processes(self) -> list[ProcessStatus]:
         """Return the present state of every process of the stack."""
 
@@ -138,6 +149,8 @@ class Stack:
                 self.state.given = before
                 self._save()
                 raise
+        if before.get(TOKENS) and not self.state.given.get(TOKENS):
+            print("the api needs no token now", file=sys.stderr, flush=True)
 
     def _bring_up(self, *, services: bool, changed: bool) -> None:
         """Start the planned processes. `changed`: the given settings differ from those before."""
@@ -171,10 +184,11 @@ class Stack:
         preparation.apply_topics(variables)
 
     def _plan(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool) -> None:
-        state, running = self.state, process.find_all(self.layout)
+        refuse_private(os.environ)
+        state, running, api_port = self.state, process.find_all(self.layout), _api_port()
         if not running:
             state.drop_busy_ports()
-            state.prefer_api_port(_api_port())
+            state.prefer_api_port(api_port)
         if kafka_nodes and kafka_nodes != state.kafka_nodes:
             if self.layout.data("kafka-1").exists():
                 raise StackError(

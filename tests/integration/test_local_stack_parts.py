@@ -16,6 +16,7 @@ from deploy.local.environment import (
     given_variables,
     is_replaced,
     merge_given,
+    refuse_private,
     service_environment,
     stack_environment,
     without_settings,
@@ -58,6 +59,47 @@ def test_given_variables_win_but_private_ones_do_not() -> None:
     assert "POSTROAD_LISTEN" not in variables
     assert is_replaced(state, "catcher")
     assert "EMAIL_TLS" not in variables
+
+
+@pytest.mark.parametrize("name", ["POSTROAD_LISTEN", "POSTROAD_HTTP_LISTEN", "POSTROAD_REPLICA"])
+def test_up_refuses_a_setting_that_the_stack_chooses_itself(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "127.0.0.1:50052")
+    with pytest.raises(ValueError, match=f"{name} is set.*POSTROAD_LOCAL_API_PORT chooses the api's port"):
+        Stack(Layout(tmp_path)).up({}, None)
+
+
+def test_a_shell_that_has_read_the_settings_of_the_stack_is_not_refused() -> None:
+    refuse_private(stack_environment(StackState(replicas={"api": 1, "sender": 1})))
+
+
+def test_a_line_says_where_the_api_is_when_another_has_its_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = Stack(Layout(tmp_path))
+    stack.state.replicas = {"api": 1}
+    port = stack.state.port("api-1", "grpc")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        monkeypatch.setenv("POSTROAD_LOCAL_API_PORT", str(taken))
+        assert stack.api_elsewhere() == f"{taken} is taken; api-1 is at 127.0.0.1:{port}"
+    for wanted in ("0", str(port)):
+        monkeypatch.setenv("POSTROAD_LOCAL_API_PORT", wanted)
+        assert not stack.api_elsewhere()
+
+
+def test_up_says_that_it_takes_the_tokens_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Stack, "_bring_up", lambda *_, **__: None)
+    monkeypatch.setenv("POSTROAD_LOCAL_API_PORT", "0")
+    stack = Stack(Layout(tmp_path))
+    for tokens in ("billing:4f1c09ab77d2e6b5", ""):
+        assert not capsys.readouterr().err
+        monkeypatch.setenv("POSTROAD_API_TOKENS", tokens)
+        stack.up({}, None)
+    assert capsys.readouterr().err == "the api needs no token now\n"
 
 
 def test_a_variable_set_to_the_stacks_own_value_is_no_longer_given() -> None:
