@@ -13,6 +13,7 @@ from deploy.local.layout import Layout
 from deploy.local.process import log_tail
 from deploy.local.stack import Stack, StackError
 from deploy.local.state import SERVICES
+from services.common.stages import STAGES
 
 __all__ = ["main"]
 
@@ -102,6 +103,8 @@ def _run(arguments: argparse.Namespace, stack: Stack) -> int:
         stack.scale(arguments.service, arguments.count)
         names = stack.state.replica_names(arguments.service)
         _say(f"{arguments.service}: {', '.join(names) or 'no replica'}")
+        if arguments.service in STAGES and len(names) > (partitions := stack.partitions()):
+            _say(f"only {partitions} of them get partitions, since POSTROAD_PARTITIONS is {partitions}")
     elif command == "start":
         stack.start(*arguments.names)
         for name in arguments.names:

@@ -92,6 +92,13 @@ class Stack:
             return catcher_component(self.layout, self.state)
         return service_component(self.layout, self.state, name)
 
+    def partitions(self) -> int:
+        """Return how many partitions the settings of the stack give each topic."""
+        # The import is slow, and few commands need it.
+        from services.common.config import Settings  # noqa: PLC0415
+
+        return int(self.state.given.get("POSTROAD_PARTITIONS") or Settings.model_fields["partitions"].default)
+
     def api_elsewhere(self) -> str:
         """Return a line that says where the first api is when another program has its port; else nothing."""
         wanted, port = _api_port(), self.state.port("api-1", "grpc")

@@ -89,6 +89,23 @@ def test_a_line_says_where_the_api_is_when_another_has_its_port(
         assert not stack.api_elsewhere()
 
 
+@pytest.mark.parametrize(("count", "warned"), [(12, False), (13, True)])
+def test_scale_warns_about_replicas_without_partitions(
+    count: int,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def scale(self: Stack, service: str, count: int) -> None:
+        self.state.replicas[service] = count
+
+    monkeypatch.setattr(Stack, "scale", scale)
+    monkeypatch.setenv("POSTROAD_LOCAL_DIR", str(tmp_path))
+    assert main(["scale", "sender", str(count)]) == 0
+    assert ("only 12 of them get partitions" in capsys.readouterr().err) is warned
+
+
 def test_up_says_that_it_takes_the_tokens_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,7 +135,8 @@ class TaskServiceServicer:
     def Watch(self, request, context):
         """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
         their order, those of different tasks in any. The stream ends only when its client or its server ends
-        it. A watch that resumes from a token misses nothing, and may repeat the last changes.
+        it. A watch that resumes from a token misses nothing, and may repeat the last changes. Without a token, a
+        watch by a filter begins with a message that has only a token, and shows every change after that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

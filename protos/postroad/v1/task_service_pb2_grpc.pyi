@@ -57,7 +57,8 @@ class TaskServiceStub:
     Watch: _grpc.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]
     """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
     their order, those of different tasks in any. The stream ends only when its client or its server ends
-    it. A watch that resumes from a token misses nothing, and may repeat the last changes.
+    it. A watch that resumes from a token misses nothing, and may repeat the last changes. Without a token, a
+    watch by a filter begins with a message that has only a token, and shows every change after that.
     """
     Retry: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]
     """Sends a failed, uncertain or cancelled task once more: it is pending again, until a future send_at. For a
@@ -107,7 +108,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     Watch: _aio.UnaryStreamMultiCallable[_task_service_pb2.WatchRequest, _task_service_pb2.WatchResponse]  # type: ignore[assignment]
     """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
     their order, those of different tasks in any. The stream ends only when its client or its server ends
-    it. A watch that resumes from a token misses nothing, and may repeat the last changes.
+    it. A watch that resumes from a token misses nothing, and may repeat the last changes. Without a token, a
+    watch by a filter begins with a message that has only a token, and shows every change after that.
     """
     Retry: _aio.UnaryUnaryMultiCallable[_task_service_pb2.RetryRequest, _task_pb2.Task]  # type: ignore[assignment]
     """Sends a failed, uncertain or cancelled task once more: it is pending again, until a future send_at. For a
@@ -190,7 +192,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_task_service_pb2.WatchResponse], _abc.AsyncIterator[_task_service_pb2.WatchResponse]]:
         """Streams the changes of a task, or of all tasks that a filter selects. The changes of one task come in
         their order, those of different tasks in any. The stream ends only when its client or its server ends
-        it. A watch that resumes from a token misses nothing, and may repeat the last changes.
+        it. A watch that resumes from a token misses nothing, and may repeat the last changes. Without a token, a
+        watch by a filter begins with a message that has only a token, and shows every change after that.
         """
 
     @_abc_1.abstractmethod
