@@ -37,10 +37,13 @@ def _apply(settings: Settings) -> None:
 
 
 def _run(command: str, variables: Mapping[str, str], work: Callable[[Settings], object]) -> None:
+    settings = None
     try:
         # The stack knows all settings: the user's config file adds none.
-        work(make_settings(effective_variables({}, {**variables, "POSTROAD_CONFIG": os.devnull})))
+        settings = make_settings(effective_variables({}, {**variables, "POSTROAD_CONFIG": os.devnull}))
+        work(settings)
     except Exception as error:
         if (failure := explain(error, variables.get("POSTROAD_KAFKA_BOOTSTRAP", ""))) is None:
             raise
-        raise StackError(f"`postroad {command}` failed: {failure}") from error
+        # A wrong setting is the user's own, and no command has run: its name comes first.
+        raise StackError(f"`postroad {command}` failed: {failure}" if settings else str(failure)) from error

@@ -123,6 +123,7 @@ def _is_complete(kind: str) -> bool:
 
 
 def _timed(name: str, make: Callable[[], object]) -> None:
+    say(f"{name}: ...")
     began = time.monotonic()
     make()
     if (took := time.monotonic() - began) > 0.5:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import cache, database_tree, debian, demo
+from deploy.local import cache, database_tree, debian, demo, preparation
 from deploy.local.command_line import main
 from deploy.local.commands import SetupError, run
 from deploy.local.demo_cases import CASES, plan
@@ -104,6 +104,11 @@ def test_scale_warns_about_replicas_without_partitions(
     monkeypatch.setenv("POSTROAD_LOCAL_DIR", str(tmp_path))
     assert main(["scale", "sender", str(count)]) == 0
     assert ("only 12 of them get partitions" in capsys.readouterr().err) is warned
+
+
+def test_the_error_for_a_wrong_setting_begins_with_its_name() -> None:
+    with pytest.raises(StackError, match=r"\APOSTROAD_DNS_TIMEOUT: "):
+        preparation.migrate({"POSTROAD_DNS_TIMEOUT": "abc"})
 
 
 def test_up_says_that_it_takes_the_tokens_away(
