@@ -9,7 +9,7 @@ import typer
 
 from services.cli.command import DATABASE, KAFKA, CommandContext, Yes, command
 from services.cli.errors import FAILED
-from services.cli.output import Column
+from services.cli.output import Column, OutputRow
 from services.cli.terminal import confirm, say
 
 if TYPE_CHECKING:
@@ -26,17 +26,33 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
     """Add the commands to the app and to its group `topics`."""
 
     @command(app, "migrate", uses=(DATABASE,), examples="postroad migrate --env-file .local/stack.env")
-    def migrate(context: CommandContext) -> None:
+    def migrate(context: CommandContext, yes: Yes = False) -> None:
         """Bring the database to this version's tables. Run it before the services of a new version start.
 
         A database that a later version has migrated serves this one too: nothing is done then.
+
+        It creates tables that somebody dropped, empty. It asks before it creates `deliveries`: with an empty
+        one, senders that run may send mails twice.
         """
-        from services.common.migrations import migrate as run  # noqa: PLC0415
+        from services.common import migrations  # noqa: PLC0415
         from services.common.operations.database_url import database_url  # noqa: PLC0415
 
-        migrated = run(database_url(context.settings()))
+        url = database_url(context.settings())
+        migrated = migrations.migrate(url)
+        created = migrations.missing_tables(url) if migrated else []
+        if "deliveries" in created:
+            say("The table deliveries is gone. Stop the senders before you create it: see Rebuilding.")
+            confirm("Are all senders stopped?", yes)
+        if created:
+            migrations.create_tables(url, created)
         line = "up to date" if migrated else "newer than this version, which goes on with it as it is"
-        context.out.one({"migrated": migrated}, lambda _: print(f"The database is {line}."))
+
+        def show(_: OutputRow) -> None:
+            for name in created:
+                print(f"created the missing table {name}, empty; see Rebuilding in docs/operations.md")
+            print(f"The database is {line}.")
+
+        context.out.one({"migrated": migrated, "created": created}, show)
 
     @command(
         topics,

@@ -119,6 +119,25 @@ def test_the_command_migrates(server: Infra) -> None:
     assert differences(url) == []
 
 
+def test_the_command_creates_dropped_tables(database_url: str) -> None:
+    execute(database_url, "DROP TABLE tasks, topic_ids")
+    done = postroad(database_url, "migrate")
+    created = "created the missing table {}, empty; see Rebuilding in docs/operations.md\n"
+    expected = created.format("tasks") + created.format("topic_ids") + "The database is up to date.\n"
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    assert differences(database_url) == []
+
+
+def test_the_command_asks_before_it_creates_deliveries(database_url: str) -> None:
+    execute(database_url, "DROP TABLE deliveries, tasks")
+    asking = postroad(database_url, "migrate")
+    assert (asking.returncode, asking.stdout) == (2, "")
+    assert "Stop the senders" in asking.stderr
+    assert differences(database_url)
+    assert postroad(database_url, "migrate", "--yes").returncode == 0
+    assert differences(database_url) == []
+
+
 def test_the_command_tells_an_absent_database_from_a_wrong_one(server: Infra) -> None:
     away = postroad("mysql://postroad@127.0.0.1:1/postroad", "migrate")
     assert (away.returncode, away.stdout) == (5, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -10,13 +11,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, make_url
+from sqlalchemy import URL, Connection, inspect, make_url
 from sqlalchemy.exc import DBAPIError
 
 from services.common.database.engine import make_engine
 from services.common.database.errors import is_conflict
+from services.common.database.tables import metadata
 
-__all__ = ["VERSION_TABLE", "migrate"]
+__all__ = ["VERSION_TABLE", "create_tables", "migrate", "missing_tables"]
 
 LOCK_SECONDS = 120
 VERSION_TABLE = "postroad_version"
@@ -59,6 +61,35 @@ def migrate(url: str | URL, revision: str = "head") -> bool:
             return _upgraded(connection, config, revision)
     finally:
         engine.dispose()  # ends the session, and the lock with it
+
+
+def missing_tables(url: str | URL) -> list[str]:
+    """Return the tables that a migrated database lacks, because somebody dropped them. Blocks.
+
+    Raises `sqlalchemy.exc.DBAPIError`.
+    """
+    engine = make_engine(url, pool_size=1)
+    try:
+        with engine.connect() as connection:
+            there = set(inspect(connection).get_table_names())
+    finally:
+        engine.dispose()
+    return [name for name in metadata.tables if name not in there]
+
+
+def create_tables(url: str | URL, names: Collection[str]) -> None:
+    """Create these tables of a migrated database, empty, unless they exist. Blocks.
+
+    Raises TimeoutError if another migration runs, and `sqlalchemy.exc.DBAPIError`.
+    """
+    engine = make_engine(url, pool_size=1)
+    try:
+        with engine.connect() as connection:
+            _lock(connection, make_url(url).database or "")
+            metadata.create_all(connection, tables=[metadata.tables[name] for name in names])
+            connection.commit()
+    finally:
+        engine.dispose()
 
 
 def _lock(connection: Connection, database: str) -> None:
