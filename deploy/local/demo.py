@@ -127,7 +127,8 @@ def _table(demo: Demo, tasks: Tasks) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     if len(demo.sent) <= ROWS_SHOWN:
         for column in ("case", "recipient", "status", "reason", "last reply"):
-            table.add_column(column, no_wrap=True)
+            # A narrow terminal shows long texts in several lines, and nothing is cut.
+            table.add_column(column, no_wrap=column in ("status", "reason"), overflow="fold")
         for task_id, sent in demo.sent.items():
             task = tasks.get(task_id, task_pb2.Task())
             style = STYLES.get(task.status, "dim")
