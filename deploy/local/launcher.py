@@ -1,5 +1,6 @@
 """Starts and ends the processes of a stack, several at a time."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -53,10 +54,10 @@ class Launcher:
         with ThreadPoolExecutor() as pool:
             self.results([pool.submit(self.start, name) for name in names])
 
-    def end_all(self, names: Iterable[str]) -> None:
-        """End all of these at once, each by SIGTERM, and by SIGKILL after its grace."""
+    def end_all(self, names: Iterable[str], most: float = math.inf) -> None:
+        """End all of these at once, each by SIGTERM, and by SIGKILL after its grace, or `most` seconds."""
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda name: process.end(self._layout, name, self._grace(name)), names))
+            list(pool.map(lambda name: process.end(self._layout, name, min(self._grace(name), most)), names))
 
     def results(self, futures: Collection[Future[None]]) -> None:
         """Wait for all of them, and raise what a failed one raised. An interruption ends the other waits."""

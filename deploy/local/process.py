@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ __all__ = ["end", "environment", "find", "find_all", "log_tail", "resident_bytes
 
 NAME = "POSTROAD_LOCAL_NAME"
 DIRECTORY = "POSTROAD_LOCAL_DIR"
+# After this long (seconds) an end that is waited for is named on stderr.
+_SILENCE = 5.0
 
 
 def spawn(
@@ -124,8 +127,13 @@ def _end(layout: Layout, name: str, grace: float) -> bool:
             signal.pidfd_send_signal(descriptor, signal.SIGTERM)
             # A process that SIGSTOP stopped does not handle SIGTERM.
             signal.pidfd_send_signal(descriptor, signal.SIGCONT)
-            if _wait_gone(descriptor, grace):
+            if _wait_gone(descriptor, min(grace, _SILENCE)):
                 return True
+            if grace > _SILENCE:
+                more = grace - _SILENCE
+                print(f"{name} still drains, for {more:.0f} s at most", file=sys.stderr, flush=True)
+                if _wait_gone(descriptor, more):
+                    return True
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         _wait_gone(descriptor, 30)
         return False

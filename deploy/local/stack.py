@@ -1,6 +1,7 @@
 """The stack as a whole: up, scale, start, stop, kill, down."""
 
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -37,6 +38,9 @@ API_PORT = 50051
 """The port of the README's examples. The first api listens there when it is free."""
 
 TOKENS = "POSTROAD_API_TOKENS"
+
+# `down --wipe` deletes the data, so it waits for no longer drain.
+_WIPE_SECONDS = 30
 
 
 def _api_port() -> int:
@@ -273,14 +277,14 @@ class Stack:
             return process.end(self.layout, name, 0 if kill else grace)
 
     def down(self, *, wipe: bool = False) -> None:
-        """End all processes, services first. Keep the data unless `wipe`."""
+        """End all processes, services first. Keep the data unless `wipe`, which waits less for drains."""
         with self.changing():
             while running := process.find_all(self.layout):
                 for name, pid in running.items():
                     write_whole(self.layout.pid(name), f"{pid}\n", 0o644)
                 names = set(running)
                 servers = {name for name in names if name.rpartition("-")[0] not in SERVICES}
-                self._launcher.end_all((names - servers) or servers)
+                self._launcher.end_all((names - servers) or servers, _WIPE_SECONDS if wipe else math.inf)
             shutil.rmtree(self.layout.root / "pids", ignore_errors=True)
             self.state.given = {}
             self.state.release_ports()

@@ -69,3 +69,16 @@ def test_status_shows_stopped_processes(layout: Layout) -> None:
         "dns": False,
         "catcher": True,
     }
+
+
+def test_an_end_that_takes_long_is_named(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(process, "_SILENCE", 0.05)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        _begin(layout, "dns")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not process.end(layout, "dns", 0.1)
+    assert "dns still drains" in capsys.readouterr().err
