@@ -128,3 +128,6 @@ def _show(context: CommandContext, row: OutputRow, yes: bool) -> None:
         if row[key]:
             print()
             context.out.table(row[key], columns)
+    differing = ("missing", "differing", "extra", "lines_missing", "lines_differing", "lines_extra")
+    if row["samples"] and (more := sum(row[key] for key in differing) - len(row["samples"])) > 0:
+        print(f"... and {more} more")

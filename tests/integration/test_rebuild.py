@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Engine
 from postroad.v1 import events_pb2 as pb
 from services.api import outbox
 from services.api.uuid7 import IdGenerator
+from services.common import migrations
 from services.common.config import Settings
 from services.common.database.bulk import execute_rows
 from services.common.database.transactions import transaction
@@ -249,6 +250,17 @@ def create_topics(settings: Settings) -> set[str]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A difference that stays needs no long look: no stage is behind."""
     monkeypatch.setattr(run, "_SETTLE", 0.1)
+
+
+def test_a_dropped_table_is_rebuilt_once_it_is_created(pipeline: Pipeline) -> None:
+    pipeline.run_tasks(8)
+    before, url = pipeline.dump(), pipeline.settings.database_url.get_secret_value()
+    pipeline.do("DROP TABLE tasks")
+    assert migrations.missing_tables(url) == ["tasks"]
+    migrations.create_tables(url, ["tasks"])
+    report = pipeline.rebuild()
+    assert (report.swapped, report.missing) == (True, 8)
+    assert pipeline.dump() == before
 
 
 def test_emptied_tables_are_rebuilt_row_for_row(pipeline: Pipeline) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import pytest
 
 from services.cli.command import CommandContext
 from services.cli.rebuild_command import _row, _show
-from services.common.operations.rebuild.report import RebuildReport
+from services.common.operations.rebuild.report import RebuildReport, RowDifference
 
 
 def shown(capsys: pytest.CaptureFixture[str], report: RebuildReport, yes: bool) -> dict[str, str]:
@@ -25,3 +27,11 @@ def test_a_rebuild_that_only_restored_rows_shows_no_swap(capsys: pytest.CaptureF
     assert (exchanged["deliveries restored"], exchanged["swapped in"]) == ("3", "yes")
     kept = shown(capsys, RebuildReport(differing=1), True)
     assert kept["swapped in"] == "no"
+
+
+def test_a_rebuild_says_how_many_differences_it_does_not_show(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [RowDifference("tasks", UUID(int=n), "", "missing", ()) for n in range(10)]
+    _show(CommandContext({}), _row(RebuildReport(missing=12, lines_extra=1, samples=samples)), False)
+    assert capsys.readouterr().out.endswith("\n... and 3 more\n")
+    _show(CommandContext({}), _row(RebuildReport(missing=10, samples=samples)), False)
+    assert "more" not in capsys.readouterr().out
