@@ -140,4 +140,4 @@ def test_a_scheduled_task_shows_its_time_and_its_key_returns_it(installation: In
         past = create(api, 1)
         assert not past.HasField("next_attempt_at")
         eventually(lambda: [id_ for id_, _ in published_at(installation)] == [past.id])
-        assert api.metric('postroad_api_published_total{way="relay"}') == 1
+        eventually(lambda: api.metric('postroad_api_published_total{way="relay"}') == 1)
