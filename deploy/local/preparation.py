@@ -1,7 +1,7 @@
 """Gives the services of a stack what they need of its servers: the database's tables, and the topics.
 
-It does what `postroad migrate` and `postroad topics apply` do, without a process for each: to import the
-libraries twice takes longer than the work. Everything blocks, and raises StackError.
+It does what `postroad migrate` and `postroad topics apply` do unasked, without a process for each: to import
+the libraries twice takes longer than the work. Everything blocks, and raises StackError.
 """
 
 import os
@@ -22,12 +22,18 @@ __all__ = ["apply_topics", "migrate"]
 
 def migrate(variables: Mapping[str, str]) -> None:
     """Bring the database that these settings name to this version's tables."""
-    _run("migrate", variables, lambda settings: migrations.migrate(database_url(settings)))
+    _run("migrate", variables, _migrate)
 
 
 def apply_topics(variables: Mapping[str, str]) -> None:
     """Create the topics that these settings want and the cluster lacks."""
     _run("topics apply", variables, _apply)
+
+
+def _migrate(settings: Settings) -> None:
+    url = database_url(settings)
+    if migrations.migrate(url) and (missing := migrations.missing_tables(url)):
+        raise StackError(f"somebody dropped {', '.join(missing)}: see Rebuilding in docs/operations.md")
 
 
 def _apply(settings: Settings) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _AS_THEY_MUST_BE = "The topics are as they must be."
+# An empty `deliveries` knows no mail that went out, an empty `tasks` no idempotency key.
+_STOPPED = {"deliveries": "senders", "tasks": "apis"}
 _COLUMNS = (Column("topic"), Column("state"), Column("detail", min_width=20))
 
 
@@ -31,8 +33,8 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
 
         A database that a later version has migrated serves this one too: nothing is done then.
 
-        It creates tables that somebody dropped, empty. It asks before it creates `deliveries`: with an empty
-        one, senders that run may send mails twice.
+        It creates tables that somebody dropped, empty. It asks before it creates `deliveries` or `tasks`:
+        with an empty one, senders and apis that run may send mails twice.
         """
         from services.common import migrations  # noqa: PLC0415
         from services.common.operations.database_url import database_url  # noqa: PLC0415
@@ -40,9 +42,10 @@ def register(app: typer.Typer, topics: typer.Typer) -> None:
         url = database_url(context.settings())
         migrated = migrations.migrate(url)
         created = migrations.missing_tables(url) if migrated else []
-        if "deliveries" in created:
-            say("The table deliveries is gone. Stop the senders before you create it: see Rebuilding.")
-            confirm("Are all senders stopped?", yes)
+        for table, services in _STOPPED.items():
+            if table in created:
+                say(f"The table {table} is gone. Stop the {services} until it is rebuilt: see Rebuilding.")
+                confirm(f"Are all {services} stopped?", yes)
         if created:
             migrations.create_tables(url, created)
         line = "up to date" if migrated else "newer than this version, which goes on with it as it is"

@@ -120,19 +120,22 @@ def test_the_command_migrates(server: Infra) -> None:
 
 
 def test_the_command_creates_dropped_tables(database_url: str) -> None:
-    execute(database_url, "DROP TABLE tasks, topic_ids")
+    execute(database_url, "DROP TABLE task_events, topic_ids")
     done = postroad(database_url, "migrate")
     created = "created the missing table {}, empty; see Rebuilding in docs/operations.md\n"
-    expected = created.format("tasks") + created.format("topic_ids") + "The database is up to date.\n"
+    expected = created.format("task_events") + created.format("topic_ids") + "The database is up to date.\n"
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
     assert differences(database_url) == []
 
 
-def test_the_command_asks_before_it_creates_deliveries(database_url: str) -> None:
-    execute(database_url, "DROP TABLE deliveries, tasks")
+@pytest.mark.parametrize(("table", "services"), [("deliveries", "senders"), ("tasks", "apis")])
+def test_the_command_asks_before_services_could_send_twice(
+    database_url: str, table: str, services: str
+) -> None:
+    execute(database_url, f"DROP TABLE {table}")
     asking = postroad(database_url, "migrate")
     assert (asking.returncode, asking.stdout) == (2, "")
-    assert "Stop the senders" in asking.stderr
+    assert f"Stop the {services}" in asking.stderr
     assert differences(database_url)
     assert postroad(database_url, "migrate", "--yes").returncode == 0
     assert differences(database_url) == []
