@@ -22,7 +22,10 @@ _FAMILIES = (
     *("x-mailgun-", "x-ses-", "x-pm-", "x-postmark-"),  # Mailgun, Amazon SES, Postmark
     *("x-mj-", "x-mailjet-"),  # Mailjet
     *("x-mailin-", "x-sib-", "x-sendinblue-"),  # Brevo
-    *("x-elasticemail-", "x-smtp2go-", "x-socketlabs-", "x-xs-", "x-tipimail-"),
+    *("x-elasticemail-", "x-smtp2go-", "x-smtpeter-"),
+    *("x-socketlabs-", "x-xs"),  # SocketLabs: X-xsMailingId
+    *("x-tipimail-", "x-tm-"),  # Tipimail: X-TM-TEMPLATE
+    "x-mt-",  # Mailtrap
     "x-ms-exchange-organization-",  # Exchange's own verdicts, among them that a mail is no spam
 )
 

@@ -15,6 +15,7 @@ STEERING = [
     *("X-SMTPAPI", "x-smtpapi", "X-MSYS-API", "Apparently-To", "X-Receiver", "X-Envelope-To"),
     *("X-MC-Subaccount", "X-MC-BccAddress", "x-mc-anything", "X-Mailgun-Variables", "X-Mailgun-Tag"),
     *("X-SES-CONFIGURATION-SET", "X-SES-SOURCE-ARN", "X-PM-Message-Stream", "X-PM-Bounce-Type", "X-PM-Tag"),
+    *("X-xsMailingId", "X-TM-TEMPLATE", "X-MT-Category", "X-SMTPeter-Tags", "X-ElasticEmail-Settings"),
     *("X-MJ-CustomID", "X-Mailin-Tag", "X-MS-Exchange-Organization-SCL"),
 ]
 
