@@ -19,10 +19,29 @@ __all__ = ["MAX_CALLS", "SERVICE_NAME", "HealthServicer"]
 
 SERVICE_NAME: str = health.SERVICE_NAME
 MAX_CALLS = 1000
-"""Calls that may be open. One of a client that does not read stays open until its connection ends."""
+"""Checks that may be open, and Watches. One that nobody reads stays open until its connection ends."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class _OpenCalls:
+    """Counts the open calls of one method."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def admit(self, context: Context) -> None:
+        """Count a call until its task ends, which is after its last write; refuse one too many."""
+        if self.count >= MAX_CALLS:
+            await overloaded().abort(context)
+        task = asyncio.current_task()
+        assert task is not None
+        self.count += 1
+        task.add_done_callback(self._ended)
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        self.count -= 1
 
 
 class HealthServicer:
@@ -31,7 +50,7 @@ class HealthServicer:
     def __init__(self) -> None:
         self._is_serving = self._draining = False
         self._changed = asyncio.Event()
-        self._calls = 0
+        self._checks, self._watches = _OpenCalls(), _OpenCalls()
 
     def set(self, is_serving: bool) -> None:
         """Tell this from now on, unless the api drains."""
@@ -55,11 +74,11 @@ class HealthServicer:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     async def _check(self, _: object, context: Context) -> bytes:
-        await self._admit(context)
+        await self._checks.admit(context)
         return self._response()
 
     async def _watch(self, _: object, context: Context) -> None:
-        await self._admit(context)
+        await self._watches.admit(context)
         writer = StreamWriter(context)
         while True:
             changed = self._changed
@@ -68,18 +87,6 @@ class HealthServicer:
             except StatusError as error:
                 await error.abort(context)
             await changed.wait()
-
-    async def _admit(self, context: Context) -> None:
-        """Count a call until its task ends, which is after its last write; refuse one too many."""
-        if self._calls >= MAX_CALLS:
-            await overloaded().abort(context)
-        task = asyncio.current_task()
-        assert task is not None
-        self._calls += 1
-        task.add_done_callback(self._ended)
-
-    def _ended(self, _: asyncio.Task[None]) -> None:
-        self._calls -= 1
 
     def _response(self) -> bytes:
         status = _SERVING if self._is_serving else _NOT_SERVING

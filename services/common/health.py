@@ -118,7 +118,9 @@ class HealthServer:
         assert task is not None
         if len(self._connections) >= self._MAX_CONNECTIONS:
             # A request takes milliseconds, so the oldest connection is the one that waits for its client.
-            next(iter(self._connections)).cancel()
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
         self._connections[task] = None
         try:
             async with asyncio.timeout(self._SECONDS):

@@ -15,6 +15,7 @@ from tests.api_process import eventually
 from tests.http2 import Connection, message
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 WATCH = f"{health.SERVICE_NAME}/Watch"
 
 
@@ -43,7 +44,7 @@ async def test_watchers_that_read_nothing_hold_up_no_change(served: tuple[Health
             stub = health_pb2_grpc.HealthStub(channel)
             stream = stub.Watch(health_pb2.HealthCheckRequest())
             assert (await stream.read()).status == NOT_SERVING
-            await until(lambda: servicer._calls >= 101)
+            await until(lambda: servicer._watches.count >= 101)
             servicer.set(True)
             assert (await stream.read()).status == SERVING
             servicer.drain()
@@ -53,7 +54,7 @@ async def test_watchers_that_read_nothing_hold_up_no_change(served: tuple[Health
             assert answer.status == NOT_SERVING
 
 
-async def test_one_call_too_many_is_refused_until_another_ends(
+async def test_one_watch_too_many_is_refused_until_another_ends(
     served: tuple[HealthServicer, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servicer, target = served
@@ -61,12 +62,13 @@ async def test_one_call_too_many_is_refused_until_another_ends(
     with Connection(target, window=0) as connection:
         for _ in range(10):
             connection.call(WATCH, message(b""))
-        await until(lambda: servicer._calls >= 10)
+        await until(lambda: servicer._watches.count >= 10)
         async with grpc.aio.insecure_channel(target) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Check(health_pb2.HealthCheckRequest())
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await stub.Watch(health_pb2.HealthCheckRequest()).code() is EXHAUSTED
+            # Watches keep no Check away.
+            assert (await stub.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
     async with grpc.aio.insecure_channel(target) as channel, asyncio.timeout(10):
-        await until(lambda: not servicer._calls)
-        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await until(lambda: not servicer._watches.count)
+        stream = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await stream.read()).status == NOT_SERVING
