@@ -121,7 +121,11 @@ class Settings(BaseSettings):
         "consumer", description="Kafka group protocol: consumer (KIP-848, Kafka 4 and later) or classic"
     )
     max_in_flight: int = Field(2000, ge=1, description="Records a stage holds at most")
-    max_in_flight_bytes: int = Field(32 << 20, ge=1, description="Bytes of records a stage holds at most")
+    max_in_flight_bytes: int = Field(
+        32 << 20,
+        ge=1,
+        description="Bytes of records a stage holds at most, besides up to 12 MiB that its client fetched",
+    )
     revoke_seconds: float = Field(
         10.0, gt=0, le=_HOUR, description="How long a revoked partition waits for what is in flight"
     )

@@ -102,6 +102,15 @@ def test_a_compressed_request_is_refused(api: ApiProcess, method: str) -> None:
     assert answers(api)
 
 
+def test_a_tenants_compressed_request_is_refused(api: ApiProcess) -> None:
+    metadata = [("authorization", f"Bearer {TOKEN}")]
+    with grpc.insecure_channel(api.target, compression=grpc.Compression.Gzip) as channel:
+        stub = TaskServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Create(request(1, body="x" * 100_000), metadata=metadata, timeout=20)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 @pytest.mark.parametrize(
     "method", [f"{TASKS}/Create", f"{TASKS}/BatchCreate", f"{TASKS}/Watch", f"{HEALTH}/Check", REFLECTION]
 )

@@ -212,22 +212,18 @@ async def test_i4_the_records_of_a_stalled_handler_are_bounded(kit: Kit) -> None
         await go.wait()
         return passed_on(record)
 
-    settings = kit.with_(max_in_flight=300, max_in_flight_bytes=8 << 20)
-    await kit.publish(created(n, body="x" * 20_000) for n in range(500))
+    settings = kit.with_(max_in_flight=1000, max_in_flight_bytes=8 << 20)
+    await kit.publish(created(n, body="x" * 100_000) for n in range(300))
     async with kit.running(settings, handle=handle):
-        await until(lambda: len(holding) >= 190)
-        held = len(holding)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        await until(lambda: len(holding) >= 40)
         for _ in range(20):
             await asyncio.sleep(0.1)
-            # 8 MiB hold 195 of these records. Those on their way when the limit is reached come on top.
-            assert len(holding) <= 300
-        assert len(holding) <= held + 110
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
+            # 8 MiB hold 41 of these records. What the client has fetched by then comes on top: up to 12 MiB.
+            assert len(holding) <= 200
         gauge = metrics.STAGE_IN_FLIGHT.labels("validator")
         assert gauge.collect()[0].samples[0].value == len(holding)
         go.set()
-        await until(lambda: sum(kit.committed().values()) == 500, 60)
+        await until(lambda: sum(kit.committed().values()) == 300, 60)
     assert Counter(r.key for r in holding).most_common(1)[0][1] == 1
 
 
