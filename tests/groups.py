@@ -15,6 +15,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 from services.common.kafka import group_request
 from services.common.kafka.group_request import ConsumerGroup
 from services.common.kafka.leaders import retry_while_leaderless
+from services.common.kafka.topic_partition import first_error
 
 __all__ = ["Offsets", "bounds", "describe", "leave"]
 
@@ -92,16 +93,14 @@ class Offsets:
 
     def _committed(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
         found: list[TopicPartition] = self._consumer.committed(partitions, timeout=20)
-        for at in found:
-            if at.error is not None:
-                raise KafkaException(at.error)
+        if error := first_error(found):
+            raise KafkaException(error)
         return found
 
     def reset(self, offsets: Iterable[TopicPartition]) -> None:
         """Commit these offsets for a group that has no members. Raises KafkaException."""
-        for at in self._consumer.commit(offsets=list(offsets), asynchronous=False):
-            if at.error is not None:
-                raise KafkaException(at.error)
+        if error := first_error(self._consumer.commit(offsets=list(offsets), asynchronous=False)):
+            raise KafkaException(error)
 
 
 def describe(bootstrap: str, group: str) -> ConsumerGroup:

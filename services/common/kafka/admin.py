@@ -25,7 +25,16 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from services.common.config import Settings
 from services.common.kafka.topics import Topic
 
-__all__ = ["SILENT_LOGGER", "Applied", "TopicDifferences", "admin_client", "apply", "compare", "grow"]
+__all__ = [
+    "SILENT_LOGGER",
+    "Applied",
+    "TopicDifferences",
+    "admin_client",
+    "apply",
+    "compare",
+    "grow",
+    "operator_config",
+]
 
 TIMEOUT = 15.0
 # A busy broker makes the files of hundreds of new partitions before it shows them.
@@ -65,11 +74,17 @@ class Applied:
     differences: Sequence[str]
 
 
+def operator_config(settings: Settings) -> dict[str, Any]:
+    """Return librdkafka's settings for a client that an operator waits for.
+
+    The client notices within a second that a broker is back.
+    """
+    return {"bootstrap.servers": settings.kafka_bootstrap, "reconnect.backoff.max.ms": 1000}
+
+
 def admin_client(settings: Settings) -> AdminClient:
     """Return an AdminClient that logs nothing. It connects with its first request."""
-    # It notices within a second that a broker is back.
-    config: dict[str, Any] = {"bootstrap.servers": settings.kafka_bootstrap, "reconnect.backoff.max.ms": 1000}
-    return AdminClient(config, logger=SILENT_LOGGER)
+    return AdminClient(operator_config(settings), logger=SILENT_LOGGER)
 
 
 def compare(settings: Settings, topics: Sequence[Topic]) -> TopicDifferences:

@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from services.common.config import Settings
-from services.common.kafka.admin import SILENT_LOGGER, admin_client
+from services.common.kafka.admin import SILENT_LOGGER, admin_client, operator_config
 from services.common.kafka.leaders import retry_while_leaderless
 from services.common.kafka.topic_partition import first_error
 from services.common.kafka.topics import Names
@@ -29,17 +29,12 @@ TIMEOUT = 5.0
 """Seconds that one request to the cluster may take."""
 
 
-def _config(settings: Settings) -> dict[str, Any]:
-    # The client notices within a second that a broker is back.
-    return {"bootstrap.servers": settings.kafka_bootstrap, "reconnect.backoff.max.ms": 1000}
-
-
 def ungrouped_consumer(settings: Settings, **more: Any) -> Consumer:
     """Return a Consumer for partitions that are assigned by hand. It joins no group and commits nothing.
 
     `more` holds librdkafka's settings, with underscores for dots. Close it.
     """
-    config = _config(settings) | {
+    config = operator_config(settings) | {
         "group.id": Names(settings.topic_prefix).ungrouped,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
@@ -51,7 +46,7 @@ def ungrouped_consumer(settings: Settings, **more: Any) -> Consumer:
 
 def group_observer(settings: Settings, group: str) -> Consumer:
     """Return a Consumer for `committed_offsets` alone. It never subscribes, so it is no member. Close it."""
-    config = _config(settings) | {
+    config = operator_config(settings) | {
         "group.id": group,
         # In the classic protocol the request names no member.
         "group.protocol": "classic",
