@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli import Command
 from tests.e2e.pipeline import Pipeline, until
-from tests.e2e.test_sender import metric, problems
+from tests.e2e.replicas import metric, problems
 from tests.forms import LONG, by_form
 from tests.stack import Stack
 

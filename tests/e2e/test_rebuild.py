@@ -12,8 +12,8 @@ from sqlalchemy import Engine
 
 from services.common.database.engine import make_engine
 from tests import forked
+from tests.e2e.load import Load
 from tests.e2e.pipeline import Pipeline, until
-from tests.e2e.test_kills import Load
 from tests.forms import by_form
 from tests.stack import Stack
 

@@ -16,9 +16,9 @@ from services.common.events import encode
 from services.common.kafka.topics import EVENT_TOPICS, MX_OK, TASK_CREATED
 from services.common.stages import STAGES
 from tests import forked
+from tests.e2e.load import Load
 from tests.e2e.pipeline import Pipeline, until
 from tests.e2e.test_cancel_races import cancel
-from tests.e2e.test_kills import Load
 from tests.forms import by_form
 from tests.groups import Offsets, describe
 from tests.stack import Stack

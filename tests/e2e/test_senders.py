@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.e2e.load import Load
 from tests.e2e.pipeline import Pipeline, end_sessions, members, until
-from tests.e2e.test_kills import Load
-from tests.e2e.test_sender import busy, metric
+from tests.e2e.replicas import busy, metric
 from tests.stack import Stack
 
 

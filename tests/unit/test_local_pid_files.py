@@ -26,6 +26,15 @@ def _begin(layout: Layout, *names: str) -> None:
         process.spawn(layout, name, ["sleep", "600"], {})
 
 
+def _begin_ignoring_sigterm(layout: Layout, name: str) -> None:
+    # A child inherits the signals that its parent ignores.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        _begin(layout, name)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _files(layout: Layout) -> list[str]:
     return layout.names_in("pids", ".pid")
 
@@ -42,12 +51,7 @@ def test_stop_leaves_no_pid_file_and_kill_leaves_it(layout: Layout) -> None:
 
 
 def test_stop_of_a_process_that_ignores_sigterm_leaves_no_pid_file(layout: Layout) -> None:
-    # A child inherits the signals that its parent ignores.
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        _begin(layout, "dns")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    _begin_ignoring_sigterm(layout, "dns")
     assert not process.end(layout, "dns", 0.1)
     assert _files(layout) == []
 
@@ -75,10 +79,6 @@ def test_an_end_that_takes_long_is_named(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(process, "_SILENCE", 0.05)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        _begin(layout, "dns")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    _begin_ignoring_sigterm(layout, "dns")
     assert not process.end(layout, "dns", 0.1)
     assert "dns still drains" in capsys.readouterr().err
