@@ -20,6 +20,7 @@ import structlog
 
 from services.sender.relay_availability import PoolClosedError, RelayAvailability
 from services.sender.replies import NotSent, Rejected, SendResult
+from services.sender.smtp_mail import OutgoingMail
 from services.sender.smtp_relay import Credentials, Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import Session, UnavailableError
 from services.sender.smtp_sessions import Sessions
@@ -28,6 +29,7 @@ from services.sender.smtp_transaction import StaleSessionError, begin, check_mai
 __all__ = [
     "Credentials",
     "Limits",
+    "OutgoingMail",
     "PoolClosedError",
     "PoolState",
     "Relay",
@@ -51,6 +53,14 @@ class SendCancelled(asyncio.CancelledError):
     def __init__(self, rest: asyncio.Task[SendResult] | None = None) -> None:
         super().__init__()
         self.rest = rest
+
+
+@dataclass(slots=True)
+class _Submitted:
+    task: asyncio.Task[None] | None = None
+    rest: asyncio.Task[SendResult] | None = None
+    final: bool = False
+    """Whether the mail goes on no second session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,58 @@ class SmtpPool:
         limits = limits or Limits()
         self._sessions = Sessions(relay, limits, timeouts or Timeouts())
         self._availability = RelayAvailability(relay.name, self._sessions, limits, on_trouble)
+        self._submitted: dict[OutgoingMail, _Submitted] = {}
+
+    def submit(self, mail: OutgoingMail) -> None:
+        """Send a mail as soon as a session is free; ``mail.on_result`` gets the result. Does not block.
+
+        Raises:
+            ValueError: the addresses or the message cannot be sent as they are; nothing follows.
+        """
+        check_mail(mail.mail_from, mail.rcpt, mail.message)
+        submitted = self._submitted[mail] = _Submitted()
+        submitted.task = asyncio.get_running_loop().create_task(self._carry(mail, submitted))
+
+    def withdraw(self, mail: OutgoingMail) -> bool:
+        """Take a mail back before its message is written; abort its session if its envelope was written.
+
+        Returns:
+            True: nothing of the message was sent, nothing will be, and ``on_result`` is not called.
+            False: the message is being sent or was. ``on_result`` follows, or was called. The mail goes on
+            no second session.
+        """
+        submitted = self._submitted.get(mail)
+        if submitted is None or submitted.task is None:
+            return False
+        if submitted.rest is not None:
+            submitted.final = True
+            return False
+        del self._submitted[mail]
+        submitted.task.cancel()
+        return True
+
+    def cut_off(self, mail: OutgoingMail) -> None:
+        """Abort the session of a mail whose message is being sent or was: its result follows at once.
+
+        A mail of which ``withdraw`` did not return False is left alone.
+        """
+        submitted = self._submitted.get(mail)
+        if submitted is not None and submitted.rest is not None:
+            submitted.final = True
+            submitted.rest.cancel()
+
+    async def _carry(self, mail: OutgoingMail, submitted: _Submitted) -> None:
+        result: SendResult | None = self._availability.blocking
+        probe = result is None and self._availability.take_probe()
+        again = False
+        while result is None:
+            result = await self._send(
+                mail.mail_from, mail.rcpt, mail.message, mail.guard, probe=probe, fresh=again, keep=submitted
+            )
+            if isinstance(result, Rejected) and result.about_session and not (again or submitted.final):
+                result, submitted.rest, again = None, None, True
+        if self._submitted.pop(mail, None) is not None:
+            mail.on_result(result)
 
     async def send(self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]) -> SendResult:
         """Send one mail to one recipient; wait for a free session if there is none.
@@ -129,6 +191,7 @@ class SmtpPool:
         *,
         probe: bool,
         fresh: bool,
+        keep: _Submitted | None = None,
     ) -> SendResult:
         session: Session | None = None
         try:
@@ -158,6 +221,8 @@ class SmtpPool:
         rest = asyncio.get_running_loop().create_task(
             self._send_message(session, mail_from, message, guard, probe)
         )
+        if keep is not None:
+            keep.rest = rest
         try:
             return await asyncio.shield(rest)
         except asyncio.CancelledError:
