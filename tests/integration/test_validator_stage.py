@@ -126,7 +126,7 @@ def validator(infra: Infra, pipeline: Pipeline) -> Iterator[subprocess.Popen[byt
         "POSTROAD_PARTITIONS": str(pipeline.settings.partitions),
         "POSTROAD_VALIDATOR_DELAYS": ",".join(map(str, DELAYS)),
         "POSTROAD_DNS_SERVERS": infra.dns,
-        "POSTROAD_DNS_TIMEOUT": "0.5",
+        "POSTROAD_DNS_TIMEOUT": "2",
     }
     process = subprocess.Popen([sys.executable, "-m", "services.validator"], env=environment)
     yield process
