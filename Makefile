@@ -94,7 +94,7 @@ chaos: setup ## kill, freeze and cut off processes under load (ARGS="--seed 1 --
 simulate: setup ## tens of thousands of interleavings with faults, in memory (ARGS="--seconds 600" for more)
 	@$(PYTHON) -m tests.simulation $(ARGS)
 
-bench: setup ## measure the pipeline on this machine
+bench: setup ## measure the pipeline on this machine (ARGS="idle" for another scenario, docs/performance.md)
 	@$(PYTHON) -m tests.bench $(ARGS)
 
 lock: setup ## pin the dependencies of pyproject.toml again, with hashes

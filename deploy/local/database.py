@@ -22,7 +22,6 @@ FLAGS = (
     f"--bind-address={HOST}",
     "--skip-name-resolve",
     "--disable-log-bin",
-    "--performance-schema=OFF",
     "--transaction-isolation=READ-COMMITTED",
     "--innodb-flush-log-at-trx-commit=1",
     "--innodb-buffer-pool-size=128M",
@@ -32,6 +31,9 @@ FLAGS = (
     # MariaDB's default. MySQL's is four times as large.
     "--max-allowed-packet=16M",
 )
+# Statement digests cost CPU, so they are on for diagnosis only.
+DIGESTS = ("--performance-schema=ON", "--performance-schema-consumer-statements-digest=ON")
+NO_DIGESTS = ("--performance-schema=OFF",)
 KIND_FLAGS = {
     # Managed MySQL demands a primary key of every table; MariaDB has no such setting.
     "mysql": (
@@ -96,6 +98,7 @@ def database_component(layout: Layout, state: StackState) -> Component:
         argv=(
             *server.argv,
             *FLAGS,
+            *(DIGESTS if os.environ.get("POSTROAD_LOCAL_STATEMENT_DIGESTS") else NO_DIGESTS),
             *KIND_FLAGS[server.kind],
             *(["--user=root"] if os.geteuid() == 0 else []),
             f"--datadir={data}",

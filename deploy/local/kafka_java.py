@@ -3,6 +3,7 @@
 Standard library only: `make setup` runs it on a bare python3.
 """
 
+import os
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from deploy.local.ports import HOST, free_port
 
 __all__ = ["META", "archive_path", "java", "make_archive", "storage_format"]
 
-LOGGING = POM.parent / "log4j2.xml"
+LOGGING, REQUEST_LOGGING = POM.parent / "log4j2.xml", POM.parent / "log4j2-requests.xml"
 META, BOOTSTRAP = "meta.properties", "bootstrap.checkpoint"
 # A busy machine starts a broker slowly, and several installers run beside it.
 STARTS_WITHIN = 180.0
@@ -41,9 +42,10 @@ def java(heap: str, *options: str) -> list[str]:
     """Return the start of a command line that runs a class of Kafka's. `heap` is its limit (`512m`)."""
     archive = archive_path() / "kafka.jsa"
     shared = [f"-XX:SharedArchiveFile={archive}"] if archive.exists() else []
+    logging = REQUEST_LOGGING if os.environ.get("POSTROAD_LOCAL_REQUEST_LOG") else LOGGING
     return [
         "java", f"-Xmx{heap}", "-XX:+UseSerialGC", "-Djava.awt.headless=true",
-        f"-Dlog4j2.configurationFile={LOGGING}", *shared, *options, "-cp", f"{jars_path()}/*",
+        f"-Dlog4j2.configurationFile={logging}", *shared, *options, "-cp", f"{jars_path()}/*",
     ]  # fmt: skip
 
 

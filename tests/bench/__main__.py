@@ -1,105 +1,129 @@
-"""The speed of the whole pipeline: `python -m tests.bench [--tasks N] [--rate R] [--json]`.
+"""What Postroad does with the machine: `python -m tests.bench SCENARIO [--json FILE]`.
 
-It starts a local stack of its own and loads it with Creates and BatchCreates. The mail catcher's journal, not
-a service, says when each mail was accepted. The CPU is that of every process of the stack, with Kafka, MySQL,
-DNS and the mail server, but without the load itself.
+docs/performance.md says what each scenario measures. A run starts servers of its own. It ends with code 1
+when a task was lost, a mail was sent twice, or a limit of the scenario does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import importlib
 import json
-import time
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import uvloop
+from services.common.stages import STAGES
+from tests.bench import backlog, idle, limit, options, stage, throughput
+from tests.bench.counts import WrongCountsError
 
-from tests.bench.load import Sent, at_rate, by_batches, by_callers
-from tests.bench.pipeline import Journal, quantiles, stack
-from tests.bench.usage import usage
+__all__ = ["main", "parser"]
 
-
-async def measured(folder: Path, journal: Journal, load: Any) -> dict[str, Any]:
-    before, start = usage(folder / "pids"), time.time()
-    sent: Sent = await load
-    await journal.holds(set(sent.called_at))
-    last = max(journal.accepted[task] for task in sent.called_at)
-    # The status fold may still be behind: its CPU belongs to these tasks.
-    await asyncio.sleep(1.0)
-    after = usage(folder / "pids")
-    tasks = len(sent.called_at)
-    cpu = {name: (after[name].cpu_seconds - before[name].cpu_seconds) / tasks * 1000 for name in after}
-    return {
-        "tasks": tasks,
-        "errors": len(sent.errors),
-        "first_error": sent.errors[0] if sent.errors else "",
-        "copies": journal.copies,
-        "tasks_per_second": round(tasks / (last - start)),
-        "cpu_ms_per_task": {"total": round(sum(cpu.values()), 3)} | {n: round(v, 3) for n, v in cpu.items()},
-        "create_ms": quantiles(sent.seconds),
-        "create_to_accepted_ms": quantiles([journal.accepted[t] - at for t, at in sent.called_at.items()]),
-        "resident_mb": {name: round(u.resident_mb) for name, u in after.items()},
-    }
+# Programs with a command line of their own.
+PROGRAMS = {
+    "deferred": "what a hundred thousand waiting deferred tasks cost the sender and Kafka",
+    "rebuild": "how long a rebuild takes",
+    "smtp_speed": "what the sender's SMTP client costs alone",
+    "soak": "an hour at a steady rate: memory, losses, copies",
+    "watch": "what Watch costs, and its delay",
+}
 
 
-def table(name: str, row: dict[str, Any]) -> str:
-    lines = [
-        name,
-        f"  tasks {row['tasks']}, errors {row['errors']} {row['first_error']}, copies {row['copies']}",
-        f"  end to end              {row['tasks_per_second']} tasks/s",
-        f"  Create answered         {row['create_ms']} ms",
-        f"  Create to acceptance    {row['create_to_accepted_ms']} ms",
-        "  CPU a task              "
-        + "  ".join(f"{n} {v:.3f}" for n, v in row["cpu_ms_per_task"].items())
-        + " ms",
-        "  resident                " + "  ".join(f"{n} {v}" for n, v in row["resident_mb"].items()) + " MB",
-    ]
-    return "\n".join(lines)
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").splitlines()[0])
+    scenarios = made.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
+    for name, text, receiver in (
+        ("pipeline", "64 callers, batches of 500 and a steady 200 a second, one after another", "both"),
+        ("unary", "Creates as fast as 64 and 256 callers can", "both"),
+        ("batch", "BatchCreates of 500 as fast as 4 callers can", "both"),
+        ("steady", "Creates at a steady rate: CPU a task, latency from Create to acceptance", "sink"),
+    ):
+        one = scenarios.add_parser(name, help=text, description=text)
+        options.add_servers(one)
+        options.add_diagnosis(one)
+        one.add_argument("--rounds", type=int, default=1, help="rounds, each on a fresh installation (1)")
+        one.add_argument("--receiver", choices=("sink", "catcher", "both"), default=receiver)
+        one.add_argument("--other", metavar="CLONE", help="another clone, whose services take turns")
+        one.add_argument("--api", type=int, default=1, metavar="N", help="replicas of the api (1)")
+        one.add_argument("--tasks", type=int, default=20_000, help="tasks of a load without a rate (20,000)")
+        some = name == "pipeline"
+        if some or name == "unary":
+            callers = [64] if some else [64, 256]
+            one.add_argument("--callers", type=options.whole_numbers, default=callers, metavar="N,...")
+        if some or name == "batch":
+            one.add_argument("--size", type=int, default=500, help="tasks in a BatchCreate (500)")
+        if some or name == "steady":
+            rates = [200.0] if some else [50.0, 200.0, 1000.0]
+            one.add_argument("--rates", type=options.numbers, default=rates, metavar="N,...")
+            one.add_argument("--seconds", type=float, default=10)
+    _add_others(scenarios)
+    for name, text in PROGRAMS.items():
+        scenarios.add_parser(name, help=text, add_help=False)
+    return made
 
 
-async def bench(
-    *, tasks: int, callers: int, batches: int, size: int, rate: float, seconds: float
-) -> dict[str, Any]:
-    with stack() as (folder, env):
-        targets = [env["POSTROAD_API"]]
-        journal = Journal(folder / "mail" / "journal.jsonl")
-        # Connections, caches and the JVM's compiler warm up first: a service runs for weeks.
-        warm = await by_callers(targets, 3000, callers)
-        await journal.holds(set(warm.called_at))
-        full = await measured(folder, journal, by_callers(targets, tasks, callers))
-        bulk = await measured(folder, journal, by_batches(targets, tasks, batches, size))
-        steady = await measured(folder, journal, at_rate(targets, rate, seconds))
-    return {
-        f"as fast as {callers} callers can": full,
-        f"as fast as {batches} callers can, {size} at a time": bulk,
-        f"steady {rate:g}/s": steady,
-    }
+def _add_others(scenarios: Any) -> None:
+    def add(name: str, text: str, *, warm_up: int = 40_000) -> argparse.ArgumentParser:
+        one: argparse.ArgumentParser = scenarios.add_parser(name, help=text, description=text)
+        options.add_servers(one, warm_up=warm_up)
+        return one
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--tasks", type=int, default=15000)
-    parser.add_argument("--callers", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=4, help="callers of BatchCreate")
-    parser.add_argument("--size", type=int, default=250, help="tasks in a BatchCreate")
-    parser.add_argument("--rate", type=float, default=200)
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    result = uvloop.run(
-        bench(
-            tasks=given.tasks,
-            callers=given.callers,
-            batches=given.batches,
-            size=given.size,
-            rate=given.rate,
-            seconds=given.seconds,
-        )
+    one = add("stage", "one stage alone on a prepared topic")
+    one.add_argument("name", choices=tuple(STAGES))
+    one.add_argument("--tasks", type=int, default=40_000)
+    one.add_argument("--rounds", type=int, default=1)
+    one = add("replicas", "each stage with 1, 2 and 3 replicas; the receiver takes 50 ms a mail")
+    one.add_argument("--stages", type=options.services, default=["api", *STAGES], metavar="NAME,...")
+    one.add_argument("--replicas", type=options.whole_numbers, default=[1, 2, 3], metavar="N,...")
+    one.add_argument("--tasks", type=int, default=20_000)
+    one.add_argument("--milliseconds", type=int, default=50, help="the time of a mail at the receiver (50)")
+    one = add("backlog", "200,000 waiting tasks: memory of each service", warm_up=0)
+    one.add_argument("--tasks", type=int, default=200_000)
+    one.add_argument("--megabytes", type=float, default=200, help="the most that a service may have (200)")
+    one = add("idle", "the CPU of all services without load", warm_up=0)
+    one.add_argument("--seconds", type=float, default=30)
+    one.add_argument("--percent", type=float, default=4, help="the services stay below this of a core (4)")
+    one = add("limit", "beside a bare sketch of the pipeline, in turn")
+    one.set_defaults(database="mariadb")
+    one.add_argument("folder", type=Path, help="the folder of the sketch")
+    one.add_argument(
+        "--cases", type=lambda text: text.split(","), default=list(limit.CASES), metavar="NAME,..."
     )
-    print(json.dumps(result, indent=1) if given.json else "\n".join(table(n, r) for n, r in result.items()))
+    one.add_argument("--rounds", type=int, default=5)
+
+
+# By scenario, what runs it.
+RUN: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    **{name: partial(throughput.run, name) for name in ("pipeline", "unary", "batch", "steady")},
+    "stage": stage.run,
+    "replicas": stage.run_replicas,
+    "backlog": backlog.run,
+    "idle": idle.run,
+    "limit": limit.run,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one scenario (`pipeline` if none is named). Return 0, or 1 with the cause on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given, rest = parser().parse_known_args(words or ["pipeline"])
+    if given.scenario in PROGRAMS:
+        sys.argv = [f"tests.bench {given.scenario}", *rest]
+        return int(importlib.import_module(f"tests.bench.{given.scenario}").main() or 0)
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        found = RUN[given.scenario](given)
+    except (WrongCountsError, RuntimeError) as error:
+        print(f"tests.bench: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What waiting costs: `python -m tests.bench.deferred [--tasks N] [--seconds S]`.
+"""What waiting costs: `python -m tests.bench deferred [--tasks N] [--seconds S]`.
 
 It measures the sender and Kafka with nothing to do. It then produces N deferred tasks to the longest delay
 topic, as the stage does, and measures again. It fails if their waiting costs a hundredth of a core or ten

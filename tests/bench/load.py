@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
+import uvloop
 
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 
-__all__ = ["Sent", "at_rate", "by_batches", "by_callers"]
+__all__ = ["Sent", "at_rate", "by_batches", "by_callers", "run"]
 
 T = TypeVar("T")
 
-# 500 bytes, the size of a short notice.
-BODY = ("Your parcel has left the depot and is on its way to you. \n" * 9)[:500]
+# grpc.aio wakes the loops that it once knew, so one loop serves the whole process.
+_runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+# The size of a short notice.
+BODY = ("Dear customer, your order has left our warehouse today.\n" * 7)[:340]
 
 
 @dataclass(slots=True)
@@ -31,12 +35,19 @@ class Sent:
     errors: list[str] = field(default_factory=list)
 
 
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns; blocks until then."""
+    return _runner.run(coroutine)
+
+
 def _anyone(number: int) -> str:
     return f"user{number}@d{number % 50}.ok.test"
 
 
 def _mail(number: int, recipient: Callable[[int], str] = _anyone) -> pb.TaskData:
-    return pb.TaskData(email=recipient(number), subject=f"Parcel {number}", body=BODY)
+    return pb.TaskData(
+        email=recipient(number), subject=f"Your order {number:08d} has been shipped", body=BODY
+    )
 
 
 async def _timed(call: Callable[[], Awaitable[T]], sent: Sent) -> T | None:
@@ -60,15 +71,15 @@ async def _call(
         sent.called_at[task.id] = wall
 
 
-def _channels(targets: list[str], count: int) -> list[grpc.aio.Channel]:
+def _channels(targets: list[str]) -> list[grpc.aio.Channel]:
     options = [("grpc.use_local_subchannel_pool", 1)]
-    return [grpc.aio.insecure_channel(targets[i % len(targets)], options) for i in range(count)]
+    return [grpc.aio.insecure_channel(target, options) for target in targets]
 
 
 async def by_callers(targets: list[str], tasks: int, callers: int) -> Sent:
     """Create `tasks` tasks from `callers` concurrent callers, each waiting for its answer before the next."""
     sent, numbers = Sent(), iter(range(tasks))
-    channels = _channels(targets, 4)
+    channels = _channels(targets)
     stubs = [rpc.TaskServiceStub(channel) for channel in channels]
 
     async def caller(index: int) -> None:
@@ -83,9 +94,11 @@ async def by_callers(targets: list[str], tasks: int, callers: int) -> Sent:
 async def by_batches(targets: list[str], tasks: int, callers: int, size: int) -> Sent:
     """Create `tasks` tasks by BatchCreate, `size` in each, from `callers` concurrent callers."""
     sent, starts = Sent(), iter(range(0, tasks, size))
-    channels = _channels(targets, callers)
+    channels = _channels(targets)
+    stubs = [rpc.TaskServiceStub(channel) for channel in channels]
 
-    async def caller(stub: rpc.TaskServiceAsyncStub) -> None:
+    async def caller(index: int) -> None:
+        stub = stubs[index % len(stubs)]
         for first in starts:
             numbers = range(first, min(first + size, tasks))
             request = pb.BatchCreateRequest(requests=[pb.CreateRequest(data=_mail(n)) for n in numbers])
@@ -96,7 +109,7 @@ async def by_batches(targets: list[str], tasks: int, callers: int, size: int) ->
             sent.errors += [result.error.message for result in answer.results if result.HasField("error")]
             sent.called_at |= {r.task.id: wall for r in answer.results if r.HasField("task")}
 
-    await asyncio.gather(*(caller(rpc.TaskServiceStub(channel)) for channel in channels))
+    await asyncio.gather(*(caller(index) for index in range(callers)))
     await asyncio.gather(*(channel.close() for channel in channels))
     return sent
 
@@ -113,7 +126,7 @@ async def at_rate(
     They are numbered from `first`; `recipient` gives the address for a number.
     """
     sent = Sent()
-    channels = _channels(targets, 2)
+    channels = _channels(targets)
     stubs = [rpc.TaskServiceStub(channel) for channel in channels]
     calls, start = [], time.perf_counter()
     for number in range(int(rate * seconds)):

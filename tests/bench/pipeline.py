@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from tests.stack import Stack
 
-__all__ = ["Journal", "quantiles", "stack"]
+__all__ = ["Journal", "stack"]
 
 DEADLINE = 120.0
 
@@ -66,8 +65,3 @@ class Journal:
                     f"{len(missing)} of {len(tasks)} tasks were not accepted in {DEADLINE:.0f} s"
                 )
             await asyncio.sleep(0.02)
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=1000, method="inclusive")
-    return {name: round(cuts[at] * 1000, 1) for name, at in (("p50", 499), ("p95", 949), ("p99", 989))}

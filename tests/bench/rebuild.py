@@ -1,4 +1,4 @@
-"""How long a rebuild takes: `python -m tests.bench.rebuild [--tasks N]`.
+"""How long a rebuild takes: `python -m tests.bench rebuild [--tasks N]`.
 
 It fills the topics directly, with about four events a task. It then rebuilds the tables from nothing, as
 after a total loss, and once more to compare them with the topics.

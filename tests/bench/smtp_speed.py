@@ -1,6 +1,6 @@
 """What the sender's SMTP client costs: CPU a mail, against a sink in another process.
 
-``python -m tests.bench.smtp_speed [mails]`` prints a line for each size and number of sessions.
+``python -m tests.bench smtp_speed [MAILS]`` prints a line for each size and number of sessions.
 """
 
 import asyncio

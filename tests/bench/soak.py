@@ -1,4 +1,4 @@
-"""An hour at a steady rate, with a problem in one task of a hundred: `python -m tests.bench.soak`.
+"""An hour at a steady rate, with a problem in one task of a hundred: `python -m tests.bench soak`.
 
 It starts a local stack of its own and prints the services' memory each minute. It fails if one of them grows
 by more than a fifth after its first ten minutes. It also fails if a task is lost, a mail is sent twice, or a

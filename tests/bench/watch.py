@@ -1,4 +1,4 @@
-"""What Watch costs, and its delay: `python -m tests.bench.watch [--watchers N] [--rate R] [--cut]`.
+"""What Watch costs, and its delay: `python -m tests.bench watch [--watchers N] [--rate R] [--cut]`.
 
 First it measures the api and Kafka with nothing to do, without watchers and with N of them. Then it creates R
 tasks a second, and a label divides them among the watchers. Every watcher must get each change of its tasks,
@@ -29,7 +29,8 @@ import uvloop
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1 import task_service_pb2_grpc as rpc
 from tests.bench.load import BODY
-from tests.bench.pipeline import quantiles, stack
+from tests.bench.measure import quantiles
+from tests.bench.pipeline import stack
 from tests.bench.timelines import LIFE, Sample
 from tests.bench.usage import usage
 
