@@ -7,6 +7,7 @@ their medians says what a change gave, however fast the machine is at the moment
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -30,6 +31,7 @@ Load = Callable[[list[str]], Coroutine[Any, Any, Sent]]
 
 _BATCH_CALLERS, _BATCH_SIZE = 4, 500
 _WARM_UNARY, _WARM_BATCH = 1500, 3000
+_WARM_SECONDS = 60.0
 
 
 def unary(tasks: int, callers: int) -> Load:
@@ -80,11 +82,18 @@ def _create(installation: Installation, load: Load) -> None:
 
 
 def warm_up(servers: Servers, receiver: Receiver, tasks: int) -> None:
-    """Load the servers until the broker's compiler is done with the hot paths; the services end then."""
+    """Load the servers, so that the broker's compiler is done with the hot paths; the services end then.
+
+    It stops after a minute, since a busy machine may need ten for all `tasks`.
+    """
+    if not tasks:
+        return
+    end = time.monotonic() + _WARM_SECONDS
     with Installation(servers, receiver) as installation:
         installation.up()
-        _create(installation, unary(tasks // 4, 64))
-        _create(installation, batch(tasks))
+        while installation.created < tasks and time.monotonic() < end:
+            _create(installation, unary(_WARM_UNARY, 64))
+            _create(installation, batch(_WARM_BATCH))
 
 
 def measured(
