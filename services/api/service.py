@@ -92,6 +92,7 @@ class ApiService:
             max_body=settings.max_body,
             keys=keys,
             allowed_headers=settings.allowed_headers,
+            partitions=settings.partitions,
         )
         self._need_tokens = tenants.need_tokens
         self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from postroad.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
+from postroad.v1 import events_pb2, task_pb2, task_service_pb2, task_service_pb2_grpc
 from services.api import batch, filters, page_tokens, queries, uuid7, views
 from services.api.bounded_io import StreamWriter
 from services.api.call import Call, current_call, idempotency_key
@@ -19,7 +19,7 @@ from services.api.errors import InvalidArgument, StatusError, Violation, collect
 from services.api.outbox import NewTask, OutboxEvent
 from services.api.recorder import Recorder
 from services.api.token_keys import TokenKeys
-from services.api.trace import request_traceparent
+from services.api.trace import client_traceparent, request_traceparent, task_traceparent
 from services.api.validation import task_created, task_id
 from services.api.watch.watch_service import WatchService
 
@@ -45,18 +45,21 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         max_body: int,
         keys: TokenKeys,
         allowed_headers: Container[str] = (),
+        partitions: int = 1,
     ) -> None:
         self._recorder, self._threads, self._decider = recorder, threads, decider
         self._watch_service = watch_service
         self._max_body, self._keys, self._allowed_headers = max_body, keys, allowed_headers
-        self._ids = uuid7.IdGenerator()
+        self._ids = uuid7.IdGenerator(partitions=partitions)
 
     async def Create(self, request: task_service_pb2.CreateRequest, context: Context) -> task_pb2.Task:
         """Record a task."""
         call = current_call()
-        new_task = self._new_task(request, call, idempotency_key(call.metadata), call.size)
+        event = self._validated(request, call, idempotency_key(call.metadata))
+        parent = client_traceparent(call.metadata.get("traceparent"))
+        new_task = _new_task(event, *self._ids.new(), parent, call.size)
         existing = await self._recorder.record(new_task)
-        return existing or views.new_task(new_task.event)
+        return existing or views.new_task(event)
 
     async def BatchCreate(
         self, request: task_service_pb2.BatchCreateRequest, context: Context
@@ -64,7 +67,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         """Record up to 1,000 tasks; return one result an item."""
         batch.check_size(len(request.requests))
         call = current_call()
-        items: list[NewTask | StatusError] = []
+        items: list[events_pb2.TaskCreated | StatusError] = []
         end_of_turn = time.monotonic() + _MAX_BLOCKING
         for item in request.requests:
             if time.monotonic() > end_of_turn:
@@ -72,14 +75,16 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
                 await asyncio.sleep(0)
                 end_of_turn = time.monotonic() + _MAX_BLOCKING
             try:
-                items.append(self._new_task(item, call, "", item.ByteSize()))
+                items.append(self._validated(item, call, ""))
             except InvalidArgument as error:
                 items.append(error)
-        valid = [item for item in items if not isinstance(item, StatusError)]
-        results = iter(await self._recorder.record_batch(valid) if valid else ())
+        events = [item for item in items if not isinstance(item, StatusError)]
+        parent = client_traceparent(call.metadata.get("traceparent"))
+        ids = self._ids.batch(len(events))
+        new_tasks = [_new_task(event, *id_, parent, 0) for event, id_ in zip(events, ids, strict=True)]
+        results = iter(await self._recorder.record_batch(new_tasks) if new_tasks else ())
         return batch.response(
-            item if isinstance(item, StatusError) else next(results) or views.new_task(item.event)
-            for item in items
+            item if isinstance(item, StatusError) else next(results) or views.new_task(item) for item in items
         )
 
     async def Get(self, request: task_service_pb2.GetRequest, context: Context) -> task_pb2.Task:
@@ -149,11 +154,11 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         call, id_ = current_call(), task_id(id_text)
         return await decide(call.tenant, id_, request_traceparent(call.metadata.get("traceparent"), id_))
 
-    def _new_task(
-        self, request: task_service_pb2.CreateRequest, call: Call, key_in_metadata: str, size: int
-    ) -> NewTask:
-        """Return the requested task with a new id; raise InvalidArgument."""
-        event = task_created(
+    def _validated(
+        self, request: task_service_pb2.CreateRequest, call: Call, key_in_metadata: str
+    ) -> events_pb2.TaskCreated:
+        """Return the event of the requested task, without its id and its times; raise InvalidArgument."""
+        return task_created(
             request,
             call.tenant,
             key_in_metadata,
@@ -161,6 +166,11 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
             time.time_ns() // 1000,
             allowed_headers=self._allowed_headers,
         )
-        event.task.id, event.task.created_at_us = self._ids.new()
-        event.at_us = event.task.created_at_us
-        return OutboxEvent(event, request_traceparent(call.metadata.get("traceparent"), event.task.id), size)
+
+
+def _new_task(event: events_pb2.TaskCreated, id_: bytes, us: int, parent: bytes | None, size: int) -> NewTask:
+    """Give the event its id and its time; return it with its trace context."""
+    task = event.task
+    task.id = id_
+    task.created_at_us = event.at_us = us
+    return OutboxEvent(event, parent or task_traceparent(id_), size)

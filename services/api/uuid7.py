@@ -3,6 +3,9 @@
 rand_a holds the fraction of the millisecond (RFC 9562 section 6.2, method 3), and no two ids of one process
 share a microsecond. An id therefore contains its task's creation time to the microsecond, and a range of
 times is a range of ids.
+
+rand_b has 62 bits. Ids that share a partition of n (docs/adr/0032) have log2(n) random bits fewer: 58 remain
+with 12 partitions.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ import os
 import re
 import time
 from collections.abc import Callable
+from math import gcd
+
+from services.common.kafka.partitioner import complete_key
 
 __all__ = ["IdGenerator", "lowest", "parse", "text"]
 
@@ -18,7 +24,9 @@ _TEXT_FORM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-
 _LIMIT_US = (1 << 48) * 1000
 _VERSION = 7 << 76
 _VARIANT = 2 << 62
-_RANDOM_MASK = (1 << 62) - 1
+_WORD = (1 << 32) - 1
+_SHARED_US = 50_000
+"""Microseconds for which single ids share a partition: a publisher gathers single records for as long."""
 
 
 def _head(us: int) -> int:
@@ -28,11 +36,18 @@ def _head(us: int) -> int:
 
 
 class IdGenerator:
-    """Makes ids. A process has one. Not thread-safe."""
+    """Makes ids. A process has one. Not thread-safe.
 
-    def __init__(self, now_ns: Callable[[], int] = time.time_ns) -> None:
+    The ids of a batch, and the single ones of 50 ms, are keys of one partition of each topic, which has so
+    many `partitions`. All partitions take turns.
+    """
+
+    def __init__(self, now_ns: Callable[[], int] = time.time_ns, partitions: int = 1) -> None:
         self._now_ns = now_ns
         self._last_us = 0
+        self._partitions, self._step = partitions, _step(partitions)
+        self._latest = int.from_bytes(os.urandom(4)) % partitions
+        self._of_singles, self._shared_until = self._latest, 0
         self._pool, self._used = b"", 0
 
     def new(self) -> tuple[bytes, int]:
@@ -40,18 +55,46 @@ class IdGenerator:
 
         Ids and times rise strictly, even while the system's clock stands still or steps back.
         """
-        us = self._now_ns() // 1000
-        if us <= self._last_us:
-            us = self._last_us + 1
-        self._last_us = us
-        return (_head(us) | self._random()).to_bytes(16, "big"), us
+        us = self._reserve(1)
+        if us >= self._shared_until:
+            self._of_singles, self._shared_until = self._next_partition(), us + _SHARED_US
+        return self._make(us, self._of_singles), us
 
-    def _random(self) -> int:
+    def batch(self, count: int) -> list[tuple[bytes, int]]:
+        """Return the ids and the times of a batch, as `count` calls of `new` would."""
+        first, partition = self._reserve(count), self._next_partition()
+        return [(self._make(us, partition), us) for us in range(first, first + count)]
+
+    def _reserve(self, count: int) -> int:
+        """Return the first of so many microseconds that no other id has."""
+        first = max(self._now_ns() // 1000, self._last_us + 1)
+        self._last_us = first + count - 1
+        return first
+
+    def _next_partition(self) -> int:
+        self._latest = (self._latest + self._step) % self._partitions
+        return self._latest
+
+    def _make(self, us: int, partition: int) -> bytes:
         # Each os.urandom is a system call that releases the GIL, so one call serves 256 ids.
         if self._used >= len(self._pool):
             self._pool, self._used = os.urandom(8 * 256), 0
         start, self._used = self._used, self._used + 8
-        return int.from_bytes(self._pool[start : self._used], "big") & _RANDOM_MASK
+        bits = int.from_bytes(self._pool[start : self._used])
+        head = (_head(us) >> 32 | bits >> 34).to_bytes(12)
+        return complete_key(head, partition, self._partitions, bits & _WORD)
+
+
+def _step(partitions: int) -> int:
+    """Return the step from one partition to the next.
+
+    It is near the golden section, because neighbours belong to one replica of a stage. Without a common
+    divisor it reaches every partition.
+    """
+    step = max(1, round(partitions * 0.618))
+    while gcd(step, partitions) != 1:
+        step += 1
+    return step
 
 
 def lowest(us: int) -> bytes:

@@ -51,6 +51,8 @@ def test_a_thousand_tasks_are_recorded_in_order_and_published(installation: Inst
     ids = [result.task.id for result in results]
     assert ids == sorted(set(ids))
     eventually(lambda: published(installation, "thousand") == Counter(ids))
+    of_batch = {m.partition() for m in installation.records() if uuid7.text(m.key() or b"") in set(ids)}
+    assert len(of_batch) == 1, "Kafka answers one produce request for each partition"
     counts = tasks.Count(CountRequest(labels=labels))
     assert counts.total == 1000
     assert counts.counts == {status: 1000 if status == "pending" else 0 for status in STATUSES}

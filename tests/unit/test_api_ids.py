@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.api import errors, page_tokens, uuid7
 from services.api.token_keys import TokenKeys
+from services.common.kafka.partitioner import partition_of
 
 KEYS = TokenKeys([b"k" * 32])
 
@@ -38,6 +39,58 @@ def test_a_range_of_times_is_a_range_of_ids(us: int, bound: int) -> None:
 def test_times_outside_the_range_of_ids_are_bounds_too() -> None:
     id_, _ = uuid7.IdGenerator().new()
     assert uuid7.lowest(-(10**18)) < id_ < uuid7.lowest(10**18)
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 7, 12])
+def test_a_batch_of_ids_is_one_partitions_and_batches_take_turns(partitions: int) -> None:
+    generator = uuid7.IdGenerator(lambda: 5_000_000, partitions)
+    batches = [generator.batch(20) for _ in range(2 * partitions)]
+    made = [each for batch in batches for each in batch]
+    assert sorted(set(made)) == made
+    assert [us for _, us in made] == list(range(5000, 5000 + len(made)))
+    used = [{partition_of(id_, partitions) for id_, _ in batch} for batch in batches]
+    assert [len(of_batch) for of_batch in used] == [1] * len(batches)
+    assert sorted(min(of_batch) for of_batch in used) == sorted([*range(partitions)] * 2)
+    assert {uuid.UUID(bytes=id_).version for id_, _ in made} == {7}
+
+
+def test_neighbours_do_not_follow_each_other() -> None:
+    """A stage's replica owns a range of partitions, and batch after batch would go to one replica."""
+    generator = uuid7.IdGenerator(partitions=12)
+    replicas = [partition_of(generator.batch(1)[0][0], 12) // 4 for _ in range(12)]
+    assert max(replicas.count(replica) for replica in range(3)) == 4
+    assert all(len(set(replicas[n : n + 3])) > 1 for n in range(10))
+
+
+def test_single_ids_of_one_moment_share_a_partition() -> None:
+    times = iter(range(10**9, 2 * 10**9, 1_000_000))
+    generator = uuid7.IdGenerator(lambda: next(times), partitions=12)
+    used = [partition_of(generator.new()[0], 12) for _ in range(600)]
+    moments = [used[n : n + 50] for n in range(0, 600, 50)]
+    assert [len(set(moment)) for moment in moments] == [1] * 12
+    assert len({moment[0] for moment in moments}) == 12
+
+
+def test_a_batch_does_not_end_the_partition_of_single_ids() -> None:
+    generator = uuid7.IdGenerator(lambda: 5_000_000, partitions=12)
+    used = set()
+    for _ in range(12):
+        generator.batch(3)
+        used.add(partition_of(generator.new()[0], 12))
+    assert len(used) == 1
+
+
+def test_ids_of_one_partition_are_random() -> None:
+    generator = uuid7.IdGenerator(lambda: 5_000_000, partitions=12)
+    tails = [int.from_bytes(id_[8:]) for id_, _ in generator.batch(5000)]
+    assert len(set(tails)) == len(tails)
+    for bit in range(62):
+        assert 0.4 < sum(tail >> bit & 1 for tail in tails) / len(tails) < 0.6
+
+
+def test_the_first_partition_differs_between_replicas() -> None:
+    first = {partition_of(uuid7.IdGenerator(partitions=12).new()[0], 12) for _ in range(100)}
+    assert len(first) > 6
 
 
 @pytest.mark.parametrize(
