@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 __all__ = ["Batcher"]
 
@@ -19,14 +19,24 @@ R = TypeVar("R")
 
 
 class _Ticket(Generic[T, R]):
-    """One caller: its future, and the results of its items as they arrive."""
+    """One caller: its future, its items, how many of them a call has taken, and the results so far."""
 
-    __slots__ = ("future", "left", "results")
+    __slots__ = ("future", "items", "left", "results", "taken")
 
-    def __init__(self, future: asyncio.Future[list[R | BaseException]], count: int) -> None:
+    def __init__(self, future: asyncio.Future[list[R | BaseException]], items: Sequence[T]) -> None:
         self.future = future
-        self.left = count
-        self.results: list[R | BaseException | None] = [None] * count
+        self.items = items
+        self.taken = 0
+        self.left = len(items)
+        self.results: list[R | BaseException | None] = [None] * len(items)
+
+
+class _Share(NamedTuple, Generic[T, R]):
+    """The items of one caller in a call: `items[start:stop]`."""
+
+    ticket: _Ticket[T, R]
+    start: int
+    stop: int
 
 
 class Batcher(Generic[T, R]):
@@ -66,7 +76,7 @@ class Batcher(Generic[T, R]):
         self._idle = concurrency
         self._executor = executor or ThreadPoolExecutor(concurrency, thread_name_prefix=name)
         self._own_executor = executor is None
-        self._queue: deque[tuple[T, _Ticket[T, R], int]] = deque()
+        self._queue: deque[_Ticket[T, R]] = deque()
         self._pending = 0
         self._woken = False
         self._closed = False
@@ -106,8 +116,8 @@ class Batcher(Generic[T, R]):
         if self._closed:
             raise RuntimeError("the batcher is closed")
         loop = asyncio.get_running_loop()
-        ticket: _Ticket[T, R] = _Ticket(loop.create_future(), len(items))
-        self._queue.extend((item, ticket, place) for place, item in enumerate(items))
+        ticket: _Ticket[T, R] = _Ticket(loop.create_future(), items)
+        self._queue.append(ticket)
         self._pending += len(items)
         self._wake(loop)
         return ticket.future
@@ -119,32 +129,50 @@ class Batcher(Generic[T, R]):
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._woken = False
-        while self._idle and (batch := self._take()):
+        while self._idle:
+            items, shares = self._take()
+            if not items:
+                return
             self._idle -= 1
             try:
-                self._executor.submit(self._work, batch, loop)
+                self._executor.submit(self._work, items, shares, loop)
             except RuntimeError as error:  # the executor was shut down
-                self._settle(batch, [error] * len(batch), loop)
+                self._settle(shares, [error] * len(items), loop)
 
-    def _take(self) -> list[tuple[T, _Ticket[T, R], int]]:
-        batch: list[tuple[T, _Ticket[T, R], int]] = []
+    def _take(self) -> tuple[list[T], list[_Share[T, R]]]:
+        """Return the items of the next call, and whose they are."""
+        items: list[T] = []
+        shares: list[_Share[T, R]] = []
         weight = 0
-        while self._queue and len(batch) < self._limit:
-            entry = self._queue[0]
-            if entry[1].future.done():  # its caller was cancelled
+        while self._queue and len(items) < self._limit:
+            ticket = self._queue[0]
+            if ticket.future.done():  # its caller was cancelled
                 self._queue.popleft()
-                self._count_off(1)
+                self._count_off(len(ticket.items) - ticket.taken)
                 continue
-            if self._weigh is not None:
-                weight += self._weigh(entry[0])
-                if batch and weight > self._weight_limit:
+            start = stop = ticket.taken
+            last = min(len(ticket.items), start + self._limit - len(items))
+            if self._weigh is None:
+                stop = last
+            while stop < last:
+                weight += self._weigh(ticket.items[stop])  # type: ignore[misc]
+                if weight > self._weight_limit and (items or stop > start):
                     break
-            batch.append(self._queue.popleft())
-        return batch
+                stop += 1
+            if stop == start:
+                break
+            items += ticket.items[start:stop]
+            shares.append(_Share(ticket, start, stop))
+            ticket.taken = stop
+            if stop == len(ticket.items):
+                self._queue.popleft()
+            elif stop < last:
+                break
+        return items, shares
 
-    def _work(self, batch: list[tuple[T, _Ticket[T, R], int]], loop: asyncio.AbstractEventLoop) -> None:
-        results = self._results([entry[0] for entry in batch])
-        loop.call_soon_threadsafe(self._settle, batch, results, loop)
+    def _work(self, items: list[T], shares: list[_Share[T, R]], loop: asyncio.AbstractEventLoop) -> None:
+        results = self._results(items)
+        loop.call_soon_threadsafe(self._settle, shares, results, loop)
 
     def _results(self, items: list[T]) -> Sequence[R | BaseException]:
         try:
@@ -161,17 +189,20 @@ class Batcher(Generic[T, R]):
 
     def _settle(
         self,
-        batch: list[tuple[T, _Ticket[T, R], int]],
+        shares: list[_Share[T, R]],
         results: Sequence[R | BaseException],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._idle += 1
-        for (_, ticket, place), result in zip(batch, results, strict=True):
-            ticket.results[place] = result
-            ticket.left -= 1
+        settled = 0
+        for ticket, start, stop in shares:
+            end = settled + stop - start
+            ticket.results[start:stop] = results[settled:end]
+            ticket.left -= stop - start
+            settled = end
             if not ticket.left and not ticket.future.done():
                 ticket.future.set_result(ticket.results)  # type: ignore[arg-type]
-        self._count_off(len(batch))
+        self._count_off(settled)
         self._wake(loop)
 
     def _count_off(self, count: int) -> None:

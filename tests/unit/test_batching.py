@@ -182,6 +182,30 @@ async def test_many_spreads_over_calls_in_order() -> None:
     assert gate.calls == [[0, 1], [2, 3], [4]]
 
 
+async def test_many_that_are_cancelled_half_way_keep_nothing_pending() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, limit=2)
+    many = asyncio.ensure_future(batcher.many(range(5)))
+    await gate.wait_entered()
+    many.cancel()
+    rest = start(batcher, 7)
+    gate.let(2)
+    assert await asyncio.gather(*rest) == [70]
+    assert gate.calls == [[0, 1], [7]]
+    assert batcher.pending == 0
+
+
+async def test_callers_share_calls_that_run_side_by_side() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, limit=4, concurrency=2)
+    many = [asyncio.ensure_future(batcher.many(range(n, n + 3))) for n in (0, 10)]
+    await gate.wait_entered()
+    await gate.wait_entered()
+    gate.let(2)
+    assert await asyncio.gather(*many) == [[0, 10, 20], [100, 110, 120]]
+    assert sorted(gate.calls) == [[0, 1, 2, 10], [11, 12]]
+
+
 async def test_an_executor_that_was_shut_down_fails_the_items() -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
