@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from services.api.errors import overloaded
 
-__all__ = ["AdmissionControl"]
+__all__ = ["Admission", "AdmissionControl"]
 
 
 class AdmissionControl:
@@ -18,30 +17,38 @@ class AdmissionControl:
 
     def __init__(self, max_count: int, max_bytes: int) -> None:
         self._max_count, self._max_bytes = max_count, max_bytes
-        self._count = self._bytes = 0
+        self.count = self.bytes = 0
 
-    @contextmanager
-    def admit(self, count: int, size: int) -> Iterator[None]:
-        """Count `count` Creates of `size` bytes in all as waiting, inside the `with` block.
+    def admit(self, count: int, size: int) -> Admission:
+        """Return a block in which `count` Creates of `size` bytes in all count as waiting.
 
         Raises StatusError RESOURCE_EXHAUSTED at a limit.
         """
-        if self._bytes > self._max_bytes:
+        if self.bytes > self._max_bytes:
             raise overloaded()
-        with self.admit_count(count):
-            self._bytes += size
-            try:
-                yield
-            finally:
-                self._bytes -= size
+        return self.admit_count(count, size)
 
-    @contextmanager
-    def admit_count(self, count: int) -> Iterator[None]:
+    def admit_count(self, count: int, size: int = 0) -> Admission:
         """Do the same for Creates whose bytes `admit` has already counted."""
-        if self._count >= self._max_count:
+        if self.count >= self._max_count:
             raise overloaded()
-        self._count += count
-        try:
-            yield
-        finally:
-            self._count -= count
+        return Admission(self, count, size)
+
+
+class Admission:
+    """A `with` block in which a call counts as waiting. Each call of the api enters one or two."""
+
+    __slots__ = ("_control", "_count", "_size")
+
+    def __init__(self, control: AdmissionControl, count: int, size: int) -> None:
+        self._control, self._count, self._size = control, count, size
+
+    def __enter__(self) -> None:
+        self._control.count += self._count
+        self._control.bytes += self._size
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._control.count -= self._count
+        self._control.bytes -= self._size

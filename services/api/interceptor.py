@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeAlias
 
 import grpc
@@ -49,6 +49,7 @@ MAX_CREATE = 4 << 20
 MAX_BATCH = 32 << 20
 """Bytes of a request with many mails: a batch of 1,000 tasks may have 32 KiB a task."""
 
+_ADMITTED = nullcontext()
 Admit: TypeAlias = Callable[[int], AbstractContextManager[None]]
 """Admits a request of so many bytes while it is decoded and answered; raises StatusError to refuse it."""
 RpcHandler: TypeAlias = Any
@@ -107,13 +108,18 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         succeeded = API_REQUESTS.labels(rpc, "OK")
         seconds = API_SECONDS.labels(rpc)
         answer, serialize = handler.unary_unary, handler.response_serializer
+        admit = self._admit.get(rpc, _admit_query)
 
         async def respond(context: Context) -> bytes:
-            call = await self._read(rpc, context)
+            call, raw = await self._read(admit, context)
             start = time.perf_counter()
             self._in_flight += 1
             try:
-                with self._begin(rpc, *call, handler.request_deserializer) as request:
+                if self._draining:
+                    raise draining()
+                with admit(call.size):
+                    request = _decode(rpc, handler.request_deserializer, raw)
+                    set_call(call)
                     response: bytes = serialize(await answer(request, context))
                 succeeded.inc()
                 return response
@@ -135,11 +141,16 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap_stream(self, rpc: str, handler: RpcHandler) -> Callable[[object, Context], Awaitable[None]]:
         """Wrap a stream, which writes serialized messages. It counts when it ends, and its time does not."""
+        admit = self._admit.get(rpc, _admit_query)
 
         async def handle(_: object, context: Context) -> None:
             try:
-                call = await self._read(rpc, context)
-                with self._begin(rpc, *call, handler.request_deserializer) as request:
+                call, raw = await self._read(admit, context)
+                if self._draining:
+                    raise draining()
+                with admit(call.size):
+                    request = _decode(rpc, handler.request_deserializer, raw)
+                    set_call(call)
                     await handler.unary_stream(request, context)
                 return
             except BaseException as error:
@@ -167,13 +178,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
-    async def _read(self, rpc: str, context: Context) -> tuple[Call, bytes]:
+    async def _read(self, admit: Admit, context: Context) -> tuple[Call, bytes]:
         """Return an authenticated call and its request; raise StatusError, before it reads if possible."""
         if self._draining:
             raise draining()
         metadata = Metadata(context.invocation_metadata() or ())
         tenant = self._tenants.tenant(metadata)
-        admit = self._admit.get(rpc, _admit_query)
         with admit(0):
             # A replica that takes no more batches now does not read one.
             pass
@@ -181,19 +191,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             raise no_request()
         return Call(tenant, metadata, len(raw)), raw
 
-    @contextmanager
-    def _begin(self, rpc: str, call: Call, raw: bytes, decode: Callable[[bytes], Any]) -> Iterator[Any]:
-        """Make this the current call, admitted inside the `with` block, and yield its request."""
-        if self._draining:
-            raise draining()
-        with self._admit.get(rpc, _admit_query)(call.size):
-            try:
-                request = decode(raw)
-            except DecodeError:
-                name = _DESCRIPTOR.methods_by_name[rpc].input_type.full_name
-                raise invalid_field("request", f"the bytes are not a valid {name}") from None
-            set_call(call)
-            yield request
+
+def _decode(rpc: str, deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
+    try:
+        return deserialize(raw)
+    except DecodeError:
+        name = _DESCRIPTOR.methods_by_name[rpc].input_type.full_name
+        raise invalid_field("request", f"the bytes are not a valid {name}") from None
 
 
 def _admit_create(size: int) -> AbstractContextManager[None]:
@@ -207,7 +211,7 @@ def _admit_query(size: int) -> AbstractContextManager[None]:
 def _admit_up_to(limit: int, size: int) -> AbstractContextManager[None]:
     if size > limit:
         raise invalid_field("request", f"has {limit} bytes at most, not {size}")
-    return nullcontext()
+    return _ADMITTED
 
 
 def _status_of(rpc: str, error: BaseException) -> StatusError:

@@ -1,0 +1,62 @@
+"""The recorder beside batches, and what may wait for it, without a database."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import grpc
+import pytest
+
+from postroad.v1 import events_pb2
+from services.api import recorder
+from services.api.admission import AdmissionControl
+from services.api.errors import StatusError
+from services.api.outbox import NewTask, OutboxEvent
+from services.api.recorder import Recorder
+
+
+def new_tasks(count: int) -> list[NewTask]:
+    return [OutboxEvent(events_pb2.TaskCreated(at_us=1), b"trace", 10) for _ in range(count)]
+
+
+async def test_single_creates_wait_for_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches keep coming, and the database takes no end of time for the first one."""
+    batch_goes_on = threading.Event()
+
+    def write(connection: object, batch: list[NewTask]) -> tuple[list[None], list[NewTask]]:
+        if len(batch) > 1:
+            assert batch_goes_on.wait(10)
+        return [None] * len(batch), batch
+
+    monkeypatch.setattr(recorder, "transaction", lambda engine, work: work(None))
+    monkeypatch.setattr(recorder, "_write", write)
+    committed: list[int] = []
+    engine: Any = None
+    of_test = Recorder(engine, lambda tasks: committed.append(len(tasks)), 10_000, 1 << 20)
+    batches = [asyncio.ensure_future(of_test.record_batch(new_tasks(500))) for _ in range(4)]
+    await asyncio.sleep(0)
+    for _ in range(20):
+        assert await asyncio.wait_for(of_test.record(*new_tasks(1)), 5) is None
+    assert committed == [1] * 20
+    batch_goes_on.set()
+    assert [len(results) for results in await asyncio.gather(*batches)] == [500] * 4
+    assert committed == [1] * 20 + [500] * 4
+    await of_test.close()
+
+
+def test_calls_are_admitted_below_the_limits_and_leave_them_however_they_end() -> None:
+    control = AdmissionControl(max_count=2, max_bytes=100)
+    with control.admit(1, 90), control.admit(1, 90):
+        for refused in ((1, 0), (0, 1)):
+            with pytest.raises(StatusError) as caught, control.admit(*refused):
+                pass
+            assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(StatusError), control.admit_count(1):
+            pass
+    with pytest.raises(KeyError), control.admit(2, 200):
+        raise KeyError
+    assert (control.count, control.bytes) == (0, 0)
+    with control.admit(0, 50), control.admit_count(2):
+        assert (control.count, control.bytes) == (2, 50)
