@@ -25,15 +25,18 @@ __all__ = ["OutboxPublisher"]
 
 log = structlog.get_logger(__name__)
 
-_DELETE_INTERVAL = 0.1
-"""Seconds between two deletions from the outbox. Nobody waits for them, and larger ones cost little more."""
+_DELETE_INTERVAL = 0.5
+"""Seconds between two deletions from the outbox. Nobody waits for them, and larger ones cost little more.
+After a crash a sweeper publishes what was acked in this time again, and stages recognise it."""
+_DELETE_COUNT = 1000
+"""Acked events whose rows are deleted at once."""
 
 
 class OutboxPublisher:
     """Publishes committed events, then deletes their outbox rows. Belongs to one event loop.
 
-    Holds at most `max_count` events and `max_bytes` bytes. While Kafka is away it leaves further events to
-    the sweeper. `deleter` deletes the rows of acknowledged events.
+    At most `max_count` events and `max_bytes` bytes wait for their acks. The sweeper gets further ones, as
+    while Kafka is away. `deleter` deletes the rows of acknowledged events.
     """
 
     def __init__(
@@ -45,7 +48,10 @@ class OutboxPublisher:
         OUTBOX_HELD.set_function(lambda: len(self._held))
         self._has_capacity = True
         self._acked: list[OutboxRow] = []
-        self._bytes = 0
+        self._count = self._bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._published = API_PUBLISHED.labels("relay")
         self._deleting: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -60,7 +66,7 @@ class OutboxPublisher:
         rows: list[OutboxRow] = []
         size = 0
         for outbox_event in committed:
-            if len(self._held) + len(rows) >= self._max_count or self._bytes + size >= self._max_bytes:
+            if self._count + len(rows) >= self._max_count or self._bytes + size >= self._max_bytes:
                 break
             record = encode(outbox_event.event, "api", outbox_event.traceparent)
             batch.append(record)
@@ -69,12 +75,15 @@ class OutboxPublisher:
         self._log_capacity(len(batch) == len(committed))
         if batch:
             self._held.update(rows)
+            self._count += len(rows)
             self._bytes += size
             self._idle.clear()
             self._publisher.send(batch, partial(self._delivered, rows, size))
 
     async def drain(self, seconds: float) -> None:
         """Wait until all held events are published and deleted from the outbox, at most `seconds`."""
+        self._draining = True
+        self._start_deletion()
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
@@ -91,20 +100,29 @@ class OutboxPublisher:
             )
 
     def _delivered(self, rows: list[OutboxRow], size: int, failures: list[PublishFailure]) -> None:
+        self._count -= len(rows)
         self._bytes -= size
-        failed = {index for index, _ in failures}
-        if failed:
+        if failures:
+            failed = {index for index, _ in failures}
             STAGE_PUBLISH_FAILURES.labels("api").inc(len(failed))
             log.warning("not published, left to the sweeper", events=len(failed), error=str(failures[0][1]))
             self._release([rows[index] for index in failed])
-        if len(failed) == len(rows):
+            rows = [row for index, row in enumerate(rows) if index not in failed]
+        if not rows:
             return
-        if not self._acked:
-            asyncio.get_running_loop().call_later(_DELETE_INTERVAL, self._start_deletion)
-        self._acked += [row for index, row in enumerate(rows) if index not in failed]
-        API_PUBLISHED.labels("relay").inc(len(rows) - len(failed))
+        self._published.inc(len(rows))
+        self._acked += rows
+        if self._draining or len(self._acked) >= _DELETE_COUNT:
+            self._start_deletion()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_DELETE_INTERVAL, self._start_deletion)
 
     def _start_deletion(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._acked:
+            return
         acked, self._acked = self._acked, []
         task = asyncio.ensure_future(self._delete(acked))
         self._deleting.add(task)
