@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Container
 from typing import Any, TypeAlias
@@ -20,13 +19,12 @@ from services.api.outbox import NewTask, OutboxEvent
 from services.api.recorder import Recorder
 from services.api.token_keys import TokenKeys
 from services.api.trace import client_traceparent, request_traceparent, task_traceparent
+from services.api.turns import in_turns
 from services.api.validation import task_created, task_id
 from services.api.watch.watch_service import WatchService
 
 __all__ = ["TaskServicer"]
 
-_MAX_BLOCKING = 0.01
-"""Seconds that a batch's items may block the event loop at a time."""
 _RESOLUTIONS = {task_service_pb2.RESOLUTION_SENT: True, task_service_pb2.RESOLUTION_NOT_SENT: False}
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -68,12 +66,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         batch.check_size(len(request.requests))
         call = current_call()
         items: list[events_pb2.TaskCreated | StatusError] = []
-        end_of_turn = time.monotonic() + _MAX_BLOCKING
-        for item in request.requests:
-            if time.monotonic() > end_of_turn:
-                # Validating a thousand items takes tens of milliseconds, with many header fields more.
-                await asyncio.sleep(0)
-                end_of_turn = time.monotonic() + _MAX_BLOCKING
+        async for item in in_turns(request.requests):
             try:
                 items.append(self._validated(item, call, ""))
             except InvalidArgument as error:
@@ -83,9 +76,10 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         ids = self._ids.batch(len(events))
         new_tasks = [_new_task(event, *id_, parent, 0) for event, id_ in zip(events, ids, strict=True)]
         results = iter(await self._recorder.record_batch(new_tasks) if new_tasks else ())
-        return batch.response(
-            item if isinstance(item, StatusError) else next(results) or views.new_task(item) for item in items
-        )
+        response = batch.BatchResponse()
+        async for outcome in in_turns(items):
+            response.add(outcome if isinstance(outcome, StatusError) else next(results) or outcome)
+        return response.message
 
     async def Get(self, request: task_service_pb2.GetRequest, context: Context) -> task_pb2.Task:
         """Return a task with its body and its timeline."""

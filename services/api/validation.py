@@ -74,9 +74,13 @@ def task_created(
     """
     data = request.data
     violations: list[Violation] = []
+    # Each access to a text decodes it anew.
+    subject = data.subject
+    body = data.body if data.HasField("body") else None
+    html = data.html if data.HasField("html") else None
     email, domain = _address(data.email, violations)
-    _subject(data.subject, violations)
-    _bodies(data, max_body, violations)
+    _subject(subject, violations)
+    _bodies(body, html, max_body, violations)
     headers = _headers(data.headers, allowed_headers, violations) if data.headers else {}
     if data.labels:
         violations += label_violations("data.labels", data.labels)
@@ -86,21 +90,23 @@ def task_created(
     send_at_us = _send_at(request, now_us, violations)
     if violations:
         raise InvalidArgument(violations)
-    task = events_pb2.MailTask(
-        tenant=tenant,
-        email=email,
-        domain=domain,
-        subject=data.subject,
-        body=data.body if data.HasField("body") else None,
-        html=data.html if data.HasField("html") else None,
-        headers=headers,
-        labels=data.labels,
-    )
+    # A past `send_at` sends at once, like none. The request hash still distinguishes the two.
+    event = events_pb2.TaskCreated(send_at_us=send_at_us if send_at_us > now_us else 0)
+    # The task is filled in its place: a message that is passed to a constructor is copied.
+    task = event.task
+    task.tenant, task.email, task.domain, task.subject = tenant, email, domain, subject
+    if body is not None:
+        task.body = body
+    if html is not None:
+        task.html = html
+    if headers:
+        task.headers.update(headers)
+    if data.labels:
+        task.labels.update(data.labels)
     if key:
         task.idempotency_key = key
         task.request_hash = _request_hash(task, data.headers, send_at_us)
-    # A past `send_at` sends at once, like none. The request hash still distinguishes the two.
-    return events_pb2.TaskCreated(task=task, send_at_us=send_at_us if send_at_us > now_us else 0)
+    return event
 
 
 def task_id(text: str) -> bytes:
@@ -185,6 +191,8 @@ def _address(email: str, violations: list[Violation]) -> tuple[str, str]:
 
 
 def _subject(subject: str, violations: list[Violation]) -> None:
+    if subject.isascii() and subject.isprintable() and len(subject) <= MAX_SUBJECT and subject.strip():
+        return
     if not subject.strip():
         violations.append(Violation("data.subject", "is missing" if not subject else "is blank"))
     elif _CONTROL_IN_TEXT.search(subject):
@@ -193,19 +201,22 @@ def _subject(subject: str, violations: list[Violation]) -> None:
         violations.append(Violation("data.subject", f"has {MAX_SUBJECT} bytes at most, encoded"))
 
 
-def _bodies(data: task_service_pb2.TaskData, max_body: int, violations: list[Violation]) -> None:
-    if not data.HasField("body") and not data.HasField("html"):
+def _bodies(body: str | None, html: str | None, max_body: int, violations: list[Violation]) -> None:
+    if body is None and html is None:
         violations.append(
             Violation("data.body", "is missing; it may be empty, or the request may have html instead")
         )
         return
-    text, html = _byte_size(data.body), _byte_size(data.html)
-    if text + html > max_body:
-        field = "data.body" if text >= html else "data.html"
-        violations.append(Violation(field, f"text and HTML have {max_body} bytes at most, not {text + html}"))
+    text_size, html_size = _byte_size(body), _byte_size(html)
+    if text_size + html_size > max_body:
+        field = "data.body" if text_size >= html_size else "data.html"
+        total = text_size + html_size
+        violations.append(Violation(field, f"text and HTML have {max_body} bytes at most, not {total}"))
 
 
-def _byte_size(text: str) -> int:
+def _byte_size(text: str | None) -> int:
+    if text is None:
+        return 0
     return len(text) if text.isascii() else len(text.encode())
 
 

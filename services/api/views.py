@@ -16,6 +16,7 @@ __all__ = [
     "COLUMNS",
     "EVENT_COLUMNS",
     "EVENT_ID",
+    "fill_new_task",
     "new_task",
     "task",
     "timeline",
@@ -60,15 +61,21 @@ def task(row: Sequence[Any]) -> task_pb2.Task:
 
 def new_task(event: events_pb2.TaskCreated) -> task_pb2.Task:
     """Return a task that was just recorded, equal to what `task` returns for its row."""
+    view = task_pb2.Task()
+    fill_new_task(view, event)
+    return view
+
+
+def fill_new_task(view: task_pb2.Task, event: events_pb2.TaskCreated) -> None:
+    """Fill an empty task as `new_task` does, in its place within a larger message."""
     mail = event.task
-    view = task_pb2.Task(
-        id=text(mail.id), email=mail.email, subject=mail.subject, status="pending", labels=mail.labels
-    )
+    view.id, view.email, view.subject, view.status = text(mail.id), mail.email, mail.subject, "pending"
+    if mail.labels:
+        view.labels.update(mail.labels)
     _set(view.created_at, mail.created_at_us)
     _set(view.updated_at, event.at_us)
     if event.send_at_us:
         _set(view.next_attempt_at, event.send_at_us)
-    return view
 
 
 def _set(field: Timestamp, us: int) -> None:

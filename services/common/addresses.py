@@ -22,6 +22,7 @@ email_validator.SPECIAL_USE_DOMAIN_NAMES[:] = [
 
 # The library accepts 254 characters, but its parser spends time on every character of a longer text.
 _MAX_LENGTH = 320
+_CASE_INSENSITIVE = frozenset(CASE_INSENSITIVE_MAILBOX_NAMES)
 _DOMAIN_LIMITS = "a domain has 253 octets at most, and 63 octets in each label"
 # The library's errors about lengths say by how much a part is too long, but not the limit.
 _LENGTHS = re.compile("too (?:long|many)|so many")
@@ -41,7 +42,7 @@ def normalise(address: str) -> tuple[str, str]:
         # local part as it is, and spend 25 us on each.
         local, domain = plain.groups()
         known = _plain_domain(domain)
-        if known and len(local) <= 64 and local.lower() not in CASE_INSENSITIVE_MAILBOX_NAMES:
+        if known and len(local) <= 64 and local.lower() not in _CASE_INSENSITIVE:
             return f"{local}@{known}", known
     if len(address) > _MAX_LENGTH:
         raise ValueError(ADDRESS_LIMITS)

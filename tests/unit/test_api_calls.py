@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from postroad.v1.task_service_pb2 import BatchCreateRequest, CreateRequest, TaskData
-from services.api import errors
+from services.api import errors, turns
 from services.api.auth import Tenants
 from services.api.call import Call, Metadata, set_call
 from services.api.task_service import TaskServicer
@@ -91,9 +91,30 @@ async def test_a_long_batch_does_not_block_the_event_loop() -> None:
     data = [TaskData(email="a@b.test", subject="s", body="", headers={"Reply-To": many}) for many in senders]
     request = BatchCreateRequest(requests=[CreateRequest(data=one) for one in data])
     batch = asyncio.create_task(service.BatchCreate(request, unused))
-    turns = 0
+    taken = 0
     while not batch.done():
-        turns += 1
+        taken += 1
         await asyncio.sleep(0)
     assert len(batch.result().results) == len(data)
-    assert turns >= 5
+    assert taken >= 5
+
+
+async def test_items_give_others_their_turn_after_two_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
+    yields = 0
+
+    async def others() -> None:
+        nonlocal yields
+        while True:
+            await asyncio.sleep(0)
+            yields += 1
+
+    other = asyncio.create_task(others())
+    seen = []
+    async for item in turns.in_turns(range(40)):
+        seen.append(item)
+        now += 0.001
+    other.cancel()
+    assert seen == list(range(40))
+    assert 10 <= yields <= 20
