@@ -65,7 +65,9 @@ class Servers:
 
     def up(self) -> None:
         """Start them; blocks until they are ready."""
-        given = {"POSTROAD_LOCAL_DB": self.database, **self._given}
+        # Nobody kills this broker, and a busy machine may silence it for seconds.
+        session = {"POSTROAD_LOCAL_BROKER_SESSION": "60"}
+        given = {"POSTROAD_LOCAL_DB": self.database, **session, **self._given}
         command(ROOT, self.directory, given, "up", "--infra-only")
 
     def down(self) -> None:

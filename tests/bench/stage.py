@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from services.common.kafka import topics
 from services.common.stages import STAGES
@@ -74,12 +75,20 @@ def _length(installation: Installation, topic: str) -> int:
         consumer.close()
 
 
-def _until(condition: Any, what: str, step: float = 0.1) -> None:
+def _until(condition: Callable[[], bool], what: str, step: float = 0.1) -> None:
     end = time.monotonic() + _DEADLINE
-    while not condition():
+    while not _holds(condition):
         if time.monotonic() > end:
             raise TimeoutError(f"{what} took more than {_DEADLINE:.0f} s")
         time.sleep(step)
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    try:
+        return condition()
+    except KafkaException:
+        # A busy broker has no leader for a moment.
+        return False
 
 
 def _prepare(installation: Installation, stage: str, tasks: int) -> None:

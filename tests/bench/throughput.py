@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.local.layout import ROOT
-from tests.bench import diagnosis, options, report
+from tests.bench import diagnosis, options, report, storage
 from tests.bench.counts import wait_until_ended, wait_until_settled
 from tests.bench.diagnosis import Diagnosis
 from tests.bench.load import Sent, at_rate, by_batches, by_callers
@@ -119,6 +119,7 @@ def run(scenario: str, given: argparse.Namespace) -> dict[str, Any]:
     look = options.diagnosis(given)
     loads = loads_of(scenario, given)
     rounds: dict[str, list[Figures]] = {}
+    stored: dict[str, float] = {}
     with (
         running_servers(given.database, **diagnosis.given(look)) as servers,
         receivers(servers, given.receiver) as taking,
@@ -132,10 +133,12 @@ def run(scenario: str, given: argparse.Namespace) -> dict[str, Any]:
                     with Installation(servers, receiver, sides[side], **options.settings(given)) as one:
                         for name, found in measured(one, loads, look, api=given.api).items():
                             rounds.setdefault(f"{name}, {receiver.name}, {side}", []).append(found)
+                        stored = storage.bytes_a_task(one)
+    print("bytes a task: " + "  ".join(f"{server} {number:.0f}" for server, number in stored.items()))
     print(report.medians(rounds))
     if given.other:
         print(report.ratios(rounds))
-    return report.as_json(rounds)
+    return {**report.as_json(rounds), "bytes_a_task": stored}
 
 
 def _in_turn(sides: Sequence[str], number: int) -> Sequence[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import counts, diagnosis, limit, report, throughput
+from tests.bench import counts, diagnosis, limit, report, storage, throughput
 from tests.bench.__main__ import RUN, main, parser
 from tests.bench.counts import WrongCountsError
 from tests.bench.measure import Figures, median, quantiles
@@ -211,3 +211,10 @@ def test_requests_by_kind_and_client() -> None:
         ["1", "0.2500", "PRODUCE", "sender-1"],
         ["3", "0.7500", "all"],
     ]
+
+
+def test_bytes_of_matching_files(tmp_path: Path) -> None:
+    for name, content in (("a.x-0/0.log", "four"), ("a.x-0/0.index", "no"), ("b.x-0/0.log", "no")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert storage.size(tmp_path, "a.*/*.log") == 4
