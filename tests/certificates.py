@@ -33,7 +33,10 @@ class Certificates:
 
 
 def make_certificates(directory: Path, *names: str) -> Certificates:
-    """Make an authority and a certificate for ``names`` (host names, IP addresses), good for a day."""
+    """Make an authority and a certificate for ``names``, good for a day.
+
+    A name is a host name, an IP address or a URI.
+    """
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
     now = datetime.datetime.now(datetime.UTC)
@@ -78,6 +81,8 @@ def make_certificates(directory: Path, *names: str) -> Certificates:
 
 
 def _general(name: str) -> x509.GeneralName:
+    if "://" in name:
+        return x509.UniformResourceIdentifier(name)
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:

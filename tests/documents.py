@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ )*"
-    r"(?:postroad|\.venv/bin/postroad|docker|make|python3|grpcurl|curl|kafka-[a-z-]+\.sh|SELECT)\s"
+    r"(?:postroad|\.venv/bin/postroad|docker|make|openssl|python3|grpcurl|curl|kafka-[a-z-]+\.sh|SELECT)\s"
 )
 # The fenced blocks are for other programs; a reader does not type them.
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)

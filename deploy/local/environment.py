@@ -7,6 +7,7 @@ process the same settings as the others have.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from deploy.local.state import SERVICES, StackState
 from services.common.stages import STAGES
@@ -36,7 +37,18 @@ REPLACED_BY = {
 # Each process gets its own value from the stack, so these are never taken from the environment.
 PRIVATE = {"POSTROAD_LISTEN", "POSTROAD_REPLICA"}
 # They tell the user's `postroad` command where an installation is; they are no settings of the stack.
-OPERATORS = {"POSTROAD_CONFIG", "POSTROAD_PROFILE", "POSTROAD_ENV_FILE", "POSTROAD_TOKEN", "POSTROAD_TLS"}
+OPERATORS = {
+    "POSTROAD_CA",
+    "POSTROAD_CERT",
+    "POSTROAD_CONFIG",
+    "POSTROAD_ENV_FILE",
+    "POSTROAD_KEY",
+    "POSTROAD_PROFILE",
+    "POSTROAD_TENANT",
+    "POSTROAD_TLS",
+    "POSTROAD_TOKEN",
+    "POSTROAD_TOKEN_IN_CLEAR",
+}
 PRIVATE_PREFIXES = ("POSTROAD_HTTP_", "POSTROAD_LOCAL_", "POSTROAD_TEST_")
 PREFIXES = ("POSTROAD_", "EMAIL_")
 # The prefixes of the settings that only one service reads. Any other setting concerns all services.
@@ -49,10 +61,17 @@ OWN_SETTINGS = {
         "POSTROAD_LISTEN",
         "POSTROAD_MAX_BODY",
         "POSTROAD_MAX_PENDING_CREATES",
+        "POSTROAD_REFLECTION",
+        "POSTROAD_TLS_CERT",
+        "POSTROAD_TLS_CLIENT_CA",
+        "POSTROAD_TLS_KEY",
+        "POSTROAD_TOKENS_FILE",
         "POSTROAD_TOKEN_KEYS",
     ),
     **{name: stage.settings for name, stage in STAGES.items()},
 }
+# The services have another working directory than the user.
+FILES = ("POSTROAD_TLS_CERT", "POSTROAD_TLS_CLIENT_CA", "POSTROAD_TLS_KEY", "POSTROAD_TOKENS_FILE")
 # Only `postroad topics apply` reads these; no service does.
 TOPICS = ("POSTROAD_PARTITIONS", "POSTROAD_REPLICATION")
 LOOPBACK = "127.0.0.1"
@@ -115,11 +134,11 @@ def _own(state: StackState) -> dict[str, str]:
 def given_variables(state: StackState, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of `environ` that the user set: not empty, not private, not the stack's own value.
 
-    The last rule is for a shell that has read stack.env.
+    The last rule is for a shell that has read stack.env. Files get absolute paths.
     """
     own = _own(dataclasses.replace(state, given={}))
     return {
-        name: value
+        name: str(Path(value).absolute()) if name in FILES else value
         for name, value in environ.items()
         if name.startswith(PREFIXES)
         and name not in PRIVATE | OPERATORS

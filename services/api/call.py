@@ -1,4 +1,4 @@
-"""The call that the api is answering: its tenant, its metadata and its size."""
+"""The call that the api is answering: its tenant, its metadata, its size and what it may do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from services.api.errors import invalid_field
+from services.common.grants import CONTENT, Grant
 
-__all__ = ["Call", "Metadata", "current_call", "idempotency_key", "set_call"]
+__all__ = ["TENANT_KEY", "Call", "Metadata", "current_call", "idempotency_key", "set_call"]
+
+TENANT_KEY = "postroad-tenant"
+"""The metadata key by which an operator names the tenant of a call."""
 
 _KEY = "idempotency-key"
 
@@ -30,11 +34,24 @@ class Metadata(dict[str, str | bytes]):
 
 
 class Call(NamedTuple):
-    """One RPC. `size` is the length of its serialized request in bytes."""
+    """One RPC. `size` is the length of its serialized request in bytes.
+
+    `tenant` is that of the tasks: the one of `grant`, unless an operator named another one.
+    """
 
     tenant: str
     metadata: Metadata
     size: int
+    grant: Grant
+
+    @property
+    def finds_tenants(self) -> bool:
+        """Whether a task's id is enough, because the grant reaches all tenants and the call names none."""
+        return self.grant.reaches_all_tenants and TENANT_KEY not in self.metadata
+
+    def sees_content(self, tenant: str) -> bool:
+        """Return whether addresses, subjects and bodies of this tenant's mails are shown."""
+        return tenant == self.grant.tenant or CONTENT in self.grant.scopes
 
 
 _CALL: ContextVar[Call] = ContextVar("call")

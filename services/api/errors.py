@@ -38,8 +38,10 @@ __all__ = [
     "not_retryable",
     "not_uncertain",
     "overloaded",
+    "permission_denied",
     "retry_info",
     "slow_request",
+    "too_many_failed_attempts",
     "unauthenticated",
 ]
 
@@ -72,6 +74,12 @@ class StatusError(Exception):
         self.code = code
         self.message = _truncate_message(message)
         self.details = tuple(details)
+
+    @property
+    def reason(self) -> str:
+        """The reason of its ErrorInfo, empty where it has none."""
+        infos = (detail for detail in self.details if isinstance(detail, error_details_pb2.ErrorInfo))
+        return next((info.reason for info in infos), "")
 
     def status(self) -> status_pb2.Status:
         """Return the error as a google.rpc.Status."""
@@ -226,12 +234,26 @@ def no_request() -> StatusError:
     return invalid_field("request", "is missing")
 
 
-def unauthenticated() -> StatusError:
-    """Return UNAUTHENTICATED: the call has no bearer token, or an unknown one."""
+def unauthenticated(reason: str, message: str) -> StatusError:
+    """Return UNAUTHENTICATED: nothing says for which tenant the call is, or it does not hold any more."""
+    return StatusError(grpc.StatusCode.UNAUTHENTICATED, message, (error_info(reason),))
+
+
+def permission_denied(scope: str, what: str) -> StatusError:
+    """Return PERMISSION_DENIED: the call's token does not have this scope, which `what` needs."""
     return StatusError(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "the metadata key authorization must be 'Bearer TOKEN', with a token that the api knows",
-        (error_info("TOKEN_UNKNOWN"),),
+        grpc.StatusCode.PERMISSION_DENIED,
+        f"{what} needs a token with the scope {scope}",
+        (error_info("SCOPE_MISSING", {"scope": scope}),),
+    )
+
+
+def too_many_failed_attempts(retry_seconds: float) -> StatusError:
+    """Return RESOURCE_EXHAUSTED: the client's address has made too many calls that no token allows."""
+    return StatusError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "too many calls from this address had no valid token",
+        (error_info("TOO_MANY_FAILED_ATTEMPTS"), retry_info(retry_seconds)),
     )
 
 

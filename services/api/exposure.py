@@ -6,31 +6,39 @@ import structlog
 
 from services.common.forms import is_loopback
 
-__all__ = ["check_listener", "log_exposure"]
+__all__ = ["check_listener", "is_local", "log_exposure"]
 
 log = structlog.get_logger(__name__)
 
 
-def check_listener(listen: str, insecure: bool) -> None:
+def check_listener(listen: str, insecure: bool, *, tls: bool, is_open: bool) -> None:
     """Raise ValueError for a listener (host:port) that others can reach, unless the operator accepts that.
 
-    gRPC is plain text here, so whoever is on the way reads tokens and mails.
+    Without `tls` whoever is on the way reads tokens and mails. Where the api `is_open`, whoever reaches it
+    may do everything.
     """
-    if not insecure and not _is_local(listen):
+    if (missing := _missing(tls, is_open)) and not insecure and not is_local(listen):
         raise ValueError(
-            "must be on loopback, because gRPC is plain text;"
+            f"must be on loopback without {missing};"
             " POSTROAD_INSECURE=1 allows a wider one, for a network that you trust"
         )
 
 
-def log_exposure(listen: str, need_tokens: bool) -> None:
+def log_exposure(listen: str, *, tls: bool, is_open: bool) -> None:
     """Log what protects this listener."""
-    missing = "TLS" if need_tokens else "TLS and tokens"
-    if _is_local(listen):
+    missing = _missing(tls, is_open)
+    if not missing:
+        log.info("with TLS, for clients with a token or a certificate", listen=listen)
+    elif is_local(listen):
         log.info(f"without {missing}, on loopback only", listen=listen)
     else:
         log.warning(f"without {missing}, for whoever reaches this address", listen=listen)
 
 
-def _is_local(listen: str) -> bool:
+def is_local(listen: str) -> bool:
+    """Return whether only this host can reach a listener."""
     return is_loopback(listen.rpartition(":")[0].strip("[]"))
+
+
+def _missing(tls: bool, is_open: bool) -> str:
+    return " and ".join([*([] if tls else ["TLS"]), *(["tokens"] if is_open else [])])

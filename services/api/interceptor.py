@@ -20,7 +20,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from postroad.v1 import task_service_pb2
-from services.api.auth import Tenants
+from services.api.auth import Authenticator
 from services.api.bounded_io import Context, StreamWriter, read
 from services.api.call import Call, Metadata, set_call
 from services.api.errors import (
@@ -33,6 +33,8 @@ from services.api.errors import (
 )
 from services.api.health import SERVICE_NAME as HEALTH
 from services.api.metrics import API_REQUESTS, API_SECONDS
+from services.api.open_streams import OpenStreams
+from services.api.scopes import tenant_of
 from services.common.database.errors import error_text, is_too_long
 
 __all__ = ["MAX_BATCH", "MAX_CREATE", "MAX_QUERY", "SERVICE", "RequestInterceptor"]
@@ -62,8 +64,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     `admit_batch` admits the requests of BatchCreate before they are decoded.
     """
 
-    def __init__(self, tenants: Tenants, admit_batch: Admit) -> None:
-        self._tenants = tenants
+    def __init__(self, authenticator: Authenticator, streams: OpenStreams, admit_batch: Admit) -> None:
+        self._authenticator, self._streams = authenticator, streams
         # Create is admitted after decoding, together with other Creates. A batch's size is limited by gRPC.
         self._admit: Mapping[str, Admit] = {"Create": _admit_create, "BatchCreate": admit_batch}
         self._handlers: dict[str, RpcHandler] = {}
@@ -111,7 +113,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         admit = self._admit.get(rpc, _admit_query)
 
         async def respond(context: Context) -> bytes:
-            call, raw = await self._read(admit, context)
+            call, raw = await self._read(rpc, admit, context)
             start = time.perf_counter()
             self._in_flight += 1
             try:
@@ -145,13 +147,14 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
         async def handle(_: object, context: Context) -> None:
             try:
-                call, raw = await self._read(admit, context)
+                call, raw = await self._read(rpc, admit, context)
                 if self._draining:
                     raise draining()
                 with admit(call.size):
                     request = _decode(rpc, handler.request_deserializer, raw)
                     set_call(call)
-                    await handler.unary_stream(request, context)
+                    async with self._streams.hold(call.grant):
+                        await handler.unary_stream(request, context)
                 return
             except BaseException as error:
                 status = _status_of(rpc, error)
@@ -170,26 +173,28 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         async def handle(_: object, context: Context) -> None:
             writer = StreamWriter(context)
             try:
-                self._tenants.tenant(Metadata(context.invocation_metadata() or ()))
-                async for response in handler.stream_stream(requests(context), context):
-                    await writer.write_in_time(handler.response_serializer(response))
+                metadata = Metadata(context.invocation_metadata() or ())
+                async with self._streams.hold(self._authenticator.authenticate(metadata, context)):
+                    async for response in handler.stream_stream(requests(context), context):
+                        await writer.write_in_time(handler.response_serializer(response))
             except StatusError as error:
                 await error.abort(context)
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
-    async def _read(self, admit: Admit, context: Context) -> tuple[Call, bytes]:
+    async def _read(self, rpc: str, admit: Admit, context: Context) -> tuple[Call, bytes]:
         """Return an authenticated call and its request; raise StatusError, before it reads if possible."""
         if self._draining:
             raise draining()
         metadata = Metadata(context.invocation_metadata() or ())
-        tenant = self._tenants.tenant(metadata)
+        grant = self._authenticator.authenticate(metadata, context)
+        tenant = tenant_of(rpc, grant, metadata)
         with admit(0):
             # A replica that takes no more batches now does not read one.
             pass
         if (raw := await read(context)) is None:
             raise no_request()
-        return Call(tenant, metadata, len(raw)), raw
+        return Call(tenant, metadata, len(raw), grant), raw
 
 
 def _decode(rpc: str, deserialize: Callable[[bytes], Any], raw: bytes) -> Any:

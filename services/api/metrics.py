@@ -7,6 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.common.stage.metrics import LATENCY_BUCKETS
 
 __all__ = [
+    "API_DENIED",
     "API_PUBLISHED",
     "API_REQUESTS",
     "API_SECONDS",
@@ -21,6 +22,7 @@ __all__ = [
 
 API_REQUESTS = Counter("postroad_api_requests_total", "RPCs answered, by gRPC status code", ["rpc", "code"])
 API_SECONDS = Histogram("postroad_api_seconds", "Time to answer an RPC", ["rpc"], buckets=LATENCY_BUCKETS)
+API_DENIED = Counter("postroad_api_denied_total", "Calls that no token or certificate allows", ["reason"])
 API_PUBLISHED = Counter(
     "postroad_api_published_total",
     "Events published, by way: relay (the outbox publisher, at once) or sweeper (scheduled, or after a"

@@ -21,7 +21,7 @@ from services.api.filters import Filter
 from services.common.database.bulk import placeholders
 from services.common.statuses import STATUSES
 
-__all__ = ["count", "count_statement", "get", "list_statement", "page", "tasks_of"]
+__all__ = ["count", "count_statement", "get", "list_statement", "page", "tasks_of", "tenant_of"]
 
 # Clients accept 4 MiB by default, so a page ends before it exceeds half of that.
 _MAX_PAGE_BYTES = 2 << 20
@@ -30,6 +30,7 @@ _BY_STATUS = "tasks_by_status"
 _COLUMNS = ", ".join(f"t.{name}" for name in views.COLUMNS.split(", "))
 
 _TASK = f"SELECT {views.COLUMNS} FROM tasks WHERE id = %s AND tenant = %s"
+_TENANT = "SELECT tenant FROM tasks WHERE id = %s"
 _TASKS = f"SELECT {views.COLUMNS} FROM tasks WHERE id IN "
 _BODY = "SELECT body, html FROM task_bodies WHERE task_id = %s"
 _EVENTS = f"SELECT {views.EVENT_COLUMNS}, {views.EVENT_ID} FROM task_events WHERE task_id = %s"
@@ -52,6 +53,12 @@ def get(connection: Connection, tenant: str, id_: bytes) -> task_pb2.Task | None
     events = connection.exec_driver_sql(_EVENTS, (id_,)).all()
     task.timeline.extend(views.timeline(views.without_late_verdicts(events)))
     return task
+
+
+def tenant_of(connection: Connection, id_: bytes) -> str | None:
+    """Return the tenant of a task; None where there is no such task. Blocks."""
+    row = connection.exec_driver_sql(_TENANT, (id_,)).first()
+    return None if row is None else row[0]
 
 
 def tasks_of(connection: Connection, ids: Sequence[bytes]) -> dict[bytes, task_pb2.Task]:

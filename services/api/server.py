@@ -1,4 +1,4 @@
-"""The gRPC server: tasks, health and reflection on one port."""
+"""The gRPC server: tasks, health and, if asked for, reflection on one port."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ def make_server(
     health_servicer: HealthServicer,
     *,
     accept_compression: bool,
+    reflect: bool,
+    credentials: grpc.ServerCredentials | None,
 ) -> tuple[grpc.aio.Server, int]:
     """Return a server that is bound to `listen` but not started, and its port.
 
-    `listen` is host:port; port 0 selects a free one. Called on the event loop. Raises OSError where the port
-    is taken.
+    `listen` is host:port; port 0 selects a free one. Without `credentials` it takes plain text. Called on the
+    event loop. Raises OSError where the port is taken.
     """
     options = list(_OPTIONS)
     if not accept_compression:
@@ -60,9 +62,13 @@ def make_server(
     server = grpc.aio.server(interceptors=(interceptor,), options=options)
     task_service_pb2_grpc.add_TaskServiceServicer_to_server(task_service, server)
     server.add_generic_rpc_handlers((health_servicer.handler(),))
-    reflection.enable((SERVICE, SERVICE_NAME), server)
+    if reflect:
+        reflection.enable((SERVICE, SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(listen)
+        if credentials is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {listen}: {error}") from None
     return server, port

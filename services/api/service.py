@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import structlog
 
 from services.api import outbox
-from services.api.auth import Tenants
+from services.api.access import Access
 from services.api.database_threads import THREADS, DatabaseThreads
 from services.api.decider import Decider
-from services.api.exposure import check_listener, log_exposure
 from services.api.health import HealthServicer
 from services.api.interceptor import RequestInterceptor
 from services.api.outbox import NewTask, OutboxRow
@@ -50,19 +49,15 @@ _CONNECTIONS = 6 + 2 * THREADS
 class ApiService:
     """The api in its process. Made on the event loop.
 
-    Raises OSError where its port is taken. Raises ValueError for tokens, a listener or a database URL that it
-    cannot accept.
+    Raises OSError where its port is taken. Raises ValueError for tokens, certificates, a listener or a
+    database URL that it cannot accept.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._drain_seconds, self._listen = settings.drain_seconds, settings.listen
+        self._drain_seconds = settings.drain_seconds
         self._stopping = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        with refused("api_tokens"):
-            given = "api_tokens" in settings.model_fields_set
-            tenants = Tenants(settings.api_tokens.get_secret_value() if given else None)
-        with refused("listen"):
-            check_listener(settings.listen, settings.insecure)
+        self._access = Access(settings)
         with refused("database_url"):
             url = url_of(settings.database_url.get_secret_value())
         with refused("token_keys"):
@@ -94,14 +89,17 @@ class ApiService:
             allowed_headers=settings.allowed_headers,
             partitions=settings.partitions,
         )
-        self._need_tokens = tenants.need_tokens
-        self._interceptor = RequestInterceptor(tenants, self._recorder.admit_batch)
+        self._interceptor = RequestInterceptor(
+            self._access.authenticator, self._access.streams, self._recorder.admit_batch
+        )
         self._server, self.port = make_server(
             settings.listen,
             task_service,
             self._interceptor,
             self._health,
             accept_compression=settings.accept_compression,
+            reflect=self._access.reflect,
+            credentials=self._access.credentials(),
         )
 
     async def run(self) -> None:
@@ -112,19 +110,21 @@ class ApiService:
         self._publisher.start()
         await self._server.start()
         log.info("serving", port=self.port)
-        log_exposure(self._listen, self._need_tokens)
+        self._access.log()
         sweeping = asyncio.create_task(self._sweeper.run())
         readiness = asyncio.create_task(self._readiness.run())
         backlog = asyncio.create_task(self._backlog.run())
+        access = asyncio.create_task(self._access.run())
         self._cluster.start()
         stopping = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait((sweeping, readiness, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((sweeping, readiness, access, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         readiness.cancel()
         backlog.cancel()
+        access.cancel()
         self._cluster.stop()
         await self._drain(sweeping)
-        for task in (sweeping, readiness):
+        for task in (sweeping, readiness, access):
             if task.done() and not task.cancelled():
                 task.result()
 
@@ -138,7 +138,8 @@ class ApiService:
         Without Kafka or one of its topics the api is only degraded, because Create still works.
         """
         problems = (["draining"] if self._stopping.is_set() else []) + self._readiness.problems()
-        return [*problems, *map(Degraded, self._cluster.problems()), *self._backlog.problems()]
+        problems += map(Degraded, self._cluster.problems())
+        return [*problems, *self._backlog.problems(), *self._access.problems()]
 
     async def _drain(self, sweeping: asyncio.Task[None]) -> None:
         deadline = time.monotonic() + self._drain_seconds

@@ -15,13 +15,17 @@ from services.api.call import Call, current_call, idempotency_key
 from services.api.database_threads import DatabaseThreads
 from services.api.decider import Decider
 from services.api.errors import InvalidArgument, StatusError, Violation, collect, not_found
+from services.api.filters import Filter
+from services.api.masks import mask, mask_watch_response
 from services.api.outbox import NewTask, OutboxEvent
 from services.api.recorder import Recorder
+from services.api.scopes import denied
 from services.api.token_keys import TokenKeys
 from services.api.trace import client_traceparent, request_traceparent, task_traceparent
 from services.api.turns import in_turns
 from services.api.validation import task_created, task_id
 from services.api.watch.watch_service import WatchService
+from services.common.grants import CONTENT
 
 __all__ = ["TaskServicer"]
 
@@ -83,28 +87,33 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
 
     async def Get(self, request: task_service_pb2.GetRequest, context: Context) -> task_pb2.Task:
         """Return a task with its body and its timeline."""
-        tenant, id_ = current_call().tenant, task_id(request.id)
+        id_ = task_id(request.id)
+        tenant = await self._tenant_of(id_)
         task = await self._threads.run(lambda connection: queries.get(connection, tenant, id_))
         if task is None:
             raise not_found(request.id)
-        return task
+        return _shown(task, tenant)
 
     async def List(
         self, request: task_service_pb2.ListRequest, context: Context
     ) -> task_service_pb2.ListResponse:
         """Return a page of tasks, newest first."""
-        tenant = current_call().tenant
+        call = current_call()
+        tenant = call.tenant
         violations: list[Violation] = []
         size = collect(violations, page_tokens.page_size, request.page_size)
         filter_ = collect(violations, filters.parse, request)
         if size is None or filter_ is None:
             raise InvalidArgument(violations)
+        _refuse_guesses(filter_)
         digest = filter_.digest(tenant)
         after = page_tokens.decode(self._keys, request.page_token, digest)
         tasks, last_id = await self._threads.run(
             lambda connection: queries.page(connection, tenant, filter_, after, size)
         )
         next_page_token = "" if last_id is None else page_tokens.encode(self._keys, last_id, digest)
+        if not call.sees_content(tenant):
+            tasks = [mask(task) for task in tasks]
         return task_service_pb2.ListResponse(results=tasks, next_page_token=next_page_token)
 
     async def Count(
@@ -112,6 +121,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
     ) -> task_service_pb2.CountResponse:
         """Return the number of tasks of each status."""
         tenant, filter_ = current_call().tenant, filters.parse(request)
+        _refuse_guesses(filter_)
         counts = await self._threads.run(lambda connection: queries.count(connection, tenant, filter_))
         return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values()))
 
@@ -134,19 +144,40 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         if id_ is None or sent is None:
             raise InvalidArgument(violations)
         parent = request_traceparent(call.metadata.get("traceparent"), id_)
-        return await self._decider.resolve(call.tenant, id_, sent, parent)
+        tenant = await self._tenant_of(id_)
+        return _shown(await self._decider.resolve(tenant, id_, sent, parent), tenant)
 
     async def Watch(  # type: ignore[override]
         self, request: task_service_pb2.WatchRequest, context: Context
     ) -> None:
         """Write serialized WatchResponses until the stream ends (docs/adr/0025 says why serialized)."""
-        await self._watch_service.watch(current_call().tenant, request, StreamWriter(context).write)
+        call, writer = current_call(), StreamWriter(context)
+        tenant = call.tenant
+        if request.id and call.finds_tenants:
+            tenant = await self._tenant_of(task_id(request.id))
+        if call.sees_content(tenant):
+            await self._watch_service.watch(tenant, request, writer.write)
+            return
+        _refuse_guesses(filters.parse(request))
+        await self._watch_service.watch(
+            tenant, request, lambda message: writer.write(mask_watch_response(message))
+        )
 
     async def _decide(
         self, decide: Callable[[str, bytes, bytes], Awaitable[task_pb2.Task]], id_text: str
     ) -> task_pb2.Task:
-        call, id_ = current_call(), task_id(id_text)
-        return await decide(call.tenant, id_, request_traceparent(call.metadata.get("traceparent"), id_))
+        id_ = task_id(id_text)
+        tenant = await self._tenant_of(id_)
+        parent = request_traceparent(current_call().metadata.get("traceparent"), id_)
+        return _shown(await decide(tenant, id_, parent), tenant)
+
+    async def _tenant_of(self, id_: bytes) -> str:
+        """Return the tenant of the current call: for an operator who names none, that of the task."""
+        call = current_call()
+        if not call.finds_tenants:
+            return call.tenant
+        found = await self._threads.run(lambda connection: queries.tenant_of(connection, id_))
+        return call.tenant if found is None else found
 
     def _validated(
         self, request: task_service_pb2.CreateRequest, call: Call, key_in_metadata: str
@@ -168,3 +199,15 @@ def _new_task(event: events_pb2.TaskCreated, id_: bytes, us: int, parent: bytes 
     task.id = id_
     task.created_at_us = event.at_us = us
     return OutboxEvent(event, parent or task_traceparent(id_), size)
+
+
+def _shown(task: task_pb2.Task, tenant: str) -> task_pb2.Task:
+    """Return a task of this tenant as the current call may see it."""
+    return task if current_call().sees_content(tenant) else mask(task)
+
+
+def _refuse_guesses(filter_: Filter) -> None:
+    """Refuse a filter by an address that the current call may not see: the answer would confirm a guess."""
+    call = current_call()
+    if filter_.email is not None and not call.sees_content(call.tenant):
+        raise denied(CONTENT, "a filter by the address of another tenant's mails")

@@ -94,15 +94,28 @@ _USED: Mapping[str, Mapping[str, _SharedOption]] = {
     API: {
         "api": _SharedOption("The api, host:port [POSTROAD_API].", "ADDRESS"),
         "token": _SharedOption("The bearer token. Better: POSTROAD_TOKEN, since ps shows flags.", "TOKEN"),
-        "tls": _SharedOption(
-            "Whether the api is behind TLS [POSTROAD_TLS].", None, ("--tls/--no-tls",), bool
+        "tls": _SharedOption("Whether the api has TLS [POSTROAD_TLS].", None, ("--tls/--no-tls",), bool),
+        "ca": _SharedOption("The authority of the api's certificate, in PEM [POSTROAD_CA].", "FILE"),
+        "cert": _SharedOption("Your own certificate, in PEM [POSTROAD_CERT].", "FILE", in_help=False),
+        "key": _SharedOption("The key of --cert, in PEM [POSTROAD_KEY].", "FILE", in_help=False),
+        "token-in-clear": _SharedOption(
+            "Send a token without TLS, off this host too [POSTROAD_TOKEN_IN_CLEAR].",
+            None,
+            ("--token-in-clear/--no-token-in-clear",),
+            bool,
+            in_help=False,
         ),
+        "tenant": _SharedOption("Whose tasks, for operators [POSTROAD_TENANT].", "NAME", in_help=False),
     },
     KAFKA: {
         "kafka": _SharedOption("Kafka's brokers, host:port [POSTROAD_KAFKA_BOOTSTRAP].", "ADDRESSES"),
         "topic-prefix": _SharedOption("Before topic and group names [POSTROAD_TOPIC_PREFIX].", "PREFIX"),
     },
-    DATABASE: {"database": _SharedOption("The database's SQLAlchemy URL [POSTROAD_DATABASE_URL].", "URL")},
+    DATABASE: {
+        "database": _SharedOption(
+            "The database's SQLAlchemy URL. Better: POSTROAD_DATABASE_URL, since ps shows flags.", "URL"
+        )
+    },
 }
 _ALL: Mapping[str, _SharedOption] = {**_COMMON, **_USED[API], **_USED[KAFKA], **_USED[DATABASE]}
 

@@ -24,6 +24,7 @@ from services.cli import (
     rebuild_command,
     replay_command,
     setup_commands,
+    token_commands,
     watch_command,
 )
 from services.cli.command import root
@@ -41,6 +42,8 @@ app = typer.Typer(name="postroad", no_args_is_help=True, rich_markup_mode="rich"
 root(app, HELP)
 topics = typer.Typer(no_args_is_help=True, help="The Kafka topics.")
 app.add_typer(topics, name="topics")
+tokens = typer.Typer(no_args_is_help=True, help="The tokens of the api's clients.")
+app.add_typer(tokens, name="token")
 
 for module in (
     create_command,
@@ -55,6 +58,7 @@ for module in (
 ):
     module.register(app)
 setup_commands.register(app, topics)
+token_commands.register(tokens)
 
 
 def main() -> None:

@@ -155,7 +155,25 @@ class Settings(BaseSettings):
     )
     api_tokens: SecretStr = Field(
         SecretStr(""),
-        description="Bearer tokens as TENANT:TOKEN pairs, comma separated; unset: a client needs no token",
+        description="Bearer tokens as TENANT:TOKEN pairs, comma separated, for small set-ups;"
+        " unset, without POSTROAD_TOKENS_FILE and POSTROAD_TLS_CLIENT_CA: a client needs no token",
+    )
+    tokens_file: str = Field(
+        "",
+        description="A file with a line for each token: who may do what, until when;"
+        " the api reads it again when it changes",
+    )
+    tls_cert: str = Field(
+        "", description="A PEM file: the api's certificate and those between it and the authority"
+    )
+    tls_key: str = Field("", description="A PEM file: the key of POSTROAD_TLS_CERT, without a password")
+    tls_client_ca: str = Field(
+        "", description="A PEM file: every client needs a certificate that one of these authorities signed"
+    )
+    reflection: Literal["loopback", "always", "never"] = Field(
+        "loopback",
+        description="Whether the api describes its services to clients such as grpcurl;"
+        " loopback: if it listens there only",
     )
     token_keys: SecretStr = Field(
         SecretStr(""),
@@ -171,7 +189,7 @@ class Settings(BaseSettings):
         False, description="1: the api accepts compressed requests, of which a small one may become 32 MiB"
     )
     insecure: bool = Field(
-        False, description="1: the api may listen wider than loopback, although gRPC is plain text"
+        False, description="1: the api may listen wider than loopback without TLS or without tokens"
     )
 
     validator_delays: Delays = Field(

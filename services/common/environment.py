@@ -15,11 +15,16 @@ OTHERS: Final = frozenset(
     {
         # Of the `postroad` command.
         "POSTROAD_API",
+        "POSTROAD_CA",
+        "POSTROAD_CERT",
         "POSTROAD_CONFIG",
         "POSTROAD_ENV_FILE",
+        "POSTROAD_KEY",
         "POSTROAD_PROFILE",
+        "POSTROAD_TENANT",
         "POSTROAD_TLS",
         "POSTROAD_TOKEN",
+        "POSTROAD_TOKEN_IN_CLEAR",
         "POSTROAD_TRACEBACK",
         # Of the local stack.
         "POSTROAD_LOCAL_API_PORT",

@@ -23,6 +23,7 @@ from postroad.v1 import events_pb2
 from services.common import taskstore
 from services.common.database.engine import make_engine
 from services.common.events import encode
+from services.common.grants import parse_grants
 from services.common.kafka.headers import dead_letter_headers
 from services.common.kafka.topic_partition import RecordLocation
 from tests.documents import ROOT, commands, programs, python_samples
@@ -54,6 +55,10 @@ CODES = {"POSTROAD_PARTITIONS=24 postroad topics check": 1}
 LATE = (
     "POSTROAD_API_TOKENS=",
     "grpcurl -plaintext -H 'authorization:",
+    "POSTROAD_TOKENS_FILE=",
+    "POSTROAD_TLS_CERT=",
+    "POSTROAD_TOKEN=",
+    ".venv/bin/postroad token revoke",
     "POSTROAD_PARTITIONS=24 postroad topics ",
     "make down",
 )
@@ -80,7 +85,7 @@ class Field:
         profile.chmod(0o600)
         self.rejected = [self.pipeline.create("reject5@good.test") for _ in range(2)]
         self.doubtful = [self.pipeline.create("drop-lost-always@good.test") for _ in range(4)]
-        self.replay = ""
+        self.replay = self.token = ""
         self._lags: dict[str, Future[Done]] = {}
         self._lagging = ThreadPoolExecutor(3)
         self._engine = make_engine(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
@@ -165,6 +170,7 @@ def run(field: Field, text: str) -> Done:
         "tasks.example:50051": field.env["POSTROAD_API"],
         # Each further partition costs the broker files; tests/e2e/test_grow.py grows to many.
         "POSTROAD_PARTITIONS=24": "POSTROAD_PARTITIONS=4",
+        "POSTROAD_TOKEN=TOKEN": f"POSTROAD_TOKEN={field.token}",
         "HOST:PORT": field.env["POSTROAD_HTTP_SENDER_1"],
         "--reason REASON": "--reason rejected",
         "DOMAIN": "good.test",
@@ -174,6 +180,8 @@ def run(field: Field, text: str) -> Done:
     done = field.shell.run(typed.removesuffix(" ..."))
     if begun := re.search(r"Replay (\S+) begins", done.errors):
         field.replay = begun[1]
+    if " token new " in text:
+        field.token = done.output.strip()
     return done
 
 
@@ -181,6 +189,8 @@ def task_for(field: Field, text: str) -> str:
     """Return the id of a task, or of a replay, that this command is for."""
     if "--resume" in text:
         return field.replay
+    if " token revoke " in text:
+        return parse_grants((field.shell.directory / ".local/tokens").read_text())[0].id
     if " resolve " in text:
         return field.ended(field.doubtful, "uncertain")
     if " retry " in text:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DataError, DBAPIError
 from postroad.v1 import events_pb2 as pb
 from postroad.v1.task_pb2 import Task
 from postroad.v1.task_service_pb2 import CreateRequest, TaskData
-from services.api.auth import Tenants
+from services.api.auth import Authenticator
 from services.api.interceptor import RequestInterceptor
 from services.api.outbox import OutboxEvent
 from services.api.recorder import Recorder
@@ -161,7 +161,7 @@ async def test_a_task_that_no_statement_can_hold_is_refused(
     handler = grpc.unary_unary_rpc_method_handler(
         service.Create, CreateRequest.FromString, Task.SerializeToString
     )
-    create = RequestInterceptor(Tenants(None), unused).wrap("Create", handler)
+    create = RequestInterceptor(Authenticator(), unused, unused).wrap("Create", handler)
     data = TaskData(email="ada@shop.test", subject="s", body="x" * (64 << 10))
     call = Call(CreateRequest(data=data).SerializeToString())
     with pytest.raises(Aborted):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.v1.task_service_pb2 import ResolveRequest
+from services.api.auth import ANYONE
 from services.api.call import Call, Metadata, set_call
 from services.api.cancelling import attempts, may_still_be_sent
 from services.api.errors import InvalidArgument
@@ -69,7 +70,7 @@ def test_a_new_epoch_is_later_than_all_that_is_known(now_ms: int, epoch: int, cl
 @pytest.mark.parametrize("resolution", [0, 3])
 async def test_a_resolution_without_an_answer_is_refused(resolution: int) -> None:
     service = object.__new__(TaskServicer)
-    set_call(Call("default", Metadata(()), 0))
+    set_call(Call("default", Metadata(()), 0, ANYONE))
     unused: Any = None
     request = ResolveRequest(id="no id", resolution=resolution)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument) as refused:

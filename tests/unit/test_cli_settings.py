@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from postroad.v1.task_service_pb2 import CountRequest
+from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.cli.channel import open_channel
 from services.cli.errors import USAGE, Failure
 from services.cli.settings import effective_variables, make_settings
+from services.common.operations.tokens import add_token
+from tests.access_server import serve
+from tests.certificates import make_certificates
 
 CONFIG = """
 default-profile = "near"
@@ -176,3 +182,64 @@ def test_a_readable_env_file_with_secrets_gets_a_warning(
     path.chmod(0o644)
     effective_variables({"env-file": str(path)}, {})
     assert f"chmod 600 {path}" in capsys.readouterr().err
+
+
+def test_a_token_goes_off_this_host_only_by_tls_or_by_consent(tmp_path: Path) -> None:
+    token = {"POSTROAD_TOKEN": "secret-of-far"}
+    for api in ("far.example:50051", "192.0.2.1:50051", "[2001:db8::1]:50051"):
+        with pytest.raises(Failure, match=r"in clear.*--tls.*--token-in-clear") as failed:
+            open_channel(token | {"POSTROAD_API": api})
+        assert failed.value.code == USAGE
+        assert "secret" not in failed.value.line
+        for more in ({"POSTROAD_TLS": "true"}, {"POSTROAD_TOKEN_IN_CLEAR": "1"}):
+            open_channel(token | {"POSTROAD_API": api} | more).close()
+        open_channel({"POSTROAD_API": api}).close()
+    for api in ("127.0.0.1:50051", "localhost:50051", "[::1]:50051"):
+        open_channel(token | {"POSTROAD_API": api}).close()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"CA": "FILE", "TLS": "false"},
+            "POSTROAD_CA (--ca) is for TLS, which POSTROAD_TLS (--no-tls) forbids",
+        ),
+        ({"CERT": "FILE"}, "POSTROAD_CERT (--cert) and POSTROAD_KEY (--key) need each other"),
+        ({"KEY": "FILE"}, "POSTROAD_CERT (--cert) and POSTROAD_KEY (--key) need each other"),
+        ({"CA": "/nowhere"}, "POSTROAD_CA (--ca): /nowhere: No such file or directory"),
+        ({"CA": "/dev/null"}, "has nothing in PEM"),
+        ({"TLS": "maybe"}, "POSTROAD_TLS (--tls) is 'maybe', neither true nor false"),
+        ({"TOKEN_IN_CLEAR": "maybe"}, "POSTROAD_TOKEN_IN_CLEAR (--token-in-clear) is 'maybe', neither"),
+        ({"TENANT": "../shop"}, "POSTROAD_TENANT (--tenant) is not 1 to 64 letters"),
+    ],
+)
+def test_wrong_tls_settings_are_refused_before_a_call(
+    tmp_path: Path, given: dict[str, str], says: str
+) -> None:
+    file = tmp_path / "some.pem"
+    file.write_text("-----BEGIN CERTIFICATE-----\n")
+    variables = {f"POSTROAD_{name}": value.replace("FILE", str(file)) for name, value in given.items()}
+    with pytest.raises(Failure) as failed:
+        open_channel(variables)
+    assert says in failed.value.line
+    assert failed.value.code == USAGE
+
+
+async def test_a_channel_has_the_token_the_tenant_and_the_certificate(tmp_path: Path) -> None:
+    certificates = make_certificates(tmp_path, "127.0.0.1", "postroad://tenant/shop")
+    grant, token = add_token(tmp_path / "tokens", "ops", "read,operate", None)
+    given = {"tls_cert": str(certificates.certificate), "tls_key": str(certificates.key)}
+    given |= {"tls_client_ca": str(certificates.authority), "tokens_file": str(tmp_path / "tokens")}
+    async with serve(**given) as served:
+
+        def count(**variables: str) -> None:
+            own = {"CA": certificates.authority, "CERT": certificates.certificate, "KEY": certificates.key}
+            files = {f"POSTROAD_{name}": str(path) for name, path in own.items()}
+            with open_channel({"POSTROAD_API": served.target} | files | variables) as channel:
+                TaskServiceStub(channel).Count(CountRequest(), timeout=10)
+
+        await asyncio.to_thread(count)
+        await asyncio.to_thread(count, POSTROAD_TOKEN=token, POSTROAD_TENANT="bank")
+    assert [(call.tenant, call.grant.tenant) for call in served.calls] == [("shop", "shop"), ("bank", "ops")]
+    assert served.calls[1].grant == grant

@@ -112,6 +112,7 @@ BAD = [
         for name in ("EMAIL_OAUTH_CLIENT_ID", "EMAIL_OAUTH_CLIENT_SECRET", "EMAIL_OAUTH_CLIENT_SECRET_FILE",
                      "EMAIL_OAUTH_SCOPE")
     ),
+    *(("POSTROAD_REFLECTION", value, "'loopback', 'always' or 'never'") for value in ("", "1", "on")),
     ("EMAIL_USER", os.fsdecode(b"\xff"), "UTF-8"),
     ("EMAIL_PASS", os.fsdecode(b"\xff"), "UTF-8"),
 ]  # fmt: skip
@@ -124,6 +125,9 @@ BAD_FOR_ITS_READER = [
         for value in (",", "short", "s3cret" * 6 + ",short", "k" * 32 + ",")
     ),
     *(("api", "POSTROAD_LISTEN", value) for value in ("0.0.0.0:0", "[::]:0", "192.0.2.1:0", "api.example:0")),
+    *(("api", "POSTROAD_TOKENS_FILE", value) for value in ("", "/nowhere", "/dev/null", __file__)),
+    *(("api", f"POSTROAD_TLS_{name}", "") for name in ("CERT", "KEY", "CLIENT_CA")),
+    *(("api", f"POSTROAD_TLS_{name}", "/nowhere") for name in ("CERT", "KEY", "CLIENT_CA")),
     *(
         (service, "POSTROAD_DATABASE_URL", value)
         for service in ("api", "sender", "status")

@@ -1,0 +1,85 @@
+"""The api's TLS: its certificate, read again without a restart, and the authority of its clients."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import grpc
+
+from services.api.reloaded_files import ReloadedFiles
+
+__all__ = ["TlsFiles", "check_paths", "server_credentials", "tls_files"]
+
+TlsFiles = ReloadedFiles[grpc.ServerCertificateConfiguration]
+
+
+def check_paths(certificate: str | None, key: str | None, client_ca: str | None) -> bool:
+    """Return whether these settings ask for TLS. None is a setting that is not given.
+
+    Raises ValueError for one without the others that it needs, and for an empty one, which would open the api
+    without a word.
+    """
+    given = {"POSTROAD_TLS_CERT": certificate, "POSTROAD_TLS_KEY": key, "POSTROAD_TLS_CLIENT_CA": client_ca}
+    for name, path in given.items():
+        if path is None:
+            continue
+        if not path:
+            raise ValueError(f"{name}: is empty; it must name a file, or be unset")
+        for needed in ("POSTROAD_TLS_CERT", "POSTROAD_TLS_KEY"):
+            if given[needed] is None:
+                raise ValueError(f"{name}: needs {needed} too")
+    return certificate is not None
+
+
+def tls_files(certificate: str, key: str, client_ca: str | None) -> TlsFiles:
+    """Return the files of the api's TLS (PEM). Raises ValueError for files that do not fit together. Blocks.
+
+    With `client_ca` every client must have a certificate that one of these authorities signed.
+    """
+
+    def load() -> grpc.ServerCertificateConfiguration:
+        chain, secret = Path(certificate).read_bytes(), Path(key).read_bytes()
+        roots = Path(client_ca).read_bytes() if client_ca else None
+        _check(certificate, key, roots)
+        if (chain, secret) != (Path(certificate).read_bytes(), Path(key).read_bytes()):
+            raise ValueError(f"{certificate}: changes while it is read")
+        return grpc.ssl_server_certificate_configuration([(secret, chain)], roots)
+
+    return ReloadedFiles([certificate, key, *([client_ca] if client_ca else [])], load)
+
+
+def server_credentials(files: TlsFiles, *, client_certificates: bool) -> grpc.ServerCredentials:
+    """Return the credentials of a server that takes the present files at each handshake.
+
+    gRPC accepts TLS 1.2 and 1.3 alone.
+    """
+    latest = files.value
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        # On a thread of gRPC's. None leaves the certificate as it is, which saves parsing it each time.
+        nonlocal latest
+        if files.value is latest:
+            return None
+        latest = files.value
+        return latest
+
+    # types-grpcio does not know that it may return None.
+    return grpc.dynamic_ssl_server_credentials(latest, fetch, client_certificates)  # type: ignore[arg-type]
+
+
+def _check(certificate: str, key: str, roots: bytes | None) -> None:
+    """Raise ValueError unless the key is the certificate's, and each file has what its name says."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password, OpenSSL would ask for one at the terminal.
+        context.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        reason = (error.reason or "no PEM").replace("_", " ").lower()
+        raise ValueError(f"{certificate} and {key} are no certificate with its key: {reason}") from None
+    if roots is None:
+        return
+    try:
+        context.load_verify_locations(cadata=roots.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ValueError("POSTROAD_TLS_CLIENT_CA has no certificates in PEM") from None
