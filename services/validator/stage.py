@@ -14,10 +14,13 @@ from services.common.stages import STAGES
 from services.validator.cache import VerdictCache
 from services.validator.metrics import VALIDATOR_VERDICTS
 from services.validator.mx import Reason, Verdict, VerdictKind
+from services.validator.mx_ok import mx_ok
 
 __all__ = ["Validator", "stage"]
 
 log = structlog.get_logger(__name__)
+
+_OK = VALIDATOR_VERDICTS.labels("ok")
 
 
 class Validator:
@@ -51,20 +54,8 @@ class Validator:
         created = cast(pb.TaskCreated, record.event)
         now_us = self._now_us()
         if verdict.kind is VerdictKind.OK:
-            VALIDATOR_VERDICTS.labels("ok").inc()
-            hosts = [pb.MailHost(preference=preference, name=name) for preference, name in verdict.hosts]
-            return Done(
-                [
-                    pb.MxOk(
-                        task=created.task,
-                        epoch=created.epoch,
-                        attempt=record.attempt,
-                        hosts=hosts,
-                        at_us=now_us,
-                        send_at_us=created.send_at_us,
-                    )
-                ]
-            )
+            _OK.inc()
+            return Done([mx_ok(created, record.value, record.attempt, verdict.hosts, now_us)])
         VALIDATOR_VERDICTS.labels(verdict.reason).inc()
         if verdict.kind is VerdictKind.TRANSIENT and record.attempt <= len(self._delays):
             return self._defer(record, verdict, now_us)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "Headers",
@@ -17,8 +17,7 @@ Headers = list[tuple[str, bytes]]
 _MAX_NUMBER = (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingRecord:
+class OutgoingRecord(NamedTuple):
     """A record to be produced. `topic` is a bare name (topics.py); the publisher adds the prefix."""
 
     topic: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.common.events import Event
+from services.common.events import EncodedEvent, Event
 from services.common.stages import StageSpec
 
 __all__ = ["BatchHandler", "Dead", "Done", "Handler", "Outcome", "Record", "Retry", "Stage"]
@@ -16,7 +16,8 @@ class Record:
     """One record as a handler sees it. Compared by identity: the same offset fetched again is another record.
 
     `topic` is the bare name of the event topic that it came from at first, also for a delayed record.
-    `attempt` counts from 1 and rises with each Retry. `traceparent` is the W3C trace context, if any.
+    `attempt` counts from 1 and rises with each Retry. `traceparent` is the W3C trace context, if any. `value`
+    are the bytes of which `event` was decoded.
     """
 
     topic: str
@@ -24,13 +25,14 @@ class Record:
     event: Event
     attempt: int = 1
     traceparent: bytes | None = None
+    value: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """Publish these events; then the record is finished."""
 
-    events: Sequence[Event] = ()
+    events: Sequence[Event | EncodedEvent] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Retry:
     delay: int
     due_at_ms: int
     cause: str
-    events: Sequence[Event] = ()
+    events: Sequence[Event | EncodedEvent] = ()
     counts: bool = True
 
 
