@@ -24,6 +24,7 @@ class StageSpec:
 
     `reads` are the bare names of its event topics. `python -m MODULE` runs its service. `delays_setting` is
     the field of Settings with the delays of its delay topics; it is empty for a stage that defers nothing.
+    `awaited` says whether a mail waits for its events. Else they only report, and are gathered at any rate.
     `settings` are the prefixes of the environment variables that only this stage reads. `replicas` is how
     many the local stack starts by default.
     """
@@ -32,6 +33,7 @@ class StageSpec:
     reads: tuple[str, ...]
     module: str
     delays_setting: str = ""
+    awaited: bool = True
     settings: tuple[str, ...] = ()
     replicas: int = 1
 
@@ -62,6 +64,7 @@ STAGES: Mapping[str, StageSpec] = {
             reads=(topics.MX_OK, topics.TASK_CANCELLED),
             module="services.sender",
             delays_setting="sender_delays",
+            awaited=False,
             settings=(
                 "EMAIL_",
                 "POSTROAD_DOMAIN_",

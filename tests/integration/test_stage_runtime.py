@@ -303,10 +303,10 @@ async def test_a_stage_that_fails_closes_after_its_handlers_have_ended(newest: K
     begun, calls = asyncio.Event(), list[str]()
 
     class Breaking(Consumer):
-        def consume(self, *arguments: Any, **named: Any) -> Any:
+        def poll(self, *arguments: Any, **named: Any) -> Any:
             if begun.is_set():
                 raise RuntimeError("broken")
-            return super().consume(*arguments, **named)
+            return super().poll(*arguments, **named)
 
     async def handle(record: Record) -> Outcome:
         begun.set()

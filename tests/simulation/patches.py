@@ -28,6 +28,7 @@ from services.api.uuid7 import text
 from services.common import batching, taskstore
 from services.common.stage import (
     consumer_close,
+    delay_rests,
     membership,
     offset_committer,
     poller,
@@ -107,6 +108,8 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     # A waiting poller is woken when there is something to do (poller.py).
     (poller, "_POLL_SECONDS", 1e9),
     (poller, "_SATURATED_SECONDS", 1.0),
+    # A poller that waits does not look at delay topics now and then: they never rest.
+    (delay_rests, "_LONG_LOOK", 1e9),
     (runtime, "Poller", Poller),
     (runtime, "Publisher", Publisher),
     (runtime, "ClusterCheck", ClusterCheck),

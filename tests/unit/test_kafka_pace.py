@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from services.common.kafka.pace import Pace
+from services.common.kafka.pace import Pace, awaited_records, gathered_records
 
 
 def fetches(
@@ -63,3 +63,13 @@ def test_there_is_no_wait_after_a_full_batch() -> None:
     for turn in range(100):
         pace.note_batch(500, turn * 0.01, full=True)
     assert pace.wait(0.99) == 0
+
+
+def test_records_for_which_no_task_waits_are_gathered_at_a_low_rate() -> None:
+    _, single, _ = fetches(awaited_records(), rate=200, seconds=5)
+    waits, gathered, _ = fetches(gathered_records(), rate=200, seconds=5)
+    assert len(gathered) < len(single) / 5
+    assert max(waits) <= 0.05
+    # The first record after a pause goes at once.
+    waits, _, _ = fetches(gathered_records(), rate=2, seconds=20)
+    assert max(waits) == 0

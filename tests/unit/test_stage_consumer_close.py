@@ -13,6 +13,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from services.common.config import Settings
 from services.common.events import DECODERS
+from services.common.kafka.pace import awaited_fetches
 from services.common.stage import membership, poller
 from services.common.stage.in_flight_limit import InFlightLimit
 from services.common.stage.partition_tracker import PartitionTracker
@@ -104,6 +105,7 @@ class Rig:
             RecordReader(stage, Settings(), tracker),
             tracker,
             stage="validator",
+            pace=awaited_fetches(),
             revoke_seconds=0.0,
             drain_seconds=0.1,
             dispatch=lambda records: None,

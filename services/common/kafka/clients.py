@@ -83,8 +83,8 @@ def plain_config(settings: Settings, client_id: str) -> dict[str, Any]:
 def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: bool) -> dict[str, Any]:
     """Return the settings of a consumer in the group of `stage`; it commits nothing by itself.
 
-    `gather` lets the broker hold a response back for up to 50 ms while there is little to send. A fetch names
-    every partition, so it costs much the same however many records it brings.
+    `gather` lets the broker hold a response back for up to 100 ms while there is little to send. A fetch
+    names every partition, so it costs much the same however many records it brings.
     """
     config = client_config(settings, client_id) | {
         "group.id": Names(settings.topic_prefix).group(stage),
@@ -100,7 +100,7 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
         "fetch.max.bytes": 4 << 20,
         "receive.message.max.bytes": MAX_RECORD_BYTES + (8 << 20),
         # A partition that is resumed or due waits for the fetch under way: this long at most.
-        "fetch.wait.max.ms": 50 if gather else 100,
+        "fetch.wait.max.ms": 100,
         "fetch.min.bytes": 64 << 10 if gather else 1,
         "fetch.error.backoff.ms": 100,
         # A fetch names a partition of which fewer records than this are queued. At 1, a partition whose

@@ -10,32 +10,26 @@ from __future__ import annotations
 
 from math import exp
 
-__all__ = ["LINGER_MS", "LONGEST_FETCH_WAIT", "LONGEST_PRODUCE_WAIT", "Pace"]
-
-LONGEST_FETCH_WAIT = 0.1
-"""The longest wait between two fetches, in seconds: it bounds what a stage adds to a task's time."""
-
-LONGEST_PRODUCE_WAIT = 0.05
-"""The longest wait between two bursts of producing, in seconds. Records that one fetch led to come
-together and do not wait. Those that come one by one (RPCs, SMTP transactions) are gathered."""
+__all__ = ["LINGER_MS", "Pace", "awaited_fetches", "awaited_records", "gathered_fetches", "gathered_records"]
 
 LINGER_MS = 1
 """The producer's linger in milliseconds. The pace makes the batches; this only lets a burst leave as one."""
 
-# Records a second: no wait up to the first, the longest wait from the second on.
-_IDLE_RATE = 300.0
-_BUSY_RATE = 1000.0
 # Seconds over which the rate is averaged.
 _WINDOW = 0.5
 
 
 class Pace:
-    """Derives the wait before the next batch from the rate of records. Pure: the caller brings the time."""
+    """Derives the wait before the next batch from the rate of records. Pure: the caller brings the time.
 
-    __slots__ = ("_last", "_level", "_until", "longest")
+    There is no wait up to `idle` records a second, and the `longest` one (seconds) from `busy` on.
+    """
 
-    def __init__(self, longest: float) -> None:
+    __slots__ = ("_busy", "_idle", "_last", "_level", "_until", "longest")
+
+    def __init__(self, longest: float, *, idle: float = 300.0, busy: float = 1000.0) -> None:
         self.longest = longest
+        self._idle, self._busy = idle, busy
         self._level = 0.0
         self._last = 0.0
         self._until = 0.0
@@ -44,9 +38,32 @@ class Pace:
         """Note a batch of `count` records at `now` (monotonic seconds); `full` where more may be waiting."""
         self._level = self._level * exp((self._last - now) / _WINDOW) + count
         self._last = now
-        busy = (self._level / _WINDOW - _IDLE_RATE) / (_BUSY_RATE - _IDLE_RATE)
+        busy = (self._level / _WINDOW - self._idle) / (self._busy - self._idle)
         self._until = now if full else now + self.longest * min(1.0, max(0.0, busy))
 
     def wait(self, now: float) -> float:
         """Return the seconds to wait before the next batch."""
         return max(0.0, self._until - now)
+
+
+def awaited_fetches() -> Pace:
+    """Return the pace of fetches for which a task waits: each stage adds so much to its time."""
+    return Pace(0.1)
+
+
+def awaited_records() -> Pace:
+    """Return the pace of producing records for which a task waits.
+
+    Records that one fetch led to come together and do not wait. Those that come one by one are gathered.
+    """
+    return Pace(0.05)
+
+
+def gathered_fetches() -> Pace:
+    """Return the pace of fetches for which no task waits."""
+    return Pace(0.1)
+
+
+def gathered_records() -> Pace:
+    """Return the pace of producing records for which no task waits: they are gathered at a low rate too."""
+    return Pace(0.05, idle=20.0, busy=60.0)

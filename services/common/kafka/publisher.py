@@ -18,7 +18,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.common.config import Settings
 from services.common.kafka.clients import producer_config
-from services.common.kafka.pace import LONGEST_PRODUCE_WAIT, Pace
+from services.common.kafka.pace import Pace, awaited_records
 from services.common.kafka.records import OutgoingRecord
 
 __all__ = ["PublishFailure", "Publisher", "is_permanent", "produce_error"]
@@ -39,6 +39,10 @@ _PERMANENT = frozenset(
 )
 # Seconds that one poll of the producer may take.
 _POLL_SECONDS = 0.1
+# After so many polls with nothing to be acked, the thread sleeps until there is something. It looks every
+# few seconds all the same, for the producer may report an error.
+_IDLE_POLLS = 10
+_SLEEP_SECONDS = 5.0
 # How many polls a purged producer gets to report what it held; it does so at once.
 _FLUSHES = 50
 _NO_OFFSET = KafkaError(KafkaError._BAD_MSG, "acked without an offset, perhaps never written")
@@ -100,16 +104,24 @@ class Publisher:
     of others.
     """
 
-    def __init__(self, settings: Settings, client_id: str, **overrides: Any) -> None:
-        """`overrides` are librdkafka settings that replace those of `producer_config`."""
+    def __init__(
+        self, settings: Settings, client_id: str, *, pace: Pace | None = None, **overrides: Any
+    ) -> None:
+        """`pace` is that of records for which a task waits, unless another one is given.
+
+        `overrides` are librdkafka settings that replace those of `producer_config`.
+        """
         self._prefix = settings.topic_prefix
         self._config = producer_config(settings, client_id) | {"error_cb": self._on_error} | overrides
         self._waiting: deque[tuple[OutgoingRecord, Callable[..., None]]] = deque()
-        self._pace = Pace(LONGEST_PRODUCE_WAIT)
+        self._pace = pace or awaited_records()
         self._timer: asyncio.TimerHandle | None = None
         self._refused: deque[Callable[[], None]] = deque()
-        self._complete: list[_Batch] = []
+        self._complete: deque[_Batch] = deque()
+        self._reporting = False
         self._closed = False
+        self._sleeping = False
+        self._wake = threading.Event()
         # A purged producer never reports what is produced to it afterwards.
         self._replacing = threading.Lock()
         self._deadline = 0.0
@@ -157,6 +169,7 @@ class Publisher:
         self._produce()
         self._deadline = time.monotonic() + seconds
         self._closed = True
+        self._wake.set()
         await asyncio.to_thread(self._thread.join, seconds + 1)
         return not self._waiting and len(self._producer) == 0
 
@@ -186,15 +199,33 @@ class Publisher:
                     self._refused.append(partial(on_delivery, produce_error(error), None))
                 waiting.popleft()
         self._pace.note_batch(count - len(waiting), time.monotonic())
+        if self._sleeping:
+            self._wake.set()
 
     def _poll(self) -> None:
+        idle = 0
         while not self._closed:
             self._call(lambda: self._producer.poll(_POLL_SECONDS))
             if self._failed is not None:
                 self._replace_producer(self._failed)
             self._report()
+            idle = 0 if self._has_work() else idle + 1
+            if idle >= _IDLE_POLLS:
+                self._sleep()
         self._call(lambda: self._producer.flush(max(0.0, self._deadline - time.monotonic())))
         self._report()
+
+    def _sleep(self) -> None:
+        """Wait until something is produced, for a few seconds at most."""
+        self._wake.clear()
+        self._sleeping = True
+        # What was produced before this line did not wake anybody.
+        if not self._has_work() and not self._closed:
+            self._wake.wait(_SLEEP_SECONDS)
+        self._sleeping = False
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._refused) or len(self._producer) > 0
 
     def _call(self, call: Callable[[], int]) -> None:
         """Call the producer. It raises a fatal error once and does not pass it to `error_cb`."""
@@ -230,17 +261,20 @@ class Publisher:
         while self._refused:
             self._refused.popleft()()
         # Records that wait for room in the producer's queue have no delivery of their own to wake them.
-        if self._complete or self._waiting:
-            complete, self._complete = self._complete, []
+        if (self._complete or self._waiting) and not self._reporting:
+            self._reporting = True
             try:
-                self._loop.call_soon_threadsafe(self._on_report, complete)
+                self._loop.call_soon_threadsafe(self._on_report)
             except RuntimeError:
-                log.warning("deliveries came after the loop had ended", batches=len(complete))
+                log.warning("deliveries came after the loop had ended", batches=len(self._complete))
 
-    def _on_report(self, complete: list[_Batch]) -> None:
+    def _on_report(self) -> None:
+        # From here on a batch that completes calls again.
+        self._reporting = False
         if self._waiting and self._timer is None:
             self._produce()
-        for batch in complete:
+        while self._complete:
+            batch = self._complete.popleft()
             try:
                 batch.on_done(batch.failures)
             except Exception:

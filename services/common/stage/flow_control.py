@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import confluent_kafka
 
 from services.common.stage import metrics
+from services.common.stage.delay_rests import DelayRests
 from services.common.stage.in_flight_record import Assignment
 from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.record_reader import RecordReader
@@ -30,12 +31,16 @@ class _PausableConsumer(Protocol):
 
 
 class FlowControl:
-    """Pauses all partitions while there is no capacity, and a delay topic's until their head is due."""
+    """Pauses all partitions while there is no capacity, and a delay topic's until their head is due.
+
+    Partitions of delay topics on which no record is known rest in between.
+    """
 
     consumer: _PausableConsumer
 
     def __init__(self, tracker: PartitionTracker, reader: RecordReader, stage: str) -> None:
         self._tracker, self._reader = tracker, reader
+        self._rests = DelayRests(reader.delays)
         self._saturated_since: float | None = None
         self._paused_gauge = metrics.STAGE_PAUSED.labels(stage)
         self._held_gauge = metrics.STAGE_HELD.labels(stage)
@@ -86,10 +91,17 @@ class FlowControl:
             self._held_gauge.set(self._reader.held)
             self._apply(due)
 
+    def let_rest(self, now: float) -> None:
+        """Begin and end the rests of quiet partitions (`now`: monotonic seconds)."""
+        if changed := self._rests.turn(self._tracker.owned(), now):
+            self._apply(changed)
+
     def _set_all_paused(self, paused: bool) -> None:
         if paused != self.all_paused:
             self.all_paused = paused
             self._paused_gauge.set(paused)
+            # What was paused was not looked at.
+            self._rests.wake(self._tracker.owned())
             self._apply(self._tracker.owned())
 
     def _apply(self, assignments: Collection[Assignment]) -> None:
@@ -98,7 +110,7 @@ class FlowControl:
         for assignment in assignments:
             if not assignment.live:
                 continue
-            wanted = self.all_paused or assignment.held_until is not None
+            wanted = self.all_paused or assignment.held_until is not None or assignment.resting
             if wanted != assignment.paused:
                 assignment.paused = wanted
                 partition = confluent_kafka.TopicPartition(assignment.topic, assignment.partition)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from services.common.events import Event
 from services.common.kafka.records import Headers
 from services.common.kafka.topic_partition import RecordLocation
@@ -22,10 +20,14 @@ class Assignment:
 
     `live` until the partition is revoked or lost; `committed` is the offset last committed, if any; `paused`
     while the consumer fetches nothing from it. For a delay topic, `first_seen` knows when its records came.
-    `held_until` is until when its head is not due (monotonic seconds), None while it is read.
+    `held_until` is until when its head is not due (monotonic seconds), None while it is read. An empty one is
+    not fetched while it is `resting`. `turn_at` is when that changes, None after a record; `looks` counts.
     """
 
-    __slots__ = ("committed", "first_seen", "held_until", "live", "offsets", "partition", "paused", "topic")
+    __slots__ = (
+        *("committed", "first_seen", "held_until", "live", "looks", "offsets", "partition", "paused"),
+        *("resting", "topic", "turn_at"),
+    )
 
     def __init__(self, topic: str, partition: int) -> None:
         self.topic, self.partition = topic, partition
@@ -35,6 +37,9 @@ class Assignment:
         self.paused = False
         self.first_seen = FirstSeen()
         self.held_until: float | None = None
+        self.resting = False
+        self.turn_at: float | None = None
+        self.looks = 0
 
 
 class InFlightRecord(Record):
@@ -45,11 +50,10 @@ class InFlightRecord(Record):
     in bytes.
     """
 
-    __slots__ = ("assignment", "finished", "headers", "offset", "origin", "size", "undecodable", "value")
+    __slots__ = ("assignment", "finished", "headers", "offset", "origin", "size", "undecodable")
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - the reader passes them by position, for speed
         self,
-        *,
         assignment: Assignment,
         offset: int,
         topic: str,
@@ -57,14 +61,21 @@ class InFlightRecord(Record):
         value: bytes | None,
         headers: Headers | None,
         event: Event | None = None,
-        origin: RecordLocation | None = None,
-        attempt: int = 1,
         traceparent: bytes | None = None,
         undecodable: str | None = None,
+        origin: RecordLocation | None = None,
+        attempt: int = 1,
     ) -> None:
-        self.assignment, self.offset, self.origin = assignment, offset, origin
-        self.topic, self.key, self.value, self.headers = topic, key, value, headers
-        self.event = cast(Event, event)
-        self.attempt, self.traceparent, self.undecodable = attempt, traceparent, undecodable
+        self.assignment = assignment
+        self.offset = offset
+        self.topic = topic
+        self.key = key
+        self.value = value
+        self.headers = headers
+        self.event = event  # type: ignore[assignment]
+        self.traceparent = traceparent
+        self.undecodable = undecodable
+        self.origin = origin
+        self.attempt = attempt
         self.finished = False
         self.size = 2 * len(value or b"") + _OVERHEAD_BYTES

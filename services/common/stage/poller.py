@@ -15,7 +15,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 
 from services.common.kafka.clients import TimeoutDetectingLogger
-from services.common.kafka.pace import LONGEST_FETCH_WAIT, Pace
+from services.common.kafka.pace import Pace
 from services.common.stage import metrics
 from services.common.stage.consumer_close import close_consumer
 from services.common.stage.flow_control import FlowControl
@@ -65,6 +65,7 @@ class Poller:
         tracker: PartitionTracker,
         *,
         stage: str,
+        pace: Pace,
         revoke_seconds: float,
         drain_seconds: float,
         dispatch: Callable[[list[InFlightRecord]], None],
@@ -96,7 +97,7 @@ class Poller:
         self._topics, self._reader, self._tracker, self._stage = topics, reader, tracker, stage
         self._revoke_seconds, self._drain_seconds = revoke_seconds, drain_seconds
         self._dispatch, self._cancel, self._ended, self._make_consumer = dispatch, cancel, ended, consumer
-        self._pace = Pace(LONGEST_FETCH_WAIT)
+        self._pace = pace
         self._released = ReleaseQueue()
         self._stopping = False
         self._fatal: KafkaError | None = None
@@ -186,6 +187,7 @@ class Poller:
             messages = self._wait_for_capacity()
         else:
             self._flow_control.on_capacity()
+            self._flow_control.let_rest(now)
             messages = self._fetch(now)
         if messages:
             self._take_in(messages)
@@ -195,14 +197,12 @@ class Poller:
         if wait:
             time.sleep(wait)
         capacity = self._tracker.in_flight.capacity(_MAX_BATCH)
-        messages: list[Message] = self._consumer.consume(capacity, 0)
-        if not messages:
-            first = self._consumer.poll(self._reader.seconds_until_due(_POLL_SECONDS))
-            if first is None:
-                return []
-            messages = [first]
-            if capacity > 1:
-                messages += self._consumer.consume(capacity - 1, 0)
+        first = self._consumer.poll(self._reader.seconds_until_due(_POLL_SECONDS))
+        if first is None:
+            return []
+        messages = [first]
+        if capacity > 1:
+            messages += self._consumer.consume(capacity - 1, 0)
         self._pace.note_batch(len(messages), time.monotonic(), full=len(messages) == capacity)
         return messages
 

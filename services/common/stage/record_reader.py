@@ -69,6 +69,11 @@ class RecordReader:
         self._new_holds: list[tuple[Assignment, int]] = []
 
     @property
+    def delays(self) -> Mapping[str, int]:
+        """The seconds of each delay topic, by its full name."""
+        return {topic: delay for topic, (_, delay) in self._delays.items()}
+
+    @property
     def held(self) -> int:
         """How many partitions are held until their head is due."""
         return len(self._held)
@@ -93,16 +98,10 @@ class RecordReader:
         name, decode = found
         value = message.value()
         event, undecodable = _decode(decode, value)
+        trace = traceparent(headers)
+        # By position: each record of a stage passes here.
         return InFlightRecord(
-            assignment=assignment,
-            offset=message.offset(),
-            topic=name,
-            key=message.key(),
-            value=value,
-            headers=headers,
-            event=event,
-            traceparent=traceparent(headers),
-            undecodable=undecodable,
+            assignment, message.offset(), name, message.key(), value, headers, event, trace, undecodable
         )
 
     def pop_new_holds(self) -> list[tuple[Assignment, int]]:
@@ -144,6 +143,8 @@ class RecordReader:
         self, message: KafkaMessage, assignment: Assignment, headers: Headers, name: str, delay: int
     ) -> InFlightRecord | None:
         offset = message.offset()
+        # Others may follow it.
+        assignment.turn_at = None
         record = InFlightRecord(
             assignment=assignment,
             offset=offset,

@@ -13,6 +13,7 @@ from services.common.config import Settings
 from services.common.events import Event, encode
 from services.common.kafka.clients import consumer_config
 from services.common.kafka.cluster_check import ClusterCheck
+from services.common.kafka.pace import awaited_fetches, gathered_fetches, gathered_records
 from services.common.kafka.publisher import Publisher, is_permanent
 from services.common.kafka.topics import Names
 from services.common.stage import metrics
@@ -26,6 +27,7 @@ from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.poller import Poller
 from services.common.stage.record_reader import RecordReader
 from services.common.stage.types import Stage
+from services.common.stages import STAGES
 
 __all__ = ["StageRuntime"]
 
@@ -61,7 +63,9 @@ class StageRuntime:
         self._poller: Poller | None = None
         self._runner: HandlerRunner | None = None
         self._cluster: ClusterCheck | None = None
-        self._publisher = Publisher(settings, client_id=settings.replica_name)
+        spec = STAGES.get(stage.name)
+        pace = gathered_records() if spec is not None and not spec.awaited else None
+        self._publisher = Publisher(settings, client_id=settings.replica_name, pace=pace)
         self._in_flight = InFlightLimit(settings.max_in_flight, settings.max_in_flight_bytes)
 
     async def run(self) -> None:
@@ -103,18 +107,15 @@ class StageRuntime:
         def cancel(assignments: Collection[Assignment] | None, after: float) -> None:
             post(loop.call_later, after, runner.cancel, assignments)
 
+        # A stage that works in batches has time for larger ones.
+        gather = self._stage.handle_batch is not None
         poller = self._poller = Poller(
-            consumer_config(
-                self._settings,
-                self._stage.name,
-                self._settings.replica_name,
-                # A stage that works in batches has time for larger ones.
-                gather=self._stage.handle_batch is not None,
-            ),
+            consumer_config(self._settings, self._stage.name, self._settings.replica_name, gather=gather),
             reader.topics,
             reader,
             tracker,
             stage=self._stage.name,
+            pace=gathered_fetches() if gather else awaited_fetches(),
             revoke_seconds=self._settings.revoke_seconds,
             drain_seconds=self._settings.drain_seconds,
             dispatch=dispatch,
