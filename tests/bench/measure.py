@@ -29,11 +29,15 @@ _QUIET_SECONDS = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one load cost. Times are in milliseconds, CPU in microseconds a task, by service and server."""
+    """What one load cost. Times are in milliseconds, CPU in microseconds a task, by service and server.
+
+    `rate` is in tasks a second until the last one has ended, `create_rate` until the last Create is answered.
+    """
 
     tasks: int
     refused: int
     rate: float
+    create_rate: float
     cpu_us: dict[str, float]
     create_ms: dict[str, float]
     accepted_ms: dict[str, float]
@@ -68,6 +72,7 @@ def median(rounds: Sequence[Figures]) -> Figures:
         tasks=sum(one.tasks for one in rounds),
         refused=sum(one.refused for one in rounds),
         rate=statistics.median(one.rate for one in rounds),
+        create_rate=statistics.median(one.create_rate for one in rounds),
         cpu_us=middle(lambda one: one.cpu_us),
         create_ms=middle(lambda one: one.create_ms),
         accepted_ms=middle(lambda one: one.accepted_ms),
@@ -83,6 +88,7 @@ async def figures(installation: Installation, load: Callable[[], Awaitable[Sent]
     await asyncio.sleep(_QUIET_SECONDS)
     before, start = installation.usage(), time.time()
     sent = await load()
+    answered = time.time()
     refused = [error for error in sent.errors if error.startswith(_REFUSED)]
     if len(refused) < len(sent.errors):
         raise RuntimeError(f"{len(sent.errors)} calls failed: {sorted(set(sent.errors) - set(refused))[:3]}")
@@ -96,6 +102,7 @@ async def figures(installation: Installation, load: Callable[[], Awaitable[Sent]
         tasks=tasks,
         refused=len(refused),
         rate=round(tasks / (end - start), 1),
+        create_rate=round(tasks / (answered - start), 1),
         cpu_us={
             name: round(seconds / tasks * 1e6, 1) for name, seconds in spent(before, after).items() if seconds
         },

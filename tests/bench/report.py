@@ -21,7 +21,8 @@ def line(name: str, one: Figures) -> str:
     cpu = "  ".join(f"{part} {one.cpu_us[part]:.0f}" for part in parts)
     refused = f", {one.refused} refused" if one.refused else ""
     return (
-        f"  {name}: {one.rate:.0f} tasks/s, {one.total_us:.0f} us of CPU a task ({cpu}){refused};"
+        f"  {name}: {one.rate:.0f} tasks/s, {one.create_rate:.0f} created/s{refused},"
+        f" {one.total_us:.0f} us of CPU a task ({cpu});"
         f" Create {_times(one.create_ms)} ms, to acceptance {_times(one.accepted_ms)} ms (p50/p99)"
     )
 

@@ -158,13 +158,15 @@ def run_replicas(given: argparse.Namespace) -> dict[str, Any]:
     with running_servers(given.database) as servers, slow_sink(given.milliseconds) as sink:
         throughput.warm_up(servers, sink, given.warm_up)
         for stage in given.stages:
+            # Only what the senders do is to wait for the receiver.
+            sink.take(given.milliseconds if stage == "sender" else 0)
             rates: dict[int, float] = {}
             for count in given.replicas:
                 with Installation(servers, sink, **options.settings(given)) as installation:
                     if stage == "api":
                         loads = {"unary 256 callers": throughput.unary(given.tasks, 256)}
                         [one] = throughput.measured(installation, loads, api=count).values()
-                        rates[count], figures = one.rate, one.as_json()
+                        rates[count], figures = one.create_rate, one.as_json()
                     else:
                         alone = measured(installation, stage, given.tasks, count)
                         print(alone.line(stage), flush=True)

@@ -21,6 +21,7 @@ ONE = Figures(
     tasks=100,
     refused=0,
     rate=500.0,
+    create_rate=600.0,
     cpu_us={"api": 300.0, "kafka": 200.0},
     create_ms={"p50": 1.0, "p95": 2.0, "p99": 3.0},
     accepted_ms={"p50": 10.0, "p95": 20.0, "p99": 30.0},
