@@ -20,12 +20,13 @@ from datetime import datetime
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import format_datetime
+from itertools import chain
 
 import uvloop
 from sqlalchemy import Connection, insert, select
 from sqlalchemy.dialects import mysql
 
-from services.common.database.bulk import execute_rows, placeholders
+from services.common.database.bulk import execute_rows, placeholders, select_rows
 from services.common.database.engine import make_engine
 from services.common.database.tables import deliveries
 from services.common.deliveries.decide import Delivery
@@ -117,7 +118,7 @@ def _sql(url: str) -> None:
 
 def _insert(connection: Connection) -> None:
     rows = _rows(500)
-    values = [row._asdict() for row in rows]
+    values = [dict(zip(COLUMNS.split(", "), row, strict=True)) for row in rows]
     ignore = insert(deliveries).prefix_with("IGNORE", dialect="mysql")
 
     def raw() -> None:
@@ -144,6 +145,14 @@ def _insert(connection: Connection) -> None:
         connection.execute(upsert, values)
         connection.rollback()
 
+    row = f"({placeholders(len(rows[0]))})"
+
+    def driver() -> None:
+        parameters = tuple(chain.from_iterable(rows))
+        connection.exec_driver_sql(f"{INSERT_NEW} {','.join([row] * len(rows))}", parameters)
+        connection.rollback()
+
+    _compare("INSERT IGNORE of 500 rows, exec_driver_sql", raw, driver, 5, rows=500)
     _compare("INSERT IGNORE of 500 rows, insert().values()", raw, multi_values, 3, rows=500)
     _compare("INSERT IGNORE of 500 rows, executemany", raw, many, 5, rows=500)
     _compare("upsert of 500 rows, executemany", raw_upsert, many_upsert, 5, rows=500)
@@ -156,6 +165,9 @@ def _select(connection: Connection, count: int, repeats: int) -> None:
     query = f"SELECT {COLUMNS} FROM deliveries WHERE task_id IN ({placeholders(count)})"
 
     def raw() -> None:
+        assert len([Delivery(*row) for row in select_rows(connection, query, ids)]) == count
+
+    def driver() -> None:
         found = connection.exec_driver_sql(query, ids).all()
         assert len([Delivery(*row) for row in found]) == count
 
@@ -163,6 +175,7 @@ def _select(connection: Connection, count: int, repeats: int) -> None:
         found = connection.execute(select(deliveries).where(deliveries.c.task_id.in_(ids))).all()
         assert len([Delivery(*row) for row in found]) == count
 
+    _compare(f"SELECT of {count} rows by id, exec_driver_sql", raw, driver, repeats, rows=count)
     _compare(f"SELECT of {count} rows by id, select().where()", raw, expression, repeats, rows=count)
     connection.rollback()
 

@@ -7,20 +7,25 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import mysql.connector
 import pytest
 from google.protobuf.internal import api_implementation
 from mysql.connector.connection_cext import CMySQLConnection
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from services.common.database import transactions
-from services.common.database.bulk import execute_rows, placeholders
+from services.common.database.bulk import execute, execute_rows, placeholders, select_rows
 from services.common.database.engine import make_engine
 from services.common.database.errors import is_conflict, is_transient
 from services.common.database.transactions import retry_until_available, transaction
 from tests.stack import Infra
+
+Send = Callable[[Connection, str], object]
+both_ways = pytest.mark.parametrize("send", [Connection.exec_driver_sql, execute], ids=["sqlalchemy", "bulk"])
 
 
 def number(error: BaseException) -> int:
@@ -88,25 +93,39 @@ def test_an_update_that_finds_its_row_counts_it_even_if_nothing_changes(engine: 
         assert connection.exec_driver_sql(f"UPDATE {table} SET b = 'x' WHERE a = 1").rowcount == 1
 
 
-def test_a_failed_transaction_leaves_nothing_in_a_pooled_session(engine: Engine, table: str) -> None:
+@both_ways
+def test_a_failed_transaction_leaves_nothing_in_a_pooled_session(
+    engine: Engine, table: str, send: Send
+) -> None:
     def fail(connection: Connection) -> None:
-        connection.exec_driver_sql(f"INSERT INTO {table} VALUES (1, 'x')")
+        send(connection, f"INSERT INTO {table} VALUES (1, 'x')")
         raise KeyError("on the way")
 
     for _ in range(3):
         with pytest.raises(KeyError):
             transaction(engine, fail)
     with engine.connect() as connection:
-        connection.exec_driver_sql(f"INSERT INTO {table} VALUES (2, 'x')")  # never committed
+        send(connection, f"INSERT INTO {table} VALUES (2, 'x')")  # never committed
     with engine.connect() as connection:
         assert connection.exec_driver_sql(f"SELECT COUNT(*) FROM {table}").scalar() == 0
 
 
-def test_a_lost_pooled_connection_is_replaced_silently(engine: Engine, database_url: str) -> None:
+def ask(connection: Connection, query: str) -> Any:
+    return connection.exec_driver_sql(query).scalar()
+
+
+def ask_in_bulk(connection: Connection, query: str) -> Any:
+    return select_rows(connection, query)[0][0]
+
+
+@pytest.mark.parametrize("answer", [ask, ask_in_bulk])
+def test_a_lost_pooled_connection_is_replaced_silently(
+    engine: Engine, database_url: str, answer: Callable[[Connection, str], Any]
+) -> None:
     other = make_engine(database_url)
 
     def who(connection: Connection) -> int:
-        return int(connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar() or 0)
+        return int(answer(connection, "SELECT CONNECTION_ID()"))
 
     first = transaction(engine, who)
     with other.connect() as connection:
@@ -187,13 +206,14 @@ def test_no_value_is_read_as_a_command_of_the_mysql_client(engine: Engine, value
         assert connection.exec_driver_sql("SELECT %s, %s", values).one() == values
 
 
-def test_a_statement_has_a_time_limit(database_url: str) -> None:
+@both_ways
+def test_a_statement_has_a_time_limit(database_url: str, send: Send) -> None:
     engine = make_engine(database_url, read_seconds=1)
     tries = []
 
     def wait(connection: Connection) -> None:
         tries.append(1)
-        connection.exec_driver_sql("SELECT SLEEP(20)").scalar()
+        send(connection, "DO SLEEP(20)")
 
     started = time.monotonic()
     with pytest.raises(DBAPIError) as caught:
@@ -204,23 +224,26 @@ def test_a_statement_has_a_time_limit(database_url: str) -> None:
     engine.dispose()
 
 
-def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str) -> None:
+@both_ways
+def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str, send: Send) -> None:
     def error_of(statement: str, times: int) -> DBAPIError:
-        def execute(connection: Connection) -> None:
+        def work(connection: Connection) -> None:
             for _ in range(times):
-                connection.exec_driver_sql(statement)
+                send(connection, statement)
 
         with pytest.raises(DBAPIError) as caught:
-            transaction(engine, execute)
+            transaction(engine, work)
         return caught.value
 
-    for statement, code, times in [
-        ("SELECT * FROM nowhere", 1146, 1),
-        (f"INSERT INTO {table} VALUES (7, '')", 1062, 2),
-        (f"INSERT INTO {table} VALUES (8, REPEAT('x', 301))", 1406, 1),
-        ("SELEKT", 1064, 1),
+    for statement, code, kind, times in [
+        ("SELECT * FROM nowhere", 1146, ProgrammingError, 1),
+        (f"INSERT INTO {table} VALUES (7, '')", 1062, IntegrityError, 2),
+        (f"INSERT INTO {table} VALUES (8, REPEAT('x', 301))", 1406, DataError, 1),
+        ("SELEKT", 1064, ProgrammingError, 1),
     ]:
         error = error_of(statement, times)
+        assert (type(error), error.connection_invalidated) == (kind, False)
+        assert isinstance(error.orig, mysql.connector.Error)
         assert (number(error), is_transient(error), is_conflict(error)) == (code, False, False)
     refused = make_engine("mysql://nobody@127.0.0.1:1/nothing")
     with pytest.raises(DBAPIError) as caught:
@@ -229,9 +252,10 @@ def test_errors_that_pass_and_errors_that_stay(engine: Engine, table: str) -> No
     assert not is_transient(ValueError("2003"))
 
 
+@both_ways
 @pytest.mark.parametrize("code", [1969, 1047, 3101, 9001])
 def test_an_error_that_passes_is_known_by_its_number(
-    engine: Engine, code: int, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, code: int, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server raises each error itself: a timeout, an unusable node, a conflict, a proxy's error."""
     monkeypatch.setattr(transactions, "RETRY_TIMEOUT", 60.0)  # a new session may take more than a second
@@ -240,7 +264,7 @@ def test_an_error_that_passes_is_known_by_its_number(
     def fail(connection: Connection) -> None:
         tries.append(connection.connection.dbapi_connection)
         if len(tries) == 1 or code in (1969, 9001):
-            connection.exec_driver_sql(f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {code}")
+            send(connection, f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {code}")
 
     if code in (1969, 9001):
         with pytest.raises(DBAPIError) as caught:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from typing import Any, NoReturn
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError
 
@@ -38,7 +35,6 @@ from services.common.fold import delta
 from services.common.stage.types import Done, Record
 from services.status.stage import StatusHandler
 from tests.event_strategies import mail_task
-from tests.stack import Infra
 
 
 class Aborted(Exception):
@@ -205,35 +201,3 @@ def test_a_row_that_is_lost_for_its_length_fails_after_a_while(
     with pytest.raises(DataError):
         patiently(deceived, lambda connection: execute_rows(connection, INSERT, [row]))
     assert patiently(deceived, lambda connection: execute_rows(connection, INSERT, [(2, b"x")])) == 1
-
-
-VALUES = st.one_of(
-    st.none(),
-    st.integers(-(1 << 63), (1 << 64) - 1),
-    st.binary(max_size=40),
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
-    st.text(st.sampled_from("'\"\\\0\n\r\x1aé\U0001f4ee"), max_size=40),
-    st.datetimes(datetime(1970, 1, 1)),
-)
-
-
-def test_the_bytes_of_a_row_are_never_more_than_estimated(infra: Infra) -> None:
-    engine = make_engine(infra.database_url)
-    with engine.connect() as connection:
-        driver: Any = connection.connection.dbapi_connection
-
-        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(st.lists(VALUES, min_size=1, max_size=5))
-        def check(row: list[object]) -> None:
-            sent: list[bytes] = []
-            driver.cmd_query = lambda query, *_, **__: sent.append(query)
-            cursor = driver.cursor()
-            text = f"({','.join(['%s'] * len(row))}),"
-            try:
-                cursor.execute(text, tuple(row))
-            except Exception:
-                assert sent  # without a statement there is no answer
-            assert len(sent[0]) <= max_row_bytes(row)
-
-        check()
-    engine.dispose()

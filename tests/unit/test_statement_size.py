@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mysql.connector import Error
 
+from services.common.database.literals import literal_rows
 from services.common.database.statement_size import (
     LONG_STATEMENT,
     PACKET_TOO_LARGE,
@@ -163,3 +166,19 @@ def test_the_runs_have_all_rows_in_order_within_the_limit(rows: list[tuple[int, 
     parts = list(split_by_bytes(rows, limit))
     assert [row for part in parts for row in part] == rows
     assert all(part and (len(part) == 1 or sum(map(max_row_bytes, part)) <= limit) for part in parts)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    st.binary(max_size=40),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.text(st.sampled_from("'\"\\\0\n\r\x1aé\U0001f4ee"), max_size=40),
+    st.datetimes(datetime(1970, 1, 1)),
+)
+
+
+@given(st.lists(VALUES, min_size=1, max_size=5))
+def test_the_bytes_of_a_row_are_never_more_than_estimated(row: list[object]) -> None:
+    assert len(literal_rows([row]).encode()) + len(",") <= max_row_bytes(row)

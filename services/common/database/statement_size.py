@@ -156,9 +156,9 @@ def max_row_bytes(row: Iterable[object]) -> int:
         # Enough for quotes, a comma, and any number or time.
         size += 40
         if isinstance(value, str):
-            # An ASCII character may be escaped and then takes 2 bytes. Other characters take up to 4 in
-            # UTF-8.
-            size += (2 if value.isascii() else 4) * len(value)
+            # A character has up to 4 bytes in UTF-8. Quotes are doubled, and so is a text with a backslash,
+            # which is hexadecimal (literals.py).
+            size += (2 if value.isascii() else 8 if "\\" in value else 4) * len(value)
         elif isinstance(value, bytes):
             size += 2 * len(value)
     return size
