@@ -1,4 +1,4 @@
-"""What hand-written code costs beside a library that does the same (ADR 26, 27 and 28).
+"""What hand-written code costs beside a library that does the same (ADR 26, 27 and 36).
 
 ``python -m tests.bench.alternatives mime`` compares `message.build` with the standard library's EmailMessage.
 ``... sql URL`` compares raw SQL with SQLAlchemy's expressions, on the migrated database at URL. ``... smtp``

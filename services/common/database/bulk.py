@@ -1,6 +1,6 @@
 """The statements of the hot paths: text that this module builds, sent by the driver's connection itself.
 
-SQLAlchemy's execution context and the driver's cursor cost more than the text (ADR 33 compares them). What
+SQLAlchemy's execution context and the driver's cursor cost more than the text (ADR 36 compares them). What
 remains of SQLAlchemy are its pool, its transactions and its errors. A failed statement raises what
 `Connection.exec_driver_sql` would raise, and a lost session leaves the pool.
 """

@@ -2,7 +2,7 @@
 
 A literal is safe whatever the session's `sql_mode` and character set are. Bytes are hexadecimal. In a quoted
 text only the quote itself has a meaning, and is doubled. What a backslash means depends on
-NO_BACKSLASH_ESCAPES, so a text with one is hexadecimal as well. (MySQL Reference Manual, "String Literals" and
+NO_BACKSLASH_ESCAPES, so a text with one is hexadecimal as well. (MySQL Reference Manual, "String Literals",
 "Hexadecimal Literals"; MariaDB has both.)
 """
 
