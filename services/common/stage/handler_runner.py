@@ -21,7 +21,7 @@ from services.common.stage.batch_runner import BatchRunner
 from services.common.stage.in_flight_record import Assignment, InFlightRecord
 from services.common.stage.outcome_encoder import OutcomeEncoder
 from services.common.stage.republisher import PendingOutcome, Republisher
-from services.common.stage.types import Dead, Done, Outcome, Retry, Stage
+from services.common.stage.types import Dead, Done, Outcome, Record, Retry, Stage
 
 __all__ = ["HandlerRunner"]
 
@@ -37,7 +37,8 @@ class HandlerRunner:
     """Calls the handler, publishes what its outcomes lead to, and releases the records.
 
     A record is released as finished only after every record that it led to is acked. A handler that returns
-    an outcome without awaiting costs no task. Outcomes of one turn of the loop are published in one batch.
+    an outcome without awaiting costs no task, and `handle_all` costs none. Outcomes of one turn of the loop
+    are published in one batch.
     """
 
     def __init__(
@@ -47,13 +48,15 @@ class HandlerRunner:
         publisher: Publisher,
         release: Callable[[list[InFlightRecord]], None],
     ) -> None:
-        if (stage.handle is None) == (stage.handle_batch is None):
-            raise ValueError(f"stage {stage.name} must have one of handle and handle_batch")
-        self._handle = stage.handle
+        if [stage.handle, stage.handle_batch, stage.handle_all].count(None) != 2:
+            raise ValueError(f"stage {stage.name} must have one of handle, handle_batch and handle_all")
+        self._handle, self._handle_all = stage.handle, stage.handle_all
         self._encode, self._publisher, self._release = encode, publisher, release
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[InFlightRecord, asyncio.Future[Outcome]] = {}
         self._restarts: dict[InFlightRecord, asyncio.TimerHandle] = {}
+        # The records that `handle_all` has not finished.
+        self._unfinished: dict[Record, InFlightRecord] = {}
         self._outcomes: list[tuple[InFlightRecord, Outcome]] = []
         self._flushing = False
         self._draining = False
@@ -74,14 +77,16 @@ class HandlerRunner:
 
     def start(self, records: Sequence[InFlightRecord]) -> None:
         """Start to handle records that the poller fetched. An undecodable one becomes a dead letter."""
+        sound = [record for record in records if record.undecodable is None]
         if self._batches is not None:
-            sound = [record for record in records if record.undecodable is None]
             self._batches.put(sound)
         else:
-            sound = []
             started = time.perf_counter()
-            for record in records:
-                if record.undecodable is None:
+            if self._handle_all is not None:
+                self._unfinished.update(zip(sound, sound, strict=True))
+                self._handle_all.start(sound, self._on_finished)
+            else:
+                for record in sound:
                     self._start_handler(record)
             self._observe(time.perf_counter() - started)
         if len(sound) != len(records):
@@ -100,6 +105,12 @@ class HandlerRunner:
         for record in [record for record in self._restarts if matches(record)]:
             self._restarts.pop(record).cancel()
             self._abandon([record])
+        gone = [record for record in self._unfinished.values() if matches(record)]
+        if gone and self._handle_all is not None:
+            for record in gone:
+                del self._unfinished[record]
+            self._handle_all.cancel(gone)
+            self._abandon(gone)
         self._republisher.abandon(matches)
         if self._batches is not None:
             self._batches.cancel(matches)
@@ -142,6 +153,17 @@ class HandlerRunner:
             self._outcomes.append((record, task.result()))
         else:
             self._outcomes.append((record, _dead_by_error(record, error)))
+        self._flush_soon()
+
+    def _on_finished(self, outcomes: Sequence[tuple[Record, Outcome | Exception]]) -> None:
+        for record, outcome in outcomes:
+            mine = self._unfinished.pop(record, None)
+            if mine is not None:
+                final = _dead_by_error(mine, outcome) if isinstance(outcome, Exception) else outcome
+                self._outcomes.append((mine, final))
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from services.common.events import EncodedEvent, Event
 from services.common.stages import StageSpec
 
-__all__ = ["BatchHandler", "Dead", "Done", "Handler", "Outcome", "Record", "Retry", "Stage"]
+__all__ = [
+    "BatchHandler",
+    "Dead",
+    "Done",
+    "Finish",
+    "Handler",
+    "Outcome",
+    "Record",
+    "RecordsHandler",
+    "Retry",
+    "Stage",
+]
 
 
 @dataclass(slots=True, eq=False)
@@ -67,10 +79,35 @@ Handler = Callable[[Record], Outcome | Awaitable[Outcome]]
 # handles the batch again after a pause, without end, since the partitions' next owners would do the same.
 BatchHandler = Callable[[Sequence[Record]], Awaitable[Sequence[Outcome]]]
 
+Finish = Callable[[Sequence[tuple[Record, Outcome | Exception]]], None]
+"""Takes the outcomes of records, on the loop's thread. An exception makes its record Dead. Does not block.
+
+A second outcome, and that of a cancelled record, change nothing.
+"""
+
+
+class RecordsHandler(Protocol):
+    """A handler that the runtime gives all fetched records at once, and that finishes each when it likes.
+
+    The runtime awaits nothing of it, so that a record costs no asyncio task.
+    """
+
+    def start(self, records: Sequence[Record], finish: Finish) -> None:
+        """Begin to handle records; `finish` takes their outcomes, and is the same at every call.
+
+        Does not block. An error ends the stage.
+        """
+
+    def cancel(self, records: Sequence[Record]) -> None:
+        """Handle these records no longer: their partition's next owner does. Does not block."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage: the bare topics that it reads, their decoders, and one handler: `handle` or `handle_batch`."""
+    """A stage: the bare topics that it reads, their decoders, and one handler.
+
+    The handler is `handle`, `handle_batch` or `handle_all`.
+    """
 
     name: str
     topics: Sequence[str]
@@ -80,6 +117,7 @@ class Stage:
     delays: Sequence[int] = field(default=())
     close: Callable[[], Awaitable[None]] | None = None
     """Awaited once the last handler has ended or was cancelled; it can still publish events."""
+    handle_all: RecordsHandler | None = None
 
     @classmethod
     def of(
@@ -88,8 +126,9 @@ class Stage:
         *,
         handle: Handler | None = None,
         handle_batch: BatchHandler | None = None,
+        handle_all: RecordsHandler | None = None,
         delays: Sequence[int] = (),
         close: Callable[[], Awaitable[None]] | None = None,
     ) -> Stage:
         """Return a stage of the list with its handler; `delays` are in seconds."""
-        return cls(spec.name, spec.reads, spec.decoders, handle, handle_batch, delays, close)
+        return cls(spec.name, spec.reads, spec.decoders, handle, handle_batch, delays, close, handle_all)
