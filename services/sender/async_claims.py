@@ -1,16 +1,16 @@
-"""The claims for coroutines: calls are batched, and repeated while the database is away."""
+"""The claims for the event loop: calls are batched, and repeated while the database is away."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from services.common.batching import Batcher
 from services.common.database.errors import error_text, is_database_fault
 from services.common.database.transactions import retry_until_available
 from services.common.deliveries.decide import Cancel, Claim, ClaimAnswer, Delivery
@@ -23,7 +23,6 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_LIMIT = 500
 # After the database's first answer no claim is taken over for this long (seconds): its owner may still have
 # an outcome to store or a lease to renew. Owners try every second; a connection attempt without an answer
 # takes four more.
@@ -44,11 +43,11 @@ class BlockingClaims(Protocol):
 
 
 class AsyncClaims:
-    """`Claims` for the handlers. Belongs to one event loop.
+    """`Claims` on worker threads. Belongs to one event loop.
 
-    `claim` and `store` wait while the database is away; a caller may cancel them. A cancelled call may still
-    reach the database. For `owners_first` seconds after the database's first answer no claim is taken over.
-    The same holds after its first answer since trouble, or since so long a silence (ADR 20).
+    Claims and stores wait while the database is away; a cancelled call may still reach the database.
+    For `owners_first` seconds after the database's first answer no claim is taken over. The same holds after
+    its first answer since trouble, or since so long a silence (ADR 20).
     """
 
     def __init__(self, claims: BlockingClaims, owners_first: float = OWNERS_FIRST) -> None:
@@ -57,14 +56,14 @@ class AsyncClaims:
         self._take_over = not owners_first
         self._until_take_over: asyncio.TimerHandle | None = None
         self._answered_at = float("-inf")
-        self._claim: Batcher[Claim | Cancel, ClaimAnswer] = Batcher(
+        self._claim: _Calls[Claim | Cancel, ClaimAnswer] = _Calls(
             lambda requests: claims.claim(requests, self._take_over),
-            _LIMIT,
-            shared=is_database_fault,
-            name="claims",
+            self._answered,
+            self._log_trouble,
+            "claims",
         )
-        self._store: Batcher[Delivery, Settlement] = Batcher(
-            claims.store, _LIMIT, shared=is_database_fault, name="stores"
+        self._store: _Calls[Delivery, Settlement] = _Calls(
+            claims.store, self._answered, self._log_trouble, "stores"
         )
         self._renewals = ThreadPoolExecutor(1, thread_name_prefix="renewals")
         self._trouble: str | None = None
@@ -75,16 +74,30 @@ class AsyncClaims:
         """The database's last error text while it is away; None once nobody has asked it for a while."""
         return self._trouble if time.monotonic() - self._trouble_at < _TROUBLE_TTL else None
 
-    async def claim(self, request: Claim | Cancel) -> ClaimAnswer:
-        """Return the answer to one request. Requests reach the database in the order of the calls."""
+    async def claim_all(self, requests: Sequence[Claim | Cancel]) -> list[ClaimAnswer | Exception]:
+        """Return the answer to each request, or its error."""
         # After a silence the sender does not know whether the database was away.
         if asyncio.get_running_loop().time() - self._answered_at > self._owners_first:
             self._forbid_take_over()
-        return await self._retried(self._claim.one, request)
+        return await self._claim(requests)
+
+    async def store_all(self, new_rows: Sequence[Delivery]) -> list[Settlement | Exception]:
+        """Store what became of each claim, an outcome or its release; return whether that was stored."""
+        return await self._store(new_rows)
+
+    async def claim(self, request: Claim | Cancel) -> ClaimAnswer:
+        """Return the answer to one request. Raises its error."""
+        [answer] = await self.claim_all([request])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def store(self, new_row: Delivery) -> Settlement:
-        """Store what became of one claim, an outcome or its release; return whether that was stored."""
-        return await self._retried(self._store.one, new_row)
+        """Store what became of one claim. Raises its error."""
+        [settlement] = await self.store_all([new_row])
+        if isinstance(settlement, Exception):
+            raise settlement
+        return settlement
 
     async def renew(self, rows: Sequence[Delivery]) -> Sequence[bool | None]:
         """Renew the leases of `rows` in one call, without a retry. Raises `sqlalchemy.exc.DBAPIError`."""
@@ -104,19 +117,6 @@ class AsyncClaims:
         await self._claim.close()
         await self._store.close()
         self._renewals.shutdown(wait=False)
-
-    async def _retried(self, call: Callable[[T], Awaitable[R]], item: T) -> R:
-        try:
-            result = await call(item)
-        except Exception as error:
-            if not is_database_fault(error):
-                raise
-            self._log_trouble(error)
-            result = await retry_until_available(self._log_trouble, is_database_fault, most=_RETRY_SECONDS)(
-                call, item
-            )
-        self._answered()
-        return result
 
     def _log_trouble(self, error: BaseException) -> None:
         if self.trouble is None:
@@ -143,3 +143,71 @@ class AsyncClaims:
 
     def _allow_take_over(self) -> None:
         self._take_over, self._until_take_over = True, None
+
+
+class _Calls(Generic[T, R]):
+    """Calls of one method on a thread of their own, each again while the database is away."""
+
+    def __init__(
+        self,
+        call: Callable[[Sequence[T]], Sequence[R]],
+        on_answer: Callable[[], None],
+        on_trouble: Callable[[BaseException], None],
+        name: str,
+    ) -> None:
+        self._call_in_halves = partial(_in_halves, call)
+        self._on_answer, self._on_trouble = on_answer, on_trouble
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._running = 0
+        self._ended: asyncio.Future[None] | None = None
+
+    async def __call__(self, items: Sequence[T]) -> list[R | Exception]:
+        """Return the result of each item, or its error. Raises RuntimeError once closed."""
+        if self._ended is not None:
+            raise RuntimeError("the claims are closed")
+        self._running += 1
+        try:
+            return await self._until_available(items)
+        finally:
+            self._running -= 1
+            if self._ended is not None and not self._running and not self._ended.done():
+                self._ended.set_result(None)
+
+    async def close(self) -> None:
+        """Refuse new calls, and wait until all earlier ones have ended."""
+        self._ended = asyncio.get_running_loop().create_future()
+        if self._running:
+            await self._ended
+        self._thread.shutdown(wait=False)
+
+    async def _until_available(self, items: Sequence[T]) -> list[R | Exception]:
+        try:
+            results = await self._call(items)
+        except Exception as error:
+            if not is_database_fault(error):
+                raise
+            self._on_trouble(error)
+            again = retry_until_available(self._on_trouble, is_database_fault, most=_RETRY_SECONDS)
+            results = await again(self._call, items)
+        self._on_answer()
+        return results
+
+    async def _call(self, items: Sequence[T]) -> list[R | Exception]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._call_in_halves, items)
+
+
+def _in_halves(call: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | Exception]:
+    """Return the call's results. After an error call with each half, so that a faulty item fails alone.
+
+    Raises the error of a database that is away.
+    """
+    try:
+        return list(call(items))
+    except Exception as error:
+        if is_database_fault(error):
+            raise
+        if len(items) == 1:
+            return [error]
+        middle = len(items) // 2
+        return [*_in_halves(call, items[:middle]), *_in_halves(call, items[middle:])]

@@ -80,18 +80,18 @@ class Claims:
         Without `take_over` a claim whose lease has ended stays its owner's.
         """
         since = time.monotonic()
-        rows = [initial_row(request, UNKNOWN) for request in sorted(requests, key=_by_id)]
+        rows = [initial_row(request, UNKNOWN) for request in requests]
         statement = f"{INSERT_NEW} {','.join([self._new_row] * len(rows))}"
         parameters = tuple(
             value
-            for row in rows
+            for row in sorted(rows, key=_by_id)
             for value in (row.task_id, row.state, row.epoch, row.attempt, row.owner, row.message_id)
         )
         # A transaction of its own: it must release its shared locks on existing rows before `_decide` locks
         # them exclusively. Otherwise two senders would deadlock here.
         won = transaction(self._engine, lambda c: c.exec_driver_sql(statement, parameters).rowcount)
         if won == len(requests):
-            return [self._won(request, since) for request in requests]
+            return [Taken(row, since=since) if row.state == "sending" else Settled(row) for row in rows]
         return transaction(self._engine, lambda c: self._decide(c, requests, since, take_over))
 
     def store(self, new_rows: Sequence[Delivery]) -> list[Settlement]:
@@ -111,10 +111,6 @@ class Claims:
             part = rows[start : start + _RENEWALS]
             held += transaction(self._engine, lambda c, p=part: self._renewed(c, p))  # type: ignore[misc]
         return held
-
-    def _won(self, request: Claim | Cancel, since: float) -> ClaimAnswer:
-        row = initial_row(request, UNKNOWN)
-        return Taken(row, since=since) if row.state == "sending" else Settled(row)
 
     def _decide(
         self, connection: Connection, requests: Sequence[Claim | Cancel], since: float, take_over: bool

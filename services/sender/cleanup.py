@@ -1,10 +1,9 @@
-"""Work that goes on after its handler was cancelled: releasing a claim, storing an outcome."""
+"""Work that goes on after its record was cancelled: releasing a claim, storing an outcome."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -22,16 +21,19 @@ class Cleanups:
     def __init__(self) -> None:
         self._running: set[asyncio.Task[object]] = set()
         self.handed_over = 0
-        """Handed-over mails whose handlers were cancelled and whose outcomes are not stored yet."""
+        """Handed-over mails whose records were cancelled and whose outcomes are not stored yet."""
 
     def run(
-        self, work: Coroutine[Any, Any, object], held: ExitStack | None = None, *, handed_over: bool = False
+        self,
+        work: Coroutine[Any, Any, object],
+        release: Callable[[], None] | None = None,
+        *,
+        handed_over: bool = False,
     ) -> None:
-        """Start `work`. When it ends, close what the handler `held` (slots, its lease).
+        """Start `work`. When it ends, call `release`, which returns what the attempt held.
 
         `handed_over` says that the work is about a mail that was handed over.
         """
-        kept = held.pop_all() if held is not None else ExitStack()
         self.handed_over += handed_over
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
@@ -39,7 +41,8 @@ class Cleanups:
         def done(task: asyncio.Task[object]) -> None:
             self._running.discard(task)
             self.handed_over -= handed_over
-            kept.close()
+            if release is not None:
+                release()
 
         task.add_done_callback(done)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import NamedTuple
-from uuid import UUID
 
 from postroad.v1 import events_pb2 as pb
 from services.common.database.tables import deliveries, widths
@@ -40,20 +39,24 @@ class Composer:
         if (over := len(self.message_id(bytes(16))) - _MAX_MESSAGE_ID) > 0:
             raise ValueError(f"the address's domain must have {len(self._domain) - over} characters at most")
         trial = pb.MxOk(task=pb.MailTask(id=bytes(16), email=self._address, body=""))
-        self.compose(trial, self.message_id(trial.task.id))
+        check_mail(*self.compose(trial, self.message_id(trial.task.id)))
 
     def message_id(self, task_id: bytes) -> str:
         """Return the Message-ID of a task's mail, which is the same in every attempt."""
-        return f"<{UUID(bytes=task_id)}@{self._domain}>"
+        # As str(UUID(bytes=task_id)), at a quarter of its time.
+        h = task_id.hex()
+        return f"<{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}@{self._domain}>"
 
     def compose(self, event: pb.MxOk, message_id: str) -> ComposedMail:
         """Return the mail of the event's task, which is the same in every attempt of its epoch.
 
         Its Date is the latest of three times: when the task was recorded, scheduled for, and reopened. Raises
-        ValueError if the task can never become a mail.
+        ValueError if the task can never become a mail. The pool checks the envelope's grammar.
         """
         task = event.task
-        rcpt = f"{task.email.rpartition('@')[0]}@{task.domain}" if task.domain else task.email
+        rcpt, domain = task.email, task.domain
+        if domain and not rcpt.endswith("@" + domain):
+            rcpt = f"{rcpt.rpartition('@')[0]}@{domain}"
         message = build(
             message_id=message_id,
             from_addr=self._address,
@@ -62,9 +65,8 @@ class Composer:
             subject=task.subject,
             # Not the event's own time, which changes when the task is validated again.
             date=max(task.created_at_us, event.send_at_us, event.epoch * 1000) / 1e6,
-            text=task.body if task.HasField("body") else None,
-            html=task.html if task.HasField("html") else None,
+            text=task.body or ("" if task.HasField("body") else None),
+            html=task.html or ("" if task.HasField("html") else None),
             headers=task.headers,
         )
-        check_mail(self._address, rcpt, message)
         return ComposedMail(self._address, rcpt, message)

@@ -19,6 +19,8 @@ def outcome_of_record(row: Delivery, delays: Sequence[int], now_ms: int) -> Outc
     too late for them, it comes back after the longest of `delays` (seconds). Raises ValueError for a row
     that is not settled.
     """
+    if row.state == "sent":
+        return Done([event_of(row)])
     if row.state == "cancelled" or failed_before_sender(row):
         return Done()
     event = event_of(row)

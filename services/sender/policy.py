@@ -50,7 +50,9 @@ class Policy:
         `age_start_us` is when the task's age began. It and `now_us` are microseconds since the Unix epoch.
         The caller does not pass a NotSent with `spares_attempt`, which ends no attempt.
         """
-        reply = result.reply if isinstance(result, Sent | Rejected) else result.unparsed
+        if isinstance(result, Sent):
+            return self.sent_row(claimed, result, now_us)
+        reply = result.reply if isinstance(result, Rejected) else result.unparsed
         row = claimed._replace(
             settled_at=now_us,
             reason="",
@@ -58,8 +60,6 @@ class Policy:
             relay=result.relay[:_MAX_RELAY],
         )
         match result:
-            case Sent():
-                return row._replace(state="sent")
             case Rejected(permanent=True):
                 return row._replace(state="failed", reason=REJECTED)
             case Rejected(retry_after=after):
@@ -70,6 +70,16 @@ class Policy:
                 if not may_resend(claimed.doubts_in_epoch + 1, self.hold, self.max_resends):
                     return row._replace(state="uncertain", reason=IN_DOUBT)
                 return self._defer(row, IN_DOUBT, age_start_us, rng)
+
+    def sent_row(self, claimed: Delivery, result: Sent, now_us: int) -> Delivery:
+        """Return the claimed row of a mail that the relay took at `now_us`."""
+        return claimed._replace(
+            state="sent",
+            settled_at=now_us,
+            reason="",
+            reply=result.reply[:_MAX_REPLY],
+            relay=result.relay[:_MAX_RELAY],
+        )
 
     def unsendable(self, claimed: Delivery, now_us: int) -> Delivery:
         """Return the failed row of a claimed task from which no mail can be built."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
 from uuid import UUID
 
 import structlog
@@ -12,28 +14,61 @@ from services.sender.async_claims import AsyncClaims
 from services.sender.metrics import SENDER_FENCED, SENDER_IN_DOUBT, SENDER_OUTCOMES
 from services.sender.replies import InDoubt, SendResult
 
-__all__ = ["log_doubt", "store_outcome"]
+__all__ = ["log_doubt", "note_outcomes", "store_outcome"]
 
 log = structlog.get_logger(__name__)
 
 
+_SENT = SENDER_OUTCOMES.labels("sent")
+
+
 async def store_outcome(
-    claims: AsyncClaims, new_row: Delivery, result: SendResult | None = None, cause: str = ""
+    claims: AsyncClaims, new_row: Delivery, result: SendResult | None = None
 ) -> Settlement:
     """Store `new_row` in the delivery; return what became of it.
 
     Waits while the database is away. `result` is how the attempt ended, None where nothing was sent.
-    `cause` is for the log; the result's own cause is taken where it is empty.
     """
-    cause = cause or getattr(result, "cause", "")
     settlement = await claims.store(new_row)
+    _note(new_row, settlement, result)
+    return settlement
+
+
+class StoredRow(Protocol):
+    """A row that was stored: how the attempt ended, and the cause of an outcome without a result."""
+
+    @property
+    def new_row(self) -> Delivery: ...
+
+    @property
+    def result(self) -> SendResult | None: ...
+
+    @property
+    def cause(self) -> str: ...
+
+
+def note_outcomes(rows: Sequence[StoredRow], settlements: Sequence[Settlement | Exception]) -> None:
+    """Count and log what became of the rows that were stored in one call. A released row is no outcome."""
+    sent = 0
+    for row, settlement in zip(rows, settlements, strict=True):
+        state = row.new_row.state
+        if settlement is Settlement.STORED and state == "sent":
+            sent += 1
+        elif isinstance(settlement, Settlement) and state != "released":
+            _note(row.new_row, settlement, row.result, row.cause)
+    if sent:
+        _SENT.inc(sent)
+
+
+def _note(new_row: Delivery, settlement: Settlement, result: SendResult | None, cause: str = "") -> None:
     if settlement is Settlement.STORED:
         SENDER_OUTCOMES.labels(new_row.state).inc()
+        cause = cause or getattr(result, "cause", "")
         if isinstance(result, InDoubt):
             log_doubt(new_row, "lost reply", cause=cause)
         elif new_row.state != "sent":
             _log(new_row, cause=cause)
-        return settlement
+        return
     SENDER_FENCED.labels(settlement.value).inc()
     log.warning(
         "the claim was lost before its outcome was stored",
@@ -43,7 +78,6 @@ async def store_outcome(
         message_id=new_row.message_id,
         reply=new_row.reply,
     )
-    return settlement
 
 
 def log_doubt(row: Delivery, how: str, **more: object) -> None:

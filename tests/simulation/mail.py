@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from services.sender import replies
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
-from services.sender.smtp_pool import SendCancelled
+from services.sender.smtp_mail import OutgoingMail
 from services.validator.mx import Reason, Verdict, VerdictKind
 from tests.simulation.loop import Loop
 from tests.simulation.world import World
@@ -71,6 +71,8 @@ class Pool:
         self._server, self._loop = server, loop
         self._world = server.world
         self._mark_down = False
+        self._sends: dict[OutgoingMail, asyncio.Task[None]] = {}
+        self._handed_over: set[OutgoingMail] = set()
 
     @property
     def available(self) -> bool:
@@ -83,21 +85,30 @@ class Pool:
             await asyncio.sleep(0.5)
             self._mark_down = not self._world.up("relay")
 
-    async def send(
-        self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
-    ) -> replies.SendResult:
+    def submit(self, mail: OutgoingMail) -> None:
         """Send one mail."""
-        try:
-            ended = await self._begin(rcpt, guard)
-        except asyncio.CancelledError:
-            raise SendCancelled from None
-        if not isinstance(ended, str):
-            return ended
-        rest = self._loop.create_task(self._hand_over(ended, message, guard))
-        try:
-            return await asyncio.shield(rest)
-        except asyncio.CancelledError:
-            raise SendCancelled(rest) from None
+        self._sends[mail] = self._loop.create_task(self._send(mail))
+
+    def withdraw(self, mail: OutgoingMail) -> bool:
+        """Take a mail back unless it is being handed over."""
+        if mail not in self._sends or mail in self._handed_over:
+            return False
+        self._sends.pop(mail).cancel()
+        return True
+
+    def cut_off(self, mail: OutgoingMail) -> None:
+        """End the exchange of a mail that is being handed over."""
+        if mail in self._handed_over:
+            self._sends[mail].cancel()
+
+    async def _send(self, mail: OutgoingMail) -> None:
+        result = await self._begin(mail.rcpt, mail.guard)
+        if isinstance(result, str):
+            self._handed_over.add(mail)
+            result = await self._hand_over(result, mail.message, mail.guard)
+            self._handed_over.discard(mail)
+        if self._sends.pop(mail, None) is not None:
+            mail.on_result(result)
 
     async def _begin(self, rcpt: str, guard: Callable[[], bool]) -> replies.SendResult | str:
         """Send the envelope. Return its result, or how the delivery ends if the server wants the message."""

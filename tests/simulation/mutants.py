@@ -22,7 +22,8 @@ from services.common.stage.offset_tracker import OffsetTracker
 from services.common.stage.partition_tracker import PartitionTracker
 from services.common.stage.types import Dead
 from services.sender.async_claims import AsyncClaims
-from services.sender.stage import Sender
+from services.sender.attempt import Attempt
+from services.sender.cancelled import CancelledAttempts
 from tests.simulation.database import Database
 from tests.simulation.patches import replaced
 from tests.simulation.threads import VirtualTime
@@ -44,20 +45,20 @@ def _commit_before_send() -> Patches:
 def _no_claim() -> Patches:
     """Send without a claim."""
 
-    original = AsyncClaims.claim
+    original = AsyncClaims.claim_all
 
-    async def claim(self: AsyncClaims, request: Any) -> Any:
-        if not isinstance(request, Claim):
-            return await original(self, request)
+    async def claim_all(self: AsyncClaims, requests: Sequence[Any]) -> list[Any]:
+        if not all(isinstance(request, Claim) for request in requests):
+            return await original(self, requests)
         await asyncio.sleep(0)
         since = VirtualTime.monotonic()
-        return Taken(initial_row(request, datetime.min), since=since)
+        return [Taken(initial_row(request, datetime.min), since=since) for request in requests]
 
-    async def store(self: AsyncClaims, new_row: Delivery) -> Settlement:
+    async def store_all(self: AsyncClaims, new_rows: Sequence[Delivery]) -> list[Settlement]:
         await asyncio.sleep(0)
-        return Settlement.STORED
+        return [Settlement.STORED] * len(new_rows)
 
-    return [(AsyncClaims, "claim", claim), (AsyncClaims, "store", store)]
+    return [(AsyncClaims, "claim_all", claim_all), (AsyncClaims, "store_all", store_all)]
 
 
 def _no_fencing_on_settle() -> Patches:
@@ -88,15 +89,15 @@ def _stale_completion_counts() -> Patches:
 
 
 def _cuts_off_what_was_handed_over() -> Patches:
-    """Let a cancelled handler end the SMTP exchange, even after the handover."""
+    """Let a cancellation end the SMTP exchange, even after the handover."""
 
-    original = Sender._finish_handover
+    original = CancelledAttempts._finish_handover
 
-    async def finish(self: Sender, rest: asyncio.Task[Any], *more: Any) -> None:
-        rest.cancel()
-        await original(self, rest, *more)
+    async def finish(self: CancelledAttempts, attempt: Attempt) -> None:
+        self._pool.cut_off(attempt.mail)
+        await original(self, attempt)
 
-    return [(Sender, "_finish_handover", finish)]
+    return [(CancelledAttempts, "_finish_handover", finish)]
 
 
 def _takes_over_at_once() -> Patches:

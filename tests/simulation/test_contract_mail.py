@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
-from services.sender.smtp_pool import Relay, SendCancelled, SmtpPool, Tls
+from services.sender.smtp_pool import OutgoingMail, Relay, SmtpPool, Tls
 from tests.simulation.loop import Loop
 from tests.simulation.mail import MailServer, Pool
 from tests.simulation.process import Process
@@ -151,10 +151,25 @@ def side(request: pytest.FixtureRequest) -> Iterator[Memory | Real]:
     made.finish()
 
 
+def submit(
+    pool: Any, rcpt: str, message_: bytes, guard: Callable[[], bool]
+) -> tuple[OutgoingMail, asyncio.Future[Any]]:
+    """Submit a mail; return it and its result."""
+    result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    mail = OutgoingMail("a@post.test", rcpt, message_, guard, result.set_result)
+    pool.submit(mail)
+    assert not result.done(), "the result never comes inside `submit`"
+    return mail, result
+
+
 def send(side: Memory | Real, ending: str, guard: Callable[[], bool] = lambda: True) -> tuple[Any, int]:
     """Send one mail whose delivery ends in this way. Return the result and how often the server took it."""
     id_ = str(uuid4())
-    result = side.run(lambda pool: pool.send("a@post.test", side.names[ending], message(id_), guard))
+
+    async def sent(pool: Any) -> Any:
+        return await submit(pool, side.names[ending], message(id_), guard)[1]
+
+    result = side.run(sent)
     return result, side.copies(id_)
 
 
@@ -210,7 +225,7 @@ def test_the_guard_stops_a_send_before_the_envelope_and_before_the_message(
 
 
 @pytest.mark.parametrize(("cut", "ended"), [(False, Sent), (True, InDoubt)])
-def test_a_send_cancelled_after_the_handover_goes_on_unless_its_rest_is_cancelled_too(
+def test_a_handed_over_mail_is_not_withdrawn_and_goes_on_unless_it_is_cut_off(
     side: Memory | Real, cut: bool, ended: type
 ) -> None:
     id_ = str(uuid4())
@@ -226,35 +241,34 @@ def test_a_send_cancelled_after_the_handover_goes_on_unless_its_rest_is_cancelle
                 asyncio.get_running_loop().call_later(0.5, handed_over.set)
             return True
 
-        task = asyncio.ensure_future(pool.send("a@post.test", side.names["slow"], message(id_), guard))
+        mail, result = submit(pool, side.names["slow"], message(id_), guard)
         await handed_over.wait()
-        task.cancel()
-        with pytest.raises(SendCancelled) as caught:
-            await task
-        rest = caught.value.rest
-        assert rest is not None
+        assert not pool.withdraw(mail)
+        assert not result.done()
         if cut:
-            rest.cancel()
-        return await rest
+            pool.cut_off(mail)
+        return await result
 
     assert isinstance(side.run(cancel), ended)
     assert side.copies(id_) == 1
 
 
-def test_a_send_cancelled_before_the_end_of_the_message_takes_no_mail(side: Memory | Real) -> None:
+def test_a_mail_withdrawn_before_its_message_is_not_taken_and_has_no_result(side: Memory | Real) -> None:
     id_ = str(uuid4())
 
     async def cancel(pool: Any) -> Any:
+        withdrawn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
         def guard() -> bool:
-            asyncio.get_running_loop().call_soon(task.cancel)
+            asyncio.get_running_loop().call_soon(lambda: withdrawn.set_result(pool.withdraw(mail)))
             return True
 
-        task = asyncio.ensure_future(pool.send("a@post.test", side.names["ok"], message(id_), guard))
-        with pytest.raises(SendCancelled) as caught:
-            await task
-        return caught.value.rest
+        mail, result = submit(pool, side.names["ok"], message(id_), guard)
+        assert await withdrawn
+        await asyncio.sleep(0.5)
+        return result.done()
 
-    assert side.run(cancel) is None
+    assert not side.run(cancel)
     assert side.copies(id_) == 0
 
 
@@ -262,7 +276,7 @@ def test_a_relay_that_is_away_costs_no_attempt_and_the_pool_waits_for_it(side: M
     id_ = str(uuid4())
 
     async def away(pool: Any) -> Any:
-        result = await pool.send("a@post.test", side.names["ok"], message(id_), lambda: True)
+        result = await submit(pool, side.names["ok"], message(id_), lambda: True)[1]
         return result, pool.available
 
     side.relay(False)

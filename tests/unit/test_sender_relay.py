@@ -152,14 +152,12 @@ def test_the_relays_trouble_is_one_series_while_it_lasts() -> None:
 @pytest.mark.parametrize(("sessions", "a_domain"), [(20, 15), (10, 7)])
 async def test_no_domain_gets_all_of_a_sender(sessions: int, a_domain: int) -> None:
     service = await build(settings(sender_sessions=sessions, email_helo="mail.example.org"))
-    assert (service._sender._session_slots._free, service._sender._session_slots._per_domain) == (
-        sessions,
-        a_domain,
+    session_slots, claim_slots = (
+        service._sender._attempts.session_slots,
+        service._sender._attempts.claim_slots,
     )
-    assert (service._sender._claim_slots._free, service._sender._claim_slots._per_domain) == (
-        4 * sessions,
-        4 * a_domain,
-    )
+    assert (session_slots._free, session_slots._per_domain) == (sessions, a_domain)
+    assert (claim_slots._free, claim_slots._per_domain) == (4 * sessions, 4 * a_domain)
 
 
 async def test_trouble_with_the_token_and_with_the_relay_is_on_readyz() -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.sender.slots import DomainSaturated, Slots, domain_share
+from services.sender.slots import Slots, domain_share
+from tests.slot_callers import DomainSaturated, acquire
 
 
 async def settle() -> None:
@@ -18,10 +19,10 @@ async def settle() -> None:
 
 async def test_a_flood_to_one_domain_delays_another_by_one_turn() -> None:
     slots, order = Slots(1, 0), []
-    await slots.acquire("first")
+    await acquire(slots, "first")
 
     async def wait(domain: str) -> None:
-        await slots.acquire(domain)
+        await acquire(slots, domain)
         order.append(domain)
 
     tasks = [asyncio.ensure_future(wait("flood")) for _ in range(50)]
@@ -44,11 +45,11 @@ async def test_a_flood_to_one_domain_delays_another_by_one_turn() -> None:
 async def test_a_domain_at_its_bound_leaves_the_other_slots_to_others() -> None:
     slots = Slots(5, 3)
     for _ in range(3):
-        await slots.acquire("slow")
-    waiting = asyncio.ensure_future(slots.acquire("slow"))
+        await acquire(slots, "slow")
+    waiting = asyncio.ensure_future(acquire(slots, "slow"))
     await settle()
-    await asyncio.wait_for(slots.acquire("quick"), 10)
-    await asyncio.wait_for(slots.acquire("quick"), 10)
+    await asyncio.wait_for(acquire(slots, "quick"), 10)
+    await asyncio.wait_for(acquire(slots, "quick"), 10)
     assert not waiting.done()
     slots.release("quick")
     await settle()
@@ -68,9 +69,9 @@ async def test_a_domain_that_hangs_takes_no_more_than_three_quarters_of_few_sess
     if not expected or sessions == 1:
         return
     slots = Slots(sessions, domain_share(sessions, per_domain))
-    hanging = [asyncio.ensure_future(slots.acquire("slow")) for _ in range(3 * sessions)]
+    hanging = [asyncio.ensure_future(acquire(slots, "slow")) for _ in range(3 * sessions)]
     await settle()
-    await asyncio.wait_for(slots.acquire("quick"), 10)
+    await asyncio.wait_for(acquire(slots, "quick"), 10)
     for one in hanging:
         one.cancel()
     await asyncio.wait(hanging)
@@ -88,7 +89,7 @@ def test_cancelled_callers_neither_lose_nor_add_a_slot(total: int, bound: int, s
 
         async def work(domain: str) -> None:
             nonlocal peak
-            await slots.acquire(domain)
+            await acquire(slots, domain)
             try:
                 used[domain] += 1
                 most[domain] = max(most[domain], used[domain])
@@ -111,8 +112,8 @@ def test_cancelled_callers_neither_lose_nor_add_a_slot(total: int, bound: int, s
         assert max(most.values(), default=0) <= (bound or total)
         # All slots are released: exactly as many as before can be acquired at once.
         for number in range(total):
-            await asyncio.wait_for(slots.acquire(f"domain {number}"), 10)
-        one_more = asyncio.ensure_future(slots.acquire("one more"))
+            await asyncio.wait_for(acquire(slots, f"domain {number}"), 10)
+        one_more = asyncio.ensure_future(acquire(slots, "one more"))
         await settle()
         assert not one_more.done()
         one_more.cancel()
@@ -127,7 +128,7 @@ async def test_a_rate_allows_one_seconds_burst_and_then_one_at_a_time() -> None:
     times = []
 
     async def one(domain: str) -> None:
-        await slots.acquire(domain)
+        await acquire(slots, domain)
         times.append((domain, loop.time() - start))
         slots.release(domain)
 
@@ -148,10 +149,10 @@ async def test_a_slow_domains_callers_are_shed_while_the_stage_is_saturated(
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.05)
     full = True
     slots = Slots(2, 1, is_loaded=lambda: full)
-    await slots.acquire("hangs")
-    waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(50)]
-    await asyncio.wait_for(slots.acquire("quick"), 10)
-    quick = asyncio.ensure_future(slots.acquire("quick"))
+    await acquire(slots, "hangs")
+    waiting = [asyncio.ensure_future(acquire(slots, "hangs")) for _ in range(50)]
+    await asyncio.wait_for(acquire(slots, "quick"), 10)
+    quick = asyncio.ensure_future(acquire(slots, "quick"))
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[13:])
     full = False
@@ -173,13 +174,13 @@ async def test_a_domain_waits_for_its_own_rate_whatever_another_waits_for() -> N
     slots = Slots(10, 0, rate=1)
     loop = asyncio.get_running_loop()
     started = loop.time()
-    await slots.acquire("first")
+    await acquire(slots, "first")
     await asyncio.sleep(0.6)
-    await slots.acquire("second")
+    await acquire(slots, "second")
     turns: dict[str, float] = {}
 
     async def take(domain: str) -> None:
-        await slots.acquire(domain)
+        await acquire(slots, domain)
         turns[domain] = loop.time() - started
 
     # The caller with the later turn asks first.
@@ -190,13 +191,13 @@ async def test_a_domain_waits_for_its_own_rate_whatever_another_waits_for() -> N
 
 async def test_a_slot_in_which_nothing_was_sent_does_not_count_for_the_rate() -> None:
     slots = Slots(10, 0, rate=0.01)
-    await slots.acquire("slow")
-    waiting = asyncio.ensure_future(slots.acquire("slow"))
+    await acquire(slots, "slow")
+    waiting = asyncio.ensure_future(acquire(slots, "slow"))
     await asyncio.sleep(0)
     slots.refund_rate("slow")
     await asyncio.wait_for(waiting, 10)
     slots.release("slow")
-    more = asyncio.ensure_future(slots.acquire("slow"))
+    more = asyncio.ensure_future(acquire(slots, "slow"))
     await asyncio.sleep(0)
     assert not more.done(), "the second one was sent"
     more.cancel()
@@ -208,7 +209,7 @@ async def test_a_long_queue_that_moves_is_not_shed(monkeypatch: pytest.MonkeyPat
     slots = Slots(4, 0, is_loaded=lambda: True)
 
     async def one() -> None:
-        await slots.acquire("busy")
+        await acquire(slots, "busy")
         await asyncio.sleep(0.001)
         slots.release("busy")
 
@@ -222,9 +223,9 @@ async def test_a_stalled_domain_is_shed_before_the_stage_is_saturated(
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.02)
     slots = Slots(5, 3)
     for _ in range(3):
-        await slots.acquire("hangs")
-    waiting = [asyncio.ensure_future(slots.acquire("hangs")) for _ in range(12)]
-    await asyncio.wait_for(slots.acquire("quick"), 10)
+        await acquire(slots, "hangs")
+    waiting = [asyncio.ensure_future(acquire(slots, "hangs")) for _ in range(12)]
+    await asyncio.wait_for(acquire(slots, "quick"), 10)
     assert not slots.is_stalled("hangs"), "it has moved just now"
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[3:])
@@ -247,12 +248,12 @@ async def test_a_domain_that_moves_or_waits_for_its_rate_is_not_stalled(
     monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 1)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     slots = Slots(4, 2, rate=0.01)
-    await slots.acquire("limited")
-    limited = [asyncio.ensure_future(slots.acquire("limited")) for _ in range(5)]
+    await acquire(slots, "limited")
+    limited = [asyncio.ensure_future(acquire(slots, "limited")) for _ in range(5)]
     busy = Slots(1, 1)
 
     async def one() -> None:
-        await busy.acquire("busy")
+        await acquire(busy, "busy")
         await asyncio.sleep(0.02)
         busy.release("busy")
 

@@ -25,9 +25,10 @@ from services.sender.leases import Leases
 from services.sender.policy import Policy
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, Sent
 from services.sender.slots import Slots
-from services.sender.smtp_pool import SendCancelled
+from services.sender.smtp_mail import OutgoingMail
 from services.sender.stage import Sender, stage
 from tests.memory_claims import MemoryClaims
+from tests.slot_callers import acquire
 
 ID = bytes.fromhex("0190f5e0000070008000000000000001")
 MESSAGE_ID = "<0190f5e0-0000-7000-8000-000000000001@a.test>"
@@ -41,7 +42,21 @@ REFUSED_AFTER_DOT = Rejected(Phase.AFTER_DOT, "554 5.7.1 refused", True, None, "
 DROPPED = NotSent(Phase.DATA, "connection lost", False, "r:25")
 SILENT = InDoubt("timed out", "r:25")
 
-Answer = replies.SendResult | Callable[[Callable[[], bool]], Awaitable[replies.SendResult]]
+Answer = replies.SendResult | Exception | Callable[[Callable[[], bool]], Awaitable[replies.SendResult]]
+
+
+class Exchange:
+    """A message that was handed over. The server answers when the test sets `answer`; `cut` tells that the
+    sender cut it off."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.answer: asyncio.Future[replies.SendResult] = asyncio.get_running_loop().create_future()
+        self.cut = False
+
+    async def __call__(self, guard: Callable[[], bool]) -> replies.SendResult:
+        self.begun.set()
+        return await self.answer
 
 
 class Pool:
@@ -52,6 +67,8 @@ class Pool:
         self.mails: list[tuple[str, str, bytes]] = []
         self.up = asyncio.Event()
         self.up.set()
+        self.sends: dict[OutgoingMail, asyncio.Future[None]] = {}
+        self.exchanges: dict[OutgoingMail, Exchange] = {}
 
     @property
     def available(self) -> bool:
@@ -60,14 +77,31 @@ class Pool:
     async def wait_available(self) -> None:
         await self.up.wait()
 
-    async def send(
-        self, mail_from: str, rcpt: str, message: bytes, guard: Callable[[], bool]
-    ) -> replies.SendResult:
+    def submit(self, mail: OutgoingMail) -> None:
         answer = self.answers.pop(0)
-        self.mails.append((mail_from, rcpt, message))
-        if isinstance(answer, Sent | Rejected | NotSent | InDoubt | LeaseLost):
-            return answer
-        return await answer(guard)
+        self.mails.append((mail.mail_from, mail.rcpt, mail.message))
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, Exchange):
+            self.exchanges[mail] = answer
+        self.sends[mail] = asyncio.ensure_future(self._send(mail, answer))
+
+    async def _send(self, mail: OutgoingMail, answer: Answer) -> None:
+        if not isinstance(answer, Sent | Rejected | NotSent | InDoubt | LeaseLost):
+            answer = await answer(mail.guard)  # type: ignore[operator]
+        del self.sends[mail]
+        mail.on_result(answer)
+
+    def withdraw(self, mail: OutgoingMail) -> bool:
+        if mail in self.exchanges or mail not in self.sends:
+            return False
+        self.sends.pop(mail).cancel()
+        return True
+
+    def cut_off(self, mail: OutgoingMail) -> None:
+        self.exchanges[mail].cut = True
+        self.sends.pop(mail).cancel()
+        mail.on_result(InDoubt("cancelled", "r:25"))
 
 
 class World:
@@ -117,7 +151,7 @@ class World:
         self.published += events
 
     async def handle(self, record: Record) -> Outcome:
-        return await asyncio.wait_for(self.sender.handle(record), 10)
+        return await asyncio.wait_for(handle(self.sender, record), 10)
 
     @property
     def row(self) -> Delivery:
@@ -128,6 +162,30 @@ class World:
         [answer] = self.claims.claim([Claim(ID, epoch, attempt, random.randbytes(16), MESSAGE_ID)])
         assert isinstance(answer, Taken)
         return answer.row
+
+
+_handled: dict[Record, asyncio.Future[Outcome]] = {}
+
+
+def finish(outcomes: Sequence[tuple[Record, Outcome | Exception]]) -> None:
+    for record, outcome in outcomes:
+        if isinstance(outcome, Exception):
+            _handled.pop(record).set_exception(outcome)
+        else:
+            _handled.pop(record).set_result(outcome)
+
+
+async def handle(sender: Sender, record: Record) -> Outcome:
+    """Return the record's outcome, or raise its error. Cancelled, it cancels the record."""
+    assert record not in _handled
+    handled = _handled[record] = asyncio.get_running_loop().create_future()
+    sender.start([record], finish)
+    try:
+        return await handled
+    except asyncio.CancelledError:
+        del _handled[record]
+        sender.cancel([record])
+        raise
 
 
 def mx_ok(attempt: int = 1, epoch: int = 0, **task: Any) -> Record:
@@ -320,9 +378,9 @@ async def test_the_age_is_checked_after_the_wait_for_a_session(build: Callable[.
     world = build(hang)
     now = [NOW_US]
     sender = world.another(now_us=lambda: now[0], sessions=1)
-    first = asyncio.ensure_future(sender.handle(mx_ok(id=bytes(16))))
+    first = asyncio.ensure_future(handle(sender, mx_ok(id=bytes(16))))
     await entered.wait()
-    second = asyncio.ensure_future(sender.handle(mx_ok()))
+    second = asyncio.ensure_future(handle(sender, mx_ok()))
     await until(lambda: ID in world.claims.rows)
     now[0] += 86400 * 1_000_000
     leave.set()
@@ -562,7 +620,7 @@ async def test_only_a_mail_that_was_tried_counts_for_the_domains_rate(
     counted: int,
 ) -> None:
     world = build(*answers)
-    world.sender._claim_slots = claim_slots = Slots(4, 0, rate=1000)
+    world.sender._attempts.claim_slots = claim_slots = Slots(4, 0, rate=1000)
     count = 0
 
     def take(domain: str, now: float) -> None:
@@ -589,14 +647,14 @@ async def test_a_handler_cancelled_before_the_handover_costs_nothing_of_the_rate
     build: Callable[..., World],
 ) -> None:
     world = build()
-    world.sender._claim_slots = claim_slots = Slots(4, 0, rate=1)
+    world.sender._attempts.claim_slots = claim_slots = Slots(4, 0, rate=1)
     world.someone_claims()
     world.claims.expire()
     world.broker.clear()
     task = asyncio.ensure_future(world.handle(mx_ok()))
     await until(lambda: len(world.leases) == 1)
     await cancel_and_close(world, task)
-    await asyncio.wait_for(claim_slots.acquire("b.test"), 0.5)
+    await asyncio.wait_for(acquire(claim_slots, "b.test"), 0.5)
     world.broker.set()
 
 
@@ -653,10 +711,7 @@ async def test_a_handler_cancelled_before_the_handover_releases_the_claim(
 
     async def send(guard: Callable[[], bool]) -> replies.SendResult:
         sending.set()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            raise SendCancelled from None
+        await asyncio.sleep(60)
         return SENT
 
     world = build(send)
@@ -664,31 +719,6 @@ async def test_a_handler_cancelled_before_the_handover_releases_the_claim(
     await sending.wait()
     await cancel_and_close(world, task)
     assert world.row.state == "released"
-
-
-class Exchange:
-    """A message that was handed over. The server answers when the test sets `answer`; `cut` tells that the
-    sender cut it off."""
-
-    def __init__(self) -> None:
-        self.begun = asyncio.Event()
-        self.answer: asyncio.Future[replies.SendResult] = asyncio.get_running_loop().create_future()
-        self.cut = False
-
-    async def __call__(self, guard: Callable[[], bool]) -> replies.SendResult:
-        rest = asyncio.ensure_future(self._growth_timer())
-        self.begun.set()
-        try:
-            return await asyncio.shield(rest)
-        except asyncio.CancelledError:
-            raise SendCancelled(rest) from None
-
-    async def _growth_timer(self) -> replies.SendResult:
-        try:
-            return await self.answer
-        except asyncio.CancelledError:
-            self.cut = True
-            return InDoubt("cancelled", "r:25")
 
 
 async def cancel_amid_the_exchange(world: World, exchange: Exchange) -> None:
@@ -711,7 +741,7 @@ async def test_a_handed_over_mail_goes_on_and_the_next_owner_publishes_its_outco
     closing = asyncio.ensure_future(world.sender.close())
     # The record is redelivered, to this sender or another, while the mail is still under way.
     calls = world.claims.calls
-    again = asyncio.ensure_future(world.another().handle(mx_ok()))
+    again = asyncio.ensure_future(handle(world.another(), mx_ok()))
     await until(lambda: world.claims.calls > calls + 1)
     assert world.row.state == "sending"
     assert world.sender.handed_over == len(world.leases) == 1, "its lease is renewed"
@@ -731,7 +761,7 @@ async def test_a_claim_without_a_takeover_yet_is_polled_at_intervals(
     world.someone_claims()
     world.claims.expire()
     calls = world.claims.calls
-    waiting = asyncio.ensure_future(world.another().handle(mx_ok()))
+    waiting = asyncio.ensure_future(handle(world.another(), mx_ok()))
     await until(lambda: world.claims.calls > calls)
     # Without intervals the loop would ask thousands of times.
     await asyncio.sleep(0.3)
@@ -748,7 +778,7 @@ async def test_a_late_outcome_is_published_where_the_next_owner_has_ended(
     world = build(exchange, hold=True)
     await cancel_amid_the_exchange(world, exchange)
     world.claims.expire()
-    next_owner = only_event(await world.another().handle(mx_ok()))
+    next_owner = only_event(await handle(world.another(), mx_ok()))
     assert next_owner.uncertain
     exchange.answer.set_result(SENT)
     await asyncio.wait_for(world.sender.close(), 10)
@@ -783,7 +813,7 @@ async def test_a_handed_over_mail_without_a_reply_ends_in_doubt_at_the_limit(
 async def test_a_handed_over_mails_outcome_waits_for_the_database_past_its_lease(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sender.stage._CLEANUP_TIMEOUT", 0)
+    monkeypatch.setattr("services.sender.cancelled._CLEANUP_TIMEOUT", 0)
     exchange = Exchange()
     world = build(exchange, handover=10)
     await cancel_amid_the_exchange(world, exchange)
@@ -800,7 +830,7 @@ async def test_a_handed_over_mails_outcome_waits_for_the_database_past_its_lease
 async def test_a_sent_mail_whose_handler_is_cancelled_keeps_its_lease_until_it_is_stored(
     build: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sender.stage._CLEANUP_TIMEOUT", 0)
+    monkeypatch.setattr("services.sender.cancelled._CLEANUP_TIMEOUT", 0)
 
     async def send(guard: Callable[[], bool]) -> replies.SendResult:
         world.claims.errors = [refused(2003)] * 1000
@@ -828,6 +858,26 @@ async def test_a_handler_cancelled_while_it_claims_releases_the_claim(build: Cal
     world.claims.gate.set()
     await cancel_and_close(world, task)
     assert world.row.state == "released"
+
+
+async def test_a_record_cancelled_before_the_database_is_asked_claims_nothing(
+    build: Callable[..., World],
+) -> None:
+    world = build()
+    record = mx_ok()
+    world.sender.start([record], finish)
+    world.sender.cancel([record])
+    await asyncio.wait_for(world.sender.close(), 10)
+    assert world.claims.calls == 0
+    assert world.sender.domains() == []
+
+
+async def test_mails_that_wait_make_one_claim_and_one_store(build: Callable[..., World]) -> None:
+    world = build(*[SENT] * 8)
+    records = [mx_ok(id=number.to_bytes(16, "big")) for number in range(1, 9)]
+    ended = await asyncio.gather(*map(world.handle, records))
+    assert {type(only_event(outcome)) for outcome in ended} == {pb.MailSent}
+    assert world.claims.calls == 2
 
 
 async def test_a_handler_cancelled_while_it_settles_still_settles(build: Callable[..., World]) -> None:
@@ -1009,10 +1059,7 @@ async def test_a_handler_cancelled_while_it_waits_for_a_claim_slot_leaves_nothin
 
 
 async def test_an_error_of_the_pool_leaves_the_claim_in_doubt(build: Callable[..., World]) -> None:
-    async def broken(guard: Callable[[], bool]) -> replies.SendResult:
-        raise RuntimeError("a bug")
-
-    world = build(broken)
+    world = build(RuntimeError("a bug"))
     with pytest.raises(RuntimeError):
         await world.handle(mx_ok())
     assert world.row.state == "sending"
@@ -1067,8 +1114,8 @@ async def test_a_shed_record_comes_back_as_the_same_attempt(
     monkeypatch.setattr("services.sender.slots.SHED_AFTER", 0.01)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     world = build()
-    world.sender._claim_slots = Slots(1, 1, is_loaded=lambda: True)
-    await world.sender._claim_slots.acquire("b.test")
+    world.sender._attempts.claim_slots = Slots(1, 1, is_loaded=lambda: True)
+    assert world.sender._attempts.claim_slots.acquire("b.test")
     waiting = [asyncio.ensure_future(world.handle(mx_ok(attempt=2))) for _ in range(3)]
     async with asyncio.timeout(5):
         await asyncio.wait(waiting[1:])
@@ -1095,13 +1142,13 @@ async def test_most_of_72_mails_to_a_silent_domain_are_shed_without_saturation(
         return SENT
 
     world = build(*[hang] * 15, *[SENT] * 16)
-    world.sender._claim_slots, world.sender._session_slots = (
+    world.sender._attempts.claim_slots, world.sender._attempts.session_slots = (
         Slots(80, 60, is_loaded=lambda: False),
         Slots(20, 15),
     )
     ids = [number.to_bytes(16, "big") for number in range(1, 74)]
     records = [mx_ok(id=id_, domain="hangs.test") for id_ in ids[:72]]
-    tasks = [asyncio.ensure_future(world.sender.handle(record)) for record in records]
+    tasks = [asyncio.ensure_future(handle(world.sender, record)) for record in records]
     await until(lambda: len(world.pool.mails) == 15)
     quick = only_event(await world.handle(mx_ok(id=ids[72], domain="quick.test")))
     assert isinstance(quick, pb.MailSent)
@@ -1124,9 +1171,9 @@ async def test_a_claimed_mail_does_not_wait_for_a_stalled_domains_sessions(
     monkeypatch.setattr("services.sender.slots.STALLED_AFTER", 0.05)
     monkeypatch.setattr("services.sender.slots._SHED_INTERVAL", 0.01)
     world = build()
-    world.sender._session_slots = sessions = Slots(2, 1)
-    await sessions.acquire("b.test")
-    first = asyncio.ensure_future(sessions.acquire("b.test"))
+    world.sender._attempts.session_slots = sessions = Slots(2, 1)
+    assert sessions.acquire("b.test")
+    first = asyncio.ensure_future(acquire(sessions, "b.test"))
     claimed = asyncio.ensure_future(world.handle(mx_ok(attempt=2)))
     async with asyncio.timeout(5):
         outcome = await claimed

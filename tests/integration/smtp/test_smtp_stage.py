@@ -10,7 +10,7 @@ from postroad.v1 import events_pb2 as pb
 from services.common.stage.types import Done, Outcome
 from services.sender.smtp_pool import Limits
 from tests.integration.smtp.script import Conversation, pool_for, scripted, until
-from tests.unit.test_sender_stage import World, mx_ok
+from tests.unit.test_sender_stage import World, handle, mx_ok
 
 QUOTA = "550 5.4.5 Daily user sending quota exceeded"
 QUOTA_AFTER_DOT = "554 5.7.0 Daily limit of messages exceeded. Try again later."
@@ -76,7 +76,7 @@ async def test_the_queue_waits_while_the_account_may_not_send(command: str, repl
     limits = Limits(sessions=4, backoff=0.01, backoff_max=0.05)
     async with scripted(server) as relay, pool_for(relay, limits=limits) as pool:
         world = World(pool)  # type: ignore[arg-type]
-        handling = [asyncio.create_task(world.sender.handle(mx_ok(id=id_))) for id_ in task_ids(50)]
+        handling = [asyncio.create_task(handle(world.sender, mx_ok(id=id_))) for id_ in task_ids(50)]
         await until(lambda: pool.state.trouble is not None and pool.state.trouble.cause == reply)
         # Repeated probes do not count as attempts.
         failures = pool._availability._failures
@@ -101,7 +101,7 @@ async def test_a_relay_that_takes_five_mails_a_session_gets_a_hundred_without_a_
     server = MailServer(refuse)
     async with scripted(server) as relay, pool_for(relay, limits=Limits(sessions=4)) as pool:
         world = World(pool)  # type: ignore[arg-type]
-        handling = [world.sender.handle(mx_ok(id=id_)) for id_ in task_ids(100)]
+        handling = [handle(world.sender, mx_ok(id=id_)) for id_ in task_ids(100)]
         assert_sent_at_the_first_attempt(await asyncio.wait_for(asyncio.gather(*handling), 30))
         assert set(server.copies.values()) == {1}
         assert len(server.copies) == 100
@@ -115,7 +115,7 @@ async def test_a_session_that_the_relay_ends_costs_its_mail_no_attempt() -> None
     server = MailServer(refuse)
     async with scripted(server) as relay, pool_for(relay) as pool:
         world = World(pool)  # type: ignore[arg-type]
-        outcomes = [await asyncio.wait_for(world.sender.handle(mx_ok(id=id_)), 20) for id_ in task_ids(6)]
+        outcomes = [await asyncio.wait_for(handle(world.sender, mx_ok(id=id_)), 20) for id_ in task_ids(6)]
         assert_sent_at_the_first_attempt(outcomes)
         assert set(server.copies.values()) == {1}
         await world.shared.close()
