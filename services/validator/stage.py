@@ -1,7 +1,9 @@
 """The validator stage: it reads recorded tasks, and publishes the verdict on each recipient's domain."""
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import cast
 from uuid import UUID
@@ -9,7 +11,7 @@ from uuid import UUID
 import structlog
 
 from postroad.v1 import events_pb2 as pb
-from services.common.stage.types import Done, Outcome, Record, Retry, Stage
+from services.common.stage.types import Done, Finish, Outcome, Record, Retry, Stage
 from services.common.stages import STAGES
 from services.validator.cache import VerdictCache
 from services.validator.metrics import VALIDATOR_VERDICTS
@@ -21,40 +23,84 @@ __all__ = ["Validator", "stage"]
 log = structlog.get_logger(__name__)
 
 _OK = VALIDATOR_VERDICTS.labels("ok")
+# Seconds before a domain whose lookup was cancelled is looked up again.
+_RESTART_PAUSE = 1.0
 
 
 class Validator:
     """Turns `task.created` into `mx.ok` or `mx.failed`, or defers the record while DNS does not answer.
 
-    `delays` are the seconds before each further attempt, each used once. After the last one the task fails as
-    `dns_unavailable`. `now_us` returns microseconds since the Unix epoch.
+    It answers at once all records whose domain's verdict is cached. The others of one domain wait for one
+    lookup together. `delays` are the seconds before each further attempt, each used once. After the last one
+    the task fails as `dns_unavailable`. `now_us` returns microseconds since the Unix epoch. Belongs to one
+    event loop.
     """
 
     def __init__(self, cache: VerdictCache, delays: Sequence[int], now_us: Callable[[], int]) -> None:
         self._cache = cache
         self._delays = delays
         self._now_us = now_us
+        self._lookups: dict[asyncio.Task[None], set[Record]] = {}
 
-    def handle(self, record: Record) -> Outcome | Awaitable[Outcome]:
-        """Return the outcome if the domain's verdict is cached, else a coroutine that looks it up."""
-        created = cast(pb.TaskCreated, record.event)
-        domain, max_age = _domain(created.task), self._max_age(created)
-        verdict = self._cache.get(domain, max_age)
-        return self._resolve(record, domain, max_age) if verdict is None else self._outcome(record, verdict)
-
-    async def _resolve(self, record: Record, domain: str, max_age: float) -> Outcome:
-        return self._outcome(record, await self._cache.resolve(domain, max_age))
-
-    def _max_age(self, created: pb.TaskCreated) -> float:
-        """Return the verdict's age limit: a reopened task needs one from after its reopening, when DNS may
-        be repaired."""
-        return max(0.0, (self._now_us() - created.at_us) / 1e6) if created.epoch else inf
-
-    def _outcome(self, record: Record, verdict: Verdict) -> Outcome:
-        created = cast(pb.TaskCreated, record.event)
+    def start(self, records: Sequence[Record], finish: Finish) -> None:
+        """Finish the records whose verdict is cached, and begin to look up the others' domains."""
         now_us = self._now_us()
+        known: list[tuple[Record, Verdict]] = []
+        unknown: defaultdict[tuple[str, float], set[Record]] = defaultdict(set)
+        for record in records:
+            created = cast(pb.TaskCreated, record.event)
+            domain = _domain(created.task)
+            # A reopened task needs a verdict from after its reopening, when DNS may be repaired.
+            max_age = max(0.0, (now_us - created.at_us) / 1e6) if created.epoch else inf
+            verdict = self._cache.get(domain, max_age)
+            if verdict is None:
+                unknown[domain, max_age].add(record)
+            else:
+                known.append((record, verdict))
+        if known:
+            finish(self._outcomes(known))
+        for (domain, max_age), waiting in unknown.items():
+            lookup = asyncio.create_task(self._resolve(domain, max_age, waiting, finish))
+            self._lookups[lookup] = waiting
+            lookup.add_done_callback(self._lookups.pop)
+
+    def cancel(self, records: Sequence[Record]) -> None:
+        """Let these records wait for no lookup any longer."""
+        for lookup, waiting in self._lookups.items():
+            waiting.difference_update(records)
+            if not waiting:
+                lookup.cancel()
+
+    async def _resolve(self, domain: str, max_age: float, waiting: set[Record], finish: Finish) -> None:
+        while waiting:
+            try:
+                verdict = await self._cache.resolve(domain, max_age)
+                finish(self._outcomes([(record, verdict) for record in waiting]))
+                return
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                # The lookup was cancelled, and these records are still to be handled.
+                await asyncio.sleep(_RESTART_PAUSE)
+            except Exception as error:
+                finish([(record, error) for record in waiting])
+                return
+
+    def _outcomes(self, judged: Sequence[tuple[Record, Verdict]]) -> list[tuple[Record, Outcome | Exception]]:
+        now_us = self._now_us()
+        outcomes: list[tuple[Record, Outcome | Exception]] = []
+        for record, verdict in judged:
+            try:
+                outcomes.append((record, self._outcome(record, verdict, now_us)))
+            except Exception as error:
+                outcomes.append((record, error))
+        _OK.inc(sum(verdict.kind is VerdictKind.OK for _, verdict in judged))
+        return outcomes
+
+    def _outcome(self, record: Record, verdict: Verdict, now_us: int) -> Outcome:
+        created = cast(pb.TaskCreated, record.event)
         if verdict.kind is VerdictKind.OK:
-            _OK.inc()
             return Done([mx_ok(created, record.value, record.attempt, verdict.hosts, now_us)])
         VALIDATOR_VERDICTS.labels(verdict.reason).inc()
         if verdict.kind is VerdictKind.TRANSIENT and record.attempt <= len(self._delays):
@@ -93,7 +139,7 @@ class Validator:
 def stage(cache: VerdictCache, delays: Sequence[int]) -> Stage:
     """Return the validator's stage for the runtime; `delays` are in seconds."""
     validator = Validator(cache, delays, lambda: time.time_ns() // 1000)
-    return Stage.of(STAGES["validator"], handle=validator.handle, delays=delays)
+    return Stage.of(STAGES["validator"], handle_all=validator, delays=delays)
 
 
 def _domain(task: pb.MailTask) -> str:

@@ -106,7 +106,7 @@ class ValidatorService(Service):
         delays = servers.settings.validator_delays
         cache = VerdictCache(servers.dns, lambda: here().now, transient_ttl=0.9 * min(delays))
         validator = Validator(cache, delays, _now_us)
-        self.runtime = self._runtime(Stage.of(STAGES["validator"], handle=validator.handle, delays=delays))
+        self.runtime = self._runtime(Stage.of(STAGES["validator"], handle_all=validator, delays=delays))
 
 
 class StatusService(Service):

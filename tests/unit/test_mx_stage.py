@@ -1,8 +1,7 @@
 """The validator's handler, with plain records and a cache whose lookups end when the test says so."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import pytest
 
@@ -57,8 +56,18 @@ def record(attempt: int = 1, epoch: int = 7, task: pb.MailTask = TASK) -> Record
 
 
 async def outcome(validator: Validator, what: Record) -> Outcome:
-    handled = validator.handle(what)
-    return handled if isinstance(handled, Done | Retry) else await cast(Awaitable[Outcome], handled)
+    finished: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    def finish(outcomes: Sequence[tuple[Record, Outcome | Exception]]) -> None:
+        [(of, found)] = outcomes
+        assert of is what
+        if isinstance(found, Exception):
+            finished.set_exception(found)
+        else:
+            finished.set_result(found)
+
+    validator.start([what], finish)
+    return await asyncio.wait_for(finished, 5)
 
 
 def opened_again(at_us: int) -> Record:
@@ -119,12 +128,58 @@ async def test_failed_says_why() -> None:
     )
 
 
+class Finished(list[list[tuple[Record, Outcome | Exception]]]):
+    """The calls of `finish`."""
+
+    def __call__(self, outcomes: Sequence[tuple[Record, Outcome | Exception]]) -> None:
+        self.append(list(outcomes))
+
+    @property
+    def records(self) -> set[Record]:
+        return {record for call in self for record, _ in call}
+
+
 @pytest.mark.parametrize("verdict", [OK, NULL, DARK])
-async def test_a_known_verdict_is_answered_without_a_coroutine(verdict: Verdict) -> None:
+async def test_known_verdicts_are_answered_at_once_and_together(verdict: Verdict) -> None:
     validator, cache, dns = build(verdict)
     await cache.resolve("a.test")
-    assert isinstance(validator.handle(record(epoch=0)), Done | Retry)
+    records, finished = [record(epoch=0) for _ in range(5)], Finished()
+    validator.start(records, finished)
+    [answer] = finished
+    assert [of for of, _ in answer] == records
+    assert all(isinstance(found, Done | Retry) for _, found in answer)
     assert dns.asked == ["a.test"]
+
+
+async def test_records_of_one_domain_wait_for_one_lookup_and_hold_up_no_others() -> None:
+    validator, cache, dns = build(OK)
+    await cache.resolve("a.test")
+    known = record(epoch=0)
+    other = pb.MailTask(id=ID, email="x@b.test", domain="b.test")
+    waiting, finished = [record(epoch=0, task=other) for _ in range(3)], Finished()
+    validator.start([waiting[0], known, *waiting[1:]], finished)
+    assert finished.records == {known}
+    await asyncio.gather(*validator._lookups)
+    assert finished.records == {known, *waiting}
+    assert dns.asked == ["a.test", "b.test"]
+
+
+async def test_a_lookup_that_fails_or_is_cancelled_leaves_no_record_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.validator.stage._RESTART_PAUSE", 0.0)
+    ends: list[BaseException | None] = [asyncio.CancelledError(), None, ValueError("a defect")]
+
+    async def lookup(domain: str, fresh: bool) -> Verdict:
+        end = ends.pop(0)
+        if end is not None:
+            raise end
+        return OK
+
+    validator = Validator(VerdictCache(lookup, lambda: 0.0), (), lambda: NOW_US)
+    assert isinstance(await outcome(validator, record(epoch=0)), Done)
+    with pytest.raises(ValueError, match="a defect"):
+        await outcome(validator, record(task=pb.MailTask(id=ID, domain="b.test")))
 
 
 async def test_a_transient_verdict_uses_each_delay_once_and_then_fails() -> None:
@@ -182,14 +237,16 @@ async def test_a_task_with_no_domain_at_all_fails() -> None:
     assert dns.asked == []
 
 
-async def test_a_cancelled_handler_gives_no_outcome() -> None:
+async def test_a_cancelled_record_gets_no_outcome() -> None:
     validator, _, _ = build(OK)
-    handled = validator.handle(record())
-    task = asyncio.ensure_future(cast(Awaitable[Outcome], handled))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    gone, kept, finished = record(epoch=0), record(epoch=0), Finished()
+    validator.start([gone, kept], finished)
+    validator.cancel([gone])
+    alone, other = record(epoch=0, task=pb.MailTask(id=ID, domain="b.test")), Finished()
+    validator.start([alone], other)
+    validator.cancel([alone])
+    await asyncio.gather(*validator._lookups, return_exceptions=True)
+    assert (finished.records, other.records) == ({kept}, set())
 
 
 async def test_the_stage_reads_task_created_and_owns_its_delays() -> None:
