@@ -19,6 +19,7 @@ from postroad.v1 import task_pb2
 from services.api import outbox
 from services.api.admission import AdmissionControl
 from services.api.errors import DATABASE_TIMEOUT, StatusError, database_unavailable, idempotency_conflict
+from services.api.new_task_row import row_of_new_task
 from services.api.outbox import NewTask
 from services.api.queries import tasks_of
 from services.api.uuid7 import text
@@ -27,7 +28,7 @@ from services.common.batching import Batcher
 from services.common.database.errors import error_text, is_transient
 from services.common.database.times import from_micros
 from services.common.database.transactions import transaction
-from services.common.fold import delta
+from services.common.fold import TaskRow
 from services.common.timeline import timeline_row
 
 __all__ = ["RecordResult", "Recorder"]
@@ -132,35 +133,44 @@ async def _with_timeout(call: Awaitable[R], seconds: float) -> R:
         raise database_unavailable() from None
 
 
-def _write(connection: Connection, batch: Sequence[NewTask]) -> tuple[list[RecordResult], list[NewTask]]:
+def _write(connection: Connection, batch: Sequence[NewTask]) -> tuple[list[RecordResult], Sequence[NewTask]]:
     """Write a batch; return each task's result, and the tasks that are new."""
-    tasks = [new_task.event.task for new_task in batch]
-    taskstore.upsert(connection, [delta(new_task.event) for new_task in batch])
-    keys = [(task.tenant, task.idempotency_key) for task in tasks if task.idempotency_key]
-    owners = taskstore.owners_of_keys(connection, sorted(set(keys)))
-    # The upsert skips a task whose key another task has. Its result is that other task.
-    existing = {
-        task.id: owner
-        for task in tasks
-        if task.idempotency_key and (owner := owners[task.tenant, task.idempotency_key])[0] != task.id
-    }
-    recorded = [new_task for new_task in batch if new_task.event.task.id not in existing]
-    taskstore.insert_bodies(connection, [taskstore.body_of(new_task.event.task) for new_task in recorded])
-    due = [new_task.event for new_task in recorded if not new_task.event.send_at_us]
-    scheduled = [new_task.event for new_task in recorded if new_task.event.send_at_us]
-    outbox.put(connection, [outbox.row_of(event) for event in due])
+    rows = [row_of_new_task(new_task.event) for new_task in batch]
+    taskstore.upsert(connection, rows)
+    results = _existing(connection, rows)
+    recorded = batch
+    if results:
+        recorded = [new_task for new_task, row in zip(batch, rows, strict=True) if row.id not in results]
+    events = [new_task.event for new_task in recorded]
+    taskstore.insert_bodies(connection, [taskstore.body_of(event.task) for event in events])
+    scheduled = [event for event in events if event.send_at_us]
+    due = [event for event in events if not event.send_at_us] if scheduled else events
+    outbox.put(connection, [outbox.created(event.task.id) for event in due])
     outbox.insert_scheduled(
         connection, [(outbox.row_of(event), from_micros(event.send_at_us)) for event in scheduled]
     )
     # The status service adds the timeline entry of a due event a moment later.
     taskstore.insert_events(connection, map(timeline_row, scheduled))
-    originals = tasks_of(connection, sorted({id_ for id_, _ in existing.values()}))
-    results: list[RecordResult] = []
-    for task in tasks:
-        if task.id not in existing:
-            results.append(None)
-            continue
-        original, request_hash = existing[task.id]
-        same = request_hash == task.request_hash
-        results.append(originals[original] if same else idempotency_conflict(text(original)))
-    return results, recorded
+    return [results.get(row.id) for row in rows], recorded
+
+
+def _existing(connection: Connection, rows: Sequence[TaskRow]) -> dict[bytes, task_pb2.Task | StatusError]:
+    """Return the results of those tasks, by id, whose idempotency key another task has.
+
+    The upsert has skipped them.
+    """
+    keys = {
+        row.id: (str(row.tenant), row.idempotency_key.decode())
+        for row in rows
+        if row.idempotency_key is not None
+    }
+    if not keys:
+        return {}
+    owners = taskstore.owners_of_keys(connection, sorted(set(keys.values())))
+    existing = {id_: owners[key] for id_, key in keys.items() if owners[key][0] != id_}
+    originals = tasks_of(connection, sorted({original for original, _ in existing.values()}))
+    hashes = {row.id: row.request_hash for row in rows}
+    return {
+        id_: originals[original] if request_hash == hashes[id_] else idempotency_conflict(text(original))
+        for id_, (original, request_hash) in existing.items()
+    }

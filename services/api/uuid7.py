@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import gcd
+from struct import unpack
 
 from services.common.kafka.partitioner import complete_key
 
@@ -22,17 +23,18 @@ __all__ = ["IdGenerator", "lowest", "parse", "text"]
 
 _TEXT_FORM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 _LIMIT_US = (1 << 48) * 1000
-_VERSION = 7 << 76
-_VARIANT = 2 << 62
+_VERSION = 7 << 12
+_VARIANT = 2 << 30
 _WORD = (1 << 32) - 1
 _SHARED_US = 50_000
 """Microseconds for which single ids share a partition: a publisher gathers single records for as long."""
 
 
 def _head(us: int) -> int:
+    """Return the first 64 bits of the ids of this microsecond."""
     ms, rest = divmod(us, 1000)
     # The 1000 microseconds map to the 4096 values of rand_a without a collision, and keep their order.
-    return ms << 80 | _VERSION | (rest * 4096 // 1000) << 64 | _VARIANT
+    return ms << 16 | _VERSION | rest * 4096 // 1000
 
 
 class IdGenerator:
@@ -48,7 +50,7 @@ class IdGenerator:
         self._partitions, self._step = partitions, _step(partitions)
         self._latest = int.from_bytes(os.urandom(4)) % partitions
         self._of_singles, self._shared_until = self._latest, 0
-        self._pool, self._used = b"", 0
+        self._random: Iterator[int] = iter(())
 
     def new(self) -> tuple[bytes, int]:
         """Return a new id (16 bytes) and its time in microseconds since the Unix epoch.
@@ -58,12 +60,21 @@ class IdGenerator:
         us = self._reserve(1)
         if us >= self._shared_until:
             self._of_singles, self._shared_until = self._next_partition(), us + _SHARED_US
-        return self._make(us, self._of_singles), us
+        bits = next(self._random, None)
+        if bits is None:
+            # Each os.urandom is a system call that releases the GIL, so one call serves 256 ids.
+            self._random = _random(256)
+            bits = next(self._random)
+        return _make(us, bits, self._of_singles, self._partitions), us
 
     def batch(self, count: int) -> list[tuple[bytes, int]]:
         """Return the ids and the times of a batch, as `count` calls of `new` would."""
         first, partition = self._reserve(count), self._next_partition()
-        return [(self._make(us, partition), us) for us in range(first, first + count)]
+        times = range(first, first + count)
+        return [
+            (_make(us, bits, partition, self._partitions), us)
+            for us, bits in zip(times, _random(count), strict=True)
+        ]
 
     def _reserve(self, count: int) -> int:
         """Return the first of so many microseconds that no other id has."""
@@ -75,14 +86,15 @@ class IdGenerator:
         self._latest = (self._latest + self._step) % self._partitions
         return self._latest
 
-    def _make(self, us: int, partition: int) -> bytes:
-        # Each os.urandom is a system call that releases the GIL, so one call serves 256 ids.
-        if self._used >= len(self._pool):
-            self._pool, self._used = os.urandom(8 * 256), 0
-        start, self._used = self._used, self._used + 8
-        bits = int.from_bytes(self._pool[start : self._used])
-        head = (_head(us) >> 32 | bits >> 34).to_bytes(12)
-        return complete_key(head, partition, self._partitions, bits & _WORD)
+
+def _random(count: int) -> Iterator[int]:
+    return iter(unpack(f"{count}Q", os.urandom(8 * count)))
+
+
+def _make(us: int, bits: int, partition: int, partitions: int) -> bytes:
+    """Return the id of this time and partition, given 64 random bits."""
+    head = (_head(us) << 32 | _VARIANT | bits >> 34).to_bytes(12)
+    return complete_key(head, partition, partitions, bits & _WORD)
 
 
 def _step(partitions: int) -> int:
@@ -99,7 +111,7 @@ def _step(partitions: int) -> int:
 
 def lowest(us: int) -> bytes:
     """Return the lowest id of this microsecond; of the nearest one where no id can contain the time."""
-    return _head(min(max(us, 0), _LIMIT_US - 1)).to_bytes(16, "big")
+    return (_head(min(max(us, 0), _LIMIT_US - 1)) << 32 | _VARIANT).to_bytes(12) + bytes(4)
 
 
 def text(id_: bytes) -> str:

@@ -81,9 +81,10 @@ def task_created(
     email, domain = _address(data.email, violations)
     _subject(subject, violations)
     _bodies(body, html, max_body, violations)
-    headers = _headers(data.headers, allowed_headers, violations) if data.headers else {}
-    if data.labels:
-        violations += label_violations("data.labels", data.labels)
+    headers, labels = data.headers, data.labels
+    kept = _headers(headers, allowed_headers, violations) if headers else {}
+    if labels:
+        violations += label_violations("data.labels", labels)
     key = request.idempotency_key or key_in_metadata
     if key:
         _key(key, key_in_metadata, violations)
@@ -91,7 +92,9 @@ def task_created(
     if violations:
         raise InvalidArgument(violations)
     # A past `send_at` sends at once, like none. The request hash still distinguishes the two.
-    event = events_pb2.TaskCreated(send_at_us=send_at_us if send_at_us > now_us else 0)
+    event = events_pb2.TaskCreated()
+    if send_at_us > now_us:
+        event.send_at_us = send_at_us
     # The task is filled in its place: a message that is passed to a constructor is copied.
     task = event.task
     task.tenant, task.email, task.domain, task.subject = tenant, email, domain, subject
@@ -99,13 +102,13 @@ def task_created(
         task.body = body
     if html is not None:
         task.html = html
-    if headers:
-        task.headers.update(headers)
-    if data.labels:
-        task.labels.update(data.labels)
+    if kept:
+        task.headers.update(kept)
+    if labels:
+        task.labels.update(labels)
     if key:
         task.idempotency_key = key
-        task.request_hash = _request_hash(task, data.headers, send_at_us)
+        task.request_hash = _request_hash(task, headers, send_at_us)
     return event
 
 

@@ -70,16 +70,16 @@ def fill_new_task(view: task_pb2.Task, event: events_pb2.TaskCreated) -> None:
     """Fill an empty task as `new_task` does, in its place within a larger message."""
     mail = event.task
     view.id, view.email, view.subject, view.status = text(mail.id), mail.email, mail.subject, "pending"
-    if mail.labels:
-        view.labels.update(mail.labels)
+    if labels := mail.labels:
+        view.labels.update(labels)
     _set(view.created_at, mail.created_at_us)
     _set(view.updated_at, event.at_us)
-    if event.send_at_us:
-        _set(view.next_attempt_at, event.send_at_us)
+    if send_at_us := event.send_at_us:
+        _set(view.next_attempt_at, send_at_us)
 
 
 def _set(field: Timestamp, us: int) -> None:
-    field.seconds, rest = divmod(us, 10**6)
+    field.seconds, rest = divmod(us, 1_000_000)
     field.nanos = rest * 1000
 
 

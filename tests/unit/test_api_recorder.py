@@ -10,11 +10,16 @@ import grpc
 import pytest
 
 from postroad.v1 import events_pb2
+from postroad.v1.task_service_pb2 import CreateRequest, TaskData
 from services.api import recorder
 from services.api.admission import AdmissionControl
 from services.api.errors import StatusError
+from services.api.new_task_row import row_of_new_task
 from services.api.outbox import NewTask, OutboxEvent
 from services.api.recorder import Recorder
+from services.api.uuid7 import IdGenerator
+from services.api.validation import task_created
+from services.common.fold import delta
 
 
 def new_tasks(count: int) -> list[NewTask]:
@@ -44,6 +49,29 @@ async def test_single_creates_wait_for_no_batch(monkeypatch: pytest.MonkeyPatch)
     assert [len(results) for results in await asyncio.gather(*batches)] == [500] * 4
     assert committed == [1] * 20 + [500] * 4
     await of_test.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"body": "text"},
+        {"body": "", "html": "<p>", "labels": {"b": '"', "a": "é"}, "headers": {"X-A": "1"}},
+        {"body": "", "subject": "é" * 300, "email": "a" * 64 + "@" + ".".join(["d" * 60] * 3)},
+    ],
+)
+@pytest.mark.parametrize("key", ["", "k" * 255, "é" * 127], ids=["no key", "long key", "key in UTF-8"])
+@pytest.mark.parametrize("ahead_us", [0, 3_600_000_000])
+def test_the_row_of_a_new_task_is_what_the_fold_makes_of_its_event(
+    data: dict[str, Any], key: str, ahead_us: int
+) -> None:
+    request = CreateRequest(data=TaskData(**{"email": "a@shop.test", "subject": "s"} | data))
+    now_us = 1_800_000_000_123_456
+    request.send_at.FromMicroseconds(now_us + ahead_us)
+    event = task_created(request, "t" * 64, key, 1000, now_us)
+    event.task.id, event.task.created_at_us = IdGenerator(lambda: now_us * 1000).new()
+    event.at_us = event.task.created_at_us
+    assert row_of_new_task(event) == delta(event)
+    assert (event.send_at_us > 0) == (ahead_us > 0)
 
 
 def test_calls_are_admitted_below_the_limits_and_leave_them_however_they_end() -> None:

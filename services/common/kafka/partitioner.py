@@ -6,6 +6,7 @@ the key's first bytes determine its last four bytes (docs/adr/0032-tasks-of-one-
 
 from __future__ import annotations
 
+from functools import lru_cache
 from struct import Struct
 
 __all__ = ["complete_key", "partition_of"]
@@ -16,6 +17,7 @@ _INVERSE_M = pow(_M, -1, 1 << 32)
 _MASK = 0xFFFFFFFF
 _POSITIVE = 0x7FFFFFFF
 _HEAD = Struct("<3I")
+_TAIL = Struct("<I")
 
 
 def partition_of(key: bytes, partitions: int) -> int:
@@ -42,8 +44,14 @@ def complete_key(head: bytes, partition: int, partitions: int, random: int) -> b
     h = h * _INVERSE_M & _MASK
     h ^= h >> 13 ^ h >> 26
     first, second, third = _HEAD.unpack(head)
-    k = (h ^ _mix(_mix(_mix(_SEED ^ 16, first), second), third) * _M & _MASK) * _INVERSE_M & _MASK
-    return head + ((k ^ k >> 24) * _INVERSE_M & _MASK).to_bytes(4, "little")
+    k = (h ^ _mix(_mix(_after(first), second), third) * _M & _MASK) * _INVERSE_M & _MASK
+    return head + _TAIL.pack((k ^ k >> 24) * _INVERSE_M & _MASK)
+
+
+# The first four bytes of a task's id change every 65 s.
+@lru_cache(maxsize=4)
+def _after(first: int) -> int:
+    return _mix(_SEED ^ 16, first)
 
 
 def _mix(h: int, block: int) -> int:
