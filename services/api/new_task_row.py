@@ -1,7 +1,7 @@
 """The row of a new task. Pure.
 
-`fold.delta` makes the row of any event, from any producer, and cuts its texts to their columns. Validation has
-narrower limits than the columns, and most columns of a new task are constants.
+`fold.delta` makes the row of any event, from any producer, and cuts its texts to their columns. The limits
+of the validation are narrower, and most columns of a new task are constants.
 """
 
 from __future__ import annotations

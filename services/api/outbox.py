@@ -14,7 +14,8 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 from sqlalchemy import Connection
 
 from postroad.v1 import events_pb2 as pb
-from services.common.database.bulk import execute_rows, placeholders
+from services.common.database.bulk import execute, execute_rows, placeholders
+from services.common.database.literals import literal_list
 from services.common.unpublished import SWEEP_SECONDS
 
 __all__ = [
@@ -127,10 +128,7 @@ def send_at(epoch: int, send_at_us: int) -> int:
 def put(connection: Connection, rows: Sequence[OutboxRow], seconds: int = GRACE) -> None:
     """Insert rows that are due now. A sweeper may take them `seconds` from now. Existing rows stay."""
     due = f"UTC_TIMESTAMP(6) + INTERVAL {seconds:d} SECOND,UTC_TIMESTAMP(6)"
-    for start in range(0, len(rows), 500):
-        part = rows[start : start + 500]
-        values = ",".join([f"(%s,%s,%s,{due})"] * len(part))
-        connection.exec_driver_sql(f"{_PUT} {values}", tuple(value for row in part for value in row))
+    execute_rows(connection, _PUT, rows, row=f"(%s,%s,%s,{due})")
 
 
 def insert_scheduled(connection: Connection, rows: Sequence[tuple[OutboxRow, datetime]]) -> None:
@@ -141,9 +139,10 @@ def insert_scheduled(connection: Connection, rows: Sequence[tuple[OutboxRow, dat
 def delete(connection: Connection, rows: Sequence[OutboxRow]) -> None:
     """Delete the rows of published events. Missing rows are no error."""
     for (kind, epoch), ids in _by_kind_and_epoch(rows):
-        connection.exec_driver_sql(
-            f"DELETE FROM outbox WHERE task_id IN ({placeholders(len(ids))}) AND kind = %s AND epoch = %s",
-            (*ids, kind, epoch),
+        execute(
+            connection,
+            f"DELETE FROM outbox WHERE task_id IN ({literal_list(ids)}) AND kind = %s AND epoch = %s",
+            (kind, epoch),
         )
 
 
@@ -188,6 +187,7 @@ def make_due(connection: Connection, task_id: bytes) -> None:
 def _by_kind_and_epoch(rows: Sequence[OutboxRow]) -> Iterator[tuple[tuple[str, int], list[bytes]]]:
     """Yield the sorted task ids of each kind and epoch. The primary key reads such a list as ranges."""
     found: dict[tuple[str, int], list[bytes]] = {}
-    for task_id, kind, epoch in sorted(rows):
+    for task_id, kind, epoch in rows:
         found.setdefault((kind, epoch), []).append(task_id)
-    yield from found.items()
+    for key in sorted(found):
+        yield key, sorted(found[key])

@@ -41,6 +41,7 @@ log = structlog.get_logger(__name__)
 _REFUSAL_TIME = 0.2
 _STREAM_GRACE = 1.0
 _MAX_SWEPT = 500
+_MAX_DELETED = 2000
 # The recorder uses two, the deleter, the sweeper, the readiness and the backlog one each, and each of the two
 # DatabaseThreads as many as it has threads.
 _CONNECTIONS = 6 + 2 * THREADS
@@ -64,7 +65,9 @@ class ApiService:
             keys = token_keys(settings.token_keys.get_secret_value(), url)
         self._engine = make_engine(url, _CONNECTIONS)
         self._publisher = Publisher(settings, "postroad.api")
-        self._deleter: Batcher[OutboxRow, None] = Batcher(self._delete, shared=is_transient, name="outbox")
+        self._deleter: Batcher[OutboxRow, None] = Batcher(
+            self._delete, _MAX_DELETED, shared=is_transient, name="outbox"
+        )
         max_count, max_bytes = settings.max_in_flight, settings.max_in_flight_bytes
         self._outbox_publisher = OutboxPublisher(self._publisher, self._deleter, max_count, max_bytes)
         self._recorder = Recorder(self._engine, self._on_commit, settings.max_pending_creates, max_bytes)
