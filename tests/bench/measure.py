@@ -20,10 +20,8 @@ from tests.bench.load import Sent
 from tests.bench.servers import Installation
 from tests.bench.usage import spent
 
-__all__ = ["Figures", "figures", "median", "quantiles"]
+__all__ = ["Figures", "figures", "is_refusal", "median", "quantiles"]
 
-# A full outbox publisher answers so, and so does a saturated api: the caller may try again.
-_REFUSED = "RESOURCE_EXHAUSTED"
 _QUIET_SECONDS = 1.2
 
 
@@ -80,6 +78,14 @@ def median(rounds: Sequence[Figures]) -> Figures:
     )
 
 
+def is_refusal(error: str) -> bool:
+    """Return whether a saturated api refused a call before it did anything: the caller may try again.
+
+    REFUSED_STREAM is code 7 (RFC 9113 section 7).
+    """
+    return error.startswith("RESOURCE_EXHAUSTED") or "RST_STREAM with error code 7" in error
+
+
 async def figures(installation: Installation, load: Callable[[], Awaitable[Sent]]) -> Figures:
     """Run a load, wait until its tasks have ended, and check every count.
 
@@ -89,7 +95,7 @@ async def figures(installation: Installation, load: Callable[[], Awaitable[Sent]
     before, start = installation.usage(), time.time()
     sent = await load()
     answered = time.time()
-    refused = [error for error in sent.errors if error.startswith(_REFUSED)]
+    refused = [error for error in sent.errors if is_refusal(error)]
     if len(refused) < len(sent.errors):
         raise RuntimeError(f"{len(sent.errors)} calls failed: {sorted(set(sent.errors) - set(refused))[:3]}")
     installation.created += len(sent.called_at)

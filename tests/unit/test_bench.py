@@ -12,7 +12,7 @@ import pytest
 from tests.bench import counts, diagnosis, limit, report, storage, throughput
 from tests.bench.__main__ import RUN, main, parser
 from tests.bench.counts import WrongCountsError
-from tests.bench.measure import Figures, median, quantiles
+from tests.bench.measure import Figures, is_refusal, median, quantiles
 from tests.bench.receivers import mails_in
 from tests.bench.stage import metric
 from tests.bench.usage import Usage, spent
@@ -148,6 +148,12 @@ def test_the_median_of_rounds() -> None:
 def test_quantiles_in_milliseconds() -> None:
     assert quantiles([n / 1000 for n in range(1001)]) == {"p50": 500.0, "p95": 950.0, "p99": 990.0}
     assert quantiles([0.25]) == {"p50": 250.0, "p95": 250.0, "p99": 250.0}
+
+
+def test_a_refusal_is_no_failure() -> None:
+    assert is_refusal("RESOURCE_EXHAUSTED: 5000 Creates wait")
+    assert is_refusal("UNAVAILABLE: Stream removed (RST_STREAM (Received RST_STREAM with error code 7))")
+    assert not is_refusal("UNAVAILABLE: the database does not answer")
 
 
 def test_ratios_of_two_clones() -> None:
