@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.local.state import SERVICES, StackState
+from services.common.secret_files import SUFFIX
 from services.common.stages import STAGES
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 # The stack does not start the process when one of these variables is set.
 REPLACED_BY = {
     "kafka": ("POSTROAD_KAFKA_BOOTSTRAP",),
-    "mysql": ("POSTROAD_DATABASE_URL",),
+    "mysql": ("POSTROAD_DATABASE_URL", "POSTROAD_DATABASE_URL_FILE"),
     "dns": ("POSTROAD_DNS_SERVERS",),
     "catcher": ("EMAIL_HOST", "EMAIL_PORT"),
     "api": ("POSTROAD_API",),
@@ -47,6 +48,7 @@ OPERATORS = {
     "POSTROAD_TENANT",
     "POSTROAD_TLS",
     "POSTROAD_TOKEN",
+    "POSTROAD_TOKEN_FILE",
     "POSTROAD_TOKEN_IN_CLEAR",
 }
 PRIVATE_PREFIXES = ("POSTROAD_HTTP_", "POSTROAD_LOCAL_", "POSTROAD_TEST_")
@@ -72,6 +74,8 @@ OWN_SETTINGS = {
 }
 # The services have another working directory than the user.
 FILES = ("POSTROAD_TLS_CERT", "POSTROAD_TLS_CLIENT_CA", "POSTROAD_TLS_KEY", "POSTROAD_TOKENS_FILE")
+# These services have no database, and do not get its password.
+WITHOUT_DATABASE = ("validator",)
 # Only `postroad topics apply` reads these; no service does.
 TOPICS = ("POSTROAD_PARTITIONS", "POSTROAD_REPLICATION")
 LOOPBACK = "127.0.0.1"
@@ -92,6 +96,8 @@ def services_reading(variable: str) -> tuple[str, ...]:
     for service, starts in OWN_SETTINGS.items():
         if variable.startswith(starts):
             return (service,)
+    if variable.startswith("POSTROAD_DATABASE_"):
+        return tuple(service for service in SERVICES if service not in WITHOUT_DATABASE)
     return SERVICES
 
 
@@ -176,14 +182,21 @@ def stack_environment(state: StackState) -> dict[str, str]:
         f"POSTROAD_HTTP_{name.upper().replace('-', '_')}": f"{LOOPBACK}:{state.port(name, 'http')}"
         for name in state.service_names()
     }
-    return {**_own(state), **state.given, **health}
+    # A secret that the user gave in a file takes the place of the stack's own.
+    own = {name: value for name, value in _own(state).items() if name + SUFFIX not in state.given}
+    return {**own, **state.given, **health}
 
 
 def service_environment(state: StackState, name: str) -> dict[str, str]:
-    """Return the variables that the replica `name` gets besides the command's own environment."""
+    """Return the variables that the replica `name` gets besides the command's own environment.
+
+    It gets no setting that only others read, so that it holds no secret of theirs.
+    """
+    service = name.rpartition("-")[0]
     listen = {"POSTROAD_LISTEN": f"{LOOPBACK}:{state.port(name, 'grpc')}"} if name.startswith("api-") else {}
+    shared = stack_environment(state)
     return {
-        **stack_environment(state),
+        **{variable: value for variable, value in shared.items() if service in services_reading(variable)},
         **listen,
         "POSTROAD_HTTP_LISTEN": f"{LOOPBACK}:{state.port(name, 'http')}",
         "POSTROAD_REPLICA": name,

@@ -13,6 +13,7 @@ from deploy.local.environment import service_environment, services_reading, stac
 from deploy.local.layout import Layout
 from deploy.local.ports import HOST
 from deploy.local.state import StackState
+from services.common.secret_files import secrets_in_files
 from services.common.stages import STAGES
 
 __all__ = ["DRAIN_SECONDS", "catcher_component", "dns_component", "service_component"]
@@ -93,7 +94,8 @@ def catcher_component(layout: Layout, state: StackState) -> Component:
         argv=(sys.executable, "-m", "deploy.local.catcher", "--listen", f"{HOST}:{port}",
               "--mail-dir", str(layout.mail)),
         address=f"{HOST}:{port}",
-        env={name: settings[name] for name in ("EMAIL_USER", "EMAIL_PASS")},
+        env={"EMAIL_USER": settings["EMAIL_USER"], "EMAIL_PASS": settings.get("EMAIL_PASS", "")}
+        | secrets_in_files(settings, ["EMAIL_PASS"]),
         is_ready=is_ready,
         grace=5,
     )  # fmt: skip

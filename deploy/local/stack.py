@@ -130,12 +130,20 @@ class Stack:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Hold the stack's lock. The block works on the newest state, which is saved when it ends."""
-        self.layout.root.mkdir(parents=True, exist_ok=True)
+        self._make_root()
         with self.layout.lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.state = StackState.load(self.layout.state)
             yield
             self._save()
+
+    def _make_root(self) -> None:
+        # Its logs, mails and data are its owner's alone. A directory of the user's that holds no stack stays
+        # as it is until one is in it.
+        root = self.layout.root
+        if self.layout.state.exists() or not root.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            root.chmod(0o700)
 
     def _save(self) -> None:
         # All ports are chosen here, under the lock, since the threads that start processes need the same

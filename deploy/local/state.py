@@ -23,8 +23,8 @@ class StackState:
     replicas: dict[str, int] = field(default_factory=dict)
     kafka_nodes: int = 1
     database: str = "mysql"
-    password: str = field(default_factory=lambda: secrets.token_hex(12))
-    given: dict[str, str] = field(default_factory=dict)
+    password: str = field(default_factory=lambda: secrets.token_hex(12), repr=False)
+    given: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, path: Path) -> "StackState":

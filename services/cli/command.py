@@ -40,7 +40,7 @@ import typer
 
 from services.cli.errors import explain, is_kafka_error
 from services.cli.output import Output, OutputFormat
-from services.cli.settings import effective_variables, make_settings
+from services.cli.settings import effective_variables, make_settings, with_token
 
 if TYPE_CHECKING:
     import grpc
@@ -141,7 +141,7 @@ class CommandContext:
         """Return a channel to the api. It is a context manager and adds the bearer token to every call."""
         from services.cli.channel import open_channel  # noqa: PLC0415
 
-        return open_channel(self.variables)
+        return open_channel(with_token(self.variables))
 
 
 def command(

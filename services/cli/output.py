@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,8 +231,13 @@ def _end_of(text: str, width: int) -> str:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    print(_without_c1(json.dumps(value, ensure_ascii=False, indent=2)))
 
 
 def _print_json_line(row: OutputRow, flush: bool = False) -> None:
-    print(json.dumps(row, ensure_ascii=False), flush=flush)
+    print(_without_c1(json.dumps(row, ensure_ascii=False)), flush=flush)
+
+
+def _without_c1(document: str) -> str:
+    # A terminal obeys these too, and JSON escapes only those below U+0020.
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", document)

@@ -12,7 +12,7 @@ A profile is a table of the config file (`$XDG_CONFIG_HOME/postroad/config.toml`
     [profiles.staging]
     api = "tasks.staging.example:443"
     tls = true
-    token = "..."
+    token-file = "/home/ann/.config/postroad/token"
     kafka = "kafka-1:9092,kafka-2:9092"
     database = "mysql+mysqlconnector://postroad:...@mysql/postroad"
     topic-prefix = "staging."
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 from services.cli.errors import USAGE, Failure
 from services.cli.terminal import say
 from services.common.environment import misspelt, unknown
+from services.common.secret_files import SUFFIX, secrets_in_files
 
 if TYPE_CHECKING:
     from services.common.config import Settings
@@ -42,6 +43,7 @@ __all__ = [
     "profile_variables",
     "read_config_file",
     "read_env_file",
+    "with_token",
 ]
 
 VARIABLES: Final = {
@@ -60,7 +62,8 @@ VARIABLES: Final = {
 """The variables by the names of their flags, which profiles use too."""
 # A line of a file that sets a secret. A database's URL usually has a password.
 _SECRET: Final = re.compile(
-    r"^\s*(?:export )?(?:(?:POSTROAD_)?(?:TOKEN|DATABASE(?:_URL)?|API_TOKENS)|EMAIL_\w*(?:PASS|SECRET))\s*=",
+    r"^\s*(?:export )?(?:(?:POSTROAD_)?(?:(?:[\w-]+[_-])?(?:TOKENS?|PASSWORD)|TOKEN[_-]KEYS)"
+    r"|(?:POSTROAD_)?DATABASE(?:[_-]URL)?|EMAIL_\w*(?:PASS|SECRET))\s*=",
     re.MULTILINE | re.IGNORECASE,
 )
 
@@ -73,13 +76,14 @@ def effective_variables(given: Mapping[str, str | None], environment: Mapping[st
     variable that looks like a setting.
     """
     file = given.get("env-file") or environment.get("POSTROAD_ENV_FILE")
-    outer = (read_env_file(Path(file)) if file else {}) | dict(environment)
+    outer = _over(read_env_file(Path(file)) if file else {}, environment)
     _refuse_misspelt(outer)
     named = given.get("profile") or outer.get("POSTROAD_PROFILE")
     flags = {
         VARIABLES[name]: value for name, value in given.items() if name in VARIABLES and value is not None
     }
-    return profile_variables(read_config_file(given.get("config"), outer), named) | outer | flags
+    profile = profile_variables(read_config_file(given.get("config"), outer), named)
+    return _over(_over(profile, outer), flags)
 
 
 def read_config_file(given: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -146,15 +150,36 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 def make_settings(effective: Mapping[str, str]) -> Settings:
-    """Return the settings with these variables. Raises `pydantic.ValidationError`."""
-    from services.common.config import Settings  # noqa: PLC0415
+    """Return the settings with these variables.
 
+    Raises `pydantic.ValidationError`, and Failure for a secret's file.
+    """
+    from services.common.config import Settings, file_secrets  # noqa: PLC0415
+
+    try:
+        secrets = file_secrets(effective)
+    except ValueError as error:
+        raise Failure(error, USAGE) from None
     given = {}
     for name, field in Settings.model_fields.items():
         variable = str(field.validation_alias or f"POSTROAD_{name.upper()}")
         if variable in effective:
             given[name] = effective[variable]
-    return Settings(**given)  # type: ignore[arg-type]
+    return Settings(**given | secrets)  # type: ignore[arg-type]
+
+
+def with_token(effective: Mapping[str, str]) -> Mapping[str, str]:
+    """Return these variables with the bearer token that POSTROAD_TOKEN_FILE holds. Raises Failure."""
+    try:
+        return {**effective, **secrets_in_files(effective, ["POSTROAD_TOKEN"])}
+    except ValueError as error:
+        raise Failure(error, USAGE) from None
+
+
+def _over(lower: Mapping[str, str], upper: Mapping[str, str]) -> dict[str, str]:
+    """Return both; where they disagree, `upper` wins. A secret and its file are two forms of one value."""
+    other = {name + SUFFIX for name in upper} | {name.removesuffix(SUFFIX) for name in upper}
+    return {name: value for name, value in lower.items() if name not in other} | dict(upper)
 
 
 def _warn_if_readable(path: Path) -> None:
@@ -174,12 +199,13 @@ def _reason(error: Exception) -> str:
 
 
 def _variable_of(name: str, key: str) -> str:
-    from services.common.config import Settings  # noqa: PLC0415
+    from services.common.config import variables  # noqa: PLC0415
 
-    if key.replace("-", "_").lower() not in Settings.model_fields:
-        raise Failure(f"profile {name!r}: unknown key {key!r}", USAGE)
     plain = key.replace("-", "_").upper()
-    return plain if plain.startswith("EMAIL_") else f"POSTROAD_{plain}"
+    found = plain if plain.startswith("EMAIL_") else f"POSTROAD_{plain}"
+    if found not in {*variables(), "POSTROAD_TOKEN_FILE"}:
+        raise Failure(f"profile {name!r}: unknown key {key!r}", USAGE)
+    return found
 
 
 def _variable_text(name: str, key: str, value: object) -> str:

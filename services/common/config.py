@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Annotated, Literal
@@ -20,13 +20,26 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.common import forms
+from services.common.secret_files import SUFFIX, secrets_in_files
 
-__all__ = ["SETTLE_SECONDS", "Settings", "refusals", "refused", "settings", "variable"]
+__all__ = [
+    "SETTLE_SECONDS",
+    "Settings",
+    "file_secrets",
+    "refusals",
+    "refused",
+    "secret_variables",
+    "settings",
+    "variable",
+    "variables",
+]
 
 SETTLE_SECONDS = 20.0
 """The part of `handover_seconds` that the sender has to store the outcome, after the relay's reply."""
@@ -64,6 +77,10 @@ _MIN_RATE = 0.0001
 def _variable(field: str) -> str:
     """Return the name of a field's variable. Those of the relay have the prefix that other programs use."""
     return field.upper() if field.startswith("email_") else f"POSTROAD_{field.upper()}"
+
+
+def _holds_secret(field: FieldInfo) -> bool:
+    return field.annotation is SecretStr
 
 
 class Settings(BaseSettings):
@@ -283,14 +300,11 @@ class Settings(BaseSettings):
     def _is_text(cls, value: object) -> object:
         return forms.text(value) if isinstance(value, str) else value
 
-    @field_validator(
-        *("email_pass", "email_oauth_client_secret", "api_tokens", "operator_token", "token_keys"),
-        "database_url",
-        mode="before",
-    )
+    @field_validator("*", mode="before")
     @classmethod
-    def _is_secret(cls, value: object) -> object:
-        return forms.without_line_end(value) if isinstance(value, str) else value
+    def _is_secret(cls, value: object, info: ValidationInfo) -> object:
+        secret = info.field_name is not None and _holds_secret(cls.model_fields[info.field_name])
+        return forms.without_line_end(value) if secret and isinstance(value, str) else value
 
     @field_validator("email_auth", mode="before")
     @classmethod
@@ -305,9 +319,37 @@ class Settings(BaseSettings):
         return value
 
 
+# The sender reads the OAuth client's file again at each fetch, so that one has a setting of its own.
+_FILE_SECRETS = [
+    name
+    for name, field in Settings.model_fields.items()
+    if _holds_secret(field) and f"{name}_file" not in Settings.model_fields
+]
+
+
 def variable(field: str) -> str:
     """Return the environment variable of a field of Settings."""
     return str(Settings.model_fields[field].validation_alias)
+
+
+def variables() -> list[str]:
+    """Return the variables of all settings, with those that name a secret's file."""
+    plain = [variable(field) for field in Settings.model_fields]
+    return [*plain, *(name + SUFFIX for name in secret_variables())]
+
+
+def secret_variables() -> list[str]:
+    """Return the variables of the secrets that a process reads from a file at its start."""
+    return [variable(field) for field in _FILE_SECRETS]
+
+
+def file_secrets(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the secrets whose files these variables name, by their fields of Settings.
+
+    Blocks. Raises ValueError, which names the variable.
+    """
+    found = secrets_in_files(given, secret_variables())
+    return {field: found[variable(field)] for field in _FILE_SECRETS if variable(field) in found}
 
 
 def refusals(error: ValidationError) -> list[str]:
@@ -331,5 +373,8 @@ def refused(field: str) -> Iterator[None]:
 
 @cache
 def settings() -> Settings:
-    """Return this process's settings, read once."""
-    return Settings()
+    """Return this process's settings, read once.
+
+    Blocks. Raises `pydantic.ValidationError`, and ValueError for a secret's file; both name the variable.
+    """
+    return Settings(**file_secrets(os.environ))  # type: ignore[arg-type]

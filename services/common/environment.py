@@ -24,6 +24,7 @@ OTHERS: Final = frozenset(
         "POSTROAD_TENANT",
         "POSTROAD_TLS",
         "POSTROAD_TOKEN",
+        "POSTROAD_TOKEN_FILE",
         "POSTROAD_TOKEN_IN_CLEAR",
         "POSTROAD_TRACEBACK",
         # Of the local stack.
@@ -53,9 +54,9 @@ _REPLICA = re.compile(rf"POSTROAD_HTTP_(?:{_SERVICES})_[1-9][0-9]*")
 def misspelt(names: Iterable[str]) -> list[str]:
     """Return a line for each of these variables that looks like a setting but is none."""
     # Importing the settings takes longer than most of the CLI's commands, which seldom get here.
-    from services.common.config import Settings, variable  # noqa: PLC0415
+    from services.common.config import variables  # noqa: PLC0415
 
-    return unknown(names, [variable(field) for field in Settings.model_fields])
+    return unknown(names, variables())
 
 
 def unknown(names: Iterable[str], settings: Iterable[str]) -> list[str]:

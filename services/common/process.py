@@ -59,6 +59,9 @@ def main(name: str, build: Callable[[Settings], Awaitable[Service]]) -> NoReturn
     except ValidationError as error:
         print("\n".join(refusals(error)), file=sys.stderr)
         sys.exit(2)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     configure_logs(name, config.replica_name, config.log_format, config.log_level)
     try:
         uvloop.run(_serve(name, build, config))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import structlog
 
+from services.sender.masking import without_addresses
 from services.sender.replies import OPENING, InDoubt, NotSent, Rejected, SendResult, Sent, TransactionStep
 from services.sender.smtp_relay import Limits
 from services.sender.smtp_session import Session, UnavailableError
@@ -120,7 +121,9 @@ class RelayAvailability:
         if not new:
             return
         self._failures += 1
-        _log.warning("relay_down", relay=trouble.relay, phase=trouble.phase, cause=trouble.cause)
+        _log.warning(
+            "relay_down", relay=trouble.relay, phase=trouble.phase, cause=without_addresses(trouble.cause)
+        )
         self._sessions.fail_waiters(UnavailableError(trouble))
         if self._recovery is None or self._recovery.done():
             self._recovery = asyncio.get_running_loop().create_task(self._recover())

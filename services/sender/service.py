@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any
 
 from services.common.config import SETTLE_SECONDS, Settings, refused, variable
 from services.common.database.engine import make_engine, url_of
 from services.common.deliveries.rows import owner_tokens
 from services.common.events import Event
-from services.common.forms import is_loopback, without_line_end
+from services.common.forms import is_loopback
+from services.common.secret_files import read_secret
 from services.common.stage.service import StageService
 from services.sender.async_claims import AsyncClaims
 from services.sender.claims import Claims
 from services.sender.client_name import find_client_name
 from services.sender.composer import Composer
 from services.sender.leases import Leases
+from services.sender.masking import without_addresses
 from services.sender.metrics import (
     SENDER_CLAIMS,
     SENDER_DOMAINS,
@@ -122,7 +123,7 @@ class SenderService(StageService):
         if self._tokens is not None and (error := self._tokens.trouble) is not None:
             problems.append(f"OAuth token: {error}")
         if (trouble := self._pool.state.trouble) is not None:
-            problems.append(f"relay {trouble.relay}: {trouble.phase}: {trouble.cause}")
+            problems.append(f"relay {trouble.relay}: {trouble.phase}: {without_addresses(trouble.cause)}")
         return problems
 
 
@@ -130,7 +131,8 @@ def _export_trouble(trouble: NotSent | None) -> None:
     # One series at a time: replies contain ids and times, and would make ever more series.
     SENDER_RELAY_TROUBLE.clear()
     if trouble is not None:
-        SENDER_RELAY_TROUBLE.labels(trouble.relay, trouble.phase, trouble.cause[:_MAX_SHOWN]).set(1)
+        cause = without_addresses(trouble.cause)[:_MAX_SHOWN]
+        SENDER_RELAY_TROUBLE.labels(trouble.relay, trouble.phase, cause).set(1)
 
 
 def make_relay(
@@ -190,18 +192,8 @@ def make_tokens(settings: Settings) -> OAuthTokens | None:
     if not file:
         return OAuthTokens(url, client, lambda: secret, scope)
     with refused("email_oauth_client_secret_file"):
-        _secret_in(file)
-    return OAuthTokens(url, client, lambda: _secret_in(file), scope)
-
-
-def _secret_in(file: str) -> str:
-    try:
-        secret = without_line_end(Path(file).read_text("utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"cannot be read: {error}") from error
-    if not secret:
-        raise ValueError("the file is empty")
-    return secret
+        read_secret(file)
+    return OAuthTokens(url, client, lambda: read_secret(file), scope)
 
 
 async def build(settings: Settings) -> SenderService:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from services.sender.masking import reply_codes
 from services.sender.relay_availability import PoolClosedError, RelayAvailability
 from services.sender.replies import NotSent, Rejected, SendResult
 from services.sender.smtp_mail import OutgoingMail
@@ -179,7 +180,9 @@ class SmtpPool:
             result = await self._send(mail_from, rcpt, message, guard, probe=probe, fresh=again)
             if again or not (isinstance(result, Rejected) and result.about_session):
                 return result
-            _log.debug("session_refused", relay=result.relay, phase=result.phase, reply=result.reply)
+            _log.debug(
+                "session_refused", relay=result.relay, phase=result.phase, reply=reply_codes(result.reply)
+            )
             again = True
 
     async def _send(

@@ -11,6 +11,7 @@ import structlog
 from services.common.deliveries.decide import IN_DOUBT, Delivery
 from services.common.deliveries.settlement import Settlement
 from services.sender.async_claims import AsyncClaims
+from services.sender.masking import reply_codes, without_addresses
 from services.sender.metrics import SENDER_FENCED, SENDER_IN_DOUBT, SENDER_OUTCOMES
 from services.sender.replies import InDoubt, SendResult
 
@@ -63,7 +64,7 @@ def note_outcomes(rows: Sequence[StoredRow], settlements: Sequence[Settlement | 
 def _note(new_row: Delivery, settlement: Settlement, result: SendResult | None, cause: str = "") -> None:
     if settlement is Settlement.STORED:
         SENDER_OUTCOMES.labels(new_row.state).inc()
-        cause = cause or getattr(result, "cause", "")
+        cause = without_addresses(cause or getattr(result, "cause", ""))
         if isinstance(result, InDoubt):
             log_doubt(new_row, "lost reply", cause=cause)
         elif new_row.state != "sent":
@@ -76,7 +77,7 @@ def _note(new_row: Delivery, settlement: Settlement, result: SendResult | None, 
         outcome=new_row.state,
         became=settlement.value,
         message_id=new_row.message_id,
-        reply=new_row.reply,
+        reply=reply_codes(new_row.reply),
     )
 
 
@@ -92,7 +93,7 @@ def _log(row: Delivery, **more: object) -> None:
         task=str(UUID(bytes=row.task_id)),
         attempt=row.attempt,
         reason=row.reason,
-        reply=row.reply,
+        reply=reply_codes(row.reply),
         message_id=row.message_id,
         **more,
     )

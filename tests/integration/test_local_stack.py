@@ -8,6 +8,8 @@ import mysql.connector
 import pytest
 from sqlalchemy import make_url
 
+from deploy.local.layout import Layout
+from deploy.local.stack import Stack as LocalStack
 from tests.stack import Infra
 
 SERVERS = ("catcher", "dns", "kafka-1", "mysql")
@@ -35,6 +37,16 @@ def test_stack_env_has_the_settings_that_clients_need(infra: Infra) -> None:
     }  # fmt: skip
     assert needed <= env.keys()
     assert (infra.directory / "stack.env").stat().st_mode & 0o077 == 0
+
+
+def test_only_its_owner_reads_the_stack(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir(mode=0o755)
+    (old / "state.json").write_text("{}")
+    (tmp_path / "mine").mkdir(mode=0o755)
+    for name, mode in (("new/one", 0o700), ("old", 0o700), ("mine", 0o755)):
+        with LocalStack(Layout(tmp_path / name)).changing():
+            assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
 
 def test_a_second_up_restarts_nothing(infra: Infra) -> None:

@@ -33,6 +33,17 @@ def test_json_is_one_document_and_jsonl_an_object_a_line(capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out) == ROWS[0]
 
 
+def test_json_has_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"reply": "".join(map(chr, range(0xA1))) + "é"}
+    Output(OutputFormat.JSONL).rows([row], COLUMNS)
+    Output(OutputFormat.JSON).one(row)
+    shown = capsys.readouterr().out
+    assert all(character.isprintable() or character in "\n\xa0" for character in shown)
+    line, _, document = shown.partition("\n")
+    assert json.loads(line) == json.loads(document) == row
+    assert "é" in line
+
+
 def test_a_table_fits_its_width_and_keeps_ids(capsys: pytest.CaptureFixture[str]) -> None:
     Output(OutputFormat.TABLE, 40).rows(ROWS, COLUMNS)
     assert capsys.readouterr().out.splitlines() == [

@@ -12,7 +12,7 @@ from postroad.v1.task_service_pb2 import CountRequest
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.cli.channel import open_channel
 from services.cli.errors import USAGE, Failure
-from services.cli.settings import effective_variables, make_settings
+from services.cli.settings import effective_variables, make_settings, with_token
 from services.common.operations.tokens import add_token
 from tests.access_server import serve
 from tests.certificates import make_certificates
@@ -151,6 +151,38 @@ def test_a_line_end_is_no_part_of_a_token() -> None:
         open_channel({"POSTROAD_TOKEN": "secret\nof-near"})
 
 
+def test_a_token_may_be_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret-of-file\n")
+    path = str(tmp_path / "token")
+    assert with_token({"POSTROAD_TOKEN_FILE": path})["POSTROAD_TOKEN"] == "secret-of-file"
+    assert with_token({"POSTROAD_API": "near:1"}) == {"POSTROAD_API": "near:1"}
+    for wrong in ({"POSTROAD_TOKEN_FILE": path, "POSTROAD_TOKEN": "x"}, {"POSTROAD_TOKEN_FILE": "/nowhere"}):
+        with pytest.raises(Failure, match="POSTROAD_TOKEN_FILE") as failed:
+            with_token(wrong)
+        assert failed.value.code == USAGE
+
+
+def test_a_secret_and_its_file_replace_each_other(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[profiles.a]\ntoken-file = "/a"\ndatabase = "mysql://u:p@h/x"\n')
+    given: dict[str, str | None] = {"config": str(config), "profile": "a"}
+    assert effective_variables(given, {})["POSTROAD_TOKEN_FILE"] == "/a"
+    found = effective_variables(given, {"POSTROAD_TOKEN": "b", "POSTROAD_DATABASE_URL_FILE": "/b"})
+    assert found == {"POSTROAD_TOKEN": "b", "POSTROAD_DATABASE_URL_FILE": "/b"}
+    found = effective_variables(given | {"token": "c"}, {"POSTROAD_TOKEN_FILE": "/b"})
+    assert found["POSTROAD_TOKEN"] == "c"
+    assert "POSTROAD_TOKEN_FILE" not in found
+
+
+def test_the_settings_take_a_secret_from_its_file(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("mysql://u:p@h/x\n")
+    made = make_settings({"POSTROAD_DATABASE_URL_FILE": str(tmp_path / "url")})
+    assert made.database_url.get_secret_value() == "mysql://u:p@h/x"
+    with pytest.raises(Failure, match="POSTROAD_DATABASE_URL_FILE: cannot be read") as failed:
+        make_settings({"POSTROAD_DATABASE_URL_FILE": "/nowhere"})
+    assert failed.value.code == USAGE
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "warned"),
     [
@@ -159,6 +191,8 @@ def test_a_line_end_is_no_part_of_a_token() -> None:
         ('[profiles.a]\ntoken = "hidden"\n', 0o600, False),
         ('[profiles.a]\napi = "far:1"\n', 0o644, False),
         ('[profiles.a]\nemail_pass = "hidden"\n', 0o604, True),
+        ('[profiles.a]\noperator-token = "hidden-hidden-hidden"\n', 0o604, True),
+        ('[profiles.a]\ntoken-file = "/hidden"\n', 0o604, False),
     ],
 )
 def test_a_readable_config_file_with_secrets_gets_a_warning(

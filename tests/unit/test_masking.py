@@ -7,7 +7,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from services.sender.masking import Mask
+from services.sender.masking import Mask, reply_codes, without_addresses
 from services.sender.reply_parser import ReplyParser
 from services.sender.smtp_auth import secret_mask
 
@@ -60,3 +60,38 @@ def test_an_unfinished_reply_is_masked_too() -> None:
     parser.feed(f"500-{RESPONSE}\r\n500 {RESPONSE[:-2]}".encode())
     assert parser.unparsed == "500-*** 500 ***"
     assert str(parser.unfinished) == "500 *** ***"
+
+
+@pytest.mark.parametrize(
+    ("reply", "shown"),
+    [
+        ("550 5.1.1 <ada@good.test>: no such user", "550 5.1.1"),
+        ("550 user ada is unknown", "550"),
+        ("421-4.7.0 ada.b@good.test waits", "421-4.7.0"),
+        ("450 4.2.1.9 ada", "450"),
+        (
+            "the connection was lost, after b'<ada@good.test'",
+            "the connection was lost, after b'<***@good.test'",
+        ),
+        ("5501 ada@good.test", "5501 ***@good.test"),
+        ("", ""),
+    ],
+)
+def test_a_log_has_only_the_codes_of_a_reply(reply: str, shown: str) -> None:
+    assert reply_codes(reply) == shown
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ada@good.test",
+        '"a b\\"c"@good.test',
+        "SRS0=x=y=d=ada@good.test",
+        "ada+40x@good.test",
+        "ä.b@good.test",
+    ],
+)
+def test_an_address_has_no_local_part_in_a_log(address: str) -> None:
+    assert without_addresses(f"554 <{address}>: relay access denied, {address}") == (
+        "554 <***@good.test>: relay access denied, ***@good.test"
+    )

@@ -16,7 +16,7 @@ import pytest
 
 from deploy.local.environment import OWN_SETTINGS, service_environment, services_reading
 from deploy.local.state import SERVICES, StackState
-from services.common.config import Settings, variable
+from services.common.config import Settings, secret_variables, variable
 from services.common.environment import OTHERS
 from services.common.stages import STAGES
 
@@ -162,6 +162,15 @@ def test_every_setting_has_a_reader() -> None:
 @pytest.mark.parametrize("service", [*SERVICES, "migrate", "topics", "postroad"])
 def test_compose_gives_each_service_the_settings_that_it_reads(service: str) -> None:
     assert given_to(service) == read_by(service) - NOT_HANDED_ON
+
+
+def test_a_service_of_the_local_stack_gets_no_secret_that_it_does_not_read() -> None:
+    given = dict.fromkeys((*secret_variables(), *(f"{name}_FILE" for name in secret_variables())), "given")
+    for service in SERVICES:
+        got = set(service_environment(StackState(given=given), f"{service}-1"))
+        for name in secret_variables():
+            # The secret in a file takes the place of the stack's own.
+            assert (name in read_by(service)) == (name in got) == (f"{name}_FILE" in got), (service, name)
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -7,9 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
-from services.common.config import Settings, refusals, variable
+from services.common.config import (
+    Settings,
+    file_secrets,
+    refusals,
+    secret_variables,
+    settings,
+    variable,
+    variables,
+)
 from services.common.environment import OTHERS, misspelt
 from services.common.stages import all_topics
 from tests import forked
@@ -249,6 +257,7 @@ def test_every_setting_refuses_some_values() -> None:
     [
         ("sender", {"POSTROAD_SENDER_DELAYS": ""}, "POSTROAD_SENDER_DELAYS: "),
         ("status", {"POSTROAD_DATABASE_URL": "nonsense"}, "POSTROAD_DATABASE_URL: "),
+        ("status", {"POSTROAD_DATABASE_URL_FILE": "/nowhere"}, "POSTROAD_DATABASE_URL_FILE: cannot be read"),
         (
             "validator",
             {"POSTROAD_VALIDATOR_DELAY": "5"},
@@ -263,6 +272,61 @@ def test_a_process_with_an_invalid_setting_exits_with_2(
     assert code == 2, err
     (line,) = err.splitlines()
     assert line.startswith(says)
+
+
+SECRETS = secret_variables()
+
+
+def test_every_secret_but_that_of_oauth_may_be_in_a_file() -> None:
+    secrets = {
+        variable(name) for name, field in Settings.model_fields.items() if field.annotation is SecretStr
+    }
+    assert secrets - set(SECRETS) == {"EMAIL_OAUTH_CLIENT_SECRET"}
+    assert {f"{name}_FILE" for name in SECRETS} <= set(variables())
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_secret_comes_from_its_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, end: str
+) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(f"s3cret-s3cret-s3cret {end}".replace(" ", "-").encode())
+    monkeypatch.setenv(f"{name}_FILE", str(file))
+    monkeypatch.setenv(name, "")
+    read = settings.__wrapped__()
+    assert {
+        variable(field): getattr(read, field).get_secret_value()
+        for field in read.model_fields_set
+        if variable(field) in SECRETS
+    } == {name: "s3cret-s3cret-s3cret-"}
+    assert "s3cret" not in repr(read) + str(read) + str(read.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "the file is empty"),
+        (b"\n", "the file is empty"),
+        (b"s3cret\xff", "cannot be read: it is not UTF-8"),
+    ],
+)
+def test_an_unusable_file_of_a_secret_is_refused(tmp_path: Path, content: bytes | None, says: str) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^EMAIL_PASS_FILE: {says}$"):
+        file_secrets({"EMAIL_PASS_FILE": str(file)})
+
+
+def test_a_secret_and_its_file_exclude_each_other(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s3cret")
+    given = {"email_pass_file": str(tmp_path / "secret"), "EMAIL_PASS": "s3cret"}
+    with pytest.raises(
+        ValueError, match=r"^EMAIL_PASS: is given, and so is EMAIL_PASS_FILE; unset one of them$"
+    ):
+        file_secrets(given)
 
 
 def test_the_longest_names_and_delays_fit_a_topic() -> None:
@@ -285,9 +349,8 @@ def test_an_unknown_variable_is_named_with_the_nearest_one() -> None:
 
 
 def test_variables_that_are_no_settings_are_known() -> None:
-    settings = [variable(field) for field in Settings.model_fields]
     ours = ["POSTROAD_HTTP_SENDER_12", "postroad_partitions", "EMAIL_ME", "PATH", "_POSTROAD_COMPLETE"]
-    assert misspelt([*settings, *OTHERS, *ours]) == []
+    assert misspelt([*variables(), *OTHERS, *ours]) == []
 
 
 def test_the_known_variables_are_those_that_the_tree_names() -> None:
@@ -301,7 +364,7 @@ def test_the_known_variables_are_those_that_the_tree_names() -> None:
     ]
     text = "".join(path.read_text() for path in (*files, root / "compose.yaml", root / "Makefile"))
     named = set(re.findall(r"(?<![A-Z_])POSTROAD_[A-Z0-9_]*[A-Z0-9](?![A-Z0-9_])", text))
-    settings = {variable(field) for field in Settings.model_fields}
+    settings = set(variables())
     assert named - settings - OTHERS - {f"POSTROAD_HTTP_SENDER_{n}" for n in range(1, 4)} == set()
     assert named >= OTHERS
     assert not OTHERS & settings

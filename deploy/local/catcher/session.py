@@ -170,7 +170,9 @@ class SmtpSession(asyncio.Protocol):
             return
         fault = self._settings.control.fault(match[1])
         if fault and fault.name in {"reject4", "reject5", "greylist", "shut421"}:
-            self._out.append(fault.reply)
+            # As most servers do, the catcher quotes the recipient.
+            code, enhanced, text = fault.reply.split(b" ", 2)
+            self._out.append(b"%b %b <%b>: %b" % (code, enhanced, match[1].encode(), text))
             if fault.name == "shut421":
                 self._close()
             return
