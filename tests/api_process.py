@@ -59,6 +59,7 @@ class Installation:
     def __init__(self, infra: Infra, partitions: int = 1) -> None:
         self.infra = infra
         self.database_url = infra.migrated_database()
+        self._apis_url = infra.as_user("api", self.database_url)
         self.prefix = infra.topic_prefix()
         self._reader = Consumer({"bootstrap.servers": infra.bootstrap, "group.id": "reader"})
         self._places = {n: TopicPartition(self.prefix + TASK_CREATED, n, 0) for n in range(3)}
@@ -80,7 +81,7 @@ class Installation:
         """The settings that point a service at this installation."""
         return {
             "POSTROAD_KAFKA_BOOTSTRAP": self.infra.bootstrap,
-            "POSTROAD_DATABASE_URL": self.database_url,
+            "POSTROAD_DATABASE_URL": self._apis_url,
             "POSTROAD_TOPIC_PREFIX": self.prefix,
         }
 
@@ -88,7 +89,7 @@ class Installation:
         """Return these settings for a part that runs in the test's own process."""
         return Settings(
             kafka_bootstrap=self.infra.bootstrap,
-            database_url=self.database_url,
+            database_url=self._apis_url,
             topic_prefix=self.prefix,
             **values,  # type: ignore[arg-type]
         )

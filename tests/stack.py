@@ -34,6 +34,7 @@ import pytest
 from sqlalchemy import make_url
 
 from deploy.local.database_tree import find_server, make_template
+from deploy.local.database_users import user_statements
 from services.common.kafka.topics import Names
 from services.common.migrations import VERSION_TABLE, migrate
 from tests import forked
@@ -207,6 +208,23 @@ class Infra(Stack):
             for statement in self._tables:
                 cursor.execute(statement)
         return url
+
+    def as_user(self, user: str, url: str) -> str:
+        """Return a database's URL for a user of deploy/mysql/users.sql, such as `sender`.
+
+        The user may do what that file grants, on the tables that the database has.
+        """
+        made = make_url(url)
+        password = f"{user}-of-the-tests"
+        with self._cursor() as cursor:
+            cursor.execute("SELECT VERSION()")
+            [(version,)] = cursor.fetchall()
+            for statement in user_statements(made.database or "", {user: password}):
+                # Debian's MariaDB has no certificate.
+                cursor.execute(
+                    statement.replace(" REQUIRE SSL", "" if "MariaDB" in version else " REQUIRE SSL")
+                )
+        return made.set(username=f"postroad_{user}", password=password).render_as_string(hide_password=False)
 
     @cached_property
     def _tables(self) -> list[str]:

@@ -85,8 +85,10 @@ def expire(engine: Engine) -> None:
 
 
 @pytest.fixture
-def claims(engine: Engine) -> Claims:
-    return Claims(engine, LEASE, hold=False)
+def claims(server: Infra, database_url: str) -> Iterator[Claims]:
+    engine = make_engine(server.as_user("sender", database_url))
+    yield Claims(engine, LEASE, hold=False)
+    engine.dispose()
 
 
 def test_a_task_without_a_delivery_is_taken_under_a_lease_of_the_databases_clock(

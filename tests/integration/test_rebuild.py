@@ -228,10 +228,10 @@ def delivery(events: Sequence[Event]) -> Delivery | None:
 
 
 @pytest.fixture
-def pipeline(infra: Infra, database_url: str, engine: Engine) -> Pipeline:
+def pipeline(infra: Infra, server: Infra, database_url: str, engine: Engine) -> Pipeline:
     settings = Settings(
         kafka_bootstrap=infra.bootstrap,
-        database_url=database_url,
+        database_url=server.as_user("operator", database_url),
         topic_prefix=infra.topic_prefix(),
         partitions=PARTITIONS,
     )
@@ -252,12 +252,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_SETTLE", 0.1)
 
 
-def test_a_dropped_table_is_rebuilt_once_it_is_created(pipeline: Pipeline) -> None:
+def test_a_dropped_table_is_rebuilt_once_it_is_created(pipeline: Pipeline, database_url: str) -> None:
     pipeline.run_tasks(8)
-    before, url = pipeline.dump(), pipeline.settings.database_url.get_secret_value()
+    before = pipeline.dump()
     pipeline.do("DROP TABLE tasks")
-    assert migrations.missing_tables(url) == ["tasks"]
-    migrations.create_tables(url, ["tasks"])
+    assert migrations.missing_tables(database_url) == ["tasks"]
+    migrations.create_tables(database_url, ["tasks"])
     report = pipeline.rebuild()
     assert (report.swapped, report.missing) == (True, 8)
     assert pipeline.dump() == before

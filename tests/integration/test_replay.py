@@ -103,10 +103,11 @@ class Site:
         self.prefix = infra.topic_prefix()
         self.url = infra.migrated_database()
         self.engine = make_engine(self.url)
+        as_operator = infra.as_user("operator", self.url)
         self.settings = Settings(
             kafka_bootstrap=infra.bootstrap,
             topic_prefix=self.prefix,
-            database_url=self.url,
+            database_url=as_operator,
             partitions=2,
             sender_delays=(60,),
             validator_delays=(5,),
@@ -116,7 +117,7 @@ class Site:
             **{k: v for k, v in os.environ.items() if not k.startswith("POSTROAD_")},
             "POSTROAD_KAFKA_BOOTSTRAP": infra.bootstrap,
             "POSTROAD_TOPIC_PREFIX": self.prefix,
-            "POSTROAD_DATABASE_URL": self.url,
+            "POSTROAD_DATABASE_URL": as_operator,
             # An operator's environment need not know the services' delays.
             "POSTROAD_SENDER_DELAYS": "99",
             "POSTROAD_VALIDATOR_DELAYS": "77",

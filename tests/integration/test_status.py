@@ -155,10 +155,10 @@ def test_the_purge_goes_on_until_nothing_is_left(engine: Engine) -> None:
 
 
 @pytest.fixture
-def config(infra: Infra, database_url: str) -> Settings:
+def config(infra: Infra, server: Infra, database_url: str) -> Settings:
     settings = Settings(
         kafka_bootstrap=infra.bootstrap,
-        database_url=database_url,
+        database_url=server.as_user("status", database_url),
         topic_prefix=infra.topic_prefix(),
         partitions=2,
         validator_delays=(1,),

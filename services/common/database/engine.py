@@ -35,6 +35,18 @@ ctypes.PyDLL(_mysql_connector.__file__).mysql_server_init(0, None, None)
 # takes quadratic time, during which no other thread runs.
 MySQLScriptSplitter.has_delimiter = staticmethod(lambda code: False)  # type: ignore[method-assign]
 
+# SQLAlchemy hands on the texts of a URL for most of the driver's options. The driver refuses them for these.
+_TRUTH = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
+_LISTS = frozenset({"tls_versions", "tls_ciphersuites"})
 _DRIVERS = frozenset({"mysql", "mariadb", "mysql+mysqlconnector", "mariadb+mysqlconnector"})
 CONNECT_SECONDS = 4
 READ_SECONDS = 15
@@ -64,7 +76,21 @@ def url_of(value: str) -> URL:
         raise ValueError("must be mysql://user:password@host:port/database")
     if unknown := sorted(set(url.query) - set(DEFAULT_CONFIGURATION)):
         raise ValueError(f"the driver does not know {', '.join(unknown)}")
+    _typed_options(url)
     return url
+
+
+def _typed_options(url: URL) -> dict[str, object]:
+    """Return the options of the URL's query whose types the driver checks. Raises ValueError."""
+    options: dict[str, object] = {}
+    for name, value in url.query.items():
+        if isinstance(DEFAULT_CONFIGURATION.get(name), bool):
+            if str(value).lower() not in _TRUTH:
+                raise ValueError(f"{name} must be true or false")
+            options[name] = _TRUTH[str(value).lower()]
+        elif name in _LISTS:
+            options[name] = str(value).split(",")
+    return options
 
 
 def make_engine(
@@ -77,13 +103,14 @@ def make_engine(
 
     `mysql://` and `mariadb://` select Postroad's driver. A statement may take at most `read_seconds`, and a
     transaction may be silent for at most `silent_seconds`. The URL's query may hold options of the driver
-    (`unix_socket`, `ssl_ca`).
+    (`unix_socket`, `ssl_ca`, `ssl_verify_identity`).
     """
     url = make_url(url)
     if url.drivername in ("mysql", "mariadb"):
         url = url.set(drivername="mysql+mysqlconnector")
+    options = _typed_options(url)
     engine = create_engine(
-        url,
+        url.difference_update_query(options),
         isolation_level="READ COMMITTED",
         # Error texts are logged; the text of a mail must not be.
         hide_parameters=True,
@@ -94,7 +121,8 @@ def make_engine(
         pool_recycle=max(1, silent_seconds * 3 // 4),
         # A Connection ends its own transaction; the pool's ROLLBACK would cost another round trip a call.
         pool_reset_on_return=None,
-        connect_args={
+        connect_args=options
+        | {
             "use_pure": False,
             "charset": "utf8mb4",
             "collation": "utf8mb4_general_ci",
