@@ -66,6 +66,7 @@ _KAFKA: Final = {
     "UNKNOWN_LEADER_EPOCH": UNAVAILABLE,
     "UNSTABLE_OFFSET_COMMIT": UNAVAILABLE,
     "_AUTHENTICATION": DENIED,
+    "_SSL": DENIED,
     "CLUSTER_AUTHORIZATION_FAILED": DENIED,
     "GROUP_AUTHORIZATION_FAILED": DENIED,
     "SASL_AUTHENTICATION_FAILED": DENIED,
@@ -74,8 +75,9 @@ _KAFKA: Final = {
     "_UNKNOWN_PARTITION": NOT_FOUND,
     "_UNKNOWN_TOPIC": NOT_FOUND,
 }
-# MySQL's codes for denied access: to a database, a user, a table, without a password, to a locked account.
-_MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1698, 3118})
+# MySQL's codes for denied access: to a database, a user, a table, a column, without a privilege of the whole
+# server, without a password, to a locked account.
+_MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1143, 1227, 1698, 3118})
 
 
 _OPERATIONS: Final = "services.common.operations.errors"

@@ -15,6 +15,7 @@ import traceback
 import typer
 
 from services.cli import (
+    acl_command,
     change_commands,
     create_command,
     dead_commands,
@@ -55,6 +56,7 @@ for module in (
     replay_command,
     rebuild_command,
     dead_commands,
+    acl_command,
 ):
     module.register(app)
 setup_commands.register(app, topics)

@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -54,6 +55,10 @@ def _operator_token(value: SecretStr) -> SecretStr:
     return value
 
 
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
 def _names(value: object) -> object:
     return forms.header_names(value) if isinstance(value, str) else value
 
@@ -65,6 +70,7 @@ def _rising(value: tuple[int, ...]) -> tuple[int, ...]:
 
 Delays = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_rising)]
 Host = Annotated[str, AfterValidator(forms.host)]
+File = Annotated[str, AfterValidator(forms.readable_file)]
 Listen = Annotated[str, AfterValidator(forms.listen)]
 
 _CENTURY = 36_525 * 86400
@@ -97,6 +103,22 @@ class Settings(BaseSettings):
     kafka_bootstrap: Annotated[str, AfterValidator(forms.addresses)] = Field(
         "127.0.0.1:9092", description="Kafka brokers, host:port, comma separated"
     )
+    kafka_security_protocol: Annotated[
+        Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], BeforeValidator(_upper)
+    ] = Field(
+        "PLAINTEXT", description="How clients connect to Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL"
+    )
+    kafka_sasl_mechanism: Annotated[
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"], BeforeValidator(_upper)
+    ] = Field("SCRAM-SHA-512", description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+    kafka_sasl_username: str = Field("", description="The user at Kafka, where the protocol has SASL")
+    kafka_sasl_password: SecretStr = Field(SecretStr(""), description="The user's password")
+    kafka_ssl_ca: File = Field(
+        "", description="PEM file of the authorities that sign brokers' certificates; empty: the system's"
+    )
+    kafka_ssl_cert: File = Field("", description="PEM file with the client's certificate; empty: none")
+    kafka_ssl_key: File = Field("", description="PEM file with the certificate's private key")
+    kafka_ssl_key_password: SecretStr = Field(SecretStr(""), description="The private key's password")
     database_url: SecretStr = Field(
         SecretStr("mysql+mysqlconnector://postroad:postroad@127.0.0.1:3306/postroad"),
         description="SQLAlchemy URL of MySQL or MariaDB",
@@ -311,6 +333,18 @@ class Settings(BaseSettings):
     def _is_mechanism(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _kafkas_settings_agree(self) -> Settings:
+        forms.kafka_security(
+            self.kafka_security_protocol,
+            {_variable(name): getattr(self, name) for name in ("kafka_sasl_username", "kafka_sasl_password")},
+            {
+                _variable(name): getattr(self, name)
+                for name in ("kafka_ssl_cert", "kafka_ssl_key", "kafka_ssl_key_password", "kafka_ssl_ca")
+            },
+        )
+        return self
+
     @field_validator("domain_rate")
     @classmethod
     def _not_too_slow(cls, value: float) -> float:
@@ -357,7 +391,9 @@ def refusals(error: ValidationError) -> list[str]:
     named = {variable(field): variable(field) for field in Settings.model_fields}
     named |= {field: variable(field) for field in Settings.model_fields}
     return [
-        f"{named[str(problem['loc'][0])]}: {problem['msg'].removeprefix('Value error, ')}"
+        # Where two settings disagree, the text itself names them.
+        (f"{named[str(problem['loc'][0])]}: " if problem["loc"] else "")
+        + problem["msg"].removeprefix("Value error, ")
         for problem in error.errors(include_input=False)
     ]
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from services.common.relay_headers import steers_a_relay
@@ -21,8 +22,10 @@ __all__ = [
     "host",
     "is_fqdn",
     "is_loopback",
+    "kafka_security",
     "listen",
     "operator_token",
+    "readable_file",
     "rising",
     "text",
     "token_url",
@@ -138,6 +141,33 @@ def operator_token(value: str) -> str:
     if value and (_VISIBLE.fullmatch(value) is None or len(value) < 16):
         raise ValueError("must be 16 or more visible ASCII characters")
     return value
+
+
+def readable_file(value: str) -> str:
+    """Check that a file can be read; empty: there is none. Blocks."""
+    if value:
+        try:
+            Path(value).open("rb").close()
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
+    return value
+
+
+def kafka_security(protocol: str, sasl: Mapping[str, object], tls: Mapping[str, object]) -> None:
+    """Check that the settings of SASL and TLS, by their variables, are those that the protocol needs.
+
+    The first two of `tls` are the client's certificate and its key.
+    """
+    by = "POSTROAD_KAFKA_SECURITY_PROTOCOL"
+    if protocol.startswith("SASL") and (missing := [name for name, value in sasl.items() if not value]):
+        raise ValueError(f"{missing[0]}: must be set where {by} is {protocol}")
+    unused = {} if protocol.startswith("SASL") else dict(sasl)
+    unused |= {} if protocol.endswith("SSL") else tls
+    if given := [name for name, value in unused.items() if value]:
+        raise ValueError(f"{given[0]}: must be empty where {by} is {protocol}")
+    (certificate, has_certificate), (key, has_key) = list(tls.items())[:2]
+    if bool(has_certificate) != bool(has_key):
+        raise ValueError(f"{key}: must be set where {certificate} is, and only there")
 
 
 def rising(value: Sequence[int]) -> None:

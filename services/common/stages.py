@@ -22,9 +22,10 @@ __all__ = ["DELAYING", "STAGES", "StageSpec", "all_topics", "stage_delays"]
 class StageSpec:
     """What the whole project knows of one stage.
 
-    `reads` are the bare names of its event topics. `python -m MODULE` runs its service. `delays_setting` is
-    the field of Settings with the delays of its delay topics; it is empty for a stage that defers nothing.
-    `awaited` says whether a mail waits for its events. Else they only report, and are gathered at any rate.
+    `reads` and `writes` are the bare names of its event topics; each stage also writes its own dead-letter
+    topic. `python -m MODULE` runs its service. `delays_setting` is the field of Settings with the delays of
+    its delay topics; it is empty for a stage that defers nothing. `awaited` says whether a mail waits for its
+    events. Else they only report, and are gathered at any rate.
     `settings` are the prefixes of the environment variables that only this stage reads. `replicas` is how
     many the local stack starts by default.
     """
@@ -32,6 +33,7 @@ class StageSpec:
     name: str
     reads: tuple[str, ...]
     module: str
+    writes: tuple[str, ...] = ()
     delays_setting: str = ""
     awaited: bool = True
     settings: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ STAGES: Mapping[str, StageSpec] = {
             "validator",
             reads=(topics.TASK_CREATED,),
             module="services.validator",
+            writes=(topics.MX_OK, topics.MX_FAILED, topics.MAIL_DEFERRED),
             delays_setting="validator_delays",
             settings=("POSTROAD_DNS_", "POSTROAD_VALIDATOR_"),
         ),
@@ -63,6 +66,7 @@ STAGES: Mapping[str, StageSpec] = {
             "sender",
             reads=(topics.MX_OK, topics.TASK_CANCELLED),
             module="services.sender",
+            writes=(topics.MAIL_SENT, topics.MAIL_DEFERRED, topics.MAIL_FAILED),
             delays_setting="sender_delays",
             awaited=False,
             settings=(

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta
 
@@ -36,6 +36,7 @@ from services.sender.claims import Claims
 from tests import forked  # noqa: F401  (what the fork server has imported already)
 from tests.claimers import claim_all, everyone
 from tests.forms import by_form
+from tests.stack import Infra
 
 LEASE = 20.0
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 7)

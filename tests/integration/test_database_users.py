@@ -79,8 +79,8 @@ def test_each_user_may_do_what_it_needs_and_no_more(connection: Connection, user
     found = {}
     for table in (*metadata.tables, VERSION_TABLE):
         may = [
-            letter
-            for letter, statement in statements.items()
+            initial
+            for initial, statement in statements.items()
             if not _is_denied(connection, statement.format(table=table, column=_column(table)))
         ]
         if may:

@@ -23,8 +23,8 @@ from services.common.stages import STAGES
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "compose.yaml").read_text()
 
-# compose.yaml does not need these: it has one broker, containers have names, and `stop_grace_period` fits the
-# default times.
+# compose.yaml does not need these: it has one broker, which talks in clear within its network, containers
+# have names, and `stop_grace_period` fits the default times.
 NOT_HANDED_ON = {
     "POSTROAD_REPLICATION",
     "POSTROAD_TOPIC_PREFIX",
@@ -32,6 +32,7 @@ NOT_HANDED_ON = {
     "POSTROAD_DRAIN_SECONDS",
     "POSTROAD_HANDOVER_SECONDS",
     "POSTROAD_REVOKE_SECONDS",
+    *(variable(field) for field in Settings.model_fields if field.startswith(("kafka_s",))),
 }
 
 # The module and the name of a top-level definition.

@@ -67,6 +67,23 @@ BAD = [
         ("POSTROAD_KAFKA_BOOTSTRAP", value, "host:port, comma separated")
         for value in ("", ",", "a:9092,", "a:0", "a:70000", "a:x", "a b:9092", "[a]:9092")
     ),
+    ("POSTROAD_KAFKA_SECURITY_PROTOCOL", "TLS", "'SASL_SSL'"),
+    ("POSTROAD_KAFKA_SASL_MECHANISM", "GSSAPI", "'SCRAM-SHA-512'"),
+    *(
+        (f"POSTROAD_KAFKA_{name}", value, f"POSTROAD_KAFKA_{name}: must be empty where")
+        for name, value in [
+            ("SASL_USERNAME", "api"),
+            ("SASL_PASSWORD", "s3cret"),
+            ("SSL_CA", os.devnull),
+            ("SSL_CERT", os.devnull),
+            ("SSL_KEY", os.devnull),
+            ("SSL_KEY_PASSWORD", "s3cret"),
+        ]
+    ),
+    *(
+        (f"POSTROAD_KAFKA_{name}", "/nowhere", "cannot be read: No such file or directory")
+        for name in ("SSL_CA", "SSL_CERT", "SSL_KEY")
+    ),
     *(("POSTROAD_TOPIC_PREFIX", value, "at most 200") for value in ("a b", "a/", "ü.", "x" * 201)),
     ("POSTROAD_REPLICA", "x" * 201, "at most 200"),
     *(("POSTROAD_PARTITIONS", value, "") for value in ("", "0", "-1", "1.5", "100001")),
@@ -209,6 +226,8 @@ def test_its_reader_refuses_a_value_before_it_runs(
         ("POSTROAD_LISTEN", "[::]:50051"),
         ("POSTROAD_HTTP_LISTEN", "localhost:0"),
         ("POSTROAD_KAFKA_BOOTSTRAP", "kafka, kafka_2:9092,[::1]:9092,10.0.0.1:9092"),
+        ("POSTROAD_KAFKA_SECURITY_PROTOCOL", "ssl"),
+        ("POSTROAD_KAFKA_SASL_MECHANISM", "scram-sha-256"),
         ("POSTROAD_ALLOWED_HEADERS", ""),
         ("POSTROAD_ALLOWED_HEADERS", "X-PM-Tag, x-mc-tags"),
         ("EMAIL_HOST", "::1"),
@@ -294,6 +313,11 @@ def test_a_secret_comes_from_its_file(
     file.write_bytes(f"s3cret-s3cret-s3cret {end}".replace(" ", "-").encode())
     monkeypatch.setenv(f"{name}_FILE", str(file))
     monkeypatch.setenv(name, "")
+    if name == "POSTROAD_KAFKA_SASL_PASSWORD":
+        monkeypatch.setenv("POSTROAD_KAFKA_SECURITY_PROTOCOL", "SASL_SSL")
+        monkeypatch.setenv("POSTROAD_KAFKA_SASL_USERNAME", "api")
+    elif name == "POSTROAD_KAFKA_SSL_KEY_PASSWORD":
+        monkeypatch.setenv("POSTROAD_KAFKA_SECURITY_PROTOCOL", "SSL")
     read = settings.__wrapped__()
     assert {
         variable(field): getattr(read, field).get_secret_value()
@@ -370,6 +394,25 @@ def test_the_known_variables_are_those_that_the_tree_names() -> None:
     assert not OTHERS & settings
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"protocol": "SASL_SSL", "username": "api"}, "SASL_PASSWORD: must be set"),
+        ({"protocol": "SSL", "username": "api"}, "SASL_USERNAME: must be empty"),
+        ({"protocol": "SSL", "cert": os.devnull}, "SSL_KEY: must be set"),
+        ({"protocol": "SASL_PLAINTEXT", "username": "a", "password": "s3cret", "ca": os.devnull}, "SSL_CA: "),
+    ],
+)
+def test_the_settings_of_kafkas_security_must_agree(given: dict[str, str], says: str) -> None:
+    fields = {"protocol": "kafka_security_protocol", "username": "kafka_sasl_username", "ca": "kafka_ssl_ca"}
+    fields |= {"password": "kafka_sasl_password", "cert": "kafka_ssl_cert"}
+    with pytest.raises(ValidationError) as caught:
+        Settings(**{fields[name]: value for name, value in given.items()})  # type: ignore[arg-type]
+    (line,) = refusals(caught.value)
+    assert line.startswith(f"POSTROAD_KAFKA_{says}")
+    assert "s3cret" not in line
+
+
 def test_the_text_of_the_settings_shows_no_secret() -> None:
     given = {
         "database_url": "mysql://ann:s3cret@db/postroad",
@@ -378,5 +421,9 @@ def test_the_text_of_the_settings_shows_no_secret() -> None:
         "api_tokens": "shop:s3cret-one",
         "token_keys": "s3cret" * 6,
         "operator_token": "s3cret" * 6,
+        "kafka_security_protocol": "SASL_SSL",
+        "kafka_sasl_username": "api",
+        "kafka_sasl_password": "s3cret",
+        "kafka_ssl_key_password": "s3cret",
     }
     assert "s3cret" not in repr(Settings(**given))  # type: ignore[arg-type]

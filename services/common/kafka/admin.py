@@ -23,6 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from services.common.config import Settings
+from services.common.kafka.security import security_config
 from services.common.kafka.topics import Topic
 
 __all__ = [
@@ -79,7 +80,11 @@ def operator_config(settings: Settings) -> dict[str, Any]:
 
     The client notices within a second that a broker is back.
     """
-    return {"bootstrap.servers": settings.kafka_bootstrap, "reconnect.backoff.max.ms": 1000}
+    return {
+        "bootstrap.servers": settings.kafka_bootstrap,
+        "reconnect.backoff.max.ms": 1000,
+        **security_config(settings),
+    }
 
 
 def admin_client(settings: Settings) -> AdminClient:

@@ -9,6 +9,7 @@ from typing import Any
 
 from services.common.config import Settings
 from services.common.kafka.pace import LINGER_MS
+from services.common.kafka.security import security_config
 from services.common.kafka.topics import MAX_RECORD_BYTES, Names
 
 __all__ = ["TimeoutDetectingLogger", "client_config", "consumer_config", "plain_config", "producer_config"]
@@ -68,6 +69,7 @@ def plain_config(settings: Settings, client_id: str) -> dict[str, Any]:
     return {
         "bootstrap.servers": settings.kafka_bootstrap,
         "client.id": client_id,
+        **security_config(settings),
         "allow.auto.create.topics": False,
         # The client finds a broker that comes back within a second.
         "reconnect.backoff.max.ms": 1000,
