@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
@@ -47,11 +48,12 @@ def bounds(consumer: Consumer, partition: TopicPartition) -> tuple[int, int]:
 class Offsets:
     """The committed offsets of one group. A context manager; may be used by one thread at a time."""
 
-    def __init__(self, bootstrap: str, group: str) -> None:
+    def __init__(self, cluster: str | Mapping[str, Any], group: str) -> None:
+        """`cluster` has the brokers' addresses, or all of librdkafka's settings that reach them."""
         # It never subscribes, so the broker does not count it as a member.
         self._consumer = Consumer(
             {
-                "bootstrap.servers": bootstrap,
+                **_config(cluster),
                 "group.id": group,
                 "group.protocol": "classic",
                 "enable.auto.commit": False,
@@ -103,9 +105,13 @@ class Offsets:
             raise KafkaException(error)
 
 
-def describe(bootstrap: str, group: str) -> ConsumerGroup:
+def describe(cluster: str | Mapping[str, Any], group: str) -> ConsumerGroup:
     """Return the group as its coordinator describes it. Raises KafkaException."""
-    return group_request.describe({"bootstrap.servers": bootstrap}, [group], 10)[group]
+    return group_request.describe(_config(cluster), [group], 10)[group]
+
+
+def _config(cluster: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {"bootstrap.servers": cluster} if isinstance(cluster, str) else dict(cluster)
 
 
 def leave(bootstrap: str, group: str, member: str) -> None:

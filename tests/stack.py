@@ -13,6 +13,8 @@ conftest.py registers these fixtures:
   and name server, and end with the test.
 - `new_servers`: makes stacks with all servers of their own, which end with the test.
 
+`POSTROAD_TEST_SECURE=1` makes `stack` and `hold_stack` secure ones, each with servers of its own.
+
 `POSTROAD_TEST_INFRA=DIRECTORY` makes `infra` use the servers under that directory, and leave them running.
 """
 
@@ -59,6 +61,9 @@ __all__ = [
     "stack",
 ]
 
+# The end-to-end tests run on stacks with TLS and the least rights.
+SECURE = bool(os.environ.get("POSTROAD_TEST_SECURE"))
+
 ROOT = Path(__file__).resolve().parents[1]
 
 S = TypeVar("S", bound="Stack")
@@ -68,9 +73,15 @@ class Stack:
     """The stack under `directory`, through `python3 -m deploy.local`. `given`: variables that win in it."""
 
     def __init__(
-        self, directory: Path, given: Mapping[str, str] | None = None, *, lasting: bool = False
+        self,
+        directory: Path,
+        given: Mapping[str, str] | None = None,
+        *,
+        lasting: bool = False,
+        secure: bool = False,
     ) -> None:
         self.directory = directory
+        self._secure = ("--secure",) if secure else ()
         self._given = dict(given or {})
         self._lasting = lasting
 
@@ -92,7 +103,7 @@ class Stack:
 
     def up(self, *options: str) -> None:
         """Start what does not run, with options such as `--sender`, `3`; returns when all is ready."""
-        self.command("up", *options)
+        self.command("up", *self._secure, *options)
 
     def scale(self, service: str, count: int) -> None:
         """Run `count` replicas of a service."""
@@ -135,6 +146,39 @@ class Stack:
         """The settings that point a further process at its Kafka, its database and its topics."""
         named = ("POSTROAD_KAFKA_BOOTSTRAP", "POSTROAD_DATABASE_URL", "POSTROAD_TOPIC_PREFIX")
         return {name: value for name, value in self.env().items() if name in named}
+
+    @property
+    def kafka(self) -> dict[str, Any]:
+        """librdkafka's settings of a client that may do anything."""
+        config = {"bootstrap.servers": self.env()["POSTROAD_KAFKA_BOOTSTRAP"]}
+        return config | self.principal("admin")
+
+    @property
+    def topics_user(self) -> dict[str, str]:
+        """The settings with which `postroad topics` may change topics; none where everybody may."""
+        principal = self.principal("topics")
+        names = {"sasl.username": "USERNAME", "sasl.password": "PASSWORD"}
+        return {
+            f"POSTROAD_KAFKA_SASL_{names[name]}": value for name, value in principal.items() if name in names
+        }
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether its Kafka and its MySQL take TLS alone."""
+        return "secure" in json.loads((self.directory / "state.json").read_text())
+
+    def principal(self, program: str) -> dict[str, str]:
+        """Return librdkafka's settings of a program's principal; none where the stack is in clear."""
+        if not self.is_secure:
+            return {}
+        state = json.loads((self.directory / "state.json").read_text())
+        return {
+            "security.protocol": "sasl_ssl",
+            "sasl.mechanism": "SCRAM-SHA-512",
+            "sasl.username": f"postroad-{program}",
+            "sasl.password": state["passwords"][f"kafka-{program}"],
+            "ssl.ca.location": f"{state['secure']}/ca.pem",
+        }
 
     @property
     def names(self) -> Names:
@@ -340,7 +384,12 @@ def running(system: S, *options: str) -> Iterator[S]:
 
 
 def further(infra: Infra, **given: str) -> Stack:
-    """Return a further installation on the shared Kafka and MySQL, not up yet."""
+    """Return a further installation on the shared Kafka and MySQL, not up yet.
+
+    A secure one has its own.
+    """
+    if SECURE:
+        return Stack(_directory(), {"POSTROAD_PARTITIONS": "3", **given}, secure=True)
     return Stack(_directory(), {**shared(infra), **given})
 
 
@@ -372,7 +421,7 @@ def stack() -> Iterator[Stack]:
 
     It is up: test_grow.py gives its topics more partitions than `up` would accept.
     """
-    with running(Stack(_directory(), {"POSTROAD_PARTITIONS": "3"})) as system:
+    with running(Stack(_directory(), {"POSTROAD_PARTITIONS": "3"}, secure=SECURE)) as system:
         # The stack itself remembers what `up` was given.
         yield Stack(system.directory)
 

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         up.add_argument(f"--{service}", type=_count, metavar="N", help=f"replicas of {service}")
     up.add_argument("--kafka-nodes", type=int, choices=(1, 3), help="Kafka nodes (1)")
     up.add_argument("--infra-only", action="store_true", help="Kafka, MySQL, DNS and the catcher only")
+    up.add_argument("--secure", action="store_true", help="TLS and least rights in Kafka and MySQL")
     scale = commands.add_parser("scale", help="have N replicas of a service")
     scale.add_argument("service", choices=SERVICES)
     scale.add_argument("count", type=_count, metavar="N")
@@ -95,7 +96,12 @@ def _run(arguments: argparse.Namespace, stack: Stack) -> int:
     began = time.monotonic()
     if command == "up":
         replicas = {s: getattr(arguments, s) for s in SERVICES if getattr(arguments, s) is not None}
-        stack.up(replicas, arguments.kafka_nodes, services=not arguments.infra_only)
+        stack.up(
+            replicas,
+            arguments.kafka_nodes,
+            services=not arguments.infra_only,
+            secure=arguments.secure,
+        )
         print(f"up in {time.monotonic() - began:.1f} s; settings: {stack.layout.env}", file=sys.stderr)
         if not arguments.infra_only and (line := stack.api_elsewhere()):
             _say(line)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mysql.connector
 
+from deploy.local import security
 from deploy.local.commands import SetupError
 from deploy.local.component import Component
 from deploy.local.database_tree import Server, find_server, template_path
@@ -81,6 +82,13 @@ def database_component(layout: Layout, state: StackState) -> Component:
     if server is None:
         raise SetupError(f"{state.database} is not installed: run `make setup`")
     port = state.port(NAME, "sql")
+    pair = security.certificate(state, security.SERVER)
+    secure = (
+        "--require-secure-transport=ON",
+        f"--ssl-ca={security.authority(state)}",
+        f"--ssl-cert={pair}",
+        f"--ssl-key={pair}",
+    )
     data = layout.data(state.database)
     statements = data.with_suffix(".sql")
 
@@ -100,6 +108,7 @@ def database_component(layout: Layout, state: StackState) -> Component:
             *FLAGS,
             *(DIGESTS if os.environ.get("POSTROAD_LOCAL_STATEMENT_DIGESTS") else NO_DIGESTS),
             *KIND_FLAGS[server.kind],
+            *(secure if state.secure else ()),
             *(["--user=root"] if os.geteuid() == 0 else []),
             f"--datadir={data}",
             # Relative to the data directory, since the path of a socket has at most 107 bytes.

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from deploy.local import security
 from deploy.local.state import SERVICES, StackState
 from services.common.secret_files import SUFFIX
 from services.common.stages import STAGES
@@ -73,7 +74,10 @@ OWN_SETTINGS = {
     **{name: stage.settings for name, stage in STAGES.items()},
 }
 # The services have another working directory than the user.
-FILES = ("POSTROAD_TLS_CERT", "POSTROAD_TLS_CLIENT_CA", "POSTROAD_TLS_KEY", "POSTROAD_TOKENS_FILE")
+FILES = {
+    *(f"POSTROAD_TLS_{name}" for name in ("CERT", "CLIENT_CA", "KEY")),
+    *(f"POSTROAD_KAFKA_SSL_{name}" for name in ("CA", "CERT", "KEY")),
+}
 # These services have no database, and do not get its password.
 WITHOUT_DATABASE = ("validator",)
 # Only `postroad topics apply` reads these; no service does.
@@ -134,6 +138,10 @@ def _own(state: StackState) -> dict[str, str]:
         own |= {"EMAIL_HOST": LOOPBACK, "EMAIL_PORT": "25"}
     else:
         own |= {"EMAIL_HOST": LOOPBACK, "EMAIL_PORT": str(state.port("catcher", "smtp")), "EMAIL_TLS": "none"}
+    if state.secure:
+        own |= {"POSTROAD_DATABASE_URL": security.database_url(state, "operator")}
+        own |= security.kafka_settings(state, "operator")
+        own["POSTROAD_KAFKA_SASL_PASSWORD"] = state.passwords["kafka-operator"]
     return own
 
 
@@ -144,7 +152,7 @@ def given_variables(state: StackState, environ: Mapping[str, str]) -> dict[str, 
     """
     own = _own(dataclasses.replace(state, given={}))
     return {
-        name: str(Path(value).absolute()) if name in FILES else value
+        name: str(Path(value).absolute()) if name in FILES or name.endswith(SUFFIX) else value
         for name, value in environ.items()
         if name.startswith(PREFIXES)
         and name not in PRIVATE | OPERATORS
@@ -195,6 +203,10 @@ def service_environment(state: StackState, name: str) -> dict[str, str]:
     service = name.rpartition("-")[0]
     listen = {"POSTROAD_LISTEN": f"{LOOPBACK}:{state.port(name, 'grpc')}"} if name.startswith("api-") else {}
     shared = stack_environment(state)
+    if state.secure:
+        # What the stack's clients have is an operator's.
+        shared = {name: value for name, value in shared.items() if name not in security.OPERATORS_SECRETS}
+        shared |= security.kafka_settings(state, service) | security.secret_files(state, service)
     return {
         **{variable: value for variable, value in shared.items() if service in services_reading(variable)},
         **listen,

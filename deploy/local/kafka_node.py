@@ -7,6 +7,7 @@ import uuid
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from deploy.local import security
 from deploy.local.component import Component
 from deploy.local.files import write_whole
 from deploy.local.kafka_java import META, java, storage_format
@@ -28,14 +29,16 @@ def _properties(layout: Layout, state: StackState, name: str) -> dict[str, objec
     in_sync = max(1, replicas - 1)
     voters = (f"{n}@{HOST}:{state.port(f'kafka-{n}', 'controller')}" for n in range(1, replicas + 1))
     client = f"PLAINTEXT://{HOST}:{state.port(name, 'client')}"
-    return {
+    plain: dict[str, object] = {
+        "listeners": f"{client},CONTROLLER://{HOST}:{state.port(name, 'controller')}",
+        "advertised.listeners": client,
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    }
+    return (_secure_properties(state, name) if state.secure else plain) | {
         "process.roles": "broker,controller",
         "node.id": node,
         "controller.quorum.voters": ",".join(voters),
         "controller.listener.names": "CONTROLLER",
-        "listeners": f"{client},CONTROLLER://{HOST}:{state.port(name, 'controller')}",
-        "advertised.listeners": client,
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
         "log.dirs": layout.data(name),
         "auto.create.topics.enable": "false",
         "num.partitions": 12,
@@ -71,6 +74,35 @@ def _properties(layout: Layout, state: StackState, name: str) -> dict[str, objec
     }
 
 
+def _secure_properties(state: StackState, name: str) -> dict[str, object]:
+    """Return the listeners of a secure node, where nobody may do anything without a rule.
+
+    Clients come by SCRAM. Brokers and the administrator come by certificates.
+    """
+    clients = f"CLIENT://{HOST}:{state.port(name, 'client')},INTERNAL://{HOST}:{state.port(name, 'internal')}"
+    return {
+        "listeners": f"{clients},CONTROLLER://{HOST}:{state.port(name, 'controller')}",
+        "advertised.listeners": clients,
+        "listener.security.protocol.map": "CLIENT:SASL_SSL,INTERNAL:SSL,CONTROLLER:SSL",
+        "inter.broker.listener.name": "INTERNAL",
+        "listener.name.internal.ssl.client.auth": "required",
+        "listener.name.controller.ssl.client.auth": "required",
+        "sasl.enabled.mechanisms": "SCRAM-SHA-512",
+        "listener.name.client.scram-sha-512.sasl.jaas.config": (
+            "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        ),
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": security.certificate(state, security.BROKER),
+        "ssl.truststore.type": "PEM",
+        "ssl.truststore.location": security.authority(state),
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "allow.everyone.if.no.acl.found": "false",
+        "super.users": (
+            f"User:CN={security.BROKER};User:CN={security.ADMINISTRATOR};User:{security.ADMINISTRATOR}"
+        ),
+    }
+
+
 def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
     """Return the component of the node `name` (`kafka-1` ...). Its first start formats the data directory."""
     node = int(name.rpartition("-")[2])
@@ -88,7 +120,10 @@ def kafka_component(layout: Layout, state: StackState, name: str) -> Component:
         try:
             # A connection that is refused here is not logged by the client library.
             socket.create_connection((HOST, state.port(name, "client")), timeout=1).close()
-            consumer = Consumer({"bootstrap.servers": address, "group.id": "postroad.ready", "log_level": 0})
+            administrator = security.administrator_config(state, name) if state.secure else {}
+            consumer = Consumer(
+                {"bootstrap.servers": address, "group.id": "postroad.ready", "log_level": 0, **administrator}
+            )
             try:
                 brokers = consumer.list_topics(timeout=1).brokers
                 # This makes Kafka create and load the offsets topic. Otherwise the first member of a group

@@ -10,10 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from deploy.local import process
+from deploy.local import process, security
 from deploy.local.component import Component
 from deploy.local.database import database_component
 from deploy.local.database_tree import chosen_kind
+from deploy.local.database_users import USERS
 from deploy.local.environment import (
     REPLACED_BY,
     given_variables,
@@ -153,15 +154,24 @@ class Stack:
         self.state.save(self.layout.state)
         write_whole(self.layout.env, text)
 
-    def up(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool = True) -> None:
+    def up(
+        self,
+        replicas: Mapping[str, int],
+        kafka_nodes: int | None,
+        *,
+        services: bool = True,
+        secure: bool = False,
+    ) -> None:
         """Start what does not run, and restart what a changed setting concerns. Returns when all is ready.
 
-        `services=False` starts the servers only. On failure the stack keeps the settings that it had before.
+        `services=False` starts the servers only. `secure` makes a new stack a secure one. On failure the
+        stack keeps the settings that it had before.
         """
         with self.changing():
             before = dict(self.state.given)
             try:
                 self._plan(replicas, kafka_nodes, services=services)
+                self._secure(secure)
                 self._save()
                 self._bring_up(services=services, changed=self.state.given != before)
             except BaseException:
@@ -179,7 +189,7 @@ class Stack:
         missing = [name for name in wanted if name not in running or name in stale]
         with ThreadPoolExecutor() as pool:
             starts = {name: pool.submit(self._launcher.start, name) for name in self.infrastructure()}
-            if wanted and (missing or changed):
+            if (wanted and (missing or changed)) or self.state.secure:
                 starts["preparation"] = pool.submit(self._prepare, dict(starts))
             self._launcher.results(starts.values())
         for name, settings in stale.items():
@@ -196,11 +206,22 @@ class Stack:
         self._launcher.results([start for name, start in starts.items() if name == "mysql"])
         # The import takes a second. It also initialises MySQL's C library, which the wait for MySQL uses: two
         # threads must not do that at once.
-        from deploy.local import preparation  # noqa: PLC0415
+        from deploy.local import access, preparation  # noqa: PLC0415
 
-        preparation.migrate(variables)
+        secure = self.state.secure
+        migrates, makes_topics = variables, variables
+        if secure:
+            access.grant_in_database(self.state, ["migrate"])
+            migrates = variables | {"POSTROAD_DATABASE_URL": security.database_url(self.state, "migrate")}
+            makes_topics = variables | security.kafka_settings(self.state, "topics")
+            makes_topics["POSTROAD_KAFKA_SASL_PASSWORD"] = self.state.passwords["kafka-topics"]
+        preparation.migrate(migrates)
+        if secure:
+            access.grant_in_database(self.state, [user for user in USERS if user != "migrate"])
         self._launcher.results([start for name, start in starts.items() if name.startswith("kafka-")])
-        preparation.apply_topics(variables)
+        if secure:
+            access.grant_in_kafka(self.state, variables.get("POSTROAD_TOPIC_PREFIX", ""))
+        preparation.apply_topics(makes_topics)
 
     def _plan(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool) -> None:
         refuse_private(os.environ)
@@ -224,6 +245,22 @@ class Stack:
                 service: state.replicas.get(service) or DEFAULT_REPLICAS[service] for service in SERVICES
             }
             state.replicas |= replicas
+
+    def _secure(self, wanted: bool) -> None:
+        """Make a new stack secure where that is `wanted`; a secure stack stays so. Raises StackError."""
+        state = self.state
+        if wanted and not state.secure:
+            if (self.layout.root / "data").exists():
+                raise StackError("this stack has data and is in clear: `down --wipe` first")
+            state.secure = str(self.layout.root / "secure")
+        if state.secure:
+            # A later version may have further programs.
+            state.passwords = security.make_passwords() | state.passwords
+            if replaced := [server for server in ("kafka", "mysql") if is_replaced(state, server)]:
+                raise StackError(
+                    f"a secure stack has a server of its own, and {replaced[0]} is given elsewhere"
+                )
+            security.make_certificates(state)
 
     def _refuse_replacements(self, given: Mapping[str, str], running: Collection[str]) -> None:
         """Raise StackError when a variable names another server in place of one that runs."""
@@ -297,7 +334,7 @@ class Stack:
             self.state.given = {}
             self.state.release_ports()
             if wipe:
-                for directory in ("data", "logs", "mail", "dns"):
+                for directory in ("data", "logs", "mail", "dns", "secure"):
                     shutil.rmtree(self.layout.root / directory, ignore_errors=True)
                 self.state = StackState()
         if wipe:

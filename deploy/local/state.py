@@ -17,7 +17,11 @@ DEFAULT_REPLICAS = {"api": 1, **{name: stage.replicas for name, stage in STAGES.
 
 @dataclass(slots=True)
 class StackState:
-    """The plan of a stack. `ports` is by process name and use; `given` comes from the environment of `up`."""
+    """The plan of a stack. `ports` is by process name and use; `given` comes from the environment of `up`.
+
+    `secure` is the directory of a secure stack's certificates, empty for a stack in clear, and `passwords`
+    are those of its programs.
+    """
 
     ports: dict[str, dict[str, int]] = field(default_factory=dict)
     replicas: dict[str, int] = field(default_factory=dict)
@@ -25,6 +29,8 @@ class StackState:
     database: str = "mysql"
     password: str = field(default_factory=lambda: secrets.token_hex(12), repr=False)
     given: dict[str, str] = field(default_factory=dict, repr=False)
+    secure: str = ""
+    passwords: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, path: Path) -> "StackState":
@@ -38,7 +44,11 @@ class StackState:
 
     def save(self, path: Path) -> None:
         """Write the state to `path` in one step."""
-        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        values = asdict(self)
+        if not self.secure:
+            # A version before secure stacks reads the state of one in clear.
+            del values["secure"], values["passwords"]
+        write_whole(path, json.dumps(values, indent=1) + "\n")
 
     def port(self, name: str, use: str) -> int:
         """Return the port of process `name` for `use`: a free one at first, later the same one."""
@@ -54,7 +64,9 @@ class StackState:
             "dns": ("dns",),
             "catcher": ("smtp",),
             "api-1": ("grpc",),
-            **dict.fromkeys(self.kafka_names(), ("client", "controller")),
+            **dict.fromkeys(
+                self.kafka_names(), ("client", "controller", *(("internal",) if self.secure else ()))
+            ),
             **dict.fromkeys(self.service_names(), ("http",)),
             **dict.fromkeys(self.replica_names("api"), ("http", "grpc")),
         }

@@ -42,6 +42,7 @@ OTHERS: Final = frozenset(
         "POSTROAD_TEST_COMPOSE",
         "POSTROAD_TEST_INFRA",
         "POSTROAD_TEST_LONG",
+        "POSTROAD_TEST_SECURE",
     }
 )
 """Postroad's variables that are no settings."""

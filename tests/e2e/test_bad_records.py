@@ -38,7 +38,7 @@ def test_bad_records_on_every_topic(pipeline: Pipeline, stack: Stack) -> None:
     bad = {topic: BAD | (OVERSIZED if topic in large else {}) for topic in topics.EVENT_TOPICS}
     producer = Producer(
         {
-            "bootstrap.servers": stack.env()["POSTROAD_KAFKA_BOOTSTRAP"],
+            **stack.kafka,
             "message.max.bytes": topics.MAX_RECORD_BYTES,
         }
     )

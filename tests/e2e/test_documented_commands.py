@@ -133,7 +133,7 @@ class Field:
             record.headers, origin=RecordLocation("mx.ok", 0, 0), attempt=1, cause="KeyError: 'name'"
         )
         written: list[Message] = []
-        producer = Producer({"bootstrap.servers": self.env["POSTROAD_KAFKA_BOOTSTRAP"]})
+        producer = Producer(self.stack.kafka)
         producer.produce(
             self.stack.names.dead("sender"),
             record.value,

@@ -24,7 +24,11 @@ def test_growing_under_load_loses_and_repeats_nothing(stack: Stack) -> None:
     now = int(env["POSTROAD_PARTITIONS"])
     grown = now + 3
     postroad = Command(
-        {"POSTROAD_ENV_FILE": str(stack.directory / "stack.env"), "POSTROAD_PARTITIONS": str(grown)}
+        {
+            "POSTROAD_ENV_FILE": str(stack.directory / "stack.env"),
+            "POSTROAD_PARTITIONS": str(grown),
+            **stack.topics_user,
+        }
     )
     refused = postroad("topics", "apply")
     assert (refused.code, refused.out) == (1, "")
@@ -35,7 +39,7 @@ def test_growing_under_load_loses_and_repeats_nothing(stack: Stack) -> None:
     assert f"grow {prefix}mx.ok from {now} to {grown} partitions, for good" in listed
     assert last == f"Change {len(listed)} topics? [y/N] postroad: nothing was done"
 
-    with Pipeline(stack) as pipeline, Offsets(env["POSTROAD_KAFKA_BOOTSTRAP"], "e2e-reader") as reader:
+    with Pipeline(stack) as pipeline, Offsets(stack.kafka, "e2e-reader") as reader:
 
         def used() -> set[int]:
             bounds = reader.bounds(reader.partitions([prefix + MX_OK]))

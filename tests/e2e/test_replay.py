@@ -45,9 +45,9 @@ def became(result: dict[str, Any], what: str) -> int:
 
 def reset_to_earliest(stack: Stack, stage: str) -> None:
     """Do as `kafka-consumer-groups --reset-offsets --all-topics --to-earliest --execute` does to a group."""
-    bootstrap, name = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names.group(stage)
-    until(lambda: not describe(bootstrap, name).members, f"{name} without members", 30)
-    with Offsets(bootstrap, name) as group:
+    cluster, name = stack.kafka, stack.names.group(stage)
+    until(lambda: not describe(cluster, name).members, f"{name} without members", 30)
+    with Offsets(cluster, name) as group:
         mine = [at for at in group.partitions() if at.topic.startswith(stack.names.prefix)]
         committed = group.committed(mine)
         assert committed
@@ -57,10 +57,10 @@ def reset_to_earliest(stack: Stack, stage: str) -> None:
 
 def caught_up(stack: Stack) -> None:
     """Wait until each stage has committed all present records of its topics; more may come meanwhile."""
-    bootstrap, names = stack.env()["POSTROAD_KAFKA_BOOTSTRAP"], stack.names
+    names = stack.names
     for stage, spec in STAGES.items():
         started = time.monotonic()
-        with Offsets(bootstrap, names.group(stage)) as group:
+        with Offsets(stack.kafka, names.group(stage)) as group:
             all_partitions = group.partitions(map(names.topic, spec.reads))
             partitions = [TopicPartition(*at) for at in group.committed(all_partitions)]
             ends = {at: high for at, (_, high) in group.bounds(partitions).items()}
@@ -129,7 +129,7 @@ class Before:
         }
 
     def _cancel(self) -> None:
-        producer = Producer({"bootstrap.servers": self.stack.env()["POSTROAD_KAFKA_BOOTSTRAP"]})
+        producer = Producer(self.stack.kafka)
         for id_ in self.cancelled:
             out = encode(events.TaskCancelled(id=bytes.fromhex(id_.replace("-", "")), at_us=1), "api")
             producer.produce(self.stack.names.topic(out.topic), out.value, out.key, headers=out.headers)  # type: ignore[arg-type]
