@@ -64,6 +64,7 @@ OWN_SETTINGS = {
         "POSTROAD_LISTEN",
         "POSTROAD_MAX_BODY",
         "POSTROAD_MAX_PENDING_CREATES",
+        "POSTROAD_PARTITIONS",
         "POSTROAD_REFLECTION",
         "POSTROAD_TLS_CERT",
         "POSTROAD_TLS_CLIENT_CA",
@@ -80,8 +81,8 @@ FILES = {
 }
 # These services have no database, and do not get its password.
 WITHOUT_DATABASE = ("validator",)
-# Only `postroad topics apply` reads these; no service does.
-TOPICS = ("POSTROAD_PARTITIONS", "POSTROAD_REPLICATION")
+# Only `postroad topics apply` reads it; no service does.
+TOPICS = ("POSTROAD_REPLICATION",)
 LOOPBACK = "127.0.0.1"
 # Whoever tries the stack out does not wait hours for a second attempt.
 SENDER_DELAYS = "2,5,30,120"

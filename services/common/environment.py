@@ -34,6 +34,8 @@ OTHERS: Final = frozenset(
         "POSTROAD_LOCAL_DIR",
         "POSTROAD_LOCAL_NAME",
         "POSTROAD_LOCAL_REEXEC",
+        "POSTROAD_LOCAL_REQUEST_LOG",
+        "POSTROAD_LOCAL_STATEMENT_DIGESTS",
         # Of compose.yaml.
         "POSTROAD_DB_PASSWORD",
         "POSTROAD_DB_ROOT_PASSWORD",

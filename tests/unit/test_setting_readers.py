@@ -183,7 +183,7 @@ def test_the_local_stack_gives_each_service_the_settings_that_it_reads(service: 
 
 def test_the_settings_that_a_service_reads_are_found_exactly() -> None:
     assert "POSTROAD_BODY_RETENTION" in read_by("status")
-    assert not {"POSTROAD_BODY_RETENTION", "POSTROAD_PARTITIONS"} & read_by("api")
+    assert not {"POSTROAD_BODY_RETENTION", "POSTROAD_REPLICATION"} & read_by("api")
     assert {name for name in read_by("status") if name.startswith("EMAIL_")} == set()
 
 
