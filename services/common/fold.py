@@ -27,16 +27,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
 
 from postroad.v1 import events_pb2 as pb
 from services.common.database.tables import INT_MAX, tasks, widths
-from services.common.database.times import from_micros
-from services.common.events import Event, task_id
+from services.common.database.times import clamped, from_micros
+from services.common.events import Event
 
-__all__ = ["EPOCH_SHIFT", "TaskRow", "delta", "fold", "merge"]
+__all__ = ["EPOCH_SHIFT", "NEW_TASK", "Progress", "TaskRow", "delta", "fold", "join", "merge", "progress"]
 
 EPOCH_SHIFT = 21
 _TIER_SHIFT, _ATTEMPT_SHIFT = 18, 4
@@ -75,12 +76,17 @@ class TaskRow(NamedTuple):
 
 
 _WIDTHS = widths(tasks)
+_REASON, _REPLY, _MESSAGE_ID = (_WIDTHS[name] for name in ("reason", "reply", "message_id"))
 
 
+@lru_cache(4096)
 def _version(epoch: int, tier: int, attempt: int = 0, within: int = _OVER) -> int:
     rank = tier << _TIER_SHIFT | min(attempt, _ATTEMPT_MAX) << _ATTEMPT_SHIFT | within
     return min(epoch, _EPOCH_MAX) << EPOCH_SHIFT | rank
 
+
+NEW_TASK = _version(0, _CREATED)
+"""The version of a task of which only its creation is known: no row has a lower one."""
 
 _Mail = tuple[
     str | None, bytes | None, bytes | None, str | None, str | None, str | None, str | None, datetime | None
@@ -102,101 +108,83 @@ def _mail(task: Any) -> _Mail:
     )
 
 
-def _row(
-    event: Any,
-    status: str,
-    version: int,
-    *,
-    mail: _Mail = _UNKNOWN,
-    attempts: int = 0,
-    next_at_us: int = 0,
-    reason: str = "",
-    reply: str = "",
-    message_id: str = "",
-) -> TaskRow:
-    return TaskRow(
-        task_id(event),
-        *mail,
+class Progress(NamedTuple):
+    """How far a task is: the columns of its row that change once its mail is known. Times in microseconds."""
+
+    id: bytes
+    status: str
+    version: int
+    epoch: int
+    attempts: int
+    next_at_us: int | None
+    reason: str
+    reply: str
+    message_id: str
+    at_us: int
+
+
+def _created(event: pb.TaskCreated) -> Progress:
+    epoch, next_at_us = event.epoch, event.send_at_us
+    next_at = clamped(next_at_us) if next_at_us > 0 else None
+    version = _version(epoch, _CREATED)
+    return Progress(event.task.id, "pending", version, epoch, 0, next_at, "", "", "", clamped(event.at_us))
+
+
+def _mx_ok(event: pb.MxOk) -> Progress:
+    epoch = event.epoch
+    version = _version(epoch, _MX, min(event.attempt, _MX_FAILED - 1))
+    return Progress(event.task.id, "processing", version, epoch, 0, None, "", "", "", clamped(event.at_us))
+
+
+def _mx_failed(event: pb.MxFailed) -> Progress:
+    epoch, reason = event.epoch, event.reason[:_REASON]
+    version = _version(epoch, _MX, _MX_FAILED | min(event.attempt, _MX_FAILED - 1))
+    return Progress(event.id, "failed", version, epoch, 0, None, reason, "", "", clamped(event.at_us))
+
+
+def _attempted(event: Any, status: str, version: int, reason: str, next_at_us: int = 0) -> Progress:
+    attempt = event.attempt
+    return Progress(
+        event.id,
         status,
         version,
         event.epoch,
-        min(attempts, INT_MAX),
-        from_micros(next_at_us) if next_at_us > 0 else None,
-        reason[: _WIDTHS["reason"]],
-        reply[: _WIDTHS["reply"]],
-        message_id[: _WIDTHS["message_id"]],
-        from_micros(event.at_us),
+        attempt if attempt < INT_MAX else INT_MAX,
+        clamped(next_at_us) if next_at_us > 0 else None,
+        reason[:_REASON],
+        event.reply[:_REPLY],
+        event.message_id[:_MESSAGE_ID],
+        clamped(event.at_us),
     )
 
 
-def _created(event: pb.TaskCreated) -> TaskRow:
-    version = _version(event.epoch, _CREATED)
-    return _row(event, "pending", version, mail=_mail(event.task), next_at_us=event.send_at_us)
-
-
-def _mx_ok(event: pb.MxOk) -> TaskRow:
-    attempt = min(event.attempt, _MX_FAILED - 1)
-    return _row(event, "processing", _version(event.epoch, _MX, attempt), mail=_mail(event.task))
-
-
-def _mx_failed(event: pb.MxFailed) -> TaskRow:
-    attempt = min(event.attempt, _MX_FAILED - 1)
-    return _row(event, "failed", _version(event.epoch, _MX, _MX_FAILED | attempt), reason=event.reason)
-
-
-def _deferred(event: pb.MailDeferred) -> TaskRow:
+def _deferred(event: pb.MailDeferred) -> Progress:
+    epoch, attempt = event.epoch, event.attempt
     if event.stage == "validator":
-        return _row(
-            event,
-            "pending",
-            _version(event.epoch, _MX_DEFERRED, event.attempt),
-            next_at_us=event.next_attempt_at_us,
-            reason=event.reason,
-        )
+        version = _version(epoch, _MX_DEFERRED, attempt)
+        row = _attempted(event, "pending", version, event.reason, event.next_attempt_at_us)
+        return row._replace(attempts=0, reply="", message_id="")
     within = min(event.takeover, _OVER - 1) if event.in_doubt else _OVER
-    return _row(
-        event,
-        "processing",
-        _version(event.epoch, _MAIL_DEFERRED, event.attempt, within),
-        attempts=event.attempt,
-        next_at_us=event.next_attempt_at_us,
-        reason=event.reason,
-        reply=event.reply,
-        message_id=event.message_id,
-    )
+    version = _version(epoch, _MAIL_DEFERRED, attempt, within)
+    return _attempted(event, "processing", version, event.reason, event.next_attempt_at_us)
 
 
-def _failed(event: pb.MailFailed) -> TaskRow:
-    tier = _UNCERTAIN if event.uncertain else _MAIL_FAILED
-    return _row(
-        event,
-        "uncertain" if event.uncertain else "failed",
-        _version(event.epoch, tier, event.attempt),
-        attempts=event.attempt,
-        reason=event.reason,
-        reply=event.reply,
-        message_id=event.message_id,
-    )
+def _failed(event: pb.MailFailed) -> Progress:
+    status, tier = ("uncertain", _UNCERTAIN) if event.uncertain else ("failed", _MAIL_FAILED)
+    return _attempted(event, status, _version(event.epoch, tier, event.attempt), event.reason)
 
 
-def _cancelled(event: pb.TaskCancelled) -> TaskRow:
-    return _row(
-        event, "cancelled", _version(event.epoch, _CANCELLED, event.attempts), attempts=event.attempts
-    )
+def _cancelled(event: pb.TaskCancelled) -> Progress:
+    epoch, attempts = event.epoch, min(event.attempts, INT_MAX)
+    version = _version(epoch, _CANCELLED, event.attempts)
+    return Progress(event.id, "cancelled", version, epoch, attempts, None, "", "", "", clamped(event.at_us))
 
 
-def _sent(event: pb.MailSent) -> TaskRow:
-    return _row(
-        event,
-        "completed",
-        _COMPLETED | _version(event.epoch, 0, event.attempt),
-        attempts=event.attempt,
-        reply=event.reply,
-        message_id=event.message_id,
-    )
+def _sent(event: pb.MailSent) -> Progress:
+    return _attempted(event, "completed", _COMPLETED | _version(event.epoch, 0, event.attempt), "")
 
 
-_DELTAS: Mapping[type[Message], Callable[[Any], TaskRow]] = {
+_PROGRESS: Mapping[type[Message], Callable[[Any], Progress]] = {
     pb.TaskCreated: _created,
     pb.MxOk: _mx_ok,
     pb.MxFailed: _mx_failed,
@@ -207,12 +195,28 @@ _DELTAS: Mapping[type[Message], Callable[[Any], TaskRow]] = {
 }
 
 
-def delta(event: Event) -> TaskRow:
-    """Return the row of a task of which only `event` is known.
+def progress(event: Event) -> Progress:
+    """Return how far the task is if only `event` is known.
 
-    It cuts texts to their columns' widths, so that `merge` sees what the database stores.
+    It cuts texts to their columns' widths, so that a join sees what the database stores.
     """
-    return _DELTAS[type(event)](event)
+    return _PROGRESS[type(event)](event)
+
+
+def delta(event: Event) -> TaskRow:
+    """Return the row of a task of which only `event` is known: its progress, and its mail if it has it."""
+    id_, status, version, epoch, attempts, next_at_us, *texts, at_us = progress(event)
+    mail = _mail(event.task) if isinstance(event, pb.TaskCreated | pb.MxOk) else _UNKNOWN
+    next_at = None if next_at_us is None else from_micros(next_at_us)
+    return TaskRow._make((id_, *mail, status, version, epoch, attempts, next_at, *texts, from_micros(at_us)))
+
+
+def join(a: Progress, b: Progress) -> Progress:
+    """Return the join of two states of progress of one task, as `merge` does for rows."""
+    late, early = (b, a) if b.version > a.version else (a, b)
+    if early.attempts > late.attempts and late.version >> EPOCH_SHIFT == early.version >> EPOCH_SHIFT:
+        return late._replace(attempts=early.attempts)
+    return late
 
 
 def merge(a: TaskRow, b: TaskRow) -> TaskRow:

@@ -16,17 +16,18 @@ from sqlalchemy import Connection, delete, select
 from postroad.v1 import events_pb2 as pb
 from services.common.database import tables
 from services.common.database.bulk import execute_rows, placeholders
-from services.common.database.times import to_micros
-from services.common.events import CREATED_KEY
+from services.common.database.times import FROM_MICROS, to_micros
+from services.common.events import CREATED_KEY, Event
 from services.common.fold import EPOCH_SHIFT, TaskRow, merge
 from services.common.statuses import FINAL_STATUSES
-from services.common.timeline import TimelineRow
+from services.common.timeline import TimelineRow, timeline_values
 
 __all__ = [
     "Body",
     "body_of",
     "insert_bodies",
     "insert_events",
+    "insert_timeline",
     "load_epoch",
     "load_events",
     "load_tasks",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 _MAIL = TaskRow._fields[1:8]
+_INSERT_ENTRIES = f"INSERT IGNORE INTO {{}} ({', '.join(TimelineRow._fields)}) VALUES"
+_ENTRY = f"(%s,%s,{FROM_MICROS},%s,%s,%s,%s,%s,%s,{FROM_MICROS})"
 _PLAIN = ("status", "epoch", "next_attempt_at", "reason", "reply", "message_id", "updated_at")
 
 
@@ -119,9 +122,15 @@ def _parts(bodies: Iterable[Body]) -> Iterator[list[Body]]:
 
 def insert_events(connection: Connection, entries: Iterable[TimelineRow], table: str = "task_events") -> None:
     """Insert entries of timelines; existing ones stay."""
-    head = f"INSERT IGNORE INTO {table} ({', '.join(TimelineRow._fields)}) VALUES"
+    head = _INSERT_ENTRIES.format(table)
     ordered = sorted(entries, key=itemgetter(0, 1))
     execute_rows(connection, head, ordered)
+
+
+def insert_timeline(connection: Connection, events: Iterable[Event]) -> None:
+    """Insert the events' entries of their timelines; existing ones stay."""
+    ordered = sorted(map(timeline_values, events), key=itemgetter(0, 1))
+    execute_rows(connection, _INSERT_ENTRIES.format("task_events"), ordered, row=_ENTRY)
 
 
 def owners_of_keys(

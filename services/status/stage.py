@@ -13,13 +13,14 @@ from services.common.database.errors import error_text, is_database_fault, is_tr
 from services.common.database.transactions import retry_until_available, transaction
 from services.common.deliveries.mx_failures import store_failures
 from services.common.events import Event
-from services.common.fold import delta
+from services.common.merge_events import merge_events
 from services.common.stage.types import Dead, Done, Outcome, Record, Stage
 from services.common.stages import STAGES
-from services.common.taskstore import insert_events, upsert
-from services.common.timeline import timeline_row
+from services.common.taskstore import insert_timeline
 
 __all__ = ["StatusHandler", "stage"]
+
+_DONE = Done()
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +35,8 @@ class StatusHandler:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._batcher: Batcher[Event, None] = Batcher(self._store, shared=is_database_fault, name="fold")
+        self._batches: Batcher[Sequence[Event], None] = Batcher(self._store_each, 1, name="fold")
+        self._halves: Batcher[Event, None] = Batcher(self._store, shared=is_database_fault, name="halves")
         self._problem: str | None = None
 
     async def handle_batch(self, records: Sequence[Record]) -> Sequence[Outcome]:
@@ -58,23 +60,35 @@ class StatusHandler:
 
     async def close(self) -> None:
         """Wait for the fold that still runs."""
-        await self._batcher.close()
+        await self._batches.close()
+        await self._halves.close()
 
     async def _fold(self, events: Sequence[Event]) -> list[Outcome]:
-        results = await self._batcher.many(events)
+        try:
+            await self._batches.one(events)
+        except Exception as error:
+            if is_database_fault(error):
+                raise
+        else:
+            return [_DONE] * len(events)
+        # A record is at fault. The Batcher finds it, by halves.
+        results = await self._halves.many(events)
         for result in results:
             if result is not None and is_database_fault(result):
                 raise result
-        return [Done() if result is None else Dead(_cause(result)) for result in results]
+        return [_DONE if result is None else Dead(_cause(result)) for result in results]
+
+    def _store_each(self, batches: Sequence[Sequence[Event]]) -> list[None]:
+        for events in batches:
+            self._store(events)
+        return [None] * len(batches)
 
     def _store(self, events: Sequence[Event]) -> list[None]:
-        rows = [delta(event) for event in events]
-        entries = [timeline_row(event) for event in events]
         mx_failures = [event for event in events if isinstance(event, pb.MxFailed)]
 
         def write(connection: Connection) -> None:
-            upsert(connection, rows)
-            insert_events(connection, entries)
+            merge_events(connection, events)
+            insert_timeline(connection, events)
             store_failures(connection, mx_failures)
 
         transaction(self._engine, write)

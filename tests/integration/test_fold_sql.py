@@ -1,4 +1,4 @@
-"""The upsert stores the fold, whatever the order, the batches and the repetitions."""
+"""The tables hold the fold, whatever the order, the batches and the repetitions, and whoever wrote them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from services.common.database.engine import make_engine
 from services.common.database.transactions import transaction
 from services.common.events import Event, task_id
 from services.common.fold import TaskRow, delta, fold
-from services.common.taskstore import insert_events, upsert
+from services.common.merge_events import merge_events
+from services.common.taskstore import insert_events, insert_timeline, upsert
 from services.common.timeline import TimelineRow, timeline_row
 from tests.event_strategies import histories
 from tests.forms import by_form
@@ -38,10 +39,17 @@ def clear(connection: Connection) -> None:
     connection.exec_driver_sql("DELETE FROM task_events")
 
 
-def store(engine: Engine, events: list[Event]) -> None:
+def store(engine: Engine, events: list[Event], rng: random.Random) -> None:
+    """Store as the api and a rebuild do, or as the status service does."""
+    merges = rng.random() < 0.6
+
     def write(connection: Connection) -> None:
-        upsert(connection, [delta(event) for event in events])
-        insert_events(connection, [timeline_row(event) for event in events])
+        if merges:
+            merge_events(connection, events)
+            insert_timeline(connection, events)
+        else:
+            upsert(connection, [delta(event) for event in events])
+            insert_events(connection, [timeline_row(event) for event in events])
 
     transaction(engine, write)
 
@@ -81,7 +89,7 @@ def test_any_split_into_batches_stores_the_fold(
 ) -> None:
     transaction(engine, clear)
     for batch in batches(events, rng):
-        store(engine, batch)
+        store(engine, batch, rng)
     with engine.connect() as connection:
         found = stored(connection)
     assert {id_: plain(row) for id_, row in found.items()} == {
@@ -102,7 +110,7 @@ def test_any_order_with_duplicates_stores_the_same(
     again = [*once, *rng.choices(once, k=rng.randrange(6))]
     rng.shuffle(again)
     for batch in batches(again, rng):
-        store(engine, batch)
+        store(engine, batch, rng)
     with engine.connect() as connection:
         found = stored(connection)
     assert {id_: plain(row) for id_, row in found.items()} == {
@@ -114,8 +122,9 @@ def test_any_order_with_duplicates_stores_the_same(
 @given(histories(3, 10))
 def test_the_timeline_holds_each_event_once(engine: Engine, events: list[Event]) -> None:
     transaction(engine, clear)
+    rng = random.Random(len(events))
     for batch in (events, events[::-1]):
-        store(engine, batch)
+        store(engine, batch, rng)
     with engine.connect() as connection:
         found = [
             TimelineRow._make([bytes(row[0]), *row[1:]])

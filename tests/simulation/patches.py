@@ -26,6 +26,7 @@ from services.api import (
 )
 from services.api.uuid7 import text
 from services.common import batching, taskstore
+from services.common.fold import delta
 from services.common.stage import (
     consumer_close,
     delay_rests,
@@ -39,6 +40,7 @@ from services.common.stage import (
 )
 from services.common.stage.in_flight_record import InFlightRecord
 from services.common.stage.partition_tracker import PartitionTracker
+from services.common.timeline import timeline_row
 from services.sender import async_claims, cleanup, store_outcome
 from services.status import stage as status_stage
 from tests.simulation.cluster_check import ClusterCheck
@@ -85,6 +87,14 @@ def _view(connection: Database, id_: bytes) -> task_pb2.Task:
     return task_pb2.Task(id=text(id_), status=connection.tasks[id_].status)
 
 
+def _merge_events(connection: Database, events: Any) -> None:
+    connection.upsert(map(delta, events))
+
+
+def _insert_timeline(connection: Database, events: Any) -> None:
+    connection.insert_events(map(timeline_row, events))
+
+
 def _transaction(engine: Database, work: Any) -> Any:
     return engine.transact(work)
 
@@ -119,8 +129,8 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (recorder, "transaction", _transaction),
     (outbox_sweeper, "transaction", _transaction),
     (status_stage, "transaction", _transaction),
-    (status_stage, "upsert", Database.upsert),
-    (status_stage, "insert_events", Database.insert_events),
+    (status_stage, "merge_events", _merge_events),
+    (status_stage, "insert_timeline", _insert_timeline),
     (status_stage, "store_failures", Database.store_failures),
     (recorder, "tasks_of", _originals),
     (locked_task, "lock_row", Database.lock_row),
