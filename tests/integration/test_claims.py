@@ -30,7 +30,7 @@ from services.common.deliveries.decide import (
     decide,
     released_row,
 )
-from services.common.deliveries.rows import COLUMNS, owner_tokens
+from services.common.deliveries.rows import COLUMNS, owner_tokens, store_rows
 from services.common.deliveries.settlement import Settlement
 from services.sender.claims import Claims
 from tests import forked  # noqa: F401  (what the fork server has imported already)
@@ -255,6 +255,35 @@ def test_a_whole_batch_is_settled(engine: Engine, claims: Claims) -> None:
     second_thoughts = [row._replace(state="failed", reply="no") for row in held[:2]]
     assert claims.store(second_thoughts) == [Settlement.FENCED] * 2, "settled is settled, also for its owner"
     assert rows_of(engine) == rows
+
+
+@pytest.mark.parametrize("replies", [1, 250])
+def test_many_sent_rows_are_stored_each_with_its_own_reply(
+    engine: Engine, claims: Claims, replies: int
+) -> None:
+    owned = [taken(answer).row for answer in claims.claim([claim(new_id()) for _ in range(250)])]
+    wanted = [
+        sent(row, f"250 it's \\ {number % replies}")._replace(settled_at=number + 7)
+        for number, row in enumerate(owned)
+    ]
+    assert claims.store(wanted) == [Settlement.STORED] * 250
+    stored = rows_of(engine)
+    assert [stored[row.task_id]._replace(lease_until=row.lease_until) for row in wanted] == wanted
+    assert claims.store(wanted) == [Settlement.STORED] * 250, "a repeated call stores nothing twice"
+
+
+def test_of_many_sent_rows_one_whose_claim_was_lost_is_late(engine: Engine, claims: Claims) -> None:
+    owned = [taken(answer).row for answer in claims.claim([claim(new_id()) for _ in range(5)])]
+    put_over = owned[2]._replace(owner=token(), attempt=2)
+    with engine.begin() as connection:
+        store_rows(connection, [put_over])
+    wanted = [sent(row) for row in owned]
+    wanted[4] = owned[4]._replace(state="released")
+    found = claims.store(wanted)
+    assert found == [Settlement.LATE if n == 2 else Settlement.STORED for n in range(5)]
+    stored = rows_of(engine)
+    assert [stored[row.task_id].state for row in owned] == ["sent"] * 4 + ["released"]
+    assert (stored[put_over.task_id].owner, stored[put_over.task_id].attempt) == (owned[2].owner, 2)
 
 
 def test_a_settle_after_a_takeover_stores_only_that_the_mail_was_sent(engine: Engine, claims: Claims) -> None:
