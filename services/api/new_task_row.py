@@ -26,7 +26,7 @@ def row_of_new_task(event: events_pb2.TaskCreated) -> TaskRow:
         task.id,
         task.tenant,
         key.encode() if key else None,
-        task.request_hash if key else None,
+        task.request_hash or None,
         task.email,
         task.domain,
         task.subject,

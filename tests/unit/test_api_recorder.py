@@ -71,6 +71,8 @@ def test_the_row_of_a_new_task_is_what_the_fold_makes_of_its_event(
     event.task.id, event.task.created_at_us = IdGenerator(lambda: now_us * 1000).new()
     event.at_us = event.task.created_at_us
     assert row_of_new_task(event) == delta(event)
+    event.task.request_hash = bytes(range(32))
+    assert row_of_new_task(event) == delta(event)
     assert (event.send_at_us > 0) == (ahead_us > 0)
 
 
