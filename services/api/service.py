@@ -42,9 +42,11 @@ _REFUSAL_TIME = 0.2
 _STREAM_GRACE = 1.0
 _MAX_SWEPT = 500
 _MAX_DELETED = 2000
-# The recorder uses two, the deleter, the sweeper, the readiness and the backlog one each, and each of the two
-# DatabaseThreads as many as it has threads.
-_CONNECTIONS = 6 + 2 * THREADS
+# The recorder uses two, the deleter, the sweeper, the readiness and the backlog one each, one ends abandoned
+# queries, and the decider uses as many as it has threads.
+_CONNECTIONS = 7 + THREADS
+# The server ends a query before its caller gives it up (seconds).
+_QUERY_SECONDS = 4.0
 
 
 class ApiService:
@@ -72,7 +74,8 @@ class ApiService:
         self._outbox_publisher = OutboxPublisher(self._publisher, self._deleter, max_count, max_bytes)
         self._recorder = Recorder(self._engine, self._on_commit, settings.max_pending_creates, max_bytes)
         self._sweeper = Sweeper(self._engine, self._publisher, self._outbox_publisher, _MAX_SWEPT)
-        self._query_threads = DatabaseThreads(self._engine)
+        self._query_engine = make_engine(url, THREADS, query_seconds=_QUERY_SECONDS)
+        self._query_threads = DatabaseThreads(self._query_engine, killing=self._engine)
         self._decider_threads = DatabaseThreads(self._engine)
         decider = Decider(self._decider_threads, self._outbox_publisher.publish)
         self._health = HealthServicer()
@@ -165,6 +168,7 @@ class ApiService:
         await self._deleter.close()
         self._query_threads.close()
         self._decider_threads.close()
+        self._query_engine.dispose()
         self._engine.dispose()
 
     def _on_commit(self, new_tasks: Sequence[NewTask]) -> None:

@@ -89,7 +89,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         """Return a task with its body and its timeline."""
         id_ = task_id(request.id)
         tenant = await self._tenant_of(id_)
-        task = await self._threads.run(lambda connection: queries.get(connection, tenant, id_))
+        task = await self._threads.read(lambda connection: queries.get(connection, tenant, id_))
         if task is None:
             raise not_found(request.id)
         return _shown(task, tenant)
@@ -108,7 +108,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         _refuse_guesses(filter_)
         digest = filter_.digest(tenant)
         after = page_tokens.decode(self._keys, request.page_token, digest)
-        tasks, last_id = await self._threads.run(
+        tasks, last_id = await self._threads.read(
             lambda connection: queries.page(connection, tenant, filter_, after, size)
         )
         next_page_token = "" if last_id is None else page_tokens.encode(self._keys, last_id, digest)
@@ -122,7 +122,7 @@ class TaskServicer(task_service_pb2_grpc.TaskServiceServicer):
         """Return the number of tasks of each status."""
         tenant, filter_ = current_call().tenant, filters.parse(request)
         _refuse_guesses(filter_)
-        counts = await self._threads.run(lambda connection: queries.count(connection, tenant, filter_))
+        counts = await self._threads.read(lambda connection: queries.count(connection, tenant, filter_))
         return task_service_pb2.CountResponse(counts=counts, total=sum(counts.values()))
 
     async def Retry(self, request: task_service_pb2.RetryRequest, context: Context) -> task_pb2.Task:

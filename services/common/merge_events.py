@@ -2,7 +2,7 @@
 
 Nearly all tasks have a row with its mail, since `Create` wrote it, and nearly each event outranks the row.
 One UPDATE then does it, and the number of its rows shows whether all did. Otherwise the upsert follows
-(ADR 37).
+(ADR 39).
 """
 
 from __future__ import annotations

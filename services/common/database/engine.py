@@ -98,11 +98,13 @@ def make_engine(
     pool_size: int = 4,
     read_seconds: int = READ_SECONDS,
     silent_seconds: int = SILENT_SECONDS,
+    query_seconds: float = 0,
 ) -> Engine:
     """Return an engine whose sessions are READ COMMITTED, in UTC and strict. It connects on first use.
 
-    `mysql://` and `mariadb://` select Postroad's driver. A statement may take at most `read_seconds`, and a
-    transaction may be silent for at most `silent_seconds`. The URL's query may hold options of the driver
+    `mysql://` and `mariadb://` select Postroad's driver. The client waits at most `read_seconds` for a
+    statement, and a transaction may be silent for at most `silent_seconds`. The server itself ends a query
+    after `query_seconds` (0: never); on MariaDB any statement. The URL's query may hold options of the driver
     (`unix_socket`, `ssl_ca`, `ssl_verify_identity`).
     """
     url = make_url(url)
@@ -131,21 +133,29 @@ def make_engine(
             "write_timeout": read_seconds,
         },
     )
-    event.listen(engine, "connect", partial(_begin_session, silent_seconds, StatementLimits()))
+    event.listen(engine, "connect", partial(_begin_session, silent_seconds, query_seconds, StatementLimits()))
     event.listen(engine, "handle_error", _on_error)
     return engine
 
 
 def _begin_session(
-    silent_seconds: int, statements: StatementLimits, connection: Any, record: ConnectionPoolEntry
+    silent_seconds: int,
+    query_seconds: float,
+    statements: StatementLimits,
+    connection: Any,
+    record: ConnectionPoolEntry,
 ) -> None:
     # The driver pings the server before every statement, at a round trip each. The statement itself shows
     # whether the connection is lost.
     connection.is_connected = lambda: True
     cursor = connection.cursor()
     cursor.execute(_SESSION, (LOCK_SECONDS, silent_seconds))
-    cursor.execute("SELECT @@max_allowed_packet")
-    [(max_packet,)] = cursor.fetchall()
+    cursor.execute("SELECT @@max_allowed_packet, @@version")
+    [(max_packet, version)] = cursor.fetchall()
+    if query_seconds and "MariaDB" in version:
+        cursor.execute("SET max_statement_time = %s", (query_seconds,))
+    elif query_seconds:
+        cursor.execute("SET max_execution_time = %s", (round(query_seconds * 1000),))
     cursor.close()
     statements.guard(connection, int(max_packet))
     record.info[LIMITS_KEY] = statements
