@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from services.api.errors import overloaded, slow_request
+from services.api.time_limit import TimeLimit
 
 __all__ = ["READ_TIMEOUT", "WRITE_TIMEOUT", "Context", "StreamWriter", "read"]
 
@@ -19,10 +20,10 @@ WRITE_TIMEOUT = 20.0
 """Seconds in which a client must read one message of a stream."""
 
 
-async def read(context: Context) -> bytes | None:
+async def read(context: Context, limit: TimeLimit) -> bytes | None:
     """Return the next message of a call, None at its end; raise StatusError where none comes in time."""
     try:
-        async with asyncio.timeout(READ_TIMEOUT):
+        with limit.block():
             message = await context.read()
     except TimeoutError:
         raise slow_request() from None

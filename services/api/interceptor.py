@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from postroad.v1 import task_service_pb2
 from services.api.auth import Authenticator
-from services.api.bounded_io import Context, StreamWriter, read
+from services.api.bounded_io import READ_TIMEOUT, Context, StreamWriter, read
 from services.api.call import Call, Metadata, set_call
 from services.api.errors import (
     StatusError,
@@ -35,6 +35,7 @@ from services.api.health import SERVICE_NAME as HEALTH
 from services.api.metrics import API_REQUESTS, API_SECONDS
 from services.api.open_streams import OpenStreams
 from services.api.scopes import tenant_of
+from services.api.time_limit import TimeLimit
 from services.common.database.errors import error_text, is_too_long
 
 __all__ = ["MAX_BATCH", "MAX_CREATE", "MAX_QUERY", "SERVICE", "RequestInterceptor"]
@@ -69,6 +70,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         # Create is admitted after decoding, together with other Creates. A batch's size is limited by gRPC.
         self._admit: Mapping[str, Admit] = {"Create": _admit_create, "BatchCreate": admit_batch}
         self._handlers: dict[str, RpcHandler] = {}
+        self._reading = TimeLimit(READ_TIMEOUT)
         self._draining = False
         self._in_flight, self._idle = 0, asyncio.Event()
 
@@ -167,7 +169,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         """Return a handler that demands a token for `handler`, which takes a stream and answers with one."""
 
         async def requests(context: Context) -> AsyncIterator[Any]:
-            while (raw := await read(context)) is not None:
+            while (raw := await read(context, self._reading)) is not None:
                 yield handler.request_deserializer(raw)
 
         async def handle(_: object, context: Context) -> None:
@@ -192,7 +194,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         with admit(0):
             # A replica that takes no more batches now does not read one.
             pass
-        if (raw := await read(context)) is None:
+        if (raw := await read(context, self._reading)) is None:
             raise no_request()
         return Call(tenant, metadata, len(raw), grant), raw
 

@@ -6,7 +6,6 @@ Creates do not wait behind it.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeAlias, TypeVar
@@ -22,6 +21,7 @@ from services.api.errors import DATABASE_TIMEOUT, StatusError, database_unavaila
 from services.api.new_task_row import row_of_new_task
 from services.api.outbox import NewTask
 from services.api.queries import tasks_of
+from services.api.time_limit import TimeLimit
 from services.api.uuid7 import text
 from services.common import taskstore
 from services.common.batching import Batcher
@@ -61,6 +61,7 @@ class Recorder:
         max_bytes: int,
     ) -> None:
         self._engine, self._on_commit = engine, on_commit
+        self._time, self._batch_time = TimeLimit(DATABASE_TIMEOUT), TimeLimit(_BATCH_TIMEOUT)
         # Separate limits: a few batches hold thousands of Creates, and would have single ones refused.
         self._admission = AdmissionControl(max_count, max_bytes)
         self._batch_admission = AdmissionControl(max_count, max_bytes)
@@ -84,7 +85,7 @@ class Recorder:
         be recorded or not. A client that sent an idempotency key can safely repeat its call.
         """
         with self._admission.admit(1, new_task.size):
-            result = await _with_timeout(self._singles.one(new_task), DATABASE_TIMEOUT)
+            result = await _within(self._time, self._singles.one(new_task))
         if isinstance(result, StatusError):
             raise result
         return result
@@ -103,7 +104,7 @@ class Recorder:
         results. After UNAVAILABLE all of the batch may be recorded or nothing of it.
         """
         with self._batch_admission.admit_count(len(batch)):
-            return await _with_timeout(self._batches.one(batch), _BATCH_TIMEOUT)
+            return await _within(self._batch_time, self._batches.one(batch))
 
     async def close(self) -> None:
         """Refuse new tasks; return once all waiting ones are recorded or have failed."""
@@ -119,10 +120,10 @@ class Recorder:
         return results
 
 
-async def _with_timeout(call: Awaitable[R], seconds: float) -> R:
+async def _within(limit: TimeLimit, call: Awaitable[R]) -> R:
     """Return the call's result; raise UNAVAILABLE where the database takes longer or is away."""
     try:
-        async with asyncio.timeout(seconds):
+        with limit.block():
             return await call
     except TimeoutError:
         raise database_unavailable() from None

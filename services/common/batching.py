@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
+from contextlib import suppress
 from typing import Generic, NamedTuple, TypeVar
+
+from services.common.worker_threads import WorkerThreads
 
 __all__ = ["Batcher"]
 
@@ -74,8 +77,8 @@ class Batcher(Generic[T, R]):
         self._weigh = weigh
         self._weight_limit = weight_limit
         self._idle = concurrency
-        self._executor = executor or ThreadPoolExecutor(concurrency, thread_name_prefix=name)
-        self._own_executor = executor is None
+        self._own_threads = WorkerThreads(concurrency, name) if executor is None else None
+        self._submit: Callable[..., object] = (self._own_threads or executor).submit  # type: ignore[union-attr]
         self._queue: deque[_Ticket[T, R]] = deque()
         self._pending = 0
         self._woken = False
@@ -109,8 +112,8 @@ class Batcher(Generic[T, R]):
             if self._drained is None:
                 self._drained = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._drained)
-        if self._own_executor:
-            self._executor.shutdown(wait=False)
+        if self._own_threads is not None:
+            self._own_threads.shutdown()
 
     def _enqueue(self, items: Sequence[T]) -> asyncio.Future[list[R | BaseException]]:
         if self._closed:
@@ -135,7 +138,7 @@ class Batcher(Generic[T, R]):
                 return
             self._idle -= 1
             try:
-                self._executor.submit(self._work, items, shares, loop)
+                self._submit(self._work, items, shares, loop)
             except RuntimeError as error:  # the executor was shut down
                 self._settle(shares, [error] * len(items), loop)
 
@@ -172,7 +175,9 @@ class Batcher(Generic[T, R]):
 
     def _work(self, items: list[T], shares: list[_Share[T, R]], loop: asyncio.AbstractEventLoop) -> None:
         results = self._results(items)
-        loop.call_soon_threadsafe(self._settle, shares, results, loop)
+        # After the loop has ended nobody waits for the results.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._settle, shares, results, loop)
 
     def _results(self, items: list[T]) -> Sequence[R | BaseException]:
         try:

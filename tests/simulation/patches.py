@@ -113,7 +113,7 @@ _REPLACED: list[tuple[Any, str, Any]] = [
     (offset_committer, "time", VirtualTime),
     (rebalance_handler, "time", VirtualTime),
     (record_reader, "time", VirtualTime),
-    (batching, "ThreadPoolExecutor", Executor),
+    (batching, "WorkerThreads", Executor),
     (async_claims, "ThreadPoolExecutor", Executor),
     # A waiting poller is woken when there is something to do (poller.py).
     (poller, "_POLL_SECONDS", 1e9),
