@@ -105,11 +105,10 @@ def consumer_config(settings: Settings, stage: str, client_id: str, *, gather: b
         "fetch.wait.max.ms": 100,
         "fetch.min.bytes": 64 << 10 if gather else 1,
         "fetch.error.backoff.ms": 100,
-        # A fetch names a partition of which fewer records than this are queued. At 1, a partition whose
-        # record is on its way to the poller misses the next fetch, and its next record waits for it. By
-        # default the client fetches again for every record that comes: eight times a poll at 1,000 a second.
-        # The back-off is how soon after its queue is empty it fetches.
-        "queued.min.messages": 16,
+        # A fetch names a partition of which fewer records than this are queued. The tasks of 50 ms come to
+        # one partition: were it left out, its next records would wait for the fetch under way. Without this
+        # limit the client would fill its queue from a backlog. The back-off is how soon it fetches then.
+        "queued.min.messages": 256,
         "fetch.queue.backoff.ms": 2,
     }
     if settings.group_protocol == "consumer":

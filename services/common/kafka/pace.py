@@ -48,7 +48,7 @@ class Pace:
 
 def awaited_fetches() -> Pace:
     """Return the pace of fetches for which a task waits: each stage adds so much to its time."""
-    return Pace(0.1)
+    return Pace(0.04)
 
 
 def awaited_records() -> Pace:
@@ -56,7 +56,7 @@ def awaited_records() -> Pace:
 
     Records that one fetch led to come together and do not wait. Those that come one by one are gathered.
     """
-    return Pace(0.05)
+    return Pace(0.015)
 
 
 def gathered_fetches() -> Pace:
