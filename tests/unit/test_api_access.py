@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from postroad.v1 import task_service_pb2 as pb
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
@@ -106,6 +107,28 @@ async def test_a_malformed_change_leaves_the_old_list_and_is_a_problem(tmp_path:
         await until(lambda: not served.access.problems())
         assert await call(channel, "Count", bearer("new")) == (Code.OK, "")
         assert (await call(channel, "Count", bearer("old")))[0] is Code.UNAUTHENTICATED
+
+
+def denied() -> dict[str, float]:
+    """Return how many calls were denied so far, by reason."""
+    [family] = [found for found in REGISTRY.collect() if found.name == "postroad_api_denied"]
+    return {s.labels["reason"]: s.value for s in family.samples if s.name.endswith("_total")}
+
+
+async def test_denied_calls_are_counted_by_reason(tmp_path: Path) -> None:
+    path = write_tokens(
+        tmp_path / "tokens", grant_line("known", scopes="read"), grant_line("over", seconds=-1)
+    )
+    before = denied()
+    async with serve(tokens_file=path) as served, grpc.aio.insecure_channel(served.target) as channel:
+        for metadata in (None, bearer("known"), bearer("unknown"), bearer("over")):
+            await call(channel, "Create", metadata)
+    reasons = ("TOKEN_MISSING", "SCOPE_MISSING", "TOKEN_UNKNOWN", "TOKEN_ENDED")
+    assert {reason: denied()[reason] - before.get(reason, 0) for reason in reasons} == dict.fromkeys(
+        reasons, 1
+    )
+    # No other label, such as one with a token.
+    assert denied().keys() <= {*reasons, "SLOWED_DOWN", "TENANT_MISSING"}
 
 
 async def test_a_peer_that_fails_too_often_is_told_to_wait(tmp_path: Path) -> None:
