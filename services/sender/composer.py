@@ -9,7 +9,7 @@ from services.common.database.tables import deliveries, widths
 from services.common.header_fields import mailbox
 from services.sender.headers import address
 from services.sender.message import build
-from services.sender.smtp_transaction import check_mail
+from services.sender.smtp_mail import check_mail
 
 __all__ = ["ComposedMail", "Composer"]
 

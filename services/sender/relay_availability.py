@@ -1,7 +1,7 @@
 """Whether the sender can use its relay, and how it finds out when trouble is over."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import structlog
@@ -10,7 +10,7 @@ from services.sender.masking import without_addresses
 from services.sender.replies import OPENING, InDoubt, NotSent, Rejected, SendResult, Sent, TransactionStep
 from services.sender.smtp_relay import Limits
 from services.sender.smtp_session import Session, UnavailableError
-from services.sender.smtp_sessions import Sessions, backoff_seconds
+from services.sender.smtp_sessions import backoff_seconds
 
 __all__ = ["PoolClosedError", "RelayAvailability"]
 
@@ -29,15 +29,23 @@ class RelayAvailability:
 
     While the relay is down and no session comes about, it tries to open one, with growing pauses. While the
     relay refuses the account, it lets one mail go after each pause as a probe. It calls ``on_trouble`` at
-    each change.
+    each change, and ``fail_waiting`` when trouble begins. ``open_session`` opens a session and puts it to
+    use, or raises UnavailableError.
     """
 
     def __init__(
-        self, name: str, sessions: Sessions, limits: Limits, on_trouble: Callable[[NotSent | None], None]
+        self,
+        name: str,
+        limits: Limits,
+        on_trouble: Callable[[NotSent | None], None],
+        *,
+        fail_waiting: Callable[[NotSent], None],
+        open_session: Callable[[], Awaitable[None]],
     ) -> None:
         self._name = name
-        self._sessions = sessions
         self._limits = limits
+        self._fail_waiting = fail_waiting
+        self._open_session = open_session
         self.trouble: NotSent | None = None
         """What failed last; None while the relay is up."""
         self._last_trouble: NotSent | None = None
@@ -112,7 +120,6 @@ class RelayAvailability:
 
     def mark_down(self, trouble: NotSent) -> None:
         """Mark the relay as down until a session comes about, or until the relay takes a probe."""
-        # Waiting sends report the same trouble a turn of the loop later, when it may be over.
         if self.closing or trouble is self._last_trouble:
             return
         new = self.trouble is None
@@ -124,7 +131,7 @@ class RelayAvailability:
         _log.warning(
             "relay_down", relay=trouble.relay, phase=trouble.phase, cause=without_addresses(trouble.cause)
         )
-        self._sessions.fail_waiters(UnavailableError(trouble))
+        self._fail_waiting(trouble)
         if self._recovery is None or self._recovery.done():
             self._recovery = asyncio.get_running_loop().create_task(self._recover())
 
@@ -159,7 +166,7 @@ class RelayAvailability:
                 self._probe_pending = not self._wake(1)
                 continue
             try:
-                self._sessions.release(await self._sessions.open())
+                await self._open_session()
                 self._mark_up()
             except UnavailableError as error:
                 # A send may have brought the relay up meanwhile.

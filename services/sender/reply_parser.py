@@ -59,8 +59,8 @@ class ReplyParser:
         self._lines: list[_Line] = []
         self._first = 0
         self._size = 0
-        self.lenient = False
-        """Whether lines without a code belong to the reply that follows them."""
+        self.lenient = 0
+        """In this many of the next replies, lines without a code belong to the reply that follows them."""
         self.mask = Mask()
         """Masks every line before it is parsed."""
 
@@ -92,6 +92,10 @@ class ReplyParser:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         replies: list[Reply] = []
         for raw in lines:
+            if not self._lines and (reply := _one_line(self.mask(raw)[: _MAX_LINE + 1])) is not None:
+                replies.append(reply)
+                self.lenient -= self.lenient > 0
+                continue
             if not raw.strip():
                 continue
             line = _line(self.mask(raw)[: _MAX_LINE + 1], bool(self._first))
@@ -103,6 +107,7 @@ class ReplyParser:
             self._first = self._first or line.code
             if line.code and not line.more:
                 replies.append(_whole(self._lines))
+                self.lenient -= self.lenient > 0
                 self._lines.clear()
                 self._first = self._size = 0
             elif not self._first and not self.lenient:
@@ -134,6 +139,12 @@ def _coded(line: _Line) -> str:
 
 # Cached, since most mails get the same replies.
 @lru_cache(maxsize=256)
+def _one_line(raw: bytes) -> Reply | None:
+    """Return the reply that this line is by itself; None if it is not a whole one."""
+    line = _line(raw, False)
+    return Reply(line.code, (line.text,)) if line.code and not line.more else None
+
+
 def _line(raw: bytes, inside: bool) -> _Line:
     """Parse one line; `inside` says that its reply has begun."""
     found = (_NEXT_CODE if inside else _CODE).match(raw.rstrip(b"\r"))

@@ -6,15 +6,23 @@ import ssl
 from collections.abc import Callable
 from typing import cast
 
+import structlog
+
 from services.sender.masking import Mask
 from services.sender.replies import Reply
 from services.sender.reply_parser import GarbageError, ReplyParser
+from services.sender.smtp_exchanges import Exchange, Exchanges, OnReplies
 
 __all__ = ["SmtpConnection"]
 
+_log = structlog.get_logger()
+
 
 class SmtpConnection(asyncio.Protocol):
-    """Sends commands and waits for their replies. It raises for nothing that a server does.
+    """Sends commands and passes their replies on. It raises for nothing that a server does.
+
+    A caller says by ``expect`` who gets the replies, and then writes the commands. Several exchanges may be
+    written at once (RFC 2920); their replies come in the same order.
 
     Data that comes without a command ends the connection. So no reply is ever taken for the reply to a later
     command; after STARTTLS that would be an attack (CVE-2011-0411).
@@ -22,19 +30,21 @@ class SmtpConnection(asyncio.Protocol):
     Whether the last byte of a message has left decides between "not sent" and "in doubt". The limits of the
     write buffer are so low that the transport reports any byte in it (`pause_writing`). While a byte is in
     it, the last byte was certainly not handed over. An empty buffer proves nothing. TLS takes a message as
-    a whole and hides its own buffer, so over TLS a message that breaks off is in doubt.
+    a whole and hides its own buffer, so over TLS a message that breaks off is in doubt. So is one that was
+    written together with commands, which may be what the buffer holds.
     """
 
     __slots__ = (
+        "_banner",
         "_buffered",
+        "_deadline",
+        "_exchanges",
+        "_followed",
         "_loop",
         "_on_lost",
         "_parser",
-        "_replies",
-        "_timeout",
         "_timer",
-        "_waiter",
-        "_wanted",
+        "_timer_at",
         "closed",
         "lost",
         "timed_out",
@@ -48,13 +58,12 @@ class SmtpConnection(asyncio.Protocol):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._parser = ReplyParser()
-        self._replies: list[Reply] = []
-        # The banner comes without a command, and may come before `greeting` is called.
-        self._wanted = 1
-        self._waiter: asyncio.Future[list[Reply]] | None = self._loop.create_future()
+        self._exchanges = Exchanges()
+        self._buffered = self._followed = False
+        # One timer for all deadlines: when it fires too early, it is set anew.
+        self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._timeout = 0.0
-        self._buffered = False
+        self._timer_at = 0.0
         self._on_lost: Callable[[], None] | None = None
         self.lost: str | None = None
         """Why the connection is over; None while it is not."""
@@ -63,46 +72,11 @@ class SmtpConnection(asyncio.Protocol):
         self.timed_out = False
         """Whether the connection is over because the server did not reply in time."""
         self.unsent = False
-        """Whether some bytes were certainly not handed over when the last ``ask`` ended."""
+        """Whether some bytes of what was written last were certainly not handed over when it was lost."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done when the transport has closed the socket."""
-
-    async def greeting(self, timeout: float) -> list[Reply]:
-        """Wait for the banner; the result is as in ``ask``."""
-        return await self._answers(timeout, timeout)
-
-    async def ask(
-        self,
-        data: bytes,
-        count: int,
-        timeout: float,
-        *,
-        flush_timeout: float | None = None,
-        lenient: bool = False,
-    ) -> list[Reply]:
-        """Write ``data`` and wait for ``count`` replies.
-
-        Args:
-            timeout: seconds to wait for the replies once all is written.
-            flush_timeout: seconds that writing may take; ``timeout`` if not given.
-            lenient: lines without a code belong to the reply that follows, and do not end the connection.
-
-        Returns:
-            The replies. If there are fewer than ``count``, the connection is over, and ``lost`` says why.
-            It was closed, broke or timed out, or the server sent 421, garbage or too many replies. An
-            unfinished reply whose code can be read is among them.
-
-        Raises:
-            asyncio.CancelledError: the connection is aborted; ``replies`` has the replies so far.
-        """
-        self._replies = []
-        if self.lost is not None:
-            return []
-        self._parser.lenient = lenient
-        self._wanted = count
-        self._waiter = self._loop.create_future()
-        self.transport.write(data)
-        return await self._answers(timeout, flush_timeout or timeout)
+        # The banner comes without a command, and may come before `greeting` is called.
+        self._banner = self._expect_soon(0.0)
 
     @property
     def mask(self) -> Mask:
@@ -114,9 +88,33 @@ class SmtpConnection(asyncio.Protocol):
         self._parser.mask = mask
 
     @property
-    def replies(self) -> list[Reply]:
-        """The replies to the last ``ask`` so far."""
-        return self._replies
+    def pending(self) -> bool:
+        """Whether replies are outstanding."""
+        return bool(self._exchanges)
+
+    # While a session opens
+
+    async def greeting(self, timeout: float) -> list[Reply]:
+        """Wait for the banner; the result is as in ``ask``."""
+        if self._exchanges:
+            self._exchanges[0].timeout = timeout
+            self._set_deadline(timeout)
+        return await self._result(self._banner)
+
+    async def ask(self, data: bytes, timeout: float) -> list[Reply]:
+        """Write a command and wait for its reply, for ``timeout`` seconds.
+
+        Returns:
+            The reply; nothing if the connection is over without one.
+
+        Raises:
+            asyncio.CancelledError: the connection is aborted.
+        """
+        if self.lost is not None:
+            return []
+        answer = self._expect_soon(timeout)
+        self.write(data)
+        return await self._result(answer)
 
     async def start_tls(self, context: ssl.SSLContext, host: str, timeout: float) -> None:
         """Encrypt the connection with TLS.
@@ -136,6 +134,41 @@ class SmtpConnection(asyncio.Protocol):
             raise ConnectionError(self.lost)
         self._use(transport)
 
+    # For mails
+
+    def expect(self, count: int, timeout: float, on_replies: OnReplies, *, lenient: bool = False) -> None:
+        """Have ``on_replies`` called once, with the ``count`` replies to what is written next.
+
+        With fewer replies, the connection is over, and ``lost`` says why. It was closed, broke or timed out,
+        or the server sent 421, garbage or too many replies. An unfinished reply whose code can be read is
+        among them.
+
+        Args:
+            timeout: seconds to wait for the replies once all is written and the exchanges before are over.
+            lenient: lines without a code belong to the reply that follows, and do not end the connection.
+        """
+        if lenient:
+            self._parser.lenient = count
+        self._exchanges.append(Exchange(count, timeout, on_replies))
+
+    def write(self, *data: bytes, flush_timeout: float | None = None, followed: bool = False) -> None:
+        """Write what the exchanges that were expected since the last write consist of.
+
+        Args:
+            flush_timeout: seconds that writing may take; the first exchange's timeout if not given.
+            followed: a message comes first, and commands follow it.
+        """
+        self._followed = followed
+        if len(data) == 1:
+            self.transport.write(data[0])
+        else:
+            self.transport.writelines(data)
+        if self._exchanges:
+            timeout = self._exchanges[0].timeout
+            self._set_deadline(flush_timeout if self._buffered and flush_timeout is not None else timeout)
+
+    # Its end
+
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Have ``on_lost`` called once when the connection is over; at once if it is over already."""
         if self.lost is None:
@@ -144,55 +177,92 @@ class SmtpConnection(asyncio.Protocol):
             on_lost()
 
     def abort(self, cause: str) -> None:
-        """End the connection at once; bytes that are still buffered never leave."""
-        if self.lost is None:
-            unfinished, unparsed = self._parser.unfinished, self._parser.unparsed
-            if unfinished is not None and self._waiter is not None and len(self._replies) < self._wanted:
-                self._replies.append(unfinished)
-            self.lost = f"{cause}, after {unparsed[:200]!r}" if unparsed else cause
-            self.unparsed = self.unparsed or unparsed
-            self.unsent = self._buffered
-            if self._on_lost is not None:
-                self._on_lost()
+        """End the connection at once; bytes that are still buffered never leave.
+
+        All exchanges end with the replies that they have, before this returns.
+        """
+        if self.lost is not None:
+            self.transport.abort()
+            return
+        unfinished, unparsed = self._parser.unfinished, self._parser.unparsed
+        if unfinished is not None:
+            self._exchanges.take_unfinished(unfinished)
+        self.unsent = self._buffered and not self._followed
+        self.unparsed = self.unparsed or unparsed
+        self._end(f"{cause}, after {unparsed[:200]!r}" if unparsed else cause)
         self.transport.abort()
-        self._wake()
+        while self._exchanges:
+            self._answer(self._exchanges.popleft())
 
     def quit(self, timeout: float) -> None:
-        """Send QUIT; close the connection after its reply or after ``timeout`` seconds. Does not wait."""
-        if self.lost is None:
-            self.lost = "closed by us"
-            if self._on_lost is not None:
-                self._on_lost()
-            self.transport.write(b"QUIT\r\n")
-            self._timer = self._loop.call_later(timeout, self.transport.abort)
+        """Send QUIT; close the connection after its reply or after ``timeout`` seconds. Does not wait.
 
-    async def _answers(self, timeout: float, flush_timeout: float) -> list[Reply]:
-        waiter = cast(asyncio.Future[list[Reply]], self._waiter)
-        self._timeout = timeout
-        self._timer = self._loop.call_later(flush_timeout if self._buffered else timeout, self._timed_out)
+        Where replies are outstanding, the connection is aborted: QUIT could be taken for a message.
+        """
+        if self.lost is not None:
+            return
+        if self._exchanges:
+            self.abort("closed by us")
+            return
+        self._end("closed by us")
+        self.transport.write(b"QUIT\r\n")
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(timeout, self.transport.abort)
+
+    def _end(self, cause: str) -> None:
+        self.lost = cause
+        if self._on_lost is not None:
+            self._on_lost()
+
+    # Replies
+
+    def _expect_soon(self, timeout: float) -> asyncio.Future[list[Reply]]:
+        answer: asyncio.Future[list[Reply]] = self._loop.create_future()
+        self.expect(1, timeout, lambda replies: None if answer.done() else answer.set_result(replies))
+        return answer
+
+    async def _result(self, answer: asyncio.Future[list[Reply]]) -> list[Reply]:
         try:
-            return await waiter
+            return await answer
         except asyncio.CancelledError:
             self.abort("cancelled")
             raise
-        finally:
-            self._timer.cancel()
-            self._waiter = None
 
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(self._replies)
+    def _answer(self, exchange: Exchange) -> None:
+        try:
+            exchange.on_replies(exchange.replies)
+        except Exception:
+            _log.exception("smtp_internal_error")
+            self.abort("internal error")
 
-    def _timed_out(self) -> None:
-        if self._buffered:
+    # Deadlines
+
+    def _set_deadline(self, seconds: float) -> None:
+        self._deadline = deadline = self._loop.time() + seconds
+        if self._timer is None or deadline < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        self._timer_at = self._deadline
+        self._timer = self._loop.call_at(self._deadline, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        if not self._exchanges:
+            return
+        if self._loop.time() < self._deadline:
+            self._set_timer()
+        elif self._buffered:
             # uvloop reports a finished write in the next turn of the loop: check again after it.
-            self._loop.call_soon(self._give_up)
+            self._loop.call_soon(self._give_up, self._exchanges[0])
         else:
-            self._give_up()
+            self._give_up(self._exchanges[0])
 
-    def _give_up(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+    def _give_up(self, exchange: Exchange) -> None:
+        if self._exchanges and self._exchanges[0] is exchange:
             self.timed_out = True
             self.abort("timed out")
 
@@ -210,37 +280,35 @@ class SmtpConnection(asyncio.Protocol):
         if self.lost is not None:
             self.transport.abort()
             return
-        over: str | None = None
+        garbage: str | None = None
         try:
             replies = self._parser.feed(data)
         except GarbageError as error:
-            replies, over = error.replies, str(error)
+            replies, garbage = error.replies, str(error)
             self.unparsed = error.unparsed
-        waiter = self._waiter
-        if waiter is None or waiter.done():
-            if over is not None or replies or not self._parser.empty:
-                self.abort(over or (str(replies[0]) if replies else "data that was not asked for"))
+        exchanges = self._exchanges
+        over, extra = exchanges.take(replies)
+        over = over or garbage
+        if not exchanges:
+            if over is not None or extra is not None or not self._parser.empty:
+                self.abort(over or (str(extra) if extra is not None else "data that was not asked for"))
             return
-        self._replies += replies
-        count = len(self._replies)
-        for reply in replies:
-            if reply.closes:
-                over = str(reply)
-        if over is None and count < self._wanted:
-            return
-        if over is None and self._buffered:
-            over = "the server answered before it had everything"
-        if over is None and (count > self._wanted or not self._parser.empty):
-            over = "more replies than commands"
-            if count > self._wanted:
-                self.unparsed = str(self._replies[self._wanted])
-                over += f": {self.unparsed!r}"
+        if over is None and exchanges[0].answered:
+            if self._buffered and not self._followed:
+                over = "the server answered before it had everything"
+            elif extra is not None:
+                self.unparsed = str(extra)
+                over = f"more replies than commands: {self.unparsed!r}"
+            elif exchanges[-1].answered and not self._parser.empty:
+                over = "more replies than commands"
         if over is not None:
-            del self._replies[self._wanted :]
             self.abort(over)
-        else:
-            self.unsent = False
-            self._wake()
+            return
+        while exchanges and exchanges[0].answered:
+            exchange = exchanges.popleft()
+            if exchanges:
+                self._set_deadline(exchanges[0].timeout)
+            self._answer(exchange)
 
     def eof_received(self) -> None:
         # Closing would first flush the buffer: the server would have a mail that counts as not sent.
@@ -257,7 +325,7 @@ class SmtpConnection(asyncio.Protocol):
         self._buffered = True
 
     def resume_writing(self) -> None:
+        # The TLS transports also call this without a pause before.
+        if self._buffered and self._exchanges:
+            self._set_deadline(self._exchanges[0].timeout)
         self._buffered = False
-        if self._waiter is not None and self._timer is not None and not self._waiter.done():
-            self._timer.cancel()
-            self._timer = self._loop.call_later(self._timeout, self._timed_out)

@@ -50,7 +50,7 @@ async def open_session(
     memory = memory or RelayMemory()
     implicit = context if relay.tls is Tls.IMPLICIT else None
     connection, name, address = await _connect(relay, implicit, timeouts, memory.addresses)
-    session = Session(connection, name, timeouts)
+    session = Session(connection, name, timeouts, memory)
     try:
         await _greet(session, relay)
         encrypted = relay.tls is Tls.IMPLICIT
@@ -149,13 +149,13 @@ async def _greet(session: Session, relay: Relay) -> None:
 
 async def _hello(session: Session, relay: Relay) -> None:
     name = relay.client_name or _literal(session.connection)
-    replies = await session.connection.ask(f"EHLO {name}\r\n".encode(), 1, session.timeouts.opening)
+    replies = await session.connection.ask(f"EHLO {name}\r\n".encode(), session.timeouts.opening)
     if replies and replies[0].ok:
         session.learn(replies[0])
         return
     if replies and replies[0].permanent:
         refused = replies
-        replies = await session.connection.ask(f"HELO {name}\r\n".encode(), 1, session.timeouts.opening)
+        replies = await session.connection.ask(f"HELO {name}\r\n".encode(), session.timeouts.opening)
         if replies and replies[0].ok:
             session.learn(Reply(250, ("",)))
             return
@@ -170,7 +170,7 @@ async def _start_tls(session: Session, relay: Relay, context: ssl.SSLContext) ->
         if required:
             raise UnavailableError.during(Phase.TLS, "the relay does not offer STARTTLS", session.name)
         return False
-    replies = await session.connection.ask(b"STARTTLS\r\n", 1, session.timeouts.opening)
+    replies = await session.connection.ask(b"STARTTLS\r\n", session.timeouts.opening)
     if session.connection.lost is not None or not replies[0].ok:
         if required or session.connection.lost is not None:
             raise _refused(session, Phase.TLS, replies, "STARTTLS")
@@ -229,7 +229,7 @@ async def _exchange(session: Session, lines: Exchange) -> tuple[list[Reply], lis
     line = next(lines)
     reasons: list[str] = []
     while True:
-        replies = await session.connection.ask(line, 1, session.timeouts.opening)
+        replies = await session.connection.ask(line, session.timeouts.opening)
         if not replies or not replies[0].intermediate or line == _CANCEL:
             return replies, [text for text in reasons if text.startswith("{")]
         reasons.append(challenge_text(replies[0], session.connection.mask))

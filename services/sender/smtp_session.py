@@ -1,12 +1,18 @@
 """A session with a relay, and what the pool remembers of earlier ones."""
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from services.sender.replies import NotSent, Phase, Reply
 from services.sender.smtp_addresses import Addresses
 from services.sender.smtp_connection import SmtpConnection
 from services.sender.smtp_relay import Timeouts
+
+if TYPE_CHECKING:
+    from services.sender.smtp_transaction import Transactions
 
 __all__ = ["RelayMemory", "Session", "UnavailableError"]
 
@@ -19,7 +25,7 @@ class UnavailableError(Exception):
         self.result = result
 
     @classmethod
-    def during(cls, phase: Phase, cause: str, relay: str) -> "UnavailableError":
+    def during(cls, phase: Phase, cause: str, relay: str) -> UnavailableError:
         return cls(NotSent(phase, cause, True, relay))
 
 
@@ -31,6 +37,8 @@ class RelayMemory:
     mechanism: str | None = None
     """The mechanism that AUTH succeeded with. Later sessions try it first, so that none begins with a
     refusal."""
+    chains: bool = True
+    """Whether commands may follow a message in one write; a server that lost them gets none anymore."""
 
 
 class Session:
@@ -43,24 +51,40 @@ class Session:
         "fresh",
         "idle_since",
         "mails",
+        "memory",
         "name",
         "needs_reset",
+        "pipelining",
+        "prompt",
+        "size_limit",
         "timeouts",
+        "transactions",
     )
 
-    def __init__(self, connection: SmtpConnection, name: str, timeouts: Timeouts) -> None:
+    transactions: Transactions
+    """Set once the session is open."""
+
+    def __init__(
+        self, connection: SmtpConnection, name: str, timeouts: Timeouts, memory: RelayMemory
+    ) -> None:
         self.connection = connection
         self.timeouts = timeouts
+        self.memory = memory
         self.name = name
         """The relay's name in logs: ``mail.example.org[192.0.2.1]:25``."""
         self.extensions: dict[str, str] = {}
         """EHLO keywords in capitals, with their parameters (RFC 5321 §4.1.1.1)."""
         self.auth: Collection[str] = ()
         self.fresh = True
-        """False once the session was idle: a failure before the envelope may then be the server's idle
-        timeout."""
+        """False once the session was idle or has ended a mail: a failure before the envelope may then be the
+        server's idle timeout."""
         self.needs_reset = False
         """Whether the server may be in a transaction, so that RSET must come before MAIL."""
+        self.prompt = False
+        """Whether the server answered the last message soon."""
+        self.pipelining = False
+        self.size_limit: int | None = None
+        """The most bytes that the server takes (RFC 1870 §4); None: it gave no limit, or 0."""
         self.mails = 0
         self.idle_since = 0.0
 
@@ -78,10 +102,8 @@ class Session:
             else:
                 self.extensions[keyword + equals + value] = parameters.strip()
         self.auth = auth
-
-    @property
-    def size_limit(self) -> int | None:
-        """The most bytes that the server takes (RFC 1870 §4); None: it gave no limit, or 0."""
+        self.pipelining = "PIPELINING" in self.extensions
         limit = self.extensions.get("SIZE", "")
         # A size has at most 20 digits (RFC 1870 §4).
-        return int(limit) or None if limit.isascii() and limit.isdigit() and len(limit) <= 20 else None
+        readable = limit.isascii() and limit.isdigit() and len(limit) <= 20
+        self.size_limit = int(limit) or None if readable else None

@@ -32,8 +32,8 @@ from services.common.database.tables import deliveries
 from services.common.deliveries.decide import Delivery
 from services.common.deliveries.rows import COLUMNS, INSERT_NEW
 from services.sender.message import build
-from services.sender.replies import Sent
-from services.sender.smtp_pool import Limits, Relay, SmtpPool, Tls
+from services.sender.replies import SendResult, Sent
+from services.sender.smtp_pool import Limits, OutgoingMail, Relay, SmtpPool, Tls
 
 __all__: list[str] = []
 
@@ -204,7 +204,9 @@ async def _smtp(port: int, sessions: int, size: int, mails: int) -> None:
 
     async def ours(count: int) -> None:
         for _ in range(count):
-            assert isinstance(await pool.send(FROM, TO, message, lambda: True), Sent)
+            result: asyncio.Future[SendResult] = asyncio.get_running_loop().create_future()
+            pool.submit(OutgoingMail(FROM, TO, message, lambda: True, result.set_result))
+            assert isinstance(await result, Sent)
 
     async def theirs(count: int) -> None:
         client = free.pop()

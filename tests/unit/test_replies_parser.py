@@ -95,7 +95,7 @@ def test_the_readable_part_of_an_unfinished_reply(data: bytes, expected: str) ->
 
 def test_a_lenient_parser_takes_lines_without_a_code_into_the_next_reply() -> None:
     parser = ReplyParser()
-    parser.lenient = True
+    parser.lenient = 2
     assert [str(reply) for reply in parser.feed(b"hello\r\n250 ok\r\n")] == ["250 hello ok"]
     assert parser.feed(b"hello\r\n") == []
     assert parser.unfinished is None

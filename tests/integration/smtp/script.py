@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.sender.replies import SendResult
-from services.sender.smtp_pool import Limits, Relay, SmtpPool, Timeouts, Tls
+from services.sender.smtp_pool import Limits, OutgoingMail, Relay, SmtpPool, Timeouts, Tls
 
 __all__ = [
     "FROM",
@@ -18,10 +18,14 @@ __all__ = [
     "Conversation",
     "Script",
     "ScriptedServer",
+    "Sending",
+    "count_chained",
     "pool_for",
     "result_of",
     "scripted",
     "send",
+    "serving",
+    "take_mails",
     "until",
 ]
 
@@ -43,8 +47,11 @@ class Conversation:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._ahead = bytearray()
         self.heard: list[bytes] = []
         """Every line that the client sent, without its CRLF."""
+        self.messages = 0
+        """How many messages the client sent."""
 
     async def say(self, *lines: str) -> None:
         """Write all lines at once."""
@@ -62,7 +69,7 @@ class Conversation:
 
     async def line(self) -> bytes:
         """Return the next line; empty at the end of the stream."""
-        data = await asyncio.wait_for(self._reader.readline(), TIMEOUT)
+        data = await self._up_to(b"\n")
         line = data.removesuffix(b"\r\n")
         if data:
             assert data.endswith(b"\r\n"), data
@@ -87,14 +94,32 @@ class Conversation:
         await self.expect("MAIL FROM:", "RCPT TO:", "DATA")
         await self.say("250 ok", "250 ok", "354 go on")
 
-    async def message(self) -> bytes:
-        """Return the message up to its dot, still dot-stuffed."""
-        data = bytearray(b"\r\n" + await asyncio.wait_for(self._reader.readuntil(b"\r\n"), TIMEOUT))
-        while not data.endswith(b"\r\n.\r\n"):
-            more = await asyncio.wait_for(self._reader.read(1 << 20), TIMEOUT)
-            assert more, "the stream ended inside the message"
-            data += more
-        return bytes(data[2:-3])
+    async def message(self, *, or_end: bool = False) -> bytes:
+        """Return the message up to its dot, still dot-stuffed.
+
+        With `or_end` the client may leave instead; the result is then empty.
+        """
+        self._ahead[:0] = b"\r\n"
+        data = await self._up_to(b"\r\n.\r\n")
+        if or_end and data == b"\r\n":
+            return b""
+        assert data.endswith(b"\r\n.\r\n"), "the stream ended inside the message"
+        self.messages += 1
+        return data[2:-3]
+
+    async def _up_to(self, end: bytes) -> bytes:
+        """Return the bytes up to `end`; what there is at the end of the stream."""
+        looked = 0
+        while (at := self._ahead.find(end, max(0, looked - len(end)))) < 0:
+            looked = len(self._ahead)
+            data = await asyncio.wait_for(self._reader.read(1 << 20), TIMEOUT)
+            if not data:
+                break
+            self._ahead += data
+        size = at + len(end) if at >= 0 else len(self._ahead)
+        data = bytes(self._ahead[:size])
+        del self._ahead[:size]
+        return data
 
     async def mail(self) -> bytes:
         """Accept one whole transaction."""
@@ -122,11 +147,11 @@ class Conversation:
 
     async def something(self) -> None:
         """Wait for any byte."""
-        assert await asyncio.wait_for(self._reader.read(1), TIMEOUT)
+        assert self._ahead or await asyncio.wait_for(self._reader.read(1), TIMEOUT)
 
     async def drained(self) -> int:
         """Read until the client has closed; return the number of bytes."""
-        count = 0
+        count = len(self._ahead)
         with contextlib.suppress(ConnectionError):
             while data := await asyncio.wait_for(self._reader.read(1 << 20), TIMEOUT):
                 count += len(data)
@@ -213,10 +238,86 @@ async def pool_for(server: ScriptedServer, **settings: Any) -> AsyncIterator[Smt
         await pool.close(grace=0)
 
 
+def count_chained(pool: SmtpPool) -> list[OutgoingMail]:
+    """Return a list that gets each mail that the pool chains."""
+    chained: list[OutgoingMail] = []
+    chain = pool._dispatcher.chain
+
+    def counted(mail: OutgoingMail) -> None:
+        chained.append(mail)
+        chain(mail)
+
+    pool._dispatcher.chain = counted  # type: ignore[method-assign]
+    return chained
+
+
+class Sending:
+    """A submitted mail and its results."""
+
+    def __init__(
+        self,
+        pool: SmtpPool,
+        message: bytes = MESSAGE,
+        guard: Callable[[], bool] = lambda: True,
+        *,
+        mail_from: str = FROM,
+        rcpt: str = TO,
+    ) -> None:
+        self.results: list[SendResult] = []
+        self.pool = pool
+        self.mail = OutgoingMail(mail_from, rcpt, message, guard, self.results.append)
+        pool.submit(self.mail)
+        assert not self.results, "never inside submit"
+
+    async def result(self) -> SendResult:
+        """Wait for the mail's only result."""
+        await until(lambda: bool(self.results))
+        [result] = self.results
+        return result
+
+    def withdraw(self) -> bool:
+        return self.pool.withdraw(self.mail)
+
+    def cut_off(self) -> SendResult:
+        self.pool.cut_off(self.mail)
+        [result] = self.results
+        return result
+
+
 async def send(
-    pool: SmtpPool, message: bytes = MESSAGE, guard: Callable[[], bool] = lambda: True
+    pool: SmtpPool,
+    message: bytes = MESSAGE,
+    guard: Callable[[], bool] = lambda: True,
+    *,
+    mail_from: str = FROM,
+    rcpt: str = TO,
 ) -> SendResult:
-    return await pool.send(FROM, TO, message, guard)
+    """Send one mail and wait for its result."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[SendResult] = loop.create_future()
+    pool.submit(OutgoingMail(mail_from, rcpt, message, guard, result.set_result))
+    return await result
+
+
+async def serving(c: Conversation) -> None:
+    """Accept mails until the client leaves."""
+    await c.greet("PIPELINING")
+    await take_mails(c)
+
+
+async def take_mails(c: Conversation) -> None:
+    """Accept mails on an open session until the client leaves."""
+    while (line := await c.line()) and line != b"QUIT":
+        if line == b"RSET":
+            await c.say("250 reset")
+            continue
+        assert line.startswith(b"MAIL FROM:"), line
+        await c.expect("RCPT TO:", "DATA")
+        await c.say("250 ok", "250 ok", "354 go on")
+        await c.message()
+        await c.say("250 queued")
+    if line:
+        await c.say("221 bye")
 
 
 async def result_of(script: Script, message: bytes = MESSAGE, **settings: Any) -> SendResult:

@@ -108,7 +108,7 @@ async def test_a_large_message_arrives_whole() -> None:
 async def test_an_address_or_message_that_would_break_out_is_refused(wrong: tuple[str, str, bytes]) -> None:
     pool = SmtpPool(Relay("127.0.0.1", 1, tls=Tls.NONE))
     with pytest.raises(ValueError, match=r"envelope|CRLF"):
-        await pool.send(*wrong, lambda: True)
+        await send(pool, wrong[2], mail_from=wrong[0], rcpt=wrong[1])
     assert pool.state.opened == 0
 
 
@@ -120,7 +120,7 @@ async def test_the_null_return_path() -> None:
         await c.ended()
 
     async with scripted(script) as server, pool_for(server) as pool:
-        assert isinstance(await pool.send("", TO, MESSAGE, lambda: True), Sent)
+        assert isinstance(await send(pool, mail_from=""), Sent)
 
 
 # --- Refusals in the envelope

@@ -13,6 +13,7 @@ from services.sender.replies import NotSent, Phase, Rejected, SendResult, Sent
 from services.sender.smtp_pool import Credentials, Limits, Relay, SmtpPool, Tls
 from tests.certificates import Certificates, make_certificates
 from tests.integration.smtp.script import FROM, QUICK
+from tests.integration.smtp.script import send as submitted
 
 MESSAGE = b"Subject: hi\r\n\r\n.\r\n..two\r\nend\r\n"
 
@@ -77,7 +78,7 @@ def pool_to(port: int, certificates: Certificates, password: str | None = None, 
 
 
 async def send(pool: SmtpPool, to: str = "ann@example.net", message: bytes = MESSAGE) -> SendResult:
-    return await pool.send(FROM, to, message, lambda: True)
+    return await submitted(pool, message, rcpt=to)
 
 
 @pytest.mark.parametrize("mechanism", [None, "PLAIN", "LOGIN"])

@@ -7,16 +7,18 @@ from dataclasses import replace
 import pytest
 
 from services.sender.replies import InDoubt, LeaseLost, NotSent, Phase, Rejected, SendResult, Sent
-from services.sender.smtp_pool import SendCancelled, Timeouts
+from services.sender.smtp_pool import Timeouts
 from tests.integration.smtp.script import (
     MESSAGE,
     QUICK,
     Conversation,
     Script,
+    Sending,
     pool_for,
     result_of,
     scripted,
     send,
+    until,
 )
 
 # Larger than the kernel's buffers of both sides, so that its last bytes leave only if the server reads.
@@ -454,32 +456,30 @@ async def test_the_lease_is_checked_again_on_a_second_session() -> None:
         assert server.connections == 2
 
 
-# --- Cancelling
+# --- Withdrawing and cutting off
 
 
-async def cancelled(script: Script, ready: asyncio.Event) -> None:
+async def withdrawn(script: Script, ready: asyncio.Event) -> None:
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
-        sending = asyncio.create_task(send(pool))
+        mail = Sending(pool)
         await asyncio.wait_for(ready.wait(), 20)
-        sending.cancel()
-        with pytest.raises(SendCancelled) as caught:
-            await sending
-        assert sending.cancelled()
-        assert caught.value.rest is None
-        assert pool.state.idle == pool.state.busy == pool.state.opening == 0
+        assert mail.withdraw()
+        await until(lambda: pool.state.idle == pool.state.busy == pool.state.opening == 0)
+        assert not mail.results
+        assert not mail.withdraw()
 
 
-async def test_cancelled_while_connecting() -> None:
+async def test_withdrawn_while_connecting() -> None:
     ready = asyncio.Event()
 
     async def script(c: Conversation) -> None:
         ready.set()
         await c.ended()
 
-    await cancelled(script, ready)
+    await withdrawn(script, ready)
 
 
-async def test_cancelled_in_the_envelope() -> None:
+async def test_withdrawn_in_the_envelope() -> None:
     ready = asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -488,10 +488,10 @@ async def test_cancelled_in_the_envelope() -> None:
         ready.set()
         await c.ended()
 
-    await cancelled(script, ready)
+    await withdrawn(script, ready)
 
 
-async def test_a_send_cancelled_after_the_message_goes_on_and_its_session_is_reused() -> None:
+async def test_a_mail_withdrawn_too_late_goes_on_and_its_session_is_reused() -> None:
     begun, release = asyncio.Event(), asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -505,30 +505,22 @@ async def test_a_send_cancelled_after_the_message_goes_on_and_its_session_is_reu
         await c.ended()
 
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
-        sending = asyncio.create_task(send(pool))
+        mail = Sending(pool)
         await asyncio.wait_for(begun.wait(), 20)
-        sending.cancel()
-        with pytest.raises(SendCancelled) as caught:
-            await sending
-        assert sending.cancelled()
-        assert caught.value.rest is not None
+        assert not mail.withdraw()
         assert pool.state.busy == 1
         release.set()
-        assert isinstance(await asyncio.wait_for(caught.value.rest, 20), Sent)
+        assert isinstance(await mail.result(), Sent)
         assert isinstance(await send(pool), Sent)
         assert server.connections == 1
 
 
 async def cut_off(script: Script, ready: asyncio.Event, message: bytes = MESSAGE) -> SendResult:
     async with scripted(script) as server, pool_for(server, timeouts=QUICK) as pool:
-        sending = asyncio.create_task(send(pool, message))
+        mail = Sending(pool, message)
         await asyncio.wait_for(ready.wait(), 20)
-        sending.cancel()
-        with pytest.raises(SendCancelled) as caught:
-            await sending
-        assert caught.value.rest is not None
-        caught.value.rest.cancel()
-        result = await caught.value.rest
+        assert not mail.withdraw()
+        result = mail.cut_off()
         assert pool.state.idle == pool.state.busy == 0
         return result
 

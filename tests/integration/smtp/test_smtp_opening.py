@@ -68,14 +68,14 @@ async def test_nobody_listens() -> None:
     port = listener.sockets[0].getsockname()[1]
     listener.close()
     await listener.wait_closed()
-    result = await SmtpPool(Relay("127.0.0.1", port, tls=Tls.NONE)).send(FROM, TO, MESSAGE, lambda: True)
+    result = await send(SmtpPool(Relay("127.0.0.1", port, tls=Tls.NONE)))
     assert isinstance(result, NotSent)
     assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
 
 
 async def test_a_name_that_does_not_resolve() -> None:
     pool = SmtpPool(Relay("relay.invalid", 25, tls=Tls.NONE))
-    result = await pool.send(FROM, TO, MESSAGE, lambda: True)
+    result = await send(pool)
     assert isinstance(result, NotSent)
     assert (result.phase, result.spares_attempt) == (Phase.CONNECT, True)
     await pool.close()
@@ -176,7 +176,7 @@ async def parameters(*extensions: str, mail: tuple[str, str, bytes]) -> tuple[Se
         await c.perhaps()
 
     async with scripted(script) as server, pool_for(server) as pool:
-        result = await pool.send(*mail, lambda: True)
+        result = await send(pool, mail[2], mail_from=mail[0], rcpt=mail[1])
     heard = [line for line in server.conversations[0].heard if line.startswith(b"MAIL")]
     return result, heard[0].partition(b">")[2] if heard else b""
 

@@ -12,26 +12,20 @@ from structlog.testing import capture_logs
 from services.sender import smtp_sessions
 from services.sender.replies import InDoubt, NotSent, Phase, Sent
 from services.sender.smtp_opening import open_session
-from services.sender.smtp_pool import Limits, PoolClosedError, Relay, SendCancelled, SmtpPool, Timeouts, Tls
+from services.sender.smtp_pool import Limits, PoolClosedError, Relay, SmtpPool, Timeouts, Tls
 from services.sender.smtp_session import RelayMemory, Session, UnavailableError
-from tests.integration.smtp.script import QUICK, Conversation, Script, pool_for, scripted, send, until
-
-
-async def serving(c: Conversation) -> None:
-    """Accept mails until the client leaves."""
-    await c.greet("PIPELINING")
-    await carry_on(c)
-
-
-async def carry_on(c: Conversation) -> None:
-    while (line := await c.line()) and line != b"QUIT":
-        assert line.startswith(b"MAIL FROM:"), line
-        await c.expect("RCPT TO:", "DATA")
-        await c.say("250 ok", "250 ok", "354 go on")
-        await c.message()
-        await c.say("250 queued")
-    if line:
-        await c.say("221 bye")
+from tests.integration.smtp.script import (
+    QUICK,
+    Conversation,
+    Script,
+    Sending,
+    pool_for,
+    scripted,
+    send,
+    serving,
+    take_mails,
+    until,
+)
 
 
 @asynccontextmanager
@@ -139,7 +133,7 @@ async def test_a_refused_session_is_tried_again_though_the_others_stay_busy() ->
         await c.message()
         await held.wait()
         await c.say("250 queued")
-        await carry_on(c)
+        await take_mails(c)
 
     async def full(c: Conversation) -> None:
         await c.say("421 4.7.0 too many connections from you")
@@ -179,7 +173,7 @@ async def test_a_closing_session_still_counts() -> None:
     assert most == 1
 
 
-async def test_a_cancelled_wait_passes_its_turn_on() -> None:
+async def test_a_withdrawn_mail_passes_its_turn_on() -> None:
     hold, release = asyncio.Event(), asyncio.Event()
 
     async def script(c: Conversation) -> None:
@@ -189,27 +183,18 @@ async def test_a_cancelled_wait_passes_its_turn_on() -> None:
         hold.set()
         await release.wait()
         await c.say("250 queued")
-        await carry_on(c)
+        await take_mails(c)
 
     async with scripted(script) as server, pool_for(server) as pool:
-        release_session = pool._sessions.release
-
-        def release_then_cancel(session: Session) -> None:
-            release_session(session)
-            # The second waiter got the session in this turn of the loop, and will not use it.
-            second.cancel()
-
-        pool._sessions.release = release_then_cancel  # type: ignore[method-assign]
-        first = asyncio.create_task(send(pool))
+        first = Sending(pool)
         await hold.wait()
-        second, third = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
+        second, third = Sending(pool), Sending(pool)
         await until(lambda: pool.state.waiting == 2)
+        assert second.withdraw()
         release.set()
-        assert isinstance(await first, Sent)
-        with pytest.raises(SendCancelled) as caught:
-            await second
-        assert caught.value.rest is None
-        assert isinstance(await third, Sent)
+        assert isinstance(await first.result(), Sent)
+        assert isinstance(await third.result(), Sent)
+        assert not second.results
         assert server.connections == 1
 
 
@@ -330,8 +315,9 @@ async def test_a_waiting_send_opens_a_session_after_another_failed_to_open(
     opening(monkeypatch, RuntimeError("unexpected"))
     async with scripted(serving) as server, pool_for(server) as pool:
         fails, waits = asyncio.create_task(send(pool)), asyncio.create_task(send(pool))
-        with pytest.raises(RuntimeError, match="unexpected"):
-            await fails
+        result = await asyncio.wait_for(fails, 20)
+        assert isinstance(result, NotSent)
+        assert (result.cause, result.spares_attempt) == ("internal error: unexpected", False)
         assert isinstance(await asyncio.wait_for(waits, 20), Sent)
 
 

@@ -16,6 +16,8 @@ import pytest
 from services.sender.message import build
 from services.sender.replies import InDoubt, NotSent, Phase, Rejected, SendResult, Sent, TransactionStep
 from services.sender.smtp_pool import Credentials, Limits, Relay, SmtpPool, Timeouts, Tls
+from tests.integration.smtp.script import Sending, count_chained
+from tests.integration.smtp.script import send as submitted
 from tests.postfix import PASSWORD, USER, Postfix, missing, postfix
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -94,7 +96,7 @@ def mail(to: str = "ann@local.test", **more: Any) -> tuple[str, bytes]:
 
 
 async def send(pool: SmtpPool, to: str = "ann@local.test", **more: Any) -> SendResult:
-    return await pool.send(FROM, to, mail(to, **more)[1], lambda: True)
+    return await submitted(pool, mail(to, **more)[1], rcpt=to)
 
 
 # --- Accepted
@@ -110,7 +112,7 @@ async def test_mail_arrives_every_way(server: Postfix, way: str) -> None:
     }[way]
     message_id, message = mail(subject="Grüße", text="Bestätigt.\n.\n..\nEnde\n")
     async with pool_to(server, port, tls, credentials=credentials) as pool:
-        result = await pool.send(FROM, "ann@local.test", message, lambda: True)
+        result = await submitted(pool, message, rcpt="ann@local.test")
         assert isinstance(result, Sent), result
         assert result.reply.startswith("250 2.0.0 Ok: queued as ")
         (parsed,) = (await asyncio.to_thread(server.wait_for, message_id))[message_id]
@@ -124,7 +126,7 @@ async def test_many_mails_over_few_sessions_arrive_once_each(server: Postfix) ->
     mails = [mail() for _ in range(60)]
     async with pool_to(server, server.mx_port) as pool:
         results = await asyncio.gather(
-            *(pool.send(FROM, "ann@local.test", message, lambda: True) for _, message in mails)
+            *(submitted(pool, message, rcpt="ann@local.test") for _, message in mails)
         )
         assert {type(result) for result in results} == {Sent}
         assert pool.state.opened <= 4
@@ -132,10 +134,33 @@ async def test_many_mails_over_few_sessions_arrive_once_each(server: Postfix) ->
     assert [len(arrived[message_id]) for message_id, _ in mails] == [1] * 60
 
 
+async def test_chained_mails_arrive_once_each_and_refused_ones_never(server: Postfix) -> None:
+    mails: dict[str, Sending] = {}
+    expected: dict[str, type] = {}
+    async with pool_to(server, server.mx_port, Tls.NONE, limits=Limits(sessions=2)) as pool:
+        chained = count_chained(pool)
+        for number in range(80):
+            to, more = {3: ("gone@local.test", {}), 5: ("ann@local.test", {"subject": "unwanted"})}.get(
+                number % 8, ("ann@local.test", {})
+            )
+            message_id, message = mail(to, **more)
+            mails[message_id] = Sending(pool, message, mail_from=FROM, rcpt=to)
+            expected[message_id] = Sent if number % 8 not in (3, 5) else Rejected
+        assert {message_id: type(await one.result()) for message_id, one in mails.items()} == expected
+        assert len(chained) > 20
+        # Postfix takes them, and refuses no session for them.
+        assert pool.state.opened == 2
+    sent = [message_id for message_id, kind in expected.items() if kind is Sent]
+    arrived = await asyncio.to_thread(server.wait_for, *sent)
+    assert {message_id: len(arrived.get(message_id, [])) for message_id in mails} == {
+        message_id: int(kind is Sent) for message_id, kind in expected.items()
+    }
+
+
 async def test_non_ascii_recipient(server: Postfix) -> None:
     message_id, message = mail("büro@local.test")
     async with pool_to(server, server.mx_port) as pool:
-        assert isinstance(await pool.send(FROM, "büro@local.test", message, lambda: True), Sent)
+        assert isinstance(await submitted(pool, message, rcpt="büro@local.test"), Sent)
     (arrived,) = (await asyncio.to_thread(server.wait_for, message_id))[message_id]
     assert arrived["to"] == "büro@local.test"
 
@@ -144,7 +169,7 @@ async def test_a_mail_near_the_size_limit(server: Postfix) -> None:
     message_id, message = mail(text="A line of an ordinary mail.\n" * 6500)
     assert 180_000 < len(message) < 200_000
     async with pool_to(server, server.mx_port) as pool:
-        assert isinstance(await pool.send(FROM, "ann@local.test", message, lambda: True), Sent)
+        assert isinstance(await submitted(pool, message, rcpt="ann@local.test"), Sent)
     await asyncio.to_thread(server.wait_for, message_id)
 
 
@@ -199,7 +224,7 @@ async def test_refusals(server: Postfix, to: str, more: dict[str, str], expected
 
 async def test_a_refused_sender(server: Postfix) -> None:
     async with pool_to(server, server.mx_port) as pool:
-        result = await pool.send("banned@example.org", "ann@local.test", mail()[1], lambda: True)
+        result = await submitted(pool, mail()[1], mail_from="banned@example.org", rcpt="ann@local.test")
         # The relay would accept no mail from this address.
         assert isinstance(result, NotSent)
         assert (result.phase, result.spares_attempt) == (Phase.ENVELOPE, True)
@@ -210,10 +235,10 @@ async def test_greylisting(server: Postfix, request: pytest.FixtureRequest) -> N
     to = f"grey{next(_numbers)}@local.test"
     message_id, message = mail(to)
     async with pool_to(server, server.mx_port) as pool:
-        first = await pool.send(FROM, to, message, lambda: True)
+        first = await submitted(pool, message, rcpt=to)
         assert isinstance(first, Rejected)
         assert (first.permanent, first.retry_after) == (False, 90.0)
-        assert isinstance(await pool.send(FROM, to, message, lambda: True), Sent)
+        assert isinstance(await submitted(pool, message, rcpt=to), Sent)
     await asyncio.to_thread(server.wait_for, message_id)
 
 
@@ -327,7 +352,7 @@ async def test_a_lost_reply_is_in_doubt_and_the_mail_has_arrived(server: Postfix
         return b"2.0.0 Ok: queued" in reply
 
     async with cutting(server.mx_port, replied) as port, pool_to(server, port, Tls.NONE) as pool:
-        result = await pool.send(FROM, "ann@local.test", message, lambda: True)
+        result = await submitted(pool, message, rcpt="ann@local.test")
         assert isinstance(result, InDoubt)
     assert len((await asyncio.to_thread(server.wait_for, message_id))[message_id]) == 1
 

@@ -1,56 +1,31 @@
 """Submitting mails: each gets one result, unless it is withdrawn before its message is written."""
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
 from services.sender.replies import InDoubt, Rejected, SendResult, Sent
 from services.sender.smtp_pool import Limits, OutgoingMail, Relay, SmtpPool, Tls
-from tests.integration.smtp.script import FROM, MESSAGE, TO, Conversation, pool_for, scripted, until
-
-
-class Sending:
-    """A submitted mail and its results."""
-
-    def __init__(
-        self, pool: SmtpPool, message: bytes = MESSAGE, guard: Callable[[], bool] = lambda: True
-    ) -> None:
-        self.results: list[SendResult] = []
-        self.mail = OutgoingMail(FROM, TO, message, guard, self.results.append)
-        pool.submit(self.mail)
-        assert not self.results, "never inside submit"
-
-    async def result(self) -> SendResult:
-        await until(lambda: bool(self.results))
-        [result] = self.results
-        return result
-
-
-async def taking(c: Conversation) -> None:
-    """Take mails until the client leaves."""
-    await c.greet("PIPELINING")
-    while (line := await c.line()) and line != b"QUIT":
-        if line == b"RSET":
-            await c.say("250 reset")
-            continue
-        await c.expect("RCPT TO:", "DATA")
-        await c.say("250 ok", "250 ok", "354 go on")
-        await c.message()
-        await c.say("250 queued")
-    if line:
-        await c.say("221 bye")
+from tests.integration.smtp.script import (
+    FROM,
+    MESSAGE,
+    TO,
+    Conversation,
+    Sending,
+    pool_for,
+    scripted,
+    serving,
+)
 
 
 async def test_each_submitted_mail_gets_one_result() -> None:
-    async with scripted(taking) as server, pool_for(server, limits=Limits(sessions=3)) as pool:
+    async with scripted(serving) as server, pool_for(server, limits=Limits(sessions=3)) as pool:
         mails = [Sending(pool) for _ in range(100)]
         results = [await mail.result() for mail in mails]
         assert {type(result) for result in results} == {Sent}
         assert server.connections == 3
-        assert not pool.withdraw(mails[0].mail)
-        pool.cut_off(mails[0].mail)
-        assert len(mails[0].results) == 1
+        assert not mails[0].withdraw()
+        assert isinstance(mails[0].cut_off(), Sent)
 
 
 async def test_a_mail_that_would_break_out_is_refused_at_once() -> None:
@@ -80,7 +55,7 @@ async def test_a_withdrawn_mail_that_waits_is_never_sent() -> None:
     async with scripted(script) as server, pool_for(server) as pool:
         first, second, third = Sending(pool), Sending(pool), Sending(pool)
         await asyncio.wait_for(begun.wait(), 20)
-        assert pool.withdraw(second.mail)
+        assert second.withdraw()
         release.set()
         assert isinstance(await first.result(), Sent)
         assert isinstance(await third.result(), Sent)
@@ -100,7 +75,7 @@ async def test_a_mail_withdrawn_in_its_envelope_aborts_its_session() -> None:
     async with scripted(script) as server, pool_for(server) as pool:
         mail = Sending(pool)
         await asyncio.wait_for(begun.wait(), 20)
-        assert pool.withdraw(mail.mail)
+        assert mail.withdraw()
         await server.played()
         assert mail.results == []
         assert pool.state.busy == pool.state.idle == 0
@@ -123,10 +98,9 @@ async def test_a_mail_whose_message_was_written_gets_its_result_though_it_is_wit
     async with scripted(script) as server, pool_for(server) as pool:
         mail = Sending(pool)
         await asyncio.wait_for(begun.wait(), 20)
-        assert not pool.withdraw(mail.mail)
+        assert not mail.withdraw()
         if cut:
-            pool.cut_off(mail.mail)
-            assert isinstance(await mail.result(), InDoubt)
+            assert isinstance(mail.cut_off(), InDoubt)
             release.set()
         else:
             release.set()
