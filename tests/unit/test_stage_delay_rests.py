@@ -17,7 +17,7 @@ def awake(rests: DelayRests, assignment: Assignment, seconds: float, step: float
     """Return for each step whether the partition is looked at."""
     found = []
     for turn in range(round(seconds / step)):
-        rests.turn([assignment], 1000 + turn * step)
+        rests.turn(lambda: [assignment], 1000 + turn * step)
         found.append(not assignment.resting)
     return found
 
@@ -50,14 +50,14 @@ def test_a_partition_that_brought_a_record_or_is_held_does_not_rest() -> None:
     assert assignment.resting
     # A record that was on its way before the pause.
     assignment.turn_at = None
-    assert rests.turn([assignment], 2000) == [assignment]
+    assert rests.turn(lambda: [assignment], 2000) == [assignment]
     assert not assignment.resting
     assignment.held_until = 5000.0
     for now in range(2001, 3000):
-        assert rests.turn([assignment], now) == []
+        assert rests.turn(lambda: [assignment], now) == []
     assignment.held_until = None
-    assert rests.turn([assignment], 2999 + SLOWEST_FETCH) == []
-    assert rests.turn([assignment], 3020) == [assignment]
+    assert rests.turn(lambda: [assignment], 2999 + SLOWEST_FETCH) == []
+    assert rests.turn(lambda: [assignment], 3020) == [assignment]
 
 
 def test_a_woken_partition_is_looked_at_as_a_new_one() -> None:
@@ -65,5 +65,5 @@ def test_a_woken_partition_is_looked_at_as_a_new_one() -> None:
     awake(rests, assignment, 20)
     rests.wake([assignment])
     assert not assignment.resting
-    assert rests.turn([assignment], 2000) == []
-    assert rests.turn([assignment], 2000 + SLOWEST_FETCH) == []
+    assert rests.turn(lambda: [assignment], 2000) == []
+    assert rests.turn(lambda: [assignment], 2000 + SLOWEST_FETCH) == []

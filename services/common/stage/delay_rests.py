@@ -7,7 +7,7 @@ What comes there is not due before its delay is over. So the stage looks at them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from services.common.stage.in_flight_record import Assignment
 
@@ -36,13 +36,16 @@ class DelayRests:
         self._delays = delays
         self._next = 0.0
 
-    def turn(self, owned: Iterable[Assignment], now: float) -> list[Assignment]:
-        """Begin and end rests by `now` (monotonic seconds); return the assignments to pause or to resume."""
+    def turn(self, owned: Callable[[], Iterable[Assignment]], now: float) -> list[Assignment]:
+        """Begin and end rests by `now` (monotonic seconds); return the assignments to pause or to resume.
+
+        `owned` returns the live assignments. It is called a few times a second.
+        """
         if now < self._next:
             return []
         self._next = now + _INTERVAL
         changed = []
-        for assignment in owned:
+        for assignment in owned():
             delay = self._delays.get(assignment.topic)
             if delay is None:
                 continue

@@ -93,7 +93,7 @@ class FlowControl:
 
     def let_rest(self, now: float) -> None:
         """Begin and end the rests of quiet partitions (`now`: monotonic seconds)."""
-        if changed := self._rests.turn(self._tracker.owned(), now):
+        if changed := self._rests.turn(self._tracker.owned, now):
             self._apply(changed)
 
     def _set_all_paused(self, paused: bool) -> None:
