@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 
+from deploy.local import database
+from deploy.local.database_tree import Server
+from deploy.local.kafka_java import java
+from deploy.local.layout import Layout
+from deploy.local.state import StackState
 from tests.bench import counts, diagnosis, limit, report, storage, throughput
 from tests.bench.__main__ import RUN, main, parser
 from tests.bench.counts import WrongCountsError
+from tests.bench.diagnosis import Diagnosis
 from tests.bench.measure import Figures, is_refusal, median, quantiles
 from tests.bench.receivers import mails_in
 from tests.bench.stage import metric
@@ -225,3 +231,23 @@ def test_bytes_of_matching_files(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert storage.size(tmp_path, "a.*/*.log") == 4
+
+
+def test_the_servers_show_their_work_only_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both cost CPU, so a run whose figures count has neither."""
+    monkeypatch.setattr(database, "find_server", lambda kind: Server(kind, ("mysqld",), "9"))
+
+    def argv() -> str:
+        component = database.database_component(Layout(tmp_path), StackState())
+        return " ".join([*component.argv, *java("512m")])
+
+    asked = diagnosis.given(Diagnosis(statements=True, requests=True))
+    for name in asked:
+        monkeypatch.delenv(name, raising=False)
+    assert "performance-schema=OFF" in argv()
+    assert "log4j2.xml" in argv()
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    assert "performance-schema=ON" in argv()
+    assert "log4j2-requests.xml" in argv()
+    assert diagnosis.given(Diagnosis()) == {}
