@@ -106,6 +106,9 @@ class RelayAvailability:
         It has ``spares_attempt`` if it shows that the relay is at fault. ``probe`` says whether the mail
         was one.
         """
+        if self.trouble is None and isinstance(result, Sent):
+            self._failures = self._unanswered = 0
+            return result
         result = self._count_unanswered(session, result)
         if isinstance(result, NotSent) and result.spares_attempt:
             self.mark_down(result)
