@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -120,20 +119,19 @@ def quick_sink() -> Iterator[Receiver]:
         with slow_sink(0) as sink:
             yield sink
         return
-    directory = Path(tempfile.mkdtemp(prefix="postroad-bench-"))
-    log = directory / "sink"
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     # Only root can listen for another user, and smtp-sink does not run as root.
     user = ["-u", "nobody"] if os.geteuid() == 0 else []
     argv = [_SMTP_SINK, *user, "-c", f"127.0.0.1:{port}", "1000"]
-    with log.open("wb") as output, subprocess.Popen(argv, stdout=output, stderr=output) as process:
-        try:
-            _wait_for(port, process)
-            yield SmtpSink(("127.0.0.1", port), process.pid, log)
-        finally:
-            process.terminate()
-    shutil.rmtree(directory, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="postroad-bench-") as directory:
+        log = Path(directory) / "sink"
+        with log.open("wb") as output, subprocess.Popen(argv, stdout=output, stderr=output) as process:
+            try:
+                _wait_for(port, process)
+                yield SmtpSink(("127.0.0.1", port), process.pid, log)
+            finally:
+                process.terminate()
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
@@ -151,15 +149,14 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def slow_sink(milliseconds: int) -> Iterator[PythonSink]:
     """Run the sink in Python within the block; each mail takes so many milliseconds until its reply."""
-    directory = Path(tempfile.mkdtemp(prefix="postroad-bench-"))
-    state = directory / "state"
-    state.write_bytes(_STATE.pack(0, milliseconds))
-    argv = [sys.executable, "-m", "tests.bench.smtp_sink", str(state)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            port = int(process.stdout.readline())
-            yield PythonSink(("127.0.0.1", port), process.pid, state)
-        finally:
-            process.terminate()
-    shutil.rmtree(directory, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="postroad-bench-") as directory:
+        state = Path(directory) / "state"
+        state.write_bytes(_STATE.pack(0, milliseconds))
+        argv = [sys.executable, "-m", "tests.bench.smtp_sink", str(state)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout is not None
+                port = int(process.stdout.readline())
+                yield PythonSink(("127.0.0.1", port), process.pid, state)
+            finally:
+                process.terminate()

@@ -59,7 +59,7 @@ class Sink(asyncio.Protocol):
             if not found:
                 break
             buffer = rest
-            verb = line[:4]
+            verb = line[:4].upper()
             if verb == b"DATA":
                 self._in_data = True
                 out += b"354 go on\r\n"
