@@ -37,6 +37,9 @@ from sqlalchemy import make_url
 
 from deploy.local.database_tree import find_server, make_template
 from deploy.local.database_users import user_statements
+from deploy.local.environment import service_environment
+from deploy.local.security import authority
+from deploy.local.state import StackState
 from services.common.kafka.topics import Names
 from services.common.migrations import VERSION_TABLE, migrate
 from tests import forked
@@ -143,9 +146,20 @@ class Stack:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """The settings that point a further process at its Kafka, its database and its topics."""
-        named = ("POSTROAD_KAFKA_BOOTSTRAP", "POSTROAD_DATABASE_URL", "POSTROAD_TOPIC_PREFIX")
-        return {name: value for name, value in self.env().items() if name in named}
+        """The settings that point a further api at its Kafka, its database and its topics."""
+        state = StackState.load(self.directory / "state.json")
+        named = ("POSTROAD_KAFKA_", "POSTROAD_DATABASE_URL", "POSTROAD_TOPIC_PREFIX")
+        settings = service_environment(state, "api-1") if state.secure else self.env()
+        return {name: value for name, value in settings.items() if name.startswith(named)}
+
+    @property
+    def database(self) -> str:
+        """The URL of its database, for a user who may do anything."""
+        url = make_url(self.env()["POSTROAD_DATABASE_URL"])
+        state = StackState.load(self.directory / "state.json")
+        if state.secure:
+            url = url.set(username="postroad", password=state.password)
+        return url.render_as_string(hide_password=False)
 
     @property
     def kafka(self) -> dict[str, Any]:
@@ -165,19 +179,19 @@ class Stack:
     @property
     def is_secure(self) -> bool:
         """Whether its Kafka and its MySQL take TLS alone."""
-        return "secure" in json.loads((self.directory / "state.json").read_text())
+        return bool(StackState.load(self.directory / "state.json").secure)
 
     def principal(self, program: str) -> dict[str, str]:
         """Return librdkafka's settings of a program's principal; none where the stack is in clear."""
         if not self.is_secure:
             return {}
-        state = json.loads((self.directory / "state.json").read_text())
+        state = StackState.load(self.directory / "state.json")
         return {
             "security.protocol": "sasl_ssl",
             "sasl.mechanism": "SCRAM-SHA-512",
             "sasl.username": f"postroad-{program}",
-            "sasl.password": state["passwords"][f"kafka-{program}"],
-            "ssl.ca.location": f"{state['secure']}/ca.pem",
+            "sasl.password": state.passwords[f"kafka-{program}"],
+            "ssl.ca.location": str(authority(state)),
         }
 
     @property

@@ -88,7 +88,7 @@ class Field:
         self.replay = self.token = ""
         self._lags: dict[str, Future[Done]] = {}
         self._lagging = ThreadPoolExecutor(3)
-        self._engine = make_engine(self.env["POSTROAD_DATABASE_URL"], pool_size=1)
+        self._engine = make_engine(stack.database, pool_size=1)
 
     def close(self) -> None:
         """Close its connections."""
@@ -177,7 +177,11 @@ def run(field: Field, text: str) -> Done:
         "TOPIC": "mx.ok",
     }.items():
         typed = re.sub(rf"(?<!\w){re.escape(example)}\b", real, typed)
-    done = field.shell.run(typed.removesuffix(" ..."))
+    # On a secure stack, an operator neither changes topics nor migrates.
+    user = field.stack.topics_user if "postroad topics " in text else {}
+    if " migrate" in text:
+        user = {"POSTROAD_DATABASE_URL": field.stack.database}
+    done = field.shell.run(typed.removesuffix(" ..."), **user)
     if begun := re.search(r"Replay (\S+) begins", done.errors):
         field.replay = begun[1]
     if " token new " in text:

@@ -32,7 +32,7 @@ def rebuilt(stack: Stack, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture
 def engine(stack: Stack) -> Iterator[Engine]:
-    engine = make_engine(stack.env()["POSTROAD_DATABASE_URL"])
+    engine = make_engine(stack.database)
     yield engine
     engine.dispose()
 
