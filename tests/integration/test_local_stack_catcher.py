@@ -191,7 +191,7 @@ def test_refusals(catcher: Catcher, name: str, code: int, error: type[smtplib.SM
 
 def test_shut421_closes(catcher: Catcher) -> None:
     answer = _talk(catcher, b"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<shut421@b>\r\nDATA\r\n")
-    assert answer.endswith(b"421 4.3.2 Shutting down\r\n")
+    assert answer.endswith(b"421 4.3.2 <shut421@b>: Shutting down\r\n")
 
 
 def test_greylisting_ends_after_its_tries_for_each_recipient(catcher: Catcher) -> None:
