@@ -92,14 +92,16 @@ def test_an_operator_lists_one_tenant_and_cannot_ask_for_an_address(field: Field
     assert field.call("auditor", "Count", "shop", email=task.email).total == 1
 
 
-def test_an_operator_cancels_and_retries_a_tenants_task(field: Field) -> None:
+def test_an_operator_and_its_tenant_cancel_and_retry_a_task(field: Field) -> None:
     task = field.created(3)
-    assert field.refusal("shop", "Retry", id=task.id) is Code.PERMISSION_DENIED
     cancelled = field.call("operator", "Cancel", id=task.id)
     retried = field.call("operator", "Retry", id=task.id)
     assert (cancelled.status, retried.status) == ("cancelled", "pending")
     assert is_masked(cancelled)
     assert is_masked(retried)
+    assert field.call("shop", "Cancel", id=task.id).status == "cancelled"
+    assert field.call("shop", "Retry", id=task.id).status == "pending"
+    assert field.refusal("shop", "Resolve", id=task.id, resolution=1) is Code.FAILED_PRECONDITION
     assert field.refusal("auditor", "Resolve", id=task.id, resolution=1) is Code.FAILED_PRECONDITION
 
 

@@ -15,7 +15,7 @@ from postroad.v1 import task_service_pb2 as pb
 from postroad.v1.task_service_pb2_grpc import TaskServiceStub
 from services.api import access
 from services.api.failed_attempts import BURST
-from services.api.scopes import SCOPE_OF
+from services.api.scopes import SCOPES_OF
 from services.common.grants import SCOPES
 from tests.access_server import Code, bearer, call, grant_line, serve, until, write_tokens
 
@@ -29,7 +29,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_rpc_needs_a_scope() -> None:
-    assert set(SCOPE_OF) == set(RPCS)
+    assert set(SCOPES_OF) == set(RPCS)
 
 
 async def test_each_scope_allows_its_rpcs_and_no_other(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ async def test_each_scope_allows_its_rpcs_and_no_other(tmp_path: Path) -> None:
         for rpc in RPCS:
             for scope in SCOPES:
                 expected = (
-                    (Code.OK, "") if SCOPE_OF[rpc] == scope else (Code.PERMISSION_DENIED, "SCOPE_MISSING")
+                    (Code.OK, "") if scope in SCOPES_OF[rpc] else (Code.PERMISSION_DENIED, "SCOPE_MISSING")
                 )
                 assert await call(channel, rpc, bearer(scope)) == expected, (rpc, scope)
             assert await call(channel, rpc) == (Code.UNAUTHENTICATED, "TOKEN_MISSING")
