@@ -47,7 +47,7 @@ class Access:
         if self._tokens is not None:
             self.authenticator.replace(self._tokens.value)
         self.streams = OpenStreams(self.authenticator.is_current)
-        self._client_certificates, self._listen = certificates, settings.listen
+        self._listen = settings.listen
         with refused("listen"):
             check_listener(settings.listen, settings.insecure, tls=tls, is_open=self.authenticator.is_open)
         self.reflect = settings.reflection == "always" or (
@@ -58,7 +58,7 @@ class Access:
         """Return the server's credentials; None without TLS."""
         if self._tls is None:
             return None
-        return server_credentials(self._tls, client_certificates=self._client_certificates)
+        return server_credentials(self._tls)
 
     def log(self) -> None:
         """Log what protects the listener."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
@@ -11,7 +12,20 @@ from services.api.reloaded_files import ReloadedFiles
 
 __all__ = ["TlsFiles", "check_paths", "server_credentials", "tls_files"]
 
-TlsFiles = ReloadedFiles[grpc.ServerCertificateConfiguration]
+
+class Pems(NamedTuple):
+    """What the api's files have: a certificate, its key, and the authorities of clients, if they need any."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes | None
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        """Return a new configuration. gRPC can use each one once."""
+        return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], self.client_ca)
+
+
+TlsFiles = ReloadedFiles[Pems]
 
 
 def check_paths(certificate: str | None, key: str | None, client_ca: str | None) -> bool:
@@ -38,34 +52,39 @@ def tls_files(certificate: str, key: str, client_ca: str | None) -> TlsFiles:
     With `client_ca` every client must have a certificate that one of these authorities signed.
     """
 
-    def load() -> grpc.ServerCertificateConfiguration:
+    def load() -> Pems:
         chain, secret = Path(certificate).read_bytes(), Path(key).read_bytes()
         roots = Path(client_ca).read_bytes() if client_ca else None
         _check(certificate, key, roots)
         if (chain, secret) != (Path(certificate).read_bytes(), Path(key).read_bytes()):
             raise ValueError(f"{certificate}: changes while it is read")
-        return grpc.ssl_server_certificate_configuration([(secret, chain)], roots)
+        return Pems(chain, secret, roots)
 
     return ReloadedFiles([certificate, key, *([client_ca] if client_ca else [])], load)
 
 
-def server_credentials(files: TlsFiles, *, client_certificates: bool) -> grpc.ServerCredentials:
+def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     """Return the credentials of a server that takes the present files at each handshake.
 
     gRPC accepts TLS 1.2 and 1.3 alone.
     """
     latest = files.value
+    client_certificates = latest.client_ca is not None
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
         # On a thread of gRPC's. None leaves the certificate as it is, which saves parsing it each time.
         nonlocal latest
-        if files.value is latest:
+        present = files.value
+        # A client that resumes a TLS session has its certificate checked no more, even after its end. Each
+        # configuration has keys of its own for sessions, so a new one lets nobody resume an earlier session.
+        if present is latest and not client_certificates:
             return None
-        latest = files.value
-        return latest
+        latest = present
+        return present.configuration()
 
     # types-grpcio does not know that it may return None.
-    return grpc.dynamic_ssl_server_credentials(latest, fetch, client_certificates)  # type: ignore[arg-type]
+    initial = latest.configuration()
+    return grpc.dynamic_ssl_server_credentials(initial, fetch, client_certificates)  # type: ignore[arg-type]
 
 
 def _check(certificate: str, key: str, roots: bytes | None) -> None:
