@@ -110,7 +110,9 @@ async def test_a_clients_certificate_is_demanded_and_names_its_tenant(
         for own in (None, foreign):
             assert (await answer(own, bearer("ops")))[0] is Code.UNAVAILABLE
         async with grpc.aio.secure_channel(served.target, trusting(certificates, client)) as channel:
-            assert await call(channel, "Retry") == (Code.PERMISSION_DENIED, "SCOPE_MISSING")
+            of_another_tenant = (("postroad-tenant", "ops"),)
+            denied = (Code.PERMISSION_DENIED, "SCOPE_MISSING")
+            assert await call(channel, "Retry", of_another_tenant) == denied
 
 
 @pytest.mark.usefixtures("hurried")
