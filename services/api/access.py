@@ -19,11 +19,14 @@ from services.common.health import Degraded
 __all__ = ["Access"]
 
 _INTERVAL = 1.0
-"""Seconds. A change is seen after one of them at most, and holds after another one."""
+"""Seconds between two looks at the files. A change is used at the look after the one that finds it."""
 
 
 class Access:
-    """Who may call the api. Belongs to one event loop. Raises ValueError for settings it cannot accept."""
+    """Who may call the api. Belongs to one event loop.
+
+    Making it reads the files and blocks. Raises ValueError for settings that it cannot accept.
+    """
 
     def __init__(self, settings: Settings) -> None:
         given = settings.model_fields_set

@@ -43,8 +43,9 @@ _MAX_HEADERS = 4096
 class Authenticator:
     """Finds what a call may do. Belongs to one event loop.
 
-    `fixed` are the grants of POSTROAD_API_TOKENS, and `replace` sets those of the tokens file. With neither,
-    and without `certificates`, every call is ANYONE's.
+    `fixed` are the grants of POSTROAD_API_TOKENS. With `file` there is a tokens file, whose grants `replace`
+    sets. With `certificates` a client's certificate may name its tenant. Without all three every call is
+    ANYONE's.
     """
 
     def __init__(

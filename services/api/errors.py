@@ -235,7 +235,7 @@ def no_request() -> StatusError:
 
 
 def unauthenticated(reason: str, message: str) -> StatusError:
-    """Return UNAUTHENTICATED: nothing says for which tenant the call is, or it does not hold any more."""
+    """Return UNAUTHENTICATED: no valid token or certificate says for which tenant the call is."""
     return StatusError(grpc.StatusCode.UNAUTHENTICATED, message, (error_info(reason),))
 
 

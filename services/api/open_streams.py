@@ -1,4 +1,4 @@
-"""The streams that clients have open, each of which ends with what allows it."""
+"""The streams that clients have open. A stream ends when its grant does."""
 
 from __future__ import annotations
 

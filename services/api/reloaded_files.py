@@ -20,8 +20,9 @@ _Signature = tuple[tuple[int, ...] | None, ...]
 class ReloadedFiles(Generic[T]):
     """The value of some files. `value` may be read from any thread.
 
-    `load` reads and checks the files; it raises ValueError or OSError. So does this, before there is a value.
-    Later a bad file leaves the value as it is. `problem` then says why, and is empty otherwise.
+    `load` reads and checks the files, and may raise ValueError or OSError. Making this object calls it, so it
+    blocks, and raises ValueError for a bad file. Later a bad file leaves the value as it is. `problem` then
+    says why, and is empty otherwise.
     """
 
     def __init__(self, paths: Sequence[str], load: Callable[[], T]) -> None:

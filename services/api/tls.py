@@ -31,8 +31,8 @@ TlsFiles = ReloadedFiles[Pems]
 def check_paths(certificate: str | None, key: str | None, client_ca: str | None) -> bool:
     """Return whether these settings ask for TLS. None is a setting that is not given.
 
-    Raises ValueError for one without the others that it needs, and for an empty one, which would open the api
-    without a word.
+    Raises ValueError for one without the others that it needs, and for an empty one, which would silently
+    open the api.
     """
     given = {"POSTROAD_TLS_CERT": certificate, "POSTROAD_TLS_KEY": key, "POSTROAD_TLS_CLIENT_CA": client_ca}
     for name, path in given.items():
@@ -88,7 +88,7 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
 
 def _check(certificate: str, key: str, roots: bytes | None) -> None:
-    """Raise ValueError unless the key is the certificate's, and each file has what its name says."""
+    """Raise ValueError unless the key is the certificate's, and `roots` has certificates in PEM. Blocks."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # Without a password, OpenSSL would ask for one at the terminal.

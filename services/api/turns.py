@@ -12,7 +12,7 @@ __all__ = ["MAX_BLOCKING", "in_turns"]
 T = TypeVar("T")
 
 MAX_BLOCKING = 0.002
-"""Seconds for which a batch may keep the event loop, and so single Creates, from its other work."""
+"""Seconds for which a batch may use the event loop at a stretch. Single Creates wait for as long."""
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:

@@ -27,7 +27,7 @@ _VERSION = 7 << 12
 _VARIANT = 2 << 30
 _WORD = (1 << 32) - 1
 _SHARED_US = 50_000
-"""Microseconds for which single ids share a partition: a publisher gathers single records for as long."""
+"""Microseconds for which single ids share a partition: longer than a publisher gathers single records."""
 
 
 def _head(us: int) -> int:

@@ -5,7 +5,7 @@ A line of the file is a grant: five fields with spaces between them.
     # id      tenant   SHA-256 of the token (64 hexadecimal digits)    scopes       not after
     6f1c22d0  billing  9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b..  create,read  2027-01-31T00:00:00Z
 
-Lines that are empty or begin with `#` are remarks. A `-` as the last field is a grant without an end.
+The file may have empty lines and comments, which begin with `#`. A `-` as the last field stands for no end.
 """
 
 from __future__ import annotations

@@ -67,7 +67,10 @@ def _joined(events: Sequence[Event]) -> list[Progress]:
 
 
 def _update(connection: Connection, rows: Sequence[Progress]) -> bool:
-    """Write the rows that outrank the stored ones, and return whether all do. MariaDB has no such UPDATE."""
+    """Write the rows that outrank the stored ones, and return whether all do.
+
+    MariaDB has no such UPDATE: there it writes nothing and returns False.
+    """
     if connection.dialect.is_mariadb:  # type: ignore[attr-defined]
         return False
     values = [(*row, row.version >> EPOCH_SHIFT) for row in rows]
@@ -75,7 +78,7 @@ def _update(connection: Connection, rows: Sequence[Progress]) -> bool:
 
 
 def _present(connection: Connection, ids: Collection[bytes]) -> Iterator[bytes]:
-    """Yield those of the tasks that have a row with the mail. That never changes, so it needs no lock."""
+    """Yield those of the tasks whose rows have their mail. No row loses it, so this needs no lock."""
     ordered = sorted(ids)
     for start in range(0, len(ordered), _PART):
         part = ordered[start : start + _PART]

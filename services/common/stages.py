@@ -25,7 +25,7 @@ class StageSpec:
     `reads` and `writes` are the bare names of its event topics; each stage also writes its own dead-letter
     topic. `python -m MODULE` runs its service. `delays_setting` is the field of Settings with the delays of
     its delay topics; it is empty for a stage that defers nothing. `awaited` says whether a mail waits for its
-    events. Else they only report, and are gathered at any rate.
+    events. Otherwise they only report, and are gathered even at a low rate (pace.py).
     `settings` are the prefixes of the environment variables that only this stage reads. `replicas` is how
     many the local stack starts by default.
     """

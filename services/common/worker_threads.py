@@ -1,4 +1,4 @@
-"""Threads that run calls nobody waits for."""
+"""Threads that run calls without a future for each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ __all__ = ["WorkerThreads"]
 class WorkerThreads:
     """Runs calls in their order, on up to `count` threads. Use it from one thread.
 
-    A ThreadPoolExecutor makes a future for each call, with locks and wake-ups of its own. The calls here
-    report by themselves, and raise nothing. The threads do not keep a process from ending.
+    A ThreadPoolExecutor makes a future for each call, with locks and wake-ups of its own. A call
+    here reports its result by itself, and must not raise: that would end its thread. The threads do not
+    keep a process from ending.
     """
 
     def __init__(self, count: int, name: str) -> None:

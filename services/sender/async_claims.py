@@ -1,4 +1,4 @@
-"""The claims for the event loop: calls are batched, and repeated while the database is away."""
+"""The claims for the event loop: calls run on worker threads, and are repeated while the database is away."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ class AsyncClaims:
         return self._trouble if time.monotonic() - self._trouble_at < _TROUBLE_TTL else None
 
     async def claim_all(self, requests: Sequence[Claim | Cancel]) -> list[ClaimAnswer | Exception]:
-        """Return the answer to each request, or its error."""
+        """Return the answer to each request, or its error. Waits while the database is away.
+
+        Raises RuntimeError once closed.
+        """
         # After a silence the sender does not know whether the database was away.
         if asyncio.get_running_loop().time() - self._answered_at > self._owners_first:
             self._forbid_take_over()

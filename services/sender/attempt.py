@@ -75,7 +75,7 @@ class Attempt:
         """Whether it may be claimed although the relay is down: one mail shows whether that is over."""
         self.claim: Claim | None = None
         self.row: Delivery | None = None
-        """Its claimed row, as a claim without a doubt would have made it."""
+        """Its claimed row, without the reason that a claim in doubt adds."""
         self.undo: Delivery | None = None
         """The row to store if it is cancelled now, so that the next claim starts as this one did."""
         self.lease: Lease | None = None

@@ -12,7 +12,7 @@ __all__ = ["CallQueue"]
 
 T = TypeVar("T")
 
-_MOST = 500
+_MAX_ITEMS = 500
 # The longest wait (seconds) for more items, at a high rate. A call costs much the same however few it has.
 _LONGEST_WAIT = 0.005
 
@@ -21,7 +21,7 @@ class CallQueue(Generic[T]):
     """Calls `call` with the items that wait, up to 500, one call at a time. Belongs to one event loop.
 
     The first call comes in the loop's next turn, with all items of the present one. At a high rate the queue
-    gathers items for a moment (pace.py). `call` may not raise.
+    gathers items for a moment (pace.py). `call` must not raise.
     """
 
     def __init__(self, call: Callable[[list[T]], Awaitable[None]]) -> None:
@@ -43,8 +43,8 @@ class CallQueue(Generic[T]):
                 wait = self._pace.wait(now())
                 if wait:
                     await asyncio.sleep(wait)
-                items, self._items = self._items[:_MOST], self._items[_MOST:]
+                items, self._items = self._items[:_MAX_ITEMS], self._items[_MAX_ITEMS:]
                 await self._call(items)
-                self._pace.note_batch(len(items), now(), full=len(items) == _MOST)
+                self._pace.note_batch(len(items), now(), full=len(items) == _MAX_ITEMS)
         finally:
             self._task = None

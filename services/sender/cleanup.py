@@ -55,7 +55,10 @@ class Cleanups:
 
 
 async def within(work: Awaitable[R], seconds: float) -> R | None:
-    """Return the result of `work`. After `seconds`, cancel it, log that, and return None."""
+    """Return the result of `work`, or raise its error.
+
+    After `seconds`, cancel it, log that, and return None.
+    """
     try:
         async with asyncio.timeout(seconds):
             return await work

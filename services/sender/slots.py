@@ -104,7 +104,7 @@ class Slots:
     def wait(self, domain: str, on_turn: Callable[[bool], None]) -> SlotWaiter:
         """Have `on_turn` called once with True when the caller has a slot, or with False if it is shed.
 
-        Call this after `acquire` returned False. `on_turn` may call the slots, and may not raise.
+        Call this after `acquire` returned False. `on_turn` may acquire and release slots, and must not raise.
         """
         now = self._now()
         waiter = SlotWaiter(self, domain, on_turn, now)
@@ -131,7 +131,7 @@ class Slots:
             self._serve()
 
     def is_stalled(self, domain: str) -> bool:
-        """Return whether all of the domain's slots are in use since STALLED_AFTER, and as many callers wait.
+        """Return whether all of the domain's slots were in use for STALLED_AFTER, and as many callers wait.
 
         When the domain moves again, those callers take all of its slots; a later one would wait in vain.
         """

@@ -270,7 +270,7 @@ class Transactions:
         self._source.chain(mail)
         self._take(mail)
         self.chained = mail
-        # A server that loses commands which came with a message answers RSET never.
+        # A server that loses the commands behind a message never answers RSET.
         self._connection.expect(1, session.timeouts.quit, self._on_reset)
         self._connection.expect(3, session.timeouts.command, self._on_envelope)
         return b"RSET\r\n" + envelope

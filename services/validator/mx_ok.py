@@ -1,6 +1,6 @@
-"""Makes the `mx.ok` of a task of the bytes of its `task.created`, whose task it carries on unchanged.
+"""Makes `mx.ok` from the bytes of `task.created`: both carry the same task.
 
-A mail may be long. To copy its message and encode it again costs more than all else that the validator does.
+A mail may be long. Copying its task and encoding it again would cost more than the rest of the validator.
 """
 
 from __future__ import annotations

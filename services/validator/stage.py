@@ -65,7 +65,7 @@ class Validator:
             lookup.add_done_callback(self._lookups.pop)
 
     def cancel(self, records: Sequence[Record]) -> None:
-        """Let these records wait for no lookup any longer."""
+        """Take these records from the lookups that they wait for. End a lookup for which no record waits."""
         for lookup, waiting in self._lookups.items():
             waiting.difference_update(records)
             if not waiting:

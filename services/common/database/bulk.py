@@ -1,4 +1,4 @@
-"""The statements of the hot paths: text that this module builds, sent by the driver's connection itself.
+"""The statements of the hot paths: text with literals, sent by the driver's connection itself.
 
 SQLAlchemy's execution context and the driver's cursor cost more than the text (ADR 36 compares them). What
 remains of SQLAlchemy are its pool, its transactions and its errors. A failed statement raises what

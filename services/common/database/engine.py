@@ -35,7 +35,8 @@ ctypes.PyDLL(_mysql_connector.__file__).mysql_server_init(0, None, None)
 # takes quadratic time, during which no other thread runs.
 MySQLScriptSplitter.has_delimiter = staticmethod(lambda code: False)  # type: ignore[method-assign]
 
-# SQLAlchemy hands on the texts of a URL for most of the driver's options. The driver refuses them for these.
+# SQLAlchemy passes most options of a URL to the driver as texts. The driver accepts no text for a boolean or
+# a list.
 _TRUTH = {
     "true": True,
     "1": True,

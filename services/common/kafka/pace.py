@@ -2,8 +2,8 @@
 
 A batch costs much the same however many records it has. Threads wake, the batch goes to the event loop, and a
 produce request follows for every partition. Without a wait a record passes at once, but at a thousand a
-second each batch has only two or three. So the wait grows with the rate of records. There is none at a low
-rate, and none where a backlog fills the batches anyway.
+second each batch has only two or three. So the wait grows with the rate of records. A low rate needs no
+wait, and neither does a backlog, which fills the batches anyway.
 """
 
 from __future__ import annotations

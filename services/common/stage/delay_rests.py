@@ -17,11 +17,11 @@ __all__ = ["DelayRests"]
 # after the pause. The client gives up a fetch sooner than a long look ends (socket.timeout.ms).
 _LOOK = 1.0
 _LONG_LOOK = 12.0
-# Where fetches are slow, a long look in eight finds what is there.
-_LOOKS = 8
+# Where fetches are slow, a short look finds nothing. So each look of this number is a long one.
+_LONG_LOOK_EVERY = 8
 # A record must be found before it is due, so a rest is a quarter of the delay; this is the longest.
 _LONGEST_REST = 15.0
-# Between two turns over all partitions.
+# Between two passes over all partitions.
 _INTERVAL = 0.25
 
 
@@ -60,7 +60,7 @@ class DelayRests:
                     assignment.turn_at = now + min(_LONGEST_REST, delay / 4)
                 else:
                     assignment.looks += 1
-                    assignment.turn_at = now + (_LOOK if assignment.looks % _LOOKS else _LONG_LOOK)
+                    assignment.turn_at = now + (_LOOK if assignment.looks % _LONG_LOOK_EVERY else _LONG_LOOK)
                 changed.append(assignment)
         return changed
 

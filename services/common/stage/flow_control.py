@@ -19,7 +19,7 @@ from services.common.stage.record_reader import RecordReader
 __all__ = ["FlowControl"]
 
 # How long the poller may go without fetching before it pauses. A pause discards what was prefetched, and a
-# resumed partition brings nothing for up to 200 ms. Mostly there is capacity again sooner.
+# resumed partition brings nothing for up to 200 ms. Mostly capacity returns sooner.
 _PAUSE_GRACE = 0.25
 
 
@@ -78,7 +78,7 @@ class FlowControl:
             self._apply([assignment])
             head = confluent_kafka.TopicPartition(assignment.topic, assignment.partition, offset)
             self.consumer.seek(head)
-            # The last fetch told the end: this asks no broker.
+            # The last fetch said where the partition ends, so this asks no broker.
             _, end = self.consumer.get_watermark_offsets(head, cached=True)
             self._reader.note_end(assignment, end)
         if held:

@@ -20,8 +20,9 @@ class Assignment:
 
     `live` until the partition is revoked or lost; `committed` is the offset last committed, if any; `paused`
     while the consumer fetches nothing from it. For a delay topic, `first_seen` knows when its records came.
-    `held_until` is until when its head is not due (monotonic seconds), None while it is read. An empty one is
-    not fetched while it is `resting`. `turn_at` is when that changes, None after a record; `looks` counts.
+    `held_until` is until when its head is not due (monotonic seconds), None while it is read. While an empty
+    partition of a delay topic is `resting`, the consumer does not fetch it. `turn_at` is when its next rest
+    or look begins; None: it is new, or brought a record. `looks` counts the looks.
     """
 
     __slots__ = (
