@@ -64,7 +64,7 @@ class SenderService(StageService):
         self._leases = Leases(self._claims.renew, settings.lease_seconds)
         self._pool = SmtpPool(
             relay,
-            limits=Limits(sessions=settings.sender_sessions),
+            limits=Limits(sessions=settings.sender_sessions, per_domain=settings.domain_concurrency),
             timeouts=Timeouts(after_dot=settings.handover_seconds - SETTLE_SECONDS),
             on_trouble=_export_trouble,
         )

@@ -113,7 +113,7 @@ class Dispatcher:
     def _dispatch(self) -> None:
         self._scheduled = False
         sessions = self.sessions
-        while self._waiting and (session := sessions.take_idle()) is not None:
+        while self._next() is not None and (session := sessions.take_idle()) is not None:
             self._serve(session)
         missing = self.waiting - len(self._openings)
         while missing > 0 and sessions.may_grow:
@@ -131,8 +131,9 @@ class Dispatcher:
         while self.sessions.may_go_on(session):
             if session.fresh and self._refused:
                 mail = self._refused.popleft()
-            elif self._waiting:
-                mail = self._waiting.popleft()
+            elif (following := self._next()) is not None:
+                mail = following
+                self._waiting.remove(mail)
             else:
                 break
             self._chained.begun += 1
@@ -148,6 +149,10 @@ class Dispatcher:
         self.sessions.release(session)
         if len(self._refused) > len(self._openings) + self.sessions.ending:
             self._schedule()
+
+    def _next(self) -> OutgoingMail | None:
+        """Return the first waiting mail that a free session may have."""
+        return next(filter(self.sessions.admits, self._waiting), None)
 
     async def _open_one(self) -> None:
         """Open a session for a waiting mail."""
@@ -203,7 +208,7 @@ class Dispatcher:
         mail, sessions = self._waiting[0], self.sessions
         if mail.alone or sessions.idle or sessions.openings or sessions.may_grow or sessions.closing:
             return None
-        return mail
+        return mail if sessions.admits(mail, besides=session) else None
 
     def chain(self, mail: OutgoingMail) -> None:
         """Take the mail that ``next_to_chain`` returned."""

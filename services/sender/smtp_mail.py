@@ -81,6 +81,11 @@ class OutgoingMail:
         self.final = False
         """Whether it goes on no further session."""
 
+    @property
+    def domain(self) -> str:
+        """The recipient's domain."""
+        return self.rcpt.rpartition("@")[2]
+
 
 def check_mail(mail_from: str, rcpt: str, message: bytes) -> None:
     """Refuse a mail that would break out of its command or its message (SMTP smuggling, RFC 5321 §2.3.8).

@@ -101,6 +101,10 @@ class Limits:
     """How many sessions the pool opens, and how it uses them."""
 
     sessions: int = 20
+    per_domain: int = 0
+    """How many sessions one recipient domain may use where the relay takes fewer than `sessions`; 0: any.
+
+    At or above what the relay takes, it is three quarters of that."""
     mails_per_session: int = 500
     idle: float = 30.0
     """Seconds after which the pool closes an unused session, well before servers do (300 s)."""

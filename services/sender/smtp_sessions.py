@@ -5,6 +5,8 @@ import random
 from collections import deque
 from collections.abc import Callable
 
+from services.sender.slots import domain_share
+from services.sender.smtp_mail import OutgoingMail
 from services.sender.smtp_opening import open_session
 from services.sender.smtp_relay import Limits, Relay, Timeouts, Tls
 from services.sender.smtp_session import RelayMemory, Session
@@ -22,6 +24,9 @@ class Sessions:
 
     It returns the idle session that was used last, so that sessions above the need stay idle and are closed.
     It calls ``on_place`` when another session may be opened again.
+
+    A relay may take fewer sessions than the limit. Mails to one domain must not use all of those either, so
+    the domain's share is one of the sessions that the relay takes.
     """
 
     def __init__(
@@ -37,6 +42,8 @@ class Sessions:
         self._idle: deque[Session] = deque()  # the one that was used last is on the right
         self._sockets: set[asyncio.Future[None]] = set()
         self._idle_timer: asyncio.TimerHandle | None = None
+        # How many sessions the relay takes, as far as is known.
+        self._taken = limits.sessions
         self._refusals = 0
         self._growth_timer: asyncio.TimerHandle | None = None
         self.closing = False
@@ -61,7 +68,19 @@ class Sessions:
         """Whether another session may be opened."""
         if len(self._sockets) + len(self.openings) >= self._limits.sessions or self.closing:
             return False
-        return not self._ready or self._growth_timer is None
+        has_place = len(self._ready) + len(self.openings) < self._taken
+        return not self._ready or self._growth_timer is None or has_place
+
+    def admits(self, mail: OutgoingMail, besides: Session | None = None) -> bool:
+        """Return whether a session may have this mail, since its domain uses less than its share.
+
+        `besides` is a session that does not count as used.
+        """
+        share = domain_share(self._taken, self._limits.per_domain)
+        if not share or self._taken >= self._limits.sessions:
+            return True
+        used = (session.transactions.mail for session in self._ready if session is not besides)
+        return sum(other is not None and other.domain == mail.domain for other in used) < share
 
     def take_idle(self) -> Session | None:
         """Return an idle session, which the caller must ``release``; None if there is none."""
@@ -111,6 +130,7 @@ class Sessions:
         self._refusals = 0
         self.opened += 1
         self._ready.add(session)
+        self._taken = max(self._taken, len(self._ready))
         self._sockets.add(session.connection.closed)
         session.connection.closed.add_done_callback(lambda socket: self._socket_closed(socket, session))
         session.connection.watch(lambda: self._remove(session))
@@ -118,6 +138,7 @@ class Sessions:
 
     def delay_growth(self) -> None:
         """Open no further session for a while: the relay refused one while it serves others."""
+        self._taken = len(self._ready)
         if self._growth_timer is None:
             self._refusals += 1
             self._growth_timer = asyncio.get_running_loop().call_later(
