@@ -58,12 +58,12 @@ class Abandonable(Generic[R]):
         with self._lock:
             self._abandoned = True
 
-    def over(self) -> None:
-        """Say that the query is over, so that `kill` ends."""
+    def note_over(self) -> None:
+        """Note that the query is over, so that `kill` ends. Does not block."""
         self._over.set()
 
     def kill(self, engine: Engine) -> None:
-        """End the query's statements until it is over. Blocks."""
+        """End the query's statements until it is over, for some 5 s. Blocks. Logs the database's errors."""
         try:
             for _ in range(_TRIES):
                 with self._lock:

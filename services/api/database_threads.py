@@ -54,7 +54,7 @@ class DatabaseThreads:
         """
         query = Abandonable(work)
         future = self._start(query)
-        future.add_done_callback(lambda _: query.over())
+        future.add_done_callback(lambda _: query.note_over())
         try:
             return await self._answer(future)
         finally:

@@ -21,8 +21,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _Ticket(Generic[T, R]):
-    """One caller: its future, its items, how many of them a call has taken, and the results so far."""
+class _Caller(Generic[T, R]):
+    """One await: its future, its items, how many of them a call has taken, and the results so far."""
 
     __slots__ = ("future", "items", "left", "results", "taken")
 
@@ -37,7 +37,7 @@ class _Ticket(Generic[T, R]):
 class _Share(NamedTuple, Generic[T, R]):
     """The items of one caller in a call: `items[start:stop]`."""
 
-    ticket: _Ticket[T, R]
+    caller: _Caller[T, R]
     start: int
     stop: int
 
@@ -79,7 +79,7 @@ class Batcher(Generic[T, R]):
         self._idle = concurrency
         self._own_threads = WorkerThreads(concurrency, name) if executor is None else None
         self._submit: Callable[..., object] = (self._own_threads or executor).submit  # type: ignore[union-attr]
-        self._queue: deque[_Ticket[T, R]] = deque()
+        self._queue: deque[_Caller[T, R]] = deque()
         self._pending = 0
         self._woken = False
         self._closed = False
@@ -119,11 +119,11 @@ class Batcher(Generic[T, R]):
         if self._closed:
             raise RuntimeError("the batcher is closed")
         loop = asyncio.get_running_loop()
-        ticket: _Ticket[T, R] = _Ticket(loop.create_future(), items)
-        self._queue.append(ticket)
+        caller: _Caller[T, R] = _Caller(loop.create_future(), items)
+        self._queue.append(caller)
         self._pending += len(items)
         self._wake(loop)
-        return ticket.future
+        return caller.future
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._woken and self._idle and self._queue:
@@ -148,26 +148,26 @@ class Batcher(Generic[T, R]):
         shares: list[_Share[T, R]] = []
         weight = 0
         while self._queue and len(items) < self._limit:
-            ticket = self._queue[0]
-            if ticket.future.done():  # its caller was cancelled
+            caller = self._queue[0]
+            if caller.future.done():  # it was cancelled
                 self._queue.popleft()
-                self._count_off(len(ticket.items) - ticket.taken)
+                self._count_off(len(caller.items) - caller.taken)
                 continue
-            start = stop = ticket.taken
-            last = min(len(ticket.items), start + self._limit - len(items))
+            start = stop = caller.taken
+            last = min(len(caller.items), start + self._limit - len(items))
             if self._weigh is None:
                 stop = last
             while stop < last:
-                weight += self._weigh(ticket.items[stop])  # type: ignore[misc]
+                weight += self._weigh(caller.items[stop])  # type: ignore[misc]
                 if weight > self._weight_limit and (items or stop > start):
                     break
                 stop += 1
             if stop == start:
                 break
-            items += ticket.items[start:stop]
-            shares.append(_Share(ticket, start, stop))
-            ticket.taken = stop
-            if stop == len(ticket.items):
+            items += caller.items[start:stop]
+            shares.append(_Share(caller, start, stop))
+            caller.taken = stop
+            if stop == len(caller.items):
                 self._queue.popleft()
             elif stop < last:
                 break
@@ -200,13 +200,13 @@ class Batcher(Generic[T, R]):
     ) -> None:
         self._idle += 1
         settled = 0
-        for ticket, start, stop in shares:
+        for caller, start, stop in shares:
             end = settled + stop - start
-            ticket.results[start:stop] = results[settled:end]
-            ticket.left -= stop - start
+            caller.results[start:stop] = results[settled:end]
+            caller.left -= stop - start
             settled = end
-            if not ticket.left and not ticket.future.done():
-                ticket.future.set_result(ticket.results)  # type: ignore[arg-type]
+            if not caller.left and not caller.future.done():
+                caller.future.set_result(caller.results)  # type: ignore[arg-type]
         self._count_off(settled)
         self._wake(loop)
 

@@ -324,7 +324,7 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_secret(cls, value: object, info: ValidationInfo) -> object:
+    def _without_line_end(cls, value: object, info: ValidationInfo) -> object:
         secret = info.field_name is not None and _holds_secret(cls.model_fields[info.field_name])
         return forms.without_line_end(value) if secret and isinstance(value, str) else value
 

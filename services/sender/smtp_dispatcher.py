@@ -59,7 +59,7 @@ class Dispatcher:
             asyncio.get_running_loop().call_soon(self._deliver, mail, trouble)
             mail.state = MailState.ENDED
             return
-        mail.probe = mail.alone = self.availability.take_probe()
+        mail.probe = mail.free_session_only = self.availability.take_probe()
         mail.state = MailState.WAITING
         self._waiting.append(mail)
         self._schedule()
@@ -74,7 +74,7 @@ class Dispatcher:
             self._chained.discard(mail)
             mail.transactions.drop(mail)
         else:
-            mail.final = True
+            mail.no_other_session = True
             return False
         mail.state = MailState.ENDED
         return True
@@ -82,7 +82,7 @@ class Dispatcher:
     def cut_off(self, mail: OutgoingMail) -> None:
         """Abort the session of a mail whose message is being sent or was."""
         if mail.state is MailState.MESSAGE and mail.transactions is not None:
-            mail.final = True
+            mail.no_other_session = True
             mail.transactions.cut_off()
 
     async def close(self, grace: float) -> None:
@@ -123,7 +123,7 @@ class Dispatcher:
             opening.add_done_callback(self._opening_ended)
             missing -= 1
         if len(self._refused) > len(self._openings) + sessions.ending:
-            # They wait for a new session, and only an idle one can make place for it.
+            # They wait for a new session, and only the end of an idle one lets it be opened.
             sessions.end_idle()
 
     def _serve(self, session: Session) -> None:
@@ -206,7 +206,13 @@ class Dispatcher:
         if not self._waiting or self._refused or session.mails >= self._limits.mails_per_session:
             return None
         mail, sessions = self._waiting[0], self.sessions
-        if mail.alone or sessions.idle or sessions.openings or sessions.may_grow or sessions.closing:
+        if (
+            mail.free_session_only
+            or sessions.idle
+            or sessions.openings
+            or sessions.may_grow
+            or sessions.closing
+        ):
             return None
         return mail if sessions.admits(mail, besides=session) else None
 
@@ -232,7 +238,7 @@ class Dispatcher:
     def try_again(self, mail: OutgoingMail) -> None:
         """Take a mail back, of which nothing was sent: it goes to the next free session."""
         self._chained.discard(mail)
-        mail.alone = True
+        mail.free_session_only = True
         if self.sessions.closing:
             self._deliver(mail, self._closed)
             return
@@ -262,14 +268,18 @@ class Dispatcher:
         return result
 
     def _deliver_or_repeat(self, mail: OutgoingMail, result: SendResult) -> None:
-        if isinstance(result, Rejected) and result.about_session and not (mail.second or mail.final):
+        if (
+            isinstance(result, Rejected)
+            and result.about_session
+            and not (mail.on_second_session or mail.no_other_session)
+        ):
             _log.debug(
                 "session_refused", relay=result.relay, phase=result.phase, reply=reply_codes(result.reply)
             )
             if self.sessions.closing:
                 self._deliver(mail, self._closed)
                 return
-            mail.second = True
+            mail.on_second_session = True
             mail.state = MailState.WAITING
             self._refused.append(mail)
             self._schedule()

@@ -43,15 +43,15 @@ class OutgoingMail:
     """
 
     __slots__ = (
-        "alone",
-        "final",
+        "free_session_only",
         "guard",
         "mail_from",
         "message",
+        "no_other_session",
         "on_result",
+        "on_second_session",
         "probe",
         "rcpt",
-        "second",
         "state",
         "transactions",
     )
@@ -73,12 +73,12 @@ class OutgoingMail:
         self.state = MailState.NEW
         self.transactions: Transactions | None = None
         """Those of the session that has the mail."""
-        self.alone = False
+        self.free_session_only = False
         """Whether it waits for a free session: its envelope is not written behind another mail's message."""
         self.probe = False
-        self.second = False
+        self.on_second_session = False
         """Whether it goes on a second session, because the first one was refused."""
-        self.final = False
+        self.no_other_session = False
         """Whether it goes on no further session."""
 
     @property

@@ -23,19 +23,19 @@ class Sessions:
     """Opens and closes sessions within ``limits``, and keeps the idle ones. Belongs to one event loop.
 
     It returns the idle session that was used last, so that sessions above the need stay idle and are closed.
-    It calls ``on_place`` when another session may be opened again.
+    It calls ``on_may_grow`` when another session may be opened again.
 
     A relay may take fewer sessions than the limit. Mails to one domain must not use all of those either, so
     the domain's share is one of the sessions that the relay takes.
     """
 
     def __init__(
-        self, relay: Relay, limits: Limits, timeouts: Timeouts, on_place: Callable[[], None]
+        self, relay: Relay, limits: Limits, timeouts: Timeouts, on_may_grow: Callable[[], None]
     ) -> None:
         self._relay = relay
         self._limits = limits
         self._timeouts = timeouts
-        self._on_place = on_place
+        self._on_may_grow = on_may_grow
         self._memory = RelayMemory()
         self._context = None if relay.tls is Tls.NONE else relay.tls_context()
         self._ready: set[Session] = set()
@@ -165,7 +165,7 @@ class Sessions:
 
     def _allow_growth(self) -> None:
         self._growth_timer = None
-        self._on_place()
+        self._on_may_grow()
 
     def _remove(self, session: Session) -> None:
         self._ready.discard(session)
@@ -175,7 +175,7 @@ class Sessions:
     def _socket_closed(self, socket: asyncio.Future[None], session: Session) -> None:
         self._sockets.discard(socket)
         session.transactions.over()
-        self._on_place()
+        self._on_may_grow()
 
     def _close_idle(self) -> None:
         """Close the sessions that have been idle for too long."""
