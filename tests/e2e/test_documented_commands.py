@@ -46,6 +46,7 @@ CANNOT = {
     "kafka-": "Kafka's own tools are not in the local stack",
     "python3 -m deploy.local start mysql": "its MySQL is the run's: tests/integration/test_local_stack.py",
     "python3 -m deploy.local start kafka-1": "its Kafka is the run's: tests/integration/test_local_stack.py",
+    "python3 -m deploy.local up --secure": "its servers are the run's: tests/e2e/test_secure_stack.py",
     "postroad --install-completion": "changes the shell that it is called from",
     "postroad lag --watch": "runs until Ctrl-C: tests/e2e/test_cli.py",
 }

@@ -200,7 +200,7 @@ async def test_a_silent_server_is_asked_last_until_it_may_be_back(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead, good = await start(silent, well)
-    walk = lookup(dead, good, timeout=0.4)
+    walk = lookup(dead, good, lifetime=4.5, timeout=1.5)
     await look(walk)
     assert dead.asked.total() == 1
     await asyncio.gather(*(look(walk, f"{n}.test") for n in range(10)))
@@ -217,7 +217,7 @@ async def test_only_one_question_waits_for_a_server_that_may_answer_again(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead, good = await start(silent, well)
-    walk = lookup(dead, good, timeout=0.4)
+    walk = lookup(dead, good, lifetime=4.5, timeout=1.5)
     await look(walk)
     later(monkeypatch, servers.REMEMBERED)
     await asyncio.gather(*(look(walk, f"{n}.test") for n in range(10)))

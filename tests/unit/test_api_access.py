@@ -80,7 +80,7 @@ async def test_a_revoked_or_ended_token_ends_its_open_watch_within_5_s(tmp_path:
         write_tokens(path, lines["ended"], lines["stays"])
         for id_ in ("ended", "revoked"):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await asyncio.wait_for(streams[id_].read(), 6)
+                await asyncio.wait_for(streams[id_].read(), 30)
             assert caught.value.code() is Code.UNAUTHENTICATED
             assert time.monotonic() - begin < 5
             assert (await call(channel, "Count", bearer(id_)))[0] is Code.UNAUTHENTICATED
@@ -89,7 +89,7 @@ async def test_a_revoked_or_ended_token_ends_its_open_watch_within_5_s(tmp_path:
         # The last token too can be revoked.
         write_tokens(path)
         with pytest.raises(grpc.aio.AioRpcError):
-            await asyncio.wait_for(streams["stays"].read(), 6)
+            await asyncio.wait_for(streams["stays"].read(), 30)
 
 
 @pytest.mark.usefixtures("hurried")

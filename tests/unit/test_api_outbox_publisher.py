@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 from confluent_kafka import KafkaError
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
@@ -83,16 +84,18 @@ async def test_acked_events_leave_the_outbox_together_and_are_held_until_then() 
     assert not any(map(setup.publisher.is_publishing, rows(0, 30)))
 
 
-async def test_many_acked_events_leave_the_outbox_at_once() -> None:
+async def test_many_acked_events_leave_the_outbox_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.api.outbox_publisher._DELETE_INTERVAL", 1000.0)
     setup = Setup()
     setup.publisher.publish(events(0, 1200))
     setup.kafka.ack()
     assert setup.publisher._timer is None
-    await asyncio.wait_for(setup.publisher._idle.wait(), 0.4)
+    await asyncio.wait_for(setup.publisher._idle.wait(), 10)
     assert setup.deleted == [rows(0, 1200)]
 
 
-async def test_a_drain_waits_for_no_timer() -> None:
+async def test_a_drain_waits_for_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.api.outbox_publisher._DELETE_INTERVAL", 1000.0)
     setup = Setup()
     setup.publisher.publish(events(0, 3))
     setup.publisher.publish(events(3, 3))
@@ -100,7 +103,7 @@ async def test_a_drain_waits_for_no_timer() -> None:
     drain = asyncio.ensure_future(setup.publisher.drain(10))
     await asyncio.sleep(0)
     setup.kafka.ack()
-    await asyncio.wait_for(drain, 0.4)
+    await asyncio.wait_for(drain, 10)
     assert sorted(row for part in setup.deleted for row in part) == rows(0, 6)
 
 

@@ -43,7 +43,7 @@ async def test_single_creates_wait_for_no_batch(monkeypatch: pytest.MonkeyPatch)
     batches = [asyncio.ensure_future(of_test.record_batch(new_tasks(500))) for _ in range(4)]
     await asyncio.sleep(0)
     for _ in range(20):
-        assert await asyncio.wait_for(of_test.record(*new_tasks(1)), 5) is None
+        assert await asyncio.wait_for(of_test.record(*new_tasks(1)), 30) is None
     assert committed == [1] * 20
     batch_goes_on.set()
     assert [len(results) for results in await asyncio.gather(*batches)] == [500] * 4

@@ -67,7 +67,7 @@ async def outcome(validator: Validator, what: Record) -> Outcome:
             finished.set_result(found)
 
     validator.start([what], finish)
-    return await asyncio.wait_for(finished, 5)
+    return await asyncio.wait_for(finished, 30)
 
 
 def opened_again(at_us: int) -> Record:

@@ -38,7 +38,7 @@ async def test_bodies_are_purged_after_an_error_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(purge, "purge", third)
     with capture_logs() as logs:
         purging = asyncio.create_task(purge.purge_forever(engine, 60))  # type: ignore[arg-type]
-        await asyncio.wait_for(third.came.wait(), 5)
+        await asyncio.wait_for(third.came.wait(), 30)
         purging.cancel()
     assert [(log["log_level"], log["exc_info"]) for log in logs] == [ERROR] * 2
 
@@ -50,6 +50,6 @@ async def test_the_api_asks_the_database_after_an_error_too(monkeypatch: pytest.
     ready = Readiness(nothing, HealthServicer())  # type: ignore[arg-type]
     with capture_logs() as logs:
         running = asyncio.create_task(ready.run())
-        await asyncio.wait_for(third.came.wait(), 5)
+        await asyncio.wait_for(third.came.wait(), 30)
         running.cancel()
     assert [(log["log_level"], log["exc_info"]) for log in logs] == [ERROR] * 2

@@ -38,7 +38,7 @@ def records(*offsets: int, assignment: Assignment | None = None) -> list[InFligh
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - a state, not an event
             await asyncio.sleep(0)
 

@@ -78,7 +78,7 @@ async def dead_letter(
         attempt=4,
     )
     runner.start([record])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not released:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert record.finished
