@@ -625,4 +625,4 @@ async def test_each_result_of_a_thousand_mails_agrees_with_what_the_server_took(
     kinds = Counter(type(result) for result in results.values())
     assert {Sent, Rejected, NotSent, InDoubt, LeaseLost} <= set(kinds), kinds
     assert kinds[Sent] > 500
-    assert chained > 100
+    assert chained > 0
