@@ -91,7 +91,7 @@ def register(app: typer.Typer) -> None:
         batch: Annotated[
             str,
             _text_option(
-                "--batch", text="Mails from a file of JSON lines, - for stdin; see below.", metavar="FILE"
+                "--batch", text="Mails from a file of JSON lines, - for stdin; see above.", metavar="FILE"
             ),
         ] = "",
     ) -> None:

@@ -80,6 +80,10 @@ _KAFKA: Final = {
 _MYSQL_DENIED: Final = frozenset({1044, 1045, 1142, 1143, 1227, 1698, 3118})
 
 
+_TOKEN_LINES: Final = {
+    "TOKEN_MISSING": "the api needs a token: set POSTROAD_TOKEN or POSTROAD_TOKEN_FILE",
+    "TOKEN_UNKNOWN": "the api does not know this token (POSTROAD_TOKEN, POSTROAD_TOKEN_FILE or --token)",
+}
 _OPERATIONS: Final = "services.common.operations.errors"
 
 
@@ -165,6 +169,9 @@ def _grpc(error: Any) -> Failure:
         line = "the api did not answer in time"
     if code == "UNIMPLEMENTED":
         line = f"the api does not know this call, it may be an older version: {line}"
+    if own and code == "UNAUTHENTICATED":
+        # The api's text names the metadata, which the user of a command does not set.
+        line = _TOKEN_LINES.get(_reason(error), line)
     # The answer concerns one task. The api works, and can be asked about the next one.
     about_task = code == "UNAVAILABLE" and own and _reason(error) == "BEING_SENT"
     return Failure(line, FAILED if about_task else grpc_exit(code))

@@ -93,7 +93,8 @@ class ResumableWatch:
                     yield row
         except grpc.RpcError as error:
             if error.code().name == "DEADLINE_EXCEEDED" and self._end is not None:
-                raise Failure("not settled in time", FAILED) from None
+                one_task = "id" in self._fields
+                raise Failure("not settled in time" if one_task else "the timeout is over", FAILED) from None
             raise
 
     def _can_resume(self, error: BaseException) -> bool:

@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
+from services.cli.errors import explain
 from tests.cli import ARGV, Command
 
 AWAY = "127.0.0.1:1"
@@ -274,3 +277,28 @@ def test_without_ids_on_stdin_a_command_does_nothing(postroad: Command, name: st
     assert (done.code, done.err) == (0, "")
     one = postroad(*name.split(), "-", "--api", AWAY, given=f"{ID}\n")
     assert one.code == UNAVAILABLE
+
+
+class Refused(grpc.RpcError):
+    """An answer of the api without a valid token."""
+
+    def __init__(self, reason: str) -> None:
+        status = status_pb2.Status(code=16, message="the metadata key authorization must be 'Bearer TOKEN'")
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="postroad"))
+        self._status = status
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAUTHENTICATED
+
+    def details(self) -> str:
+        return self._status.message
+
+    def trailing_metadata(self) -> list[tuple[str, bytes]]:
+        return [("grpc-status-details-bin", self._status.SerializeToString())]
+
+
+@pytest.mark.parametrize("reason", ["TOKEN_MISSING", "TOKEN_UNKNOWN"])
+def test_a_refused_token_names_what_the_user_sets(reason: str) -> None:
+    failure = explain(Refused(reason))
+    assert failure is not None
+    assert (failure.code, "POSTROAD_TOKEN" in failure.line, "metadata" in failure.line) == (4, True, False)

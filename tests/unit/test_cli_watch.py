@@ -87,9 +87,13 @@ def test_the_pauses_stay_short_however_long_the_api_is_away(waits: list[float]) 
     assert max(waits) == 5.0
 
 
-def test_the_timeout_is_a_failure(waits: list[float]) -> None:
-    watch = ResumableWatch(Api([Broken("DEADLINE_EXCEEDED")]), {}, "t", timeout=60)  # type: ignore[arg-type]
-    with pytest.raises(Failure, match="not settled in time"):
+@pytest.mark.parametrize(
+    ("fields", "says"), [({"id": "a"}, "not settled in time"), ({}, "the timeout is over")]
+)
+def test_the_timeout_is_a_failure(waits: list[float], fields: dict[str, str], says: str) -> None:
+    api = Api([Broken("DEADLINE_EXCEEDED")])
+    watch = ResumableWatch(api, fields, "t", timeout=60)  # type: ignore[arg-type]
+    with pytest.raises(Failure, match=says):
         next(watch.rows())
 
 
