@@ -226,8 +226,8 @@ class Stack:
     def _plan(self, replicas: Mapping[str, int], kafka_nodes: int | None, *, services: bool) -> None:
         refuse_private(os.environ)
         state, running, api_port = self.state, process.find_all(self.layout), _api_port()
+        state.drop_busy_ports(running)
         if not running:
-            state.drop_busy_ports()
             state.prefer_api_port(api_port)
         if kafka_nodes and kafka_nodes != state.kafka_nodes:
             if self.layout.data("kafka-1").exists():

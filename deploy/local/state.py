@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -84,9 +85,14 @@ class StackState:
         """Let other stacks choose these ports. This one reuses those that are still free at the next `up`."""
         release([port for uses in self.ports.values() for port in uses.values()])
 
-    def drop_busy_ports(self) -> None:
-        """Forget the ports that others took while the whole stack was down."""
+    def drop_busy_ports(self, running: Collection[str] = ()) -> None:
+        """Forget the ports that others took: all of them while nothing runs, else those of ended services.
+
+        While a process runs, the servers' addresses are fixed, since other processes have them.
+        """
         for name, uses in list(self.ports.items()):
+            if name in running or (running and name.rpartition("-")[0] not in SERVICES):
+                continue
             self.ports[name] = {use: port for use, port in uses.items() if is_free(port)}
 
     def kafka_names(self) -> list[str]:

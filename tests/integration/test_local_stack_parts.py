@@ -188,6 +188,23 @@ def test_the_first_api_takes_the_preferred_port_when_it_is_free() -> None:
     release([wanted])
 
 
+def test_an_ended_service_gives_up_a_port_that_another_took() -> None:
+    """While servers run, an `up` after a failed one must still find the api another port."""
+    state = StackState(replicas={"api": 1})
+    state.choose_ports()
+    ports = {name: dict(uses) for name, uses in state.ports.items()}
+    with socket.socket() as api, socket.socket() as dns:
+        api.bind(("127.0.0.1", ports["api-1"]["grpc"]))
+        dns.bind(("127.0.0.1", ports["dns"]["dns"]))
+        state.drop_busy_ports({"mysql", "api-1"})
+        assert state.ports == ports
+        state.drop_busy_ports({"mysql"})
+        state.choose_ports()
+        assert state.port("api-1", "grpc") != ports["api-1"]["grpc"]
+        # The processes that run have the servers' addresses.
+        assert state.port("dns", "dns") == ports["dns"]["dns"]
+
+
 @pytest.mark.parametrize("port", ["x", "-1", "65536"])
 def test_a_wrong_port_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, port: str) -> None:
     monkeypatch.setenv("POSTROAD_LOCAL_API_PORT", port)
