@@ -96,11 +96,11 @@ async def call(channel: grpc.aio.Channel, rpc: str, metadata: Any = None) -> tup
     request = getattr(task_service_pb2, f"{rpc}Request")()
     try:
         if rpc == "Watch":
-            stream = method(request, metadata=metadata, timeout=10)
+            stream = method(request, metadata=metadata, timeout=30)
             await stream.read()
             stream.cancel()
         else:
-            await method(request, metadata=metadata, timeout=10)
+            await method(request, metadata=metadata, timeout=30)
     except grpc.aio.AioRpcError as error:
         info = error_details_pb2.ErrorInfo()
         status = rpc_status.from_call(error)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ async def call(channel: grpc.aio.Channel, rpc: str, metadata: Any = None) -> tup
 
 async def until(condition: Any) -> Any:
     """Return the condition's first true value; it may be a coroutine's."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             value = condition()
             if asyncio.iscoroutine(value):

@@ -37,6 +37,7 @@ from services.api.open_streams import OpenStreams
 from services.api.scopes import tenant_of
 from services.api.time_limit import TimeLimit
 from services.common.database.errors import error_text, is_too_long
+from services.common.grants import Grant
 
 __all__ = ["MAX_BATCH", "MAX_CREATE", "MAX_QUERY", "SERVICE", "RequestInterceptor"]
 
@@ -189,14 +190,20 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         if self._draining:
             raise draining()
         metadata = Metadata(context.invocation_metadata() or ())
-        grant = self._authenticator.authenticate(metadata, context)
-        tenant = tenant_of(rpc, grant, metadata)
+        self._allowed(rpc, metadata, context)
         with admit(0):
             # A replica that takes no more batches now does not read one.
             pass
         if (raw := await read(context, self._reading)) is None:
             raise no_request()
+        # The client had a minute for its request, in which its token may have been revoked.
+        grant, tenant = self._allowed(rpc, metadata, context)
         return Call(tenant, metadata, len(raw), grant), raw
+
+    def _allowed(self, rpc: str, metadata: Metadata, context: Context) -> tuple[Grant, str]:
+        """Return what a call may do, and whose tasks it is for; raise StatusError if it is not allowed."""
+        grant = self._authenticator.authenticate(metadata, context)
+        return grant, tenant_of(rpc, grant, metadata)
 
 
 def _decode(rpc: str, deserialize: Callable[[bytes], Any], raw: bytes) -> Any:

@@ -93,6 +93,37 @@ async def test_a_revoked_or_ended_token_ends_its_open_watch_within_5_s(tmp_path:
 
 
 @pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("rpc", ["BatchCreate", "Watch"])
+async def test_a_call_whose_token_is_revoked_before_its_request_has_come_is_refused(
+    tmp_path: Path, rpc: str
+) -> None:
+    path = tmp_path / "tokens"
+    write_tokens(path, grant_line("revoked"), grant_line("stays"))
+    async with serve(tokens_file=str(path)) as served, grpc.aio.insecure_channel(served.target) as channel:
+        # A client may take a minute for its request.
+        slow = {
+            id_: channel.stream_stream(f"/postroad.v1.TaskService/{rpc}")(metadata=bearer(id_))
+            for id_ in ("revoked", "stays")
+        }
+        await asyncio.sleep(0.3)
+        write_tokens(path, grant_line("stays"))
+        await until(lambda: _is_refused(channel, "revoked"))
+        served.calls.clear()
+        for stream in slow.values():
+            await stream.write(b"")
+        assert await asyncio.wait_for(slow["stays"].read(), 30) == b""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(slow["revoked"].read(), 30)
+        assert caught.value.code() is Code.UNAUTHENTICATED
+        assert [answered.grant.id for answered in served.calls] == ["stays"]
+        slow["stays"].cancel()
+
+
+async def _is_refused(channel: grpc.aio.Channel, id_: str) -> bool:
+    return (await call(channel, "Count", bearer(id_)))[0] is Code.UNAUTHENTICATED
+
+
+@pytest.mark.usefixtures("hurried")
 async def test_a_malformed_change_leaves_the_old_list_and_is_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     write_tokens(path, grant_line("old"))

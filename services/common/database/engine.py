@@ -65,6 +65,9 @@ _SESSION = (
 
 def url_of(value: str) -> URL:
     """Return the URL of a database. Raises ValueError, without the password, for an unusable one."""
+    if value.count("@") > 1:
+        # The parser takes what follows the first one for the host, which logs and the name service get.
+        raise ValueError("has more than one @; in a user's name, a password or an option it is written %40")
     try:
         url = make_url(value)
     except ArgumentError as error:
