@@ -12,7 +12,7 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 from services.sender.replies import NotSent, Phase, Rejected, SendResult, Sent
 from services.sender.smtp_pool import Credentials, Limits, Relay, SmtpPool, Tls
 from tests.certificates import Certificates, make_certificates
-from tests.integration.smtp.script import FROM, QUICK
+from tests.integration.smtp.script import FROM, QUICK, until
 from tests.integration.smtp.script import send as submitted
 
 MESSAGE = b"Subject: hi\r\n\r\n.\r\n..two\r\nend\r\n"
@@ -86,9 +86,9 @@ async def test_mail_with_starttls_and_auth(certificates: Certificates, mechanism
     async with serving(certificates, auth_required=True) as (catcher, port):
         pool = pool_to(port, certificates, "correct horse", mechanism=mechanism)
         results = await asyncio.gather(*(send(pool) for _ in range(20)))
+        await until(lambda: pool.state.opened == 2)
         await pool.close()
     assert {type(result) for result in results} == {Sent}
-    assert pool.state.opened == 2
     assert [envelope.original_content for envelope in catcher.envelopes] == [MESSAGE] * 20
     assert {envelope.mail_from for envelope in catcher.envelopes} == {FROM}
 
